@@ -1,0 +1,296 @@
+"""Mixture of Tokens, and the routings it is compared with, over one set of experts.
+
+The layer (Antoniak et al., arXiv 2310.15961). A group is the G tokens x_1 .. x_G that stand at one position of
+G different examples. With a linear router c and experts FFN_1 .. FFN_E, for every group:
+
+    logit[g, e] = (x_g . c_e) / temperature
+    w[g, e]     = exp(logit[g, e]) / sum_h exp(logit[h, e])     softmax over the group, one for each expert
+    mix[e]      = sum_g w[g, e] * x_g                           what expert e reads
+    y[e]        = FFN_e(mix[e])
+    out[g]      = sum_e w[g, e] * y[e]                          given back with the same weights
+
+Shape letters, carried by names as a suffix (`x_BTD`):
+
+    B examples, T positions, D hidden size, G group size, M groups = ceil(B / G) * T, E experts, F expert width,
+    R rows an expert reads, K experts a token chooses, C tokens an expert chooses in a group,
+    S tokens = B * T, A assignments of a token to an expert = S * K
+
+Weights: the router's `gate.weight` (E, D); gated experts `experts.gate_up_proj` (E, 2F, D) and `experts.down_proj`
+(E, D, F); plain experts `experts.up_proj` (E, F, D) and `experts.down_proj` (E, D, F). There are no biases.
+
+Every layer is called as `y = layer(x, token_mask=None)` with x and y (B, T, D) and the mask (B, T), true where a token
+is real. Examples in consecutive rows form a group: rows 0 .. G-1, G .. 2G-1 and so on. They must be independent
+texts, or they hold each other's future. What stands in a masked row, NaN included, reaches nothing.
+
+Beyond the paper: masked and partial groups (n of G tokens give exactly what the group filled up with copies of those
+n would), `normalize_mixture`, and routing weights in fp32 or better whatever the input's precision.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixture_of_tokens.layout import collect, expert_linear, expert_linear_ragged, grouped, spread, ungrouped
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+
+
+def truncated_normal_(weight: Tensor, scale: float) -> None:
+    """Fill with a normal of std = scale / sqrt(fan_in), cut at two std; fan_in is the last dimension. [PAPER, cfg]"""
+    std = scale / math.sqrt(weight.shape[-1])
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+class Experts(nn.Module):
+    """E feed-forward networks without biases: gated, down(act(gate(x)) * up(x)), or plain, down(act(up(x)))."""
+
+    def __init__(self, hidden_size: int, expert_size: int, num_experts: int, *, gated=True, activation="silu"):
+        super().__init__()
+        if min(hidden_size, expert_size, num_experts) < 1:
+            raise ValueError(f"sizes must be at least 1: {hidden_size=}, {expert_size=}, {num_experts=}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
+        self.gated, self.activation = gated, activation
+        if gated:
+            self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
+        else:
+            self.up_proj = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+
+    def reset_parameters(self, scale: float) -> None:
+        for weight in self.parameters():
+            truncated_normal_(weight, scale)
+
+    def forward(self, x_ERD: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = expert_linear) -> Tensor:
+        """Row r of x[e] goes through expert e. `linear(x, weight)` multiplies every expert's rows by its matrix."""
+        act = ACTIVATIONS[self.activation]
+        if self.gated:
+            gate_ERF, up_ERF = linear(x_ERD, self.gate_up_proj).chunk(2, dim=-1)
+            hidden_ERF = act(gate_ERF) * up_ERF
+        else:
+            hidden_ERF = act(linear(x_ERD, self.up_proj))
+        return linear(hidden_ERF, self.down_proj)
+
+    def extra_repr(self) -> str:
+        num_experts, hidden_size, expert_size = self.down_proj.shape
+        return f"{hidden_size=}, {expert_size=}, {num_experts=}, gated={self.gated}, activation={self.activation!r}"
+
+
+class Router(nn.Module):
+    """Logits x . c_e / temperature, computed in `router_dtype` (an input in float64 stays float64).
+
+    The temperature is a buffer, so that a schedule may set it between steps (`set_temperature`), or, with
+    `learnable_temperature`, exp of the parameter `log_temperature`.
+    """
+
+    def __init__(
+        self, hidden_size, num_experts, *, temperature=1.0, learnable_temperature=False, router_dtype=torch.float32
+    ):
+        super().__init__()
+        self.router_dtype, self.initial_temperature = router_dtype, temperature
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.log_temperature = nn.Parameter(torch.empty(())) if learnable_temperature else None
+        self.register_buffer("fixed_temperature", torch.empty(()), persistent=False)
+        self.set_temperature(temperature)
+
+    def set_temperature(self, temperature: float) -> None:
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, not {temperature}")
+        nn.init.constant_(self.fixed_temperature, temperature)
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(temperature))
+
+    def reset_parameters(self, scale: float) -> None:
+        truncated_normal_(self.weight, scale)
+        self.set_temperature(self.initial_temperature)
+
+    @property
+    def temperature(self) -> Tensor:
+        return self.fixed_temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., E)"""
+        dtype = torch.promote_types(self.router_dtype, x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype)) / self.temperature.to(dtype)
+
+
+class Routed(nn.Module):
+    """What every routing below shares: experts and their router.
+
+    Args:
+        hidden_size, expert_size, num_experts: D, F and E.
+        gated, activation: SwiGLU experts by default; `gated=False, activation="relu"` are the paper's.
+        temperature, learnable_temperature, router_dtype: see `Router`.
+        initializer_scale: see `truncated_normal_`.
+
+    Raises ValueError for a size below 1, a temperature that is not positive, an unknown activation.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        gated: bool = True,
+        activation: str = "silu",
+        initializer_scale: float = math.sqrt(0.1),
+        **router_options,
+    ):
+        super().__init__()
+        self.num_experts = num_experts
+        self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation)
+        self.gate: Router | None = Router(hidden_size, num_experts, **router_options)
+        self.experts.reset_parameters(initializer_scale)
+        self.gate.reset_parameters(initializer_scale)
+
+
+class MixtureOfTokens(Routed):
+    """The layer of the module's docstring. Any batch, any group size, any number and width of experts.
+
+    Args beyond those of `Routed`:
+        group_size: G. A token costs the FLOPs of a dense feed-forward of width E * F / G; `matched` solves for it.
+        normalize_mixture: divide a mixture by the 2-norm of its weights. A mean of n tokens is smaller than a token
+            by up to sqrt(n); this gives an expert inputs of one scale however many tokens it mixes.
+        uniform: the paper's ablation (Fig. 4): every weight is 1 / n and there is no router.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        group_size: int,
+        *,
+        normalize_mixture: bool = False,
+        uniform: bool = False,
+        **options,
+    ):
+        super().__init__(hidden_size, expert_size, num_experts, **options)
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1, not {group_size}")
+        self.group_size, self.normalize_mixture = group_size, normalize_mixture
+        if uniform:
+            self.gate = None
+
+    @classmethod
+    def matched(cls, hidden_size: int, intermediate_size: int, group_size: int, granularity: int = 1, **options):
+        """The layer with the FLOPs of a dense feed-forward of width `intermediate_size` and G times its parameters.
+
+        E = G * k experts of width intermediate_size / k, where k is the granularity.
+        """
+        if granularity < 1 or intermediate_size % granularity:
+            legal = ", ".join(str(k) for k in range(1, min(intermediate_size, 128) + 1) if intermediate_size % k == 0)
+            raise ValueError(f"granularity {granularity} does not divide {intermediate_size=}; legal are {legal}")
+        return cls(hidden_size, intermediate_size // granularity, group_size * granularity, group_size, **options)
+
+    def weights(self, x_MGD: Tensor, mask_MG1: Tensor | None = None) -> Tensor:
+        """w (M, G, E): every expert's weights over the real tokens of a group, summing to one."""
+        logits_MGE = x_MGD.new_zeros(*x_MGD.shape[:2], self.num_experts) if self.gate is None else self.gate(x_MGD)
+        if mask_MG1 is not None:  # the lowest finite number, not -inf: a group with nothing real must not become NaN
+            logits_MGE = logits_MGE.masked_fill(~mask_MG1, torch.finfo(logits_MGE.dtype).min)
+        return logits_MGE.softmax(dim=1, dtype=torch.promote_types(logits_MGE.dtype, torch.float32))
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        x_MGD, mask_MG1, share = grouped(x_BTD, token_mask, self.group_size)
+        weights_MGE = self.weights(x_MGD, mask_MG1)
+        scale = weights_MGE.norm(dim=1, keepdim=True) if self.normalize_mixture else 1.0
+        mixtures_EMD = collect((weights_MGE / scale).to(x_MGD.dtype), x_MGD)
+        outputs_EMD = self.experts(mixtures_EMD)
+        y_MGD = spread((weights_MGE * share).to(x_MGD.dtype), outputs_EMD)
+        return ungrouped(y_MGD, mask_MG1, *x_BTD.shape[:2])
+
+
+class ExpertChoice(Routed):
+    """Each expert takes its top tokens of a group (Zhou et al., arXiv 2202.09368), at one position of G examples.
+
+    Choosing along the sequence would leak the future, so the choice is across the batch [PAPER section 2, cfg].
+    An expert takes C = max(1, round(G * num_experts_per_tok / E)) tokens: a token gets `num_experts_per_tok` experts
+    on average, and may get none. Gates are the tokens' softmax over experts.
+    """
+
+    def __init__(
+        self, hidden_size: int, expert_size: int, num_experts: int, group_size: int, *, num_experts_per_tok=1, **options
+    ):
+        super().__init__(hidden_size, expert_size, num_experts, **options)
+        if min(group_size, num_experts_per_tok) < 1:
+            raise ValueError(f"{group_size=} and {num_experts_per_tok=} must be at least 1")
+        self.group_size, self.capacity = group_size, max(1, round(group_size * num_experts_per_tok / num_experts))
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        x_MGD, mask_MG1, _ = grouped(x_BTD, token_mask, self.group_size)
+        M, G, D = x_MGD.shape
+        scores_MGE = self.gate(x_MGD).softmax(dim=-1)
+        if mask_MG1 is not None:  # masked tokens are taken last, and with gate 0
+            scores_MGE = scores_MGE.masked_fill(~mask_MG1, 0)
+        gate_MCE, token_MCE = scores_MGE.topk(min(self.capacity, G), dim=1)
+        row_MCE = token_MCE + torch.arange(0, M * G, G, device=x_MGD.device)[:, None, None]
+        gate_ER, row_ER = gate_MCE.flatten(0, 1).T, row_MCE.flatten(0, 1).T  # R = M * C
+        y_ERD = gate_ER[..., None] * self.experts(x_MGD.flatten(0, 1)[row_ER])
+        y_MGD = y_ERD.new_zeros(M * G, D).index_add(0, row_ER.flatten(), y_ERD.flatten(0, 1)).view(M, G, D)
+        return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
+
+
+class TokenChoice(Routed):
+    """Each token takes its top-k experts (Switch, arXiv 2101.03961); its gates are their probabilities.
+
+    In training an expert takes at most max(1, ceil(capacity_factor * n * k / E)) of the n real tokens; the rest are
+    dropped: they get no update from it. Earlier positions go first, within one position first choices, within those
+    earlier rows, so what is dropped never depends on a later token. In evaluation, and with `capacity_factor=None`,
+    nothing is dropped.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int = 1,
+        norm_topk_prob: bool = False,
+        capacity_factor: float | None = 1.25,
+        **options,
+    ):
+        super().__init__(hidden_size, expert_size, num_experts, **options)
+        if not 1 <= num_experts_per_tok <= num_experts:
+            raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
+        self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
+        self.capacity_factor = capacity_factor
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        (B, T, D), E, K = x_BTD.shape, self.num_experts, self.num_experts_per_tok
+        mask_TB1 = x_BTD.new_ones(T, B, 1, dtype=torch.bool) if token_mask is None else token_mask.bool().T[..., None]
+        x_TBD = x_BTD.transpose(0, 1).masked_fill(~mask_TB1, 0)
+        gate_TBK, expert_TBK = self.gate(x_TBD).softmax(dim=-1).topk(K, dim=-1)
+        if self.norm_topk_prob:
+            gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
+        expert_TBK = expert_TBK.masked_fill(~mask_TB1, E)  # masked tokens go to no expert: sorted last, never read
+
+        # Assignments in order of priority (position, choice, row), then by expert with that order kept.
+        expert_A, order_A = expert_TBK.transpose(1, 2).flatten().sort(stable=True)
+        gate_A1 = gate_TBK.transpose(1, 2).flatten()[order_A, None]
+        token_A = order_A // (K * B) * B + order_A % B
+        x_AD = x_TBD.flatten(0, 1)[token_A]
+        ends_E = torch.searchsorted(expert_A, torch.arange(E, device=x_AD.device), right=True)
+        if self.training and self.capacity_factor is not None:
+            y_AD = self._with_capacity(x_AD, expert_A, ends_E)
+        else:
+            y_AD = self.experts(x_AD, lambda x, weight: expert_linear_ragged(x, weight, ends_E))
+        y_AD = gate_A1 * y_AD.masked_fill(expert_A[:, None] == E, 0)
+        y_TBD = y_AD.new_zeros(T * B, D).index_add(0, token_A, y_AD).view(T, B, D)
+        return y_TBD.transpose(0, 1).to(x_BTD.dtype)
+
+    def _with_capacity(self, x_AD: Tensor, expert_A: Tensor, ends_E: Tensor) -> Tensor:
+        """Experts on their first R assignments each, those within the capacity; zero for the others."""
+        (A, D), E = x_AD.shape, self.num_experts
+        R = max(1, math.ceil(self.capacity_factor * A / E))
+        capacity = (self.capacity_factor * ends_E[-1] / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
+        rank_A = torch.arange(A, device=x_AD.device) - F.pad(ends_E, (1, 0))[expert_A]
+        kept_A = (rank_A < capacity) & (expert_A < E)
+        slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)  # the last slot takes what is dropped
+        x_ERD = x_AD.new_zeros(E * R + 1, D).index_copy(0, slot_A, x_AD)[:-1].view(E, R, D)
+        return F.pad(self.experts(x_ERD).flatten(0, 1), (0, 0, 0, 1))[slot_A]

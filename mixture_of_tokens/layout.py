@@ -1,0 +1,133 @@
+"""Rows to groups and back, and the layers' matrix products in the memory layouts that make them fast.
+
+Shape letters as in `layers.py`. The products are one einsum each; what stands here instead is why the layer runs at
+the speed of its matrices:
+
+- torch returns the weight gradient of `bmm(x, weight.mT)` transposed, and the accumulation into `.grad` then copies
+  it, 134 MB a matrix and step at Medium size. `expert_linear` computes it in the weight's own layout.
+- Mixtures are made group by group and read expert by expert. `collect` writes each product straight into its
+  expert-major place instead of copying the whole afterwards.
+
+Autograd functions do not take part in autocast, so each public function casts first.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None, float | Tensor]:
+    """Rows -> groups: x (M, G, D) with masked rows zeroed, the mask (M, G, 1), each group's share n / G of real tokens.
+
+    A last group that the batch does not fill is padded with masked rows; a batch smaller than a group is one group of
+    its own size. Without anything masked the mask is None.
+    """
+    B, T, _ = x_BTD.shape
+    rows = min(group_size, B)
+    missing = -B % rows
+    if token_mask is None and not missing:
+        return x_BTD.unflatten(0, (-1, rows)).transpose(1, 2).flatten(0, 1).contiguous(), None, rows / group_size
+    mask_BT1 = x_BTD.new_ones((B, T, 1), dtype=torch.bool) if token_mask is None else token_mask.bool()[..., None]
+    padding = (0, 0, 0, 0, 0, missing)
+    x_MGD, _, _ = grouped(F.pad(x_BTD.masked_fill(~mask_BT1, 0), padding), None, rows)
+    mask_MG1, _, _ = grouped(F.pad(mask_BT1, padding), None, rows)
+    return x_MGD, mask_MG1, mask_MG1.sum(1, keepdim=True, dtype=torch.float32) / group_size
+
+
+def ungrouped(y_MGD: Tensor, mask_MG1: Tensor | None, B: int, T: int) -> Tensor:
+    """Groups -> rows, the inverse of `grouped`; masked rows get zero."""
+    if mask_MG1 is not None:
+        y_MGD = y_MGD.masked_fill(~mask_MG1, 0)
+    return y_MGD.unflatten(0, (-1, T)).transpose(1, 2).flatten(0, 1)[:B]
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
+def _bmm_expert_major(weights_MEG: Tensor, x_MGD: Tensor) -> Tensor:
+    """(M, E, G) x (M, G, D) -> (E, M, D), contiguous."""
+    (M, E, _), D = weights_MEG.shape, x_MGD.shape[2]
+    if torch.compiler.is_compiling():  # the compiler lays out its own buffers and takes no strided `out`
+        return torch.bmm(weights_MEG, x_MGD).transpose(0, 1).contiguous()
+    product_EMD = x_MGD.new_empty(E, M, D)
+    torch.bmm(weights_MEG, x_MGD, out=product_EMD.transpose(0, 1))
+    return product_EMD
+
+
+def _group_major(x_EMD: Tensor) -> Tensor:
+    """(E, M, D) -> (M, E, D): a view, but a copy in bf16 on the CPU, whose kernels are slow on strided matrices."""
+    x_MED = x_EMD.transpose(0, 1)
+    return x_MED.contiguous() if x_MED.device.type == "cpu" and x_MED.dtype == torch.bfloat16 else x_MED
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights_MGE, x_MGD):
+        ctx.save_for_backward(weights_MGE, x_MGD)
+        return _bmm_expert_major(weights_MGE.mT, x_MGD)
+
+    @staticmethod
+    def backward(ctx, grad_EMD):
+        weights_MGE, x_MGD = ctx.saved_tensors
+        grad_MED = _group_major(grad_EMD)
+        return torch.bmm(x_MGD, grad_MED.mT), torch.bmm(weights_MGE, grad_MED)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights_MGE, y_EMD):
+        y_MED = _group_major(y_EMD)
+        ctx.save_for_backward(weights_MGE, y_MED)
+        return torch.bmm(weights_MGE, y_MED)
+
+    @staticmethod
+    def backward(ctx, grad_MGD):
+        weights_MGE, y_MED = ctx.saved_tensors
+        return torch.bmm(grad_MGD, y_MED.mT), _bmm_expert_major(weights_MGE.mT, grad_MGD)
+
+
+class _ExpertLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ERI, weight_EOI):
+        ctx.save_for_backward(x_ERI, weight_EOI)
+        return torch.bmm(x_ERI, weight_EOI.mT)
+
+    @staticmethod
+    def backward(ctx, grad_ERO):
+        x_ERI, weight_EOI = ctx.saved_tensors
+        grad_ERO = grad_ERO.contiguous()
+        return torch.bmm(grad_ERO, weight_EOI), torch.bmm(grad_ERO.mT, x_ERI)
+
+
+def collect(weights_MGE: Tensor, x_MGD: Tensor) -> Tensor:
+    """mix[e, m] = sum_g weights[m, g, e] * x[m, g]: (M, G, E), (M, G, D) -> (E, M, D)."""
+    return _Collect.apply(*_autocast(weights_MGE, x_MGD))
+
+
+def spread(weights_MGE: Tensor, y_EMD: Tensor) -> Tensor:
+    """out[m, g] = sum_e weights[m, g, e] * y[e, m]: (M, G, E), (E, M, D) -> (M, G, D)."""
+    return _Spread.apply(*_autocast(weights_MGE, y_EMD))
+
+
+def expert_linear(x_ERI: Tensor, weight_EOI: Tensor) -> Tensor:
+    """Each expert's rows times its own matrix: (E, R, I), (E, O, I) -> (E, R, O)."""
+    return _ExpertLinear.apply(*_autocast(x_ERI, weight_EOI))
+
+
+def expert_linear_ragged(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """As `expert_linear` for experts with different numbers of rows: (A, I), (E, O, I), (E,) -> (A, O).
+
+    Expert e has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come out undefined.
+    """
+    x_AI, weight_EOI = _autocast(x_AI, weight_EOI)
+    aligned = all(width * x_AI.element_size() % 16 == 0 for width in (x_AI.shape[1], weight_EOI.shape[1]))
+    if aligned and x_AI.dtype != torch.float64:  # what grouped_mm demands
+        return F.grouped_mm(x_AI, weight_EOI.mT, offs=ends_E.to(torch.int32))
+    sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    parts = x_AI.split([*sizes, len(x_AI) - sum(sizes)])
+    products = [F.linear(part, weight) for part, weight in zip(parts[:-1], weight_EOI, strict=True)]
+    return torch.cat([*products, x_AI.new_zeros(len(parts[-1]), weight_EOI.shape[1])])

@@ -1,0 +1,72 @@
+"""Cross-entropy without the logits in memory, and the load-balancing loss of Token Choice."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers
+LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
+
+
+def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of the cross-entropy of softmax(hidden @ head.T), in nats, a scalar in fp32 (float64 for float64).
+
+    Only one chunk of tokens has its logits in memory at a time. Gradients are computed in the same pass, since the
+    logits they need are at hand, so nothing is computed twice. Double backward is not supported.
+
+    Args:
+        hidden: (S, D); head: (V, D); labels: (S,), `IGNORE` where nothing is predicted.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, head = hidden.to(dtype), head.to(dtype)
+    return _ChunkedCrossEntropy.apply(hidden, head, labels, torch.is_grad_enabled())
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, labels, with_gradients):
+        at_least_fp32 = torch.promote_types(hidden.dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=at_least_fp32)
+        # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=at_least_fp32)
+        size = max(1, LOGITS_AT_ONCE // head.shape[0])
+        for start in range(0, len(hidden), size):
+            chunk, label = hidden[start : start + size], labels[start : start + size, None]
+            real = label != IGNORE
+            label = label.clamp(min=0)
+            logits = F.linear(chunk, head).to(at_least_fp32)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            loss += ((log_z - logits.gather(1, label)) * real).sum()
+            if with_gradients:
+                grad = (logits - log_z).exp_()  # the probabilities
+                grad.scatter_add_(1, label, torch.full_like(log_z, -1.0))
+                grad = (grad * real).to(hidden.dtype)
+                grad_hidden[start : start + size] = grad @ head
+                grad_head += grad.T @ chunk
+        if with_gradients:
+            ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_head = ctx.saved_tensors
+        return (grad_hidden * grad_loss).to(grad_hidden.dtype), (grad_head * grad_loss).to(grad_head.dtype), None, None
+
+
+def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
+    """Switch Transformer's loss (arXiv 2101.03961, eq. 4-6) of one layer, over real tokens: 1 when balanced, at most E.
+
+    E * sum_e f_e * P_e, where f_e is the share of the assignments (tokens times choices) that name expert e and P_e
+    the mean probability of e. Capacity plays no part: what is dropped later still counts as asked for.
+
+    Args:
+        logits: (..., E), before the softmax; token_mask: (...), true where a token is real, or None.
+    """
+    num_experts = logits.shape[-1]
+    probabilities = logits.softmax(dim=-1).reshape(-1, num_experts)
+    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+    real = torch.ones_like(probabilities[:, :1]) if token_mask is None else token_mask.reshape(-1, 1).to(logits.dtype)
+    tokens = real.sum().clamp(min=1)
+    asked, mean_probability = (chosen * real).sum(0) / (tokens * top_k), (probabilities * real).sum(0) / tokens
+    return num_experts * (asked * mean_probability).sum()

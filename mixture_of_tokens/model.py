@@ -1,0 +1,327 @@
+"""The causal language model: transformers' Qwen3-MoE in which only the feed-forward differs.
+
+Attention, norms, rotary positions, KV cache, `generate`, checkpoints and parameter names are upstream's; this file
+holds the differences. Every import of transformers' internals stands here.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeMLP,
+    Qwen3MoeModel,
+    Qwen3MoePreTrainedModel,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from mixture_of_tokens.layers import (
+    ACTIVATIONS,
+    ExpertChoice,
+    Experts,
+    MixtureOfTokens,
+    Router,
+    TokenChoice,
+    truncated_normal_,
+)
+from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy, load_balancing_loss
+
+
+class MixtureOfTokensConfig(Qwen3MoeConfig):
+    """Qwen3-MoE's fields (`num_experts`, `moe_intermediate_size`, `num_experts_per_tok`, ...) and ours.
+
+    Fields:
+        mlp_layer_types: the feed-forward of each block: "dense", "mixture_of_tokens", "uniform", "token_choice" or
+            "expert_choice". None: Mixture of Tokens in the later half of the blocks, as in the paper.
+        group_size: tokens that are mixed, each of another example; a training batch is a multiple of it.
+        gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
+        router_temperature, learnable_temperature, router_dtype, normalize_mixture, capacity_factor: see `layers.py`.
+        initializer_scale: weights are drawn with std = scale / sqrt(fan_in), cut at two std; embeddings have fan_in 1.
+        router_aux_loss_coef: weight of Token Choice's load-balancing loss, in training.
+    """
+
+    model_type = "mixture_of_tokens"
+    # Upstream's plans split experts in ways that know nothing of groups.
+    base_model_tp_plan = None
+    base_model_ep_plan = None
+    base_model_pp_plan = None
+
+    vocab_size: int = 50257
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    max_position_embeddings: int = 256
+    num_experts: int = 32
+    moe_intermediate_size: int = 1376
+    num_experts_per_tok: int = 1
+    router_aux_loss_coef: float = 0.01
+
+    mlp_layer_types: list[str] | None = None
+    group_size: int = 32
+    gated: bool = True
+    router_temperature: float = 1.0
+    learnable_temperature: bool = False
+    router_dtype: str = "float32"
+    normalize_mixture: bool = False
+    capacity_factor: float | None = 1.25
+    initializer_scale: float = 0.1**0.5
+
+    def __post_init__(self, **kwargs):
+        if self.mlp_layer_types is None:
+            dense = self.num_hidden_layers // 2
+            self.mlp_layer_types = ["dense"] * dense + ["mixture_of_tokens"] * (self.num_hidden_layers - dense)
+        unknown = set(self.mlp_layer_types) - set(FEED_FORWARDS)
+        if unknown:
+            raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(FEED_FORWARDS)}")
+        if len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
+        # Upstream's way of saying the same, for the export.
+        self.mlp_only_layers = [i for i, kind in enumerate(self.mlp_layer_types) if kind == "dense"]
+        self.decoder_sparse_step = 1
+        super().__post_init__(**kwargs)
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether what one example gets depends on the others of its batch."""
+        return not {"dense", "token_choice"}.issuperset(self.mlp_layer_types)
+
+
+class DenseMLP(Qwen3MoeMLP):
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class PlainMLP(nn.Module):
+    """The paper's dense feed-forward: no gate, no biases."""
+
+    def __init__(self, config: MixtureOfTokensConfig):
+        super().__init__()
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+def _sizes(config) -> tuple[int, int, int]:
+    return config.hidden_size, config.moe_intermediate_size, config.num_experts
+
+
+def _options(config) -> dict:
+    return {
+        "gated": config.gated,
+        "activation": config.hidden_act,
+        "temperature": config.router_temperature,
+        "learnable_temperature": config.learnable_temperature,
+        "router_dtype": getattr(torch, config.router_dtype),
+        "initializer_scale": config.initializer_scale,
+    }
+
+
+def _mixture_of_tokens(config, uniform=False):
+    mixing = {"normalize_mixture": config.normalize_mixture, "uniform": uniform}
+    return MixtureOfTokens(*_sizes(config), config.group_size, **mixing, **_options(config))
+
+
+def _expert_choice(config):
+    choice = {"num_experts_per_tok": config.num_experts_per_tok}
+    return ExpertChoice(*_sizes(config), config.group_size, **choice, **_options(config))
+
+
+def _token_choice(config):
+    choice = {"num_experts_per_tok": config.num_experts_per_tok, "norm_topk_prob": config.norm_topk_prob}
+    return TokenChoice(*_sizes(config), **choice, capacity_factor=config.capacity_factor, **_options(config))
+
+
+FEED_FORWARDS = {
+    "dense": lambda config: DenseMLP(config) if config.gated else PlainMLP(config),
+    "mixture_of_tokens": _mixture_of_tokens,
+    "uniform": lambda config: _mixture_of_tokens(config, uniform=True),
+    "token_choice": _token_choice,
+    "expert_choice": _expert_choice,
+}
+
+
+class MixtureOfTokensDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MixtureOfTokensConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Qwen3MoeAttention(config, layer_idx)
+        self.mlp = FEED_FORWARDS[config.mlp_layer_types[layer_idx]](config)
+        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, **attention_kwargs) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
+
+
+class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
+    config_class = MixtureOfTokensConfig
+    config: MixtureOfTokensConfig
+    _no_split_modules = ["MixtureOfTokensDecoderLayer"]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(Router, index=0),
+        "hidden_states": MixtureOfTokensDecoderLayer,
+        "attentions": Qwen3MoeAttention,
+    }
+
+    def _init_weights(self, module):
+        scale = self.config.initializer_scale
+        if isinstance(module, nn.Linear):
+            truncated_normal_(module.weight, scale)
+        elif isinstance(module, nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=scale, a=-2 * scale, b=2 * scale)
+        elif isinstance(module, Experts | Router):
+            module.reset_parameters(scale)
+        else:
+            super()._init_weights(module)
+
+
+class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
+    def __init__(self, config: MixtureOfTokensConfig):
+        MixtureOfTokensPreTrainedModel.__init__(self, config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        blocks = [MixtureOfTokensDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, token_mask=None, inputs_embeds=None, **kwargs):
+        """As upstream's, with `token_mask` (B, T), true where a token is real; by default from a 2-D attention mask."""
+        if token_mask is None and attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+                raise ValueError("an attention mask that is not (B, T) says nothing of padding: give token_mask too")
+            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+            token_mask = attention_mask[:, -length:].bool()
+        # Not by name: upstream's decorators look at the arguments they are given.
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        return super().forward(attention_mask=attention_mask, token_mask=token_mask, **inputs, **kwargs)
+
+
+class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCausalLM):
+    _tp_plan = {}
+    _pp_plan = {}
+
+    def __init__(self, config: MixtureOfTokensConfig):
+        MixtureOfTokensPreTrainedModel.__init__(self, config)
+        self.model = MixtureOfTokensModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_router_temperature(self, temperature: float) -> None:
+        """Set every router's temperature, for a schedule; it is saved with the model."""
+        self.config.router_temperature = temperature
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.initial_temperature = temperature
+                module.set_temperature(temperature)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits, or the loss without them: the (B, T, V) logits exist only where they are asked for.
+
+        Args beyond upstream's:
+            token_mask: (B, T), true where a token is real and takes part in groups; by default the attention mask.
+            labels: (B, T), predicted from the position before; `shift_labels`: the same, shifted already.
+            num_items_in_batch: what the summed loss is divided by; by default the number of labels here. Under
+                gradient accumulation the labels of the whole step; the auxiliary loss is then weighted by this
+                micro-batch's share of them, so that it counts once a step.
+            return_logits: by default only when there are no labels.
+
+        Returns `loss` (cross-entropy in nats, in training plus router_aux_loss_coef times `aux_loss`), `aux_loss` (Token
+        Choice's load-balancing loss, mean over its blocks), `logits`, and upstream's other outputs.
+        """
+        balanced = [i for i, kind in enumerate(self.config.mlp_layer_types) if kind == "token_choice"]
+        with_aux = bool(balanced) and self.training and self.config.router_aux_loss_coef > 0
+        with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_mask=token_mask,
+            output_router_logits=with_routers or with_aux,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        result = MoeCausalLMOutputWithPast(**{k: v for k, v in outputs.items() if k != "last_hidden_state"})
+        has_labels = labels is not None or shift_labels is not None
+        if return_logits or (return_logits is None and not has_labels):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
+        if with_aux:
+            if token_mask is None and attention_mask is not None:
+                token_mask = attention_mask
+            mask_TB = None if token_mask is None else token_mask.T
+            routed = [i for i, block in enumerate(self.model.layers) if getattr(block.mlp, "gate", None) is not None]
+            logits_of = dict(zip(routed, outputs.router_logits, strict=True))
+            top_k = self.config.num_experts_per_tok
+            losses = [load_balancing_loss(logits_of[i], top_k, mask_TB) for i in balanced]
+            result.aux_loss = torch.stack(losses).mean()
+        if has_labels:
+            if shift_labels is None:
+                shift_labels = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
+            shift_labels = shift_labels.to(hidden.device)
+            count = (shift_labels != IGNORE).sum()
+            loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
+            if with_aux:
+                loss = loss + self.config.router_aux_loss_coef * result.aux_loss * count
+            result.loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        if not with_routers:
+            result.router_logits = None
+        return result
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """As upstream's. Rows that have finished leave the mixture; a group is one column of the batch.
+
+        Raises ValueError where a mixture would be wrong: prompts padded on the right, beam search.
+        """
+        settings = generation_config or self.generation_config
+        if self.config.mixes_examples:
+            if (kwargs.get("num_beams") or settings.num_beams or 1) > 1:
+                raise ValueError("beam search would mix the beams of one prompt with each other; use num_beams=1")
+            mask = kwargs.get("attention_mask")
+            if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
+                raise ValueError(
+                    "prompts must be padded on the left: a group is a column, and a new token's is the last"
+                )
+            prompt = next(x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+            stop = kwargs.get("eos_token_id", settings.eos_token_id)
+            kwargs["stop_ids"] = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
+            kwargs["prompt_length"] = prompt.shape[1]
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, stop_ids: list[int] | None = None, prompt_length: int = 0, **kwargs
+    ):
+        """Upstream's inputs and the token mask: padding is not real, nor is what follows a row's stop token."""
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            new = attention_mask.shape[1] - prompt_length
+            stops = torch.isin(input_ids[:, input_ids.shape[1] - new :], input_ids.new_tensor(stop_ids or []))
+            finished = F.pad((stops.cumsum(-1) - stops.int()) > 0, (prompt_length, 0))
+            current = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            inputs["token_mask"] = (attention_mask.bool() & ~finished)[:, -current.shape[1] :]
+        return inputs
