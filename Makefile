@@ -24,7 +24,7 @@ test: install
 demo: install
 	$(BIN)/mot train Transformer-Nano --out runs/demo/dense
 	$(BIN)/mot train MoT-Nano/32E/4 --out runs/demo/mot
-	$(BIN)/python -m mixture_of_tokens.report runs/demo/dense runs/demo/mot
+	$(BIN)/mot report runs/demo/dense runs/demo/mot
 
 clean:
 	rm -rf .venv runs

@@ -86,6 +86,8 @@ class Router(nn.Module):
     `learnable_temperature`, exp of the parameter `log_temperature`.
     """
 
+    fixed_temperature: Tensor
+
     def __init__(
         self, hidden_size, num_experts, *, temperature=1.0, learnable_temperature=False, router_dtype=torch.float32
     ):
@@ -144,7 +146,7 @@ class Routed(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation)
-        self.gate: Router | None = Router(hidden_size, num_experts, **router_options)
+        self.gate = Router(hidden_size, num_experts, **router_options)
         self.experts.reset_parameters(initializer_scale)
         self.gate.reset_parameters(initializer_scale)
 
@@ -175,7 +177,7 @@ class MixtureOfTokens(Routed):
             raise ValueError(f"group_size must be at least 1, not {group_size}")
         self.group_size, self.normalize_mixture = group_size, normalize_mixture
         if uniform:
-            self.gate = None
+            self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
 
     @classmethod
     def matched(cls, hidden_size: int, intermediate_size: int, group_size: int, granularity: int = 1, **options):
@@ -277,18 +279,18 @@ class TokenChoice(Routed):
         x_AD = x_TBD.flatten(0, 1)[token_A]
         ends_E = torch.searchsorted(expert_A, torch.arange(E, device=x_AD.device), right=True)
         if self.training and self.capacity_factor is not None:
-            y_AD = self._with_capacity(x_AD, expert_A, ends_E)
+            y_AD = self._with_capacity(self.capacity_factor, x_AD, expert_A, ends_E)
         else:
             y_AD = self.experts(x_AD, lambda x, weight: expert_linear_ragged(x, weight, ends_E))
         y_AD = gate_A1 * y_AD.masked_fill(expert_A[:, None] == E, 0)
         y_TBD = y_AD.new_zeros(T * B, D).index_add(0, token_A, y_AD).view(T, B, D)
         return y_TBD.transpose(0, 1).to(x_BTD.dtype)
 
-    def _with_capacity(self, x_AD: Tensor, expert_A: Tensor, ends_E: Tensor) -> Tensor:
+    def _with_capacity(self, factor: float, x_AD: Tensor, expert_A: Tensor, ends_E: Tensor) -> Tensor:
         """Experts on their first R assignments each, those within the capacity; zero for the others."""
         (A, D), E = x_AD.shape, self.num_experts
-        R = max(1, math.ceil(self.capacity_factor * A / E))
-        capacity = (self.capacity_factor * ends_E[-1] / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
+        R = max(1, math.ceil(factor * A / E))
+        capacity = (factor * ends_E[-1] / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
         rank_A = torch.arange(A, device=x_AD.device) - F.pad(ends_E, (1, 0))[expert_A]
         kept_A = (rank_A < capacity) & (expert_A < E)
         slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)  # the last slot takes what is dropped

@@ -121,13 +121,43 @@ def expert_linear(x_ERI: Tensor, weight_EOI: Tensor) -> Tensor:
 def expert_linear_ragged(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """As `expert_linear` for experts with different numbers of rows: (A, I), (E, O, I), (E,) -> (A, O).
 
-    Expert e has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come out undefined.
+    Expert e has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come out as zero.
     """
-    x_AI, weight_EOI = _autocast(x_AI, weight_EOI)
-    aligned = all(width * x_AI.element_size() % 16 == 0 for width in (x_AI.shape[1], weight_EOI.shape[1]))
-    if aligned and x_AI.dtype != torch.float64:  # what grouped_mm demands
-        return F.grouped_mm(x_AI, weight_EOI.mT, offs=ends_E.to(torch.int32))
-    sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-    parts = x_AI.split([*sizes, len(x_AI) - sum(sizes)])
-    products = [F.linear(part, weight) for part, weight in zip(parts[:-1], weight_EOI, strict=True)]
-    return torch.cat([*products, x_AI.new_zeros(len(parts[-1]), weight_EOI.shape[1])])
+    return _ragged_linear(*_autocast(x_AI, weight_EOI), ends_E)
+
+
+# A custom operator, since `torch.compile` cannot look into a loop whose sizes depend on the data.
+@torch.library.custom_op("mixture_of_tokens::ragged_linear", mutates_args=())
+def _ragged_linear(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    y_AO = x_AI.new_zeros(len(x_AI), weight_EOI.shape[1])
+    for rows, weight_OI in zip(_row_slices(ends_E), weight_EOI, strict=True):
+        torch.mm(x_AI[rows], weight_OI.T, out=y_AO[rows])
+    return y_AO
+
+
+@torch.library.custom_op("mixture_of_tokens::ragged_weight_gradient", mutates_args=())
+def _ragged_weight_gradient(grad_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
+    grad_EOI = x_AI.new_empty(len(ends_E), grad_AO.shape[1], x_AI.shape[1])
+    for rows, grad_OI in zip(_row_slices(ends_E), grad_EOI, strict=True):
+        torch.mm(grad_AO[rows].T, x_AI[rows], out=grad_OI)
+    return grad_EOI
+
+
+def _row_slices(ends_E: Tensor) -> list[slice]:
+    ends = ends_E.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _ragged_backward(ctx, grad_AO):
+    x_AI, weight_EOI, ends_E = ctx.saved_tensors
+    grad_AI = _ragged_linear(grad_AO, weight_EOI.mT, ends_E)
+    return grad_AI, _ragged_weight_gradient(grad_AO, x_AI, ends_E), None
+
+
+_ragged_linear.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[1]))
+_ragged_weight_gradient.register_fake(lambda g, x, ends: x.new_empty(len(ends), g.shape[1], x.shape[1]))
+_ragged_linear.register_autograd(_ragged_backward, setup_context=_save_for_backward)

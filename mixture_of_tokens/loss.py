@@ -9,7 +9,7 @@ LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of the cross-entropy of softmax(hidden @ head.T), in nats, a scalar in fp32 (float64 for float64).
+    """Sum over tokens of the cross-entropy of softmax(hidden @ head.T), in nats, in fp32 (float64 for float64).
 
     Only one chunk of tokens has its logits in memory at a time. Gradients are computed in the same pass, since the
     logits they need are at hand, so nothing is computed twice. Double backward is not supported.

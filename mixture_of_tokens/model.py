@@ -4,6 +4,8 @@ Attention, norms, rotary positions, KV cache, `generate`, checkpoints and parame
 holds the differences. Every import of transformers' internals stands here.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,9 +91,14 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def feed_forwards(self) -> list[str]:
+        """The kind of each block's feed-forward."""
+        return list(self.mlp_layer_types or [])
+
+    @property
     def mixes_examples(self) -> bool:
         """Whether what one example gets depends on the others of its batch."""
-        return not {"dense", "token_choice"}.issuperset(self.mlp_layer_types)
+        return not {"dense", "token_choice"}.issuperset(self.feed_forwards)
 
 
 class DenseMLP(Qwen3MoeMLP):
@@ -155,7 +162,7 @@ class MixtureOfTokensDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MixtureOfTokensConfig, layer_idx: int):
         super().__init__()
         self.self_attn = Qwen3MoeAttention(config, layer_idx)
-        self.mlp = FEED_FORWARDS[config.mlp_layer_types[layer_idx]](config)
+        self.mlp = FEED_FORWARDS[config.feed_forwards[layer_idx]](config)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -198,16 +205,15 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, token_mask=None, inputs_embeds=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, token_mask=None, inputs_embeds: Any = None, **kwargs):
         """As upstream's, with `token_mask` (B, T), true where a token is real; by default from a 2-D attention mask."""
         if token_mask is None and attention_mask is not None:
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
                 raise ValueError("an attention mask that is not (B, T) says nothing of padding: give token_mask too")
-            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-            token_mask = attention_mask[:, -length:].bool()
-        # Not by name: upstream's decorators look at the arguments they are given.
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        return super().forward(attention_mask=attention_mask, token_mask=token_mask, **inputs, **kwargs)
+            current = input_ids if input_ids is not None else inputs_embeds
+            token_mask = attention_mask[:, -current.shape[1] :].bool()
+        kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_mask": token_mask}
+        return super().forward(attention_mask=attention_mask, **kwargs)
 
 
 class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCausalLM):
@@ -252,10 +258,10 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
                 micro-batch's share of them, so that it counts once a step.
             return_logits: by default only when there are no labels.
 
-        Returns `loss` (cross-entropy in nats, in training plus router_aux_loss_coef times `aux_loss`), `aux_loss` (Token
-        Choice's load-balancing loss, mean over its blocks), `logits`, and upstream's other outputs.
+        Returns `loss` (cross-entropy in nats, in training plus router_aux_loss_coef times `aux_loss`), `aux_loss`
+        (Token Choice's load-balancing loss, mean over its blocks), `logits`, and upstream's other outputs.
         """
-        balanced = [i for i, kind in enumerate(self.config.mlp_layer_types) if kind == "token_choice"]
+        balanced = [i for i, kind in enumerate(self.config.feed_forwards) if kind == "token_choice"]
         with_aux = bool(balanced) and self.training and self.config.router_aux_loss_coef > 0
         with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         outputs = self.model(
@@ -282,11 +288,12 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
             result.aux_loss = torch.stack(losses).mean()
         if has_labels:
             if shift_labels is None:
+                assert labels is not None
                 shift_labels = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
             shift_labels = shift_labels.to(hidden.device)
             count = (shift_labels != IGNORE).sum()
             loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
-            if with_aux:
+            if result.aux_loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * result.aux_loss * count
             result.loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if not with_routers:
@@ -311,13 +318,15 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
             stop = kwargs.get("eos_token_id", settings.eos_token_id)
             kwargs["stop_ids"] = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
             kwargs["prompt_length"] = prompt.shape[1]
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
+        return super().generate(inputs, generation_config=generation_config, **kwargs)  # pyright: ignore
 
     def prepare_inputs_for_generation(
         self, input_ids, attention_mask=None, stop_ids: list[int] | None = None, prompt_length: int = 0, **kwargs
     ):
         """Upstream's inputs and the token mask: padding is not real, nor is what follows a row's stop token."""
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore
+            input_ids, attention_mask=attention_mask, **kwargs
+        )
         if attention_mask is not None and attention_mask.dim() == 2:
             new = attention_mask.shape[1] - prompt_length
             stops = torch.isin(input_ids[:, input_ids.shape[1] - new :], input_ids.new_tensor(stop_ids or []))

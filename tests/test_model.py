@@ -1,0 +1,406 @@
+"""The causal language model: what it inherits works with groups, and what it must not inherit is gone."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3MoeForCausalLM
+
+from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router
+from mixture_of_tokens.loss import load_balancing_loss
+
+KINDS = ("dense", "mixture_of_tokens", "uniform", "token_choice", "expert_choice")
+MIXING = ("mixture_of_tokens", "uniform", "expert_choice")
+END, PAD = 7, 0
+
+
+def tiny(kind: str, **fields) -> MixtureOfTokensForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 5,
+        "moe_intermediate_size": 16,
+        "group_size": 3,
+        "max_position_embeddings": 64,
+        "mlp_layer_types": ["dense", kind, kind],
+        "initializer_scale": 1.0,
+        "eos_token_id": END,
+        "pad_token_id": PAD,
+    }
+    return MixtureOfTokensForCausalLM(MixtureOfTokensConfig(**(sizes | fields))).eval()
+
+
+def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(8, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+# Loading, saving, names of parameters
+
+
+def test_save_and_load_through_auto_classes_gives_identical_logits(kind, tmp_path):
+    model, x = tiny(kind, router_temperature=0.5), tokens(4, 9)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is MixtureOfTokensForCausalLM
+    assert torch.equal(again(x).logits, model(x).logits)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(base(x).last_hidden_state, model.model(x).last_hidden_state)
+    assert AutoConfig.from_pretrained(tmp_path).mlp_layer_types == ["dense", kind, kind]
+
+
+@pytest.mark.parametrize("kind", ["mixture_of_tokens", "token_choice", "expert_choice"])
+def test_state_dict_loads_into_qwen3_moe_with_every_key(kind):
+    model = tiny(kind)
+    assert Qwen3MoeForCausalLM(model.config).load_state_dict(model.state_dict()).missing_keys == []
+
+
+def test_token_choice_is_qwen3_moe():
+    model, x = tiny("token_choice", num_experts_per_tok=2), tokens(4, 9)
+    upstream = Qwen3MoeForCausalLM(model.config).eval()
+    upstream.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(x).logits, upstream(x).logits)
+
+
+def test_scheduled_temperature_is_saved_with_the_model(tmp_path):
+    model, x = tiny("mixture_of_tokens"), tokens(3, 5)
+    before = model(x).logits
+    model.set_router_temperature(0.1)
+    assert not torch.allclose(model(x).logits, before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_weights_are_drawn_with_std_of_fan_in_and_cut_at_two(gated):
+    scale = 0.5
+    activation = "silu" if gated else "relu"
+    model = tiny("mixture_of_tokens", hidden_size=64, initializer_scale=scale, gated=gated, hidden_act=activation)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(weight, torch.ones_like(weight))
+            continue
+        std = scale if "embed" in name else scale / math.sqrt(weight.shape[-1])
+        assert weight.abs().max() <= 2 * std, name
+        # A normal cut at two std has 0.88 of its std; 320 to 6,208 draws estimate it to within 5 %.
+        assert weight.std().item() == pytest.approx(0.88 * std, rel=0.12), name
+
+
+# Loss
+
+
+def test_initial_loss_is_near_ln_v(kind):
+    model, x = tiny(kind, initializer_scale=0.1**0.5), tokens(8, 32)
+    assert model(x, labels=x).loss.item() == pytest.approx(math.log(97), abs=0.15)
+
+
+def test_one_batch_can_be_overfit(kind):
+    model, x = tiny(kind, initializer_scale=0.1**0.5).train(), tokens(6, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        loss = model(x, labels=x).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # Uniform mixing gives every token of a group the same update, and yet attention alone learns this batch.
+    assert model.eval()(x, labels=x).loss.item() < 0.2
+
+
+def test_loss_needs_no_logits_and_equals_the_one_with_them(kind):
+    model, x = tiny(kind), tokens(4, 9)
+    labels = x.clone()
+    labels[1, :4] = -100
+    quick, full = model(x, labels=labels), model(x, labels=labels, return_logits=True)
+    assert quick.logits is None
+    plain = F.cross_entropy(full.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(quick.loss, plain)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    assert torch.equal(model(x, shift_labels=shifted).loss, quick.loss)
+
+
+def test_logits_to_keep(kind):
+    model, x = tiny(kind), tokens(4, 9)
+    torch.testing.assert_close(model(x, logits_to_keep=2).logits, model(x).logits[:, -2:])
+
+
+def test_every_parameter_gets_a_finite_gradient(kind):
+    model, x = tiny(kind, learnable_temperature=kind == "mixture_of_tokens").train(), tokens(6, 9)
+    model(x, labels=x).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+# The load-balancing loss
+
+
+def test_auxiliary_loss_is_the_mean_over_blocks_and_only_in_training():
+    model, x = tiny("token_choice", mlp_layer_types=["token_choice", "dense", "token_choice"]), tokens(4, 9)
+    assert model(x, labels=x).aux_loss is None
+    cross_entropy = model(x, labels=x).loss
+    model.config.capacity_factor = None
+    for block in model.model.layers:
+        if hasattr(block.mlp, "capacity_factor"):
+            block.mlp.capacity_factor = None
+    out = model.train()(x, labels=x, output_router_logits=True)
+    expected = torch.stack([load_balancing_loss(logits, 1, None) for logits in out.router_logits]).mean()
+    torch.testing.assert_close(out.aux_loss, expected)
+    torch.testing.assert_close(out.loss, cross_entropy + model.config.router_aux_loss_coef * expected)
+
+
+def test_auxiliary_loss_reaches_the_router():
+    model, x = tiny("token_choice", router_aux_loss_coef=1.0).train(), tokens(4, 9)
+    model(x, labels=x).aux_loss.backward()
+    assert all(block.mlp.gate.weight.grad.abs().max() > 0 for block in model.model.layers[1:])
+
+
+def test_auxiliary_loss_leaves_padding_out():
+    model, x = tiny("token_choice").train(), tokens(4, 9)
+    padded = torch.cat([torch.full((4, 3), PAD), x], dim=1)
+    mask = (torch.arange(12) >= 3).long().expand(4, 12)
+    position = (torch.arange(12) - 3).clamp(min=0).expand(4, 12)
+    alone = model(x, labels=x).aux_loss
+    with_padding = model(padded, attention_mask=mask, position_ids=position, labels=padded).aux_loss
+    torch.testing.assert_close(alone, with_padding)
+
+
+def test_loss_over_micro_batches_counts_the_auxiliary_loss_once():
+    model, x = tiny("token_choice", capacity_factor=None).train(), tokens(6, 9)
+    whole = model(x, labels=x)
+    items = 6 * 8
+    parts = [model(part, labels=part, num_items_in_batch=items) for part in x.split((2, 4))]
+    cross_entropy = whole.loss - 0.01 * whole.aux_loss
+    weighted_aux = sum(part.aux_loss * len(rows) / 6 for part, rows in zip(parts, x.split((2, 4)), strict=True))
+    torch.testing.assert_close(sum(part.loss for part in parts), cross_entropy + 0.01 * weighted_aux)
+
+
+# What may reach what
+
+
+def test_no_logit_moves_when_the_future_changes(kind):
+    model, x = tiny(kind).double(), tokens(6, 9)
+    changed = x.clone()
+    changed[:, 5:] = tokens(6, 4, seed=2)  # in the example and in all of its mates
+    before, after = model(x).logits, model(changed).logits
+    if kind == "token_choice":  # matrix products of other sizes, so other rounding
+        torch.testing.assert_close(after[:, :5], before[:, :5])
+    else:
+        assert torch.equal(after[:, :5], before[:, :5])
+    assert (after[:, 5:] - before[:, 5:]).abs().amin(dim=(0, 2)).max() > 0
+
+
+def test_a_changed_example_moves_its_own_group_and_no_other(kind):
+    model, x = tiny(kind).double(), tokens(6, 9)
+    changed = x.clone()
+    changed[4] = tokens(1, 9, seed=2)
+    moved = (model(changed).logits - model(x).logits).abs().amax(dim=(1, 2)) > 1e-9
+    assert moved.tolist() == [False, False, False, kind in MIXING, True, kind in MIXING]
+
+
+def test_padding_on_the_left_and_padded_rows_change_nothing(kind):
+    model, x = tiny(kind).double(), tokens(6, 9)
+    expected = model(x).logits
+    padded = torch.full((9, 13), PAD)
+    padded[:6, 4:] = x
+    mask = torch.zeros(9, 13, dtype=torch.long)
+    mask[:6, 4:] = 1
+    position = (mask.cumsum(-1) - 1).clamp(min=0)  # upstream's rotary angles are fp32, so shifted ones differ by 1e-6
+    logits = model(padded, attention_mask=mask, position_ids=position).logits
+    torch.testing.assert_close(logits[:6, 4:], expected)
+
+
+def test_padding_that_is_not_masked_does_change_something():
+    model, x = tiny("mixture_of_tokens").double(), tokens(5, 9)
+    unmasked = torch.cat([x, torch.full((1, 9), PAD)])
+    assert not torch.allclose(model(unmasked).logits[3:5], model(x).logits[3:5])
+
+
+def test_a_mask_that_says_nothing_of_padding_is_refused():
+    model, x = tiny("mixture_of_tokens"), tokens(3, 5)
+    with pytest.raises(ValueError, match="give token_mask"):
+        model(x, attention_mask=torch.zeros(3, 1, 5, 5))
+    causal = torch.full((5, 5), -torch.inf).triu(1).expand(3, 1, 5, 5)
+    given = model(x, attention_mask=causal, token_mask=torch.ones(3, 5, dtype=torch.bool))
+    torch.testing.assert_close(given.logits, model(x).logits)
+
+
+# Generation
+
+
+def left_padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(lengths)
+    mask = torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
+    return torch.where(mask.bool(), tokens(len(lengths), width), PAD), mask
+
+
+def test_cached_decoding_equals_the_full_forward(kind):
+    model = tiny(kind).double()
+    x, mask = left_padded([9, 4, 7, 9, 2])
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    full = model(x, attention_mask=mask, position_ids=position).logits
+    first = model(x[:, :6], attention_mask=mask[:, :6], position_ids=position[:, :6], use_cache=True)
+    key = "cache" if "cache" in first.keys() else "past_key_values"  # noqa: SIM118 - renamed in transformers 5.24
+    cache = {key: first[key]}
+    steps = [first.logits]
+    for t in range(6, 9):
+        inputs = {"attention_mask": mask[:, : t + 1], "position_ids": position[:, t : t + 1]}
+        steps.append(model(x[:, t : t + 1], use_cache=True, **inputs, **cache).logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(steps, dim=1)[real], full[real])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}]
+)
+def test_every_generated_token_is_the_argmax_of_a_masked_uncached_forward(kind, settings):
+    model = tiny(kind).double()
+    x, mask = left_padded([9, 4, 7, 9, 2])
+    # Row 1 ends at once, row 3 after three tokens, the others never: what a finished row feeds must reach nobody.
+    stops = {1: 0, 3: 3}
+
+    def end_some_rows(batch, scores):
+        for row, step in stops.items():
+            scores[row, END] = torch.inf if batch.shape[1] - 9 == step else -torch.inf
+        scores[[0, 2, 4], END] = -torch.inf
+        return scores
+
+    written = model.generate(
+        x, attention_mask=mask, max_new_tokens=8, do_sample=False, logits_processor=[end_some_rows], **settings
+    )
+    assert (written[1, 9:] == torch.tensor([END] + [PAD] * 7)).all()
+    for step in range(8):
+        length = 9 + step
+        alive = torch.tensor([row not in stops or step <= stops[row] for row in range(5)])
+        token_mask = mask.clone()
+        for new in range(step):
+            still = torch.tensor([row not in stops or new <= stops[row] for row in range(5)])
+            token_mask = torch.cat([token_mask, still.long()[:, None]], dim=1)
+        position = (F.pad(mask, (0, step), value=1).cumsum(-1) - 1).clamp(min=0)
+        out = model(
+            written[:, :length],
+            attention_mask=F.pad(mask, (0, step), value=1),
+            token_mask=token_mask.bool(),
+            position_ids=position,
+        )
+        expected = end_some_rows(written[:, :length], out.logits[:, -1].clone()).argmax(-1)
+        assert torch.equal(written[alive, length], expected[alive]), step
+
+
+def test_several_samples_of_a_prompt_are_one_batch():
+    model = tiny("mixture_of_tokens")
+    x, mask = left_padded([5, 3])
+    torch.manual_seed(0)
+    written = model.generate(x, attention_mask=mask, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert written.shape == (6, 9)
+    assert torch.equal(written[:, :5], x.repeat_interleave(3, dim=0))
+
+
+def test_generation_refuses_what_would_be_wrong():
+    model = tiny("mixture_of_tokens")
+    x, mask = left_padded([5, 3])
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.generate(x.flip(1), attention_mask=mask.flip(1), max_new_tokens=2)
+    with pytest.raises(ValueError, match="num_beams=1"):
+        model.generate(x, attention_mask=mask, max_new_tokens=2, num_beams=2)
+    tiny("dense").generate(x, attention_mask=mask, max_new_tokens=2, num_beams=2, do_sample=False)
+
+
+# Gradient checkpointing, compilation, low precision
+
+
+def gradients(model, x) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(x, labels=x).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def enable_checkpointing(model) -> None:
+    # Renamed in transformers 5.24.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+def test_gradient_checkpointing_changes_no_gradient(kind):
+    model, x = tiny(kind, use_cache=False).train(), tokens(6, 9)
+    plain = gradients(model, x)
+    enable_checkpointing(model)
+    assert all(block.gradient_checkpointing for block in model.model.layers)
+    for name, gradient in gradients(model, x).items():
+        torch.testing.assert_close(gradient, plain[name])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_whole_model_compiles_without_a_graph_break(kind, training):
+    torch.compiler.reset()
+    model, x = tiny(kind, use_cache=False).train(training), tokens(6, 9)
+    loss, plain = model(x, labels=x).loss, gradients(model, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    compiled_loss = compiled(x, labels=x).loss
+    compiled_loss.backward()
+    torch.testing.assert_close(compiled_loss, loss)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name])
+
+
+@pytest.mark.slow
+def test_the_default_compiler_gives_the_same_loss(kind):
+    torch.compiler.reset()
+    model, x = tiny(kind, use_cache=False).train(), tokens(6, 9)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x, labels=x).loss, model(x, labels=x).loss)
+
+
+def test_autocast_and_bf16_weights_train(kind):
+    model, x = tiny(kind, initializer_scale=0.1**0.5).train(), tokens(6, 9)
+    expected = model(x, labels=x).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model(x, labels=x).loss
+    autocast.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    low = model.to(torch.bfloat16)
+    low_loss = low(x, labels=x).loss
+    low_loss.backward()
+    assert autocast.dtype == low_loss.dtype == torch.float32
+    torch.testing.assert_close(autocast, expected, rtol=1.6e-2, atol=0.0)
+    torch.testing.assert_close(low_loss, expected, rtol=1.6e-2, atol=0.0)
+
+
+def test_the_router_works_in_fp32_whatever_the_weights():
+    model, x = tiny("mixture_of_tokens").to(torch.bfloat16), tokens(3, 5)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.dtype))
+    model(x)
+    assert seen == [torch.float32] * 2
+
+
+# Configuration
+
+
+def test_the_later_half_mixes_by_default():
+    config = MixtureOfTokensConfig(num_hidden_layers=5)
+    assert config.mlp_layer_types == ["dense"] * 2 + ["mixture_of_tokens"] * 3
+    assert config.mlp_only_layers == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mlp_layer_types": ["dense", "moe"], "num_hidden_layers": 2}, "moe; legal are dense, mixture_of_tokens"),
+        ({"mlp_layer_types": ["dense"], "num_hidden_layers": 2}, "1 of 2 blocks"),
+    ],
+)
+def test_a_wrong_configuration_says_what_is_legal(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MixtureOfTokensConfig(**fields)
