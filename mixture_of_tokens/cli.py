@@ -1,11 +1,12 @@
 """The command `mot`: a name for each function, whose signature and docstring are the command's help."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import yaml
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Yaml
 
 from mixture_of_tokens.cost import plan
 from mixture_of_tokens.report import report
@@ -13,31 +14,48 @@ from mixture_of_tokens.train import train
 
 COMMANDS = {"train": train, "plan": plan, "report": report}
 
-app = App(name="mot", help="Mixture of Tokens: train it, weigh it against dense and sparse models.")
-for command_name, function in COMMANDS.items():
-    app.command(function, name=command_name)
+
+def _flags(key: str, value: Any) -> Iterator[list[str]]:
+    """An entry of a configuration file as the words that say the same on the command line."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flags(f"{key}.{name}", inner)
+    elif isinstance(value, bool):
+        yield [key if value else key.replace("--", "--no-", 1)] if "." not in key else [key, str(value)]
+    elif value is not None:
+        yield [key, *map(str, value if isinstance(value, list) else [value])]
 
 
-@app.meta.default
 def _with_config_file(
     *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], config: Path | None = None
-):
+) -> list[str]:
     """Any command.
 
     Args:
         config: A YAML file of the command's flags; flags that are given win over it.
     """
-    if config is not None:
-        if not config.is_file():
-            raise ValueError(f"--config {config}: there is no such file")
-        app.config = [Yaml(config, use_commands_as_keys=False)]
-    return app(words, exit_on_error=False, print_error=False)
+    if config is None:
+        return list(words)
+    if not config.is_file():
+        raise ValueError(f"--config {config}: there is no such file")
+    entries = yaml.safe_load(config.read_text())
+    if not isinstance(entries, dict):
+        raise ValueError(f"--config {config} does not hold flags, as in `steps: 100`")
+    given = {word.partition("=")[0].replace("--no-", "--", 1) for word in words if word.startswith("--")}
+    flags = [flag for key, value in entries.items() for flag in _flags(f"--{str(key).replace('_', '-')}", value)]
+    return [*words, *(word for flag in flags if flag[0].replace("--no-", "--", 1) not in given for word in flag)]
 
 
-def main() -> None:
-    """Exit status 0, or 2 with one line on standard error for what the user can mend."""
+def main(words: list[str] | None = None) -> None:
+    """Run the command line. Exit status 2, and one line on standard error, for what the user can mend."""
+    about = "Mixture of Tokens: train it, weigh it against dense and sparse models."
+    app = App(name="mot", help=about, result_action="return_value")
+    for name, function in COMMANDS.items():
+        app.command(function, name=name)
+    app.meta.default(_with_config_file)
+    quietly = {"exit_on_error": False, "print_error": False}
     try:
-        app.meta(exit_on_error=False, print_error=False)
-    except (CycloptsError, ValueError, OSError) as error:
+        app(app.meta(sys.argv[1:] if words is None else words, **quietly), **quietly)
+    except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

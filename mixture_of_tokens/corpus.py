@@ -82,13 +82,14 @@ def build(documents: Iterator[Document], largest_share: float = 1 / 80) -> Corpu
         raise ValueError(f"the corpus has {len(kept)} different documents; it takes at least 2")
     shuffled = [kept[key] for key in sorted(kept)]
     validation = max(1, round(VALIDATION_SHARE * len(shuffled)))
-    splits = [shuffled[validation:], shuffled[:validation]]
-    cut = [_cut(split, largest_share) for split in splits]
-    shortened = len({id(d) for split in cut for d in split} - {id(d) for d in shuffled})
-    return Corpus(*cut, duplicates, shortened)
+    train, held_out = _cut(shuffled[validation:], largest_share), _cut(shuffled[:validation], largest_share)
+    shortened = len({id(document) for document in [*train, *held_out]} - {id(document) for document in shuffled})
+    return Corpus(train, held_out, duplicates, shortened)
 
 
 def _cut(documents: list[Document], largest_share: float) -> list[Document]:
+    if len(documents) * largest_share < 1.25:  # so few that cutting would leave next to nothing
+        return documents
     lengths = [len(document.text) for document in documents]
     longest, before = max(lengths), math.inf
     while longest < before:  # cutting lowers the total, and so what a share of it is

@@ -33,7 +33,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layout import collect, expert_linear, expert_linear_ragged, grouped, spread, ungrouped
+from mixture_of_tokens.layout import (
+    collect,
+    expert_linear,
+    expert_linear_ragged,
+    grouped,
+    spread,
+    ungrouped,
+    without_autocast,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
@@ -116,7 +124,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E)"""
         dtype = torch.promote_types(self.router_dtype, x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.linear(x.to(dtype), self.weight.to(dtype)) / self.temperature.to(dtype)
 
 

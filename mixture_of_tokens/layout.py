@@ -11,6 +11,8 @@ the speed of its matrices:
 Autograd functions do not take part in autocast, so each public function casts first.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,11 +43,18 @@ def ungrouped(y_MGD: Tensor, mask_MG1: Tensor | None, B: int, T: int) -> Tensor:
     return y_MGD.unflatten(0, (-1, T)).transpose(1, 2).flatten(0, 1)[:B]
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast would give them to a matrix product."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Full precision inside; the meta device has no autocast to leave."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _bmm_expert_major(weights_MEG: Tensor, x_MGD: Tensor) -> Tensor:
@@ -105,17 +114,17 @@ class _ExpertLinear(torch.autograd.Function):
 
 def collect(weights_MGE: Tensor, x_MGD: Tensor) -> Tensor:
     """mix[e, m] = sum_g weights[m, g, e] * x[m, g]: (M, G, E), (M, G, D) -> (E, M, D)."""
-    return _Collect.apply(*_autocast(weights_MGE, x_MGD))
+    return _Collect.apply(*autocast_to(weights_MGE, x_MGD))
 
 
 def spread(weights_MGE: Tensor, y_EMD: Tensor) -> Tensor:
     """out[m, g] = sum_e weights[m, g, e] * y[e, m]: (M, G, E), (E, M, D) -> (M, G, D)."""
-    return _Spread.apply(*_autocast(weights_MGE, y_EMD))
+    return _Spread.apply(*autocast_to(weights_MGE, y_EMD))
 
 
 def expert_linear(x_ERI: Tensor, weight_EOI: Tensor) -> Tensor:
     """Each expert's rows times its own matrix: (E, R, I), (E, O, I) -> (E, R, O)."""
-    return _ExpertLinear.apply(*_autocast(x_ERI, weight_EOI))
+    return _ExpertLinear.apply(*autocast_to(x_ERI, weight_EOI))
 
 
 def expert_linear_ragged(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -123,7 +132,7 @@ def expert_linear_ragged(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Te
 
     Expert e has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come out as zero.
     """
-    return _ragged_linear(*_autocast(x_AI, weight_EOI), ends_E)
+    return _ragged_linear(*autocast_to(x_AI, weight_EOI), ends_E)
 
 
 # A custom operator, since `torch.compile` cannot look into a loop whose sizes depend on the data.

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixture_of_tokens.layout import autocast_to
+
 IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
 
@@ -17,9 +19,7 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tenso
     Args:
         hidden: (S, D); head: (V, D); labels: (S,), `IGNORE` where nothing is predicted.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, head = hidden.to(dtype), head.to(dtype)
+    hidden, head = autocast_to(hidden, head)
     return _ChunkedCrossEntropy.apply(hidden, head, labels, torch.is_grad_enabled())
 
 

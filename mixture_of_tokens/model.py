@@ -4,6 +4,7 @@ Attention, norms, rotary positions, KV cache, `generate`, checkpoints and parame
 holds the differences. Every import of transformers' internals stands here.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from mixture_of_tokens.layers import (
     truncated_normal_,
 )
 from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy, load_balancing_loss
+
+ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 
 
 class MixtureOfTokensConfig(Qwen3MoeConfig):
@@ -85,6 +88,10 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(FEED_FORWARDS)}")
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
+        if not 0 < self.router_temperature < math.inf:
+            raise ValueError(f"router_temperature must be positive and finite, not {self.router_temperature}")
+        if self.router_dtype not in ROUTER_DTYPES:
+            raise ValueError(f"router_dtype {self.router_dtype!r} is unknown; legal are {', '.join(ROUTER_DTYPES)}")
         # Upstream's way of saying the same, for the export.
         self.mlp_only_layers = [i for i, kind in enumerate(self.mlp_layer_types) if kind == "dense"]
         self.decoder_sparse_step = 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from mixture_of_tokens.data import Blocks, GroupedBatches, prepare
 from mixture_of_tokens.evaluate import evaluate_blocks
 from mixture_of_tokens.generate import continue_prompts
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
-from mixture_of_tokens.names import config_from_name, nearest, parse_name
+from mixture_of_tokens.names import SIZES, config_from_name, nearest, parse_name
 from mixture_of_tokens.tokenizer import END_OF_TEXT
 
 PROMPT = "def "
@@ -38,17 +39,16 @@ class Recipe:
     """How a size is trained. Mini to Base are the authors' settings (their configuration files); Nano's are ours."""
 
     learning_rate: float
-    batch_size: int
     steps: int
     warmup_steps: int
     eval_every: int
 
 
 RECIPES = {
-    "Nano": Recipe(1e-2, 128, 1500, 100, 100),
-    "Mini": Recipe(4e-3, 256, 150_000, 2500, 1000),
-    "Medium": Recipe(7e-4, 256, 150_000, 2500, 1000),
-    "Base": Recipe(4e-4, 256, 150_000, 2500, 1000),
+    "Nano": Recipe(1e-2, 1500, 100, 100),
+    "Mini": Recipe(4e-3, 150_000, 2500, 1000),
+    "Medium": Recipe(7e-4, 150_000, 2500, 1000),
+    "Base": Recipe(4e-4, 150_000, 2500, 1000),
 }
 # Where the authors trained Mixture of Tokens at another peak rate than the dense model.
 MIXTURE_LEARNING_RATES = {"Mini": 2e-3, "Base": 2e-4}
@@ -190,7 +190,7 @@ def train(
     config = config_from_name(name, **overrides)
     recipe = RECIPES[size]
     steps = recipe.steps if steps is None else steps
-    batch_size = recipe.batch_size if batch_size is None else batch_size
+    batch_size = SIZES[size].batch if batch_size is None else batch_size
     if learning_rate is None:
         mixes = not {"dense", "token_choice", "expert_choice"}.issuperset(config.feed_forwards)
         learning_rate = MIXTURE_LEARNING_RATES.get(size, recipe.learning_rate) if mixes else recipe.learning_rate
@@ -204,8 +204,10 @@ def train(
         "context": config.max_position_embeddings,
         "learning_rate": learning_rate,
         "training": {field: _scalar(value) for field, value in (training or {}).items()},
-        "model": {key: value for key, value in config.to_dict().items() if value is not None},
+        "model": config.to_diff_dict(),
     }
+    with torch.device("meta"):
+        MixtureOfTokensForCausalLM(config)  # whatever is wrong with it is said now
     arguments = _arguments(run, recipe, out, device)
     if dry_run:
         print(yaml.safe_dump(run, sort_keys=False), end="")
@@ -269,6 +271,7 @@ def _arguments(run: dict, recipe: Recipe, out: Path, device: str | None) -> Trai
 
 def _run(config: MixtureOfTokensConfig, run: dict, arguments: TrainingArguments, out: Path) -> None:
     keep_large_blocks()
+    transformers.logging.disable_progress_bar()
     print(f"Preparing the corpus for {run['name']} ...", file=sys.stderr)
     prepared = prepare(build(standard_library()), vocab_size=config.vocab_size, context=run["context"])
     config.vocab_size = len(prepared.tokenizer)
@@ -308,7 +311,7 @@ def _run(config: MixtureOfTokensConfig, run: dict, arguments: TrainingArguments,
         "bits_per_byte": final["bits_per_byte"],
         "seconds": round(seconds, 1),
         "parameters": model.num_parameters(),
-        "forward_flops_per_token": flops_per_token(config, context=run["context"]).forward,
+        "forward_flops_per_token": round(sum(flops_per_token(config, batch=run["batch_size"]).forward.values())),
         "corpus": prepared.facts,
         **_surroundings(),
     }

@@ -1,0 +1,187 @@
+"""`mot train` and its neighbours, as a user runs them: on the embedded corpus, through the command line."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mixture_of_tokens import cli
+from mixture_of_tokens.corpus import build, standard_library
+from mixture_of_tokens.data import collisions, grouped_order, prepare
+from mixture_of_tokens.evaluate import evaluate_blocks
+from mixture_of_tokens.generate import continue_prompts
+
+NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
+STEPS, ROWS = 12, 64
+
+
+def mot(*words: object) -> None:
+    cli.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(directory):
+    """Runs as short as a run can be."""
+    made = {}
+    for name in NAMES:
+        made[name] = directory / name.replace("/", "-")
+        flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu")
+        mot("train", name, "--out", made[name], "--steps", STEPS, "--batch-size", ROWS, *flags)
+    return made
+
+
+@pytest.fixture(scope="module")
+def prepared(runs):
+    return prepare(build(standard_library()), vocab_size=512, context=64)
+
+
+@pytest.fixture(params=NAMES)
+def name(request) -> str:
+    return request.param
+
+
+def test_metrics_have_every_logged_step_once(runs, name):
+    rows = [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(2, STEPS + 1, 2))
+    assert [row["tokens"] for row in rows] == [row["step"] * ROWS * 64 for row in rows]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [6, 12]
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(rows))
+    assert all(row["learning_rate"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert rows[0]["train_loss"] == pytest.approx(math.log(512), abs=0.3)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert all(("aux_loss" in row) == name.startswith("TC") for row in rows)
+
+
+def test_the_saved_model_has_the_loss_that_the_run_reports(runs, name, prepared):
+    facts = json.loads((runs[name] / "run.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(runs[name] / "model")
+    again = evaluate_blocks(model, prepared.validation, group_size=32, batch_size=ROWS)
+    assert again["loss"] == pytest.approx(facts["final_loss"], abs=1e-6)
+    assert again["tokens"] == prepared.facts["validation"]["tokens"] - 1
+    assert facts["bits_per_byte"] == pytest.approx(
+        again["loss"] * again["tokens"] / math.log(2) / prepared.facts["validation"]["bytes"]
+    )
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["corpus"] == prepared.facts
+    assert set(facts["versions"]) > {"python", "torch", "transformers"}
+
+
+def test_the_tokenizer_is_saved_beside_the_model(runs, prepared):
+    tokenizer = AutoTokenizer.from_pretrained(runs["Transformer-Nano"] / "model")
+    text = "def f(x):\n    return x"
+    assert tokenizer(text)["input_ids"] == prepared.tokenizer(text)["input_ids"]
+
+
+def test_the_written_configuration_trains_the_same_model_again(runs, directory):
+    first = runs["MoT-Nano/32E/4"]
+    config = yaml.safe_load((first / "config.yaml").read_text())
+    assert (config["name"], config["steps"], config["batch_size"]) == ("MoT-Nano/32E/4", STEPS, ROWS)
+    again = directory / "again"
+    flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu")
+    mot("train", "MoT-Nano/32E/4", "--out", again, "--steps", STEPS, "--batch-size", ROWS, *flags)
+    models = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (first, again)]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+def test_flags_and_file_reach_model_and_trainer(directory, capsys):
+    file = directory / "flags.yaml"
+    file.write_text("steps: 7\nmodel:\n  router_temperature: 0.25\ntraining:\n  weight_decay: 0.5\n")
+    mot("train", "MoT-Nano/32E", "--config", file, "--steps", 9, "--training.max_grad_norm", "1e-1", "--dry-run")
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["steps"] == 9
+    assert shown["training"] == {"weight_decay": 0.5, "max_grad_norm": 0.1}
+    assert shown["model"]["router_temperature"] == 0.25
+
+
+def test_no_group_of_the_embedded_corpus_holds_a_document_twice(prepared):
+    for epoch in range(3):
+        assert len(collisions(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))[0]) == 0
+    assert len(collisions(prepared.validation, grouped_order(prepared.validation, 32, everything=True))[0]) == 0
+
+
+def test_report_puts_runs_side_by_side(runs, capsys):
+    mot("report", runs["Transformer-Nano"], runs["MoT-Nano/32E/4"])
+    lines = capsys.readouterr().out.splitlines()
+    facts = [json.loads((runs[n] / "run.json").read_text()) for n in ("Transformer-Nano", "MoT-Nano/32E/4")]
+    assert [line.split()[0] for line in lines[1:]] == ["Transformer-Nano", "MoT-Nano/32E/4"]
+    assert f"{facts[1]['final_loss'] - facts[0]['final_loss']:+.4f}" in lines[2]
+
+
+def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
+    model = AutoModelForCausalLM.from_pretrained(runs["MoT-Nano/32E/4"] / "model")
+    first = continue_prompts(model, prepared.tokenizer, ["def ", "class A:\n    "], max_new_tokens=8)
+    assert first == continue_prompts(model, prepared.tokenizer, ["def ", "class A:\n    "], max_new_tokens=8)
+    assert all(first)
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        continue_prompts(model, prepared.tokenizer, ["def ", ""])
+    with pytest.raises(ValueError, match="longer than the context of 64"):
+        continue_prompts(model, prepared.tokenizer, ["x = 1\n" * 100])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "MoT-Nan/32E"], "'Nan' is none of Nano, Mini, Medium, Base; did you mean Nano?"),
+        (["train", "MoT-Nano/32E/5"], "granularity 5 does not divide the feed-forward width 96; legal are 1, 2, 3, 4,"),
+        (["train", "MoT-Nano/32E", "--batch-size", 100], "group size 32; 96 or 128 would be"),
+        (["train", "MoT-Nano/32E", "--batch-size", 8], "group size 32; 32 would be"),
+        (["train", "MoT-Nano/32E", "--steps", 0], "--steps must be positive, not 0"),
+        (["train", "MoT-Nano/32E", "--learning-rate", "nan"], "--learning-rate must be positive, not nan"),
+        (["train", "MoT-Nano/32E", "--model.router_temprature", 1], "did you mean router_temperature?"),
+        (["train", "MoT-Nano/32E", "--training.wight_decay", 1], "did you mean weight_decay?"),
+        (["train", "MoT-Nano/32E", "--model.router_temperature", -1], "router_temperature must be positive"),
+        (["train", "MoT-Nano/32E", "--model.router_dtype", "half"], "legal are float32, bfloat16, float64"),
+        (["train", "MoT-Nano/32E", "--model.hidden_act", "tanh"], "legal are silu, relu, gelu"),
+        (["train", "MoT-Nano/32E", "--steps", "many"], 'unable to convert "many" into int'),
+        (["train", "MoT-Nano/32E", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["train", "MoT-Nano/32E", "--stps", 3], "Did you mean --steps?"),
+        (["train"], "requires an argument"),
+        (["plan", "MoT-Nano/32E", "--micro-batch", 33], "legal are 32, 64, 128"),
+        (["report", "nowhere"], "no finished run"),
+        (["trian", "MoT-Nano/32E"], 'Did you mean "train"?'),
+    ],
+)
+def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        mot(*words)
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("mot: error: ")
+    assert message in err
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_an_existing_run_is_not_overwritten(runs, capsys):
+    before = {path: path.stat().st_mtime_ns for path in runs["MoT-Nano/32E/4"].rglob("*")}
+    with pytest.raises(SystemExit) as stopped:
+        mot("train", "MoT-Nano/32E/4", "--out", runs["MoT-Nano/32E/4"], "--steps", STEPS)
+    assert stopped.value.code == 2
+    assert "exists already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in runs["MoT-Nano/32E/4"].rglob("*")} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(directory, capsys):
+    flags = ("--learning-rate", 1e30, "--training.max_grad_norm", 0, "--training.logging_steps", 1)
+    with pytest.raises(SystemExit) as stopped:
+        mot("train", "Transformer-Nano", "--out", directory / "nan", "--steps", 10, "--batch-size", ROWS, *flags)
+    assert stopped.value.code == 2
+    assert "try a lower learning rate" in capsys.readouterr().err
