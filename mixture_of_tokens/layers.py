@@ -33,15 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layout import (
-    collect,
-    expert_linear,
-    expert_linear_ragged,
-    grouped,
-    spread,
-    ungrouped,
-    without_autocast,
-)
+from mixture_of_tokens.layout import collect, expert_linear, full_precision, grouped, ragged_linear, spread, ungrouped
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
@@ -124,7 +116,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E)"""
         dtype = torch.promote_types(self.router_dtype, x.dtype)
-        with without_autocast(x.device):
+        with full_precision(x.device):
             return F.linear(x.to(dtype), self.weight.to(dtype)) / self.temperature.to(dtype)
 
 
@@ -268,6 +260,8 @@ class TokenChoice(Routed):
         super().__init__(hidden_size, expert_size, num_experts, **options)
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ValueError(f"capacity_factor must be positive, or None to drop nothing, not {capacity_factor}")
         self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
         self.capacity_factor = capacity_factor
 
@@ -289,8 +283,8 @@ class TokenChoice(Routed):
         if self.training and self.capacity_factor is not None:
             y_AD = self._with_capacity(self.capacity_factor, x_AD, expert_A, ends_E)
         else:
-            y_AD = self.experts(x_AD, lambda x, weight: expert_linear_ragged(x, weight, ends_E))
-        y_AD = gate_A1 * y_AD.masked_fill(expert_A[:, None] == E, 0)
+            y_AD = self.experts(x_AD, lambda x, weight: ragged_linear(x, weight, ends_E))
+        y_AD = (gate_A1 * y_AD).masked_fill(expert_A[:, None] == E, 0)
         y_TBD = y_AD.new_zeros(T * B, D).index_add(0, token_A, y_AD).view(T, B, D)
         return y_TBD.transpose(0, 1).to(x_BTD.dtype)
 
@@ -298,7 +292,7 @@ class TokenChoice(Routed):
         """Experts on their first R assignments each, those within the capacity; zero for the others."""
         (A, D), E = x_AD.shape, self.num_experts
         R = max(1, math.ceil(factor * A / E))
-        capacity = (factor * ends_E[-1] / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
+        capacity = (factor * ends_E[-1].double() / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
         rank_A = torch.arange(A, device=x_AD.device) - F.pad(ends_E, (1, 0))[expert_A]
         kept_A = (rank_A < capacity) & (expert_A < E)
         slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)  # the last slot takes what is dropped

@@ -33,7 +33,8 @@ def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[
     padding = (0, 0, 0, 0, 0, missing)
     x_MGD, _, _ = grouped(F.pad(x_BTD.masked_fill(~mask_BT1, 0), padding), None, rows)
     mask_MG1, _, _ = grouped(F.pad(mask_BT1, padding), None, rows)
-    return x_MGD, mask_MG1, mask_MG1.sum(1, keepdim=True, dtype=torch.float32) / group_size
+    real = mask_MG1.sum(1, keepdim=True, dtype=torch.promote_types(x_BTD.dtype, torch.float32))
+    return x_MGD, mask_MG1, real / group_size
 
 
 def ungrouped(y_MGD: Tensor, mask_MG1: Tensor | None, B: int, T: int) -> Tensor:
@@ -51,7 +52,7 @@ def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """Full precision inside; the meta device has no autocast to leave."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
@@ -127,17 +128,17 @@ def expert_linear(x_ERI: Tensor, weight_EOI: Tensor) -> Tensor:
     return _ExpertLinear.apply(*autocast_to(x_ERI, weight_EOI))
 
 
-def expert_linear_ragged(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def ragged_linear(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """As `expert_linear` for experts with different numbers of rows: (A, I), (E, O, I), (E,) -> (A, O).
 
     Expert e has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come out as zero.
     """
-    return _ragged_linear(*autocast_to(x_AI, weight_EOI), ends_E)
+    return _ragged_mm(*autocast_to(x_AI, weight_EOI), ends_E)
 
 
 # A custom operator, since `torch.compile` cannot look into a loop whose sizes depend on the data.
-@torch.library.custom_op("mixture_of_tokens::ragged_linear", mutates_args=())
-def _ragged_linear(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+@torch.library.custom_op("mixture_of_tokens::ragged_mm", mutates_args=())
+def _ragged_mm(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_AO = x_AI.new_zeros(len(x_AI), weight_EOI.shape[1])
     for rows, weight_OI in zip(_row_slices(ends_E), weight_EOI, strict=True):
         torch.mm(x_AI[rows], weight_OI.T, out=y_AO[rows])
@@ -163,10 +164,10 @@ def _save_for_backward(ctx, inputs, output):
 
 def _ragged_backward(ctx, grad_AO):
     x_AI, weight_EOI, ends_E = ctx.saved_tensors
-    grad_AI = _ragged_linear(grad_AO, weight_EOI.mT, ends_E)
+    grad_AI = _ragged_mm(grad_AO, weight_EOI.mT, ends_E)
     return grad_AI, _ragged_weight_gradient(grad_AO, x_AI, ends_E), None
 
 
-_ragged_linear.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[1]))
+_ragged_mm.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[1]))
 _ragged_weight_gradient.register_fake(lambda g, x, ends: x.new_empty(len(ends), g.shape[1], x.shape[1]))
-_ragged_linear.register_autograd(_ragged_backward, setup_context=_save_for_backward)
+_ragged_mm.register_autograd(_ragged_backward, setup_context=_save_for_backward)

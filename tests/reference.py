@@ -1,0 +1,153 @@
+"""The layers as literal loops over group, expert and token: slow, plain, differentiable.
+
+Written from the paper's equations and the rules in the docstrings of `mixture_of_tokens.layers`, on single vectors and
+with nothing vectorised, so that a person can check each line. Tests and benchmarks compare the real layers with it.
+
+Shapes as there: x (B, T, D), token_mask (B, T) or None, gate_weight (E, D). `expert_weights` is the pair of up
+(E, F, D) and down (E, D, F), or, `gated`, of gate_up (E, 2F, D) and down (E, D, F). `temperature` is a number or a
+scalar tensor. Everything is computed in the precision of what is given. Returns (B, T, D), zero for a masked token.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def expert(vector: Tensor, expert_weights: tuple[Tensor, Tensor], e: int, gated: bool, activation: str) -> Tensor:
+    """FFN_e of one vector (D,)."""
+    first, down = expert_weights
+    act = getattr(F, activation)
+    hidden = first[e] @ vector
+    if gated:
+        width = len(hidden) // 2
+        hidden = act(hidden[:width]) * hidden[width:]
+    else:
+        hidden = act(hidden)
+    return down[e] @ hidden
+
+
+def softmax(logits: list[Tensor]) -> list[Tensor]:
+    largest = max(logit.item() for logit in logits)
+    exponentials = [(logit - largest).exp() for logit in logits]
+    total = sum(exponentials)
+    return [exponential / total for exponential in exponentials]
+
+
+def mixture_of_tokens(
+    x: Tensor,
+    token_mask: Tensor | None,
+    gate_weight: Tensor | None,
+    expert_weights: tuple[Tensor, Tensor],
+    *,
+    group_size: int,
+    temperature: float | Tensor = 1.0,
+    gated: bool = True,
+    activation: str = "silu",
+    normalize_mixture: bool = False,
+    uniform: bool = False,
+) -> Tensor:
+    """Each expert reads one mixture of a group and gives its output back with the same weights.
+
+    n < G real tokens: the softmax is over those n, and what is given back is scaled by n / G.
+    """
+    out = _zeros(x)
+    for group in _groups(x, token_mask, group_size):
+        for e in range(len(expert_weights[1])):
+            if uniform or gate_weight is None:
+                weights = [x.new_ones(()) / len(group) for _ in group]
+            else:
+                weights = softmax([x[b, t] @ gate_weight[e] / temperature for b, t in group])
+            mixture = torch.zeros_like(x[0, 0])
+            for weight, (b, t) in zip(weights, group, strict=True):
+                mixture = mixture + weight * x[b, t]
+            if normalize_mixture:
+                mixture = mixture / sum(weight**2 for weight in weights) ** 0.5
+            y = expert(mixture, expert_weights, e, gated, activation)
+            for weight, (b, t) in zip(weights, group, strict=True):
+                out[b][t] = out[b][t] + len(group) / group_size * weight * y
+    return _stacked(out)
+
+
+def expert_choice(
+    x: Tensor,
+    token_mask: Tensor | None,
+    gate_weight: Tensor,
+    expert_weights: tuple[Tensor, Tensor],
+    *,
+    group_size: int,
+    num_experts_per_tok: int = 1,
+    temperature: float | Tensor = 1.0,
+    gated: bool = True,
+    activation: str = "silu",
+) -> Tensor:
+    """Each expert takes the C tokens of a group that like it most; gates are a token's softmax over the experts."""
+    num_experts = len(expert_weights[1])
+    capacity = max(1, round(group_size * num_experts_per_tok / num_experts))
+    out = _zeros(x)
+    for group in _groups(x, token_mask, group_size):
+        gates = {(b, t): softmax([x[b, t] @ row / temperature for row in gate_weight]) for b, t in group}
+        for e in range(num_experts):
+            taken = sorted(group, key=lambda token, e=e: gates[token][e].item(), reverse=True)[:capacity]
+            for b, t in taken:
+                out[b][t] = out[b][t] + gates[b, t][e] * expert(x[b, t], expert_weights, e, gated, activation)
+    return _stacked(out)
+
+
+def token_choice(
+    x: Tensor,
+    token_mask: Tensor | None,
+    gate_weight: Tensor,
+    expert_weights: tuple[Tensor, Tensor],
+    *,
+    num_experts_per_tok: int = 1,
+    norm_topk_prob: bool = False,
+    capacity_factor: float | None = None,
+    temperature: float | Tensor = 1.0,
+    gated: bool = True,
+    activation: str = "silu",
+) -> Tensor:
+    """Each token takes its top k experts; its gates are their probabilities, with `norm_topk_prob` summing to one.
+
+    With a capacity factor an expert takes at most max(1, ceil(capacity_factor * n * k / E)) of the n real tokens:
+    earlier positions first, within one position first choices, within those earlier rows. None: nothing is dropped.
+    """
+    (B, T, _), num_experts = x.shape, len(expert_weights[1])
+    real = [(b, t) for b in range(B) for t in range(T) if token_mask is None or token_mask[b, t]]
+    gates = {(b, t): softmax([x[b, t] @ row / temperature for row in gate_weight]) for b, t in real}
+    capacity = len(real) * num_experts_per_tok
+    if capacity_factor is not None:
+        capacity = max(1, math.ceil(capacity_factor * len(real) * num_experts_per_tok / num_experts))
+    taken = [0] * num_experts
+    out = _zeros(x)
+    for t in range(T):
+        for choice in range(num_experts_per_tok):
+            for b in [b for b in range(B) if (b, t) in gates]:
+                gate = gates[b, t]
+                order = sorted(range(num_experts), key=lambda e, gate=gate: gate[e].item(), reverse=True)
+                e = order[choice]
+                taken[e] += 1
+                if taken[e] > capacity:
+                    continue
+                total = sum(gate[chosen] for chosen in order[:num_experts_per_tok]) if norm_topk_prob else 1
+                out[b][t] = out[b][t] + gate[e] / total * expert(x[b, t], expert_weights, e, gated, activation)
+    return _stacked(out)
+
+
+def _groups(x: Tensor, token_mask: Tensor | None, group_size: int) -> list[list[tuple[int, int]]]:
+    """The real tokens (b, t) of each group that has any: rows 0 .. G-1 at one position, rows G .. 2G-1, and so on."""
+    groups = []
+    for start in range(0, x.shape[0], group_size):
+        rows = range(start, min(start + group_size, x.shape[0]))
+        for t in range(x.shape[1]):
+            groups.append([(b, t) for b in rows if token_mask is None or token_mask[b, t]])
+    return [group for group in groups if group]
+
+
+def _zeros(x: Tensor) -> list[list[Tensor]]:
+    return [[torch.zeros_like(x[b, t]) for t in range(x.shape[1])] for b in range(x.shape[0])]
+
+
+def _stacked(rows: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.stack(row) for row in rows])

@@ -1,0 +1,86 @@
+"""Every routing under test, by name and small, with sizes that all differ so that no transpose can hide."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_tokens.layers import ExpertChoice, MixtureOfTokens, Routed, TokenChoice
+
+B, G, E, T, D, F = 6, 3, 5, 4, 8, 7
+
+Routings = dict[str, Callable[..., Routed]]
+tc = partial(TokenChoice, hidden_size=D, expert_size=F, num_experts=E)
+ec = partial(ExpertChoice, group_size=G, **tc.keywords)
+mot = partial(MixtureOfTokens, group_size=G, **tc.keywords)
+
+MIXTURES: Routings = {
+    "mot": mot,
+    "mot_normalized": partial(mot, normalize_mixture=True),
+    "mot_learnable_temperature": partial(mot, learnable_temperature=True),
+    "uniform": partial(mot, uniform=True),
+}
+EXPERT_CHOICES: Routings = {"ec_takes_1": ec, "ec_takes_2": partial(ec, num_experts_per_tok=3)}
+DROPLESS: Routings = {
+    "tc_top1": partial(tc, capacity_factor=None),
+    "tc_top2": partial(tc, num_experts_per_tok=2, capacity_factor=None),
+    "tc_top2_norm": partial(tc, num_experts_per_tok=2, norm_topk_prob=True, capacity_factor=None),
+}
+DROPPING: Routings = {
+    "tc_top1_dropping": partial(tc, capacity_factor=0.5),
+    "tc_top2_dropping": partial(tc, num_experts_per_tok=2, capacity_factor=0.75),
+}
+ROUTINGS: Routings = MIXTURES | EXPERT_CHOICES | DROPLESS | DROPPING
+
+
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> Any:
+    """The routing with weights large enough that its choices are clear and its softmaxes far from uniform."""
+    layer = ROUTINGS[name](**({"temperature": 0.75} | options))
+    return randomized(layer, seed).to(dtype)
+
+
+def randomized(layer: nn.Module, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return layer
+
+
+def tokens(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*(shape or (B, T, D)), generator=generator, dtype=torch.float64).to(dtype)
+
+
+def some_mask(*shape: int, seed: int = 2) -> Tensor:
+    """About two thirds real; the first group is all masked at the first position and all real at the last."""
+    mask = torch.rand(*(shape or (B, T)), generator=torch.Generator().manual_seed(seed)) > 0.35
+    mask[:G, 0], mask[:G, -1] = False, True
+    return mask
+
+
+def gradients(layer: nn.Module, x: Tensor, mask: Tensor | None, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output and the gradient of the input ("x") and of every parameter."""
+    leaves = {"x": x.detach().requires_grad_(), **dict(layer.named_parameters())}
+    y = layer(leaves["x"], mask)
+    found = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y.dtype))
+    return y.detach(), dict(zip(leaves, found, strict=True))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+class Faulty(nn.Module):
+    """A layer with a fault: `fault(layer, x, mask)` instead of `layer(x, mask)`."""
+
+    def __init__(self, layer: nn.Module, fault):
+        super().__init__()
+        self.layer, self.fault = layer, fault
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        return self.fault(self.layer, x, token_mask)

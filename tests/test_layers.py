@@ -1,0 +1,333 @@
+"""The layers against literal loops, hand-worked numbers and identities; their arguments, autocast, compilation."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.testing import assert_close
+
+from mixture_of_tokens.layers import ExpertChoice, Experts, MixtureOfTokens, Routed, TokenChoice
+from tests import reference
+from tests.routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tokens
+
+EXPERTS = {"gated": {}, "plain": {"gated": False, "activation": "relu"}}
+
+
+def literal(layer: Routed, x: Tensor, mask: Tensor | None, parameters: dict[str, Tensor], per_token: int) -> Tensor:
+    """What the layer should return, by the loops of `reference.py`. Expert Choice does not keep its k: `per_token`."""
+    gated, gate = layer.experts.gated, parameters.get("gate.weight")
+    experts = (parameters[f"experts.{'gate_up' if gated else 'up'}_proj"], parameters["experts.down_proj"])
+    options = {"gated": gated, "activation": layer.experts.activation}
+    if layer.gate is not None:
+        log_temperature = parameters.get("gate.log_temperature")
+        temperature = layer.gate.initial_temperature if log_temperature is None else log_temperature.exp()
+        options["temperature"] = temperature
+    if isinstance(layer, MixtureOfTokens):
+        options |= {"group_size": layer.group_size, "normalize_mixture": layer.normalize_mixture}
+        return reference.mixture_of_tokens(x, mask, gate, experts, uniform=layer.gate is None, **options)
+    assert gate is not None
+    if isinstance(layer, ExpertChoice):
+        options |= {"group_size": layer.group_size, "num_experts_per_tok": per_token}
+        return reference.expert_choice(x, mask, gate, experts, **options)
+    assert isinstance(layer, TokenChoice)
+    options |= {"num_experts_per_tok": layer.num_experts_per_tok, "norm_topk_prob": layer.norm_topk_prob}
+    options["capacity_factor"] = layer.capacity_factor if layer.training else None
+    return reference.token_choice(x, mask, gate, experts, **options)
+
+
+def compare_with_literal(layer, x, mask=None, *, per_token=1, output=None, gradient=None, temperature=None):
+    """Output and every gradient under a random cotangent; the loops run in float64 on the layer's rounded weights.
+
+    Tolerances of the output, the gradients and that of the temperature are norm-wise; None is `assert_close` at its
+    defaults for the precision of x.
+    """
+    cotangent = tokens(*x.shape, seed=3, dtype=x.dtype)
+    y, grads = gradients(layer, x, mask, cotangent)
+    exact = {"x": x, **dict(layer.named_parameters())}
+    exact = {name: value.detach().double().requires_grad_() for name, value in exact.items()}
+    y_exact = literal(layer, exact["x"], mask, exact, per_token)
+    grads_exact = torch.autograd.grad(y_exact, list(exact.values()), cotangent.double())
+    expected = dict(zip(exact, grads_exact, strict=True)) | {"y": y_exact.detach()}
+    tolerances = {"y": output, "gate.log_temperature": temperature}
+    for name, actual in (grads | {"y": y}).items():
+        tolerance = tolerances.get(name, gradient)
+        assert actual.dtype == x.dtype, name
+        if tolerance is not None:
+            assert relative_error(actual, expected[name]) < tolerance, name
+        else:
+            assert_close(actual, expected[name].to(x.dtype), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def per_token(name: str) -> int:
+    return 3 if name == "ec_takes_2" else 1
+
+
+LAYOUTS = {  # batch size, masked
+    "full": (B, False),
+    "masked": (B, True),
+    "partial_group": (10, False),
+    "masked_partial_group": (10, True),
+    "less_than_a_group": (2, False),
+    "masked_less_than_a_group": (2, True),
+}
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_equals_the_literal_loops(name, layout, experts):
+    rows, masked = LAYOUTS[layout]
+    mask = some_mask(rows, T) if masked else None
+    compare_with_literal(build(name, **EXPERTS[experts]), tokens(rows, T, D), mask, per_token=per_token(name))
+
+
+PRECISIONS = {
+    # The temperature's gradient is a single sum whose terms cancel: measured up to 2e-6 in fp32 and 5e-2 in bf16.
+    torch.float32: {"output": None, "gradient": 1e-6, "temperature": 5e-6},
+    torch.bfloat16: {"output": 1.6e-2, "gradient": 1.6e-2, "temperature": 1e-1},
+}
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_equals_the_literal_loops_in(dtype, name, experts):
+    options = dict(EXPERTS[experts])
+    if dtype == torch.bfloat16 and experts == "plain":
+        options["activation"] = "gelu"  # rounding takes some inputs over relu's kink: gradients are then 9e-2 off
+    layer, x = build(name, dtype=dtype, **options), tokens(10, T, D, dtype=dtype)
+    compare_with_literal(layer, x, some_mask(10, T), per_token=per_token(name), **PRECISIONS[dtype])
+
+
+EDGES = {  # experts, group size, batch size, positions
+    "prime_experts": (7, 4, 8, 3),
+    "group_of_one": (5, 1, 3, 2),
+    "fewer_experts_than_group": (2, 5, 10, 3),
+    "more_experts_than_group": (11, 2, 4, 3),
+    "one_expert": (1, 3, 6, 4),
+    "one_position": (5, 3, 6, 1),
+    "one_example": (5, 3, 1, 4),
+    "one_token": (5, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("kind", [MixtureOfTokens, ExpertChoice, TokenChoice])
+def test_equals_the_literal_loops_at(edge, kind):
+    experts, group, rows, positions = EDGES[edge]
+    sizes = (D, F, experts) if kind is TokenChoice else (D, F, experts, group)
+    compare_with_literal(randomized(kind(*sizes)).double(), tokens(rows, positions, D))
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu"])
+def test_equals_the_literal_loops_with_activation(activation):
+    compare_with_literal(build("mot", activation=activation), tokens())
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_strides_do_not_matter(name):
+    layer, x, cotangent = build(name), tokens(), tokens(seed=3)
+    strided = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    strided_cotangent = cotangent.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    assert not strided_cotangent.is_contiguous()
+    assert_close(gradients(layer, strided, some_mask(), strided_cotangent), gradients(layer, x, some_mask(), cotangent))
+
+
+# Two tokens x1 = (1, 0), x2 = (0, 1) and two plain relu experts of width 1:
+#     FFN_1(x) = (1, 2) * relu(4 x[0] + 8 x[1])      FFN_2(x) = (0, 1) * relu(-5 x[0] + 5 x[1])
+# Router rows c1 = (ln 3, 0), c2 = (0, ln 4), so the logits are x1: (ln 3, 0), x2: (0, ln 4).
+TWO_TOKENS = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)
+
+
+def two_experts(kind, *sizes, **options):
+    layer = kind(2, 1, 2, *sizes, gated=False, activation="relu", **options).double()
+    weights = {
+        "gate.weight": [[math.log(3), 0], [0, math.log(4)]],
+        "experts.up_proj": [[[4, 8]], [[-5, 5]]],
+        "experts.down_proj": [[[1], [2]], [[0], [1]]],
+    }
+    layer.load_state_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in weights.items()})
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "mask", "expected"),
+    [
+        # Over the group expert 1 weighs exp(ln 3) : exp(0) = 3/4, 1/4 and expert 2 weighs 1/5, 4/5.
+        # mix1 = (3/4, 1/4), y1 = (1, 2) * (3 + 2) = (5, 10);  mix2 = (1/5, 4/5), y2 = (0, 1) * (-1 + 4) = (0, 3)
+        # out1 = 3/4 y1 + 1/5 y2 = (3.75, 8.1);  out2 = 1/4 y1 + 4/5 y2 = (1.25, 4.9)
+        (two_experts(MixtureOfTokens, 2), None, [[3.75, 8.1], [1.25, 4.9]]),
+        # x1 alone in a group of two: its weight is 1 with both experts, and it gets one half of the sum.
+        # FFN_1(x1) = (1, 2) * 4 = (4, 8), FFN_2(x1) = (0, 1) * relu(-5) = (0, 0)
+        (two_experts(MixtureOfTokens, 2), [[True], [False]], [[2, 4], [0, 0]]),
+        # The mixtures over the norms of their weights, sqrt(10)/4 and sqrt(17)/5; relu passes positive scales on.
+        (
+            two_experts(MixtureOfTokens, 2, normalize_mixture=True),
+            None,
+            [[15 / 10**0.5, 30 / 10**0.5 + 3 / 17**0.5], [5 / 10**0.5, 10 / 10**0.5 + 12 / 17**0.5]],
+        ),
+        # Weights of 1/2: both mixtures are (1/2, 1/2), y1 = (6, 12), y2 = (0, 0).
+        (two_experts(MixtureOfTokens, 2, temperature=1e30), None, [[3, 6], [3, 6]]),
+        # Over the experts x1 has gates 3/4, 1/4 and x2 has 1/5, 4/5: x1 takes expert 1, x2 takes expert 2.
+        # out1 = 3/4 (4, 8);  out2 = 4/5 FFN_2(x2) = 4/5 (0, 5)
+        (two_experts(TokenChoice), None, [[3, 6], [0, 4]]),
+        # Both experts each, of gates that sum to one anyway: FFN_1(x2) = (8, 16).
+        # out1 = 3/4 (4, 8) + 1/4 (0, 0);  out2 = 1/5 (8, 16) + 4/5 (0, 5)
+        (two_experts(TokenChoice, num_experts_per_tok=2), None, [[3, 6], [1.6, 7.2]]),
+        # C = 1: expert 1 takes x1 (3/4 against 1/5), expert 2 takes x2 (4/5 against 1/4).
+        (two_experts(ExpertChoice, 2), None, [[3, 6], [0, 4]]),
+        # C = 2: both take both.
+        (two_experts(ExpertChoice, 2, num_experts_per_tok=2), None, [[3, 6], [1.6, 7.2]]),
+    ],
+    ids=["mot", "mot_masked", "mot_normalized", "mot_hot", "tc", "tc_top2", "ec", "ec_takes_2"],
+)
+def test_two_tokens_two_experts_by_hand(layer, mask, expected):
+    y = layer(TWO_TOKENS, None if mask is None else torch.tensor(mask))
+    assert_close(y[:, 0], torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("kind", [MixtureOfTokens, TokenChoice, ExpertChoice])
+def test_one_expert_on_single_tokens_is_the_dense_mlp(kind, experts):
+    sizes = (D, F, 1) if kind is TokenChoice else (D, F, 1, 1)
+    layer, x = randomized(kind(*sizes, **EXPERTS[experts])).double().eval(), tokens()
+    if experts == "gated":
+        gate, up = layer.experts.gate_up_proj[0].chunk(2)
+        hidden = functional.silu(x @ gate.T) * (x @ up.T)
+    else:
+        hidden = functional.relu(x @ layer.experts.up_proj[0].T)
+    assert_close(layer(x), hidden @ layer.experts.down_proj[0].T)
+
+
+@pytest.mark.parametrize("mask", [None, some_mask()], ids=["unmasked", "masked"])
+def test_a_zero_router_is_uniform_mixing(mask):
+    layer, uniform, x = build("mot"), build("uniform"), tokens()
+    uniform.experts.load_state_dict(layer.experts.state_dict())
+    assert not torch.allclose(layer(x, mask), uniform(x, mask))
+    torch.nn.init.zeros_(layer.gate.weight)
+    assert_close(layer(x, mask), uniform(x, mask))
+
+
+def test_temperature_to_zero_sends_each_expert_one_token():
+    layer, x_MGD = build("mot", temperature=1e-6), tokens(T, G, D)
+    chosen_ME = (x_MGD @ layer.gate.weight.T).argmax(dim=1)
+    weights_MGE = layer.weights(x_MGD)
+    assert_close(weights_MGE, functional.one_hot(chosen_ME, G).double().mT)
+    y_ETD = layer.experts(x_MGD[torch.arange(T)[:, None], chosen_ME].transpose(0, 1))
+    expected_TGD = torch.zeros_like(x_MGD)
+    for t in range(T):
+        for e in range(E):
+            expected_TGD[t, chosen_ME[t, e]] += y_ETD[e, t]
+    assert_close(layer(x_MGD.transpose(0, 1)), expected_TGD.transpose(0, 1))
+
+
+def test_equal_tokens_share_an_expert_at_temperature_zero():
+    layer = build("mot", temperature=1e-6)
+    twins = tokens(T, 1, D).expand(T, 2, D)  # every logit is a tie
+    one_hot_by_equality = ((logits := layer.gate(twins)) == logits.amax(dim=1, keepdim=True)).double()
+    assert one_hot_by_equality.sum(1).eq(2).all()  # the control: the tie is real
+    assert_close(layer.weights(twins), torch.full((T, 2, E), 0.5, dtype=torch.float64))
+
+
+def test_temperature_can_be_set_between_steps():
+    layer, x = build("mot", temperature=1.0), tokens()
+    layer.gate.set_temperature(0.5)
+    assert_close(layer(x), build("mot", temperature=0.5)(x))
+    learnable = build("mot_learnable_temperature")
+    learnable.gate.set_temperature(0.5)
+    assert_close(learnable.gate.temperature.item(), 0.5)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_weights_start_as_in_the_paper(experts):
+    layer: Any = TokenChoice(24, 40, 64, learnable_temperature=True, temperature=0.5, **EXPERTS[experts])
+    assert_close(layer.gate.log_temperature.item(), math.log(0.5))
+    for weight in (layer.gate.weight, *layer.experts.parameters()):
+        std = math.sqrt(0.1 / weight.shape[-1])
+        assert weight.abs().max() <= 2 * std
+        assert_close(weight.std().item() / std, 0.88, rtol=0.05, atol=0)  # of a normal cut at two standard deviations
+
+
+def test_matched_has_the_experts_of_the_name():
+    layer = MixtureOfTokens.matched(D, 24, G, granularity=4)
+    assert (layer.group_size, layer.num_experts) == (G, 4 * G)
+    dense = 3 * D * 24  # gate, up and down
+    assert sum(weight.numel() for weight in layer.experts.parameters()) == G * dense
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Experts(0, F, E), "sizes must be at least 1: hidden_size=0"),
+        (lambda: MixtureOfTokens(D, -1, E, G), "sizes must be at least 1.* expert_size=-1"),
+        (lambda: TokenChoice(D, F, 0), "sizes must be at least 1.* num_experts=0"),
+        (lambda: Experts(D, F, E, activation="swish"), "'swish' is unknown; legal are silu, relu, gelu"),
+        (lambda: MixtureOfTokens(D, F, E, 0), "group_size must be at least 1, not 0"),
+        (lambda: MixtureOfTokens(D, F, E, G, temperature=0), "temperature must be positive and finite, not 0"),
+        (lambda: TokenChoice(D, F, E, temperature=-1.0), "temperature must be positive and finite, not -1.0"),
+        (lambda: ExpertChoice(D, F, E, G, temperature=math.inf), "temperature must be positive and finite, not inf"),
+        (lambda: MixtureOfTokens(D, F, E, G, temperature=math.nan), "temperature must be positive and finite, not nan"),
+        (lambda: build("mot").gate.set_temperature(0), "temperature must be positive and finite, not 0"),
+        (lambda: MixtureOfTokens.matched(D, 12, G, granularity=5), "5 does not divide .*legal are 1, 2, 3, 4, 6, 12$"),
+        (lambda: MixtureOfTokens.matched(D, 12, G, granularity=0), "0 does not divide .*legal are 1, 2, 3, 4, 6, 12$"),
+        (lambda: ExpertChoice(D, F, E, 0), "group_size=0 and num_experts_per_tok=1 must be at least 1"),
+        (lambda: ExpertChoice(D, F, E, G, num_experts_per_tok=0), "num_experts_per_tok=0 must be at least 1"),
+        (lambda: TokenChoice(D, F, E, num_experts_per_tok=0), "num_experts_per_tok must be 1 to 5, not 0"),
+        (lambda: TokenChoice(D, F, E, num_experts_per_tok=6), "num_experts_per_tok must be 1 to 5, not 6"),
+    ],
+)
+def test_a_bad_argument_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_autocast_computes_in_bfloat16_what_float32_does(name):
+    layer, x, cotangent = build(name, dtype=torch.float32), tokens(dtype=torch.float32), tokens(seed=3)
+    y, grads = gradients(layer, x, some_mask(), cotangent)
+    with torch.autocast("cpu", torch.bfloat16):
+        y_autocast, grads_autocast = gradients(layer, x, some_mask(), cotangent)
+    assert 0 < relative_error(y_autocast, y) < 1.6e-2
+    for key in grads:
+        assert grads_autocast[key].dtype == torch.float32
+        assert relative_error(grads_autocast[key], grads[key]) < 1.6e-2, key
+
+
+def test_routing_is_in_float32_for_bfloat16_tokens():
+    layer, x_MGD = build("mot", dtype=torch.bfloat16), tokens(T, G, D, dtype=torch.bfloat16)
+    logits_MGE = x_MGD.double() @ layer.gate.weight.double().T / 0.75
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(layer.gate(x_MGD), logits_MGE.float())
+        assert_close(layer.weights(x_MGD), logits_MGE.softmax(1).float())
+
+
+def test_the_softmax_is_in_float32_for_a_bfloat16_router():
+    layer = build("mot", dtype=torch.bfloat16, router_dtype=torch.bfloat16)
+    x_MGD = tokens(T, G, D, dtype=torch.bfloat16)
+    logits_MGE = layer.gate(x_MGD)
+    assert logits_MGE.dtype == torch.bfloat16
+    assert_close(layer.weights(x_MGD), logits_MGE.double().softmax(1).float())
+
+
+COMPILED = ["mot", "mot_normalized", "uniform", "ec_takes_2", "tc_top1", "tc_top1_dropping", "tc_top2_dropping"]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's, of its own tracing
+@pytest.mark.parametrize("case", ["unmasked", "masked", "autocast"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_without_a_break_to_the_same_numbers(name, case):
+    torch._dynamo.reset()  # what other tests have compiled
+    layer, x = build(name, dtype=torch.float32), tokens(dtype=torch.float32)
+    cotangent, mask = tokens(seed=3, dtype=torch.float32), None if case == "unmasked" else some_mask()
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        layer.train(training)
+        with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+            expected = gradients(layer, x, mask, cotangent)
+            y, found = gradients(compiled, x, mask, cotangent)
+        prefix = "_orig_mod."
+        assert_close((y, {name.removeprefix(prefix): grad for name, grad in found.items()}), expected)

@@ -1,0 +1,117 @@
+"""Token Choice's capacity: who is dropped, worked by hand.
+
+Every expert e returns its input times e + 1, so an output says which experts a token got.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from mixture_of_tokens.layers import TokenChoice
+
+
+def scaling_experts(num_experts: int, **options) -> TokenChoice:
+    """Expert e of a token x (2,), not negative, is (e + 1) x; the router's logit for it is -e x[0] + e x[1]."""
+    layer = TokenChoice(2, 2, num_experts, gated=False, activation="relu", **options).double()
+    e = torch.arange(num_experts, dtype=torch.float64)
+    with torch.no_grad():
+        layer.experts.up_proj.copy_(torch.eye(2))
+        layer.experts.down_proj.copy_((e + 1)[:, None, None] * torch.eye(2))
+        layer.gate.weight.copy_(torch.stack([-e, e], dim=1))
+    return layer
+
+
+def crowd(rows: int, positions: int) -> Tensor:
+    """Tokens (1, 0): all want expert 0 first, expert 1 second and so on."""
+    return torch.tensor([1.0, 0.0], dtype=torch.float64).expand(rows, positions, 2)
+
+
+def served(y: Tensor) -> list[list[int]]:
+    """1 where a token got anything."""
+    return y.any(-1).int().tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions", "experts", "factor", "expected"),
+    [
+        # ceil(1.25 * 8 / 2) = 5 of 8: both rows at two positions, then row 0.
+        (2, 4, 2, 1.25, [[1, 1, 1, 0], [1, 1, 0, 0]]),
+        # ceil(1 * 8 / 4) = 2
+        (2, 4, 4, 1.0, [[1, 0, 0, 0], [1, 0, 0, 0]]),
+        # ceil(0.5 * 6 / 2) = 2 of 6: the first two rows of one position
+        (3, 2, 2, 0.5, [[1, 0], [1, 0], [0, 0]]),
+        # ceil(2 * 4 / 2) = 4: nobody is dropped
+        (2, 2, 2, 2.0, [[1, 1], [1, 1]]),
+    ],
+)
+def test_a_full_expert_drops_later_positions_then_later_rows(rows, positions, experts, factor, expected):
+    layer = scaling_experts(experts, capacity_factor=factor)
+    assert served(layer(crowd(rows, positions))) == expected
+
+
+def test_first_choices_go_before_second_ones_at_one_position():
+    # Of two experts each wants both, (1, 0) expert 0 first and (0, 1) expert 1 first. ceil(0.5 * 2 * 2 / 2) = 1 place:
+    # each gets its first choice, with the probability 1 / (1 + 1 / e).
+    layer = scaling_experts(2, num_experts_per_tok=2, capacity_factor=0.5)
+    x = torch.tensor([[[1, 0]], [[0, 1]]], dtype=torch.float64)
+    p = 1 / (1 + math.exp(-1))
+    assert_close(layer(x), torch.tensor([[[p, 0]], [[0, 2 * p]]], dtype=torch.float64))
+
+
+def test_an_earlier_position_goes_before_a_later_ones_first_choice():
+    # The same two tokens in one row: the first takes both places, p * 1 + (1 - p) * 2, the second gets nothing.
+    layer = scaling_experts(2, num_experts_per_tok=2, capacity_factor=0.5)
+    x = torch.tensor([[[1, 0], [0, 1]]], dtype=torch.float64)
+    p = 1 / (1 + math.exp(-1))
+    assert_close(layer(x), torch.tensor([[[2 - p, 0], [0, 0]]], dtype=torch.float64))
+
+
+def test_a_dropped_token_gets_no_gradient_and_gives_none():
+    layer, x = scaling_experts(2), crowd(2, 4).clone().requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert served(x.grad) == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    alone = scaling_experts(2, capacity_factor=None)
+    alone(crowd(1, 5)).sum().backward()
+    for parameter, expected in zip(layer.parameters(), alone.parameters(), strict=True):
+        assert_close(parameter.grad, expected.grad)
+
+
+@pytest.mark.parametrize("experts", [2, 8, 33])
+def test_capacity_is_never_below_one(experts):
+    layer = scaling_experts(experts)
+    assert served(layer(crowd(1, 1))) == [[1]]
+    assert int(1.25 * 1 / experts) == 0  # the control: what a rounding down gives
+    assert served(layer(crowd(2, 1), torch.tensor([[False], [True]]))) == [[0], [1]]
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_nothing_is_dropped_in_evaluation(choices):
+    layer, x = scaling_experts(5, num_experts_per_tok=choices, capacity_factor=0.25), crowd(3, 4)
+    assert served(layer(x)) != [[1] * 4] * 3
+    unlimited = scaling_experts(5, num_experts_per_tok=choices, capacity_factor=None)
+    assert_close(layer.eval()(x), unlimited(x))
+    assert_close(layer(x), layer(x[:1, :1]).expand(3, 4, 2))
+
+
+def test_masked_tokens_take_no_place():
+    # Six real of ten: ceil(1.25 * 6 / 2) = 4 places. The first masked tokens stand before any real one.
+    mask = torch.tensor([[0, 1, 1, 0, 1], [0, 1, 1, 0, 0]]).bool()
+    mask[1, 4] = True
+    y = scaling_experts(2)(crowd(2, 5), mask)
+    assert served(y) == [[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]]
+    # Five real of ten: again ceil(1.25 * 5 / 2) = 4; were all ten counted, ceil(1.25 * 10 / 2) = 7 would fit them all.
+    mask[1, 4] = False
+    y = scaling_experts(2)(crowd(2, 5), mask)
+    assert served(y) == [[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]]
+
+
+def test_capacity_counts_in_full_precision_whatever_the_padding():
+    # 1.2 * 25 / 5 is 6; in float32 it is a little more, which rounds up to 7.
+    layer, x = scaling_experts(5, capacity_factor=1.2), crowd(5, 5)
+    assert layer(x).any(-1).sum() == 6
+    mask = (torch.arange(8) < 5)[:, None].expand(8, 5)
+    assert layer(crowd(8, 5), mask).any(-1).sum() == 6
