@@ -2,11 +2,9 @@
 
 import ctypes
 import dataclasses
-import importlib.metadata
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from mixture_of_tokens import provenance
 from mixture_of_tokens.corpus import build, standard_library
 from mixture_of_tokens.cost import flops_per_token
 from mixture_of_tokens.data import Blocks, GroupedBatches, prepare
@@ -313,23 +312,12 @@ def _run(config: MixtureOfTokensConfig, run: dict, arguments: TrainingArguments,
         "parameters": model.num_parameters(),
         "forward_flops_per_token": round(sum(flops_per_token(config, batch=run["batch_size"]).forward.values())),
         "corpus": prepared.facts,
-        **_surroundings(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        **provenance.hardware("cpu" if arguments.use_cpu else None),
     }
     (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
     sample = continue_prompts(model, prepared.tokenizer, [PROMPT])[0]
     print(f"{run['name']}: loss {final['loss']:.4f} nats a token, {final['bits_per_byte']:.4f} bits a byte")
     print(f"{seconds:.0f} s, {facts['tokens'] / seconds:.0f} tokens/s. Everything is in {out}. It continues:\n")
     print(PROMPT + sample)
-
-
-def _surroundings() -> dict:
-    """What a result depends on besides its configuration."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    packages = ("mixture-of-tokens", "torch", "transformers", "accelerate", "tokenizers", "numpy")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "commit": commit.stdout.strip() or None,
-        "hardware": {"device": device, "threads": torch.get_num_threads()},
-    }

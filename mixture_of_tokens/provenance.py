@@ -1,0 +1,42 @@
+"""What a result depends on besides its configuration: versions, commit, hardware."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("mixture-of-tokens", "torch", "transformers", "accelerate", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def commit() -> str | None:
+    """Of this checkout, with a "+" if files that git follows have changed since; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(
+                ["git", "-C", here, *words], capture_output=True, text=True, check=False
+            ).stdout.strip()
+        except FileNotFoundError:  # no git on this machine
+            return ""
+
+    revision = git("rev-parse", "--short=12", "HEAD")
+    return revision + "+" * bool(git("status", "--porcelain", "--untracked-files=no")) if revision else None
+
+
+def hardware(device: str | None = None) -> dict[str, str | int | None]:
+    """Name of the processor or, for "cuda" and where there is one, of the GPU; cores and the threads torch uses."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.+)", cpuinfo)
+    name = model[1] if model else platform.processor() or platform.machine()
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        name = torch.cuda.get_device_name()
+    return {"hardware": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
