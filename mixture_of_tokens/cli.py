@@ -49,13 +49,12 @@ def _with_config_file(
 def main(words: list[str] | None = None) -> None:
     """Run the command line. Exit status 2, and one line on standard error, for what the user can mend."""
     about = "Mixture of Tokens: train it, weigh it against dense and sparse models."
-    app = App(name="mot", help=about, result_action="return_value")
+    app = App(name="mot", help=about, result_action="return_value", exit_on_error=False, print_error=False)
     for name, function in COMMANDS.items():
         app.command(function, name=name)
     app.meta.default(_with_config_file)
-    quietly = {"exit_on_error": False, "print_error": False}
     try:
-        app(app.meta(sys.argv[1:] if words is None else words, **quietly), **quietly)
+        app(app.meta(sys.argv[1:] if words is None else words))
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

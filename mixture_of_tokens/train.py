@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -114,6 +114,17 @@ class GroupedTrainer(Trainer):
         return metrics
 
 
+class AnnealTemperature(TrainerCallback):
+    """Router temperature from `start` to `end`, geometrically; a function of the step alone."""
+
+    def __init__(self, model: MixtureOfTokensForCausalLM, end: float):
+        self.model, self.start, self.end = model, model.config.router_temperature, end
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        progress = state.global_step / max(1, state.max_steps - 1)
+        self.model.set_router_temperature(self.start * (self.end / self.start) ** progress)
+
+
 class RunLog(TrainerCallback):
     """`metrics.jsonl` and the progress bar: loss, tokens a second, time left. Stops at a loss that is not finite."""
 
@@ -165,7 +176,8 @@ def train(
     seed: int = 0,
     learning_rate: float | None = None,
     batch_size: int | None = None,
-    device: str | None = None,
+    anneal_temperature_to: float | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
     model: dict[str, str] | None = None,
     training: dict[str, str] | None = None,
     dry_run: bool = False,
@@ -179,6 +191,8 @@ def train(
         seed: Of the weights and of the order of the text.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth.
         batch_size: Rows a step, a multiple of the group size.
+        anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
+            by default it stays.
         device: cpu or cuda; by default cuda where there is one.
         model: Fields of the model's configuration, as in --model.router_temperature 0.25.
         training: Fields of transformers' TrainingArguments, as in --training.weight_decay 0.05.
@@ -194,7 +208,11 @@ def train(
         mixes = not {"dense", "token_choice", "expert_choice"}.issuperset(config.feed_forwards)
         learning_rate = MIXTURE_LEARNING_RATES.get(size, recipe.learning_rate) if mixes else recipe.learning_rate
     out = Path("runs") / f"{name.replace('/', '-')}-seed{seed}" if out is None else out
-    _check(steps=steps, batch_size=batch_size, learning_rate=learning_rate, group_size=config.group_size, out=out)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or say cpu")
+    positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
+    positive |= {"anneal-temperature-to": anneal_temperature_to}
+    _check(positive, batch_size=batch_size, group_size=config.group_size, out=out)
     run = {
         "name": name,
         "seed": seed,
@@ -202,6 +220,7 @@ def train(
         "batch_size": batch_size,
         "context": config.max_position_embeddings,
         "learning_rate": learning_rate,
+        "anneal_temperature_to": anneal_temperature_to,
         "training": {field: _scalar(value) for field, value in (training or {}).items()},
         "model": config.to_diff_dict(),
     }
@@ -222,9 +241,9 @@ def _scalar(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def _check(*, steps: int, batch_size: int, learning_rate: float, group_size: int, out: Path) -> None:
-    for what, value in {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}.items():
-        if not 0 < value < math.inf:
+def _check(positive: dict[str, float | None], *, batch_size: int, group_size: int, out: Path) -> None:
+    for what, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{what} must be positive, not {value}")
     if batch_size % group_size:
         low = batch_size // group_size * group_size
@@ -290,6 +309,8 @@ def _run(config: MixtureOfTokensConfig, run: dict, arguments: TrainingArguments,
     trainer = GroupedTrainer(model, arguments, rows=rows, validation=prepared.validation)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    if run["anneal_temperature_to"] is not None:
+        trainer.add_callback(AnnealTemperature(model, run["anneal_temperature_to"]))
     log = RunLog(out / "metrics.jsonl", run["batch_size"] * run["context"])
     trainer.add_callback(log)
     start = time.perf_counter()

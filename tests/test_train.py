@@ -99,6 +99,12 @@ def test_the_written_configuration_trains_the_same_model_again(runs, directory):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
+def test_the_temperature_is_annealed_to_its_end_and_saved(directory):
+    out = directory / "annealed"
+    mot("train", "MoT-Nano/32E", "--out", out, "--steps", 3, "--batch-size", 32, "--anneal-temperature-to", 0.25)
+    assert AutoModelForCausalLM.from_pretrained(out / "model").config.router_temperature == pytest.approx(0.25)
+
+
 def test_flags_and_file_reach_model_and_trainer(directory, capsys):
     file = directory / "flags.yaml"
     file.write_text("steps: 7\nmodel:\n  router_temperature: 0.25\ntraining:\n  weight_decay: 0.5\n")
@@ -142,6 +148,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--batch-size", 100], "group size 32; 96 or 128 would be"),
         (["train", "MoT-Nano/32E", "--batch-size", 8], "group size 32; 32 would be"),
         (["train", "MoT-Nano/32E", "--steps", 0], "--steps must be positive, not 0"),
+        (["train", "MoT-Nano/32E", "--anneal-temperature-to", 0], "--anneal-temperature-to must be positive, not 0"),
         (["train", "MoT-Nano/32E", "--learning-rate", "nan"], "--learning-rate must be positive, not nan"),
         (["train", "MoT-Nano/32E", "--model.router_temprature", 1], "did you mean router_temperature?"),
         (["train", "MoT-Nano/32E", "--training.wight_decay", 1], "did you mean weight_decay?"),
@@ -150,6 +157,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--model.hidden_act", "tanh"], "legal are silu, relu, gelu"),
         (["train", "MoT-Nano/32E", "--steps", "many"], 'unable to convert "many" into int'),
         (["train", "MoT-Nano/32E", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["train", "MoT-Nano/32E", "--device", "tpu"], '"cpu" or "cuda"'),
         (["train", "MoT-Nano/32E", "--stps", 3], "Did you mean --steps?"),
         (["train"], "requires an argument"),
         (["plan", "MoT-Nano/32E", "--micro-batch", 33], "legal are 32, 64, 128"),
