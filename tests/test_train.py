@@ -157,7 +157,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--model.hidden_act", "tanh"], "legal are silu, relu, gelu"),
         (["train", "MoT-Nano/32E", "--steps", "many"], 'unable to convert "many" into int'),
         (["train", "MoT-Nano/32E", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
-        (["train", "MoT-Nano/32E", "--device", "tpu"], '"cpu" or "cuda"'),
+        (["train", "MoT-Nano/32E", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),
         (["train", "MoT-Nano/32E", "--stps", 3], "Did you mean --steps?"),
         (["train"], "requires an argument"),
         (["plan", "MoT-Nano/32E", "--micro-batch", 33], "legal are 32, 64, 128"),
