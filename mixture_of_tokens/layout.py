@@ -5,8 +5,9 @@ the speed of its matrices:
 
 - torch returns the weight gradient of `bmm(x, weight.mT)` transposed, and the accumulation into `.grad` then copies
   it, 134 MB a matrix and step at Medium size. `expert_linear` computes it in the weight's own layout.
-- Mixtures are made group by group and read expert by expert. `collect` writes each product straight into its
-  expert-major place instead of copying the whole afterwards.
+- Mixtures are made group by group and read expert by expert. In between they are a transposed view: matrix products
+  read it as fast as a copy, and the copy would be as large as all mixtures. Writing each product straight into its
+  place (`out=`) is no faster, and many times slower as soon as another process wants a core.
 
 Autograd functions do not take part in autocast, so each public function casts first.
 """
@@ -58,46 +59,36 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def _bmm_expert_major(weights_MEG: Tensor, x_MGD: Tensor) -> Tensor:
-    """(M, E, G) x (M, G, D) -> (E, M, D), contiguous."""
-    (M, E, _), D = weights_MEG.shape, x_MGD.shape[2]
-    if torch.compiler.is_compiling():  # the compiler lays out its own buffers and takes no strided `out`
-        return torch.bmm(weights_MEG, x_MGD).transpose(0, 1).contiguous()
-    product_EMD = x_MGD.new_empty(E, M, D)
-    torch.bmm(weights_MEG, x_MGD, out=product_EMD.transpose(0, 1))
-    return product_EMD
-
-
-def _group_major(x_EMD: Tensor) -> Tensor:
-    """(E, M, D) -> (M, E, D): a view, but a copy in bf16 on the CPU, whose kernels are slow on strided matrices."""
-    x_MED = x_EMD.transpose(0, 1)
-    return x_MED.contiguous() if x_MED.device.type == "cpu" and x_MED.dtype == torch.bfloat16 else x_MED
+def _swapped(x: Tensor) -> Tensor:
+    """(E, M, D) <-> (M, E, D): a view, but a copy in bf16 on the CPU, whose kernels are slow on strided matrices."""
+    x = x.transpose(0, 1)
+    return x.contiguous() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights_MGE, x_MGD):
         ctx.save_for_backward(weights_MGE, x_MGD)
-        return _bmm_expert_major(weights_MGE.mT, x_MGD)
+        return _swapped(torch.bmm(weights_MGE.mT, x_MGD))
 
     @staticmethod
     def backward(ctx, grad_EMD):
         weights_MGE, x_MGD = ctx.saved_tensors
-        grad_MED = _group_major(grad_EMD)
+        grad_MED = _swapped(grad_EMD)
         return torch.bmm(x_MGD, grad_MED.mT), torch.bmm(weights_MGE, grad_MED)
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights_MGE, y_EMD):
-        y_MED = _group_major(y_EMD)
+        y_MED = _swapped(y_EMD)
         ctx.save_for_backward(weights_MGE, y_MED)
         return torch.bmm(weights_MGE, y_MED)
 
     @staticmethod
     def backward(ctx, grad_MGD):
         weights_MGE, y_MED = ctx.saved_tensors
-        return torch.bmm(grad_MGD, y_MED.mT), _bmm_expert_major(weights_MGE.mT, grad_MGD)
+        return torch.bmm(grad_MGD, y_MED.mT), _swapped(torch.bmm(weights_MGE.mT, grad_MGD))
 
 
 class _ExpertLinear(torch.autograd.Function):
@@ -109,7 +100,6 @@ class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_ERO):
         x_ERI, weight_EOI = ctx.saved_tensors
-        grad_ERO = grad_ERO.contiguous()
         return torch.bmm(grad_ERO, weight_EOI), torch.bmm(grad_ERO.mT, x_ERI)
 
 

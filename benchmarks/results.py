@@ -1,0 +1,60 @@
+"""What a benchmark writes down: where it ran, its rows in a CSV file, and these as tables."""
+
+import csv
+import datetime
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mixture_of_tokens import provenance
+
+
+def surroundings(device: str) -> dict:
+    """What a result depends on besides its flags."""
+    versions = provenance.versions()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": provenance.commit() or "unknown",
+        **{name: versions[name] for name in ("torch", "transformers", "python")},
+        **provenance.hardware(device),
+        "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all"),
+    }
+
+
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    """Raises ValueError or OSError if rows with these columns could not be appended to the file."""
+    if not path.exists():
+        path.touch()
+        path.unlink()
+        return
+    with path.open("r+", newline="") as file:
+        header = next(csv.reader(file), None)
+    if header not in (None, list(columns)):
+        raise ValueError(f"{path} has other columns than these results")
+
+
+def append(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def latest(rows: Iterable[dict], columns: Sequence[str]) -> list[list[dict]]:
+    """The rows of the latest run for each combination of values in `columns`."""
+    runs: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        key = tuple(str(row[column]) for column in columns)
+        runs.setdefault(key, {}).setdefault(row["date"], []).append(row)
+    return [dates[max(dates)] for dates in runs.values()]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
