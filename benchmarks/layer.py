@@ -172,7 +172,8 @@ def tables(rows: list[dict]) -> str:
         parts.append(
             "{feed_forward} {hidden} x {intermediate}, {dtype}, groups of {group_size}, {tokens} tokens, "
             "context {context}, {repeats} repeats; {hardware}, {threads} threads, oneDNN ISA {onednn_isa}, "
-            "allocator {allocator}; torch {torch}, transformers {transformers}, commit {commit}, {date}\n".format_map(run[0])
+            "allocator {allocator}; torch {torch}, transformers {transformers}, commit {commit}, {date}\n"
+            "".format_map(run[0])
         )
         lines = []
         for one, both in zip(run[::2], run[1::2], strict=True):
