@@ -47,7 +47,7 @@ def _with_config_file(
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run the command line. Exit status 2, and one line on standard error, for what the user can mend."""
+    """Run the command line. Exit status 2, and one line on standard error, for what the user can mend; 130 for ^C."""
     about = "Mixture of Tokens: train it, weigh it against dense and sparse models."
     app = App(name="mot", help=about, result_action="return_value", exit_on_error=False, print_error=False)
     for name, function in COMMANDS.items():
@@ -58,3 +58,6 @@ def main(words: list[str] | None = None) -> None:
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("mot: stopped", file=sys.stderr)
+        sys.exit(130)

@@ -34,11 +34,23 @@ class Size:
     vocab_size: int = 50257
     batch: int = 256  # sequences a step
     sparse_everywhere: bool = False
+    mixture_temperature: float = 1.0  # of a Mixture of Tokens' router
 
 
-# Medium and Base are the paper's, Mini its authors' blog post's; Nano trains in minutes on a CPU.
+# Medium and Base are the paper's, Mini its authors' blog post's; Nano trains in minutes on a CPU, and there a sharper
+# router learned faster (experiments/LOG.md).
 SIZES = {
-    "Nano": Size(32, blocks=4, heads=1, gated_width=96, plain_width=128, context=64, vocab_size=512, batch=128),
+    "Nano": Size(
+        32,
+        blocks=4,
+        heads=1,
+        gated_width=96,
+        plain_width=128,
+        context=64,
+        vocab_size=512,
+        batch=128,
+        mixture_temperature=0.25,
+    ),
     "Mini": Size(256, blocks=4, heads=4, gated_width=672, plain_width=1024, sparse_everywhere=True),
     "Medium": Size(512, blocks=8, heads=8, gated_width=1376, plain_width=2048),
     "Base": Size(768, blocks=12, heads=12, gated_width=2048, plain_width=3072),
@@ -162,6 +174,7 @@ def config_from_name(
         "moe_intermediate_size": width // k,
         "num_experts_per_tok": k,  # the transition from MoT to Token Choice needs it too
         "group_size": parsed.group_size,
+        "router_temperature": size.mixture_temperature if parsed.system == "MoT" else 1.0,
     }
     return MixtureOfTokensConfig(**values | overrides)
 

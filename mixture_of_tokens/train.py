@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -134,7 +135,8 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
-        self.bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True, file=sys.stderr)
+        every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a screen
+        self.bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True, mininterval=every)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
@@ -152,7 +154,7 @@ class RunLog(TrainerCallback):
         names |= {"grad_norm": "grad_norm", "aux_loss": "aux_loss"}
         self.row |= {names[name]: value for name, value in logs.items() if name in names}
         shown = {k: f"{self.row[k]:.3f}" for k in ("train_loss", "eval_loss") if k in self.row}
-        self.bar.set_postfix(shown | {"tokens/s": self.row["tokens_per_second"]})
+        self.bar.set_postfix(shown | {"tokens/s": self.row["tokens_per_second"]}, refresh=False)
         if "loss" in logs and not math.isfinite(logs["loss"]):
             self._write()
             raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}: try a lower learning rate")
@@ -213,7 +215,7 @@ def train(
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"anneal-temperature-to": anneal_temperature_to}
     _check(positive, batch_size=batch_size, group_size=config.group_size, out=out)
-    run = {
+    run: dict[str, Any] = {
         "name": name,
         "seed": seed,
         "steps": steps,
@@ -224,13 +226,13 @@ def train(
         "training": {field: _scalar(value) for field, value in (training or {}).items()},
         "model": config.to_diff_dict(),
     }
+    run["training"] = _training_fields(run, recipe, config.group_size)
     with torch.device("meta"):
         MixtureOfTokensForCausalLM(config)  # whatever is wrong with it is said now
-    arguments = _arguments(run, recipe, out, device)
     if dry_run:
         print(yaml.safe_dump(run, sort_keys=False), end="")
         return
-    _run(config, run, arguments, out)
+    _run(config, run, TrainingArguments(output_dir=str(out), use_cpu=device == "cpu", **run["training"]), out)
 
 
 def _scalar(text: str) -> Any:
@@ -253,12 +255,28 @@ def _check(positive: dict[str, float | None], *, batch_size: int, group_size: in
         raise ValueError(f"{out} exists already; name another directory with --out, or remove it")
 
 
-def _arguments(run: dict, recipe: Recipe, out: Path, device: str | None) -> TrainingArguments:
-    fields = {
-        "output_dir": str(out),
+def _training_fields(run: dict, recipe: Recipe, group_size: int) -> dict[str, Any]:
+    """Fields of TrainingArguments: this project's, and over them what the user gave."""
+    given = run["training"]
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    taken = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}
+    taken |= {"learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size"}
+    for field in given:
+        if field not in known:
+            raise ValueError(f"--training.{field} is no field of TrainingArguments{nearest(field, known)}")
+        if field in taken:
+            raise ValueError(f"--training.{field} has a flag of its own: {taken[field]}")
+    parts = given.get("gradient_accumulation_steps", 1) * int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch, rest = divmod(run["batch_size"], parts)
+    if rest or micro_batch % group_size or not micro_batch:
+        raise ValueError(
+            f"a batch of {run['batch_size']} rows in {parts} parts (processes x accumulation) gives no parts that are "
+            f"multiples of the group size {group_size}; --batch-size {group_size * parts} would, and its multiples"
+        )
+    return {
         "max_steps": run["steps"],
-        "per_device_train_batch_size": run["batch_size"],
-        "per_device_eval_batch_size": run["batch_size"],
+        "per_device_train_batch_size": micro_batch,
+        "per_device_eval_batch_size": micro_batch,
         "learning_rate": run["learning_rate"],
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
@@ -272,19 +290,14 @@ def _arguments(run: dict, recipe: Recipe, out: Path, device: str | None) -> Trai
         "eval_steps": max(1, min(recipe.eval_every, run["steps"] // 10)),
         "save_strategy": "no",
         "seed": run["seed"],
-        "use_cpu": device == "cpu",
         "report_to": "none",
         "remove_unused_columns": False,
         "label_names": ["shift_labels"],
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        **given,
     }
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for field in run["training"]:
-        if field not in known:
-            raise ValueError(f"--training.{field} is no field of TrainingArguments{nearest(field, known)}")
-    return TrainingArguments(**(fields | run["training"]))
 
 
 def _run(config: MixtureOfTokensConfig, run: dict, arguments: TrainingArguments, out: Path) -> None:

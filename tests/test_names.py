@@ -145,3 +145,11 @@ def test_an_unknown_field_is_told_the_nearest():
 def test_the_nearest_word_ignores_case_and_is_silent_when_nothing_is_near():
     assert nearest("TRANSFORMR", SYSTEMS) == "; did you mean Transformer?"
     assert nearest("llama", SYSTEMS) == ""
+
+
+def test_only_the_mixtures_of_nano_have_a_sharper_router():
+    temperatures = {
+        name: config_from_name(name).router_temperature for name in ("MoT-Nano/32E", "TC-Nano/32E", "MoT-Mini/32E")
+    }
+    assert temperatures == {"MoT-Nano/32E": 0.25, "TC-Nano/32E": 1.0, "MoT-Mini/32E": 1.0}
+    assert config_from_name("MoT-Nano/32E", router_temperature=0.5).router_temperature == 0.5

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from mixture_of_tokens.report import report
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -15,3 +17,10 @@ def test_python_blocks_run(tmp_path, monkeypatch):
         exec(compile(block, README.name, "exec"), names)  # in one namespace, as a reader would type them
     assert names["y"].shape == (32, 512)
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
+def test_the_first_look_is_what_report_prints_of_the_committed_runs(capsys):
+    shown = re.search(r"```\n\$ mot report (.*?) (.*?)\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert shown is not None
+    report(README.parent / shown[1], README.parent / shown[2])
+    assert capsys.readouterr().out == shown[3]

@@ -111,8 +111,20 @@ def test_flags_and_file_reach_model_and_trainer(directory, capsys):
     mot("train", "MoT-Nano/32E", "--config", file, "--steps", 9, "--training.max_grad_norm", "1e-1", "--dry-run")
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["steps"] == 9
-    assert shown["training"] == {"weight_decay": 0.5, "max_grad_norm": 0.1}
+    assert (shown["training"]["weight_decay"], shown["training"]["max_grad_norm"]) == (0.5, 0.1)
+    assert (shown["training"]["max_steps"], shown["training"]["warmup_steps"]) == (9, 0)
     assert shown["model"]["router_temperature"] == 0.25
+
+
+def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, runs):
+    out = directory / "accumulated"
+    flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu")
+    flags += ("--training.gradient_accumulation_steps", 2)
+    mot("train", "MoT-Nano/32E/4", "--out", out, "--steps", STEPS, "--batch-size", ROWS, *flags)
+    losses = []
+    for run in (runs["MoT-Nano/32E/4"], out):
+        losses.append([json.loads(line)["train_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # sums in another order; 1e-6 after the first step
 
 
 def test_no_group_of_the_embedded_corpus_holds_a_document_twice(prepared):
@@ -147,6 +159,11 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E/5"], "granularity 5 does not divide the feed-forward width 96; legal are 1, 2, 3, 4,"),
         (["train", "MoT-Nano/32E", "--batch-size", 100], "group size 32; 96 or 128 would be"),
         (["train", "MoT-Nano/32E", "--batch-size", 8], "group size 32; 32 would be"),
+        (
+            ["train", "MoT-Nano/32E", "--batch-size", 64, "--training.gradient_accumulation_steps", 4],
+            "multiples of the group size 32; --batch-size 128 would",
+        ),
+        (["train", "MoT-Nano/32E", "--training.learning_rate", 1], "has a flag of its own: --learning-rate"),
         (["train", "MoT-Nano/32E", "--steps", 0], "--steps must be positive, not 0"),
         (["train", "MoT-Nano/32E", "--anneal-temperature-to", 0], "--anneal-temperature-to must be positive, not 0"),
         (["train", "MoT-Nano/32E", "--learning-rate", "nan"], "--learning-rate must be positive, not nan"),
