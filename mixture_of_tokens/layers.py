@@ -39,7 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.
 
 
 def truncated_normal_(weight: Tensor, scale: float) -> None:
-    """Fill with a normal of std = scale / sqrt(fan_in), cut at two std; fan_in is the last dimension. [PAPER, cfg]"""
+    """Fill with a normal of std = scale / sqrt(fan_in), cut at two std; fan_in is the last dimension. As the authors do."""
     std = scale / math.sqrt(weight.shape[-1])
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
@@ -210,7 +210,7 @@ class MixtureOfTokens(Routed):
 class ExpertChoice(Routed):
     """Each expert takes its top tokens of a group (Zhou et al., arXiv 2202.09368), at one position of G examples.
 
-    Choosing along the sequence would leak the future, so the choice is across the batch [PAPER section 2, cfg].
+    Choosing along the sequence would leak the future, so the choice is across the batch, as with the authors.
     An expert takes C = max(1, round(G * num_experts_per_tok / E)) tokens: a token gets `num_experts_per_tok` experts
     on average, and may get none. Gates are the tokens' softmax over experts.
     """
