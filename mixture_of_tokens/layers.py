@@ -39,7 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.
 
 
 def truncated_normal_(weight: Tensor, scale: float) -> None:
-    """Fill with a normal of std = scale / sqrt(fan_in), cut at two std; fan_in is the last dimension. As the authors do."""
+    """Fill with a normal of std = scale / sqrt(last dimension), cut at two std: the authors' initialisation."""
     std = scale / math.sqrt(weight.shape[-1])
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
