@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,12 @@ COMMANDS = {"train": train, "plan": plan, "report": report}
 
 def _flags(key: str, value: Any) -> Iterator[list[str]]:
     """An entry of a configuration file as the words that say the same on the command line."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _flags(f"{key}.{name}", inner)
+    if isinstance(value, dict):  # --model and --training, whose fields take any YAML
+        yield from (
+            [f"{key}.{name}", inner if isinstance(inner, str) else dumps(inner)] for name, inner in value.items()
+        )
     elif isinstance(value, bool):
-        yield [key if value else key.replace("--", "--no-", 1)] if "." not in key else [key, str(value)]
+        yield [key if value else key.replace("--", "--no-", 1)]
     elif value is not None:
         yield [key, *map(str, value if isinstance(value, list) else [value])]
 

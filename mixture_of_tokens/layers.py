@@ -23,7 +23,7 @@ is real. Examples in consecutive rows form a group: rows 0 .. G-1, G .. 2G-1 and
 texts, or they hold each other's future. What stands in a masked row, NaN included, reaches nothing.
 
 Beyond the paper: masked and partial groups (n of G tokens give exactly what the group filled up with copies of those
-n would), `normalize_mixture`, and routing weights in fp32 or better whatever the input's precision.
+n would, without `normalize_mixture`), that option, and a softmax in fp32 or better whatever the input's precision.
 """
 
 import math
@@ -82,8 +82,8 @@ class Experts(nn.Module):
 class Router(nn.Module):
     """Logits x . c_e / temperature, computed in `router_dtype` (an input in float64 stays float64).
 
-    The temperature is a buffer, so that a schedule may set it between steps (`set_temperature`), or, with
-    `learnable_temperature`, exp of the parameter `log_temperature`.
+    The temperature is a setting, not in the state dict, that a schedule may change between steps (`set_temperature`),
+    or, with `learnable_temperature`, exp of the parameter `log_temperature`.
     """
 
     fixed_temperature: Tensor
@@ -172,9 +172,9 @@ class MixtureOfTokens(Routed):
         uniform: bool = False,
         **options,
     ):
-        super().__init__(hidden_size, expert_size, num_experts, **options)
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {group_size}")
+        super().__init__(hidden_size, expert_size, num_experts, **options)
         self.group_size, self.normalize_mixture = group_size, normalize_mixture
         if uniform:
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
@@ -198,10 +198,10 @@ class MixtureOfTokens(Routed):
         return logits_MGE.softmax(dim=1, dtype=torch.promote_types(logits_MGE.dtype, torch.float32))
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        x_MGD, mask_MG1, share = grouped(x_BTD, token_mask, self.group_size)
+        x_MGD, mask_MG1, share = grouped(x_BTD, token_mask, self.group_size)  # share: n / G of every group
         weights_MGE = self.weights(x_MGD, mask_MG1)
-        scale = weights_MGE.norm(dim=1, keepdim=True) if self.normalize_mixture else 1.0
-        mixtures_EMD = collect((weights_MGE / scale).to(x_MGD.dtype), x_MGD)
+        into_MGE = weights_MGE / weights_MGE.norm(dim=1, keepdim=True) if self.normalize_mixture else weights_MGE
+        mixtures_EMD = collect(into_MGE.to(x_MGD.dtype), x_MGD)
         outputs_EMD = self.experts(mixtures_EMD)
         y_MGD = spread((weights_MGE * share).to(x_MGD.dtype), outputs_EMD)
         return ungrouped(y_MGD, mask_MG1, *x_BTD.shape[:2])
@@ -212,7 +212,7 @@ class ExpertChoice(Routed):
 
     Choosing along the sequence would leak the future, so the choice is across the batch, as with the authors.
     An expert takes C = max(1, round(G * num_experts_per_tok / E)) tokens: a token gets `num_experts_per_tok` experts
-    on average, and may get none. Gates are the tokens' softmax over experts.
+    on average, and may get none; in a group of n < G tokens more. Gates are the tokens' softmax over experts.
     """
 
     def __init__(

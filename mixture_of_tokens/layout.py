@@ -25,6 +25,12 @@ def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[
     A last group that the batch does not fill is padded with masked rows; a batch smaller than a group is one group of
     its own size. Without anything masked the mask is None.
     """
+    if x_BTD.dim() != 3 or not x_BTD.shape[0]:
+        raise ValueError(
+            f"x must be (examples, positions, hidden size) with an example at least, not {tuple(x_BTD.shape)}"
+        )
+    if token_mask is not None and token_mask.shape != x_BTD.shape[:2]:
+        raise ValueError(f"token_mask must be {tuple(x_BTD.shape[:2])}, not {tuple(token_mask.shape)}")
     B, T, _ = x_BTD.shape
     rows = min(group_size, B)
     missing = -B % rows

@@ -88,6 +88,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(FEED_FORWARDS)}")
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, not {self.group_size}")
         if not 0 < self.router_temperature < math.inf:
             raise ValueError(f"router_temperature must be positive and finite, not {self.router_temperature}")
         if self.router_dtype not in ROUTER_DTYPES:

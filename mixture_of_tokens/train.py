@@ -26,7 +26,7 @@ from mixture_of_tokens.data import Blocks, GroupedBatches, prepare
 from mixture_of_tokens.evaluate import evaluate_blocks
 from mixture_of_tokens.generate import continue_prompts
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
-from mixture_of_tokens.names import SIZES, config_from_name, nearest, parse_name
+from mixture_of_tokens.names import FIELDS, SIZES, config_from_name, nearest, parse_name
 from mixture_of_tokens.tokenizer import END_OF_TEXT
 
 PROMPT = "def "
@@ -191,8 +191,8 @@ def train(
         out: The run directory; by default runs/NAME-seedSEED.
         steps: Optimizer steps; by default the size's own number.
         seed: Of the weights and of the order of the text.
-        learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth.
-        batch_size: Rows a step, a multiple of the group size.
+        learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the size's own.
+        batch_size: Rows a step, a multiple of the group size; by default the size's own, 128 for Nano and 256 else.
         anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
             by default it stays.
         device: cpu or cuda; by default cuda where there is one.
@@ -215,28 +215,39 @@ def train(
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"anneal-temperature-to": anneal_temperature_to}
     _check(positive, batch_size=batch_size, group_size=config.group_size, out=out)
+    written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
     run: dict[str, Any] = {
         "name": name,
         "seed": seed,
         "steps": steps,
         "batch_size": batch_size,
-        "context": config.max_position_embeddings,
         "learning_rate": learning_rate,
         "anneal_temperature_to": anneal_temperature_to,
         "training": {field: _scalar(value) for field, value in (training or {}).items()},
-        "model": config.to_diff_dict(),
+        "model": {field: value for field, value in written.items() if field in FIELDS},
     }
-    run["training"] = _training_fields(run, recipe, config.group_size)
+    micro_batch, run["training"] = _training_fields(run, recipe, config.group_size)
     with torch.device("meta"):
         MixtureOfTokensForCausalLM(config)  # whatever is wrong with it is said now
     if dry_run:
         print(yaml.safe_dump(run, sort_keys=False), end="")
         return
-    _run(config, run, TrainingArguments(output_dir=str(out), use_cpu=device == "cpu", **run["training"]), out)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        use_cpu=device == "cpu",
+        max_steps=steps,
+        seed=seed,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=micro_batch,
+        **run["training"],
+    )
+    _run(config, run, arguments, out)
 
 
 def _scalar(text: str) -> Any:
-    """A flag's text as YAML reads it, and 1e-3 as the number that YAML 1.1 takes for text."""
+    """A flag's text as YAML 1.2 reads it: unlike 1.1, 1e-3 is a number, and `no` and `off` are words."""
+    if text.lower() in ("yes", "no", "on", "off"):
+        return text
     try:
         return float(text) if "e" in text.lower() else yaml.safe_load(text)
     except ValueError:
@@ -255,8 +266,8 @@ def _check(positive: dict[str, float | None], *, batch_size: int, group_size: in
         raise ValueError(f"{out} exists already; name another directory with --out, or remove it")
 
 
-def _training_fields(run: dict, recipe: Recipe, group_size: int) -> dict[str, Any]:
-    """Fields of TrainingArguments: this project's, and over them what the user gave."""
+def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, dict[str, Any]]:
+    """Rows at once, and fields of TrainingArguments: this project's, and over them what the user gave."""
     given = run["training"]
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     taken = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}
@@ -273,11 +284,8 @@ def _training_fields(run: dict, recipe: Recipe, group_size: int) -> dict[str, An
             f"a batch of {run['batch_size']} rows in {parts} parts (processes x accumulation) gives no parts that are "
             f"multiples of the group size {group_size}; --batch-size {group_size * parts} would, and its multiples"
         )
-    return {
-        "max_steps": run["steps"],
-        "per_device_train_batch_size": micro_batch,
+    return micro_batch, {
         "per_device_eval_batch_size": micro_batch,
-        "learning_rate": run["learning_rate"],
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "warmup_steps": min(recipe.warmup_steps, run["steps"] // 10),
@@ -289,7 +297,6 @@ def _training_fields(run: dict, recipe: Recipe, group_size: int) -> dict[str, An
         "eval_strategy": "steps",
         "eval_steps": max(1, min(recipe.eval_every, run["steps"] // 10)),
         "save_strategy": "no",
-        "seed": run["seed"],
         "report_to": "none",
         "remove_unused_columns": False,
         "label_names": ["shift_labels"],
@@ -304,7 +311,7 @@ def _run(config: MixtureOfTokensConfig, run: dict, arguments: TrainingArguments,
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
     print(f"Preparing the corpus for {run['name']} ...", file=sys.stderr)
-    prepared = prepare(build(standard_library()), vocab_size=config.vocab_size, context=run["context"])
+    prepared = prepare(build(standard_library()), vocab_size=config.vocab_size, context=config.max_position_embeddings)
     config.vocab_size = len(prepared.tokenizer)
     config.eos_token_id = config.pad_token_id = prepared.tokenizer.get_vocab()[END_OF_TEXT]
     # Every system sees the same groups, those that mix none and those that mix fewer included.
@@ -324,7 +331,7 @@ def _run(config: MixtureOfTokensConfig, run: dict, arguments: TrainingArguments,
     trainer.remove_callback(ProgressCallback)
     if run["anneal_temperature_to"] is not None:
         trainer.add_callback(AnnealTemperature(model, run["anneal_temperature_to"]))
-    log = RunLog(out / "metrics.jsonl", run["batch_size"] * run["context"])
+    log = RunLog(out / "metrics.jsonl", run["batch_size"] * config.max_position_embeddings)
     trainer.add_callback(log)
     start = time.perf_counter()
     trainer.train()
@@ -352,6 +359,7 @@ def _run(config: MixtureOfTokensConfig, run: dict, arguments: TrainingArguments,
     }
     (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
     sample = continue_prompts(model, prepared.tokenizer, [PROMPT])[0]
-    print(f"{run['name']}: loss {final['loss']:.4f} nats a token, {final['bits_per_byte']:.4f} bits a byte")
-    print(f"{seconds:.0f} s, {facts['tokens'] / seconds:.0f} tokens/s. Everything is in {out}. It continues:\n")
-    print(PROMPT + sample)
+    bits = f"{final['bits_per_byte']:.4f} bits a byte"
+    print(f"{run['name']}: loss {final['loss']:.4f} nats a token of all held-out text, {bits}")
+    print(f"{seconds:.0f} s, {facts['tokens'] / seconds:.0f} tokens/s. Everything is in {out}.")
+    print(f"A lone prompt, continued:\n\n{PROMPT}{sample}")

@@ -93,8 +93,8 @@ def test_the_written_configuration_trains_the_same_model_again(runs, directory):
     config = yaml.safe_load((first / "config.yaml").read_text())
     assert (config["name"], config["steps"], config["batch_size"]) == ("MoT-Nano/32E/4", STEPS, ROWS)
     again = directory / "again"
-    flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu")
-    mot("train", "MoT-Nano/32E/4", "--out", again, "--steps", STEPS, "--batch-size", ROWS, *flags)
+    mot("train", "--config", first / "config.yaml", "--out", again, "--device", "cpu")
+    assert yaml.safe_load((again / "config.yaml").read_text()) == config
     models = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (first, again)]
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
@@ -112,7 +112,7 @@ def test_flags_and_file_reach_model_and_trainer(directory, capsys):
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["steps"] == 9
     assert (shown["training"]["weight_decay"], shown["training"]["max_grad_norm"]) == (0.5, 0.1)
-    assert (shown["training"]["max_steps"], shown["training"]["warmup_steps"]) == (9, 0)
+    assert shown["training"]["warmup_steps"] == 0
     assert shown["model"]["router_temperature"] == 0.25
 
 
@@ -195,6 +195,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--training.wight_decay", 1], "did you mean weight_decay?"),
         (["train", "MoT-Nano/32E", "--model.router_temperature", -1], "router_temperature must be positive"),
         (["train", "MoT-Nano/32E", "--model.router_dtype", "half"], "legal are float32, bfloat16, float64"),
+        (["train", "MoT-Nano/32E", "--model.group_size", 0], "group_size must be at least 1, not 0"),
         (["train", "MoT-Nano/32E", "--model.hidden_act", "tanh"], "legal are silu, relu, gelu"),
         (["train", "MoT-Nano/32E", "--steps", "many"], 'unable to convert "many" into int'),
         (["train", "MoT-Nano/32E", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
