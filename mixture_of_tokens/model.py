@@ -22,7 +22,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeRMSNorm,
     Qwen3MoeRotaryEmbedding,
 )
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
 
 from mixture_of_tokens.layers import (
     ACTIVATIONS,
@@ -213,6 +213,8 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+        # Upstream installs them at the first call that records, under a lock that `torch.compile` cannot trace.
+        maybe_install_capturing_hooks(self)
 
     def forward(self, input_ids=None, attention_mask=None, token_mask=None, inputs_embeds: Any = None, **kwargs):
         """As upstream's, with `token_mask` (B, T), true where a token is real; by default from a 2-D attention mask."""
