@@ -10,10 +10,12 @@ import yaml
 from cyclopts import App, CycloptsError, Parameter
 
 from mixture_of_tokens.cost import plan
+from mixture_of_tokens.data_report import data_report
 from mixture_of_tokens.report import report
+from mixture_of_tokens.sweep import sweep
 from mixture_of_tokens.train import train
 
-COMMANDS = {"train": train, "plan": plan, "report": report}
+COMMANDS = {"train": train, "sweep": sweep, "plan": plan, "data-report": data_report, "report": report}
 
 
 def _flags(key: str, value: Any) -> Iterator[list[str]]:
@@ -23,9 +25,9 @@ def _flags(key: str, value: Any) -> Iterator[list[str]]:
             [f"{key}.{name}", inner if isinstance(inner, str) else dumps(inner)] for name, inner in value.items()
         )
     elif isinstance(value, bool):
-        yield [key if value else key.replace("--", "--no-", 1)]
+        yield from [[key]] if value else []
     elif value is not None:
-        yield [key, *map(str, value if isinstance(value, list) else [value])]
+        yield from ([key, str(item)] for item in (value if isinstance(value, list) else [value]))
 
 
 def _with_config_file(
@@ -43,15 +45,22 @@ def _with_config_file(
     entries = yaml.safe_load(config.read_text())
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} does not hold flags, as in `steps: 100`")
-    given = {word.partition("=")[0].replace("--no-", "--", 1) for word in words if word.startswith("--")}
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
     flags = [flag for key, value in entries.items() for flag in _flags(f"--{str(key).replace('_', '-')}", value)]
-    return [*words, *(word for flag in flags if flag[0].replace("--no-", "--", 1) not in given for word in flag)]
+    return [*words, *(word for flag in flags if flag[0] not in given for word in flag)]
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run the command line. Exit status 2, and one line on standard error, for what the user can mend; 130 for ^C."""
+    """Run the command line. One line on standard error and exit status 2 for bad use, 1 for training that diverges."""
     about = "Mixture of Tokens: train it, weigh it against dense and sparse models."
-    app = App(name="mot", help=about, result_action="return_value", exit_on_error=False, print_error=False)
+    app = App(
+        name="mot",
+        help=about,
+        default_parameter=Parameter(negative=()),
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+    )
     for name, function in COMMANDS.items():
         app.command(function, name=name)
     app.meta.default(_with_config_file)
@@ -60,6 +69,9 @@ def main(words: list[str] | None = None) -> None:
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:  # training that diverged
+        print("mot: error:", error, file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("mot: stopped", file=sys.stderr)
         sys.exit(130)

@@ -1,98 +1,292 @@
-"""Documents for training: the embedded corpus, and what makes a corpus fit for grouping.
+"""Where text comes from: files, folders, globs, data sets of the Hub and, by default, Python's own standard library.
 
-Examples of one group must be independent texts: each holds, at every position, a share of its mates. Near-duplicate
-documents would hand a model its own future, and so would a document large enough to meet itself in a group.
+Text is taken as its files hold it, byte for byte: bits per byte count a file's own bytes, line ends included.
 """
 
+import codecs
+import glob
+import gzip
 import hashlib
-import math
-import re
+import json
+import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
 
-from datasketch import MinHash, MinHashLSH
+PART = 2**20  # bytes of a file held at once
 
-# Two documents are near-duplicates if they share about half of their lines; shorter lines (`else:`) say nothing.
-SIMILARITY, SHORTEST_LINE = 0.5, 9
-VALIDATION_SHARE = 0.1  # of the documents
+# What a folder is searched for; a file that is named itself may have any suffix.
+PROSE = ".txt .text .md .markdown .rst .tex .org .adoc .html .htm .xml .csv .tsv .log"
+CODE = (
+    ".py .pyi .js .mjs .ts .jsx .tsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cu .cuh .cs .go .rs .rb .php "
+    ".pl .lua .r .jl .swift .m .hs .ml .ex .exs .erl .clj .lisp .el .sh .bash .sql .css .scss .yaml .yml .toml .ini"
+)
+TABLES = (".jsonl", ".parquet")
+KNOWN = {*PROSE.split(), *CODE.split(), *TABLES}
 
 
 @dataclass(frozen=True)
 class Document:
+    """A text and, for messages, where it is from. `parts` are its UTF-8 bytes in order, as it may not fit in memory."""
+
     name: str
-    text: str
+    parts: Iterable[bytes]
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents of each split in a random but fixed order, and what was left out of them."""
+def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]:
+    """The documents of all sources in order: files, rows of .jsonl and .parquet files, rows of Hub data sets.
 
-    train: list[Document]
-    validation: list[Document]
-    duplicates: int
-    cut: int  # documents cut to their share
-
-    @property
-    def hash(self) -> str:
-        """Runs are comparable only on equal hashes."""
-        digest = hashlib.sha256()
-        for document in [*self.train, *self.validation]:
-            digest.update(hashlib.sha256(document.text.encode()).digest())
-        return digest.hexdigest()[:16]
-
-
-def standard_library() -> Iterator[Document]:
-    """The source text of this Python's standard library, as far as it is installed."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "dist-packages"}.isdisjoint(path.relative_to(root).parts):
-            continue
-        try:
-            yield Document(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:  # test data in other encodings
-            continue
-
-
-def build(documents: Iterator[Document], largest_share: float = 1 / 80) -> Corpus:
-    """Drop empty, exact and near duplicates, shuffle by content, split by document, and cut each to its share.
+    The parts of a document are to be read before the next document is asked for.
 
     Args:
-        largest_share: of a split's text that one document may have; below 1 / (2 * group_size) it cannot meet itself.
+        sources: Each a file, a folder (searched for known suffixes, hidden files left out), a glob or
+            hf:NAME[:CONFIG]; none stands for the standard library. Every file may be gzipped, parquet aside.
+        field: Of a row, the one that holds its text.
 
-    Raises ValueError if there are not two documents left, one for each split.
+    Raises ValueError, naming file and line, for what is missing or empty or is no UTF-8 text.
     """
-    index = MinHashLSH(threshold=SIMILARITY, num_perm=64)
-    kept: dict[str, Document] = {}
-    duplicates = 0
-    for document in documents:
-        key = hashlib.sha256(document.text.encode()).hexdigest()
-        lines = {line.strip().encode() for line in re.split(r"[\n\r]+", document.text)}
-        lines = {line for line in lines if len(line) >= SHORTEST_LINE}
-        sketch = MinHash(num_perm=64, hashfunc=zlib.crc32, seed=1)
-        sketch.update_batch(lines)
-        if not lines or key in kept or index.query(sketch):
-            duplicates += bool(lines)
+    if not sources:
+        yield from _standard_library()
+    for source in sources:
+        holds_text = False
+
+        def noted(parts: Iterable[bytes]) -> Iterator[bytes]:
+            nonlocal holds_text
+            for part in parts:
+                holds_text = holds_text or bool(part.strip())
+                yield part
+
+        rows = _hub_rows(source, field) if source.startswith("hf:") else _of_files(files(source), field)
+        for document in rows:
+            yield Document(document.name, noted(document.parts))
+        if not holds_text:
+            raise ValueError(f"{source} is empty: there is no text in it")
+
+
+def files(source: str) -> list[Path]:
+    """The files that a file, folder or glob stands for, in a fixed order.
+
+    Raises ValueError if there are none.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = [file for file in _walk(path) if _suffix(file) in KNOWN]
+        if not found:
+            raise ValueError(f"{source} holds no file of a known kind, such as .txt, .md, .py, .jsonl or .parquet")
+        return found
+    if glob.has_magic(source):
+        found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+        if not found:
+            raise ValueError(f"{source} matches no file")
+        return found
+    raise ValueError(f"{source}: there is no such file or folder" if not path.exists() else f"{source} is no file")
+
+
+def _paths(source: str | None) -> list[Path] | None:
+    """The files of a source (None is the standard library), or None for a data set that is not local."""
+    if source is None:
+        return _library_files()
+    if source.startswith("hf:"):
+        folder = Path(_hub_name(source)[0])
+        return list(_walk(folder)) if folder.is_dir() else None
+    return files(source)
+
+
+def raw_bytes(source: str | None) -> int | None:
+    """Size of a source's files, or None for a data set that is not local."""
+    paths = _paths(source)
+    return None if paths is None else sum(path.stat().st_size for path in paths)
+
+
+def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
+    """What a source's text depends on: the content and kind of its files, or the commit of a Hub data set.
+
+    Args:
+        source: None is the standard library.
+        read: Told of the bytes read.
+    """
+    paths = _paths(source)
+    if paths is None:
+        assert source is not None
+        name, config = _hub_name(source)
+        return [name, config, _hub_commit(name)]
+    result = []
+    for path in paths:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(PART):
+                digest.update(part)
+                read(len(part))
+        result.append(f"{''.join(path.suffixes[-2:])} {digest.hexdigest()}")
+    return result
+
+
+def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
+    for path in paths:
+        kind = _suffix(path)
+        if kind == ".jsonl":
+            yield from _json_rows(path, field)
+        elif kind == ".parquet":
+            yield from _parquet_rows(path, field)
+        else:
+            yield Document(str(path), _text(path))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    def stop(error: OSError) -> None:  # unlike os.walk on its own, which passes over a folder that it cannot read
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _library_files() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    foreign = {"site-packages", "dist-packages"}
+    return [p for p in _walk(root) if p.suffix == ".py" and foreign.isdisjoint(p.relative_to(root).parts)]
+
+
+def _standard_library() -> Iterator[Document]:
+    """The source text of this Python's standard library, as far as it is installed."""
+    for path in _library_files():
+        text = path.read_bytes()
+        try:
+            text.decode()
+        except UnicodeDecodeError:  # test data in other encodings
             continue
-        index.insert(key, sketch)
-        kept[key] = document
-    if len(kept) < 2:
-        raise ValueError(f"the corpus has {len(kept)} different documents; it takes at least 2")
-    shuffled = [kept[key] for key in sorted(kept)]
-    validation = max(1, round(VALIDATION_SHARE * len(shuffled)))
-    train, held_out = _cut(shuffled[validation:], largest_share), _cut(shuffled[:validation], largest_share)
-    shortened = len({id(document) for document in [*train, *held_out]} - {id(document) for document in shuffled})
-    return Corpus(train, held_out, duplicates, shortened)
+        yield Document(path.name, [text])
 
 
-def _cut(documents: list[Document], largest_share: float) -> list[Document]:
-    if len(documents) * largest_share < 1.25:  # so few that cutting would leave next to nothing
-        return documents
-    lengths = [len(document.text) for document in documents]
-    longest, before = max(lengths), math.inf
-    while longest < before:  # cutting lowers the total, and so what a share of it is
-        before = longest
-        longest = max(1, min(longest, int(largest_share * sum(min(length, longest) for length in lengths))))
-    return [d if len(d.text) <= longest else Document(d.name, d.text[:longest]) for d in documents]
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedIOBase]:
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        try:
+            yield file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is no whole gzip file: {error}") from error
+
+
+def _text(path: Path) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read = 0
+    with _opened(path) as file:
+        while True:
+            part = file.read(PART)
+            if b"\0" in part:
+                raise ValueError(f"{path} is binary, no text: byte {read + part.index(0)} is NUL")
+            waiting = len(decoder.getstate()[0])  # bytes of a character whose end is in this part
+            try:
+                decoder.decode(part, final=not part)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 at byte {read - waiting + error.start}") from error
+            if not part:
+                return
+            read += len(part)
+            yield part
+
+
+def _json_rows(path: Path, field: str) -> Iterator[Document]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            name = f"{path}:{number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{name} is not UTF-8 at byte {error.start} of the line") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name} is no JSON: {error.msg} at column {error.colno}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{name} is no object with a field {field!r}")
+            yield _row(name, row, field)
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
+    import pyarrow as pa  # here, as importing it takes time and few runs need it
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        # Without pre_buffer a row group, which may be the whole file, is read as it is needed.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PART) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise ValueError(_without(str(path), field, names))
+            for batch in file.iter_batches(batch_size=64, columns=[field], use_threads=False):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _row(f"{path}: row {number}", {field: value}, field)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no parquet file with text after row {number}: {error}") from error
+
+
+def cache_directory() -> Path:
+    base = os.environ.get("MIXTURE_OF_TOKENS_CACHE") or Path.home() / ".cache" / "mixture_of_tokens"
+    return Path(base)
+
+
+def _hub_name(source: str) -> tuple[str, str]:
+    name, _, config = source.removeprefix("hf:").partition(":")
+    if not name:
+        raise ValueError(f"{source} names no data set; hf:NAME or hf:NAME:CONFIG would")
+    return name, config
+
+
+def _hub_note(name: str) -> Path:
+    """Where the commit of a Hub data set is noted, so that what was prepared is found without a network too."""
+    return cache_directory() / "hub" / name.replace("/", "--")
+
+
+def _hub_commit(name: str) -> str:
+    """The newest commit of a Hub data set; without a network the one of last time, or none."""
+    from huggingface_hub import dataset_info
+
+    note = _hub_note(name)
+    try:
+        commit = dataset_info(name, timeout=10).sha or ""
+    except Exception:  # of the network, of many kinds; what is wrong with the data set is said where it is read
+        return note.read_text() if note.exists() else ""
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(commit)
+    return commit
+
+
+def _hub_rows(source: str, field: str) -> Iterator[Document]:
+    import datasets  # here, as importing it takes time and few runs need it
+
+    name, config = _hub_name(source)
+    commit = _hub_note(name).read_text() if _hub_note(name).exists() else None
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit or None)
+    except Exception as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    for number, row in enumerate(rows, 1):
+        yield _row(f"{source}: row {number}", row, field)
+
+
+def _row(name: str, row: dict[str, Any], field: str) -> Document:
+    if field not in row:
+        raise ValueError(_without(name, field, row))
+    if not isinstance(row[field], str):
+        raise ValueError(f"{name}: the field {field!r} is no text but {type(row[field]).__name__}")
+    try:
+        return Document(name, [row[field].encode()])
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: character {error.start} of the field {field!r} is half a surrogate pair") from error
+
+
+def _without(name: str, field: str, names: Iterable[str]) -> str:
+    return f"{name} has no field {field!r}; it has {', '.join(map(repr, names)) or 'none'}"

@@ -36,6 +36,9 @@ from mixture_of_tokens.layers import (
 from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy, load_balancing_loss
 
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")
+POSITIVE = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads")
+POSITIVE += ("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "group_size", "vocab_size")
+POSITIVE += ("max_position_embeddings",)
 
 
 class MixtureOfTokensConfig(Qwen3MoeConfig):
@@ -80,6 +83,10 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     initializer_scale: float = 0.1**0.5
 
     def __post_init__(self, **kwargs):
+        for name in POSITIVE:
+            value = kwargs.get(name, getattr(self, name, None))
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.mlp_layer_types is None:
             dense = self.num_hidden_layers // 2
             self.mlp_layer_types = ["dense"] * dense + ["mixture_of_tokens"] * (self.num_hidden_layers - dense)
@@ -88,8 +95,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(FEED_FORWARDS)}")
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, not {self.group_size}")
+        if not 0 < self.initializer_scale < math.inf:
+            raise ValueError(f"initializer_scale must be positive and finite, not {self.initializer_scale}")
         if not 0 < self.router_temperature < math.inf:
             raise ValueError(f"router_temperature must be positive and finite, not {self.router_temperature}")
         if self.router_dtype not in ROUTER_DTYPES:

@@ -1,25 +1,33 @@
-"""A byte-level BPE tokenizer trained on the corpus, as a transformers tokenizer."""
+"""Tokenizers: a byte-level BPE trained on the corpus, or one that there is already; as transformers tokenizers."""
 
+import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+SMALLEST = 257  # 256 bytes and the end of text
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def check_vocab_size(vocab_size: int | None) -> int:
+    """Raises ValueError if a tokenizer of this size cannot be trained."""
+    if vocab_size is None or vocab_size < SMALLEST:
+        raise ValueError(f"vocab_size must be at least 257 (256 bytes and the end of text), not {vocab_size}")
+    return vocab_size
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedTokenizerFast:
     """Train on `texts`. The end-of-text token, number 0, separates documents and pads.
 
     Raises ValueError if `vocab_size` leaves no room for the 256 bytes and the end-of-text token.
     """
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size must be at least 257 (256 bytes and the end of text), not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=check_vocab_size(vocab_size),
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -27,3 +35,43 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.train_from_iterator(texts, trainer)
     special = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "padding_side": "left"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer from a tokenizer.json, from a folder that holds one, or from the Hub; it pads on the left.
+
+    Raises ValueError if it is none, or names no end-of-text token; OSError if the Hub does not have it.
+    """
+    path = Path(name).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if (file.parent / "tokenizer_config.json").is_file() and file.name == "tokenizer.json":
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent)
+        elif file.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)))
+        elif path.is_dir() or path.suffix == ".json":
+            raise FileNotFoundError(f"there is no {file}")
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises the bare class
+        raise ValueError(f"{name} is no tokenizer: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{name} is no fast tokenizer: it has no tokenizer.json")
+    if tokenizer.eos_token_id is None and END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TEXT
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{name} names no end-of-text token: give its tokenizer_config.json an eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash of what a tokenizer makes of text."""
+    content = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

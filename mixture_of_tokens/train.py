@@ -1,4 +1,4 @@
-"""Training one named model: Hugging Face's Trainer, plus grouped batches and the run directory."""
+"""Training one named model: the command `mot train` and its run directory."""
 
 import ctypes
 import dataclasses
@@ -6,32 +6,31 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
-import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
 import yaml
-from torch.utils.data import SequentialSampler
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from cyclopts import Parameter
+from transformers import TrainingArguments, set_seed
 
-from mixture_of_tokens import provenance
-from mixture_of_tokens.corpus import build, standard_library
+from mixture_of_tokens import checkpoints, provenance
 from mixture_of_tokens.cost import flops_per_token
-from mixture_of_tokens.data import Blocks, GroupedBatches, prepare
+from mixture_of_tokens.data import GroupedBatches
 from mixture_of_tokens.evaluate import evaluate_blocks
 from mixture_of_tokens.generate import continue_prompts
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
 from mixture_of_tokens.names import FIELDS, SIZES, config_from_name, nearest, parse_name
-from mixture_of_tokens.tokenizer import END_OF_TEXT
+from mixture_of_tokens.shards import Prepared, prepare
+from mixture_of_tokens.trainer import AnnealTemperature, GroupedTrainer, StopOnSignal
 
 PROMPT = "def "
 COMMON_GROUP = 32
-EVALUATION_ROWS = 1024  # during training; the final loss is over the whole validation split
+# Fields of TrainingArguments that say how a run is carried out, not what it computes; a resumed run may change them.
+CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +41,14 @@ class Recipe:
     steps: int
     warmup_steps: int
     eval_every: int
+    save_every: int
 
 
 RECIPES = {
-    "Nano": Recipe(1e-2, 1500, 100, 100),
-    "Mini": Recipe(4e-3, 150_000, 2500, 1000),
-    "Medium": Recipe(7e-4, 150_000, 2500, 1000),
-    "Base": Recipe(4e-4, 150_000, 2500, 1000),
+    "Nano": Recipe(1e-2, 1500, 100, 100, 500),
+    "Mini": Recipe(4e-3, 150_000, 2500, 1000, 1000),
+    "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
+    "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
 }
 # Where the authors trained Mixture of Tokens at another peak rate than the dense model.
 MIXTURE_LEARNING_RATES = {"Mini": 2e-3, "Base": 2e-4}
@@ -67,181 +67,150 @@ def keep_large_blocks() -> bool:
     return bool(libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, largest))
 
 
-def as_it_is(batch: Any) -> Any:
-    """`GroupedBatches` gives whole batches."""
-    return batch
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is common to commands that train.
+
+    Args:
+        steps: Optimizer steps; by default the size's own number.
+        batch_size: Rows a step, a multiple of the group size; by default the size's own, 128 for Nano and 256 else.
+        data: Files, folders or globs of text, .jsonl or .parquet, each also .gz, or hf:NAME[:CONFIG] for a data set of
+            the Hub; may be given several times. By default the source text of Python's standard library.
+        field: Of a row of .jsonl, .parquet or the Hub, the text.
+        max_bytes: Read no more than so many bytes of text.
+        tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
+        anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
+            by default it stays.
+        evaluate_on: The split the losses are of: validation by default, and in mot sweep tuning, so that nothing is
+            chosen by what is reported.
+        device: cpu or cuda; by default cuda where there is one.
+        model: Fields of the model's configuration, as in --model.router_temperature 0.25.
+        training: Fields of transformers' TrainingArguments, as in --training.weight_decay 0.05.
+    """
+
+    steps: int | None = None
+    batch_size: int | None = None
+    data: list[str] = dataclasses.field(default_factory=list)
+    field: str = "text"
+    max_bytes: int | None = None
+    tokenizer: str | None = None
+    anneal_temperature_to: float | None = None
+    evaluate_on: Literal["validation", "tuning"] | None = None
+    device: Literal["cpu", "cuda"] | None = None
+    model: dict[str, str] = dataclasses.field(default_factory=dict)
+    training: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-class GroupedTrainer(Trainer):
-    """Trainer on rows in their given order, evaluated in fixed groups, with cross-entropy as the loss it reports."""
-
-    def __init__(self, model: MixtureOfTokensForCausalLM, *args, rows: GroupedBatches, validation: Blocks, **kwargs):
-        # The evaluation set is named so that Trainer evaluates at all; `evaluate` does not read it.
-        super().__init__(model, *args, train_dataset=rows, eval_dataset=rows, data_collator=as_it_is, **kwargs)
-        self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
-        self.causal_lm, self.rows, self.validation = model, rows, validation
-        self._reported: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.rows)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, use_cache=False)
-        loss, aux_loss = outputs.loss, outputs.aux_loss
-        cross_entropy = loss if aux_loss is None else loss - self.causal_lm.config.router_aux_loss_coef * aux_loss
-        self._reported.append((cross_entropy.detach(), None if aux_loss is None else aux_loss.detach()))
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._reported:
-            cross_entropies, aux_losses = zip(*self._reported, strict=True)
-            logs["loss"] = torch.stack(cross_entropies).mean().item()
-            if aux_losses[0] is not None:
-                logs["aux_loss"] = torch.stack(aux_losses).mean().item()
-            self._reported.clear()
-        super().log(logs, start_time)
-
-    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        result = evaluate_blocks(
-            self.causal_lm,
-            self.validation,
-            group_size=self.rows.group_size,
-            batch_size=self.args.per_device_eval_batch_size,
-            groups=max(1, EVALUATION_ROWS // self.rows.group_size),
-        )
-        metrics = {f"{metric_key_prefix}_loss": result["loss"]}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-class AnnealTemperature(TrainerCallback):
-    """Router temperature from `start` to `end`, geometrically; a function of the step alone."""
-
-    def __init__(self, model: MixtureOfTokensForCausalLM, end: float):
-        self.model, self.start, self.end = model, model.config.router_temperature, end
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        progress = state.global_step / max(1, state.max_steps - 1)
-        self.model.set_router_temperature(self.start * (self.end / self.start) ** progress)
-
-
-class RunLog(TrainerCallback):
-    """`metrics.jsonl` and the progress bar: loss, tokens a second, time left. Stops at a loss that is not finite."""
-
-    def __init__(self, path: Path, tokens_per_step: int):
-        self.path, self.tokens_per_step = path, tokens_per_step
-        self.row: dict[str, Any] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
-        every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a screen
-        self.bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True, mininterval=every)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if not any(name in logs for name in ("loss", "eval_loss")):
-            return
-        if self.row and self.row["step"] != state.global_step:
-            self._write()
-        seconds = time.perf_counter() - self.start
-        tokens = state.global_step * self.tokens_per_step
-        self.row |= {"step": state.global_step, "tokens": tokens, "seconds": round(seconds, 3)}
-        self.row["tokens_per_second"] = round(tokens / seconds) if tokens else 0
-        names = {"loss": "train_loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate"}
-        names |= {"grad_norm": "grad_norm", "aux_loss": "aux_loss"}
-        self.row |= {names[name]: value for name, value in logs.items() if name in names}
-        shown = {k: f"{self.row[k]:.3f}" for k in ("train_loss", "eval_loss") if k in self.row}
-        self.bar.set_postfix(shown | {"tokens/s": self.row["tokens_per_second"]}, refresh=False)
-        if "loss" in logs and not math.isfinite(logs["loss"]):
-            self._write()
-            raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}: try a lower learning rate")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._write()
-        self.bar.close()
-
-    def _write(self):
-        if self.row:
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.row) + "\n")
-        self.row = {}
+DEFAULTS = Options()
 
 
 def train(
     name: str,
     *,
     out: Path | None = None,
-    steps: int | None = None,
     seed: int = 0,
     learning_rate: float | None = None,
-    batch_size: int | None = None,
-    anneal_temperature_to: float | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
-    model: dict[str, str] | None = None,
-    training: dict[str, str] | None = None,
+    options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
+    resume: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Train one model on the embedded corpus and write a run directory.
+    """Train one model and write a run directory.
+
+    It can be stopped (^C, SIGTERM) and killed at any time; the same command with --resume goes on.
 
     Args:
         name: A model, such as Transformer-Nano or MoT-Nano/32E/4.
         out: The run directory; by default runs/NAME-seedSEED.
-        steps: Optimizer steps; by default the size's own number.
         seed: Of the weights and of the order of the text.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the size's own.
-        batch_size: Rows a step, a multiple of the group size; by default the size's own, 128 for Nano and 256 else.
-        anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
-            by default it stays.
-        device: cpu or cuda; by default cuda where there is one.
-        model: Fields of the model's configuration, as in --model.router_temperature 0.25.
-        training: Fields of transformers' TrainingArguments, as in --training.weight_decay 0.05.
+        resume: Go on from the newest whole checkpoint of the run directory, or start where there is none.
         dry_run: Print the merged configuration and stop.
     """
+    out = Path("runs") / f"{name.replace('/', '-')}-seed{seed}" if out is None else out
+    if dry_run:
+        print(yaml.safe_dump(merge(name, seed, learning_rate, options)[1], sort_keys=False), end="")
+        return
+    facts = run_training(name, seed, learning_rate, options, out, resume=resume)
+    if not _is_main():
+        return
+    loss, bits = f"{facts['final_loss']:.4f} nats a token", f"{facts['bits_per_byte']:.4f} bits a byte"
+    print(f"{name}: loss {loss} of all {facts['evaluated_on']} text, {bits}")
+    print(f"{facts['seconds']:.0f} s, {facts['tokens_per_second']} tokens/s. Everything is in {out}.")
+    print(f"A lone prompt, continued:\n\n{PROMPT}{facts['sample']}")
+
+
+def run_training(
+    name: str, seed: int, learning_rate: float | None, options: Options, out: Path, *, resume: bool
+) -> dict[str, Any]:
+    """Train as `mot train` does, or find it done with `resume`. Returns what run.json holds, and writes it last.
+
+    Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
+    """
+    config, run, arguments = merge(name, seed, learning_rate, options)
+    if resume:
+        _check_resumed(out, run)
+        if (out / "run.json").exists():
+            print(f"{out} is finished already", file=sys.stderr)
+            return json.loads((out / "run.json").read_text())
+    elif _is_main() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; go on with --resume, name another with --out, or remove it")
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
+    return _run(config, run, TrainingArguments(output_dir=str(out), **arguments), out)
+
+
+def merge(
+    name: str, seed: int, learning_rate: float | None, options: Options
+) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
+    """The model's configuration, the run's (what config.yaml holds), and keywords of TrainingArguments.
+
+    Raises ValueError for whatever is wrong with them.
+    """
     size = parse_name(name).size
-    overrides = {field: _scalar(value) for field, value in (model or {}).items()}
+    overrides = {field: _scalar(value) for field, value in options.model.items()}
     config = config_from_name(name, **overrides)
     recipe = RECIPES[size]
-    steps = recipe.steps if steps is None else steps
-    batch_size = SIZES[size].batch if batch_size is None else batch_size
+    steps = recipe.steps if options.steps is None else options.steps
+    batch_size = SIZES[size].batch if options.batch_size is None else options.batch_size
     if learning_rate is None:
         mixes = not {"dense", "token_choice", "expert_choice"}.issuperset(config.feed_forwards)
         learning_rate = MIXTURE_LEARNING_RATES.get(size, recipe.learning_rate) if mixes else recipe.learning_rate
-    out = Path("runs") / f"{name.replace('/', '-')}-seed{seed}" if out is None else out
-    if device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or say cpu")
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
-    positive |= {"anneal-temperature-to": anneal_temperature_to}
-    _check(positive, batch_size=batch_size, group_size=config.group_size, out=out)
+    positive |= {"anneal-temperature-to": options.anneal_temperature_to, "max-bytes": options.max_bytes}
+    _check(positive, batch_size=batch_size, group_size=config.group_size)
     written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
+    written = {field: value for field, value in written.items() if field in FIELDS}
+    if options.tokenizer is not None and "vocab_size" not in overrides:
+        written["vocab_size"] = None  # the tokenizer's
     run: dict[str, Any] = {
         "name": name,
         "seed": seed,
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
-        "anneal_temperature_to": anneal_temperature_to,
-        "training": {field: _scalar(value) for field, value in (training or {}).items()},
-        "model": {field: value for field, value in written.items() if field in FIELDS},
+        "anneal_temperature_to": options.anneal_temperature_to,
+        "data": options.data,
+        "field": options.field,
+        "max_bytes": options.max_bytes,
+        "tokenizer": options.tokenizer,
+        "evaluate_on": options.evaluate_on or "validation",
+        "training": {field: _scalar(value) for field, value in options.training.items()},
+        "model": {field: value for field, value in written.items() if value is not None},
     }
     micro_batch, run["training"] = _training_fields(run, recipe, config.group_size)
     with torch.device("meta"):
         MixtureOfTokensForCausalLM(config)  # whatever is wrong with it is said now
-    if dry_run:
-        print(yaml.safe_dump(run, sort_keys=False), end="")
-        return
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        use_cpu=device == "cpu",
-        max_steps=steps,
-        seed=seed,
-        learning_rate=learning_rate,
-        per_device_train_batch_size=micro_batch,
-        **run["training"],
-    )
-    _run(config, run, arguments, out)
+    taken = {"max_steps": steps, "seed": seed, "learning_rate": learning_rate, "use_cpu": options.device == "cpu"}
+    taken |= {"per_device_train_batch_size": micro_batch}
+    TrainingArguments(output_dir=os.devnull, **taken, **run["training"])  # the same
+    return config, run, taken | run["training"]
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _scalar(text: str) -> Any:
@@ -254,7 +223,7 @@ def _scalar(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def _check(positive: dict[str, float | None], *, batch_size: int, group_size: int, out: Path) -> None:
+def _check(positive: dict[str, float | None], *, batch_size: int, group_size: int) -> None:
     for what, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{what} must be positive, not {value}")
@@ -262,8 +231,29 @@ def _check(positive: dict[str, float | None], *, batch_size: int, group_size: in
         low = batch_size // group_size * group_size
         legal = " or ".join(str(n) for n in (low, low + group_size) if n)
         raise ValueError(f"--batch-size {batch_size} is no multiple of the group size {group_size}; {legal} would be")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; name another directory with --out, or remove it")
+
+
+def _check_resumed(out: Path, run: dict[str, Any]) -> None:
+    """That a run directory, where there is one, was made with the same configuration."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "config.yaml").is_file():
+        raise ValueError(f"--resume: {out} is no run directory: it has no config.yaml")
+
+    def flat(configuration: dict[str, Any]) -> dict[str, Any]:
+        nested = {"model", "training"}
+        outer = {key: value for key, value in configuration.items() if key not in nested}
+        inner = {f"{key}.{name}": value for key in nested for name, value in configuration[key].items()}
+        return outer | {k: v for k, v in inner.items() if not k.removeprefix("training.").startswith(CARRIED_OUT)}
+
+    before, now = flat(yaml.safe_load((out / "config.yaml").read_text())), flat(yaml.safe_load(yaml.safe_dump(run)))
+    for key in [*before, *now]:
+        if before.get(key) != now.get(key):
+            flag = key.replace("_", "-") if "." not in key else key
+            raise ValueError(
+                f"--resume: {out} was started with --{flag} {before.get(key)}, now it is {now.get(key)}; "
+                "give the same flags, or name another directory with --out"
+            )
 
 
 def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, dict[str, Any]]:
@@ -296,8 +286,10 @@ def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, d
         "logging_steps": max(1, min(20, run["steps"] // 20)),
         "eval_strategy": "steps",
         "eval_steps": max(1, min(recipe.eval_every, run["steps"] // 10)),
-        "save_strategy": "no",
-        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every,
+        "save_total_limit": 2,
+        "report_to": "tensorboard",
         "remove_unused_columns": False,
         "label_names": ["shift_labels"],
         "logging_nan_inf_filter": False,
@@ -307,59 +299,92 @@ def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, d
     }
 
 
-def _run(config: MixtureOfTokensConfig, run: dict, arguments: TrainingArguments, out: Path) -> None:
-    keep_large_blocks()
-    transformers.logging.disable_progress_bar()
-    print(f"Preparing the corpus for {run['name']} ...", file=sys.stderr)
-    prepared = prepare(build(standard_library()), vocab_size=config.vocab_size, context=config.max_position_embeddings)
-    config.vocab_size = len(prepared.tokenizer)
-    config.eos_token_id = config.pad_token_id = prepared.tokenizer.get_vocab()[END_OF_TEXT]
+def build(
+    config: MixtureOfTokensConfig, run: dict[str, Any], arguments: TrainingArguments
+) -> tuple[GroupedTrainer, Prepared]:
+    """The trainer of a run, its data prepared and its model initialised."""
     # Every system sees the same groups, those that mix none and those that mix fewer included.
-    groups = (
-        COMMON_GROUP if COMMON_GROUP % config.group_size == run["batch_size"] % COMMON_GROUP == 0 else config.group_size
+    common = COMMON_GROUP % config.group_size == run["batch_size"] % COMMON_GROUP == 0
+    group_size = COMMON_GROUP if common else config.group_size
+    prepared = prepare(
+        run["data"],
+        field=run["field"],
+        max_bytes=run["max_bytes"],
+        vocab_size=config.vocab_size if run["tokenizer"] is None else run["model"].get("vocab_size"),
+        context=config.max_position_embeddings,
+        tokenizer=run["tokenizer"],
+        group_size=group_size,
     )
+    if run["tokenizer"] is None or "vocab_size" not in run["model"]:
+        config.vocab_size = len(prepared.tokenizer)
+    config.eos_token_id = prepared.tokenizer.eos_token_id
+    config.pad_token_id = prepared.tokenizer.pad_token_id
     rows = GroupedBatches(
-        prepared.train, group_size=groups, batch_size=run["batch_size"], steps=run["steps"], seed=run["seed"]
+        prepared.train, group_size=group_size, batch_size=run["batch_size"], steps=run["steps"], seed=run["seed"]
     )
     set_seed(run["seed"])
     model = MixtureOfTokensForCausalLM(config)
-
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
-    trainer = GroupedTrainer(model, arguments, rows=rows, validation=prepared.validation)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    evaluated, corpus = getattr(prepared, run["evaluate_on"]), prepared.facts["hash"]
+    trainer = GroupedTrainer(
+        model, arguments, rows=rows, evaluated=evaluated, corpus=corpus, processing_class=prepared.tokenizer
+    )
     if run["anneal_temperature_to"] is not None:
         trainer.add_callback(AnnealTemperature(model, run["anneal_temperature_to"]))
-    log = RunLog(out / "metrics.jsonl", run["batch_size"] * config.max_position_embeddings)
-    trainer.add_callback(log)
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
+    return trainer, prepared
 
+
+def _run(config: MixtureOfTokensConfig, run: dict[str, Any], arguments: TrainingArguments, out: Path) -> dict:
+    keep_large_blocks()
+    transformers.logging.disable_progress_bar()
+    trainer, prepared = build(config, run, arguments)
+    checkpoint = checkpoints.newest(out) if out.exists() else None
+    if _is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_text(out / "config.yaml", yaml.safe_dump(run, sort_keys=False))
+        if checkpoint is not None:
+            print(f"Going on from {checkpoint}", file=sys.stderr)
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    with stop.installed():
+        trainer.train(checkpoint)
+    if trainer.state.global_step < run["steps"]:
+        assert stop.received is not None
+        if _is_main():
+            step, name = trainer.state.global_step, signal.Signals(stop.received).name
+            print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
+        sys.exit(128 + stop.received)
+    return _finish(trainer, prepared, run, out) if _is_main() else {}
+
+
+def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write `model/` and, last, `run.json`, which says that the run is finished."""
+    model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
+    tokens = run["steps"] * trainer.run_log.tokens_per_step
     final = evaluate_blocks(
-        model, prepared.validation, group_size=groups, batch_size=arguments.per_device_eval_batch_size
+        model, trainer.evaluated, group_size=trainer.rows.group_size, batch_size=trainer.args.per_device_eval_batch_size
     )
-    model.save_pretrained(out / "model")
-    prepared.tokenizer.save_pretrained(out / "model")
+    beside = out / "model.partial"
+    with checkpoints.plain_errors(out / "model"):
+        model.save_pretrained(beside)
+    prepared.tokenizer.save_pretrained(beside)
+    checkpoints.publish(beside, out / "model")
     facts = {
         "name": run["name"],
         "seed": run["seed"],
         "steps": run["steps"],
-        "tokens": run["steps"] * log.tokens_per_step,
+        "tokens": tokens,
+        "evaluated_on": run["evaluate_on"],
         "final_loss": final["loss"],
         "bits_per_byte": final["bits_per_byte"],
         "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds),
         "parameters": model.num_parameters(),
         "forward_flops_per_token": round(sum(flops_per_token(config, batch=run["batch_size"]).forward.values())),
         "corpus": prepared.facts,
         "versions": provenance.versions(),
         "commit": provenance.commit(),
-        **provenance.hardware("cpu" if arguments.use_cpu else None),
+        "sample": continue_prompts(model, prepared.tokenizer, [PROMPT])[0],
+        **provenance.hardware("cpu" if trainer.args.use_cpu else None),
     }
-    (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
-    sample = continue_prompts(model, prepared.tokenizer, [PROMPT])[0]
-    bits = f"{final['bits_per_byte']:.4f} bits a byte"
-    print(f"{run['name']}: loss {final['loss']:.4f} nats a token of all held-out text, {bits}")
-    print(f"{seconds:.0f} s, {facts['tokens'] / seconds:.0f} tokens/s. Everything is in {out}.")
-    print(f"A lone prompt, continued:\n\n{PROMPT}{sample}")
+    checkpoints.write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
+    return facts

@@ -1,21 +1,12 @@
-"""Corpus, tokens and groups: nothing lost, nothing doubled, no document beside itself."""
+"""Blocks and groups: nothing lost, nothing doubled, no document beside itself."""
+
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
-from mixture_of_tokens.corpus import Document, build
-from mixture_of_tokens.data import Blocks, GroupedBatches, collisions, grouped_order, prepare
-from mixture_of_tokens.tokenizer import train_tokenizer
-
-
-def sentences(seed: int, lines: int) -> str:
-    words = np.random.default_rng(seed).integers(0, 26**3, size=(lines, 6))
-    return "\n".join(" ".join(chr(97 + w % 26) * 2 + chr(97 + w // 26 % 26) for w in line) for line in words)
-
-
-def documents(count: int = 60, lines: int = 40) -> list[Document]:
-    return [Document(f"d{i}", sentences(i, lines + i % 7)) for i in range(count)]
+from mixture_of_tokens.data import Blocks, GroupedBatches, TokenFiles, collisions, deal, grouped_order, segmented
 
 
 def blocks_of(lengths: list[int], context: int) -> Blocks:
@@ -24,62 +15,27 @@ def blocks_of(lengths: list[int], context: int) -> Blocks:
     return Blocks(tokens, np.cumsum(lengths), context, bytes=len(tokens))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def in_segments(lengths: list[int], context: int, group_size: int) -> Blocks:
+    ends, _ = segmented(np.cumsum(lengths), context, group_size)
+    return Blocks(np.zeros(sum(lengths), dtype=np.uint16), ends, context, bytes=sum(lengths))
 
 
-# Corpus
+# Tokens
 
 
-def test_exact_and_near_duplicates_are_dropped():
-    originals = documents()
-    near = Document("near", originals[3].text + "\none more line that no other document has")
-    corpus = build(iter([*originals, Document("copy", originals[5].text), near, Document("empty", "\n")]))
-    assert corpus.duplicates == 2
-    assert {d.name for d in [*corpus.train, *corpus.validation]} == {d.name for d in originals}
-
-
-def test_no_document_keeps_more_than_its_share():
-    long = Document("long", sentences(99, 2000))
-    corpus = build(iter([*documents(1000, lines=10), long]), largest_share=1 / 80)
-    for split in (corpus.train, corpus.validation):
-        total = sum(len(d.text) for d in split)
-        assert max(len(d.text) for d in split) <= total / 80 + 1
-    assert corpus.cut >= 1
-
-
-def test_a_corpus_does_not_depend_on_the_order_of_its_documents():
-    assert build(iter(documents())).hash == build(reversed(documents())).hash
-    assert build(iter(documents())).hash != build(iter(documents(59))).hash
-
-
-def test_splits_share_no_document():
-    corpus = build(iter(documents()))
-    assert len(corpus.validation) == 6
-    assert not {d.name for d in corpus.train} & {d.name for d in corpus.validation}
-
-
-def test_a_corpus_of_one_document_is_refused():
-    with pytest.raises(ValueError, match="at least 2"):
-        build(iter([Document("a", sentences(1, 50))] * 3))
-
-
-# Tokenizer
-
-
-def test_tokenizer_gives_any_bytes_back():
-    tokenizer = train_tokenizer([sentences(0, 50)], 300)
-    text = "naïve  \t<|x|> 漢字\r\n\x00 end"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer) <= 300
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
-
-
-def test_a_vocabulary_without_room_for_the_bytes_is_refused():
-    with pytest.raises(ValueError, match="at least 257"):
-        train_tokenizer(["text"], 200)
+def test_tokens_in_several_files_are_read_as_one_array(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 2**16, 250).astype(np.uint16)
+    paths = [tmp_path / f"{i}.tokens" for i in range(3)]
+    for path, part in zip(paths, np.split(tokens, [100, 200]), strict=True):
+        part.tofile(path)
+    files = pickle.loads(pickle.dumps(TokenFiles(paths, "uint16", 250, shard_tokens=100)))  # as for a spawned worker
+    assert len(files) == 250
+    index = np.array([[99, 100, 101], [249, 0, 199], [200, 201, 5]])
+    assert files[index].dtype == np.uint16
+    assert (files[index] == tokens[index]).all()
+    ends = np.array([120, 250])
+    rows = [Blocks(t, ends, context=7, bytes=250).batch(np.arange(35), padded=True) for t in (files, tokens)]
+    assert all(torch.equal(rows[0][name], rows[1][name]) for name in rows[1])
 
 
 # Blocks
@@ -89,7 +45,7 @@ def test_every_token_but_the_first_is_predicted_exactly_once():
     blocks = blocks_of([50, 31, 77, 12], context=8)
     rows = blocks.batch(np.arange(blocks.total), padded=True)
     predicted = rows["shift_labels"][rows["shift_labels"] != -100]
-    assert predicted.tolist() == blocks.tokens[1:].tolist()
+    assert predicted.tolist() == blocks.tokens[np.arange(1, 170)].tolist()
     assert rows["attention_mask"].sum() == len(blocks.tokens)
     empty = blocks.batch(np.array([-1]), padded=True)
     assert empty["attention_mask"].sum() == 0
@@ -105,28 +61,12 @@ def test_blocks_know_their_documents():
         assert (first[index], last[index]) == (touched.min(), touched.max())
 
 
-def test_preparing_loses_and_doubles_nothing(cache):
-    corpus = build(iter(documents()))
-    prepared = prepare(corpus, vocab_size=300, context=16)
-    for split, texts in ((prepared.train, corpus.train), (prepared.validation, corpus.validation)):
-        text = prepared.tokenizer.decode(torch.from_numpy(split.tokens.astype(np.int64)))
-        assert text == "".join(d.text + "<|endoftext|>" for d in texts)
-        assert split.bytes == sum(len(d.text.encode()) for d in texts)
-    assert [path.name for path in cache.iterdir() if "." in path.name] == []  # nothing half-written is left
-
-
-def test_preparing_again_reads_the_cache(cache):
-    corpus = build(iter(documents()))
-    prepare(corpus, vocab_size=300, context=16)
-    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
-    again = prepare(corpus, vocab_size=300, context=8)
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == written
-    assert again.train.context == 8
-
-
-def test_a_split_shorter_than_a_block_is_refused():
-    with pytest.raises(ValueError, match="less than a block of 100000"):
-        prepare(build(iter(documents())), vocab_size=300, context=100_000)
+def test_a_split_without_tokens_has_no_blocks_and_no_order():
+    empty = Blocks(np.zeros(0, dtype=np.uint16), np.zeros(0, dtype=np.int64), context=8, bytes=0)
+    assert (len(empty), empty.total) == (0, 0)
+    for everything in (False, True):
+        with pytest.raises(ValueError, match="0 blocks of 8 tokens do not fill two groups of 4"):
+            grouped_order(empty, 4, everything=everything)
 
 
 # Groups
@@ -148,16 +88,71 @@ def test_no_document_meets_itself_in_a_group_and_every_block_stands_once(lengths
 
 def test_collisions_are_seen():
     blocks = blocks_of([40, 40, 40], context=8)
-    group, place = collisions(blocks, np.array([[0, 6, 12], [0, 1, 12], [0, -1, -1], [4, 5, 13]]))
+    groups = np.array([[0, 6, 12], [0, 1, 12], [0, -1, -1], [4, 5, 13]])
+    group, place = collisions(blocks, groups)
     assert group.tolist() == [1, 3]  # two blocks of document 0; one that reaches into document 1, and one of it
     assert place.tolist() == [0, 0]
+    many = np.tile(groups[[0, 2]], (2**18, 1))  # more than are looked at at once
+    many[[7, -5]] = groups[1]
+    assert collisions(blocks, many)[0].tolist() == [7, len(many) - 5]
 
 
 def test_a_document_with_more_than_its_share_is_refused():
     with pytest.raises(ValueError, match="could meet itself"):
         grouped_order(blocks_of([400, 50, 50], context=8), 4)
-    with pytest.raises(ValueError, match="do not fill a group of 64"):
+    with pytest.raises(ValueError, match="do not fill two groups of 64"):
         grouped_order(blocks_of([97] * 5, context=8), 64)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7, 8, 9])
+def test_fewer_blocks_than_a_group_are_evaluated_in_two_groups_of_which_neighbours_are_no_mates(blocks):
+    short = in_segments([8 * blocks + 1], context=8, group_size=8)
+    order = grouped_order(short, 8, everything=True)
+    assert order.shape == (2, 8)
+    assert sorted(order[order >= 0]) == list(range(blocks))
+    for group in order:
+        assert (np.diff(np.sort(group[group >= 0])) > 1).all()
+
+
+@pytest.mark.parametrize(("group_size", "context"), [(2, 3), (5, 8), (7, 1), (32, 16)])
+@pytest.mark.parametrize("lengths", [[1], [1, 1], [3, 1, 1, 1, 4], [0.02] * 10 + [1] + [0.02] * 10])
+@pytest.mark.parametrize("groups", [2, 3, 5, 24, 75])
+def test_mates_from_one_document_are_far_apart(lengths, groups, group_size, context):
+    tokens = groups * group_size * context + 1
+    lengths = np.maximum(1, np.array(lengths) * tokens / sum(lengths)).astype(int)
+    lengths[0] += max(0, tokens - lengths.sum())
+    whole = blocks_of(lengths.tolist(), context)
+    blocks = in_segments(lengths.tolist(), context, group_size)
+    assert set(whole.ends) <= set(blocks.ends)
+    nearest, between = np.inf, np.inf
+    for options in ({"epoch": 0}, {"epoch": 1}, {"epoch": 2}, {"everything": True}):
+        order = grouped_order(blocks, group_size, seed=1, **options)  # raises at a collision
+        number = np.sort(np.where(order < 0, np.arange(-group_size, 0) * 10**6, order), axis=1)
+        nearest = min(nearest, np.diff(number, axis=1).min())
+        first, last = blocks.documents(np.maximum(number, 0))
+        same = whole.documents(np.maximum(number, 0))
+        mates = (number[:, :-1] >= 0) & (same[0][:, 1:] == same[1][:, :-1])
+        if mates.any():
+            between = min(between, (first[:, 1:] - last[:, :-1])[mates].min())
+    assert nearest > groups // 2  # blocks; a stripe has `groups`
+    assert between > 1 or context == 1  # segments: not the same one, nor adjacent ones
+
+
+def test_only_documents_that_could_meet_themselves_are_divided():
+    # 40 blocks in groups of 5: stripes of 8, so mates are 5 blocks or more apart, and 4 * 8 tokens are between them.
+    lengths = [32, 33, 160, 31, 65]
+    ends, segments = segmented(np.cumsum(lengths), context=8, group_size=5)
+    assert np.diff(ends, prepend=0).tolist() == [32, 11, 11, 11, *[16] * 10, 31, *[13] * 5]
+    assert segments == 18
+
+
+def test_the_order_of_many_blocks_takes_little_memory_and_is_the_same_every_time():
+    blocks = blocks_of([97] * 40, context=8)
+    orders = [deal(blocks, 5, seed=3, epoch=4) for _ in range(2)]
+    assert (orders[0] == orders[1]).all()
+    assert orders[0].dtype == np.int32
+    assert (orders[0] != deal(blocks, 5, seed=3, epoch=5)).any()
+    assert (orders[0] != deal(blocks, 5, seed=4, epoch=4)).any()
 
 
 def test_rows_depend_on_seed_and_step_alone():

@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.corpus import build, standard_library
-from mixture_of_tokens.data import collisions, grouped_order, prepare
+from mixture_of_tokens.data import collisions, grouped_order
 from mixture_of_tokens.evaluate import evaluate_blocks
 from mixture_of_tokens.generate import continue_prompts
+from mixture_of_tokens.shards import prepare
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
 STEPS, ROWS = 12, 64
@@ -48,7 +49,7 @@ def runs(directory):
 
 @pytest.fixture(scope="module")
 def prepared(runs):
-    return prepare(build(standard_library()), vocab_size=512, context=64)
+    return prepare(vocab_size=512, context=64)
 
 
 @pytest.fixture(params=NAMES)
@@ -201,6 +202,26 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["train", "MoT-Nano/32E", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),
         (["train", "MoT-Nano/32E", "--stps", 3], "Did you mean --steps?"),
+        (["train", "MoT-Nano/32E", "--config", "stps.yaml"], "Did you mean --steps?"),
+        (["train", "MoT-Nano/32E", "--config", "wight.yaml"], "did you mean weight_decay?"),
+        (["train", "MoT-Nano/32E", "--data", "nowhere.txt"], "nowhere.txt"),
+        (["train", "MoT-Nano/32E", "--data", "empty.txt"], "empty.txt"),
+        (["train", "MoT-Nano/32E", "--data", "binary.txt"], "binary.txt"),
+        (["train", "MoT-Nano/32E", "--data", "latin1.txt"], "latin1.txt"),
+        (["train", "MoT-Nano/32E", "--data", "rows.jsonl", "--field", "body"], "body"),
+        (["train", "MoT-Nano/32E", "--data", "short.txt"], "less than a block of 64: give more text"),
+        (
+            ["train", "MoT-Nano/32E", "--data", "few.txt"],
+            "blocks of 64 tokens do not fill a group of 32: give more text",
+        ),
+        (["train", "MoT-Nano/32E", "--max-bytes", 0], "--max-bytes must be positive, not 0"),
+        (["train", "MoT-Nano/32E", "--tokenizer", "rows.jsonl"], "rows.jsonl"),
+        (["train", "MoT-Nano/32E", "--model.vocab_size", 100], "at least 257"),
+        (["train", "MoT-Nano/32E", "--model.hidden_size", 0], "hidden_size"),
+        (["train", "MoT-Nano/32E", "--model.num_experts", -3], "num_experts"),
+        (["train", "MoT-Nano/32E", "--out", "short.txt/run"], "short.txt is no directory that can be written to"),
+        (["sweep", "MoT-Nano/32E", "--seeds", "a"], "'a' is no int"),
+        (["data-report", "nowhere"], "nowhere"),
         (["train"], "requires an argument"),
         (["plan", "MoT-Nano/32E", "--micro-batch", 33], "legal are 32, 64, 128"),
         (["report", "nowhere"], "no finished run"),
@@ -209,6 +230,11 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
 )
 def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    files = {"empty.txt": b"", "binary.txt": b"\x00\x01", "latin1.txt": b"caf\xe9", "short.txt": b"too short\nby far"}
+    files |= {"rows.jsonl": b'{"text": "a"}\n', "stps.yaml": b"stps: 3", "wight.yaml": b"training: {wight_decay: 1}"}
+    files["few.txt"] = b"\n".join(b"line %d is not line %d" % (i, i * i) for i in range(100))
+    for name, content in files.items():
+        Path(name).write_bytes(content)
     with pytest.raises(SystemExit) as stopped:
         mot(*words)
     assert stopped.value.code == 2
@@ -217,7 +243,7 @@ def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypa
     assert err.count("\n") == 1
     assert err.startswith("mot: error: ")
     assert message in err
-    assert list(tmp_path.iterdir()) == []  # nothing half-written
+    assert {path.name for path in tmp_path.iterdir()} == set(files)  # nothing half-written
 
 
 def test_an_existing_run_is_not_overwritten(runs, capsys):
@@ -233,5 +259,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(directory, capsys):
     flags = ("--learning-rate", 1e30, "--training.max_grad_norm", 0, "--training.logging_steps", 1)
     with pytest.raises(SystemExit) as stopped:
         mot("train", "Transformer-Nano", "--out", directory / "nan", "--steps", 10, "--batch-size", ROWS, *flags)
-    assert stopped.value.code == 2
+    assert stopped.value.code == 1
     assert "try a lower learning rate" in capsys.readouterr().err

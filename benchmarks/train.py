@@ -1,0 +1,158 @@
+"""A whole training step: every system beside the dense model, and Trainer beside a bare loop.
+
+    python benchmarks/train.py             measure, print, append to benchmarks/train.csv
+    python benchmarks/train.py --table     the latest results of benchmarks/train.csv as Markdown; measures nothing
+
+Cost at Nano on two CPU cores: about six minutes. The machine must be quiet.
+
+Every model is trained in turns of `--steps` steps by two loops, in an order that is shuffled every round:
+
+    trainer   what `mot train` runs: with logging, router telemetry, TensorBoard and progress bar, without evaluations
+              and checkpoints, which the clock of a run leaves out
+    loop      forward, backward, clipping, fused AdamW and the schedule over the same batches, and nothing else
+
+Columns: milliseconds, the median over the rounds of a step's time (low, high: quartiles); share_of_first, the time of
+a step over that of the first model named by the same loop; overhead, of Trainer's step over the bare loop's, minus 1.
+Both ratios are taken within each round, and their median is reported with its quartiles.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from results import append, check_columns, latest, markdown, read, surroundings
+from transformers import TrainingArguments, get_scheduler
+
+from mixture_of_tokens.train import Options, build, keep_large_blocks, merge
+
+RESULTS = Path(__file__).with_name("train.csv")
+WARM_UP = 3  # steps of every turn before its clock starts
+SPREAD = ("milliseconds", "share_of_first", "overhead")
+COLUMNS = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa")
+COLUMNS += ("batch", "steps", "rounds", "model", "loop")
+COLUMNS += tuple(f"{name}{end}" for name in SPREAD for end in ("", "_low", "_high"))
+
+
+class Turn:
+    """One model by one loop."""
+
+    def __init__(self, name: str, loop: str, args: argparse.Namespace, out: str):
+        training = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": "20"}
+        options = Options(steps=args.steps + WARM_UP, batch_size=args.batch_size, device=args.device, training=training)
+        self.config, self.run, arguments = merge(name, 0, None, options)
+        self.arguments, self.loop = TrainingArguments(output_dir=out, **arguments), loop
+
+    def seconds_per_step(self) -> float:
+        trainer, _ = build(self.config, self.run, self.arguments)
+        return self._trainer(trainer) if self.loop == "trainer" else self._bare(trainer)
+
+    def _trainer(self, trainer) -> float:
+        seconds: list[float] = []
+        on_step_end = trainer.run_log.on_step_end
+
+        def timed(*args: Any, **kwargs: Any) -> None:
+            on_step_end(*args, **kwargs)
+            seconds.append(trainer.clock.seconds)
+
+        trainer.run_log.on_step_end = timed
+        trainer.train()
+        return (trainer.clock.seconds - seconds[WARM_UP - 1]) / (len(seconds) - WARM_UP)
+
+    def _bare(self, trainer) -> float:
+        model, args, rows = trainer.causal_lm.train(), self.arguments, trainer.rows
+        optimizer = trainer.create_optimizer()
+        schedule = get_scheduler(
+            args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps, args.lr_scheduler_kwargs
+        )
+        start, batch = 0.0, self.run["batch_size"]
+        for step in range(args.max_steps):
+            if step == WARM_UP:
+                self._wait()
+                start = time.perf_counter()
+            inputs = rows.__getitems__(list(range(step * batch, (step + 1) * batch)))
+            inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
+            model(**inputs, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        self._wait()
+        return (time.perf_counter() - start) / (args.max_steps - WARM_UP)
+
+    def _wait(self) -> None:
+        if self.arguments.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    keep_large_blocks()
+    with tempfile.TemporaryDirectory() as out:
+        keys = [(name, loop) for name in args.models for loop in ("trainer", "loop")]
+        turns = {key: Turn(*key, args, f"{out}/{i}") for i, key in enumerate(keys)}
+        for turn in turns.values():
+            turn.seconds_per_step()  # once for nothing: caches, threads, the allocator
+        times = {key: [] for key in keys}
+        for number in range(args.rounds):
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+            for key in random.sample(keys, len(keys)):
+                times[key].append(turns[key].seconds_per_step())
+    milliseconds = {key: 1e3 * np.array(seconds) for key, seconds in times.items()}
+    conditions = surroundings(args.device or "cpu") | {"steps": args.steps, "rounds": args.rounds}
+    rows = []
+    for (name, loop), own in milliseconds.items():
+        row = conditions | {"model": name, "loop": loop, "batch": turns[name, loop].run["batch_size"]}
+        figures = {"milliseconds": own, "share_of_first": own / milliseconds[args.models[0], loop]}
+        if loop == "trainer":
+            figures["overhead"] = own / milliseconds[name, "loop"] - 1
+        for figure, values in figures.items():
+            low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+            row |= {figure: round(median, 4), f"{figure}_low": round(low, 4), f"{figure}_high": round(high, 4)}
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    def cell(row: dict, name: str, form: str) -> str:
+        return f"{float(row[name]):{form}} ({float(row[f'{name}_low']):{form}} to {float(row[f'{name}_high']):{form}})"
+
+    lines = []
+    for row in rows:
+        overhead = cell(row, "overhead", ".1%") if row.get("overhead") not in (None, "") else ""
+        shown = (cell(row, "milliseconds", ".1f"), cell(row, "share_of_first", ".2f"), overhead)
+        lines.append((f"{row['model']}, {row['loop']}", *shown))
+    first = rows[0]
+    facts = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, {first['batch']} rows a step, "
+    facts += f"{first['rounds']} rounds of {first['steps']} steps, commit {first['commit']}, {first['date'][:10]}"
+    return f"{facts}\n\n" + markdown(("", "ms a step", f"of {first['model']}'s", "over the bare loop"), lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", default=["Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/4", "TC-Nano/32E"]
+    )
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if not args.table:
+        check_columns(args.results, COLUMNS)
+        rows = measure(args)
+        append(args.results, COLUMNS, rows)
+        print(table(rows))
+        return
+    for rows in latest(read(args.results), ("hardware", "threads", "batch", "torch")):
+        print(table(rows), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

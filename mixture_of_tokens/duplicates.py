@@ -1,0 +1,118 @@
+"""Near-duplicate documents, found by MinHash: documents that share about half of their lines.
+
+In a group a near-duplicate would hand a model its own future. Sketches are made by several processes where there is
+much text; a process runs this file as a script, and so imports neither torch nor the rest of the package.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasketch import MinHash
+
+# Documents are alike that agree in one of 16 bands of 4 hashes: at a share of s common lines with the probability
+# 1 - (1 - s^4)^16, which is 0.12 for 0.3, 0.64 for 0.5 and 0.99 for 0.7.
+BANDS, ROWS = 16, 4
+# Odd, and random otherwise: the hashes of a band times these, added up modulo 2^64, are one number for the band.
+FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], dtype=np.uint64)
+SHORTEST_LINE = 9  # bytes; shorter lines (`else:`) say nothing, unless a document has no others
+CHUNK = 2**26  # bytes that a process is given; it takes half a second to start and a second or two to sketch them
+PART = 2**20  # bytes held at once
+
+
+def sketch(file: int, offset: int, length: int, minhash: MinHash) -> np.ndarray:
+    """Hashes of the bands (BANDS,) of a text: `length` bytes from `offset` of an open file. Zeros if it is blank."""
+    for shortest in (SHORTEST_LINE, 1):
+        minhash.clear()
+        rest = b""
+        for start in range(offset, offset + length, PART):
+            text = rest + os.pread(file, min(PART, offset + length - start), start)
+            last = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
+            if last == 0 and len(text) > PART:  # a very long line
+                last = len(text)
+            rest = text[last:]
+            minhash.update_batch({line for line in map(bytes.strip, text[:last].splitlines()) if len(line) >= shortest})
+        if len(rest.strip()) >= shortest:
+            minhash.update(rest.strip())
+        if not minhash.is_empty():
+            bands = minhash.hashvalues.astype(np.uint64).reshape(BANDS, ROWS) * FACTORS
+            return np.maximum(bands.sum(axis=1, dtype=np.uint64), np.uint64(1))
+    return np.zeros(BANDS, dtype=np.uint64)
+
+
+def _sketches(text: Path, places: np.ndarray) -> np.ndarray:
+    """Bands (documents, BANDS) of the documents at `places` (documents, 2), offset and length, of a file."""
+    minhash = MinHash(num_perm=BANDS * ROWS, hashfunc=zlib.crc32, seed=1)
+    file = os.open(text, os.O_RDONLY)
+    try:
+        return np.array([sketch(file, int(offset), int(length), minhash) for offset, length in places])
+    finally:
+        os.close(file)
+
+
+def _sketches_elsewhere(text: Path, places: np.ndarray) -> np.ndarray:
+    command = [sys.executable, "-P", __file__, str(text)]  # -P: modules of this package are no modules of their own
+    done = subprocess.run(command, input=places.tobytes(), stdout=subprocess.PIPE, check=True)
+    return np.frombuffer(done.stdout, dtype=np.uint64).reshape(-1, BANDS)
+
+
+def _chunks(text: Path, places: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Bands of all documents, chunk by chunk, in order."""
+    read = np.cumsum(places[:, 1])
+    edges = np.unique([0, *np.searchsorted(read, np.arange(CHUNK, read[-1], CHUNK)), len(places)])
+    parts = [slice(a, b) for a, b in pairwise(edges.tolist())]
+    workers = min(os.cpu_count() or 1, len(parts), 8)
+    if workers == 1:
+        yield from ((part, _sketches(text, places[part])) for part in parts)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        yield from zip(parts, pool.map(lambda part: _sketches_elsewhere(text, places[part]), parts), strict=True)
+
+
+def unlike(
+    text: Path, places: np.ndarray, digests: np.ndarray, work: Path, read: Callable[[int], Any]
+) -> tuple[np.ndarray, int]:
+    """Which documents to keep, by number, in an order set by their content alone, and how many duplicates are left out.
+
+    A document goes that agrees in a band with an earlier one, be that one kept or not. Blank ones go uncounted.
+
+    Args:
+        text, places: A file and the offset and length (documents, 2), int64, of each document in it.
+        digests: (documents,), uint64, hashes of their content.
+        work: A folder for the bands, which take 128 bytes a document.
+        read: Told of the bytes sketched.
+    """
+    # In a file, mapped for a moment only: memory does not grow by what would be most of a short document.
+    file, shape = work / "bands", (BANDS, len(places))
+    with file.open("wb") as made:
+        made.truncate(BANDS * len(places) * 8)
+    for part, found in _chunks(text, places):
+        np.memmap(file, dtype=np.uint64, mode="r+", shape=shape)[:, part] = found.T
+        read(int(places[part, 1].sum()))
+
+    def band(number: int) -> np.ndarray:
+        return np.fromfile(file, np.uint64, len(places), offset=number * len(places) * 8)
+
+    order = np.argsort(digests, kind="stable")
+    order = order[band(0)[order] > 0]
+    first = np.ones(len(order), dtype=bool)
+    for number in range(BANDS):
+        here = np.zeros(len(order), dtype=bool)
+        here[np.unique(band(number)[order], return_index=True)[1]] = True
+        first &= here
+    file.unlink()
+    return order[first], int(len(order) - first.sum())
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the parent too, which stops asking
+    asked = np.frombuffer(sys.stdin.buffer.read(), dtype=np.int64).reshape(-1, 2)
+    sys.stdout.buffer.write(_sketches(Path(sys.argv[1]), asked).tobytes())

@@ -1,0 +1,348 @@
+"""Text -> token files with a manifest, made once, kept in a cache under a hash of content and options.
+
+A cache entry is made in a folder beside it, under a lock, and renamed when it is whole and on the disk. What a killed
+process has left there is thrown away by the next one.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from mixture_of_tokens import corpus
+from mixture_of_tokens.data import Blocks, TokenFiles, segmented
+from mixture_of_tokens.splits import SPLITS, Splits, cut_by_tokens, opened, split, spool, text_of
+from mixture_of_tokens.tokenizer import check_vocab_size, fingerprint, load_tokenizer, train_tokenizer
+
+FORMAT = 2  # of the files in the cache; a change makes new ones
+SHARD_TOKENS = 2**27  # in a file
+TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
+# Tokenizers take some hundred bytes a token while they encode, so text goes to them in small batches of small pieces.
+BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16
+SMALLEST_GROUP = 32  # documents are cut as for groups of this size or more, so that models of smaller ones share data
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tokenized corpus: its splits, its tokenizer, and what is known of it.
+
+    `tuning` is for choosing settings, so that nothing is chosen on what is reported; it may be shorter than a block.
+    facts: `hash` (of the kept text), `source`, `duplicates_dropped`, `documents_cut`, `segments` (how many far-apart
+    parts of documents count as documents), `dtype`, `tokenizer` (a hash) and, by split, documents, tokens and bytes.
+    """
+
+    train: Blocks
+    tuning: Blocks
+    validation: Blocks
+    tokenizer: PreTrainedTokenizerFast
+    facts: dict
+    directory: Path
+
+
+def prepare(
+    sources: Sequence[str] = (),
+    *,
+    field: str = "text",
+    max_bytes: int | None = None,
+    vocab_size: int | None = 512,
+    context: int = 64,
+    tokenizer: str | None = None,
+    group_size: int = 32,
+) -> Prepared:
+    """Text without near-duplicates, split by document and tokenized; read from the cache if it is there.
+
+    Args:
+        sources: See `corpus.documents`; none stands for the source text of Python's standard library.
+        field: Of a row of .jsonl, .parquet or a Hub data set, the one that holds its text.
+        max_bytes: Of text to read at most.
+        vocab_size: Of the tokenizer to be trained. With `tokenizer`, at least its length, or None.
+        context: Tokens in a block.
+        tokenizer: A tokenizer.json, a folder with one or a Hub name.
+        group_size: Documents are cut, or divided into segments, such that groups of this size, or smaller ones, can
+            be made of different documents.
+
+    Raises ValueError for bad sources or options, and if the training or validation split is shorter than a block.
+    """
+    for name, value in {"context": context, "group_size": group_size, "max_bytes": max_bytes}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be positive, not {value}")
+    sources = [str(source) for source in sources]
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    if given is None:
+        vocab_size = check_vocab_size(vocab_size)
+    elif vocab_size is not None and vocab_size < len(given):
+        raise ValueError(f"vocab_size {vocab_size} is less than the {len(given)} tokens of {tokenizer}")
+    group_size = max(SMALLEST_GROUP, group_size)
+    # Of the files; the text in them is somewhat less, or where they are compressed more.
+    sizes = [corpus.raw_bytes(source) for source in sources or [None]]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    with _progress("Looking for the data in the cache", total) as bar:
+        content = [corpus.fingerprint(source, bar.update) for source in sources or [None]]
+    options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else fingerprint(given)]
+    key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
+    directory = corpus.cache_directory() / f"tokens-{key}"
+    manifest = _whole(directory)
+    if manifest is None:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(directory):
+            manifest = _whole(directory)  # another process may have made it meanwhile
+            if manifest is None:
+                documents = corpus.documents(sources, field)
+                total = max_bytes if total is None or max_bytes is None else min(total, max_bytes)
+                _make(directory, documents, max_bytes, total, group_size, given, vocab_size)
+                manifest = _whole(directory)
+    assert manifest is not None
+    splits, facts, segments = {}, manifest["facts"], 0
+    for name in SPLITS:
+        paths = [directory / file for file in manifest["shards"][name]]
+        tokens = TokenFiles(paths, facts["dtype"], facts[name]["tokens"], manifest["shard_tokens"])
+        ends, count = segmented(np.load(directory / f"{name}.ends.npy"), context, group_size)
+        splits[name] = Blocks(tokens, ends, context, facts[name]["bytes"])
+        segments += count
+        if name != "tuning" and len(splits[name]) == 0:
+            raise ValueError(
+                f"the {name} split has {len(tokens)} tokens, less than a block of {context}: give more text"
+            )
+    named = sources or [f"the standard library of Python {platform.python_version()}"]
+    if segments:
+        what = f"{', '.join(named)}: too few documents, or too long ones, for groups of {group_size}"
+        print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
+    facts |= {"source": named, "segments": segments}
+    kept = given or PreTrainedTokenizerFast.from_pretrained(directory)
+    return Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
+
+
+def _progress(what: str, total: int | None = None) -> tqdm:
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, dynamic_ncols=True, file=sys.stderr)
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    lock = FileLock(f"{directory}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("Another process prepares the same data: waiting for it.", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _whole(directory: Path) -> dict | None:
+    """The manifest of a cache entry that has all of its files at their full length."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        sizes = {name: (directory / name).stat().st_size for name in manifest["files"]}
+    except FileNotFoundError:
+        return None
+    return manifest if sizes == manifest["files"] else None
+
+
+def _make(
+    directory: Path,
+    documents: Iterable[corpus.Document],
+    max_bytes: int | None,
+    total: int | None,
+    group_size: int,
+    tokenizer: PreTrainedTokenizerFast | None,
+    vocab_size: int | None,
+) -> None:
+    """Make a cache entry. total: bytes to read, about; vocab_size: of the tokenizer to be trained, if none is given."""
+    if directory.exists():
+        print(f"{directory} is damaged: a file is missing or of the wrong length. It is made again.", file=sys.stderr)
+        shutil.rmtree(directory)
+    beside = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        text = beside / "text"
+        with _progress("Reading", total) as bar:
+            places, digests = spool(documents, text, max_bytes, bar.update)
+        with _progress("Looking for duplicates", int(places[:, 1].sum())) as bar:
+            parts = split(text, places, digests, group_size=group_size, work=beside, read=bar.update)
+        with _parallel_tokenizers():
+            if tokenizer is None:
+                tokenizer = train_tokenizer(_training_text(text, parts.places["train"]), vocab_size)
+            manifest = tokenize(text, parts, tokenizer, beside, group_size)
+        text.unlink()
+        manifest["files"] = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
+        (beside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        for path in [*beside.iterdir(), beside]:
+            _to_disk(path)
+        beside.rename(directory)
+        _to_disk(directory.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    with opened(path) as file:
+        os.fsync(file)
+
+
+@contextmanager
+def _parallel_tokenizers() -> Iterator[None]:
+    """Let tokenizers use all cores, whatever the environment says for smaller work."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _training_text(text: Path, places: np.ndarray) -> Iterator[str]:
+    left = TRAINING_BYTES
+    with opened(text) as file:
+        for offset, length in places:
+            for piece in text_of(file, int(offset), int(length), TRAINING_PIECE):
+                yield piece.decode()
+                left -= len(piece)
+                if left < 0:
+                    return
+
+
+def tokenize(
+    text: Path,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    group_size: int,
+    shard_tokens: int = SHARD_TOKENS,
+) -> dict:
+    """Write the tokens of all documents, each closed by the end of text, where they end, and the tokenizer.
+
+    Args:
+        text: The file that holds the text of the documents.
+
+    Returns a manifest without `files`.
+    """
+    dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
+    facts: dict[str, Any] = {"dtype": dtype, "tokenizer": fingerprint(tokenizer)}
+    shards, cut, digest = {}, 0, hashlib.sha256()
+    with (
+        _progress("Tokenizing", sum(int(part[:, 1].sum()) for part in splits.places.values())) as bar,
+        opened(text) as file,
+    ):
+        for name, part in splits.places.items():
+            shortened = splits.cut[name]
+            while True:
+                done, read = bar.n, digest.copy()
+                read.update(f"{name} {len(part)}".encode() + part[:, 1].tobytes())
+                names, ends = _write(file, part, tokenizer, directory / name, dtype, shard_tokens, read, bar)
+                shorter = cut_by_tokens(file, part, np.diff(ends, prepend=0), group_size)
+                if np.array_equal(shorter, part):
+                    break
+                shortened = shortened | (shorter != part).any(axis=1)
+                part = shorter
+                bar.update(done - bar.n)
+                for file_name in names:
+                    (directory / file_name).unlink()
+            digest = read
+            cut += int(shortened.sum())
+            np.save(directory / f"{name}.ends.npy", ends)
+            shards[name] = names
+            tokens = int(ends[-1]) if len(ends) else 0
+            facts[name] = {"documents": len(part), "tokens": tokens, "bytes": int(part[:, 1].sum())}
+    tokenizer.save_pretrained(directory)
+    facts |= {"hash": digest.hexdigest()[:16], "duplicates_dropped": splits.duplicates, "documents_cut": cut}
+    return {"format": FORMAT, "shard_tokens": shard_tokens, "shards": shards, "facts": facts}
+
+
+def _write(
+    file: int,
+    places: np.ndarray,
+    tokenizer: PreTrainedTokenizerFast,
+    stem: Path,
+    dtype: str,
+    shard_tokens: int,
+    digest,
+    bar: tqdm,
+) -> tuple[list[str], np.ndarray]:
+    """Write the tokens of one split. Returns the names of its shards, and where its documents end (documents,)."""
+    writer = _Writer(stem, dtype, shard_tokens)
+    ends = np.zeros(len(places), dtype=np.int64)
+    document = 0
+    for batch in _batches(file, places):
+        for tokens, closes in _encoded(tokenizer, batch):
+            writer.append(np.array(tokens, dtype=dtype))
+            if closes:
+                ends[document] = writer.total
+                document += 1
+        for piece, _ in batch:
+            digest.update(piece)
+            bar.update(len(piece))
+    writer.close()
+    return writer.names, ends
+
+
+def _batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]]:
+    """Pieces of documents, and whether they are the last of theirs, a few megabytes at a time."""
+    batch, size = [], 0
+    for offset, length in places:
+        left = int(length)
+        for piece in text_of(file, int(offset), int(length), PIECE):
+            left -= len(piece)
+            batch.append((piece, left == 0))
+            size += len(piece)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]]) -> Iterator[tuple[list, bool]]:
+    backend = tokenizer.backend_tokenizer
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True  # `<|endoftext|>` in a text is text
+    try:
+        rows = backend.encode_batch_fast([piece.decode() for piece, _ in batch], add_special_tokens=False)
+    except Exception as error:  # tokenizers raises the bare class
+        raise ValueError(f"the tokenizer cannot encode the text: {error}") from error
+    finally:
+        backend.encode_special_tokens = before
+    for row, (_, closes) in zip(rows, batch, strict=True):
+        yield ([*row.ids, tokenizer.eos_token_id] if closes else row.ids), closes
+
+
+class _Writer:
+    """Appends tokens to files of `shard_tokens` each, named after the split."""
+
+    def __init__(self, stem: Path, dtype: str, shard_tokens: int):
+        self.stem, self.dtype, self.shard_tokens = stem, dtype, shard_tokens
+        self.names: list[str] = []
+        self.total = 0
+        self._file = None
+
+    def append(self, tokens: np.ndarray) -> None:
+        while len(tokens):
+            if self.total % self.shard_tokens == 0:
+                self.close()
+                self.names.append(f"{self.stem.name}-{len(self.names):05d}.tokens")
+                self._file = self.stem.with_name(self.names[-1]).open("wb")
+            now, tokens = np.split(tokens, [self.shard_tokens - self.total % self.shard_tokens])
+            assert self._file is not None
+            self._file.write(now.tobytes())
+            self.total += len(now)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,152 @@
+"""A grid of settings for one model, compared on text that no result is reported on."""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from mixture_of_tokens import checkpoints
+from mixture_of_tokens.train import DEFAULTS, Options, merge, run_training
+
+
+def sweep(
+    name: str,
+    *,
+    lr: str | None = None,
+    seeds: str = "0",
+    out: Path | None = None,
+    options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
+    json: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Train one model with every combination of settings, and print the best.
+
+    A setting is a list with commas: --lr, --seeds, and any field of --model and --training. Losses are of the tuning
+    split. Called again, it skips what is finished and goes on with the rest.
+
+    Args:
+        name: A model, such as MoT-Nano/32E/4.
+        lr: Peak learning rates, as in 3e-3,1e-2,3e-2; by default the size's own.
+        seeds: Seeds, as in 0,1,2.
+        out: Directory of the run directories and of sweep.json; by default runs/sweep-NAME.
+        json: Print what sweep.json holds in place of the table.
+        dry_run: Print the run directories and stop.
+    """
+    out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else out
+    if options.evaluate_on is None:
+        options = dataclasses.replace(options, evaluate_on="tuning")
+    cells = _grid(lr, options)
+    numbers = [_number(seed, int, "--seeds") for seed in seeds.split(",")]
+    plans = []
+    for settings in cells:
+        for seed in numbers:
+            chosen, rate = _apply(options, settings)
+            merge(name, seed, rate, chosen)  # all of it is checked before the first hour is spent
+            plans.append((settings, seed, chosen, rate, out / _directory(settings, seed)))
+    if dry_run:
+        print(*(plan[-1] for plan in plans), sep="\n")
+        return
+    results: dict[str, dict[str, Any]] = {}
+    for done, (settings, seed, chosen, rate, directory) in enumerate(plans):
+        print(f"run {done + 1} of {len(plans)}: {directory}", file=sys.stderr)
+        cell = results.setdefault(_directory(settings, None), {"settings": settings, "runs": []})
+        cell["runs"].append({"seed": seed, "directory": str(directory)} | _outcome(name, seed, rate, chosen, directory))
+        _summarise(cell)
+        ranked = sorted(results.values(), key=lambda cell: float("inf") if cell["loss"] is None else cell["loss"])
+        written = {"name": name, "evaluated_on": options.evaluate_on, "cells": ranked}
+        checkpoints.write_text(out / "sweep.json", _dumps(written))
+    _print(written, as_json=json)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _number(text: str, kind: type, flag: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{flag}: {text!r} is no {kind.__name__}; give numbers with commas between") from None
+
+
+def _grid(lr: str | None, options: Options) -> list[dict[str, str]]:
+    """Every combination of the settings that are lists, as flags and their values."""
+    lists = {"--learning-rate": lr.split(",")} if lr is not None else {}
+    for kind, fields in (("model", options.model), ("training", options.training)):
+        for field, value in fields.items():
+            if "," in value and value[:1] not in "[{":  # those are one YAML value
+                lists[f"--{kind}.{field}"] = value.split(",")
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def _apply(options: Options, settings: dict[str, str]) -> tuple[Options, float | None]:
+    fields = {"model": dict(options.model), "training": dict(options.training)}
+    rate = None
+    for flag, value in settings.items():
+        if flag == "--learning-rate":
+            rate = _number(value, float, "--lr")
+        else:
+            kind, field = flag.removeprefix("--").split(".", 1)
+            fields[kind][field] = value
+    return dataclasses.replace(options, **fields), rate
+
+
+def _directory(settings: dict[str, str], seed: int | None) -> str:
+    names = [f"{flag.rpartition('.')[2].lstrip('-')}={value.strip()}" for flag, value in settings.items()]
+    return "-".join([*names, *([] if seed is None else [f"seed={seed}"])]).replace("/", "_")
+
+
+def _outcome(name: str, seed: int, rate: float | None, options: Options, directory: Path) -> dict[str, Any]:
+    """What a run ended with. One that diverged is not tried again."""
+    diverged = directory / "diverged.txt"
+    if diverged.exists():
+        return {"diverged": diverged.read_text()}
+    try:
+        facts = run_training(name, seed, rate, options, directory, resume=True)
+    except FloatingPointError as error:
+        diverged.write_text(str(error))
+        return {"diverged": str(error)}
+    return {"loss": facts["final_loss"], "seconds": facts["seconds"]}
+
+
+def _summarise(cell: dict[str, Any]) -> None:
+    losses = [run["loss"] for run in cell["runs"] if "loss" in run]
+    whole = len(losses) == len(cell["runs"])  # settings with which a seed diverges are never the best
+    cell["loss"] = statistics.mean(losses) if whole else None
+    cell["spread"] = max(losses) - min(losses) if whole else None
+
+
+def _print(written: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(_dumps(written), end="")
+        return
+    ranked = written["cells"]
+    flags = list(ranked[0]["settings"])
+    heads = [*(flag.lstrip("-") for flag in flags), "seeds", "loss", "spread", "s"]
+    table = [heads]
+    for cell in ranked:
+        seconds = [run["seconds"] for run in cell["runs"] if "seconds" in run]
+        loss = "diverged" if cell["loss"] is None else f"{cell['loss']:.4f}"
+        spread = "" if cell["spread"] is None else f"{cell['spread']:.4f}"
+        time = f"{statistics.mean(seconds):.0f}" if seconds else ""
+        table.append([*cell["settings"].values(), str(len(cell["runs"])), loss, spread, time])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    best = ranked[0]
+    print(
+        f"\nLosses are nats a token of all {written['evaluated_on']} text, means over seeds; spread is largest - least."
+    )
+    if best["loss"] is None:
+        print("Every setting diverged: try lower learning rates.")
+        return
+    words = " ".join(f"{flag} {value}" for flag, value in best["settings"].items())
+    print(f"Best: mot train {written['name']} {words}".rstrip())
+    rates = sorted({float(cell["settings"]["--learning-rate"]) for cell in ranked if "--learning-rate" in flags})
+    if len(rates) > 1 and float(best["settings"]["--learning-rate"]) in (rates[0], rates[-1]):
+        print("Its rate is at the edge of the grid: the best one may lie beyond.")

@@ -1,0 +1,320 @@
+"""Hugging Face's Trainer with what it lacks: grouped batches, router telemetry, `metrics.jsonl`, whole checkpoints.
+
+The clock of a run goes on where a resumed run left off. It stands still during evaluations and while a checkpoint is
+written, which are the same for every system and no part of training.
+"""
+
+import json
+import math
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from mixture_of_tokens import checkpoints
+from mixture_of_tokens.data import Blocks, GroupedBatches, grouped_order
+from mixture_of_tokens.evaluate import evaluate_blocks
+from mixture_of_tokens.model import MixtureOfTokensForCausalLM
+from mixture_of_tokens.telemetry import measure, router_gradient_norms
+
+EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
+
+
+class Clock:
+    """Seconds of training."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.before, self._since = seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.before, self._since = self.seconds, None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        self.stop()
+        yield
+        self.start()
+
+
+class RunLog(TrainerCallback):
+    """`metrics.jsonl`, a row for every logged step, and the progress bar: loss, tokens a second, time left."""
+
+    def __init__(self, path: Path, tokens_per_step: int, clock: Clock):
+        self.path, self.tokens_per_step, self.clock = path, tokens_per_step, clock
+        self.row: dict[str, Any] = {}
+        self.bar: tqdm | None = None
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows that a resumed run writes again, and a last one that was cut off."""
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines(keepends=True):
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(line)
+        checkpoints.write_text(self.path, "".join(kept))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a screen
+            name, first = self.path.parent.name, state.global_step
+            self.bar = tqdm(
+                desc=name, total=state.max_steps, initial=first, unit="step", dynamic_ncols=True, mininterval=every
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if self.bar is None or not any(name in logs for name in ("loss", "eval_loss")):
+            return
+        if self.row and self.row["step"] != state.global_step:
+            self.write()
+        seconds, tokens = self.clock.seconds, state.global_step * self.tokens_per_step
+        speed = round(tokens / seconds) if tokens else 0
+        self.row |= {"step": state.global_step, "tokens": tokens, "seconds": round(seconds, 3)}
+        self.row["tokens_per_second"] = speed
+        names = {"loss": "train_loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate"}
+        names |= {"grad_norm": "grad_norm", "aux_loss": "aux_loss"}
+        self.row |= {names[name]: value for name, value in logs.items() if name in names}
+        for name, value in logs.items():  # layer/2/mixture_entropy
+            if name.startswith("layer/"):
+                _, layer, measured = name.split("/")
+                self.row.setdefault("layers", {}).setdefault(layer, {})[measured] = value
+        shown = {k: f"{self.row[k]:.3f}" for k in ("train_loss", "eval_loss") if k in self.row}
+        self.bar.set_postfix(shown | {"tokens/s": speed}, refresh=False)
+
+    def close(self) -> None:
+        self.write()
+        if self.bar is not None:
+            self.bar.close()
+
+    def write(self) -> None:
+        if self.row:
+            with self.path.open("a") as file:
+                file.write(json.dumps(_finite(self.row), allow_nan=False) + "\n")
+        self.row = {}
+
+
+class AnnealTemperature(TrainerCallback):
+    """Router temperature from `start` to `end`, geometrically; a function of the step alone."""
+
+    def __init__(self, model: MixtureOfTokensForCausalLM, end: float):
+        self.model, self.start, self.end = model, model.config.router_temperature, end
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        progress = state.global_step / max(1, state.max_steps - 1)
+        self.model.set_router_temperature(self.start * (self.end / self.start) ** progress)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM, and ^C once, end the run after the step at hand with a checkpoint; `received` says which it was."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The handlers, until the end of the block."""
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, self._receive) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second ^C does not wait
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all processes stop after the same step
+            received = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received) or None
+        if self.received is not None and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+class GroupedTrainer(Trainer):
+    """Trainer on rows in their given order, evaluated in fixed groups, with cross-entropy as the loss it reports.
+
+    Args beyond Trainer's:
+        rows: training data, in order; evaluated: blocks for the losses during training; corpus: hash of the text.
+
+    `train(checkpoint)` goes on from a checkpoint that `checkpoints.newest` gave; None starts anew.
+
+    Raises FloatingPointError, naming the step, at a loss or weights that are not finite: what it has saved before is
+    good. Raises OSError where a checkpoint cannot be written, and leaves nothing of it.
+    """
+
+    def __init__(
+        self, model: MixtureOfTokensForCausalLM, *args, rows: GroupedBatches, evaluated: Blocks, corpus: str, **kwargs
+    ):
+        # The evaluation set is named so that Trainer evaluates at all; `evaluate` does not read it.
+        super().__init__(model, *args, train_dataset=rows, eval_dataset=rows, data_collator=_as_it_is, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
+        self.causal_lm, self.rows, self.evaluated, self.corpus = model, rows, evaluated, corpus
+        self.run, self.clock = Path(self.args.output_dir), Clock()
+        parts = self.args.gradient_accumulation_steps * self.args.world_size
+        tokens_per_step = self.args.per_device_train_batch_size * parts * rows.blocks.context
+        self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock)
+        self.add_callback(self.run_log)
+        self.add_callback(_RouterGradients(self))
+        probe = grouped_order(evaluated, rows.group_size)[0]
+        self.probe = {name: tensor.to(self.args.device) for name, tensor in evaluated.batch(probe).items()}
+        self.gradient_norms: dict[str, float] = {}
+        # Cross-entropy and auxiliary loss of every micro-batch since the last row of metrics.jsonl.
+        self._reported: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._output_dir: str | None = None  # where a checkpoint is written before it gets its name
+
+    def train(self, checkpoint: Path | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        step = 0
+        if checkpoint is not None:
+            facts = checkpoints.facts_of(checkpoint)
+            if facts["corpus"] != self.corpus:
+                raise ValueError(f"{checkpoint} was trained on text {facts['corpus']}, and now it is {self.corpus}")
+            step = facts["step"]
+            self.clock.before = facts["seconds"]
+            self._reported = [tuple(None if x is None else torch.tensor(x) for x in pair) for pair in facts["reported"]]
+        if self.is_world_process_zero():
+            self.run_log.forget_after(step)
+        if (tensorboard := self.pop_callback(TensorBoardCallback)) is not None and self.is_world_process_zero():
+            # One directory for a run, however often it is resumed, without the points that are written again.
+            tensorboard.tb_writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
+            self.add_callback(tensorboard)
+        self.clock.start()
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint))
+        finally:
+            self.clock.stop()
+            self.run_log.close()  # also of a run that stops in the middle
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.rows)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False)
+        loss, aux_loss = outputs.loss, outputs.aux_loss
+        cross_entropy = loss if aux_loss is None else loss - self.causal_lm.config.router_aux_loss_coef * aux_loss
+        self._reported.append((cross_entropy.detach(), None if aux_loss is None else aux_loss.detach()))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._reported:
+            self._check_finite()
+            cross_entropies, aux_losses = zip(*self._reported, strict=True)
+            logs["loss"] = self._mean(cross_entropies)
+            if aux_losses[0] is not None:
+                logs["aux_loss"] = self._mean(aux_losses)
+            self._reported.clear()
+            for layer, measured in measure(self.causal_lm, self.probe).items():
+                logs |= {f"layer/{layer}/{name}": value for name, value in measured.items()}
+            logs |= {f"layer/{layer}/router_gradient_norm": norm for layer, norm in self.gradient_norms.items()}
+        super().log(logs, start_time)
+        self.state.log_history.clear()  # it stands in metrics.jsonl, and need not in every checkpoint
+
+    def _mean(self, losses: tuple[torch.Tensor, ...]) -> float:
+        return self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()  # pyright: ignore
+
+    def _check_finite(self) -> None:
+        bad = torch.stack([loss for loss, _ in self._reported]).isfinite().logical_not().nonzero()
+        if len(bad):
+            after = len(self._reported) - int(bad[0])  # micro-batches since, the bad one included
+            step = self.state.global_step - (after - 1) // self.args.gradient_accumulation_steps
+            loss = self._reported[int(bad[0])][0].item()
+            raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower learning rate")
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        with self.clock.stopped():
+            result = evaluate_blocks(
+                self.causal_lm,
+                self.evaluated,
+                group_size=self.rows.group_size,
+                batch_size=self.args.per_device_eval_batch_size,
+                groups=max(1, EVALUATION_ROWS // self.rows.group_size),
+            )
+        if not math.isfinite(loss := result["loss"]):
+            step = self.state.global_step
+            raise FloatingPointError(f"the evaluation loss is {loss} after step {step}: try a lower learning rate")
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_output_dir(self, trial) -> str:
+        return self._output_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step = self.state.global_step
+        name, beside, main = f"checkpoint-{step}", self.run / "checkpoint.partial", self.args.should_save
+        if self._reported:
+            self._check_finite()
+        if not all(bool(weight.isfinite().all()) for weight in self.causal_lm.parameters()):
+            raise FloatingPointError(f"weights are not finite after step {step}: try a lower learning rate")
+        with self.clock.stopped():
+            if main:
+                shutil.rmtree(beside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self._output_dir = str(beside)
+            try:
+                with checkpoints.plain_errors(self.run / name):
+                    super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if main:
+                    reported = [[None if x is None else x.item() for x in pair] for pair in self._reported]
+                    facts = {"step": step, "seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
+                    checkpoints.describe(beside / name, **facts)
+                    self.run_log.write()  # its rows are there before the checkpoint is
+                    checkpoints.publish(beside / name, self.run / name)
+                    checkpoints.keep_newest(self.run, self.args.save_total_limit)
+            finally:
+                self._output_dir = None
+                if main:
+                    shutil.rmtree(beside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+
+
+class _RouterGradients(TrainerCallback):
+    def __init__(self, trainer: GroupedTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if (state.global_step + 1) % state.logging_steps == 0:
+            self.trainer.gradient_norms = router_gradient_norms(self.trainer.causal_lm)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _as_it_is(batch: Any) -> Any:
+    """`GroupedBatches` gives whole batches."""
+    return batch

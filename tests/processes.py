@@ -1,0 +1,45 @@
+"""`mot` in processes of its own, for what has to be killed, signalled or run in several at once."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+# The server imports the library once, and every process is forked from it before it has threads.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["mixture_of_tokens.cli"])
+
+
+def _run(function, words: tuple, environment: dict[str, str], log: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        function(*words)
+
+
+def start(function, *words, log: Path, **environment: object):
+    """A started process that calls `function`; its output is appended to `log`."""
+    cache = {"MIXTURE_OF_TOKENS_CACHE": os.environ["MIXTURE_OF_TOKENS_CACHE"]}
+    environment = cache | {name: str(value) for name, value in environment.items()}
+    process = context.Process(target=_run, args=(function, words, environment, log))
+    process.start()
+    return process
+
+
+def finish(process, seconds: float = 120) -> int | None:
+    """The exit status; negative for a signal."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        sys.exit(f"no end after {seconds} s")
+    return process.exitcode
+
+
+def mot(words: list[str]) -> None:
+    from mixture_of_tokens import cli
+
+    cli.main(words)

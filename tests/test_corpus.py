@@ -1,0 +1,273 @@
+"""Documents from every kind of source, duplicates, splits: what goes in comes out, and what cannot is refused."""
+
+import gzip
+import json
+import os
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from texts import sentences, texts
+
+from mixture_of_tokens import duplicates
+from mixture_of_tokens.corpus import Document, documents
+from mixture_of_tokens.splits import opened, split, spool, text_of
+
+ODD = "naïve  \t<|x|> 漢字\r\n\rend of a line\x0b, 🙂\u2028 and no line end"
+
+
+def read(*sources: object, field: str = "text") -> list[str]:
+    return [b"".join(d.parts).decode() for d in documents([str(source) for source in sources], field)]
+
+
+@pytest.fixture
+def work(tmp_path):
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def dealt(work, given: list[str], group_size: int = 32):
+    """Texts of each split, in order, and what `split` says."""
+    places, digests = spool((Document(str(i), [t.encode()]) for i, t in enumerate(given)), work / "text", None, len_of)
+    result = split(work / "text", places, digests, group_size=group_size, work=work, read=len_of)
+    with opened(work / "text") as file:
+        found = {
+            name: [os.pread(file, int(length), int(offset)).decode() for offset, length in part]
+            for name, part in result.places.items()
+        }
+    return found, result
+
+
+def len_of(count: int) -> None:
+    assert count >= 0
+
+
+# Sources
+
+
+def test_every_kind_of_source_gives_the_same_texts(tmp_path):
+    given = [*texts(5), ODD]
+    folder = tmp_path / "folder"
+    (folder / "deep" / "er").mkdir(parents=True)
+    for i, text in enumerate(given):
+        data = text.encode()
+        where = [folder / f"{i}.txt", folder / "deep" / f"{i}.MD", folder / "deep" / "er" / f"{i}.py.gz"][i // 2]
+        where.write_bytes(gzip.compress(data) if where.suffix == ".gz" else data)
+    (folder / ".hidden.txt").write_text("no")
+    (folder / "image.png").write_bytes(b"\0")
+    (folder / "empty.py").write_bytes(b"")
+    rows = [json.dumps({"id": 1, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(given)]
+    table = "\n\n".join(rows)
+    (tmp_path / "rows.jsonl").write_text(table, encoding="utf-8-sig")
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(table.encode()))
+    pq.write_table(pa.table({"id": range(6), "body": given}), tmp_path / "rows.parquet")
+    assert sorted(text for text in read(folder) if text) == sorted(given)
+    assert sorted(read(tmp_path / "folder" / "**" / "[0-9].*")) == sorted(given)
+    assert read(tmp_path / "rows.jsonl") == read(tmp_path / "rows.jsonl.gz") == given
+    assert read(tmp_path / "rows.parquet", field="body") == given
+    (tmp_path / "any.suffix").write_bytes(ODD.encode())
+    assert read(tmp_path / "any.suffix", tmp_path / "rows.jsonl") == [ODD, *given]
+
+
+def test_a_large_file_is_read_in_parts_and_characters_may_lie_across_them(tmp_path):
+    text = "é" * 2**20 + "\r\n" + "x漢" * 2**19
+    (tmp_path / "large.txt").write_bytes(text.encode())
+    document = next(documents([str(tmp_path / "large.txt")]))
+    parts = list(document.parts)
+    assert max(map(len, parts)) <= 2**20
+    assert b"".join(parts) == text.encode()
+
+
+def test_rows_of_a_hub_data_set_read_from_a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    given = texts(7)
+    for part in range(2):
+        rows = [json.dumps({"text": text, "url": "u"}) for text in given[part::2]]
+        (folder / f"train-{part}.jsonl").write_text("\n".join(rows))
+    assert read(f"hf:{folder}") == given[0::2] + given[1::2]
+    with pytest.raises(ValueError, match=r"row 1 has no field 'body'; it has 'text', 'url'"):
+        read(f"hf:{folder}", field="body")
+    with pytest.raises(ValueError, match=r"hf:.*nowhere cannot be read"):
+        read(f"hf:{tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="hf: names no data set"):
+        read("hf:")
+
+
+def test_the_default_is_the_standard_library():
+    library = read()
+    assert len(library) > 500
+    assert any("class JSONDecoder" in text for text in library)
+
+
+def _parquet(path, **columns):
+    pq.write_table(pa.table(columns), path)
+
+
+BAD = {
+    "missing.txt": (None, "missing.txt: there is no such file or folder"),
+    "none*.txt": (None, "none*.txt matches no file"),
+    "folder": (lambda p: p.mkdir(), "folder holds no file of a known kind"),
+    "empty.txt": (lambda p: p.write_bytes(b""), "empty.txt is empty"),
+    "blank.txt": (lambda p: p.write_bytes(b" \r\n"), "blank.txt is empty"),
+    "binary.txt": (lambda p: p.write_bytes(b"a" * 2**20 + b"b\0c"), "binary.txt is binary, no text: byte 1048577"),
+    "latin.txt": (lambda p: p.write_bytes(b"a" * (2**20 - 1) + b"\xc3\xa9\xe9t"), "txt is not UTF-8 at byte 1048577"),
+    "half.txt": (lambda p: p.write_bytes("aé".encode()[:-1]), "half.txt is not UTF-8 at byte 1"),
+    "false.txt.gz": (lambda p: p.write_bytes(b"text"), "false.txt.gz is no whole gzip file"),
+    "short.txt.gz": (lambda p: p.write_bytes(gzip.compress(b"text")[:-9]), "short.txt.gz is no whole gzip file"),
+    "bad.jsonl": (lambda p: p.write_text('{"text": "a"}\n\n{"text": '), "bad.jsonl:3 is no JSON: Expecting value"),
+    "list.jsonl": (lambda p: p.write_text("[1]"), "list.jsonl:1 is no object"),
+    "field.jsonl": (lambda p: p.write_text('{"a": "x", "b": 1}'), "jsonl:1 has no field 'text'; it has 'a', 'b'"),
+    "number.jsonl": (lambda p: p.write_text('{"text": 7}'), "number.jsonl:1: the field 'text' is no text but int"),
+    "bytes.jsonl": (lambda p: p.write_bytes(b'{"text": "\xff"}'), "bytes.jsonl:1 is not UTF-8 at byte 10 of the line"),
+    "half.jsonl": (lambda p: p.write_text('{"text": "a\\ud83d"}'), "half.jsonl:1: character 1 of the field 'text'"),
+    "empty.jsonl": (lambda p: p.write_text('{"text": ""}\n'), "empty.jsonl is empty"),
+    "no.parquet": (lambda p: p.write_text("text"), "no.parquet is no parquet file"),
+    "field.parquet": (lambda p: _parquet(p, a=["x"], b=[1]), "field.parquet has no field 'text'; it has 'a', 'b'"),
+    "number.parquet": (lambda p: _parquet(p, text=[1]), "number.parquet: row 1: the field 'text' is no text but int"),
+    "null.parquet": (lambda p: _parquet(p, text=["a", None]), "row 2: the field 'text' is no text but NoneType"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_sources_are_named_in_one_line(name, tmp_path):
+    make, message = BAD[name]
+    if make is not None:
+        make(tmp_path / name)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        read(tmp_path / name)
+    assert "\n" not in str(raised.value)
+    assert name in str(raised.value)
+
+
+def test_a_bad_file_in_a_folder_is_named(tmp_path):
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
+    with pytest.raises(ValueError, match=r"latin\.py is not UTF-8 at byte 2"):
+        read(tmp_path)
+
+
+# Duplicates
+
+
+def test_exact_and_near_duplicates_are_dropped(work):
+    originals = texts()
+    near = originals[3] + "\none more line that no other document has"
+    found, result = dealt(work, [*originals, originals[5], near, "\n", " ", "short", "a\nb", "b\na\n"])
+    assert result.duplicates == 3
+    kept = [text for part in found.values() for text in part]
+    assert len(kept) == len(set(kept)) == 62
+    assert set(originals) - set(kept) <= {originals[3]}  # of it and its near-duplicate one stays
+    assert {near, originals[3]} & set(kept)
+
+
+def test_documents_with_little_in_common_stay(work):
+    common = "\n".join(f"this is line {i} of the license" for i in range(8))
+    found, result = dealt(work, [f"{common}\n{text}" for text in texts()])
+    assert result.duplicates == 0
+    assert sum(map(len, found.values())) == 60
+
+
+def test_a_sketch_sees_lines_and_not_where_parts_begin(tmp_path, monkeypatch):
+    text = sentences(0, 200).replace("\n", "\r\n").encode()
+    (tmp_path / "text").write_bytes(b"..." + text)
+    places = np.array([[3, len(text)], [3, 50]])
+    whole = duplicates._sketches(tmp_path / "text", places)
+    monkeypatch.setattr(duplicates, "PART", 100)
+    assert (duplicates._sketches(tmp_path / "text", places) == whole).all()
+    assert (whole[0] != whole[1]).any()
+
+
+def test_sketches_of_other_processes_are_the_same(work, monkeypatch):
+    given = [*texts(200), *texts(50)]
+    found, here = dealt(work, given)
+    monkeypatch.setattr(duplicates, "CHUNK", 80_000)  # the real one is larger than any test's text
+    there, result = dealt(work, given)
+    assert (there, result.duplicates) == (found, 50)
+    assert here.duplicates == 50
+
+
+# Splits
+
+
+def test_a_corpus_does_not_depend_on_the_order_of_its_documents(work):
+    given = [*texts(), texts()[7] + "\nand one line more than that"]
+    assert dealt(work, given)[0] == dealt(work, given[::-1])[0]
+    assert dealt(work, given)[0] != dealt(work, given[:-2])[0]
+
+
+def test_splits_share_no_document_and_leave_none_out(work):
+    found, result = dealt(work, texts())
+    assert {name: len(part) for name, part in found.items()} == {"train": 51, "tuning": 3, "validation": 6}
+    assert sorted(text for part in found.values() for text in part) == sorted(texts())
+    assert not any(cut.any() for cut in result.cut.values())
+
+
+def test_held_out_splits_get_enough_documents_to_need_no_segments(work):
+    found, _ = dealt(work, texts(300, lines=10), group_size=8)
+    assert {name: len(part) for name, part in found.items()} == {"train": 230, "tuning": 30, "validation": 40}
+
+
+def test_no_document_keeps_more_than_its_share(work):
+    long = sentences(99, 1000) + "é" * 999
+    found, result = dealt(work, [*texts(1000, lines=10), long])
+    assert {name: int(cut.sum()) for name, cut in result.cut.items() if cut.any()} == {"train": 1}
+    total = sum(len(text.encode()) for text in found["train"])
+    assert max(len(text.encode()) for text in found["train"]) <= total / 80 + 1
+    assert any(long.startswith(text) for text in found["train"])
+
+
+def test_cutting_spares_a_split_that_it_would_ruin(work):
+    found, result = dealt(work, [*texts(1000, lines=1), *(sentences(i + 5000, 1000) for i in range(30))])
+    assert not result.cut["train"].any()
+    assert max(map(len, found["train"])) > sum(map(len, found["train"])) / 80
+
+
+def test_few_documents_are_each_divided_at_line_ends(work):
+    given = [sentences(0, 1000), sentences(1, 1), "é" * 3000, "\r\n".join(sentences(3, 900).split("\n"))]
+    found, result = dealt(work, given)
+    assert not any(cut.any() for cut in result.cut.values())
+    rebuilt = ["".join(parts) for parts in zip(*(found[name] for name in found), strict=True)]
+    assert sorted(rebuilt) == sorted(given)
+    sizes = {name: sum(len(text) for text in part) / sum(map(len, given)) for name, part in found.items()}
+    assert sizes == pytest.approx({"train": 0.85, "tuning": 0.05, "validation": 0.1}, abs=0.01)
+    for number, text in enumerate(rebuilt):
+        if text.count("\n") > 500:
+            assert found["train"][number].endswith("\n")
+            assert found["tuning"][number].endswith("\n")
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5000, 5001, 5002, 5003, 10**9])
+def test_no_more_than_max_bytes_are_kept_and_no_character_is_halved(work, limit):
+    given = ["漢" * 1000, "x" * 1999, "é🙂" * 1000]
+    seen = []
+
+    def some():
+        for i, text in enumerate(given):
+            seen.append(i)
+            yield Document(str(i), [text.encode()[:1001], text.encode()[1001:]])
+
+    places, digests = spool(some(), work / "text", limit, len_of)
+    whole = "".join(given).encode()
+    assert len(digests) == len(places)
+    length = int(places[:, 1].sum())
+    assert limit - 4 < length <= limit or length == len(whole)
+    with opened(work / "text") as file:
+        kept = b"".join(os.pread(file, length, offset) for offset, length in places.tolist())
+    assert kept == whole[:length]
+    assert kept.decode() == "".join(given)[: len(kept.decode())]
+    assert seen == [0] or limit > 4000  # nothing is read that is not needed
+
+
+@pytest.mark.parametrize("largest", [4, 7, 64, 10**6])
+def test_text_is_cut_into_pieces_of_whole_characters(tmp_path, largest):
+    text = (ODD * 30).encode()
+    (tmp_path / "text").write_bytes(b"before" + text + b"after")
+    with opened(tmp_path / "text") as file:
+        pieces = list(text_of(file, 6, len(text), largest))
+    assert b"".join(pieces) == text
+    assert all(0 < len(piece) <= largest for piece in pieces)
+    assert "".join(piece.decode() for piece in pieces) == ODD * 30

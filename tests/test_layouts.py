@@ -1,0 +1,145 @@
+"""One step is one step, however its rows are dealt out: processes, accumulation, loader workers, before and after a
+resume."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from processes import finish, mot, start
+from transformers import TrainingArguments
+
+from mixture_of_tokens.train import Options, build, merge
+from mixture_of_tokens.trainer import GroupedTrainer
+
+LAYOUTS = {"1x4": (1, 4), "2x2": (2, 2), "4x1": (4, 1)}  # processes x accumulation
+BATCH, GROUP, STEPS = 32, 4, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+class Watched(GroupedTrainer):
+    """Keeps the rows of every micro-batch, and the gradients of every step before they are clipped."""
+
+    seen: list
+    steps: list
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.seen.append(inputs["input_ids"].clone())
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model):
+        self.steps.append({n: p.grad.clone() for n, p in self.causal_lm.named_parameters() if p.grad is not None})
+        return super()._clip_grad_norm(model)
+
+
+def watched_run(name: str, data: str, out: Path, accumulation: int, workers: int) -> None:
+    """Saves what a process saw."""
+    training = {"gradient_accumulation_steps": str(accumulation), "dataloader_num_workers": str(workers)}
+    training |= {"logging_steps": "1", "eval_strategy": "no", "report_to": "none", "save_strategy": "no"}
+    options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=training, data=[data])
+    config, run, arguments = merge(name, 0, 1e-2, options)
+    arguments = TrainingArguments(output_dir=str(out), **arguments)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer, _ = build(config, run, arguments)
+    trainer.__class__ = Watched
+    assert isinstance(trainer, Watched)
+    trainer.seen, trainer.steps = [], []
+    trainer.train()
+    saved = {"rows": trainer.seen, "gradients": trainer.steps}
+    torch.save(saved, out / f"process{arguments.process_index}.pt")
+    if arguments.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def in_processes(function, words: tuple, count: int, log: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)] if count > 1 else [{}]
+    processes = [start(function, *words, log=log, **(world if count > 1 else {}), **rank) for rank in ranks]
+    assert [finish(process) for process in processes] == [0] * count, log.read_text()
+
+
+def in_layout(name: str, layout: str, data: Path, directory: Path, workers: int = 0) -> tuple[list, list, list]:
+    """Rows of every micro-batch in the order of the step, gradients of every step, rows of metrics.jsonl."""
+    count, accumulation = LAYOUTS[layout]
+    out = directory / f"{layout}-{workers}"
+    in_processes(watched_run, (name, str(data), out, accumulation, workers), count, directory / "log")
+    saved = [torch.load(out / f"process{rank}.pt") for rank in range(count)]
+    rows = [saved[rank]["rows"][part] for part in range(STEPS * accumulation) for rank in range(count)]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return rows, saved[0]["gradients"], metrics
+
+
+@pytest.mark.parametrize("name", ["MoT-Nano/4E/2", "TC-Nano/4E"])
+def test_layouts_see_the_same_groups_and_give_the_same_gradients(name, small_corpus, tmp_path):
+    results = {layout: in_layout(name, layout, small_corpus, tmp_path) for layout in LAYOUTS}
+    rows, gradients, metrics = results.pop("1x4")
+    assert len(rows) == 4 * STEPS
+    assert all(len(part) == BATCH // 4 for part in rows)
+    assert len({tuple(row.tolist()) for part in rows for row in part}) == BATCH * STEPS
+    assert len(gradients) == STEPS
+    for other_rows, other_gradients, other_metrics in results.values():
+        assert all(torch.equal(part, other) for part, other in zip(rows, other_rows, strict=True))
+        norm = torch.stack([g.norm() for g in gradients[0].values()]).norm()
+        gap = torch.stack([(g - other_gradients[0][n]).norm() for n, g in gradients[0].items()]).norm()
+        assert gap <= 1e-6 * norm  # of the first step, whose weights are the same
+        for kind in ("train_loss", "aux_loss") if name.startswith("TC") else ("train_loss",):
+            assert other_metrics[0][kind] == pytest.approx(metrics[0][kind], rel=1e-6)
+            assert [row[kind] for row in other_metrics] == pytest.approx([row[kind] for row in metrics], rel=1e-5)
+
+
+def test_auxiliary_gradients_are_scaled_once(small_corpus, tmp_path):
+    """The coefficient times the auxiliary loss is in the gradient: four parts give what one batch's sum over four."""
+    rows, gradients, metrics = in_layout("TC-Nano/4E", "1x4", small_corpus, tmp_path)
+    options = Options(steps=STEPS, batch_size=BATCH, device="cpu", data=[str(small_corpus)])
+    config, run, arguments = merge("TC-Nano/4E", 0, 1e-2, options)
+    trainer, _ = build(config, run, TrainingArguments(output_dir=str(tmp_path), **arguments))
+    model, coefficient = trainer.causal_lm, config.router_aux_loss_coef
+    labels = [trainer.rows.blocks.batch(trainer.rows.block_numbers(list(range(8 * i, 8 * i + 8)))) for i in range(4)]
+    outputs = [model(**batch, use_cache=False) for batch in labels]
+    assert all(torch.equal(batch["input_ids"], part) for batch, part in zip(labels, rows[:4], strict=True))
+    assert coefficient > 0
+    torch.stack([output.loss for output in outputs]).mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[0][name], parameter.grad, rtol=1e-4, atol=1e-7)
+    auxiliary = sum(output.aux_loss.item() for output in outputs) / 4
+    assert metrics[0]["aux_loss"] == pytest.approx(auxiliary, rel=1e-5)
+    mean_loss = sum(output.loss.item() for output in outputs) / 4
+    assert metrics[0]["train_loss"] == pytest.approx(mean_loss - coefficient * auxiliary, rel=1e-5)
+
+
+def test_workers_change_nothing(small_corpus, tmp_path):
+    rows, gradients, _ = in_layout("MoT-Nano/4E/2", "1x4", small_corpus, tmp_path)
+    other_rows, other_gradients, _ = in_layout("MoT-Nano/4E/2", "1x4", small_corpus, tmp_path, workers=3)
+    assert all(torch.equal(part, other) for part, other in zip(rows, other_rows, strict=True))
+    assert all(torch.equal(g, other_gradients[-1][name]) for name, g in gradients[-1].items())
+
+
+def test_a_run_is_resumed_in_another_layout(small_corpus, tmp_path):
+    """Four steps in one process, the last two of them again in two processes."""
+    flags = ["train", "MoT-Nano/4E/2", "--steps", "4", "--batch-size", str(BATCH), "--device", "cpu"]
+    flags += ["--data", str(small_corpus)]
+    flags += ["--training.save_steps", "2", "--training.logging_steps", "1", "--training.eval_steps", "4"]
+    one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
+    words = [*flags, "--training.gradient_accumulation_steps", "4"]
+    in_processes(mot, ([*words, "--out", str(one)],), 1, log)
+    two.mkdir()
+    for name in ("checkpoint-2", "config.yaml", "metrics.jsonl"):
+        (one / name).rename(two / name) if name == "checkpoint-2" else (two / name).write_text((one / name).read_text())
+    words = [*flags, "--training.gradient_accumulation_steps", "2"]
+    in_processes(mot, ([*words, "--out", str(two), "--resume"],), 2, log)
+    losses = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    assert [row["step"] for row in losses[1]] == [1, 2, 3, 4]
+    assert [r["train_loss"] for r in losses[1]] == pytest.approx([r["train_loss"] for r in losses[0]], rel=1e-5)
+    facts = [json.loads((run / "run.json").read_text()) for run in (one, two)]
+    assert facts[1]["final_loss"] == pytest.approx(facts[0]["final_loss"], rel=1e-5)

@@ -1,0 +1,222 @@
+"""Runs that are killed, stopped, damaged, and go on as if nothing had been."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import finish, mot, start
+from safetensors.torch import load_file
+
+from mixture_of_tokens import cli
+from mixture_of_tokens.checkpoints import fault, newest
+
+STEPS, SAVE = 48, 8
+FLAGS = ["train", "TC-Nano/32E", "--steps", STEPS, "--batch-size", 32, "--device", "cpu"]
+FLAGS += ["--training.save_steps", SAVE, "--training.logging_steps", 3, "--training.eval_steps", 16]
+FLAGS += ["--data", "set by the fixture"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(small_corpus):
+    FLAGS[-1] = small_corpus
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert finish(begin(out)) == 0, (out.parent / "log").read_text()
+    return out
+
+
+def begin(out: Path, *words: object):
+    return start(mot, [str(word) for word in (*FLAGS, "--out", out, *words)], log=out.parent / "log")
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(happened, process) -> bool:
+    """Whether it happened before the process ended."""
+    while not happened():
+        if not process.is_alive():
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """Weights bit for bit, every step once with the same figures, a clock that only goes forward."""
+    expected, weights = load_file(whole / "model" / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    assert expected.keys() == weights.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in rows(r)] for r in (run, whole)]
+    assert timeless[0] == timeless[1]
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(rows(run)))
+    facts = [json.loads((r / "run.json").read_text()) for r in (run, whole)]
+    assert facts[0]["final_loss"] == facts[1]["final_loss"]
+    assert facts[0]["seconds"] >= rows(run)[-1]["seconds"] - 0.1
+    assert not list(run.glob("*.partial"))
+
+
+def test_the_uninterrupted_run_logs_every_step_once(whole):
+    steps = [row["step"] for row in rows(whole)]
+    assert steps == sorted({*range(3, STEPS + 1, 3), *range(16, STEPS + 1, 16)})
+    assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-40", "checkpoint-48"]
+
+
+def test_killed_five_times_and_resumed_it_ends_as_if_uninterrupted(whole, tmp_path):
+    out, choose, inside = tmp_path / "run", random.Random(0), 0
+    for kill in range(5):
+        process = begin(out, "--resume")
+        if kill == 2:  # in the midst of writing a checkpoint
+            assert wait_for((out / "checkpoint.partial").exists, process)
+            process.kill()
+            process.join()
+            inside += (out / "checkpoint.partial").exists()
+        else:
+            length = len(rows(out)) if (out / "metrics.jsonl").exists() else 0
+            more = choose.randint(1, 3)
+            assert wait_for(lambda n=length + more: (out / "metrics.jsonl").exists() and lines(out) >= n, process)
+            time.sleep(choose.uniform(0, 0.1))
+            process.kill()
+            process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (out / "run.json").exists()
+    assert inside == 1
+    assert finish(begin(out, "--resume")) == 0, (tmp_path / "log").read_text()
+    assert_same(out, whole)
+
+
+def lines(run: Path) -> int:
+    return (run / "metrics.jsonl").read_bytes().count(b"\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_once_and_the_run_goes_on_from_that_step(whole, tmp_path, number):
+    out = tmp_path / "run"
+    process = begin(out)
+    assert wait_for(lambda: (out / "metrics.jsonl").exists() and lines(out) >= 3, process)
+    os.kill(process.pid, number)
+    assert finish(process) == 128 + number
+    log = (tmp_path / "log").read_text()
+    step = max(int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*"))
+    assert f"stopped by {number.name} after step {step}, which is saved; --resume goes on" in log
+    assert not (out / "run.json").exists()
+    assert finish(begin(out, "--resume")) == 0
+    assert_same(out, whole)
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over_and_said(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "run.json").unlink()
+    shutil.rmtree(out / "model")
+    weights = out / "checkpoint-48" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert finish(begin(out, "--resume")) == 0
+    assert "checkpoint-48 is passed over: model.safetensors is not what was written" in (tmp_path / "log").read_text()
+    assert_same(out, whole)
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "optimizer.pt"])
+def test_every_missing_file_is_noticed(whole, tmp_path, damage):
+    shutil.copytree(whole, tmp_path / "run")
+    assert fault(tmp_path / "run" / "checkpoint-48") is None
+    (tmp_path / "run" / "checkpoint-48" / damage).unlink()
+    assert damage in str(fault(tmp_path / "run" / "checkpoint-48"))
+    assert newest(tmp_path / "run") == tmp_path / "run" / "checkpoint-40"
+
+
+def test_a_finished_run_is_left_alone(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    cli.main([str(word) for word in (*FLAGS, "--out", whole, "--resume")])
+    assert "finished already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning-rate", "0.003"], "was started with --learning-rate 0.01, now it is 0.003; give the same flags"),
+        (["--model.router_temperature", "0.5"], "--model.router_temperature 1.0, now it is 0.5"),
+        (["--training.weight_decay", "0.5"], "--training.weight_decay 0.1, now it is 0.5"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(whole, words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(word) for word in (*FLAGS, "--out", whole, "--resume", *words)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_foreign_directory_is_not_resumed(tmp_path, capsys):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mum.txt").write_text("dear mum")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(word) for word in (*FLAGS, "--out", tmp_path / "letters", "--resume")])
+    assert stopped.value.code == 2
+    assert "is no run directory" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mum.txt"]
+
+
+def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_state(tmp_path, capsys):
+    flags = [*FLAGS[:2], *FLAGS[-2:], "--steps", 40, "--batch-size", 32, "--device", "cpu", "--out", tmp_path / "run"]
+    flags += ["--training.lr_scheduler_type", "constant_with_warmup", "--training.lr_scheduler_kwargs", "{}"]
+    flags += ["--training.warmup_steps", 20, "--learning-rate", 1e10, "--training.max_grad_norm", 0]
+    flags += ["--training.logging_steps", 5, "--training.save_steps", 1]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(word) for word in flags])
+    assert stopped.value.code == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "try a lower learning rate" in err
+    checkpoint = newest(tmp_path / "run")
+    assert checkpoint is not None
+    assert f"step {int(checkpoint.name.removeprefix('checkpoint-')) + 1}" in err
+    weights = load_file(checkpoint / "model.safetensors")
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def fill_the_disk(words: list[str], limit: int) -> None:
+    """As far as a process can tell, a disk that takes no file above `limit` bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    cli.main(words)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(whole, tmp_path):
+    out = tmp_path / "run"
+    words = [str(word) for word in (*FLAGS, "--out", out)]
+    process = start(fill_the_disk, words, 1_000_000, log=tmp_path / "log")
+    assert finish(process) == 2
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("mot: error:")
+    assert "checkpoint-8 could not be written" in last
+    assert not list(out.glob("checkpoint*"))
+    assert finish(begin(out, "--resume")) == 0
+    assert_same(out, whole)
+
+
+def test_config_says_what_was_run(whole):
+    config = yaml.safe_load((whole / "config.yaml").read_text())
+    assert (config["steps"], config["training"]["save_steps"]) == (STEPS, SAVE)

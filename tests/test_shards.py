@@ -1,0 +1,400 @@
+"""Prepared data: every byte of the text is in the tokens, made once, and never half of it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from texts import sentences, texts
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from mixture_of_tokens.corpus import Document
+from mixture_of_tokens.data import TokenFiles, collisions, grouped_order
+from mixture_of_tokens.data_report import data_report
+from mixture_of_tokens.shards import prepare, tokenize
+from mixture_of_tokens.splits import SPLITS, split, spool
+from mixture_of_tokens.tokenizer import load_tokenizer, train_tokenizer
+
+END = "<|endoftext|>"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(path: Path, given: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in given))
+    return str(path)
+
+
+@pytest.fixture
+def source(tmp_path) -> str:
+    return write(tmp_path / "rows.jsonl", texts(100))
+
+
+def decoded(prepared, name: str) -> list[str]:
+    tokens, ends = getattr(prepared, name).tokens, np.load(prepared.directory / f"{name}.ends.npy")
+    ids = torch.from_numpy(tokens[np.arange(len(tokens))].astype(np.int64))
+    return [prepared.tokenizer.decode(part) for part in torch.tensor_split(ids, torch.from_numpy(ends))[:-1]]
+
+
+def snapshot(cache: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p.relative_to(cache)): (p.stat().st_mtime_ns, p.read_bytes()) for p in cache.rglob("*") if p.is_file()}
+
+
+# Tokens
+
+
+def test_the_tokens_hold_every_byte_of_the_text_once(source, tmp_path):
+    odd = "naïve  \t<|x|> 漢字\r\n\r\x00end of a line\x0b, 🙂 and <|endoftext|> in it\r\n \n"
+    given = [*texts(100), odd + sentences(1000, 40)]
+    prepared = prepare([write(tmp_path / "odd.jsonl", given)], vocab_size=300, context=16)
+    found = [text for name in SPLITS for text in decoded(prepared, name)]
+    assert all(text.endswith(END) for text in found)
+    assert sorted(text.removesuffix(END) for text in found) == sorted(given)
+    for name in SPLITS:
+        facts, blocks = prepared.facts[name], getattr(prepared, name)
+        own = [text.removesuffix(END) for text in decoded(prepared, name)]
+        assert facts["documents"] == len(own)
+        assert facts["tokens"] == len(blocks.tokens) == blocks.ends[-1]
+        assert facts["bytes"] == blocks.bytes == sum(len(text.encode()) for text in own)
+        # The end of text closes documents and stands nowhere else, whatever a text says.
+        tokens = blocks.tokens[np.arange(len(blocks.tokens))]
+        assert (tokens == prepared.tokenizer.eos_token_id).sum() == len(own)
+
+
+def test_documents_and_pieces_may_cross_shards_and_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr("mixture_of_tokens.shards.PIECE", 1000)
+    monkeypatch.setattr("mixture_of_tokens.shards.BATCH", 5000)
+    given = [*texts(50), sentences(77, 600)]
+    (tmp_path / "work").mkdir()
+    documents = (Document(str(i), [text.encode()]) for i, text in enumerate(given))
+    places, digests = spool(documents, tmp_path / "text", None, lambda n: None)
+    splits = split(tmp_path / "text", places, digests, group_size=2, work=tmp_path / "work", read=lambda n: None)
+    tokenizer = train_tokenizer(given, 300)
+    manifest = tokenize(tmp_path / "text", splits, tokenizer, tmp_path / "work", group_size=2, shard_tokens=7001)
+    count = 0
+    for name in SPLITS:
+        paths = [tmp_path / "work" / file for file in manifest["shards"][name]]
+        tokens = TokenFiles(paths, "uint16", manifest["facts"][name]["tokens"], 7001)
+        assert sum(path.stat().st_size for path in paths) == 2 * len(tokens)
+        ends = np.load(tmp_path / "work" / f"{name}.ends.npy")
+        ids = tokens[np.arange(len(tokens))].astype(np.int64)
+        for text in [tokenizer.decode(part) for part in np.split(ids, ends)[:-1]]:
+            assert any(whole.startswith(text.removesuffix(END)) for whole in given)
+            count += 1
+    assert len(manifest["shards"]["train"]) > 3
+    assert count == 51
+
+
+def test_a_document_within_its_share_of_bytes_may_be_beyond_it_in_tokens_and_is_cut_again(tmp_path):
+    prose = [" ".join(["whatever everybody somewhere"] * 20) + "\n" + sentences(i, 3) for i in range(300)]
+    numbers = " ".join(str(n) for n in np.random.default_rng(0).integers(0, 10**9, 250))
+    prepared = prepare([write(tmp_path / "rows.jsonl", [*prose, numbers])], context=8, group_size=32)
+    assert prepared.facts["segments"] == 0
+    assert prepared.facts["documents_cut"] >= 1
+    assert any(numbers.startswith(text.removesuffix(END)) for name in SPLITS for text in decoded(prepared, name))
+
+
+# Groups
+
+
+def test_one_document_of_a_tenth_of_the_corpus_meets_itself_nowhere(tmp_path, capsys):
+    given = texts(1000, lines=10)
+    given.append(sentences(5000, sum(text.count("\n") + 1 for text in given) // 9))
+    prepared = prepare([write(tmp_path / "rows.jsonl", given)], context=16)
+    assert prepared.facts["documents_cut"] == 1
+    assert prepared.facts["segments"] == 0
+    assert "too few documents" not in capsys.readouterr().err
+    for epoch in range(5):
+        assert len(collisions(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))[0]) == 0
+    for name in SPLITS:
+        grouped_order(getattr(prepared, name), 32, everything=True)
+
+
+def test_one_file_is_divided_and_its_far_apart_segments_count_as_documents(tmp_path, capsys):
+    text = sentences(0, 5000)
+    (tmp_path / "one.txt").write_text(text)
+    for _ in range(2):  # made, and read from the cache
+        prepared = prepare([str(tmp_path / "one.txt")], context=16)
+        error = capsys.readouterr().err
+        assert (
+            f"one.txt: too few documents, or too long ones, for groups of 32: {prepared.facts['segments']} far" in error
+        )
+        assert error.count("\n") == 1
+    assert prepared.facts["documents_cut"] == 0
+    assert "".join("".join(decoded(prepared, name)).removesuffix(END) for name in SPLITS) == text
+    for blocks in (prepared.train, prepared.validation):
+        nearest = len(blocks)
+        for order in (grouped_order(blocks, 32, epoch=3), grouped_order(blocks, 32, everything=True)):
+            number = np.sort(np.where(order < 0, -len(blocks) * np.arange(1, 33), order), axis=1)
+            nearest = min(nearest, np.diff(number, axis=1).min())
+        assert nearest > len(blocks) // 32 // 2
+
+
+def test_little_text_works_as_far_as_it_can(tmp_path, capsys):
+    (tmp_path / "little.txt").write_text(sentences(0, 40))
+    prepared = prepare([str(tmp_path / "little.txt")], context=8)
+    assert len(prepared.train) >= 64
+    grouped_order(prepared.train, 32)
+    grouped_order(prepared.validation, 32, everything=True)
+    with pytest.raises(ValueError, match=r"the validation split has \d+ tokens, less than a block of 1000"):
+        prepare([str(tmp_path / "little.txt")], context=1000)
+    (tmp_path / "line.txt").write_text("one line of text that is divided\n")
+    tiny = prepare([str(tmp_path / "line.txt")], context=1)  # its tuning split is shorter than a block
+    assert len(tiny.tuning) == 0
+    with pytest.raises(ValueError, match="0 blocks of 1 tokens"):
+        grouped_order(tiny.tuning, 32)
+    assert "far-apart segments" in capsys.readouterr().err
+
+
+# Cache
+
+
+def test_preparing_again_reads_the_cache(source, cache, tmp_path):
+    first = prepare([source], vocab_size=300, context=16)
+    before = snapshot(cache)
+    again = prepare([source], vocab_size=300, context=8, group_size=16)
+    (tmp_path / "elsewhere").mkdir()
+    moved = prepare([shutil.copy(source, tmp_path / "elsewhere" / "name.jsonl")], vocab_size=300)
+    assert snapshot(cache) == before
+    assert again.train.context == 8
+    assert first.facts == again.facts == {**moved.facts, "source": [source]}
+    assert not [name for name in before if ".partial" in name]
+
+
+def test_another_text_or_option_is_prepared_anew(source, cache, tmp_path):
+    base = {"vocab_size": 300, "context": 16}
+    hashes = {prepare([source], **base).facts["hash"]}
+    longer = write(tmp_path / "longer.jsonl", texts(101))
+    for sources, options in [([longer], {}), ([source, longer], {}), ([source], {"max_bytes": 90_000})]:
+        hashes.add(prepare(sources, **base | options).facts["hash"])
+    prepare([source], **base | {"vocab_size": 301})
+    prepare([source], **base | {"group_size": 48})
+    assert len(hashes) == 3  # of `source` and `longer` together the duplicates go, and `longer` is left
+    assert len(list(cache.glob("tokens-*/manifest.json"))) == 6
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
+def test_a_damaged_entry_is_made_again(source, cache, damage, capsys):
+    whole = prepare([source], vocab_size=300, context=16)
+    shard = whole.directory / "train-00000.tokens"
+    content = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "short":
+        shard.write_bytes(content[:-2])
+    else:
+        (whole.directory / "manifest.json").unlink()
+    again = prepare([source], vocab_size=300, context=16)
+    assert "is damaged" in capsys.readouterr().err
+    assert shard.read_bytes() == content
+    assert again.facts == whole.facts
+
+
+CHILD = """
+import sys, time
+from mixture_of_tokens import shards
+if sys.argv[2] == "slow":  # so slow that it is not done before it is killed
+    shards.TRAINING_BYTES, shards.BATCH = 10**5, 1
+    encoded = shards._encoded
+    shards._encoded = lambda *arguments: (time.sleep(0.05), encoded(*arguments))[1]
+prepared = shards.prepare([sys.argv[1]], vocab_size=300, context=16)
+print(prepared.facts["hash"])
+"""
+
+
+def start(source: str, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", CHILD, source, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_what_a_killed_process_leaves_is_thrown_away(source, cache, tmp_path, monkeypatch):
+    killed = start(source, "slow")
+    deadline = time.monotonic() + 60
+    while not list(cache.glob("*.partial/train-00000.tokens")):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    (left,) = cache.glob("*.partial")
+    assert not list(cache.glob("tokens-*/manifest.json"))
+    (left / "train-00007.tokens").write_bytes(b"what an older one has left")
+    after = prepare([source], vocab_size=300, context=16)
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "fresh"))
+    fresh = prepare([source], vocab_size=300, context=16)
+    assert not list(cache.glob("*.partial"))
+    assert after.facts == fresh.facts
+    files = [{p.name: p.read_bytes() for p in prepared.directory.iterdir()} for prepared in (after, fresh)]
+    assert files[0] == files[1]
+
+
+def test_of_two_at_once_one_works_and_the_other_waits(source, cache):
+    both = [start(source, "slow"), start(source, "slow")]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0][0] == said[1][0]
+    assert sorted("waiting for it" in error for _, error in said) == [False, True]
+    assert len(list(cache.glob("tokens-*/manifest.json"))) == 1
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(source, cache):
+    code = CHILD.replace(
+        "import sys, time", "import sys, time, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9**5,)*2)"
+    )
+    full = subprocess.run([sys.executable, "-c", code, source, ""], capture_output=True, text=True, check=False)
+    assert full.returncode == 1
+    assert "OSError: [Errno 27] File too large" in full.stderr
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+# Tokenizers
+
+
+def test_tokenizer_gives_any_bytes_back():
+    tokenizer = train_tokenizer([sentences(0, 50)], 300)
+    text = "naïve  \t<|x|> 漢字\r\n\x00 end"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) <= 300
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused(source):
+    with pytest.raises(ValueError, match="at least 257"):
+        train_tokenizer(["text"], 200)
+    for vocab_size in (256, None):
+        with pytest.raises(ValueError, match="at least 257"):
+            prepare([source], vocab_size=vocab_size)
+
+
+def test_a_tokenizer_is_taken_from_a_file_or_folder(source, tmp_path):
+    trained = train_tokenizer([sentences(1, 500)], 400)
+    trained.backend_tokenizer.enable_truncation(5)  # many a tokenizer.json holds one, which must not cut documents
+    trained.save_pretrained(tmp_path / "folder")
+    shutil.copy(tmp_path / "folder" / "tokenizer.json", tmp_path / "alone.json")
+    places = [tmp_path / "folder", tmp_path / "folder" / "tokenizer.json", tmp_path / "alone.json"]
+    found = [prepare([source], context=16, tokenizer=str(place), vocab_size=None) for place in places]
+    assert found[0].facts == found[1].facts == found[2].facts
+    assert len(found[0].tokenizer) == 400
+    assert found[0].tokenizer.padding_side == "left"
+    assert sum(prepared.facts["train"]["bytes"] for prepared in found) / 3 > 80_000
+    assert sorted(t.removesuffix(END) for name in SPLITS for t in decoded(found[2], name)) == sorted(texts(100))
+    assert prepare([source], context=16, tokenizer=str(places[0]), vocab_size=500).facts == found[0].facts
+    with pytest.raises(ValueError, match=r"vocab_size 399 is less than the 400 tokens of .*folder"):
+        prepare([source], context=16, tokenizer=str(places[0]), vocab_size=399)
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(source, tmp_path):
+    words = {END: 70_000} | {word: i for i, word in enumerate(dict.fromkeys(" ".join(texts(100)).split()), 60_000)}
+    bare = Tokenizer(
+        models.WordLevel({"[UNK]": 0} | {w: i for w, i in words.items() if w != END} | {END: 90_000}, "[UNK]")
+    )
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bare.save(str(tmp_path / "words.json"))
+    prepared = prepare([source], context=16, tokenizer=str(tmp_path / "words.json"), vocab_size=None)
+    assert prepared.facts["dtype"] == "uint32"
+    assert prepared.train.tokens[prepared.train.ends - 1].tolist() == [90_000] * len(prepared.train.ends)
+
+
+def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source):
+    (tmp_path / "false.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    bare = Tokenizer(models.BPE({"a": 0}, []))
+    bare.save(str(tmp_path / "endless.json"))
+    for name, message in [("false.json", "is no tokenizer"), ("endless.json", "names no end-of-text token: give")]:
+        with pytest.raises(ValueError, match=rf"{name} {message}") as raised:
+            load_tokenizer(str(tmp_path / name))
+        assert "\n" not in str(raised.value)
+    for name in ("empty", "missing.json"):
+        with pytest.raises(OSError, match="there is no"):
+            prepare([source], tokenizer=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("options", [{"context": 0}, {"group_size": 0}, {"max_bytes": -1}])
+def test_sizes_must_be_positive(source, options):
+    with pytest.raises(ValueError, match="must be positive"):
+        prepare([source], **options)
+
+
+def test_nothing_is_left_of_bad_data(tmp_path, cache):
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2 has no field 'text'"):
+        prepare([str(tmp_path / "bad.jsonl")])
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_hub_data_in_a_local_folder_is_prepared_and_cached(tmp_path, cache):
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", texts(100))
+    prepared = prepare([f"hf:{tmp_path / 'set'}"], context=16)
+    assert prepared.facts["hash"] == prepare([str(tmp_path / "set" / "train.jsonl")], context=16).facts["hash"]
+    before = snapshot(cache)
+    prepare([f"hf:{tmp_path / 'set'}"], context=16)
+    assert snapshot(cache) == before
+    limited = prepare([f"hf:{tmp_path / 'set'}"], context=16, max_bytes=50_000).facts
+    assert 49_990 < sum(limited[name]["bytes"] for name in SPLITS) <= 50_000
+
+
+# Report and memory
+
+
+def test_the_report_says_what_is_in_the_data(source, tmp_path, capsys):
+    given = [*texts(400), texts(1)[0], sentences(9999, 5000)]
+    path = write(tmp_path / "rows.jsonl", given)
+    data_report(path, context=16, json=True)
+    report = json.loads(capsys.readouterr().out)
+    facts = prepare([path], context=16).facts
+    assert (report["hash"], report["duplicates_dropped"], report["documents_cut"]) == (facts["hash"], 1, 1)
+    for name in SPLITS:
+        shown = report["splits"][name]
+        assert {key: shown[key] for key in ("documents", "tokens", "bytes")} == facts[name]
+        assert shown["collisions"] == 0
+    capsys.readouterr()
+    data_report(path, context=16)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == list(SPLITS)
+    assert ["collisions", "0", "0", "0"] in [line.split() for line in lines]
+    assert "duplicates dropped: 1" in lines
+
+
+MEMORY = """
+import resource, sys, torch, transformers
+from mixture_of_tokens.data import GroupedBatches
+from mixture_of_tokens.shards import prepare
+def peak():
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+imports = peak()
+prepared = prepare([sys.argv[1]])
+rows = GroupedBatches(prepared.train, group_size=32, batch_size=256, steps=10**5, seed=0)
+for step in range(0, len(prepared.train) // 256):
+    rows.__getitems__(list(range(256 * step, 256 * step + 256)))
+print(peak() - imports, prepared.facts["train"]["tokens"])
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    rng = np.random.default_rng(0)
+    words = np.array([sentences(0, 2000).split()]).ravel()
+    beyond = []
+    for megabytes in (30, 150):
+        path = tmp_path / f"{megabytes}.jsonl"
+        with path.open("w") as file:
+            while file.tell() < megabytes * 1e6:
+                picked = words[(rng.random(1500) ** 2 * len(words)).astype(int)]
+                text = "\n".join(" ".join(picked[i : i + 10]) for i in range(0, 1500, 10))
+                file.write(json.dumps({"text": text}) + "\n")
+        done = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True, check=True)
+        beyond.append(float(done.stdout.split()[0]))
+    assert beyond[0] < 400  # MB
+    assert beyond[1] - beyond[0] < 60  # of 120 MB more text, and of 100 MB more tokens

@@ -1,0 +1,97 @@
+"""`mot sweep`: the grid, what it skips, what it calls the best."""
+
+import json
+
+import pytest
+
+from mixture_of_tokens import cli
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def sweep(*words: object) -> None:
+    cli.main(["sweep", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def flags(small_corpus):
+    short = ("--steps", 4, "--batch-size", 32, "--device", "cpu", "--data", small_corpus)
+    return ("MoT-Nano/4E/2", "--lr", "1e-30,1e-2", "--seeds", "0,1", *short)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, flags):
+    out = tmp_path_factory.mktemp("sweeps") / "one"
+    sweep(*flags, "--out", out)
+    return out
+
+
+def test_the_best_has_the_lowest_mean_over_seeds_on_text_kept_for_tuning(swept):
+    written = json.loads((swept / "sweep.json").read_text())
+    assert written["evaluated_on"] == "tuning"
+    best, worst = written["cells"]
+    assert best["settings"] == {"--learning-rate": "1e-2"}
+    assert best["loss"] < worst["loss"]
+    for cell in written["cells"]:
+        facts = [json.loads((swept.parent / run["directory"] / "run.json").read_text()) for run in cell["runs"]]
+        assert [fact["seed"] for fact in facts] == [0, 1]
+        assert {fact["evaluated_on"] for fact in facts} == {"tuning"}
+        losses = [fact["final_loss"] for fact in facts]
+        assert cell["loss"] == pytest.approx(sum(losses) / 2)
+        assert cell["spread"] == pytest.approx(abs(losses[0] - losses[1]))
+
+
+def test_called_again_it_trains_nothing_and_prints_the_same(swept, flags, capsys):
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*") if path.name != "sweep.json"}
+    sweep(*flags, "--out", swept)
+    out = capsys.readouterr().out
+    assert "Best: mot train MoT-Nano/4E/2 --learning-rate 1e-2" in out
+    assert "Its rate is at the edge of the grid" in out
+    assert {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.name != "sweep.json"}.items() >= before.items()
+    sweep(*flags, "--out", swept, "--json")
+    assert json.loads(capsys.readouterr().out) == json.loads((swept / "sweep.json").read_text())
+
+
+def test_a_larger_grid_keeps_what_is_finished(swept, flags, capsys):
+    finished = next(swept.rglob("run.json"))
+    before = finished.stat().st_mtime_ns
+    words = ["1e-30,1e-2,1e30" if word == "1e-30,1e-2" else word for word in flags]
+    sweep(*words, "--out", swept, "--training.max_grad_norm", 0.5)
+    assert finished.stat().st_mtime_ns == before
+    out = capsys.readouterr().out
+    assert "diverged" in out
+    assert "Best: mot train MoT-Nano/4E/2 --learning-rate 1e-2" in out
+    assert "edge of the grid" not in out
+
+
+def test_fields_of_the_model_are_settings_too(flags, tmp_path, capsys):
+    words = ["--model.router_temperature", "0.25,1", "--model.mlp_only_layers", "[0,1]", "--dry-run"]
+    sweep(*flags, "--out", tmp_path / "grid", *words)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2 * 2 * 2
+    assert str(tmp_path / "grid" / "learning-rate=1e-2-router_temperature=0.25-seed=1") in shown
+    assert not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lr", "1e-3,fast"], "--lr: 'fast' is no float"),
+        (["--seeds", "0,one"], "--seeds: 'one' is no int"),
+        (["--lr", "1e-3,-1"], "--learning-rate must be positive, not -1"),
+        (["--model.router_temperature", "1,0"], "router_temperature must be positive"),
+    ],
+)
+def test_the_whole_grid_is_checked_before_the_first_run(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sweep("MoT-Nano/4E", *words, "--out", tmp_path / "grid")
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
