@@ -44,7 +44,13 @@ class Turn:
 
     def __init__(self, name: str, loop: str, args: argparse.Namespace, out: str):
         training = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": "20"}
-        options = Options(steps=args.steps + WARM_UP, batch_size=args.batch_size, device=args.device, training=training)
+        options = Options(
+            steps=args.steps + WARM_UP,
+            batch_size=args.batch_size,
+            data=args.data,
+            device=args.device,
+            training=training,
+        )
         self.config, self.run, arguments = merge(name, 0, None, options)
         self.arguments, self.loop = TrainingArguments(output_dir=out, **arguments), loop
 
@@ -67,9 +73,9 @@ class Turn:
     def _bare(self, trainer) -> float:
         model, args, rows = trainer.causal_lm.train(), self.arguments, trainer.rows
         optimizer = trainer.create_optimizer()
-        schedule = get_scheduler(
-            args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps, args.lr_scheduler_kwargs
-        )
+        names = ("lr_scheduler_type", "warmup_steps", "lr_scheduler_kwargs")
+        kind, warm, options = (self.run["training"][name] for name in names)
+        schedule = get_scheduler(kind, optimizer, warm, args.max_steps, options)
         start, batch = 0.0, self.run["batch_size"]
         for step in range(args.max_steps):
             if step == WARM_UP:
@@ -140,6 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--data", nargs="+", default=[], help="as in mot train")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")

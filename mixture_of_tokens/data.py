@@ -40,7 +40,7 @@ class TokenFiles:
     def __getitem__(self, position: np.ndarray) -> np.ndarray:
         shard, place = np.divmod(position, self.shard_tokens)
         result = np.empty(position.shape, dtype=self.dtype)
-        for number in np.flatnonzero(np.bincount(shard.ravel())):
+        for number in np.flatnonzero(np.bincount(shard.ravel())).tolist():
             here = shard == number
             result[here] = np.memmap(self.paths[number], dtype=self.dtype, mode="r")[place[here]]
         return result

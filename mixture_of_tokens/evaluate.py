@@ -15,22 +15,24 @@ def evaluate_blocks(model, blocks: Blocks, *, group_size: int, batch_size: int, 
 
     Args:
         batch_size: rows at a time, a multiple of the group size.
-        groups: how many groups to take; None takes all of the text, each token once, in groups that are filled up
-            with masked rows where need be, and then counts bits per byte too.
+        groups: how many groups to take. None, or more than there are, takes all of the text, each token once, in
+            groups that are filled up with masked rows where need be, and then counts bits per byte too.
 
     Returns `loss`, `tokens` and, over all of the text, `bits_per_byte`.
     """
-    order = grouped_order(blocks, group_size, everything=groups is None)[:groups]
+    everything = groups is None or groups * group_size > len(blocks)
+    order = grouped_order(blocks, group_size, everything=everything)[: None if everything else groups]
     training = model.training
     model.eval()
     nats, tokens = 0.0, 0
     for rows in np.split(order.ravel(), range(batch_size, order.size, batch_size)):
-        inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=groups is None).items()}
+        inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=everything).items()}
         count = int((inputs["shift_labels"] != IGNORE).sum())
-        nats += float(model(**inputs, use_cache=False).loss) * count
-        tokens += count
+        if count:
+            nats += float(model(**inputs, use_cache=False).loss) * count
+            tokens += count
     model.train(training)
     result = {"loss": nats / tokens, "tokens": tokens}
-    if groups is None:
+    if everything:
         result["bits_per_byte"] = nats / math.log(2) / blocks.bytes
     return result

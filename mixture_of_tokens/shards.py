@@ -26,7 +26,7 @@ from mixture_of_tokens.data import Blocks, TokenFiles, segmented
 from mixture_of_tokens.splits import SPLITS, Splits, cut_by_tokens, opened, split, spool, text_of
 from mixture_of_tokens.tokenizer import check_vocab_size, fingerprint, load_tokenizer, train_tokenizer
 
-FORMAT = 2  # of the files in the cache; a change makes new ones
+FORMAT = 3  # of the files in the cache; a change makes new ones
 SHARD_TOKENS = 2**27  # in a file
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
 # Tokenizers take some hundred bytes a token while they encode, so text goes to them in small batches of small pieces.

@@ -22,6 +22,7 @@ from mixture_of_tokens.duplicates import unlike
 
 SPLITS = ("train", "tuning", "validation")
 VALIDATION, TUNING = 0.1, 0.05  # of the documents; with few documents, of each document
+HELD_OUT = 10**7  # bytes, about, at most: all of a split is evaluated, for minutes if it were a tenth of a large corpus
 FEW = 20  # documents, below which each is divided among the splits
 
 
@@ -83,12 +84,13 @@ def split(
     if not len(kept):
         raise ValueError("there is no text in the corpus")
     documents = places[kept]
+    shares = [min(share, HELD_OUT / int(documents[:, 1].sum())) for share in (VALIDATION, TUNING)]
     with opened(file) as text:
         if len(documents) < FEW:
-            divided = np.array([_divided(text, offset, length) for offset, length in documents.tolist()])
+            divided = np.array([_divided(text, offset, length, *shares) for offset, length in documents.tolist()])
             parts = whole = list(divided.swapaxes(0, 1))  # each (documents, 2)
         else:
-            held_out = [_count(len(documents), share, group_size) for share in (VALIDATION, TUNING)]
+            held_out = [_count(len(documents), share, group_size) for share in shares]
             whole = np.split(documents, np.cumsum(held_out))[::-1]
             # Text to train on is worth more than the promise of whole documents; text to evaluate on is not.
             parts = [
@@ -131,10 +133,10 @@ def cut_by_tokens(text: int, places: np.ndarray, tokens: np.ndarray, group_size:
     """Documents that are within their share of the bytes, cut where they are beyond it in tokens (documents,).
 
     Tables of numbers may have twice as many tokens as prose of that length. Nothing is cut where there are too few
-    documents, or where that would take more than a twentieth of the text.
+    documents, or where that would take more than a tenth of the text.
     """
     most = tokens.sum() / (2.2 * group_size)
-    if not _enough(len(places), group_size) or (tokens - np.minimum(tokens, most)).sum() > tokens.sum() / 20:
+    if not _enough(len(places), group_size) or (tokens - np.minimum(tokens, most)).sum() > tokens.sum() / 10:
         return places
     lengths = places[:, 1]
     return _shortened(text, places, np.where(tokens > most, (0.9 * most / tokens * lengths).astype(np.int64), lengths))
@@ -149,10 +151,10 @@ def _shortened(text: int, places: np.ndarray, lengths: np.ndarray) -> np.ndarray
     return result
 
 
-def _divided(text: int, offset: int, length: int) -> list[tuple[int, int]]:
+def _divided(text: int, offset: int, length: int, validation: float, tuning: float) -> list[tuple[int, int]]:
     """Training, tuning and validation part of a document, in the order of its text."""
     edges = [offset]
-    for share in (1 - VALIDATION - TUNING, 1 - VALIDATION):
+    for share in (1 - validation - tuning, 1 - validation):
         place = offset + round(share * length)
         line_end = os.pread(text, min(length // 40, 2**16), place).find(b"\n")
         edges.append(_character(text, place) if line_end < 0 else place + line_end + 1)

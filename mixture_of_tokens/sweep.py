@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -52,13 +53,13 @@ def sweep(
         print(*(plan[-1] for plan in plans), sep="\n")
         return
     results: dict[str, dict[str, Any]] = {}
+    written: dict[str, Any] = {"name": name, "evaluated_on": options.evaluate_on, "cells": []}
     for done, (settings, seed, chosen, rate, directory) in enumerate(plans):
         print(f"run {done + 1} of {len(plans)}: {directory}", file=sys.stderr)
         cell = results.setdefault(_directory(settings, None), {"settings": settings, "runs": []})
         cell["runs"].append({"seed": seed, "directory": str(directory)} | _outcome(name, seed, rate, chosen, directory))
         _summarise(cell)
-        ranked = sorted(results.values(), key=lambda cell: float("inf") if cell["loss"] is None else cell["loss"])
-        written = {"name": name, "evaluated_on": options.evaluate_on, "cells": ranked}
+        written["cells"] = sorted(results.values(), key=lambda cell: math.inf if cell["loss"] is None else cell["loss"])
         checkpoints.write_text(out / "sweep.json", _dumps(written))
     _print(written, as_json=json)
 

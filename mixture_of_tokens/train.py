@@ -295,6 +295,7 @@ def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, d
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
         **given,
     }
 
@@ -315,10 +316,11 @@ def build(
         tokenizer=run["tokenizer"],
         group_size=group_size,
     )
+    vocabulary = prepared.tokenizer.get_vocab()
     if run["tokenizer"] is None or "vocab_size" not in run["model"]:
-        config.vocab_size = len(prepared.tokenizer)
-    config.eos_token_id = prepared.tokenizer.eos_token_id
-    config.pad_token_id = prepared.tokenizer.pad_token_id
+        config.vocab_size = max(vocabulary.values()) + 1
+    config.eos_token_id = vocabulary[str(prepared.tokenizer.eos_token)]
+    config.pad_token_id = vocabulary[str(prepared.tokenizer.pad_token)]
     rows = GroupedBatches(
         prepared.train, group_size=group_size, batch_size=run["batch_size"], steps=run["steps"], seed=run["seed"]
     )

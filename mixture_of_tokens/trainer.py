@@ -21,7 +21,7 @@ from torch.utils.data import SequentialSampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mixture_of_tokens import checkpoints
@@ -179,14 +179,14 @@ class GroupedTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
         self.causal_lm, self.rows, self.evaluated, self.corpus = model, rows, evaluated, corpus
-        self.run, self.clock = Path(self.args.output_dir), Clock()
+        self.run, self.clock = Path(str(self.args.output_dir)), Clock()
         parts = self.args.gradient_accumulation_steps * self.args.world_size
         tokens_per_step = self.args.per_device_train_batch_size * parts * rows.blocks.context
         self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock)
         self.add_callback(self.run_log)
         self.add_callback(_RouterGradients(self))
-        probe = grouped_order(evaluated, rows.group_size)[0]
-        self.probe = {name: tensor.to(self.args.device) for name, tensor in evaluated.batch(probe).items()}
+        probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
+        self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
         self.gradient_norms: dict[str, float] = {}
         # Cross-entropy and auxiliary loss of every micro-batch since the last row of metrics.jsonl.
         self._reported: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -200,13 +200,14 @@ class GroupedTrainer(Trainer):
                 raise ValueError(f"{checkpoint} was trained on text {facts['corpus']}, and now it is {self.corpus}")
             step = facts["step"]
             self.clock.before = facts["seconds"]
-            self._reported = [tuple(None if x is None else torch.tensor(x) for x in pair) for pair in facts["reported"]]
+            pairs = facts["reported"]
+            self._reported = [(torch.tensor(a), None if b is None else torch.tensor(b)) for a, b in pairs]
         if self.is_world_process_zero():
             self.run_log.forget_after(step)
-        if (tensorboard := self.pop_callback(TensorBoardCallback)) is not None and self.is_world_process_zero():
+        if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
             # One directory for a run, however often it is resumed, without the points that are written again.
-            tensorboard.tb_writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
-            self.add_callback(tensorboard)
+            writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
+            self.add_callback(TensorBoardCallback(writer))
         self.clock.start()
         try:
             return super().train(None if checkpoint is None else str(checkpoint))
@@ -233,7 +234,7 @@ class GroupedTrainer(Trainer):
                 logs["aux_loss"] = self._mean(aux_losses)
             self._reported.clear()
             for layer, measured in measure(self.causal_lm, self.probe).items():
-                logs |= {f"layer/{layer}/{name}": value for name, value in measured.items()}
+                logs |= {f"layer/{layer}/{name}": float(f"{value:.5g}") for name, value in measured.items()}
             logs |= {f"layer/{layer}/router_gradient_norm": norm for layer, norm in self.gradient_norms.items()}
         super().log(logs, start_time)
         self.state.log_history.clear()  # it stands in metrics.jsonl, and need not in every checkpoint

@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -271,3 +273,34 @@ def test_text_is_cut_into_pieces_of_whole_characters(tmp_path, largest):
     assert b"".join(pieces) == text
     assert all(0 < len(piece) <= largest for piece in pieces)
     assert "".join(piece.decode() for piece in pieces) == ODD * 30
+
+
+HUB = """
+import json, os, sys, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Hub(BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({"id": "some/set", "sha": "abc123"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *arguments): pass
+server = HTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+from mixture_of_tokens.corpus import fingerprint
+print(fingerprint("hf:some/set:en", print))
+server.shutdown()
+server.server_close()
+print(fingerprint("hf:some/set:en", print))
+print(fingerprint("hf:other/set", print))
+"""
+
+
+def test_a_hub_data_set_is_known_by_its_commit_which_is_remembered_without_a_network(tmp_path):
+    environment = {**os.environ, "MIXTURE_OF_TOKENS_CACHE": str(tmp_path), "no_proxy": "*", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True)
+    known = "['some/set', 'en', 'abc123']"
+    assert done.stdout.splitlines() == [known, known, "['other/set', '', '']"]

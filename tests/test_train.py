@@ -212,7 +212,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--data", "short.txt"], "less than a block of 64: give more text"),
         (
             ["train", "MoT-Nano/32E", "--data", "few.txt"],
-            "blocks of 64 tokens do not fill a group of 32: give more text",
+            "blocks of 64 tokens do not fill two groups of 32: give more text",
         ),
         (["train", "MoT-Nano/32E", "--max-bytes", 0], "--max-bytes must be positive, not 0"),
         (["train", "MoT-Nano/32E", "--tokenizer", "rows.jsonl"], "rows.jsonl"),
@@ -240,10 +240,47 @@ def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypa
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("mot: error: ")
+    assert len([line for line in err.splitlines() if "segments count as documents" not in line]) == 1
+    assert err.splitlines()[-1].startswith("mot: error: ")
     assert message in err
     assert {path.name for path in tmp_path.iterdir()} == set(files)  # nothing half-written
+
+
+def test_one_small_file_will_do_and_the_run_says_what_counts_as_documents(directory, capsys):
+    text, out = directory / "one.txt", directory / "one"
+    text.write_text("\n".join(f"line {i} says {i * i % 977} and {i * 31 % 1013}" for i in range(2000)))
+    mot("train", "MoT-Nano/32E", "--data", text, "--out", out, "--steps", 2, "--batch-size", 32, "--device", "cpu")
+    assert "far-apart segments count as documents" in capsys.readouterr().err
+    facts = json.loads((out / "run.json").read_text())
+    splits = [facts["corpus"][split] for split in ("train", "tuning", "validation")]
+    assert sum(split["bytes"] for split in splits) == len(text.read_bytes())
+    assert facts["corpus"]["segments"] > 0
+    assert math.isfinite(facts["bits_per_byte"])
+
+
+def test_a_given_tokenizer_sets_the_vocabulary(runs, directory, small_corpus, capsys):
+    out, tokenizer = directory / "given", runs["Transformer-Nano"] / "model"
+    flags = ("--data", small_corpus, "--steps", 2, "--batch-size", 32, "--device", "cpu")
+    mot("train", "TC-Nano/32E", "--tokenizer", tokenizer, "--out", out, *flags)
+    assert (
+        AutoTokenizer.from_pretrained(out / "model").get_vocab() == AutoTokenizer.from_pretrained(tokenizer).get_vocab()
+    )
+    assert AutoModelForCausalLM.from_pretrained(out / "model").config.vocab_size == 512
+    mot("train", "--config", out / "config.yaml", "--out", directory / "given-again", "--device", "cpu")
+    with pytest.raises(SystemExit) as stopped:
+        mot(
+            "train",
+            "TC-Nano/32E",
+            "--tokenizer",
+            tokenizer,
+            "--model.vocab_size",
+            300,
+            "--out",
+            directory / "x",
+            *flags,
+        )
+    assert stopped.value.code == 2
+    assert "vocab_size 300 is less than the 512 tokens of" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_not_overwritten(runs, capsys):

@@ -1,0 +1,31 @@
+"""The benchmark of a training step: it runs, and its ratios are of its times."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "train.py"
+
+
+def test_every_model_is_timed_in_both_loops_with_consistent_ratios(small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    flags = ["--steps", "2", "--rounds", "1", "--batch-size", "32", "--data", small_corpus]
+    flags += ["--models", "Transformer-Nano", "MoT-Nano/4E", "--results", tmp_path / "train.csv"]
+    command = [sys.executable, SCRIPT, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "train.csv").open(newline="") as file:
+        rows = {(row["model"], row["loop"]): row for row in csv.DictReader(file)}
+    assert list(rows) == [(m, loop) for m in ("Transformer-Nano", "MoT-Nano/4E") for loop in ("trainer", "loop")]
+    time = {key: float(row["milliseconds"]) for key, row in rows.items()}
+    for (model, loop), row in rows.items():
+        assert float(row["share_of_first"]) == pytest.approx(
+            time[model, loop] / time["Transformer-Nano", loop], rel=1e-3
+        )
+    for model in ("Transformer-Nano", "MoT-Nano/4E"):
+        overhead = time[model, "trainer"] / time[model, "loop"] - 1
+        assert float(rows[model, "trainer"]["overhead"]) == pytest.approx(overhead, abs=1e-3)
+    assert "over the bare loop" in done.stdout
