@@ -65,7 +65,9 @@ def main(words: list[str] | None = None) -> None:
         app.command(function, name=name)
     app.meta.default(_with_config_file)
     try:
-        app(app.meta(sys.argv[1:] if words is None else words))
+        merged = app.meta(sys.argv[1:] if words is None else words)
+        if merged is not None:  # None: help or version, printed by now
+            app(merged)
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
