@@ -29,7 +29,8 @@ import torch
 from results import append, check_columns, latest, markdown, read, surroundings
 from transformers import TrainingArguments, get_scheduler
 
-from mixture_of_tokens.train import Options, build, keep_large_blocks, merge
+from mixture_of_tokens.settings import Options, merge
+from mixture_of_tokens.train import build, keep_large_blocks
 
 RESULTS = Path(__file__).with_name("train.csv")
 WARM_UP = 3  # steps of every turn before its clock starts

@@ -9,13 +9,21 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import App, CycloptsError, Parameter
 
+from mixture_of_tokens.compare import compare
 from mixture_of_tokens.cost import plan
 from mixture_of_tokens.data_report import data_report
 from mixture_of_tokens.report import report
 from mixture_of_tokens.sweep import sweep
 from mixture_of_tokens.train import train
 
-COMMANDS = {"train": train, "sweep": sweep, "plan": plan, "data-report": data_report, "report": report}
+COMMANDS = {
+    "train": train,
+    "sweep": sweep,
+    "compare": compare,
+    "report": report,
+    "plan": plan,
+    "data-report": data_report,
+}
 
 
 def _flags(key: str, value: Any) -> Iterator[list[str]]:

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -21,7 +22,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 TEXT = "#00ff01"
 PANEL = (4.7, 3.1)  # inches; an SVG's unit is a point, so this is about a phone's width
 SWATCH = (0.5, 0.18)
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 11,
@@ -34,7 +35,7 @@ STYLE = {
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
-    **{key: TEXT for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
     "grid.color": TEXT,
 }
 
@@ -115,7 +116,7 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
     """The lines' labels beside their right ends, moved apart where they would cover each other."""
     low, high = axes.get_ylim()
     apart = (high - low) * 0.075
-    place = float("-inf")
+    place = low + 0.04 * (high - low) - apart  # clear of the axis
     for line in sorted(lines, key=lambda line: line.y[-1]):
         place = max(place + apart, line.y[-1])
         color = _style(line.series)["color"]
@@ -133,7 +134,7 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
 
 def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str | None) -> ElementTree.Element:
     """What is drawn, as an element without namespaces: HTML needs none."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label or "swatch"}):  # ids differ from figure to figure
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
         file = io.StringIO()
@@ -141,11 +142,13 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str | N
     text = file.getvalue().replace(TEXT, "currentColor")
     for number in range(SERIES):
         text = text.replace(_stand_in(number), f"var(--series-{number})")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    root = ElementTree.fromstring(text)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)  # a style is all the page's
+    root = ElementTree.fromstring(re.sub(r">\s+<", "><", text))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        if element.tag == "g":
+            element.attrib.pop("id", None)  # names that every figure has
         if element.tag == "text":  # in the page's font
             element.set("style", re.sub(r"font(-family)?: ?[^;]*;?", _font_size, element.get("style", "")))
     for key in ("width", "height", "version"):

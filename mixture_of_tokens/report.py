@@ -1,48 +1,99 @@
-"""Finished runs side by side."""
+"""Finished runs side by side: the command `mot report`, its table and its page."""
 
-import json
+import json as json_module
+import shlex
 from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from mixture_of_tokens import checkpoints
+from mixture_of_tokens.page import page
+from mixture_of_tokens.results import Run, by_model, comparison, runs_of
+from mixture_of_tokens.samples import continued
+from mixture_of_tokens.words import findings
 
 
-def report(*runs: Path) -> None:
-    """Print the runs' losses side by side, the first one as the baseline.
+def report(*runs: Path, out: Path | None = None, json: bool = False) -> None:
+    """Print the runs' losses side by side, the first one as the baseline, and write a page about them.
 
-    "reached" is the first evaluated step, and the seconds, at which a run's evaluation loss was no higher than what
-    the baseline had at its end; evaluations during training are over one fixed part of the validation split.
+    Runs of one model with several seeds are one line, its means. "reached" is the step, and the seconds, at which the
+    evaluation loss comes down to the baseline's last one, on a straight line between two evaluations; evaluations
+    during training are over one fixed part of the text, the losses in the table over all of it.
 
     Args:
-        runs: Run directories of `mot train`.
+        runs: Run directories of mot train, or a directory of mot compare.
+        out: The page; by default report.html beside the runs.
+        json: Print the numbers and the curves as JSON in place of the table.
     """
-    facts, evaluated = [], []
-    for run in runs:
-        if not (run / "run.json").is_file():
-            raise ValueError(f"{run} is no finished run: it has no run.json")
-        facts.append(json.loads((run / "run.json").read_text()))
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        evaluated.append([row for row in rows if "eval_loss" in row])
-    if not facts:
-        raise ValueError("name at least one run directory")
-    if len({fact["corpus"]["hash"] for fact in facts}) > 1:
-        raise ValueError("these runs saw different corpora, so their losses cannot be compared")
-    target = evaluated[0][-1]["eval_loss"]
-    columns = ("model", "loss", "vs first", "reached", "bits/byte", "parameters", "FLOPs/token", "s", "tokens/s")
+    found, command = runs_of(runs)
+    models = by_model(found)
+    here = ["mot", "report", *map(str, runs), *([] if out is None else ["--out", str(out)])]
+    commands = [*([command] if command else map(_train_command, found)), shlex.join(here)]
+    if out is None:
+        out = (runs[0] if (runs[0] / "compare.json").is_file() else runs[0].parent) / "report.html"
+    show(comparison(models), models, commands, out, as_json=json)
+
+
+def show(
+    result: dict[str, Any], models: dict[str, list[Run]], commands: list[str], out: Path, *, as_json: bool
+) -> None:
+    """Write the page of a comparison, with samples of each model's first seed, and print the comparison.
+
+    Args:
+        result: of `results.comparison`; models: the runs that it is of.
+        commands: That made this.
+        as_json: Print all of `result` and nothing else, in place of the table, a sample of each and where the page is.
+    """
+    samples = continued({label: model[0].directory for label, model in models.items()})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_text(out, page(result, models, samples, commands))
+    if as_json:
+        print(json_module.dumps(result, indent=2))
+        return
+    print(text(result))
+    for prompt, written in list(samples.items())[:1]:
+        for label, continuation in written.items():
+            print(f"{label} continues {prompt!r}:\n\n{indent(prompt + continuation, '    ')}\n")
+    print(f"The page: {out}")
+
+
+def _train_command(run: Run) -> str:
+    return shlex.join(
+        ["mot", "train", "--config", str(run.directory / "config.yaml"), "--out", f"again/{run.directory.name}"]
+    )
+
+
+def text(result: dict[str, Any]) -> str:
+    """The table, and what it comes to in sentences."""
+    columns = ["model", "loss", "vs first", "reached", "bits/byte", "parameters", "FLOPs/token", "s", "tokens/s"]
+    baseline, count = result["baseline"], len(result["seeds"])
     table = []
-    for fact, rows in zip(facts, evaluated, strict=True):
-        first = next((row for row in rows if row["eval_loss"] <= target), None)
-        table.append(
-            (
-                fact["name"],
-                f"{fact['final_loss']:.4f}",
-                f"{fact['final_loss'] - facts[0]['final_loss']:+.4f}",
-                "never" if first is None else f"{first['step']}, {first['seconds']:.0f} s",
-                f"{fact['bits_per_byte']:.4f}",
-                f"{fact['parameters']:,}",
-                f"{fact['forward_flops_per_token']:,}",
-                f"{fact['seconds']:.0f}",
-                f"{fact['tokens'] / fact['seconds']:,.0f}",
-            )
-        )
+    for model in result["models"]:
+        reached = model["reached"][baseline]
+        when = "never"
+        if reached["step"] is not None:
+            some = f" ({reached['step']['seeds']} of {count})" if reached["step"]["seeds"] < count else ""
+            when = f"{reached['step']['mean']:.0f}, {reached['seconds']['mean']:.0f} s{some}"
+        row = [
+            model["label"],
+            f"{model['final_loss']['mean']:.4f}",
+            f"{model['final_loss_difference']['mean']:+.4f}",
+            when,
+            f"{model['bits_per_byte']['mean']:.4f}",
+            f"{model['parameters']['total']:,}",
+            f"{model['flops_per_token']['forward']:,.0f}",
+            f"{model['seconds']['mean']:.0f}",
+            f"{model['tokens_per_second']['mean']:,.0f}",
+        ]
+        if count > 1:
+            row.insert(2, f"{model['final_loss']['greatest'] - model['final_loss']['least']:.4f}")
+        table.append(row)
+    if count > 1:
+        columns.insert(2, "spread")
     widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
+    lines = []
     for line in (columns, *table):
         name, *cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join([name.strip().ljust(widths[0]), *cells]))
+        lines.append("  ".join([name.strip().ljust(widths[0]), *cells]))
+    told = [" ".join(sentences) for sentences in findings(result).values()]
+    return "\n".join([*lines, "", *told]) + "\n"

@@ -26,7 +26,7 @@ import yaml
 from mixture_of_tokens.cost import flops_per_token, memory, parameters
 from mixture_of_tokens.model import MixtureOfTokensConfig
 from mixture_of_tokens.names import config_from_name
-from mixture_of_tokens.train import CARRIED_OUT, COMMON_GROUP
+from mixture_of_tokens.settings import CARRIED_OUT, data_group_size
 
 ENVIRONMENT = ("hardware", "cores", "threads", "versions", "commit")
 
@@ -50,10 +50,13 @@ class Run:
 
     @cached_property
     def config(self) -> MixtureOfTokensConfig:
-        fields = dict(self.settings["model"])
-        if "vocab_size" not in fields:  # the tokenizer's
-            fields["vocab_size"] = json.loads((self.directory / "model" / "config.json").read_text())["vocab_size"]
-        return config_from_name(self.name, **fields)
+        # The vocabulary is as large as the tokenizer turned out, whatever the settings asked for.
+        return config_from_name(self.name, **self.settings["model"] | {"vocab_size": self.facts["vocab_size"]})
+
+    @property
+    def group_size(self) -> int:
+        """Rows in a group of its data."""
+        return data_group_size(self.config.group_size, self.settings["batch_size"])
 
     @cached_property
     def flops(self) -> tuple[float, float]:
@@ -83,20 +86,18 @@ class Run:
 
 
 def read(directory: Path) -> Run:
-    """Raises ValueError for a run that is not finished, or was never evaluated while it trained."""
+    """Raises ValueError for a run that is not finished or damaged, or was never evaluated while it trained."""
     if not (directory / "run.json").is_file():
         raise ValueError(f"{directory} is no finished run: it has no run.json")
-    facts = json.loads((directory / "run.json").read_text())
-    settings = yaml.safe_load((directory / "config.yaml").read_text())
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    try:
+        facts = json.loads((directory / "run.json").read_text())
+        settings = yaml.safe_load((directory / "config.yaml").read_text())
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{directory} is no whole run directory: {error}") from None
     if not any("eval_loss" in row for row in rows):
         raise ValueError(f"{directory} was not evaluated while it trained: its metrics.jsonl has no eval_loss")
     return Run(directory, facts, settings, rows)
-
-
-def group_size(own: int, batch_size: int) -> int:
-    """Rows in a group of a run's data, which may be more than the model mixes: the rule of `train.build`."""
-    return COMMON_GROUP if COMMON_GROUP % own == batch_size % COMMON_GROUP == 0 else own
 
 
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -112,9 +113,7 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
         "were evaluated on different splits": lambda run: run.facts.get("evaluated_on"),
         "have contexts of different lengths": lambda run: run.config.max_position_embeddings,
         "took different batches": lambda run: run.settings["batch_size"],
-        "saw their rows in different groups": lambda run: group_size(
-            run.config.group_size, run.settings["batch_size"]
-        ),
+        "saw their rows in different groups": lambda run: run.group_size,
         "trained for different numbers of steps": lambda run: run.facts["steps"],
     }.items():
         other = next((run for run in runs if of(run) != of(runs[0])), None)
@@ -150,11 +149,19 @@ def _listed(values: Iterable[Any]) -> str:
 
 
 def _label(run: Run, others: Sequence[Run]) -> str:
-    namesakes = [other.own_settings for other in others if other.name == run.name]
-    keys = {key: None for settings in namesakes for key in settings}
-    differ = [key for key in keys if any(settings.get(key) != namesakes[0].get(key) for settings in namesakes)]
-    settings = [f"{key.rpartition('.')[2]} {run.own_settings.get(key)}" for key in differ]
-    return f"{run.name} ({', '.join(settings)})" if settings else run.name
+    namesakes = [other for other in others if other.name == run.name]
+    keys = {key: None for other in namesakes for key in other.own_settings}
+    differ = [
+        key for key in keys if any(other.own_settings.get(key) != run.own_settings.get(key) for other in namesakes)
+    ]
+    values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in differ]
+    return f"{run.name} ({', '.join(values)})" if values else run.name
+
+
+def _setting(run: Run, key: str) -> Any:
+    """A configuration is written without its defaults."""
+    kind, _, field = key.rpartition(".")
+    return getattr(run.config, field) if kind == "model" else run.own_settings.get(key)
 
 
 def reached(run: Run, other: Run) -> dict[str, float] | None:
@@ -208,7 +215,7 @@ def comparison(models: dict[str, list[Run]]) -> dict[str, Any]:
         "steps": facts["steps"],
         "batch_size": settings["batch_size"],
         "context": baseline[0].config.max_position_embeddings,
-        "group_size": group_size(baseline[0].config.group_size, settings["batch_size"]),
+        "group_size": baseline[0].group_size,
         "evaluated_on": facts.get("evaluated_on") or "validation",
         "equal_time_seconds": summary(ends),
         "corpus": facts["corpus"],

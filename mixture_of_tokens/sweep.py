@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from mixture_of_tokens import checkpoints
-from mixture_of_tokens.train import DEFAULTS, Options, merge, run_training
+from mixture_of_tokens.settings import DEFAULTS, Options, merge
+from mixture_of_tokens.train import run_training
 
 
 def sweep(
@@ -42,7 +43,7 @@ def sweep(
     if options.evaluate_on is None:
         options = dataclasses.replace(options, evaluate_on="tuning")
     cells = _grid(lr, options)
-    numbers = [_number(seed, int, "--seeds") for seed in seeds.split(",")]
+    numbers = [number(seed, int, "--seeds") for seed in seeds.split(",")]
     plans = []
     for settings in cells:
         for seed in numbers:
@@ -68,7 +69,8 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _number(text: str, kind: type, flag: str) -> Any:
+def number(text: str, kind: type, flag: str) -> Any:
+    """One of the numbers of a flag that takes several."""
     try:
         return kind(text)
     except ValueError:
@@ -90,7 +92,7 @@ def _apply(options: Options, settings: dict[str, str]) -> tuple[Options, float |
     rate = None
     for flag, value in settings.items():
         if flag == "--learning-rate":
-            rate = _number(value, float, "--lr")
+            rate = number(value, float, "--lr")
         else:
             kind, field = flag.removeprefix("--").split(".", 1)
             fields[kind][field] = value

@@ -134,36 +134,9 @@ def test_no_group_of_the_embedded_corpus_holds_a_document_twice(prepared):
     assert len(collisions(prepared.validation, grouped_order(prepared.validation, 32, everything=True))[0]) == 0
 
 
-def test_report_puts_runs_side_by_side(runs, capsys):
-    mot("report", runs["Transformer-Nano"], runs["MoT-Nano/32E/4"])
-    lines = capsys.readouterr().out.splitlines()
-    facts = [json.loads((runs[n] / "run.json").read_text()) for n in ("Transformer-Nano", "MoT-Nano/32E/4")]
-    assert [line.split()[0] for line in lines[1:]] == ["Transformer-Nano", "MoT-Nano/32E/4"]
-    assert f"{facts[1]['final_loss'] - facts[0]['final_loss']:+.4f}" in lines[2]
-    rows = [json.loads(line) for line in (runs["Transformer-Nano"] / "metrics.jsonl").read_text().splitlines()]
-    assert f"  12, {rows[-1]['seconds']:.0f} s" in lines[1]  # the baseline reaches its own end at its end
-
-
-def test_report_says_never_where_the_baseline_stays_ahead(tmp_path, capsys):
-    for name, losses in {"a": (3.0, 2.0), "b": (3.0, 2.1), "c": (1.9, 2.5)}.items():
-        (tmp_path / name).mkdir()
-        facts = {
-            "name": name,
-            "final_loss": losses[-1],
-            "bits_per_byte": 1.0,
-            "parameters": 1,
-            "tokens": 1,
-            "seconds": 2.0,
-        }
-        facts |= {"forward_flops_per_token": 1, "corpus": {"hash": "x"}}
-        (tmp_path / name / "run.json").write_text(json.dumps(facts))
-        rows = [{"step": 5 * i, "seconds": float(i), "eval_loss": loss} for i, loss in enumerate(losses, 1)]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mot("report", tmp_path / "a", tmp_path / "b", tmp_path / "c")
-    lines = capsys.readouterr().out.splitlines()
-    assert "10, 2 s" in lines[1]
-    assert "never" in lines[2]
-    assert "5, 1 s" in lines[3]
+def test_help_is_printed_once(capsys):
+    mot("train", "--help")
+    assert capsys.readouterr().out.count("Usage:") == 1
 
 
 def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
@@ -225,6 +198,14 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train"], "requires an argument"),
         (["plan", "MoT-Nano/32E", "--micro-batch", 33], "legal are 32, 64, 128"),
         (["report", "nowhere"], "no finished run"),
+        (["report"], "name at least one run directory"),
+        (["compare"], "name at least one model"),
+        (["compare", "MoT-Nano/32E", "MoT-Nano/32E"], "named twice"),
+        (["compare", "Transformer-Nano", "MoT-Nan/32E"], "'Nan' is none of Nano, Mini, Medium, Base"),
+        (["compare", "Transformer-Nano", "Transformer-Mini"], "--batch-size: 128 in Transformer-Nano and 256 in"),
+        (["compare", "Transformer-Nano", "MoT-Nano/32E", "--lr", "1,2,3"], "3 rates for 2 models"),
+        (["compare", "Transformer-Nano", "MoT-Nano/32E", "--lr", "1e-2,fast"], "--lr: 'fast' is no float"),
+        (["compare", "Transformer-Nano", "MoT-Nano/32E", "--seeds", "0;1"], "--seeds: '0;1' is no int"),
         (["trian", "MoT-Nano/32E"], 'Did you mean "train"?'),
     ],
 )

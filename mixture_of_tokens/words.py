@@ -1,0 +1,193 @@
+"""What a comparison comes to, in numbers that are rounded and sentences that are computed; what the words mean."""
+
+from typing import Any
+
+from mixture_of_tokens.names import parse_name
+
+Summary = dict[str, float]
+
+# Of telemetry.py, in the order of the page: a title and what it says.
+MEASURES = {
+    "mixture_entropy": (
+        "Mixture entropy",
+        "How evenly an expert draws on the tokens of a group. 1: it averages them all; 0: it reads a single one. A "
+        "router that learns to tell tokens apart brings it down.",
+    ),
+    "effective_tokens": ("Tokens per mixture", "How many tokens of its group an expert in effect draws on."),
+    "effective_experts": ("Experts per token", "How many experts in effect share a token's output."),
+    "largest_load": (
+        "Largest load",
+        "The load of the busiest expert over the mean expert's; 1 is balance. In Mixture of Tokens every expert draws "
+        "a weight of one from each group, so that it is 1 by construction.",
+    ),
+    "dead_experts": ("Dead experts", "The share of experts that get under 1 % of the mean expert's weight."),
+    "dropped": (
+        "Dropped tokens",
+        "The share of tokens that get under 1 % of the mean token's weight: dropped by a full expert, or passed over.",
+    ),
+    "branch_to_residual": (
+        "Branch to residual",
+        "The size of what the feed-forward adds over the size of what it is added to.",
+    ),
+}
+
+SYSTEMS = {
+    "Transformer": ("Transformer", "The dense model: each token goes through the one feed-forward of a layer."),
+    "MoT": (
+        "MoT, Mixture of Tokens",
+        "Tokens at the same position of different texts form a group. Each expert reads one mixture of the group, "
+        "weighted by a router, and its output goes back to the tokens by the same weights. No token is dropped.",
+    ),
+    "Uniform": ("Uniform", "Mixture of Tokens without a router: every mixture is the plain mean of the group."),
+    "TC": (
+        "TC, Token Choice",
+        "Sparse mixture of experts: each token goes to the experts that its router rates highest; what a full expert "
+        "cannot take is dropped while training.",
+    ),
+    "EC": ("EC, Expert Choice", "Sparse mixture of experts: each expert takes the tokens it rates highest in a group."),
+}
+
+
+def loss(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def difference(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 20 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def short(number: float) -> str:
+    """As in 221 k, with the letters of the International System."""
+    for letter, power in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * power:
+            return f"{number / power:.3g} {letter}"
+    return f"{number:.3g}"
+
+
+def listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def spread(summary: Summary, shown=ratio) -> str:
+    """The least and the greatest, if there is more than one."""
+    return f"{shown(summary['least'])} to {shown(summary['greatest'])}" if summary["seeds"] > 1 else ""
+
+
+def with_spread(summary: Summary, shown=ratio) -> str:
+    return f"{shown(summary['mean'])} ({spread(summary, shown)})" if spread(summary, shown) else shown(summary["mean"])
+
+
+def seeds_of(comparison: dict[str, Any]) -> str:
+    count = len(comparison["seeds"])
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def findings(comparison: dict[str, Any]) -> dict[str, list[str]]:
+    """Sentences on each model by its label, the baseline last."""
+    baseline, *others = comparison["models"]
+    told: dict[str, list[str]] = {}
+    for model in others:
+        found = model["reached"][baseline["label"]]["of_flops"]
+        told[model["label"]] = [
+            f"{model['label']} {reaching(model, baseline['label'], comparison)}.",
+            *([] if found is None else [f"That is {_share(found, 'FLOPs')}."]),
+            f"At equal steps {_beside(model['final_loss_difference'])}.",
+        ]
+        apart, when = model["equal_time_loss_difference"], duration(comparison["equal_time_seconds"]["mean"])
+        if apart is not None:
+            told[model["label"]].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")
+    end = with_spread(baseline["final_loss"], loss)
+    what = f"{baseline['label']}, the baseline, ends at {end} nats a token"
+    told[baseline["label"]] = [f"{what} after {comparison['steps']:,} steps ({seeds_of(comparison)})."]
+    return told
+
+
+def reaching(model: dict[str, Any], target: str, comparison: dict[str, Any]) -> str:
+    """When a model reaches another's final loss: what stands after its name in a sentence."""
+    steps, time, seeds = *(model["reached"][target][key] for key in ("of_steps", "of_time")), seeds_of(comparison)
+    if steps is None:
+        return f"never reaches {target}'s final loss ({seeds})"
+    joint = "but" if (steps["mean"] <= 1) != (time["mean"] <= 1) else "and"
+    took = f"{_share(steps, 'steps', seeds)} {joint} {_share(time, 'time')}"
+    if steps["seeds"] < len(comparison["seeds"]):
+        took = f"{_share(steps, 'steps')} {joint} {_share(time, 'time')}"
+        return f"reaches {target}'s final loss on {steps['seeds']} of {seeds} only, there in {took}"
+    return f"reaches {target}'s final loss in {took}"
+
+
+def _share(share: Summary, of: str, seeds: str = "") -> str:
+    known = ", ".join(filter(None, (spread(share), seeds)))
+    return f"{ratio(share['mean'])} {'of' if share['mean'] <= 1 else 'times'} the {of}" + f" ({known})" * bool(known)
+
+
+def _beside(apart: Summary) -> str:
+    """A difference of losses from the baseline's in words."""
+    if apart["least"] < 0 < apart["greatest"]:
+        low, high = difference(apart["least"]), difference(apart["greatest"])
+        return f"neither is ahead on every seed: {difference(apart['mean'])} nats on average ({low} to {high})"
+    side = "lower" if apart["mean"] < 0 else "higher"
+    near, far = sorted((abs(apart["least"]), abs(apart["greatest"])))
+    between = f" ({loss(near)} to {loss(far)})" if apart["seeds"] > 1 else ""
+    return f"its loss is {loss(abs(apart['mean']))} nats {side}{between}"
+
+
+def glossary(comparison: dict[str, Any]) -> list[tuple[str, str]]:
+    """Terms of the page and their meaning, for a reader who has not read the paper."""
+    names = [parse_name(model["name"]) for model in comparison["models"]]
+    entries = [entry for system, entry in SYSTEMS.items() if any(name.system == system for name in names)]
+    example = next((name for name in names if name.system != "Transformer"), None)
+    if example is not None:
+        k = example.granularity
+        entries += [
+            (
+                str(example),
+                f"A name is a configuration: size {example.size}, groups of {example.group_size} tokens, "
+                f"{example.group_size * k} experts" + f", each 1/{k} as wide (granularity {k})" * (k > 1) + ".",
+            ),
+            ("Expert", "One of the feed-forwards that a layer has in place of a single one."),
+            ("Router", "The small matrix that decides which expert gets how much of which token."),
+        ]
+    return [
+        *entries,
+        (
+            "Loss",
+            "The mean of -log p(next token), natural logarithm, in nats a token. 0.01 less is 1 % less perplexity.",
+        ),
+        ("Bits per byte", "The same loss in bits, over the bytes of the text: comparable between tokenizers."),
+        ("Seed", "Sets the initial weights and the order of the text. All models saw the same order, seed by seed."),
+        (
+            "Time",
+            "Seconds of training on the hardware named below, without evaluations and saving. A larger model, or "
+            "another machine, gives other ratios.",
+        ),
+        (
+            "FLOPs",
+            "Floating-point operations of matrix products, a multiply-add counting as two. Training is forward and "
+            "backward pass.",
+        ),
+        ("Active parameters", "Of the experts, a token's share: those it goes to or, mixed, a group's over its size."),
+    ]
+
+
+def method(comparison: dict[str, Any]) -> str:
+    """How the numbers came about."""
+    evaluated, group = comparison["evaluated_on"], comparison["group_size"]
+    return (
+        f"Final losses are over the whole {evaluated} split. Curves, and what is read off them, are over one fixed "
+        f"part of it, in fixed groups of {group}. A model reaches another's last loss where its own curve first comes "
+        "down to it, on a straight line between two evaluations; the curves bend upwards, so this is late rather than "
+        "early. Its share is of the step, time or FLOPs at which the other model was evaluated last, seed by seed. The "
+        "loss at equal time is taken on the same lines, when the fastest run of a seed ended; slower models are then "
+        "in the middle of their schedule, with a higher learning rate than at its end, and one made for that time "
+        "would have served them better."
+    )

@@ -1,0 +1,240 @@
+"""`mot compare` and the page that it and `mot report` write."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mixture_of_tokens import cli
+from mixture_of_tokens.markup import html, own_ids
+
+NAMES = ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E")
+VOID = ("meta", "br", "hr", "img", "link", "input", "path", "use")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def flags(small_corpus):
+    return ("--seeds", "0,1", "--steps", 6, "--batch-size", 32, "--device", "cpu", "--data", small_corpus)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, flags):
+    out = tmp_path_factory.mktemp("compare") / "all"
+    cli.main([str(word) for word in ("compare", *NAMES, *flags, "--lr", "1e-3,1e-2,1e-2", "--out", out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(compared):
+    return (compared / "report.html").read_text()
+
+
+def runs(compared: Path) -> dict[tuple[str, int], dict]:
+    facts = [json.loads(file.read_text()) for file in compared.glob("*/run.json")]
+    return {(each["name"], each["seed"]): each for each in facts}
+
+
+def test_every_model_has_every_seed_the_same_text_and_its_own_rate(compared):
+    facts = runs(compared)
+    assert set(facts) == {(name, seed) for name in NAMES for seed in (0, 1)}
+    assert len({each["corpus"]["hash"] for each in facts.values()}) == 1
+    rates = {
+        directory.name: yaml.safe_load((directory / "config.yaml").read_text())["learning_rate"]
+        for directory in compared.iterdir()
+        if directory.is_dir()
+    }
+    assert rates["Transformer-Nano-seed1"] == 1e-3
+    assert rates["MoT-Nano-4E-2-seed1"] == rates["TC-Nano-4E-seed0"] == 1e-2
+
+
+def test_the_numbers_are_those_of_the_runs(compared):
+    written, facts = json.loads((compared / "compare.json").read_text()), runs(compared)
+    assert written["baseline"] == "Transformer-Nano"
+    assert [model["label"] for model in written["models"]] == list(NAMES)
+    for model in written["models"]:
+        losses = [facts[model["label"], seed]["final_loss"] for seed in (0, 1)]
+        dense = [facts["Transformer-Nano", seed]["final_loss"] for seed in (0, 1)]
+        assert model["final_loss"]["mean"] == pytest.approx(sum(losses) / 2)
+        assert (model["final_loss"]["least"], model["final_loss"]["greatest"]) == (min(losses), max(losses))
+        assert model["final_loss_difference"]["least"] == pytest.approx(
+            min(a - b for a, b in zip(losses, dense, strict=True))
+        )
+        assert model["parameters"]["total"] == facts[model["label"], 0]["parameters"]
+        assert model["flops_per_token"]["forward"] == pytest.approx(
+            facts[model["label"], 0]["forward_flops_per_token"], abs=1
+        )
+        for run in model["runs"]:
+            rows = [json.loads(row) for row in (compared / run["directory"] / "metrics.jsonl").read_text().splitlines()]
+            assert [point["loss"] for point in run["curve"]] == [r["eval_loss"] for r in rows if "eval_loss" in r]
+
+
+def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, capsys):
+    before = {file: file.stat().st_mtime_ns for file in compared.glob("*/*")}
+    words = ("compare", *NAMES, *flags, "--lr", "1e-3,1e-2,1e-2", "--out", compared)
+    cli.main([*map(str, words), "--json"])
+    assert json.loads(capsys.readouterr().out) == json.loads((compared / "compare.json").read_text())
+    cli.main([*map(str, words)])
+    shown = capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in compared.glob("*/*")} == before
+    for name in NAMES:
+        assert re.search(rf"^{name} +\d\.\d{{4}} ", shown, flags=re.MULTILINE)
+        assert f"{name} continues 'def ':" in shown
+    assert f"The page: {compared / 'report.html'}" in shown
+
+
+def test_it_can_be_moved_and_reported_on_without_its_weights(compared, tmp_path, capsys):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(compared, moved, ignore=shutil.ignore_patterns("model", "checkpoint-*", "report.html"))
+    cli.main(["report", str(moved), "--json"])
+    again, written = json.loads(capsys.readouterr().out), json.loads((moved / "compare.json").read_text())
+    for model, before in zip(again["models"], written["models"], strict=True):
+        assert [run.pop("directory") for run in model["runs"]] == [
+            str(moved / run.pop("directory")) for run in before["runs"]
+        ]
+        assert model == before
+    page = (moved / "report.html").read_text()
+    assert "There are no samples" in page
+    assert "mot compare" in page  # the command that made it, not only the one that reports
+
+
+def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "Transformer-Nano-seed0", run, ignore=shutil.ignore_patterns("checkpoint-*", "model"))
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**row, "layers": {}}) + "\n" for row in rows))
+    cli.main(["report", str(run)])
+    page = (tmp_path / "report.html").read_text()
+    assert "This is one seed" in page
+    assert "no measurements of their layers" in page
+
+
+def test_models_that_saw_other_text_are_refused(compared, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(compared / "TC-Nano-4E-seed0", other, ignore=shutil.ignore_patterns("checkpoint-*", "model"))
+    facts = json.loads((other / "run.json").read_text())
+    facts["corpus"]["hash"] = "other"
+    (other / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["report", str(compared / "Transformer-Nano-seed0"), str(other), "--out", str(tmp_path / "x.html")])
+    assert stopped.value.code == 2
+    assert "saw different corpora" in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
+
+
+class Elements(HTMLParser):
+    """All elements of a page, and that they are closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file_and_can_be_read_by_a_screen_reader(page):
+    elements = Elements(page)
+    assert elements.open == []
+    for tag, attributes in elements.found:
+        for name in ("src", "href", "xlink:href", "srcset"):
+            link = attributes.get(name) or "#"
+            assert link.startswith("#") or (tag == "a" and link == "https://arxiv.org/abs/2310.15961")
+    assert not {"script", "link", "iframe", "img"} & {tag for tag, _ in elements.found}
+    assert not re.search(r"url\((?!#)|@import", page)
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = [
+        attributes["href"][1:] for tag, attributes in elements.found if (attributes.get("href") or "").startswith("#")
+    ]
+    assert set(links) <= set(ids)
+    figures = [attributes for tag, attributes in elements.found if tag == "svg"]
+    assert len(figures) > 6
+    assert all(figure.get("aria-label") or figure.get("aria-hidden") == "true" for figure in figures)
+    tags = [tag for tag, _ in elements.found]
+    assert tags.count("h1") == tags.count("main") == tags.count("title") == 1
+    assert ("html", {"lang": "en"}) in elements.found
+    headers = [attributes for tag, attributes in elements.found if tag == "th"]
+    assert all(attributes.get("scope") in ("col", "colgroup", "row") for attributes in headers)
+
+
+def test_the_page_says_what_the_comparison_says(page, compared):
+    written = json.loads((compared / "compare.json").read_text())
+    for model in written["models"]:
+        assert f">{model['final_loss']['mean']:.3f}<" in page
+        assert f"{model['parameters']['total']:,}" in page
+    assert written["corpus"]["hash"] in page
+    assert "mot compare Transformer-Nano" in page
+    assert written["environments"][0]["versions"]["torch"] in page
+
+
+def test_what_comes_from_files_is_text_on_the_page():
+    from xml.etree.ElementTree import tostring
+
+    shown = tostring(html("pre", "<script>\x00&", "\x1b[0m"), encoding="unicode", method="html")
+    assert shown == "<pre>&lt;script&gt;\N{REPLACEMENT CHARACTER}&amp;\N{REPLACEMENT CHARACTER}[0m</pre>"
+
+
+def test_ids_of_two_figures_differ_and_their_references_follow():
+    figures = [html("svg", html("path", id="a"), html("use", href="#a", clip="url(#a)")) for _ in range(2)]
+    for number, figure in enumerate(figures):
+        own_ids(figure, number)
+    assert [[each.attrib for each in figure] for figure in figures] == [
+        [{"id": f"f{n}-a"}, {"href": f"#f{n}-a", "clip": f"url(#f{n}-a)"}] for n in (0, 1)
+    ]
+
+
+REPORT = """<script>addEventListener("load", () => {
+    const wide = [...document.querySelectorAll("body *")].filter(
+        (e) => !e.closest(".scroll, svg, details") && e.getBoundingClientRect().right > innerWidth + 1);
+    parent.postMessage({
+        wide: wide.map((e) => e.tagName + "." + e.className).join(" "),
+        width: innerWidth,
+        ink: getComputedStyle(document.body).color,
+        curve: getComputedStyle(document.querySelector(".panels path[style*=series-1]")).stroke}, "*");
+})</script>"""
+FRAME = """<body><iframe style="border: 0; width: {width}px; height: 5000px" src="page.html"></iframe>
+<script>onmessage = (e) => Object.assign(document.body.dataset, e.data)</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_it_without_overflow_in_light_and_dark(page, width, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs chromium")
+    (tmp_path / "page.html").write_text(page.replace("</head>", REPORT + "</head>"))
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width))
+    found = {}
+    for mode, value in (("light", 1), ("dark", 0)):
+        words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        words += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        words += [f"--user-data-dir={tmp_path / mode}", f"--blink-settings=preferredColorScheme={value}"]
+        words += ["--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path / 'frame.html'}"]
+        shown = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout
+        found[mode] = dict(re.findall(r'data-(wide|width|ink|curve)="([^"]*)"', shown))
+        assert (found[mode]["wide"], found[mode]["width"]) == ("", str(width))
+    assert found["light"]["ink"] != found["dark"]["ink"]
+    assert found["light"]["curve"] != found["dark"]["curve"]
