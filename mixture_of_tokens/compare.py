@@ -15,7 +15,7 @@ from mixture_of_tokens.report import show
 from mixture_of_tokens.results import by_model, comparison, read, relative
 from mixture_of_tokens.settings import DEFAULTS, Options, data_group_size, merge
 from mixture_of_tokens.sweep import number
-from mixture_of_tokens.train import run_training
+from mixture_of_tokens.train import check_resumed, run_training
 from mixture_of_tokens.words import duration, listed, short
 
 
@@ -100,6 +100,7 @@ def _plans(
             flops = sum(sum(parts.values()) for parts in flops_per_token(config, batch=batch))
             flops *= settings["steps"] * batch * config.max_position_embeddings
             directory = out / f"{name.replace('/', '-')}-seed{seed}"
+            check_resumed(directory, settings)
             group_size = data_group_size(config.group_size, batch)
             plans.append(Plan(name, seed, rate, directory, settings, group_size, flops))
     for what, of in {

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from mixture_of_tokens import checkpoints
 from mixture_of_tokens.settings import DEFAULTS, Options, merge
-from mixture_of_tokens.train import run_training
+from mixture_of_tokens.train import check_resumed, run_training
 
 
 def sweep(
@@ -48,8 +48,9 @@ def sweep(
     for settings in cells:
         for seed in numbers:
             chosen, rate = _apply(options, settings)
-            merge(name, seed, rate, chosen)  # all of it is checked before the first hour is spent
-            plans.append((settings, seed, chosen, rate, out / _directory(settings, seed)))
+            directory = out / _directory(settings, seed)
+            check_resumed(directory, merge(name, seed, rate, chosen)[1])  # of all, before the first hour is spent
+            plans.append((settings, seed, chosen, rate, directory))
     if dry_run:
         print(*(plan[-1] for plan in plans), sep="\n")
         return

@@ -84,7 +84,7 @@ def run_training(
     """
     config, run, arguments = merge(name, seed, learning_rate, options)
     if resume:
-        _check_resumed(out, run)
+        check_resumed(out, run)
         if (out / "run.json").exists():
             print(f"{out} is finished already", file=sys.stderr)
             return json.loads((out / "run.json").read_text())
@@ -100,12 +100,12 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _check_resumed(out: Path, run: dict[str, Any]) -> None:
-    """That a run directory, where there is one, was made with the same configuration."""
+def check_resumed(out: Path, run: dict[str, Any]) -> None:
+    """Raises ValueError if a run directory, where there is one, was made with another configuration."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "config.yaml").is_file():
-        raise ValueError(f"--resume: {out} is no run directory: it has no config.yaml")
+        raise ValueError(f"{out} is no run directory to go on with: it has no config.yaml; name another with --out")
 
     def flat(configuration: dict[str, Any]) -> dict[str, Any]:
         nested = {"model", "training"}
@@ -118,7 +118,7 @@ def _check_resumed(out: Path, run: dict[str, Any]) -> None:
         if before.get(key) != now.get(key):
             flag = key.replace("_", "-") if "." not in key else key
             raise ValueError(
-                f"--resume: {out} was started with --{flag} {before.get(key)}, now it is {now.get(key)}; "
+                f"{out} was started with --{flag} {before.get(key)}, now it is {now.get(key)}; "
                 "give the same flags, or name another directory with --out"
             )
 

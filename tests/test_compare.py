@@ -94,6 +94,17 @@ def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, cap
     assert f"The page: {compared / 'report.html'}" in shown
 
 
+def test_another_configuration_in_the_same_place_is_refused_before_anything_is_trained(compared, flags, capsys):
+    before = {file: file.stat().st_mtime_ns for file in compared.glob("*/*")}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(word) for word in ("compare", "EC-Nano/4E", *NAMES, *flags, "--lr", "3e-3", "--out", compared)])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert "was started with --learning-rate 0.001, now it is 0.003" in err
+    assert err.count("\n") == 1
+    assert {file: file.stat().st_mtime_ns for file in compared.glob("*/*")} == before
+
+
 def test_it_can_be_moved_and_reported_on_without_its_weights(compared, tmp_path, capsys):
     moved = tmp_path / "elsewhere"
     shutil.copytree(compared, moved, ignore=shutil.ignore_patterns("model", "checkpoint-*", "report.html"))
