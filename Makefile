@@ -20,11 +20,9 @@ lint: install
 test: install
 	$(BIN)/pytest
 
-# Transformer-Nano and MoT-Nano/32E/4, a few minutes each, their losses side by side.
+# Three models on the same text, a few minutes each: their losses side by side, a sample of each, and a page.
 demo: install
-	$(BIN)/mot train Transformer-Nano --out runs/demo/dense
-	$(BIN)/mot train MoT-Nano/32E/4 --out runs/demo/mot
-	$(BIN)/mot report runs/demo/dense runs/demo/mot
+	$(BIN)/mot compare Transformer-Nano MoT-Nano/32E/8 TC-Nano/32E --seeds 1 --steps 1200 --out runs/demo
 
 clean:
 	rm -rf .venv runs

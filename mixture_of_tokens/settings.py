@@ -34,8 +34,10 @@ RECIPES = {
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
 }
-# Where the authors trained Mixture of Tokens at another peak rate than the dense model.
-MIXTURE_LEARNING_RATES = {"Mini": 2e-3, "Base": 2e-4}
+# Systems with another peak rate than their size's: Nano's by sweeps (experiments/LOG.md), the others' are the authors'.
+LEARNING_RATES = {("Nano", "Transformer"): 2e-2}
+LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
+LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,15 +84,15 @@ def merge(
 
     Raises ValueError for whatever is wrong with them.
     """
-    size = parse_name(name).size
+    parsed = parse_name(name)
+    size = parsed.size
     overrides = {field: _scalar(value) for field, value in options.model.items()}
     config = config_from_name(name, **overrides)
     recipe = RECIPES[size]
     steps = recipe.steps if options.steps is None else options.steps
     batch_size = SIZES[size].batch if options.batch_size is None else options.batch_size
     if learning_rate is None:
-        mixes = not {"dense", "token_choice", "expert_choice"}.issuperset(config.feed_forwards)
-        learning_rate = MIXTURE_LEARNING_RATES.get(size, recipe.learning_rate) if mixes else recipe.learning_rate
+        learning_rate = LEARNING_RATES.get((size, parsed.system), recipe.learning_rate)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or say cpu")
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}

@@ -1,26 +1,53 @@
-"""The README's Python runs as it stands, from top to bottom."""
+"""What the README shows runs as it stands, and prints what it says."""
 
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
-from mixture_of_tokens.report import report
+import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+from mixture_of_tokens import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DRY = ("train", "sweep", "compare")
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 3
     names: dict = {}
     for block in blocks:
-        exec(compile(block, README.name, "exec"), names)  # in one namespace, as a reader would type them
+        exec(compile(block, "README.md", "exec"), names)  # in one namespace, as a reader would type them
     assert names["y"].shape == (32, 512)
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 
-def test_the_first_look_is_what_report_prints_of_the_committed_runs(capsys):
-    shown = re.search(r"```\n\$ mot report (.*?) (.*?)\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def commands() -> list[list[str]]:
+    made = subprocess.run(["make", "-n", "-o", "install", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    shell = "".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)) + made.stdout
+    lines = [shlex.split(line) for line in shell.splitlines() if "mot " in line]
+    return [words[1:] for words in lines if words[0].endswith("bin/mot")]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_are_legal(words, tmp_path, monkeypatch, capsys):
+    """Those that train merge and check everything, and stop; the others do what they do."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("README.md", "ARCHITECTURE.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    if words[0] == "report":
+        shutil.copytree(ROOT / "experiments" / "nano", tmp_path / words[1])
+    cli.main([*words, "--dry-run"] if words[0] in DRY and "--help" not in words else words)
+    assert capsys.readouterr().out
+
+
+def test_the_result_is_what_report_prints_of_the_committed_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    shown = re.search(r"```\n\$ mot report (\S+)\n(.*?)```", README, flags=re.DOTALL)
     assert shown is not None
-    report(README.parent / shown[1], README.parent / shown[2])
-    assert capsys.readouterr().out == shown[3]
+    cli.main(["report", shown[1], "--out", str(tmp_path / "report.html")])
+    assert capsys.readouterr().out.split("The page: ")[0].strip() == shown[2].strip()
