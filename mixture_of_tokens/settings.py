@@ -29,13 +29,13 @@ class Recipe:
 
 
 RECIPES = {
-    "Nano": Recipe(1e-2, 1500, 100, 100, 500),
+    "Nano": Recipe(2e-2, 1500, 100, 100, 500),
     "Mini": Recipe(4e-3, 150_000, 2500, 1000, 1000),
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
 }
 # Systems with another peak rate than their size's: Nano's by sweeps (experiments/LOG.md), the others' are the authors'.
-LEARNING_RATES = {("Nano", "Transformer"): 2e-2}
+LEARNING_RATES = {("Nano", "TC"): 1e-2}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
 
