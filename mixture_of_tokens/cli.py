@@ -1,5 +1,7 @@
 """The command `mot`: a name for each function, whose signature and docstring are the command's help."""
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from json import dumps
@@ -9,9 +11,12 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import App, CycloptsError, Parameter
 
+from mixture_of_tokens.audit import audit
 from mixture_of_tokens.compare import compare
 from mixture_of_tokens.cost import plan
 from mixture_of_tokens.data_report import data_report
+from mixture_of_tokens.evaluate import evaluate
+from mixture_of_tokens.generate import generate
 from mixture_of_tokens.report import report
 from mixture_of_tokens.sweep import sweep
 from mixture_of_tokens.train import train
@@ -21,6 +26,9 @@ COMMANDS = {
     "sweep": sweep,
     "compare": compare,
     "report": report,
+    "generate": generate,
+    "evaluate": evaluate,
+    "audit": audit,
     "plan": plan,
     "data-report": data_report,
 }
@@ -76,6 +84,9 @@ def main(words: list[str] | None = None) -> None:
         merged = app.meta(sys.argv[1:] if words is None else words)
         if merged is not None:  # None: help or version, printed by now
             app(merged)
+    except BrokenPipeError:  # whoever read the output has enough, as in `mot generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -5,7 +5,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixture_of_tokens.generate import continue_prompts
+from mixture_of_tokens.generate import Sampling, continue_prompts
 
 TEMPERATURE = 0.8
 # Short, and as different as group-mates in training; the first few are shown.
@@ -30,7 +30,7 @@ def continued(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
     for label, directory in directories.items():
         model = AutoModelForCausalLM.from_pretrained(directory / "model")
         tokenizer = AutoTokenizer.from_pretrained(directory / "model")
-        texts = continue_prompts(model, tokenizer, list(PROMPTS), temperature=TEMPERATURE)
+        texts = continue_prompts(model, tokenizer, PROMPTS, Sampling(temperature=TEMPERATURE))
         for prompt, text in zip(SHOWN, texts, strict=False):
             written[prompt][label] = text
     return written

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
 from mixture_of_tokens.names import FIELDS, SIZES, config_from_name, nearest, parse_name
+from mixture_of_tokens.shards import Prepared, prepare
 
 COMMON_GROUP = 32
 # Fields of TrainingArguments that say how a run is carried out, not what it computes; a resumed run may change them.
@@ -152,6 +153,19 @@ def data_group_size(group_size: int, batch_size: int) -> int:
     COMMON_GROUP where it can be: systems that mix none or fewer see the same groups as the others.
     """
     return COMMON_GROUP if COMMON_GROUP % group_size == batch_size % COMMON_GROUP == 0 else group_size
+
+
+def prepared_data(run: dict[str, Any], config: MixtureOfTokensConfig) -> Prepared:
+    """The text of a run, as config.yaml has its settings, before any of the configuration is fitted to a tokenizer."""
+    return prepare(
+        run["data"],
+        field=run["field"],
+        max_bytes=run["max_bytes"],
+        vocab_size=config.vocab_size if run["tokenizer"] is None else run["model"].get("vocab_size"),
+        context=config.max_position_embeddings,
+        tokenizer=run["tokenizer"],
+        group_size=data_group_size(config.group_size, run["batch_size"]),
+    )
 
 
 def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, dict[str, Any]]:

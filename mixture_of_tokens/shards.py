@@ -124,6 +124,32 @@ def prepare(
     return Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
 
 
+def whole_text(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    field: str = "text",
+    context: int = 64,
+    group_size: int = 32,
+) -> Blocks:
+    """All text of some sources in memory: nothing is dropped, cut or split off, and all of its bytes are counted.
+
+    Raises ValueError for bad sources and for text of less than two tokens.
+    """
+    rows, ends, length, count = [], [], 0, 0
+    with _progress("Tokenizing") as bar:
+        for document in corpus.documents(sources, field):
+            text = b"".join(document.parts)
+            (tokens, _), *_ = _encoded(tokenizer, [(text, True)])
+            rows.append(np.array(tokens, dtype=np.int64))
+            length += len(tokens)
+            ends.append(length)
+            count += len(text)
+            bar.update(len(text))
+    stream, parts = np.concatenate(rows), segmented(np.array(ends), context, group_size)[0]
+    return Blocks(stream, parts, context, count)
+
+
 def _progress(what: str, total: int | None = None) -> tqdm:
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, dynamic_ncols=True, file=sys.stderr)
 

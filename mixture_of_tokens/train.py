@@ -20,8 +20,8 @@ from mixture_of_tokens.data import GroupedBatches
 from mixture_of_tokens.evaluate import evaluate_blocks
 from mixture_of_tokens.generate import continue_prompts
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
-from mixture_of_tokens.settings import CARRIED_OUT, DEFAULTS, Options, data_group_size, merge
-from mixture_of_tokens.shards import Prepared, prepare
+from mixture_of_tokens.settings import CARRIED_OUT, DEFAULTS, Options, data_group_size, merge, prepared_data
+from mixture_of_tokens.shards import Prepared
 from mixture_of_tokens.trainer import AnnealTemperature, GroupedTrainer, StopOnSignal
 
 PROMPT = "def "
@@ -128,15 +128,7 @@ def build(
 ) -> tuple[GroupedTrainer, Prepared]:
     """The trainer of a run, its data prepared and its model initialised."""
     group_size = data_group_size(config.group_size, run["batch_size"])
-    prepared = prepare(
-        run["data"],
-        field=run["field"],
-        max_bytes=run["max_bytes"],
-        vocab_size=config.vocab_size if run["tokenizer"] is None else run["model"].get("vocab_size"),
-        context=config.max_position_embeddings,
-        tokenizer=run["tokenizer"],
-        group_size=group_size,
-    )
+    prepared = prepared_data(run, config)
     vocabulary = prepared.tokenizer.get_vocab()
     if run["tokenizer"] is None or "vocab_size" not in run["model"]:
         config.vocab_size = max(vocabulary.values()) + 1

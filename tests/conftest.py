@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixture_of_tokens import cli
+
 torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait for each other
 
 
@@ -17,3 +19,22 @@ def small_corpus(tmp_path_factory) -> Path:
         lines = (" ".join(choose.choices(own, k=8)) for _ in range(60))
         (folder / f"{number}.txt").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory, small_corpus) -> dict[str, Path]:
+    """Finished runs by their models' names, trained just enough to be told apart."""
+    directory, made = tmp_path_factory.mktemp("tiny_runs"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(directory / "cache"))
+        for name in ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E"):
+            made[name] = directory / name.replace("/", "-")
+            flags = ("--steps", 30, "--batch-size", 32, "--device", "cpu", "--data", small_corpus, "--out", made[name])
+            cli.main(["train", name, *map(str, flags)])
+    return made
+
+
+@pytest.fixture
+def tiny_cache(tiny_runs, monkeypatch) -> None:
+    """The text of `tiny_runs`, already prepared."""
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))

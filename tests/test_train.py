@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mixture_of_tokens import cli
 from mixture_of_tokens.data import collisions, grouped_order
 from mixture_of_tokens.evaluate import evaluate_blocks
-from mixture_of_tokens.generate import continue_prompts
+from mixture_of_tokens.generate import Sampling, continue_prompts
 from mixture_of_tokens.shards import prepare
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
@@ -141,12 +141,12 @@ def test_help_is_printed_once(capsys):
 
 def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
     model = AutoModelForCausalLM.from_pretrained(runs["MoT-Nano/32E/4"] / "model")
-    first = continue_prompts(model, prepared.tokenizer, ["def ", "class A:\n    "], max_new_tokens=8)
-    assert first == continue_prompts(model, prepared.tokenizer, ["def ", "class A:\n    "], max_new_tokens=8)
+    first = continue_prompts(model, prepared.tokenizer, ["def ", "class A:\n    "], Sampling(max_new_tokens=8))
+    assert first == continue_prompts(model, prepared.tokenizer, ["def ", "class A:\n    "], Sampling(max_new_tokens=8))
     assert all(first)
     with pytest.raises(ValueError, match="a prompt is empty"):
         continue_prompts(model, prepared.tokenizer, ["def ", ""])
-    with pytest.raises(ValueError, match="longer than the context of 64"):
+    with pytest.raises(ValueError, match="leaves no room in the context of 64"):
         continue_prompts(model, prepared.tokenizer, ["x = 1\n" * 100])
 
 

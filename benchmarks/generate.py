@@ -1,0 +1,114 @@
+"""Tokens a second that a model writes, by the rows of a batch: Mixture of Tokens beside dense and Token Choice.
+
+    python benchmarks/generate.py            measure, print, append to benchmarks/generate.csv
+    python benchmarks/generate.py --table    the latest results of benchmarks/generate.csv as Markdown; measures nothing
+
+Cost at Nano on two CPU cores: about three minutes. The machine must be quiet.
+
+Untrained models continue random prompts greedily, with the KV cache and without a stop token, so that all write the
+same number of tokens. A turn is one call of `generate`; models and batches take turns in an order that is shuffled
+every round. Columns: tokens_per_second of the whole batch, the median over the rounds (low, high: quartiles); share_of_first,
+that over the first model's at the same batch, taken within each round. Batches that are no multiple of a Mixture of
+Tokens' group size are partial groups: a lone row passes through all experts.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from results import append, check_columns, latest, markdown, read, surroundings
+
+from mixture_of_tokens import MixtureOfTokensForCausalLM
+from mixture_of_tokens.names import config_from_name
+
+RESULTS = Path(__file__).with_name("generate.csv")
+SPREAD = ("tokens_per_second", "share_of_first")
+COLUMNS = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa")
+COLUMNS += ("prompt", "new", "rounds", "model", "batch")
+COLUMNS += tuple(f"{name}{end}" for name in SPREAD for end in ("", "_low", "_high"))
+
+
+def seconds(model, batch: int, args: argparse.Namespace) -> float:
+    ids = torch.randint(1, model.config.vocab_size, (batch, args.prompt), device=args.device)
+    start = time.perf_counter()
+    written = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.new, do_sample=False, eos_token_id=None
+    )
+    written.cpu()  # waits for the device
+    assert written.shape == (batch, args.prompt + args.new)
+    return time.perf_counter() - start
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    torch.manual_seed(0)
+    models = {}
+    for name in args.models:
+        config = config_from_name(name, vocab_size=args.vocab_size)
+        if args.prompt + args.new > config.max_position_embeddings:
+            raise ValueError(f"{args.prompt} + {args.new} tokens do not fit the context of {name}")
+        models[name] = MixtureOfTokensForCausalLM(config).to(args.device).eval()
+    turns = [(name, batch) for name in models for batch in args.batches]
+    for name, batch in turns:
+        seconds(models[name], batch, args)  # once for nothing: caches, threads, the allocator
+    times: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
+    for number in range(args.rounds):
+        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        for name, batch in random.sample(turns, len(turns)):
+            times[name, batch].append(seconds(models[name], batch, args))
+    speeds = {(name, batch): batch * args.new / np.array(own) for (name, batch), own in times.items()}
+    conditions = surroundings(args.device) | {"prompt": args.prompt, "new": args.new, "rounds": args.rounds}
+    rows = []
+    for (name, batch), own in speeds.items():
+        row = conditions | {"model": name, "batch": batch}
+        figures = {"tokens_per_second": own, "share_of_first": own / speeds[args.models[0], batch]}
+        for figure, values in figures.items():
+            low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+            row |= {figure: round(median, 4), f"{figure}_low": round(low, 4), f"{figure}_high": round(high, 4)}
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    first, batches = rows[0], list(dict.fromkeys(int(row["batch"]) for row in rows))
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        low, middle, high = (float(row[f"share_of_first{end}"]) for end in ("_low", "", "_high"))
+        cell = f"{float(row['tokens_per_second']):,.0f}"
+        if row["model"] != first["model"]:
+            cell += f" = {middle:.2f} ({low:.2f} to {high:.2f})"
+        cells.setdefault(row["model"], []).append(cell)
+    facts = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, {first['new']} tokens after "
+    facts += f"{first['prompt']}, {first['rounds']} rounds, commit {first['commit']}, {first['date'][:10]}: tokens/s, "
+    facts += f"and as a share of {first['model']}'s"
+    return f"{facts}\n\n" + markdown(("rows", *map(str, batches)), [(name, *line) for name, line in cells.items()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = ["Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/8", "TC-Nano/32E"]
+    parser.add_argument("--models", nargs="+", default=models)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument("--prompt", type=int, default=8, help="tokens before")
+    parser.add_argument("--new", type=int, default=48, help="tokens to write")
+    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if not args.table:
+        check_columns(args.results, COLUMNS)
+        rows = measure(args)
+        append(args.results, COLUMNS, rows)
+        print(table(rows))
+        return
+    for rows in latest(read(args.results), ("hardware", "threads", "prompt", "new", "torch")):
+        print(table(rows), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""A trained model by its run directory, checkpoint or Hub name, for the commands that read one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mixture_of_tokens import checkpoints
+from mixture_of_tokens.names import config_from_name
+from mixture_of_tokens.settings import prepared_data
+from mixture_of_tokens.shards import Prepared
+
+
+def model_directory(run: str) -> str:
+    """Where the model of a run directory, a checkpoint or a transformers directory is; a Hub name stays as it is.
+
+    Raises ValueError for a directory that holds no whole model, and for a path that is none.
+    """
+    path = Path(run)
+    if not path.exists():
+        if run.count("/") > 1 or run.startswith((".", "/", "~")):
+            raise ValueError(f"{run}: there is no such directory")
+        return run
+    if (path / "model").is_dir():
+        return str(path / "model")
+    if not (path / "config.json").is_file():
+        newest = checkpoints.newest(path) if path.is_dir() else None
+        hint = "it has neither model/ nor config.json" if newest is None else f"it is not finished, but has {newest}"
+        raise ValueError(f"{run} is no model: {hint}; give a run directory, a checkpoint or a name on the Hub")
+    if (path / checkpoints.MANIFEST).is_file() and (fault := checkpoints.fault(path)) is not None:
+        raise ValueError(f"{run} is no whole checkpoint: {fault}")
+    return str(path)
+
+
+def load_model(run: str) -> Any:
+    """The causal language model of a run, in evaluation, on the accelerator if there is one.
+
+    Raises ValueError as `model_directory` does, and for what transformers cannot load as a causal language model.
+    """
+    directory = model_directory(run)
+    transformers.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        if type(config) not in AutoModelForCausalLM._model_mapping:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(f"a {config.model_type} model is no causal language model")
+        model = AutoModelForCausalLM.from_pretrained(directory, config=config)
+    except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
+        raise ValueError(f"{run} cannot be loaded: {_first_line(error)}") from None
+    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
+
+
+def load_tokenizer_of(run: str) -> Any:
+    """The tokenizer beside the model of a run. Raises ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(model_directory(run), padding_side="left")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run} has no tokenizer beside the model: {_first_line(error)}") from None
+
+
+def text_of(run: str) -> Prepared:
+    """The text that a run directory, or a checkpoint in one, was trained on.
+
+    Raises ValueError where it is not known, or not there any more as it was.
+    """
+    path = Path(run).absolute()
+    directory = next((place for place in (path, path.parent) if (place / "config.yaml").is_file()), None)
+    if directory is None:
+        raise ValueError(f"{run} is no run directory, so its text is not known; name one with --data")
+    settings = yaml.safe_load((directory / "config.yaml").read_text())
+    prepared = prepared_data(settings, config_from_name(settings["name"], **settings["model"]))
+    facts = directory / "run.json"
+    before = json.loads(facts.read_text())["corpus"]["hash"] if facts.is_file() else prepared.facts["hash"]
+    if before != prepared.facts["hash"]:
+        raise ValueError(
+            f"the text of {run} has changed: its hash is {prepared.facts['hash']} now and was {before}; name another "
+            "one with --data"
+        )
+    return prepared
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

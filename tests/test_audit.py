@@ -1,0 +1,166 @@
+"""`mot audit`: what it passes, and the faults that it has to find."""
+
+import json
+
+import pytest
+import torch
+from routings import randomized
+from torch import nn
+
+from mixture_of_tokens import ExpertChoice, MixtureOfTokensForCausalLM, cli
+from mixture_of_tokens.audit import measure, texts, verdicts
+from mixture_of_tokens.model import MixtureOfTokensConfig
+
+KINDS = ("dense", "mixture_of_tokens", "uniform", "expert_choice", "token_choice")
+PRIVATE = ("dense", "token_choice")
+
+
+def build(kind: str):
+    config = MixtureOfTokensConfig(
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=20,
+        moe_intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=6,
+        group_size=3,
+        max_position_embeddings=40,
+        mlp_layer_types=["dense", kind],
+    )
+    return randomized(MixtureOfTokensForCausalLM(config)).eval()
+
+
+def audited(model) -> dict:
+    found = measure(model, texts(None, model.config, batches=3, seed=0)) | {"collisions": None}
+    return found | verdicts(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_routing_is_causal_and_those_that_mix_nothing_are_private(kind):
+    found = audited(build(kind))
+    assert found["causal"]
+    assert found["private"] == (kind in PRIVATE)
+    assert found["noise"] < 1e-4 < found["moved"]
+
+
+def test_influence_is_measured_by_position_and_by_block():
+    found = audited(build("mixture_of_tokens"))
+    assert all(value > 0 for value in found["kl_mean"])
+    assert all(a >= b for a, b in zip(found["kl_largest"], found["kl_mean"], strict=True))
+    assert found["layers"][0] == 0  # the first block is dense
+    assert found["layers"][1] > 0.01
+    assert audited(build("dense"))["top1_flips"] == [0, 0, 0, 0]
+
+
+class SoftMoE(nn.Module):
+    """Each slot reads a mixture of all positions of a text: the continuous design that cannot be autoregressive."""
+
+    def __init__(self, hidden_size: int, slots: int = 5):
+        super().__init__()
+        self.router = nn.Linear(hidden_size, slots, bias=False)
+        self.expert = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x, token_mask=None):
+        logits = self.router(x).masked_fill(~token_mask[..., None], torch.finfo(x.dtype).min)
+        dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=-1)
+        return combine @ self.expert(dispatch.transpose(1, 2) @ x).relu()
+
+
+class AlongTheSequence(nn.Module):
+    """Expert Choice with the positions of a text for a group."""
+
+    def __init__(self, config):
+        super().__init__()
+        sizes = config.hidden_size, config.moe_intermediate_size, config.num_experts
+        self.layer = ExpertChoice(*sizes, group_size=12)
+
+    def forward(self, x, token_mask=None):
+        return self.layer(x.transpose(0, 1), token_mask.T).transpose(0, 1)
+
+
+class Peeks(nn.Module):
+    """Adds a little of the next position, or of the next position of the next text in the batch."""
+
+    def __init__(self, mate: bool):
+        super().__init__()
+        self.mate = mate
+
+    def forward(self, x, token_mask=None):
+        later = x.roll(-1, dims=1) * torch.arange(1, x.shape[1] + 1).ne(x.shape[1])[:, None]
+        return 1e-2 * (later.roll(1, dims=0) if self.mate else later)
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        (lambda config: SoftMoE(config.hidden_size), "its own"),
+        (AlongTheSequence, "its own"),
+        (lambda config: Peeks(mate=False), "its own"),
+        (lambda config: Peeks(mate=True), "its mates'"),
+    ],
+    ids=["Soft MoE", "Expert Choice along the sequence", "next position", "next position of a mate"],
+)
+def test_planted_leaks_are_found(fault, where):
+    model = build("dense")
+    model.model.layers[1].mlp = randomized(fault(model.config))
+    found = audited(model)
+    assert not found["causal"]
+    assert not found["private"]
+    assert found["future"][where] > 100 * found["allowed"]
+
+
+def test_a_model_that_looks_at_nothing_passes_as_nothing():
+    model = build("dense")
+    nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.register_forward_hook(lambda module, x, y: y + torch.arange(37.0))
+    found = audited(model)
+    assert not found["causal"]
+    assert not found["private"]
+
+
+def test_batch_mates_of_a_dense_model_that_reads_its_neighbour_are_found():
+    class Neighbour(nn.Module):
+        def forward(self, x, token_mask=None):
+            return 1e-3 * x.roll(1, dims=0)
+
+    model = build("dense")
+    model.model.layers[0].mlp = Neighbour()
+    found = audited(model)
+    assert found["causal"]
+    assert not found["private"]
+
+
+@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.parametrize(
+    ("name", "private"), [("Transformer-Nano", True), ("MoT-Nano/4E/2", False), ("TC-Nano/4E", True)]
+)
+def test_the_command_s_exit_status_is_the_verdict(tiny_runs, name, private, capsys):
+    run = str(tiny_runs[name])
+    cli.main(["audit", run, "--expect", "causal", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["causal"]
+    assert found["private"] == private
+    assert found["collisions"] == (None if private else 0)
+    if private:
+        cli.main(["audit", run, "--expect", "private"])
+        assert "causal: yes; private: yes" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="1"):
+            cli.main(["audit", run, "--expect", "private"])
+        assert "causal: yes; private: no" in capsys.readouterr().out
+
+
+def test_a_model_without_its_text_is_looked_at_with_random_tokens(tmp_path, capsys):
+    build("token_choice").save_pretrained(tmp_path)
+    cli.main(["audit", str(tmp_path), "--expect", "private"])
+    assert "looking at random tokens" in capsys.readouterr().err
+
+
+def test_bad_use_is_one_line(tmp_path, capsys):
+    for words in (["./missing"], [str(tmp_path), "--batches", "0"], [str(tmp_path), "--expect", "secret"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["audit", *words])
+        assert capsys.readouterr().err.count("\n") == 1

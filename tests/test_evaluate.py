@@ -1,0 +1,189 @@
+"""`mot evaluate`: what is counted, in full groups, in smaller ones and alone."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
+
+from mixture_of_tokens import MixtureOfTokens, cli
+from mixture_of_tokens.data import grouped_order
+from mixture_of_tokens.evaluate import argmax_routing, in_parts
+from mixture_of_tokens.loading import load_model, load_tokenizer_of, text_of
+
+MIXED = "MoT-Nano/4E/2"
+
+
+def mot(*words: object) -> None:
+    cli.main(["evaluate", *map(str, words)])
+
+
+@pytest.fixture
+def evaluated(tiny_cache, capsys):
+    def run(*words) -> dict:
+        mot(*words, "--json")
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["Transformer-Nano", MIXED, "TC-Nano/4E"])
+def test_the_whole_text_is_counted_once_and_gives_the_loss_of_the_run(tiny_runs, name, evaluated):
+    result = evaluated(tiny_runs[name], "--regroupings", 1)
+    facts = json.loads((tiny_runs[name] / "run.json").read_text())
+    first = result["lines"][0]
+    assert first["tokens"] == facts["corpus"]["validation"]["tokens"] - 1
+    assert result["bytes"] == facts["corpus"]["validation"]["bytes"]
+    # The run evaluated in the data's groups of 32, this in the model's of 4: a dense model's loss is the same.
+    assert first["loss"] == pytest.approx(facts["final_loss"], abs=1e-5 if name != MIXED else 0.05)
+    assert first["bits_per_byte"] == pytest.approx(facts["bits_per_byte"], rel=1e-5 if name != MIXED else 0.02)
+    assert first["perplexity"] == pytest.approx(math.exp(first["loss"]))
+
+
+def test_rows_a_group_from_full_to_alone(tiny_runs, evaluated):
+    result = evaluated(tiny_runs[MIXED])
+    lines = {line["label"]: line for line in result["lines"]}
+    assert list(lines) == ["full groups", "full groups, argmax routing", "2 rows a group", "alone"]
+    assert lines["full groups"]["spread"] > 0
+    assert len({round(line["loss"], 7) for line in lines.values()}) == 4
+    assert len({line["tokens"] for line in lines.values()}) == 1
+    assert all(line["tokens_per_second"] > 0 for line in lines.values())
+
+
+def test_alone_is_each_block_by_itself(tiny_runs, evaluated):
+    result = evaluated(tiny_runs[MIXED], "--sweep-tokens", 600)
+    line = result["lines"][-1]
+    model, text = load_model(str(tiny_runs[MIXED])), text_of(str(tiny_runs[MIXED])).validation
+    nats = []
+    for block in grouped_order(text, 4, everything=True)[:2].ravel():
+        batch = text.batch(np.array([block]))
+        with torch.no_grad():
+            logits = model(batch["input_ids"]).logits
+        nats.append(F.cross_entropy(logits[0], batch["shift_labels"][0], reduction="none"))
+    assert line["tokens"] == 512
+    assert line["loss"] == pytest.approx(float(torch.cat(nats).mean()), abs=1e-5)
+    assert line["bits_per_byte"] is None  # the bytes of a part are not known
+    assert [other["label"] for other in result["lines"]][2] == "full groups, the same part"
+
+
+def test_rows_of_a_dense_model_do_not_matter(tiny_runs, evaluated):
+    together, alone = evaluated(tiny_runs["Transformer-Nano"])["lines"]
+    assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    assert together["spread"] is None
+
+
+def test_the_text_of_a_file_is_taken_whole(tiny_runs, evaluated, tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_text("abc de\r\n" * 300 + "café", newline="")
+    result = evaluated(tiny_runs[MIXED], "--data", file)
+    tokenizer = load_tokenizer_of(str(tiny_runs[MIXED]))
+    assert result["bytes"] == file.stat().st_size
+    assert result["lines"][0]["tokens"] == len(tokenizer(file.read_bytes().decode())["input_ids"])
+
+
+def test_argmax_routing_reads_one_token_and_ends_with_the_block():
+    torch.manual_seed(0)
+    layer = MixtureOfTokens(8, 6, 5, 3, temperature=0.5)
+    x = torch.randn(3, 1, 8)
+    before = layer(x)
+    with argmax_routing(layer):
+        y = layer(x)
+    group = x[:, 0]
+    best = (group @ layer.gate.weight.T).argmax(0)
+    outputs = layer.experts(group[best][:, None])[:, 0]
+    expected = torch.zeros(3, 8).index_add(0, best, outputs)
+    torch.testing.assert_close(y[:, 0], expected)
+    assert torch.equal(layer(x), before)
+
+
+def test_smaller_groups_are_parts_of_full_ones():
+    groups = np.array([[3, 1, 7, 5, 2], [6, -1, -1, -1, -1]])
+    assert in_parts(groups, 5).tolist() == groups.tolist()
+    assert in_parts(groups, 2).tolist() == [[3, 1], [7, 5], [2, -1], [6, -1]]
+    assert in_parts(groups, 1).tolist() == [[3], [1], [7], [5], [2], [6]]
+
+
+def test_any_causal_language_model_of_transformers(tiny_runs, evaluated, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=512, num_key_value_heads=1, head_dim=8, **sizes)).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = load_tokenizer_of(str(tiny_runs[MIXED]))
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = "some words of text " * 20
+    (tmp_path / "text.txt").write_text(text)
+    result = evaluated(tmp_path / "model", "--data", tmp_path / "text.txt", "--context", 1024)
+    ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+    with torch.no_grad():
+        expected = F.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:])
+    assert [line["loss"] for line in result["lines"]] == pytest.approx([float(expected)] * 2, abs=1e-5)
+
+
+def test_the_table_has_a_line_for_each(tiny_runs, tiny_cache, capsys):
+    mot(tiny_runs[MIXED])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "full groups",
+        "full groups, argmax routing",
+        "2 rows a group",
+        "alone",
+    ]
+
+
+@pytest.fixture
+def strange(tmp_path, monkeypatch, tiny_runs):
+    """Directories that hold no causal language model with a tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "file").write_text("")
+    t5 = T5Config(vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1, decoder_start_token_id=0)
+    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    load_model(str(tiny_runs[MIXED])).save_pretrained(tmp_path / "bare")
+    load_model(str(tiny_runs[MIXED])).save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "short.txt").write_text("a")
+
+
+@pytest.mark.usefixtures("strange", "tiny_cache")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "nothing is no model: it has neither model/ nor config.json"),
+        (["./missing"], "./missing: there is no such directory"),
+        (["file"], "file is no model"),
+        (["t5"], "t5 cannot be loaded: a t5 model is no causal language model"),
+        (["cut"], "cut cannot be loaded"),
+        (["bare"], "bare is no run directory, so its text is not known; name one with --data"),
+        (["bare", "--data", "short.txt"], "bare has no tokenizer beside the model"),
+        (["RUN", "--data", "missing.txt"], "missing.txt: there is no such file or folder"),
+        (["RUN", "--regroupings", "0"], "--regroupings must be at least 1, not 0"),
+        (["RUN", "--context", "65"], "--context 65 is more than the 64 tokens that the model takes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_use_is_one_line(words, message, tiny_runs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        mot(*(tiny_runs[MIXED] if word == "RUN" else word for word in words))
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+
+
+def test_a_text_that_has_changed_is_not_taken_for_the_run_s(tiny_runs, tmp_path, tiny_cache, small_corpus, capsys):
+    settings = (tiny_runs[MIXED] / "config.yaml").read_text()
+    changed = tmp_path / "texts"
+    changed.mkdir()
+    for i in range(250):
+        (changed / f"{i}.txt").write_text((small_corpus / f"{i}.txt").read_text())
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model").symlink_to(tiny_runs[MIXED] / "model")
+    (run / "run.json").write_text((tiny_runs[MIXED] / "run.json").read_text())
+    (run / "config.yaml").write_text(settings.replace(str(small_corpus), str(changed)))
+    with pytest.raises(SystemExit, match="2"):
+        mot(run)
+    assert f"the text of {run} has changed" in capsys.readouterr().err

@@ -1,0 +1,174 @@
+"""`mot generate`: one prompt, several, a file of them that is interrupted."""
+
+import json
+import time
+
+import processes
+import pytest
+import torch
+
+from mixture_of_tokens import cli
+from mixture_of_tokens.generate import Row, Sampling, continue_prompts, in_batches
+from mixture_of_tokens.loading import load_model, load_tokenizer_of
+
+MIXED = "MoT-Nano/4E/2"
+NAMES = ("Transformer-Nano", MIXED, "TC-Nano/4E")
+
+
+def mot(*words: object) -> None:
+    cli.main(["generate", *map(str, words)])
+
+
+@pytest.fixture
+def run(tiny_runs):
+    return tiny_runs[MIXED]
+
+
+@pytest.fixture
+def prompts(small_corpus, tmp_path):
+    """A file of eleven prompts of different lengths."""
+    lines = (small_corpus / "0.txt").read_text().splitlines()
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"{line[: 5 + 3 * (7 * i % 11)]}\n" for i, line in enumerate(lines[:11])))
+    return file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lone_prompt_gets_the_likeliest_tokens_and_nothing_else_on_standard_output(tiny_runs, name, capsys):
+    run, prompt = str(tiny_runs[name]), "abc d"
+    mot(run, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 12)
+    shown = capsys.readouterr()
+    model, tokenizer = load_model(run), load_tokenizer_of(run)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    for _ in range(12):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert tokenizer.eos_token_id not in ids
+    assert shown.out == tokenizer.decode(ids[0]) + "\n"
+    assert "12 tokens in" in shown.err
+    assert "tokens/s" in shown.err
+
+
+def test_sampling_depends_on_the_seed_and_top_p_narrows_it(tiny_runs, capsys):
+    def text(*flags):
+        mot(tiny_runs["Transformer-Nano"], "--prompt", "abc d", *flags)
+        return capsys.readouterr().out
+
+    assert text("--temperature", 1.5) == text("--temperature", 1.5) != text("--temperature", 1.5, "--seed", 1)
+    assert text("--top-p", 1e-6) == text("--temperature", 0) != text("--seed", 1)
+
+
+def test_several_prompts_are_one_batch_in_their_order(run, capsys):
+    prompts = ["a longer prompt", "bc"]
+    mot(run, "--prompt", prompts[0], "--prompt", prompts[1], "--json", "--seed", 3)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model, tokenizer = load_model(str(run)), load_tokenizer_of(str(run))
+    expected = continue_prompts(model, tokenizer, prompts[::-1], Sampling(seed=3))[::-1]  # the shorter one goes first
+    assert [(line["prompt"], line["text"]) for line in lines] == list(zip(prompts, expected, strict=True))
+
+
+def test_samples_of_one_prompt_are_never_in_one_batch(run, capsys):
+    mot(run, "--prompt", "abc", "--samples", 3, "--json")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["sample"] for line in lines] == [0, 1, 2]
+    model, tokenizer = load_model(str(run)), load_tokenizer_of(str(run))
+    for sample, line in enumerate(lines):
+        assert line["text"] == continue_prompts(model, tokenizer, ["abc"], Sampling(seed=sample))[0]
+
+
+def test_batches_hold_every_row_once_by_length_in_whole_groups():
+    lengths = [5, 1, 4, 1, 3, 9, 2, 6, 8, 7]
+    batches = in_batches(lengths, samples=2, batch_size=3, group_size=4)
+    rows = [row for batch in batches for row in batch if row.sample is not None]
+    assert sorted(rows) == [Row(index, sample) for index in range(10) for sample in range(2)]
+    assert all(len(batch) == 4 for batch in batches)
+    assert [lengths[row.prompt] for row in rows[:10]] == sorted(lengths)
+    for batch in batches:
+        assert len({row.prompt for row in batch}) == 4  # company too
+    assert [len(batch) for batch in in_batches([1, 1, 1], 1, 4, 4)] == [3]  # nobody is there to keep company
+
+
+def test_a_file_is_continued_in_its_order(run, prompts):
+    mot(run, "--prompts-file", prompts, "--max-new-tokens", 8, "--batch-size", 4)
+    out = prompts.with_name("prompts.continued.jsonl")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == prompts.read_text().splitlines()
+    assert all(line["tokens"] <= 8 for line in lines)
+    assert not out.with_name("prompts.continued.jsonl.unfinished").exists()
+
+
+def test_json_lines_of_prompts_may_hold_line_ends(run, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    texts = ["two\nlines", "a \u2028 separator"]
+    file.write_text("".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts))
+    mot(run, "--prompts-file", file, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 2)
+    lines = (tmp_path / "out.jsonl").read_text().rstrip("\n").split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == texts
+
+
+def test_kill_9_and_the_same_command_again_write_what_one_command_writes(run, prompts, tmp_path, monkeypatch):
+    flags = [str(run), "--prompts-file", str(prompts), "--samples", "8", "--batch-size", "4", "--max-new-tokens", "24"]
+    mot(*flags, "--out", tmp_path / "whole.jsonl")
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path))
+    out, partial = tmp_path / "killed.jsonl", tmp_path / "killed.jsonl.unfinished"
+    process = processes.start(processes.mot, ["generate", *flags, "--out", str(out)], log=tmp_path / "log")
+    give_up = time.monotonic() + 60
+    while not (partial.exists() and partial.read_bytes().count(b"\n") > 9):
+        assert time.monotonic() < give_up
+        assert process.is_alive(), (tmp_path / "log").read_text()
+    process.kill()
+    process.join()
+    assert not out.exists()
+    partial.write_bytes(partial.read_bytes()[:-20])  # in the middle of a line
+    before = partial.read_bytes().count(b"\n") - 1
+    assert 0 < before < 88
+    with pytest.raises(SystemExit, match="2"):
+        mot(*flags, "--out", out, "--seed", 1)
+    mot(*flags, "--out", out)
+    assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert not partial.exists()
+
+
+def test_what_is_there_already_is_not_overwritten(run, prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        mot(run, "--prompts-file", prompts, "--out", out)
+    assert "exists already" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", ""], "a prompt is empty"),
+        (["--prompt", "ab " * 200], "leaves no room in the context of 64"),
+        ([], "give either --prompt, which may be repeated, or --prompts-file"),
+        (["--prompt", "a", "--prompts-file", "x"], "give either --prompt, which may be repeated, or --prompts-file"),
+        (["--prompt", "a", "--out", "x"], "--out is for --prompts-file"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature must be 0 or more, and finite, not -1"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p must be above 0 and at most 1, not 0"),
+        (["--prompt", "a", "--samples", "0"], "must be at least 1, not 0"),
+        (["--prompts-file", "missing.txt"], "missing.txt: there is no such file"),
+        (["--prompts-file", "empty.txt"], "empty.txt is empty"),
+        (["--prompts-file", "blank.txt"], "blank.txt: line 2 is empty"),
+        (["--prompts-file", "latin.txt"], "latin.txt cannot be read as UTF-8 text"),
+        (["--prompts-file", "."], "cannot be read as UTF-8 text"),
+        (["--prompts-file", "other.jsonl"], 'other.jsonl: line 1 is no object with the text "prompt"'),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_use_is_one_line_and_leaves_nothing(run, words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text("a\n\nb\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        mot(run, *words)
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+    assert not shown.out
+    assert sorted(tmp_path.iterdir()) == before
