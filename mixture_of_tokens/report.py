@@ -3,7 +3,7 @@
 import json as json_module
 import shlex
 from pathlib import Path
-from textwrap import indent
+from textwrap import fill, indent
 from typing import Any
 
 from mixture_of_tokens import checkpoints
@@ -11,6 +11,8 @@ from mixture_of_tokens.page import page
 from mixture_of_tokens.results import Run, by_model, comparison, runs_of
 from mixture_of_tokens.samples import continued
 from mixture_of_tokens.words import findings
+
+WIDTH = 110  # of sentences beside the table
 
 
 def report(*runs: Path, out: Path | None = None, json: bool = False) -> None:
@@ -95,5 +97,5 @@ def text(result: dict[str, Any]) -> str:
     for line in (columns, *table):
         name, *cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         lines.append("  ".join([name.strip().ljust(widths[0]), *cells]))
-    told = [" ".join(sentences) for sentences in findings(result).values()]
+    told = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
     return "\n".join([*lines, "", *told]) + "\n"
