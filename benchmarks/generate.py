@@ -8,8 +8,8 @@ Cost at Nano on two CPU cores: about three minutes. The machine must be quiet.
 Untrained models continue random prompts greedily, with the KV cache and without a stop token, so that all write the
 same number of tokens. A turn is one call of `generate`; models and batches take turns in an order that is shuffled
 every round. Columns: tokens_per_second of the whole batch, the median over the rounds (low, high: quartiles);
-share_of_first, that over the first model's at the same batch, taken within each round. Batches that are no multiple of a
-Mixture of Tokens' group size are partial groups: a lone row passes through all experts.
+share_of_first, that over the first model's at the same batch, taken within each round. Batches that are no multiple
+of a Mixture of Tokens' group size are partial groups: a lone row passes through all experts.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python experiments/lengths.py experiments/nano experiments/long    # Markdown from compare.json, in a second
 
-A row is a comparison and a target, its first model or its last one; a cell the share of the target's steps, then of its
-time, after which a model is at the target's last loss: the mean over the seeds, and from the least to the greatest.
+A row is a comparison and a target, its first model or its last one; a cell the share of the target's steps after
+which a model is at the target's last loss (mean over the seeds, from the least to the greatest), and the mean share
+of its time.
 """
 
 import json
@@ -11,33 +12,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mixture_of_tokens.words import loss, seeds_of, with_spread
+from mixture_of_tokens.words import loss, ratio, seeds_of, with_spread
 
 
 def table(comparisons: list[dict[str, Any]]) -> str:
-    labels = [model["label"] for model in comparisons[0]["models"]]
+    labels = list(dict.fromkeys(model["label"] for written in comparisons for model in written["models"]))
     rows = [["steps", "", *labels], ["---:", "---", *["---:"] * len(labels)]]
     for written in comparisons:
         models = {model["label"]: model for model in written["models"]}
-        if list(models) != labels:
-            raise SystemExit(
-                f"comparisons of the same models in the same order are needed, got {labels}, {list(models)}"
-            )
-        losses = [with_spread(model["final_loss"], loss) for model in models.values()]
+        losses = [with_spread(models[label]["final_loss"], loss) if label in models else "" for label in labels]
         rows.append([f"{written['steps']:,}, {seeds_of(written)}", "loss", *losses])
         for target in (labels[0], labels[-1]):
-            cells = ["1" if label == target else share(models[label], target, written) for label in labels]
+            cells = [share(models[label], target, written) if label in models else "" for label in labels]
             rows.append(["", f"reaches {target}'s in", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def share(model: dict[str, Any], target: str, written: dict[str, Any]) -> str:
+    if model["label"] == target:
+        return "1"
     found = model["reached"][target]
     if found["of_steps"] is None:
         return "never"
     on = found["of_steps"]["seeds"]
     some = f" on {on} of {len(written['seeds'])}" if on < len(written["seeds"]) else ""
-    return f"{with_spread(found['of_steps'])} steps, {with_spread(found['of_time'])} time{some}"
+    return f"{with_spread(found['of_steps'])}, time {ratio(found['of_time']['mean'])}{some}"
 
 
 if __name__ == "__main__":

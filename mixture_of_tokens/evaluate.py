@@ -56,7 +56,7 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     model = load_model(run)
-    longest = model.config.max_position_embeddings
+    longest: int = model.config.max_position_embeddings
     context = min(longest, 1024) if context is None else context
     if context > longest:
         raise ValueError(f"--context {context} is more than the {longest} tokens that the model takes")

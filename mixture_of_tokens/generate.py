@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from mixture_of_tokens import checkpoints
 from mixture_of_tokens.loading import load_model, load_tokenizer_of
+from mixture_of_tokens.model import MixtureOfTokensForCausalLM
 
 BATCH_SIZE = 32
 
@@ -93,7 +94,9 @@ def generate(
     sampling.check()
     prompts = list(prompt or []) if prompts_file is None else read_prompts(prompts_file)
     model, tokenizer = load_model(run), load_tokenizer_of(run)
-    encoded = encode(tokenizer, prompts, model.config.max_position_embeddings)
+    # Runs are trained on text as it is; other models may want a token at its beginning.
+    special = not isinstance(model, MixtureOfTokensForCausalLM)
+    encoded = encode(tokenizer, prompts, model.config.max_position_embeddings, add_special_tokens=special)
     group_size = model.config.group_size if getattr(model.config, "mixes_examples", False) else 1
     batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size)
 
@@ -140,11 +143,13 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context: int) -> list[list[int]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context: int, *, add_special_tokens: bool = False
+) -> list[list[int]]:
     """Tokens of each prompt. Raises ValueError for one that is empty or leaves no room in the context."""
-    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
     for prompt, tokens in zip(prompts, encoded, strict=True):
-        if not tokens:
+        if not tokens or not prompt:
             raise ValueError("a prompt is empty; give at least one character")
         if len(tokens) >= context:
             raise ValueError(

@@ -47,7 +47,7 @@ def load_model(run: str) -> Any:
         config = AutoConfig.from_pretrained(directory)
         if type(config) not in AutoModelForCausalLM._model_mapping:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(f"a {config.model_type} model is no causal language model")
-        model = AutoModelForCausalLM.from_pretrained(directory, config=config)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         raise ValueError(f"{run} cannot be loaded: {_first_line(error)}") from None
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
