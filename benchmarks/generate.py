@@ -23,6 +23,7 @@ import torch
 from results import append, check_columns, latest, markdown, read, surroundings
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
+from mixture_of_tokens.loading import keep_large_blocks
 from mixture_of_tokens.names import config_from_name
 
 RESULTS = Path(__file__).with_name("generate.csv")
@@ -44,6 +45,7 @@ def seconds(model, batch: int, args: argparse.Namespace) -> float:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
+    keep_large_blocks()
     torch.manual_seed(0)
     models = {}
     for name in args.models:

@@ -29,8 +29,9 @@ import torch
 from results import append, check_columns, latest, markdown, read, surroundings
 from transformers import TrainingArguments, get_scheduler
 
+from mixture_of_tokens.loading import keep_large_blocks
 from mixture_of_tokens.settings import Options, merge
-from mixture_of_tokens.train import build, keep_large_blocks
+from mixture_of_tokens.train import build
 
 RESULTS = Path(__file__).with_name("train.csv")
 WARM_UP = 3  # steps of every turn before its clock starts

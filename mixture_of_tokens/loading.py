@@ -1,6 +1,9 @@
-"""A trained model by its run directory, checkpoint or Hub name, for the commands that read one."""
+"""A trained model, its tokenizer and its text, by run directory, checkpoint or Hub name; and memory that it keeps."""
 
+import ctypes
 import json
+import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,19 @@ from mixture_of_tokens import checkpoints
 from mixture_of_tokens.names import config_from_name
 from mixture_of_tokens.settings import prepared_data
 from mixture_of_tokens.shards import Prepared
+
+
+def keep_large_blocks() -> bool:
+    """Keep glibc from returning large blocks to the system. Returns whether it could be set.
+
+    Gradients and mixtures of a granular layer are hundreds of megabytes, which glibc maps and unmaps at every step: a
+    third of a training step on the CPU was page faults.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1  # malloc.h
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, largest))
 
 
 def model_directory(run: str) -> str:
@@ -42,6 +58,7 @@ def load_model(run: str) -> Any:
     Raises ValueError as `model_directory` does, and for what transformers cannot load as a causal language model.
     """
     directory = model_directory(run)
+    keep_large_blocks()
     transformers.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory)

@@ -1,9 +1,7 @@
 """Training one named model: the command `mot train` and its run directory."""
 
-import ctypes
 import json
 import os
-import platform
 import signal
 import sys
 from pathlib import Path
@@ -19,25 +17,13 @@ from mixture_of_tokens.cost import flops_per_token
 from mixture_of_tokens.data import GroupedBatches
 from mixture_of_tokens.evaluate import evaluate_blocks
 from mixture_of_tokens.generate import continue_prompts
+from mixture_of_tokens.loading import keep_large_blocks
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
 from mixture_of_tokens.settings import CARRIED_OUT, DEFAULTS, Options, data_group_size, merge, prepared_data
 from mixture_of_tokens.shards import Prepared
 from mixture_of_tokens.trainer import AnnealTemperature, GroupedTrainer, StopOnSignal
 
 PROMPT = "def "
-
-
-def keep_large_blocks() -> bool:
-    """Keep glibc from returning large blocks to the system. Returns whether it could be set.
-
-    Gradients and mixtures of a granular layer are hundreds of megabytes, which glibc maps and unmaps at every step: a
-    third of a training step on the CPU was page faults.
-    """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1  # malloc.h
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, largest))
 
 
 def train(
