@@ -22,7 +22,7 @@ test: install
 
 # Three models on the same text, a few minutes each: their losses side by side, a sample of each, and a page.
 demo: install
-	$(BIN)/mot compare Transformer-Nano MoT-Nano/32E/8 TC-Nano/32E --seeds 1 --steps 1200 --out runs/demo
+	$(BIN)/mot compare Transformer-Nano MoT-Nano/32E/8 TC-Nano/32E --seeds 1 --steps 1000 --out runs/demo
 
 clean:
 	rm -rf .venv runs

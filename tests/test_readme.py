@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,10 @@ def test_the_result_is_what_report_prints_of_the_committed_runs(tmp_path, monkey
     assert shown is not None
     cli.main(["report", shown[1], "--out", str(tmp_path / "report.html")])
     assert capsys.readouterr().out.split("The page: ")[0].strip() == shown[2].strip()
+
+
+def test_the_table_is_what_its_script_makes_of_the_committed_runs():
+    command = [sys.executable, "experiments/reached.py", "experiments/nano", "experiments/prose"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table.count("\n") == 8
+    assert table in README

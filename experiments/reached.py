@@ -1,6 +1,6 @@
-"""The README's table: how early models reach each other's final losses, by the length of training.
+"""The README's table: how early models reach each other's final losses, in several comparisons.
 
-    python experiments/lengths.py experiments/nano experiments/long    # Markdown from compare.json, in a second
+    python experiments/reached.py experiments/nano experiments/prose    # Markdown from compare.json, in a second
 
 A row is a comparison and a target, its first model or its last one; a cell the share of the target's steps after
 which a model is at the target's last loss (mean over the seeds, from the least to the greatest), and the mean share
@@ -15,14 +15,15 @@ from typing import Any
 from mixture_of_tokens.words import loss, ratio, seeds_of, with_spread
 
 
-def table(comparisons: list[dict[str, Any]]) -> str:
-    labels = list(dict.fromkeys(model["label"] for written in comparisons for model in written["models"]))
-    rows = [["steps", "", *labels], ["---:", "---", *["---:"] * len(labels)]]
-    for written in comparisons:
+def table(comparisons: dict[str, dict[str, Any]]) -> str:
+    labels = list(dict.fromkeys(model["label"] for written in comparisons.values() for model in written["models"]))
+    rows = [["", "", *labels], ["---", "---", *["---:"] * len(labels)]]
+    for name, written in comparisons.items():
         models = {model["label"]: model for model in written["models"]}
+        first, *_, last = models
         losses = [with_spread(models[label]["final_loss"], loss) if label in models else "" for label in labels]
-        rows.append([f"{written['steps']:,}, {seeds_of(written)}", "loss", *losses])
-        for target in (labels[0], labels[-1]):
+        rows.append([f"{name}, {written['steps']:,} steps, {seeds_of(written)}", "loss", *losses])
+        for target in (first, last):
             cells = [share(models[label], target, written) if label in models else "" for label in labels]
             rows.append(["", f"reaches {target}'s in", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -40,4 +41,5 @@ def share(model: dict[str, Any], target: str, written: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(table([json.loads((Path(directory) / "compare.json").read_text()) for directory in sys.argv[1:]]))
+    directories = map(Path, sys.argv[1:])
+    print(table({path.name: json.loads((path / "compare.json").read_text()) for path in directories}))
