@@ -85,7 +85,7 @@ def losses(run: Path) -> list[dict]:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Means over the seeds and, in brackets, from the least to the greatest."""
+    """Means over the seeds and, in brackets where there are several, from the least to the greatest."""
     sizes = sorted({int(row["rows"]) for row in rows})
     lines = [["model", "normalized", "missing rows", *map(str, sizes)], ["---"] * 3 + ["---:"] * len(sizes)]
     for name, normalized, treatment in dict.fromkeys(
@@ -100,7 +100,8 @@ def table(rows: list[dict[str, str]]) -> str:
                 if (row["name"], row["normalize_mixture"], row["treatment"], int(row["rows"]))
                 == (name, normalized, kept, n)
             ]
-            cells.append(f"{np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})")
+            between = f" ({min(found):.3f} to {max(found):.3f})" if len(found) > 1 else ""
+            cells.append(f"{np.mean(found):.3f}{between}")
         lines.append([name, "yes" if normalized == "True" else "no", treatment, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

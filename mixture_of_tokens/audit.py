@@ -58,6 +58,7 @@ def audit(
     found |= verdicts(found)
     print(json_module.dumps(found, indent=2) if json else table(found))
     if expect is not None and not found[expect]:
+        print(f"mot: {run} is not {expect}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -140,16 +141,17 @@ def table(found: dict[str, Any]) -> str:
     rows += [(f"later tokens, {what}", change) for what, change in found["future"].items()]
     rows += [("all batch-mates", found["mates"])]
     width = max(len(what) for what, _ in rows)
-    lines = [f"{'What changes':<{width}}  largest change of a logit that should not move"]
+    lines = [f"{'What changes':<{width}}  largest change of a logit, in what is not replaced"]
     lines += [f"{what:<{width}}  {value:.1e}" for what, value in rows]
     lines += ["", f"Logits have a standard deviation of {found['logits_std']:.1f}.", ""]
     if found["mates"] > found["allowed"]:
-        lines.append(f"When batch-mates change, by quarters of the {found['length']} positions:")
-        for what, key in (("KL, mean", "kl_mean"), ("KL, largest", "kl_largest"), ("other top 1", "top1_flips")):
+        positions = f"by quarters of the {found['length']} positions"
+        lines.append(f"When batch-mates change, the next token's distribution does too (nats, share), {positions}:")
+        for what, key in (("KL mean", "kl_mean"), ("KL largest", "kl_largest"), ("top 1 flips", "top1_flips")):
             lines.append(f"  {what:<12}" + "".join(f"{value:>10.4f}" for value in found[key]))
         if found["layers"]:
             shares = "".join(f"{value:>10.1%}" for value in found["layers"])
-            lines.append(f"The residual stream moves, behind each block:\n  {'':<12}{shares}")
+            lines.append(f"The residual stream moves by this share, behind each block:\n  {'':<12}{shares}")
         lines.append("")
     if found["collisions"] is not None:
         lines.append(f"Groups of its text in which a document meets itself: {found['collisions']}")

@@ -82,10 +82,10 @@ def _lines(model, blocks: Blocks, group_size: int, regroupings: int, sweep_token
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     # What stands in front, and block numbers (groups, rows) of every regrouping; routing by argmax.
     plan = [("full groups" if mixes else f"{group_size} rows", full, False)]
+    if mixes and len(part) < len(full[0]):
+        plan.append(("full groups, the part below", [part], False))
     if "mixture_of_tokens" in getattr(model.config, "feed_forwards", ()):
         plan.append(("full groups, argmax routing", [part], True))
-    if mixes and len(part) < len(full[0]):
-        plan.append(("full groups, the same part", [part], False))
     sizes = [2**power for power in range(1, (group_size - 1).bit_length())] if mixes else []
     plan += [(f"{n} rows a group", [in_parts(part, n)], False) for n in reversed(sizes)]
     plan.append(("alone", [in_parts(part, 1)], False))

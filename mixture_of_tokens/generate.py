@@ -88,8 +88,9 @@ def generate(
         raise ValueError("--out is for --prompts-file; continuations of --prompt are printed")
     if prompts_file is not None and json:
         raise ValueError("--json is for --prompt; --prompts-file writes JSON lines to --out")
-    if min(samples, batch_size) < 1:
-        raise ValueError(f"--samples and --batch-size must be at least 1, not {samples} and {batch_size}")
+    for flag, value in {"--samples": samples, "--batch-size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{flag} must be at least 1, not {value}")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
     prompts = list(prompt or []) if prompts_file is None else read_prompts(prompts_file)
@@ -148,13 +149,12 @@ def encode(
 ) -> list[list[int]]:
     """Tokens of each prompt. Raises ValueError for one that is empty or leaves no room in the context."""
     encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
-    for prompt, tokens in zip(prompts, encoded, strict=True):
+    for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True), 1):
         if not tokens or not prompt:
-            raise ValueError("a prompt is empty; give at least one character")
+            raise ValueError(f"prompt {number} is empty; give at least one character")
         if len(tokens) >= context:
-            raise ValueError(
-                f"the prompt {prompt[:40]!r} has {len(tokens)} tokens and leaves no room in the context of {context}"
-            )
+            what = f"prompt {number}, {prompt[:40]!r}, has {len(tokens)} tokens"
+            raise ValueError(f"{what} and leaves no room in the context of {context}")
     return encoded
 
 

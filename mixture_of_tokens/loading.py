@@ -38,7 +38,8 @@ def model_directory(run: str) -> str:
     """
     path = Path(run)
     if not path.exists():
-        if run.count("/") > 1 or run.startswith((".", "/", "~")):
+        folder = path.parent  # a name such as runs/mine could be the Hub's too, but not where there are runs
+        if run.count("/") > 1 or run.startswith((".", "/", "~")) or (folder != Path() and folder.exists()):
             raise ValueError(f"{run}: there is no such directory")
         return run
     if (path / "model").is_dir():

@@ -117,8 +117,7 @@ def prepare(
             )
     named = sources or [f"the standard library of Python {platform.python_version()}"]
     if segments:
-        what = f"{', '.join(named)}: too few documents, or too long ones, for groups of {group_size}"
-        print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
+        _say_segments(named, group_size, segments)
     facts |= {"source": named, "segments": segments}
     kept = given or PreTrainedTokenizerFast.from_pretrained(directory)
     return Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
@@ -146,8 +145,15 @@ def whole_text(
             ends.append(length)
             count += len(text)
             bar.update(len(text))
-    stream, parts = np.concatenate(rows), segmented(np.array(ends), context, group_size)[0]
-    return Blocks(stream, parts, context, count)
+    parts, segments = segmented(np.array(ends), context, group_size)
+    if segments:
+        _say_segments(sources, group_size, segments)
+    return Blocks(np.concatenate(rows), parts, context, count)
+
+
+def _say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
+    what = f"{', '.join(map(str, sources))}: too few documents, or too long ones, for groups of {group_size}"
+    print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
 
 
 def _progress(what: str, total: int | None = None) -> tqdm:

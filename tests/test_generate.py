@@ -140,7 +140,7 @@ def test_what_is_there_already_is_not_overwritten(run, prompts, tmp_path, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", ""], "a prompt is empty"),
+        (["--prompt", ""], "prompt 1 is empty"),
         (["--prompt", "ab " * 200], "leaves no room in the context of 64"),
         ([], "give either --prompt, which may be repeated, or --prompts-file"),
         (["--prompt", "a", "--prompts-file", "x"], "give either --prompt, which may be repeated, or --prompts-file"),

@@ -144,7 +144,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
     first = continue_prompts(model, prepared.tokenizer, ["def ", "class A:\n    "], Sampling(max_new_tokens=8))
     assert first == continue_prompts(model, prepared.tokenizer, ["def ", "class A:\n    "], Sampling(max_new_tokens=8))
     assert all(first)
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    with pytest.raises(ValueError, match="prompt 2 is empty"):
         continue_prompts(model, prepared.tokenizer, ["def ", ""])
     with pytest.raises(ValueError, match="leaves no room in the context of 64"):
         continue_prompts(model, prepared.tokenizer, ["x = 1\n" * 100])
