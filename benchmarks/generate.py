@@ -3,7 +3,7 @@
     python benchmarks/generate.py            measure, print, append to benchmarks/generate.csv
     python benchmarks/generate.py --table    the latest results of benchmarks/generate.csv as Markdown; measures nothing
 
-Cost at Nano on two CPU cores: about three minutes. The machine must be quiet.
+Cost at Nano on two CPU cores: half a minute. The machine must be quiet.
 
 Untrained models continue random prompts greedily, with the KV cache and without a stop token, so that all write the
 same number of tokens. A turn is one call of `generate`; models and batches take turns in an order that is shuffled
