@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results import append, check_columns, latest, markdown, read, surroundings
+from results import append, check_columns, latest, markdown, quartiles, read, surroundings
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.loading import keep_large_blocks
@@ -68,8 +68,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         row = conditions | {"model": name, "batch": batch}
         figures = {"tokens_per_second": own, "share_of_first": own / speeds[args.models[0], batch]}
         for figure, values in figures.items():
-            low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-            row |= {figure: round(median, 4), f"{figure}_low": round(low, 4), f"{figure}_high": round(high, 4)}
+            row |= quartiles(figure, values)
         rows.append(row)
     return rows
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mixture_of_tokens import provenance
 
 
@@ -39,6 +41,12 @@ def append(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def quartiles(figure: str, values: np.ndarray) -> dict[str, float]:
+    """The columns of a figure: its median, and its quartiles as low and high."""
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return {figure: round(median, 4), f"{figure}_low": round(low, 4), f"{figure}_high": round(high, 4)}
 
 
 def read(path: Path) -> list[dict]:

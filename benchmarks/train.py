@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import append, check_columns, latest, markdown, read, surroundings
+from results import append, check_columns, latest, markdown, quartiles, read, surroundings
 from transformers import TrainingArguments, get_scheduler
 
 from mixture_of_tokens.loading import keep_large_blocks
@@ -119,8 +119,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         if loop == "trainer":
             figures["overhead"] = own / milliseconds[name, "loop"] - 1
         for figure, values in figures.items():
-            low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-            row |= {figure: round(median, 4), f"{figure}_low": round(low, 4), f"{figure}_high": round(high, 4)}
+            row |= quartiles(figure, values)
         rows.append(row)
     return rows
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from mixture_of_tokens.data import Blocks, collisions, deal
 from mixture_of_tokens.shards import SPLITS, prepare
+from mixture_of_tokens.words import aligned
 
 EPOCHS = 3  # of training order that are searched for collisions
 
@@ -55,10 +56,7 @@ def data_report(
     rows: list[tuple[str, ...]] = [("", *SPLITS)]
     for key in splits["train"]:
         rows.append((key, *(_shown(splits[name][key]) for name in SPLITS)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *cells in rows:
-        print("  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))]))
-    print()
+    print(aligned(rows), end="\n\n")
     for key, value in whole.items():
         print(f"{key.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else _shown(value)}")
 

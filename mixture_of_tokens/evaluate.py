@@ -22,6 +22,7 @@ from mixture_of_tokens.loading import load_model, load_tokenizer_of, text_of
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model import MixtureOfTokensForCausalLM
 from mixture_of_tokens.shards import whole_text
+from mixture_of_tokens.words import aligned
 
 BATCH_SIZE = 32  # of models that mix nothing, beside a lone row
 ARGMAX_TEMPERATURE = 1e-6
@@ -204,9 +205,4 @@ def _table(result: dict[str, Any]) -> str:
         ]
         for line in result["lines"]
     ]
-    widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
-    lines = [
-        "  ".join([label.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
-        for label, *cells in (columns, *table)
-    ]
-    return "\n".join(lines)
+    return aligned([columns, *table])

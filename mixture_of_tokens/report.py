@@ -10,7 +10,7 @@ from mixture_of_tokens import checkpoints
 from mixture_of_tokens.page import page
 from mixture_of_tokens.results import Run, by_model, comparison, runs_of
 from mixture_of_tokens.samples import continued
-from mixture_of_tokens.words import findings
+from mixture_of_tokens.words import aligned, findings
 
 WIDTH = 110  # of sentences beside the table
 
@@ -92,10 +92,5 @@ def text(result: dict[str, Any]) -> str:
         table.append(row)
     if count > 1:
         columns.insert(2, "spread")
-    widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
-    lines = []
-    for line in (columns, *table):
-        name, *cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        lines.append("  ".join([name.strip().ljust(widths[0]), *cells]))
     told = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
-    return "\n".join([*lines, "", *told]) + "\n"
+    return "\n".join([aligned([columns, *table]), "", *told]) + "\n"

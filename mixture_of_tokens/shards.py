@@ -133,7 +133,7 @@ def whole_text(
 ) -> Blocks:
     """All text of some sources in memory: nothing is dropped, cut or split off, and all of its bytes are counted.
 
-    Raises ValueError for bad sources and for text of less than two tokens.
+    Raises ValueError for bad sources.
     """
     rows, ends, length, count = [], [], 0, 0
     with _progress("Tokenizing") as bar:

@@ -1,5 +1,6 @@
 """What a comparison comes to, in numbers that are rounded and sentences that are computed; what the words mean."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mixture_of_tokens.names import parse_name
@@ -85,6 +86,16 @@ def spread(summary: Summary, shown=ratio) -> str:
 
 def with_spread(summary: Summary, shown=ratio) -> str:
     return f"{shown(summary['mean'])} ({spread(summary, shown)})" if spread(summary, shown) else shown(summary["mean"])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a table as lines: the first column at the left, the others at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *right]))
+    return "\n".join(lines)
 
 
 def seeds_of(comparison: dict[str, Any]) -> str:
