@@ -1,20 +1,20 @@
-"""What a group that is not full costs: loss by real rows a group, for three ways to treat the rows that are missing.
+"""What a group that is not full costs: loss by real rows a group, for four ways to treat the rows that are missing.
 
     python experiments/partial_groups.py experiments/nano/MoT-Nano-32E-seed* > experiments/partial_groups.csv
     python experiments/partial_groups.py --table experiments/partial_groups.csv    # Markdown
 
-    scaled    softmax over the n real rows, output scaled by n / G: what the library does, and what a group filled up
-              with copies of its rows gives
-    softmax   softmax over the n real rows, output as it is: a group of n
-    zeros     the missing rows are zeros that take part: each takes e^0 of the softmax's sum
+    companions  each expert's typical companions stand for the missing rows: what the library does
+    zeros       rows of zeros stand for them, each with e^0 in the softmax's sum: the library before it is calibrated
+    scaled      softmax over the n real rows, output scaled by n / G: a group filled up with copies of its rows
+    softmax     the same, output as it is: a group of n
 
-The runs need their model/. Losses are over some 100,000 tokens of the validation text, the same in every cell.
+The runs need their model/; companions are measured as `mot train` does it. Losses are over some 100,000 tokens of the
+validation text, the same in every cell.
 """
 
 import csv
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from mixture_of_tokens.companions import calibrate_companions, training_groups
 from mixture_of_tokens.data import grouped_order
 from mixture_of_tokens.evaluate import cross_entropy
 from mixture_of_tokens.layers import MixtureOfTokens
@@ -32,13 +33,23 @@ TOKENS = 100_000
 COLUMNS = ("name", "normalize_mixture", "seed", "treatment", "rows", "loss")
 
 
-class AsGroupsOf(nn.Module):
-    """The layer for groups of n rows, without a scale."""
+class Treated(nn.Module):
+    """The layer in groups of n rows."""
 
     def __init__(self, layer: MixtureOfTokens, n: int):
         super().__init__()
         self.layer, self.n = layer, n
 
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        return self.layer(x, token_mask)
+
+
+class Zeros(Treated):
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        return self.layer(F.pad(x, (0, 0, 0, 0, 0, self.layer.group_size - len(x))))[: len(x)]
+
+
+class Softmax(Treated):
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         before, self.layer.group_size = self.layer.group_size, self.n
         try:
@@ -47,30 +58,26 @@ class AsGroupsOf(nn.Module):
             self.layer.group_size = before
 
 
-class WithZeros(AsGroupsOf):
-    """The layer over n rows and zeros that are not masked."""
-
+class Scaled(Softmax):
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        return self.layer(F.pad(x, (0, 0, 0, 0, 0, self.layer.group_size - len(x))))[: len(x)]
+        return super().forward(x, token_mask) * self.n / self.layer.group_size
 
 
-TREATMENTS: dict[str, Callable[[MixtureOfTokens, int], nn.Module]] = {
-    "scaled": lambda layer, n: layer,
-    "softmax": AsGroupsOf,
-    "zeros": WithZeros,
-}
+TREATMENTS = {"companions": Treated, "zeros": Zeros, "scaled": Scaled, "softmax": Softmax}
 
 
 @torch.no_grad()
 def losses(run: Path) -> list[dict]:
-    model, text = load_model(str(run)), text_of(str(run)).validation
+    model, prepared = load_model(str(run)), text_of(str(run))
+    text = prepared.validation
+    calibrate_companions(model, training_groups(prepared.train, model.config.group_size))
     blocks = [block for block in model.model.layers if isinstance(block.mlp, MixtureOfTokens)]
     layers = [block.mlp for block in blocks]
     group_size = model.config.group_size
     groups = grouped_order(text, group_size)[: TOKENS // (group_size * text.context)]
     found = []
     sizes = [2**power for power in range(group_size.bit_length())]
-    cells = [(n, treatment) for n in sizes for treatment in TREATMENTS if n < group_size or treatment == "scaled"]
+    cells = [(n, treatment) for n in sizes for treatment in TREATMENTS if n < group_size or treatment == "companions"]
     for n, treatment in tqdm(cells, desc=str(run)):
         for block, layer in zip(blocks, layers, strict=True):
             block.mlp = TREATMENTS[treatment](layer, n)
@@ -93,7 +100,7 @@ def table(rows: list[dict[str, str]]) -> str:
     ):
         cells = []
         for n in sizes:
-            kept = "scaled" if n == sizes[-1] else treatment
+            kept = "companions" if n == sizes[-1] else treatment
             found = [
                 float(row["loss"])
                 for row in rows

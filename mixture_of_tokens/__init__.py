@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from mixture_of_tokens.companions import calibrate_companions
 from mixture_of_tokens.layers import ExpertChoice, Experts, MixtureOfTokens, Router, TokenChoice
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, MixtureOfTokensModel
 
@@ -18,4 +19,5 @@ __all__ = [
     "MixtureOfTokensModel",
     "Router",
     "TokenChoice",
+    "calibrate_companions",
 ]

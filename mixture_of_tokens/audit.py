@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.data import Blocks, collisions, deal, grouped_order
-from mixture_of_tokens.loading import load_model, text_of
+from mixture_of_tokens.loading import group_size_of, load_model, text_of
 
 MARGIN = 10
 ROWS, LONGEST = 8, 64  # of the batch of a model without groups; tokens of a text
@@ -28,7 +28,13 @@ QUARTERS = 4
 
 
 def audit(
-    run: str, *, expect: Literal["causal", "private"] | None = None, batches: int = 3, seed: int = 0, json: bool = False
+    run: str,
+    *,
+    expect: Literal["causal", "private"] | None = None,
+    alone: bool = False,
+    batches: int = 3,
+    seed: int = 0,
+    json: bool = False,
 ) -> None:
     """Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.
 
@@ -38,21 +44,22 @@ def audit(
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
         expect: Exit with status 1 if the model is not that.
+        alone: Look at a Mixture of Tokens as `mot generate --alone` uses it.
         batches: Batches to look at.
         seed: Of what is put in place of tokens.
         json: Print JSON in place of a table.
     """
     if batches < 1:
         raise ValueError(f"--batches must be at least 1, not {batches}")
-    model = load_model(run).float()
+    model = load_model(run, alone=alone).float()
     try:
         text = text_of(run)
     except ValueError as error:
         text = None
         print(f"mot: looking at random tokens: {error}", file=sys.stderr)
-    seen = texts(text and text.validation, model.config, batches, seed)
+    seen = texts(text and text.validation, model, batches, seed)
     found = {"run": run, "length": seen[0][0].shape[1], "collisions": None} | measure(model, seen, seed)
-    if text is not None and getattr(model.config, "mixes_examples", False):
+    if text is not None and group_size_of(model) is not None:
         orders = ((blocks, deal(blocks, model.config.group_size)) for blocks in (text.train, text.validation))
         found["collisions"] = sum(len(collisions(blocks, order)[0]) for blocks, order in orders)
     found |= verdicts(found)
@@ -159,17 +166,17 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def texts(blocks: Blocks | None, config: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs of batches for `measure`: two groups of text as in training, or without any text random tokens."""
-    group_size = config.group_size if getattr(config, "mixes_examples", False) else ROWS // 2
-    rows = 2 * group_size
+    rows = 2 * (group_size_of(model) or ROWS // 2)
+    config = model.config
     # All logits stand in memory a few times.
     length = max(8, min(LONGEST, config.max_position_embeddings, 2**27 // (rows * config.vocab_size)))
     if blocks is None:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(config.vocab_size, (batches, 2, rows, length), generator=generator)
     else:
-        order = grouped_order(blocks, group_size, seed=seed)
+        order = grouped_order(blocks, rows // 2, seed=seed)
         chosen = order[np.arange(4 * batches) % len(order)].reshape(batches, 2, rows)
         tokens = torch.stack([blocks.batch(each.ravel())["input_ids"][:, :length] for each in chosen])
         tokens = tokens.unflatten(1, (2, rows))

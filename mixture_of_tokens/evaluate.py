@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mixture_of_tokens.data import Blocks, grouped_order
 from mixture_of_tokens.layers import Router
-from mixture_of_tokens.loading import load_model, load_tokenizer_of, text_of
+from mixture_of_tokens.loading import group_size_of, load_model, load_tokenizer_of, text_of
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model import MixtureOfTokensForCausalLM
 from mixture_of_tokens.shards import whole_text
@@ -40,8 +40,8 @@ def evaluate(
 ) -> None:
     """Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.
 
-    In a group of n < G rows the output of a Mixture of Tokens is scaled by n / G: what a group filled up with copies
-    of those rows gives. Times are of one forward pass over one group, the median; tokens/s are from them.
+    In a group of n < G rows each expert's typical companions stand for the missing ones; alone, a text is served as
+    `mot generate --alone` serves it. Times are of one forward pass over one group, the median; tokens/s are from them.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
@@ -61,25 +61,27 @@ def evaluate(
     context = min(longest, 1024) if context is None else context
     if context > longest:
         raise ValueError(f"--context {context} is more than the {longest} tokens that the model takes")
-    mixes = getattr(model.config, "mixes_examples", False)
-    group_size = model.config.group_size if mixes else BATCH_SIZE
+    group_size = group_size_of(model)
     if data is None:
         blocks = dataclasses.replace(text_of(run).validation, context=context)
     else:
-        blocks = whole_text(data, load_tokenizer_of(run), field=field, context=context, group_size=group_size)
+        blocks = whole_text(
+            data, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
+        )
     result = {
         "run": run,
-        "group_size": group_size if mixes else None,
+        "group_size": group_size,
         "context": context,
         "bytes": blocks.bytes,
-        "lines": _lines(model, blocks, group_size, regroupings if mixes else 1, sweep_tokens),
+        "lines": _lines(model, blocks, regroupings, sweep_tokens),
     }
     print(json_module.dumps(result, indent=2) if json else _table(result))
 
 
-def _lines(model, blocks: Blocks, group_size: int, regroupings: int, sweep_tokens: int) -> list[dict[str, Any]]:
-    mixes = getattr(model.config, "mixes_examples", False)
-    full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in range(regroupings)]
+def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[dict[str, Any]]:
+    mixes, group_size = group_size_of(model) is not None, group_size_of(model) or BATCH_SIZE
+    seeds = range(regroupings if mixes else 1)
+    full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     # What stands in front, and block numbers (groups, rows) of every regrouping; routing by argmax.
     plan = [("full groups" if mixes else f"{group_size} rows", full, False)]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from mixture_of_tokens import checkpoints
-from mixture_of_tokens.loading import load_model, load_tokenizer_of
+from mixture_of_tokens.loading import group_size_of, load_model, load_tokenizer_of
 from mixture_of_tokens.model import MixtureOfTokensForCausalLM
 
 BATCH_SIZE = 32
@@ -43,10 +43,10 @@ DEFAULT = Sampling()
 
 
 class Row(NamedTuple):
-    """A row of a batch: the number of its prompt and of the sample; None for company that fills a group."""
+    """A row of a batch: the number of its prompt and of the sample."""
 
     prompt: int
-    sample: int | None
+    sample: int
 
 
 def generate(
@@ -60,13 +60,14 @@ def generate(
     top_p: float = DEFAULT.top_p,
     samples: int = 1,
     batch_size: int = BATCH_SIZE,
+    alone: bool = False,
     seed: int = DEFAULT.seed,
     json: bool = False,
 ) -> None:
     """Continue prompts.
 
     A single one is written as it comes. Several go in batches of similar lengths, and a Mixture of Tokens mixes the
-    prompts of a batch. Text goes to standard output, everything else to standard error.
+    prompts of a batch, unless --alone is given. Text goes to standard output, everything else to standard error.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
@@ -79,6 +80,8 @@ def generate(
         top_p: Sample among the likeliest tokens that together have this probability.
         samples: Continuations of each prompt. Those of one prompt are never in one batch.
         batch_size: Prompts at a time; rounded up to whole groups.
+        alone: Take each prompt by itself, each expert's typical companions in the place of others, so that none
+            influences another; a Mixture of Tokens then computes all experts for every token.
         seed: Of sampling.
         json: Print JSON lines in place of text.
     """
@@ -94,12 +97,11 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
     prompts = list(prompt or []) if prompts_file is None else read_prompts(prompts_file)
-    model, tokenizer = load_model(run), load_tokenizer_of(run)
+    model, tokenizer = load_model(run, alone=alone), load_tokenizer_of(run)
     # Runs are trained on text as it is; other models may want a token at its beginning.
     special = not isinstance(model, MixtureOfTokensForCausalLM)
     encoded = encode(tokenizer, prompts, model.config.max_position_embeddings, add_special_tokens=special)
-    group_size = model.config.group_size if getattr(model.config, "mixes_examples", False) else 1
-    batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size)
+    batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
 
     def write(number: int, streamer: TextStreamer | None = None) -> list[dict[str, Any]]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)
@@ -108,12 +110,11 @@ def generate(
         return [
             {"index": row.prompt, "sample": row.sample, "prompt": prompts[row.prompt], "text": text, "tokens": count}
             for row, (text, count) in zip(rows, texts, strict=True)
-            if row.sample is not None
         ]
 
     if prompts_file is not None:
         digest = hashlib.sha256(json_module.dumps(prompts).encode()).hexdigest()
-        settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size}
+        settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size, "alone": alone}
         out = prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl") if out is None else out
         _to_file(out, settings | sampling._asdict(), batches, write)
     else:
@@ -159,20 +160,13 @@ def encode(
 
 
 def in_batches(lengths: Sequence[int], samples: int, batch_size: int, group_size: int) -> list[list[Row]]:
-    """Every sample of every prompt once, prompts of similar lengths together, in whole groups where there are enough.
-
-    A last group that is not full gets company from among the prompts before it, whose continuations are thrown away:
-    a full group is what the model was trained on.
-    """
+    """Every sample of every prompt once, prompts of similar lengths together, in whole groups but for the last."""
     size = -(-batch_size // group_size) * group_size
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     batches = []
     for sample in range(samples):
         for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            missing = -len(chosen) % group_size
-            company = order[max(0, start - missing) : start] if missing <= start else []
-            batches.append([Row(index, sample) for index in chosen] + [Row(index, None) for index in company])
+            batches.append([Row(index, sample) for index in order[start : start + size]])
     return batches
 
 
@@ -239,13 +233,13 @@ def _to_file(out: Path, settings: dict[str, Any], batches: list[list[Row]], writ
         raise ValueError(f"{out} exists already; name another with --out, or remove it")
     done = _resumed(partial, settings)
     new: list[dict[str, Any]] = []
-    clock, total = time.perf_counter(), sum(row.sample is not None for batch in batches for row in batch)
+    clock, total = time.perf_counter(), sum(map(len, batches))
     with (
         partial.open("a", encoding="utf-8") as file,
         tqdm(desc="generate", total=total, initial=len(done), unit="text", dynamic_ncols=True) as bar,
     ):
         for number, batch in enumerate(batches):
-            if all(row in done for row in batch if row.sample is not None):
+            if all(row in done for row in batch):
                 continue
             for result in write(number):
                 row = Row(result["index"], result["sample"])

@@ -22,8 +22,8 @@ Every layer is called as `y = layer(x, token_mask=None)` with x and y (B, T, D) 
 is real. Examples in consecutive rows form a group: rows 0 .. G-1, G .. 2G-1 and so on. They must be independent
 texts, or they hold each other's future. What stands in a masked row, NaN included, reaches nothing.
 
-Beyond the paper: masked and partial groups (n of G tokens give exactly what the group filled up with copies of those
-n would, without `normalize_mixture`), that option, and a softmax in fp32 or better whatever the input's precision.
+Beyond the paper: masked and partial groups, where each expert's companion (see `MixtureOfTokens`) stands for every
+token that is missing, the option `normalize_mixture`, and a softmax in fp32 or better whatever the input's precision.
 """
 
 import math
@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from mixture_of_tokens.layout import collect, expert_linear, full_precision, grouped, ragged_linear, spread, ungrouped
 
+ALONE_AT_ONCE = 256  # tokens
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
@@ -154,12 +155,22 @@ class Routed(nn.Module):
 class MixtureOfTokens(Routed):
     """The layer of the module's docstring. Any batch, any group size, any number and width of experts.
 
+    In a group with n < G real tokens each of the G - n missing ones is, for expert e, the token `companion[e]` with the
+    logit `companion_logit[e]`. As initialised both are 0, and missing tokens are zeros; `calibrate_companions` makes
+    them each expert's mean over real groups, with which a token alone fares about as in a full group.
+
+    Set `alone` to have every token in a group of its own, with G - 1 companions: no row of a batch then influences
+    another, and every expert runs for every token, G times the FLOPs.
+
     Args beyond those of `Routed`:
         group_size: G. A token costs the FLOPs of a dense feed-forward of width E * F / G; `matched` solves for it.
         normalize_mixture: divide a mixture by the 2-norm of its weights. A mean of n tokens is smaller than a token
             by up to sqrt(n); this gives an expert inputs of one scale however many tokens it mixes.
-        uniform: the paper's ablation (Fig. 4): every weight is 1 / n and there is no router.
+        uniform: the paper's ablation (Fig. 4): every weight is 1 / G and there is no router.
     """
+
+    companion: Tensor
+    companion_logit: Tensor
 
     def __init__(
         self,
@@ -175,9 +186,11 @@ class MixtureOfTokens(Routed):
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {group_size}")
         super().__init__(hidden_size, expert_size, num_experts, **options)
-        self.group_size, self.normalize_mixture = group_size, normalize_mixture
+        self.group_size, self.normalize_mixture, self.alone = group_size, normalize_mixture, False
         if uniform:
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.register_buffer("companion", torch.zeros(num_experts, hidden_size))
+        self.register_buffer("companion_logit", torch.zeros(num_experts))
 
     @classmethod
     def matched(cls, hidden_size: int, intermediate_size: int, group_size: int, granularity: int = 1, **options):
@@ -190,20 +203,35 @@ class MixtureOfTokens(Routed):
             raise ValueError(f"granularity {granularity} does not divide {intermediate_size=}; legal are {legal}")
         return cls(hidden_size, intermediate_size // granularity, group_size * granularity, group_size, **options)
 
-    def weights(self, x_MGD: Tensor, mask_MG1: Tensor | None = None) -> Tensor:
-        """w (M, G, E): every expert's weights over the real tokens of a group, summing to one."""
+    def weights(self, x_MGD: Tensor, mask_MG1: Tensor | None = None, missing_M11: Tensor | None = None) -> Tensor:
+        """w (M, G, E): every expert's weights over the real tokens of a group; missing ones have the rest to one."""
         logits_MGE = x_MGD.new_zeros(*x_MGD.shape[:2], self.num_experts) if self.gate is None else self.gate(x_MGD)
         if mask_MG1 is not None:  # the lowest finite number, not -inf: a group with nothing real must not become NaN
             logits_MGE = logits_MGE.masked_fill(~mask_MG1, torch.finfo(logits_MGE.dtype).min)
-        return logits_MGE.softmax(dim=1, dtype=torch.promote_types(logits_MGE.dtype, torch.float32))
+        if missing_M11 is not None:  # one more row for all of them; -inf where none is missing
+            companions_M1E = (self.companion_logit + missing_M11.log()).to(logits_MGE.dtype)
+            logits_MGE = torch.cat([logits_MGE, companions_M1E], dim=1)
+        weights_MGE = logits_MGE.softmax(dim=1, dtype=torch.promote_types(logits_MGE.dtype, torch.float32))
+        return weights_MGE[:, : x_MGD.shape[1]]
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        x_MGD, mask_MG1, share = grouped(x_BTD, token_mask, self.group_size)  # share: n / G of every group
-        weights_MGE = self.weights(x_MGD, mask_MG1)
-        into_MGE = weights_MGE / weights_MGE.norm(dim=1, keepdim=True) if self.normalize_mixture else weights_MGE
-        mixtures_EMD = collect(into_MGE.to(x_MGD.dtype), x_MGD)
-        outputs_EMD = self.experts(mixtures_EMD)
-        y_MGD = spread((weights_MGE * share).to(x_MGD.dtype), outputs_EMD)
+        if self.alone and len(x_BTD) > 1:  # tokens as positions of one example, some at a time: E mixtures for each
+            mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
+            x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)
+            parts = zip(x_1SD.split(ALONE_AT_ONCE, dim=1), mask_1S.split(ALONE_AT_ONCE, dim=1), strict=True)
+            return torch.cat([self(*part) for part in parts], dim=1).view_as(x_BTD)
+        x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
+        weights_MGE = self.weights(x_MGD, mask_MG1, missing_M11)
+        mixtures_EMD = collect(weights_MGE.to(x_MGD.dtype), x_MGD)
+        rest_ME = None if missing_M11 is None else 1 - weights_MGE.sum(1)
+        if rest_ME is not None:
+            mixtures_EMD = mixtures_EMD + (rest_ME.T[..., None] * self.companion[:, None]).to(mixtures_EMD.dtype)
+        if self.normalize_mixture:
+            squares_ME = weights_MGE.square().sum(1)
+            if missing_M11 is not None and rest_ME is not None:
+                squares_ME = squares_ME + rest_ME.square() / missing_M11[:, 0].clamp(min=1)
+            mixtures_EMD = mixtures_EMD / squares_ME.sqrt().T[..., None].to(mixtures_EMD.dtype)
+        y_MGD = spread(weights_MGE.to(x_MGD.dtype), self.experts(mixtures_EMD))
         return ungrouped(y_MGD, mask_MG1, *x_BTD.shape[:2])
 
 

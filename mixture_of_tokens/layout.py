@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None, float | Tensor]:
-    """Rows -> groups: x (M, G, D) with masked rows zeroed, the mask (M, G, 1), each group's share n / G of real tokens.
+def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows -> groups: x (M, G, D) with masked rows zeroed, the mask (M, G, 1), how many tokens a group lacks (M, 1, 1).
 
     A last group that the batch does not fill is padded with masked rows; a batch smaller than a group is one group of
-    its own size. Without anything masked the mask is None.
+    its own size. Without anything masked the mask is None, and without anything lacking the count too.
     """
     if x_BTD.dim() != 3 or not x_BTD.shape[0]:
         raise ValueError(
@@ -33,15 +33,16 @@ def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[
         raise ValueError(f"token_mask must be {tuple(x_BTD.shape[:2])}, not {tuple(token_mask.shape)}")
     B, T, _ = x_BTD.shape
     rows = min(group_size, B)
-    missing = -B % rows
-    if token_mask is None and not missing:
-        return x_BTD.unflatten(0, (-1, rows)).transpose(1, 2).flatten(0, 1).contiguous(), None, rows / group_size
+    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    if token_mask is None and B % rows == 0:
+        x_MGD = x_BTD.unflatten(0, (-1, rows)).transpose(1, 2).flatten(0, 1).contiguous()
+        lacking = group_size - rows
+        return x_MGD, None, x_MGD.new_full((len(x_MGD), 1, 1), lacking, dtype=dtype) if lacking else None
     mask_BT1 = x_BTD.new_ones((B, T, 1), dtype=torch.bool) if token_mask is None else token_mask.bool()[..., None]
-    padding = (0, 0, 0, 0, 0, missing)
+    padding = (0, 0, 0, 0, 0, -B % rows)
     x_MGD, _, _ = grouped(F.pad(x_BTD.masked_fill(~mask_BT1, 0), padding), None, rows)
     mask_MG1, _, _ = grouped(F.pad(mask_BT1, padding), None, rows)
-    real = mask_MG1.sum(1, keepdim=True, dtype=torch.promote_types(x_BTD.dtype, torch.float32))
-    return x_MGD, mask_MG1, real / group_size
+    return x_MGD, mask_MG1, group_size - mask_MG1.sum(1, keepdim=True, dtype=dtype)
 
 
 def ungrouped(y_MGD: Tensor, mask_MG1: Tensor | None, B: int, T: int) -> Tensor:

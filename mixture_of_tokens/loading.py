@@ -53,8 +53,11 @@ def model_directory(run: str) -> str:
     return str(path)
 
 
-def load_model(run: str) -> Any:
+def load_model(run: str, *, alone: bool = False) -> Any:
     """The causal language model of a run, in evaluation, on the accelerator if there is one.
+
+    Args:
+        alone: take each row by itself, `MixtureOfTokensForCausalLM.serve_alone`.
 
     Raises ValueError as `model_directory` does, and for what transformers cannot load as a causal language model.
     """
@@ -68,7 +71,14 @@ def load_model(run: str) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         raise ValueError(f"{run} cannot be loaded: {_first_line(error)}") from None
+    if alone and hasattr(model, "serve_alone"):  # of other models each row is by itself already
+        model.serve_alone()
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
+
+
+def group_size_of(model: Any) -> int | None:
+    """G where the rows of a batch influence each other; None of a model that takes each row by itself."""
+    return model.config.group_size if getattr(model, "mixes_examples", False) else None
 
 
 def load_tokenizer_of(run: str) -> Any:

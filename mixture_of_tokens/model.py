@@ -206,6 +206,9 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
             nn.init.trunc_normal_(module.weight, std=scale, a=-2 * scale, b=2 * scale)
         elif isinstance(module, Experts | Router):
             module.reset_parameters(scale)
+        elif isinstance(module, MixtureOfTokens):  # of a checkpoint without them
+            nn.init.zeros_(module.companion)
+            nn.init.zeros_(module.companion_logit)
         else:
             super()._init_weights(module)
 
@@ -252,6 +255,23 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
             if isinstance(module, Router):
                 module.initial_temperature = temperature
                 module.set_temperature(temperature)
+
+    def serve_alone(self, alone: bool = True) -> None:
+        """Have every row by itself, as `MixtureOfTokens.alone` says, until told otherwise; it is not saved.
+
+        Raises ValueError for Expert Choice, which has nothing to put in the place of batch-mates.
+        """
+        if "expert_choice" in self.config.feed_forwards:
+            raise ValueError("Expert Choice chooses among the rows of a batch; it cannot serve a row alone")
+        for module in self.modules():
+            if isinstance(module, MixtureOfTokens):
+                module.alone = alone
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether what one row gets depends on the others of its batch, as the model is now."""
+        layers = [module for module in self.modules() if isinstance(module, MixtureOfTokens | ExpertChoice)]
+        return any(not getattr(layer, "alone", False) for layer in layers)
 
     def forward(
         self,
@@ -324,7 +344,7 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
         Raises ValueError where a mixture would be wrong: prompts padded on the right, beam search.
         """
         settings = generation_config or self.generation_config
-        if self.config.mixes_examples:
+        if self.mixes_examples:
             if (kwargs.get("num_beams") or settings.num_beams or 1) > 1:
                 raise ValueError("beam search would mix the beams of one prompt with each other; use num_beams=1")
             mask = kwargs.get("attention_mask")

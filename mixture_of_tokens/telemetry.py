@@ -1,8 +1,8 @@
 """What routers do, by one yardstick for every routing: measured on a probe batch, outside the training step.
 
 All but the last measure are of the combine weights w[t, e], by which the output of expert e is multiplied before it
-is added to token t's: in Mixture of Tokens the softmax over the group and in its uniform form 1 / n, both times n / G;
-in Expert Choice the gates of the chosen, in Token Choice those of the choices that were not dropped; zero elsewhere.
+is added to token t's: in Mixture of Tokens the softmax over the group, in its uniform form 1 / G; in Expert
+Choice the gates of the chosen, in Token Choice those of the choices that were not dropped; zero elsewhere.
 A group is the n real tokens at one position of `group_size` rows, in Token Choice too: so "how many tokens does an
 expert serve at a position" is one question for all. Masked tokens count nowhere.
 
@@ -93,8 +93,8 @@ def combine_weights(layer: Routed, logits: Tensor | None, token_mask: Tensor) ->
     (B, T), E, device = token_mask.shape, layer.num_experts, token_mask.device
     dtype = torch.float32 if logits is None else torch.promote_types(logits.dtype, torch.float32)
     if isinstance(layer, MixtureOfTokens):
-        x_MG1, mask_MG1, share = grouped(torch.zeros(B, T, 1, dtype=dtype, device=device), token_mask, layer.group_size)
-        return ungrouped(_stand_in(layer, logits).weights(x_MG1, mask_MG1) * share, mask_MG1, B, T)
+        x_MG1, *missing = grouped(torch.zeros(B, T, 1, dtype=dtype, device=device), token_mask, layer.group_size)
+        return ungrouped(_stand_in(layer, logits).weights(x_MG1, *missing), missing[0], B, T)
     noted: list[Tensor] = []
 
     def answers(number: Tensor, linear=expert_linear) -> Tensor:

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
 
 from mixture_of_tokens import checkpoints, provenance
+from mixture_of_tokens.companions import calibrate_companions, training_groups
 from mixture_of_tokens.cost import flops_per_token
 from mixture_of_tokens.data import GroupedBatches
 from mixture_of_tokens.evaluate import evaluate_blocks
@@ -161,6 +162,7 @@ def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], ou
     """Write `model/` and, last, `run.json`, which says that the run is finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run["steps"] * trainer.run_log.tokens_per_step
+    calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
     final = evaluate_blocks(
         model, trainer.evaluated, group_size=trainer.rows.group_size, batch_size=trainer.args.per_device_eval_batch_size
     )

@@ -42,6 +42,8 @@ def mixture_of_tokens(
     expert_weights: tuple[Tensor, Tensor],
     *,
     group_size: int,
+    companion: Tensor,
+    companion_logit: Tensor,
     temperature: float | Tensor = 1.0,
     gated: bool = True,
     activation: str = "silu",
@@ -50,23 +52,25 @@ def mixture_of_tokens(
 ) -> Tensor:
     """Each expert reads one mixture of a group and gives its output back with the same weights.
 
-    n < G real tokens: the softmax is over those n, and what is given back is scaled by n / G.
+    n < G real tokens: G - n times the expert's companion (E, D), with its logit (E,), completes the group.
     """
     out = _zeros(x)
     for group in _groups(x, token_mask, group_size):
         for e in range(len(expert_weights[1])):
             if uniform or gate_weight is None:
-                weights = [x.new_ones(()) / len(group) for _ in group]
+                logits = [x.new_zeros(()) for _ in group]
             else:
-                weights = softmax([x[b, t] @ gate_weight[e] / temperature for b, t in group])
+                logits = [x[b, t] @ gate_weight[e] / temperature for b, t in group]
+            missing = group_size - len(group)
+            weights = softmax(logits + missing * [companion_logit[e]])
             mixture = torch.zeros_like(x[0, 0])
-            for weight, (b, t) in zip(weights, group, strict=True):
-                mixture = mixture + weight * x[b, t]
+            for weight, vector in zip(weights, [x[b, t] for b, t in group] + missing * [companion[e]], strict=True):
+                mixture = mixture + weight * vector
             if normalize_mixture:
                 mixture = mixture / sum(weight**2 for weight in weights) ** 0.5
             y = expert(mixture, expert_weights, e, gated, activation)
-            for weight, (b, t) in zip(weights, group, strict=True):
-                out[b][t] = out[b][t] + len(group) / group_size * weight * y
+            for weight, (b, t) in zip(weights, group, strict=False):  # what companions would get goes nowhere
+                out[b][t] = out[b][t] + weight * y
     return _stacked(out)
 
 

@@ -44,8 +44,9 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **option
 def randomized(layer: nn.Module, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        companions = [tensor for name, tensor in layer.named_buffers() if "companion" in name]
+        for tensor in (*layer.parameters(), *companions):
+            tensor.copy_(0.5 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
     return layer
 
 

@@ -34,7 +34,7 @@ def build(kind: str):
 
 
 def audited(model) -> dict:
-    found = measure(model, texts(None, model.config, batches=3, seed=0)) | {"collisions": None}
+    found = measure(model, texts(None, model, batches=3, seed=0)) | {"collisions": None}
     return found | verdicts(found)
 
 

@@ -27,6 +27,7 @@ def literal(layer: Routed, x: Tensor, mask: Tensor | None, parameters: dict[str,
         options["temperature"] = temperature
     if isinstance(layer, MixtureOfTokens):
         options |= {"group_size": layer.group_size, "normalize_mixture": layer.normalize_mixture}
+        options |= {"companion": layer.companion.double(), "companion_logit": layer.companion_logit.double()}
         return reference.mixture_of_tokens(x, mask, gate, experts, uniform=layer.gate is None, **options)
     assert gate is not None
     if isinstance(layer, ExpertChoice):
@@ -150,7 +151,8 @@ def two_experts(kind, *sizes, **options):
         "experts.up_proj": [[[4, 8]], [[-5, 5]]],
         "experts.down_proj": [[[1], [2]], [[0], [1]]],
     }
-    layer.load_state_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in weights.items()})
+    for name, value in weights.items():
+        torch.nn.init.zeros_(layer.get_parameter(name)).data += torch.tensor(value)
     return layer
 
 
@@ -161,9 +163,9 @@ def two_experts(kind, *sizes, **options):
         # mix1 = (3/4, 1/4), y1 = (1, 2) * (3 + 2) = (5, 10);  mix2 = (1/5, 4/5), y2 = (0, 1) * (-1 + 4) = (0, 3)
         # out1 = 3/4 y1 + 1/5 y2 = (3.75, 8.1);  out2 = 1/4 y1 + 4/5 y2 = (1.25, 4.9)
         (two_experts(MixtureOfTokens, 2), None, [[3.75, 8.1], [1.25, 4.9]]),
-        # x1 alone in a group of two: its weight is 1 with both experts, and it gets one half of the sum.
-        # FFN_1(x1) = (1, 2) * 4 = (4, 8), FFN_2(x1) = (0, 1) * relu(-5) = (0, 0)
-        (two_experts(MixtureOfTokens, 2), [[True], [False]], [[2, 4], [0, 0]]),
+        # x1 beside a missing token, which is zeros: expert 1 weighs exp(ln 3) : exp(0) = 3/4 and expert 2 weighs 1/2.
+        # mix1 = (3/4, 0), y1 = (1, 2) * 3 = (3, 6);  mix2 = (1/2, 0), y2 = (0, 1) * relu(-2.5);  out1 = 3/4 y1
+        (two_experts(MixtureOfTokens, 2), [[True], [False]], [[2.25, 4.5], [0, 0]]),
         # The mixtures over the norms of their weights, sqrt(10)/4 and sqrt(17)/5; relu passes positive scales on.
         (
             two_experts(MixtureOfTokens, 2, normalize_mixture=True),
@@ -206,7 +208,7 @@ def test_one_expert_on_single_tokens_is_the_dense_mlp(kind, experts):
 @pytest.mark.parametrize("mask", [None, some_mask()], ids=["unmasked", "masked"])
 def test_a_zero_router_is_uniform_mixing(mask):
     layer, uniform, x = build("mot"), build("uniform"), tokens()
-    uniform.experts.load_state_dict(layer.experts.state_dict())
+    uniform.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("gate")})
     assert not torch.allclose(layer(x, mask), uniform(x, mask))
     torch.nn.init.zeros_(layer.gate.weight)
     assert_close(layer(x, mask), uniform(x, mask))

@@ -135,22 +135,40 @@ def test_a_mask_of_all_true_is_no_mask(name):
     assert_close(gradients(layer, x, mask.long(), cotangent), expected)  # as tokenizers give it
 
 
-def check_copies(layer: nn.Module, n: int, group_size: int) -> None:
-    """n of G tokens get what a group filled up with copies of them gets."""
-    x = tokens(n, T, D)
-    full = layer(x.repeat(group_size // n, 1, 1))[:n]
+def completed_with_companions(layer: MixtureOfTokens, x: Tensor) -> Tensor:
+    """The layer over full groups: for each expert, a layer of it alone over the rows and copies of its companion."""
+    n, total = len(x), torch.zeros_like(x)
+    for e in range(layer.num_experts):
+        alone = MixtureOfTokens(D, F, 1, layer.group_size, normalize_mixture=layer.normalize_mixture).double()
+        alone.load_state_dict({name: value[e : e + 1] for name, value in layer.state_dict().items()})
+        total += alone(torch.cat([x, layer.companion[e].expand(layer.group_size - n, T, D)]))[:n]
+    return total
+
+
+def check_companions(layer: nn.Module, x: Tensor, expected: Tensor) -> None:
+    group_size, n = 6, len(x)
+    assert_close(layer(x), expected)
     mask = (torch.arange(group_size) < n)[:, None].expand(-1, T)
-    assert_close(layer(x), full)
-    assert_close(layer(functional.pad(x, (0, 0, 0, 0, 0, group_size - n)), mask)[:n], full)
+    assert_close(layer(functional.pad(x, (0, 0, 0, 0, 0, group_size - n)), mask)[:n], expected)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("options", [{}, {"uniform": True}, {"temperature": 0.125}], ids=["mot", "uniform", "sharp"])
-def test_a_partial_group_equals_one_filled_with_copies(options, n):
-    layer = randomized(MixtureOfTokens(D, F, E, 6, **options)).double()
-    check_copies(layer, n, 6)
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("normalize_mixture", [False, True])
+def test_companions_complete_a_partial_group(normalize_mixture, n):
+    layer, x = randomized(MixtureOfTokens(D, F, E, 6, normalize_mixture=normalize_mixture)).double(), tokens(n, T, D)
+    with torch.no_grad():  # a companion that is a token has the router's logit
+        layer.companion_logit.copy_((layer.companion * layer.gate.weight).sum(1))
+    expected = completed_with_companions(layer, x)
+    check_companions(layer, x, expected)
     with pytest.raises(AssertionError, match="not close"):
-        check_copies(Faulty(layer, completed_with_zeros), n, 6)
+        check_companions(Faulty(layer, completed_with_zeros), x, expected)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"uniform": True}, {"normalize_mixture": True}], ids=str)
+def test_before_calibration_missing_tokens_are_zeros(options, n):
+    layer, x = MixtureOfTokens(D, F, E, 6, **options).double(), tokens(n, T, D)
+    check_companions(layer, x, completed_with_zeros(layer, x, None))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

@@ -62,7 +62,8 @@ def test_save_and_load_through_auto_classes_gives_identical_logits(kind, tmp_pat
 @pytest.mark.parametrize("kind", ["mixture_of_tokens", "token_choice", "expert_choice"])
 def test_state_dict_loads_into_qwen3_moe_with_every_key(kind):
     model = tiny(kind)
-    assert Qwen3MoeForCausalLM(model.config).load_state_dict(model.state_dict()).missing_keys == []
+    ours = {name: value for name, value in model.state_dict().items() if "companion" not in name}
+    assert Qwen3MoeForCausalLM(model.config).load_state_dict(ours).missing_keys == []
 
 
 def test_token_choice_is_qwen3_moe():

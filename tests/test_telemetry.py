@@ -81,10 +81,13 @@ def combined(layer, x: Tensor, mask: Tensor | None, weights: Tensor) -> Tensor:
             if mask is not None and not mask[rows, t].any():
                 assert not w.any()
                 continue
-            into = w / w.sum(0)
+            lacking = layer.group_size - (len(x[rows]) if mask is None else int(mask[rows, t].sum()))
+            each = (1 - w.sum(0)) / max(lacking, 1)  # of the companions
+            into = torch.cat([w, each.expand(lacking, -1)])
             if layer.normalize_mixture:
-                into = into / into.norm(dim=0)
-            y[rows, t] = w @ layer.experts((into.T @ x[rows, t])[:, None])[:, 0]
+                into, each = into / into.norm(dim=0), each / into.norm(dim=0)
+            mixtures = into[: len(w)].T @ x[rows, t] + (lacking * each)[:, None] * layer.companion
+            y[rows, t] = w @ layer.experts(mixtures[:, None])[:, 0]
     return y
 
 

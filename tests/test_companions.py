@@ -1,0 +1,158 @@
+"""What stands for missing tokens: how it is measured, and that it serves a row alone and in private."""
+
+import copy
+import math
+
+import pytest
+import torch
+from routings import G, T, build, gradients, some_mask, tokens
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions
+from mixture_of_tokens.companions import training_groups
+from mixture_of_tokens.evaluate import cross_entropy
+from mixture_of_tokens.loading import load_model, text_of
+from mixture_of_tokens.model import MixtureOfTokensConfig
+
+SIZES = {"hidden_size": 16, "intermediate_size": 20, "moe_intermediate_size": 12, "head_dim": 8, "num_experts": 5}
+MIXED = "MoT-Nano/4E/2"
+
+
+def tiny(kind: str = "mixture_of_tokens", **options) -> MixtureOfTokensForCausalLM:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2, "vocab_size": 37}
+    config = MixtureOfTokensConfig(**SIZES, **heads, group_size=3, mlp_layer_types=["dense", kind], **options)
+    return MixtureOfTokensForCausalLM(config).double().eval()
+
+
+def batch(rows: int = 6, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(37, (rows, length), generator=torch.Generator().manual_seed(seed))}
+
+
+def layer_of(model) -> MixtureOfTokens:
+    return model.model.layers[1].mlp
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_mixture": True}, {"router_temperature": 0.3}], ids=str)
+def test_companions_are_means_over_full_groups(options):
+    model, seen = tiny(**options), []
+    layer = layer_of(model)
+    layer.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    calibrate_companions(model, [batch(), batch(3, seed=1)])
+    inverse, mixtures, groups = torch.zeros(5).double(), torch.zeros(5, 16).double(), 0
+    for x in seen:  # literally: every group, every expert
+        for start in range(0, len(x), 3):
+            for t in range(x.shape[1]):
+                group = x[start : start + 3, t]
+                exponentials = (group @ layer.gate.weight.double().T / layer.gate.initial_temperature).exp()
+                total = exponentials.sum(0)
+                inverse += 3 / total
+                mixtures += (exponentials / total).T @ group
+                groups += 1
+    assert groups == 21
+    assert_close(layer.companion_logit, -(inverse / groups).log())
+    assert_close(layer.companion, mixtures / groups)
+
+
+def test_full_groups_are_as_before_and_a_second_time_changes_nothing():
+    model = tiny()
+    logits, alone = model(**batch()).logits, model(**batch(1)).logits
+    calibrate_companions(model, [batch(seed=1)])
+    assert torch.equal(model(**batch()).logits, logits)
+    assert not torch.allclose(model(**batch(1)).logits, alone)
+    once = copy.deepcopy(model.state_dict())
+    calibrate_companions(model, [batch(seed=1)])
+    assert_close(dict(model.state_dict()), dict(once), rtol=0, atol=0)
+
+
+def test_a_router_that_sees_no_difference_gets_the_mean_token():
+    model = tiny("uniform")
+    seen = []
+    layer_of(model).register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    calibrate_companions(model, [batch()])
+    assert_close(layer_of(model).companion_logit, torch.zeros(5).double())
+    assert_close(layer_of(model).companion, seen[0].flatten(0, 1).mean(0).expand(5, 16))
+
+
+def test_groups_that_lack_a_token_are_passed_over():
+    model, other = tiny(), tiny()
+    mask = torch.ones(6, 7, dtype=torch.long)
+    mask[:3, :2] = 0  # padding on the left of the first group
+    calibrate_companions(model, [batch() | {"token_mask": mask.bool()}])
+    kept = {"input_ids": batch()["input_ids"]}
+    calibrate_companions(other, [kept])
+    assert not torch.equal(layer_of(model).companion, layer_of(other).companion)
+    with pytest.raises(ValueError, match="no batch has a group of 3 real tokens"):
+        calibrate_companions(model, [batch(2)])
+    calibrate_companions(tiny("token_choice"), [])  # nothing to measure
+
+
+def test_companions_are_saved_and_zeros_where_a_checkpoint_has_none(tmp_path):
+    model = tiny()
+    calibrate_companions(model, [batch()])
+    model.save_pretrained(tmp_path / "with")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "with", dtype=torch.float64)
+    assert torch.equal(again(**batch(1)).logits, model(**batch(1)).logits)
+    without = {name: value for name, value in model.state_dict().items() if "companion" not in name}
+    model.save_pretrained(tmp_path / "without", state_dict=without)
+    older = AutoModelForCausalLM.from_pretrained(tmp_path / "without", dtype=torch.float64)
+    assert not layer_of(older).companion.any()
+    assert not layer_of(older).companion_logit.any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["mot", "mot_normalized", "uniform"])
+def test_alone_every_row_gets_what_it_gets_by_itself(name, masked, monkeypatch):
+    monkeypatch.setattr("mixture_of_tokens.layers.ALONE_AT_ONCE", 5)  # across rows, not a divisor
+    layer, x, cotangent = build(name), tokens(2 * G + 1, T), tokens(2 * G + 1, T, 8, seed=3)
+    x = tokens(2 * G + 1, T, 8)
+    mask = some_mask(2 * G + 1, T) if masked else None
+    each = [layer(x[i : i + 1], None if mask is None else mask[i : i + 1]) for i in range(len(x))]
+    together = layer(x, mask)
+    layer.alone = True
+    y, grads = gradients(layer, x, mask, cotangent)
+    assert_close(y, torch.cat(each))
+    assert not torch.allclose(y, together)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_served_alone_a_model_mixes_nothing():
+    model = tiny()
+    calibrate_companions(model, [batch(seed=5)])
+    inputs = batch()
+    assert model.mixes_examples
+    model.serve_alone()
+    assert not model.mixes_examples
+    expected = torch.cat([model(input_ids=row[None]).logits for row in inputs["input_ids"]])
+    assert_close(model(**inputs).logits, expected)
+    beams = model.generate(**inputs, num_beams=2, max_new_tokens=3, do_sample=False)  # no more refused
+    assert beams.shape == (6, 10)
+    model.serve_alone(False)
+    assert not torch.allclose(model(**inputs).logits, expected)
+    with pytest.raises(ValueError, match="Expert Choice chooses among the rows of a batch"):
+        tiny("expert_choice").serve_alone()
+
+
+def test_a_run_s_companions_make_a_row_alone_better(tiny_runs, tiny_cache):
+    model, text = load_model(str(tiny_runs[MIXED])), text_of(str(tiny_runs[MIXED]))
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
+    saved = [(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers]
+    rows = text.validation.batch(range(40))
+
+    def loss() -> float:
+        return cross_entropy(model, rows)[0]
+
+    model.serve_alone()
+    calibrated = loss()
+    for layer in layers:
+        layer.companion.zero_()
+        layer.companion_logit.zero_()
+    zeros = loss()
+    model.serve_alone(False)
+    calibrate_companions(model, training_groups(text.train, 32))
+    for layer, (companion, logit) in zip(layers, saved, strict=True):  # what `mot train` measured
+        assert_close(layer.companion, companion)
+        assert_close(layer.companion_logit, logit)
+    assert calibrated < zeros
+    assert math.isfinite(zeros)
