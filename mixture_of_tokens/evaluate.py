@@ -166,18 +166,21 @@ def cross_entropy(model, inputs: dict[str, Tensor]) -> tuple[float, int]:
     return float(model(**inputs, use_cache=False).loss) * count, count
 
 
-def evaluate_blocks(model, blocks: Blocks, *, group_size: int, batch_size: int, groups: int | None = None) -> dict:
+def evaluate_blocks(
+    model, blocks: Blocks, *, group_size: int, batch_size: int, groups: int | None = None, seed: int = 0
+) -> dict[str, float]:
     """Mean cross-entropy in nats a token, in fixed groups of different documents.
 
     Args:
         batch_size: rows at a time, a multiple of the group size.
         groups: how many groups to take. None, or more than there are, takes all of the text, each token once, in
             groups that are filled up with masked rows where need be, and then counts bits per byte too.
+        seed: of the groups.
 
     Returns `loss`, `tokens` and, over all of the text, `bits_per_byte`.
     """
     everything = groups is None or groups * group_size > len(blocks)
-    order = grouped_order(blocks, group_size, everything=everything)[: None if everything else groups]
+    order = grouped_order(blocks, group_size, seed=seed, everything=everything)[: None if everything else groups]
     training = model.training
     model.eval()
     nats, tokens = 0.0, 0

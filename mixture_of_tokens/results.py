@@ -237,6 +237,7 @@ def _model(label: str, model: list[Run], models: dict[str, list[Run]], ends: lis
                 "seed": run.seed,
                 "directory": str(run.directory),
                 **{key: run.facts[key] for key in ("final_loss", "bits_per_byte", "seconds")},
+                "regrouping_spread": run.facts.get("regrouping_spread"),  # None: its rows do not influence each other
                 "seconds_per_step": run.facts["seconds"] / run.facts["steps"],
                 "tokens_per_second": run.facts["tokens"] / run.facts["seconds"],
                 "equal_time_loss": None if np.isnan(at_end) else at_end,
@@ -245,6 +246,7 @@ def _model(label: str, model: list[Run], models: dict[str, list[Run]], ends: lis
             }
         )
     keys = ("final_loss", "bits_per_byte", "seconds", "seconds_per_step", "tokens_per_second", "equal_time_loss")
+    keys += ("regrouping_spread",)
     return {
         "label": label,
         "name": first.name,

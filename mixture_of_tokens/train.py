@@ -25,6 +25,7 @@ from mixture_of_tokens.shards import Prepared
 from mixture_of_tokens.trainer import AnnealTemperature, GroupedTrainer, StopOnSignal
 
 PROMPT = "def "
+REGROUPINGS = 3
 
 
 def train(
@@ -58,6 +59,8 @@ def train(
         return
     loss, bits = f"{facts['final_loss']:.4f} nats a token", f"{facts['bits_per_byte']:.4f} bits a byte"
     print(f"{name}: loss {loss} of all {facts['evaluated_on']} text, {bits}")
+    if facts.get("regrouping_spread") is not None:
+        print(f"{REGROUPINGS} ways to group that text differ by {facts['regrouping_spread']:.4f} nats")
     print(f"{facts['seconds']:.0f} s, {facts['tokens_per_second']} tokens/s. Everything is in {out}.")
     print(f"A lone prompt, continued:\n\n{PROMPT}{facts['sample']}")
 
@@ -163,9 +166,10 @@ def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], ou
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run["steps"] * trainer.run_log.tokens_per_step
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
-    final = evaluate_blocks(
-        model, trainer.evaluated, group_size=trainer.rows.group_size, batch_size=trainer.args.per_device_eval_batch_size
-    )
+    sizes = {"group_size": trainer.rows.group_size, "batch_size": trainer.args.per_device_eval_batch_size}
+    seeds = range(REGROUPINGS if model.mixes_examples else 1)
+    final, *others = [evaluate_blocks(model, trainer.evaluated, seed=seed, **sizes) for seed in seeds]
+    losses = [final["loss"], *(other["loss"] for other in others)]
     beside = out / "model.partial"
     with checkpoints.plain_errors(out / "model"):
         model.save_pretrained(beside)
@@ -178,6 +182,7 @@ def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], ou
         "tokens": tokens,
         "evaluated_on": run["evaluate_on"],
         "final_loss": final["loss"],
+        "regrouping_spread": max(losses) - min(losses) if others else None,
         "bits_per_byte": final["bits_per_byte"],
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds),

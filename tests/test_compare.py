@@ -71,6 +71,8 @@ def test_the_numbers_are_those_of_the_runs(compared):
         assert model["final_loss_difference"]["least"] == pytest.approx(
             min(a - b for a, b in zip(losses, dense, strict=True))
         )
+        spreads = [facts[model["label"], seed]["regrouping_spread"] for seed in (0, 1)]
+        assert (model["regrouping_spread"] or {}).get("greatest") == (None if spreads == [None, None] else max(spreads))
         assert model["parameters"]["total"] == facts[model["label"], 0]["parameters"]
         assert model["flops_per_token"]["forward"] == pytest.approx(
             facts[model["label"], 0]["forward_flops_per_token"], abs=1
@@ -91,6 +93,7 @@ def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, cap
     for name in NAMES:
         assert re.search(rf"^{name} +\d\.\d{{4}} ", shown, flags=re.MULTILINE)
         assert f"{name} continues 'def ':" in shown
+    assert shown.count("Which texts share a group moves its loss by") == sum("MoT" in name for name in NAMES)
     assert f"The page: {compared / 'report.html'}" in shown
 
 

@@ -83,6 +83,17 @@ def test_the_saved_model_has_the_loss_that_the_run_reports(runs, name, prepared)
     assert set(facts["versions"]) > {"python", "torch", "transformers"}
 
 
+def test_the_spread_over_regroupings_stands_beside_the_loss_of_a_mixture(runs, name, prepared):
+    spread = json.loads((runs[name] / "run.json").read_text())["regrouping_spread"]
+    if name.startswith(("Transformer", "TC")):
+        assert spread is None
+        return
+    model = AutoModelForCausalLM.from_pretrained(runs[name] / "model")
+    sizes = {"group_size": 32, "batch_size": ROWS}
+    losses = [evaluate_blocks(model, prepared.validation, seed=seed, **sizes)["loss"] for seed in range(3)]
+    assert 0 < spread == pytest.approx(max(losses) - min(losses), abs=1e-6)
+
+
 def test_the_tokenizer_is_saved_beside_the_model(runs, prepared):
     tokenizer = AutoTokenizer.from_pretrained(runs["Transformer-Nano"] / "model")
     text = "def f(x):\n    return x"
