@@ -20,6 +20,7 @@ from mixture_of_tokens.generate import generate
 from mixture_of_tokens.report import report
 from mixture_of_tokens.sweep import sweep
 from mixture_of_tokens.train import train
+from mixture_of_tokens.transition import transition
 
 COMMANDS = {
     "train": train,
@@ -29,6 +30,7 @@ COMMANDS = {
     "generate": generate,
     "evaluate": evaluate,
     "audit": audit,
+    "transition": transition,
     "plan": plan,
     "data-report": data_report,
 }

@@ -170,12 +170,13 @@ class GroupedBatches(Dataset):
     """Training rows in order: row i is of step i // batch_size, and the rows of a step depend on (seed, step) alone.
 
     Consecutive rows form groups, so however a step's rows are dealt out in order (processes, accumulation), a
-    micro-batch that is a multiple of the group size holds whole groups.
+    micro-batch that is a multiple of the group size holds whole groups. `first_step` steps have gone before, in the run
+    that this one goes on from.
     """
 
-    def __init__(self, blocks: Blocks, *, group_size: int, batch_size: int, steps: int, seed: int):
-        self.blocks, self.group_size, self.seed = blocks, group_size, seed
-        self.length = steps * batch_size
+    def __init__(self, blocks: Blocks, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
+        self.blocks, self.group_size, self.seed, self.first_step = blocks, group_size, seed, first_step
+        self.length, self.gone = steps * batch_size, first_step * batch_size
         self.rows_per_epoch = len(blocks) // group_size * group_size
         self._order: tuple[int, np.ndarray] | None = None
         self._rows_of(0)  # fail now rather than in a worker
@@ -189,7 +190,8 @@ class GroupedBatches(Dataset):
         return self._order[1]
 
     def block_numbers(self, rows: list[int]) -> np.ndarray:
-        return np.array([self._rows_of(row // self.rows_per_epoch)[row % self.rows_per_epoch] for row in rows])
+        numbers = [self.gone + row for row in rows]
+        return np.array([self._rows_of(row // self.rows_per_epoch)[row % self.rows_per_epoch] for row in numbers])
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         return self.blocks.batch(self.block_numbers(rows))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,24 @@ def run_training(
 
     Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
     """
-    config, run, arguments = merge(name, seed, learning_rate, options)
+    return run_merged(*merge(name, seed, learning_rate, options), out, resume=resume)
+
+
+def run_merged(
+    config: MixtureOfTokensConfig,
+    run: dict[str, Any],
+    arguments: dict[str, Any],
+    out: Path,
+    *,
+    resume: bool,
+    begin: Callable[[GroupedTrainer, Prepared], None] | None = None,
+) -> dict[str, Any]:
+    """The same for what `merge` returned.
+
+    Args:
+        begin: called before the first step, unless there is a checkpoint to go on from. With `first_step` in `run` its
+            steps are numbered on from there, and it is for `begin` to give it the weights, rows and clock of that step.
+    """
     if resume:
         check_resumed(out, run)
         if (out / "run.json").exists():
@@ -83,7 +101,7 @@ def run_training(
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
-    return _run(config, run, TrainingArguments(output_dir=str(out), **arguments), out)
+    return _run(config, run, TrainingArguments(output_dir=str(out), **arguments), out, begin)
 
 
 def _is_main() -> bool:
@@ -125,7 +143,10 @@ def build(
     config.eos_token_id = vocabulary[str(prepared.tokenizer.eos_token)]
     config.pad_token_id = vocabulary[str(prepared.tokenizer.pad_token)]
     rows = GroupedBatches(
-        prepared.train, group_size=group_size, batch_size=run["batch_size"], steps=run["steps"], seed=run["seed"]
+        prepared.train,
+        group_size=group_size,
+        **{key: run[key] for key in ("batch_size", "steps", "seed")},
+        first_step=run.get("first_step", 0),
     )
     set_seed(run["seed"])
     model = MixtureOfTokensForCausalLM(config)
@@ -138,7 +159,13 @@ def build(
     return trainer, prepared
 
 
-def _run(config: MixtureOfTokensConfig, run: dict[str, Any], arguments: TrainingArguments, out: Path) -> dict:
+def _run(
+    config: MixtureOfTokensConfig,
+    run: dict[str, Any],
+    arguments: TrainingArguments,
+    out: Path,
+    begin: Callable[[GroupedTrainer, Prepared], None] | None,
+) -> dict[str, Any]:
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
     trainer, prepared = build(config, run, arguments)
@@ -148,6 +175,8 @@ def _run(config: MixtureOfTokensConfig, run: dict[str, Any], arguments: Training
         checkpoints.write_text(out / "config.yaml", yaml.safe_dump(run, sort_keys=False))
         if checkpoint is not None:
             print(f"Going on from {checkpoint}", file=sys.stderr)
+    if begin is not None and checkpoint is None:
+        begin(trainer, prepared)
     stop = StopOnSignal()
     trainer.add_callback(stop)
     with stop.installed():
@@ -164,7 +193,8 @@ def _run(config: MixtureOfTokensConfig, run: dict[str, Any], arguments: Training
 def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write `model/` and, last, `run.json`, which says that the run is finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
-    tokens = run["steps"] * trainer.run_log.tokens_per_step
+    steps = trainer.rows.first_step + run["steps"]
+    tokens = steps * trainer.run_log.tokens_per_step
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
     sizes = {"group_size": trainer.rows.group_size, "batch_size": trainer.args.per_device_eval_batch_size}
     seeds = range(REGROUPINGS if model.mixes_examples else 1)
@@ -178,7 +208,7 @@ def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], ou
     facts = {
         "name": run["name"],
         "seed": run["seed"],
-        "steps": run["steps"],
+        "steps": steps,
         "tokens": tokens,
         "evaluated_on": run["evaluate_on"],
         "final_loss": final["loss"],

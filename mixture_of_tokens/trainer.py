@@ -59,8 +59,8 @@ class Clock:
 class RunLog(TrainerCallback):
     """`metrics.jsonl`, a row for every logged step, and the progress bar: loss, tokens a second, time left."""
 
-    def __init__(self, path: Path, tokens_per_step: int, clock: Clock):
-        self.path, self.tokens_per_step, self.clock = path, tokens_per_step, clock
+    def __init__(self, path: Path, tokens_per_step: int, clock: Clock, first_step: int = 0):
+        self.path, self.tokens_per_step, self.clock, self.first_step = path, tokens_per_step, clock, first_step
         self.row: dict[str, Any] = {}
         self.bar: tqdm | None = None
 
@@ -89,11 +89,12 @@ class RunLog(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if self.bar is None or not any(name in logs for name in ("loss", "eval_loss")):
             return
-        if self.row and self.row["step"] != state.global_step:
+        step = self.first_step + state.global_step
+        if self.row and self.row["step"] != step:
             self.write()
-        seconds, tokens = self.clock.seconds, state.global_step * self.tokens_per_step
+        seconds, tokens = self.clock.seconds, step * self.tokens_per_step
         speed = round(tokens / seconds) if tokens else 0
-        self.row |= {"step": state.global_step, "tokens": tokens, "seconds": round(seconds, 3)}
+        self.row |= {"step": step, "tokens": tokens, "seconds": round(seconds, 3)}
         self.row["tokens_per_second"] = speed
         names = {"loss": "train_loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate"}
         names |= {"grad_norm": "grad_norm", "aux_loss": "aux_loss"}
@@ -182,7 +183,7 @@ class GroupedTrainer(Trainer):
         self.run, self.clock = Path(str(self.args.output_dir)), Clock()
         parts = self.args.gradient_accumulation_steps * self.args.world_size
         tokens_per_step = self.args.per_device_train_batch_size * parts * rows.blocks.context
-        self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock)
+        self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock, rows.first_step)
         self.add_callback(self.run_log)
         self.add_callback(_RouterGradients(self))
         probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
@@ -203,7 +204,7 @@ class GroupedTrainer(Trainer):
             pairs = facts["reported"]
             self._reported = [(torch.tensor(a), None if b is None else torch.tensor(b)) for a, b in pairs]
         if self.is_world_process_zero():
-            self.run_log.forget_after(step)
+            self.run_log.forget_after(self.rows.first_step + step)
         if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
             # One directory for a run, however often it is resumed, without the points that are written again.
             writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)

@@ -1,0 +1,276 @@
+"""Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
+
+import json as json_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from mixture_of_tokens import checkpoints
+from mixture_of_tokens.companions import calibrate_companions, training_groups
+from mixture_of_tokens.evaluate import evaluate_blocks
+from mixture_of_tokens.loading import load_model, model_directory
+from mixture_of_tokens.model import MixtureOfTokensConfig
+from mixture_of_tokens.names import FIELDS, Name, parse_name
+from mixture_of_tokens.results import Run, read
+from mixture_of_tokens.settings import Options, merge
+from mixture_of_tokens.shards import Prepared
+from mixture_of_tokens.switch import calibrate as calibrate_switch
+from mixture_of_tokens.switch import rescale_moments, to_token_choice, token_choice_config
+from mixture_of_tokens.train import run_merged, run_training
+from mixture_of_tokens.trainer import EVALUATION_ROWS, GroupedTrainer
+from mixture_of_tokens.words import aligned
+
+SWITCH = "switch.json"
+# Fields of TrainingArguments that belong to the source's own number of steps.
+OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
+
+
+def transition(
+    run: Path,
+    *,
+    out: Path | None = None,
+    steps: int | None = None,
+    top_k: int | None = None,
+    capacity: float | None = None,
+    calibrate: Literal["full", "none"] = "full",
+    optimizer: Literal["carried", "fresh"] = "carried",
+    schedule: Literal["continued", "own"] = "own",
+    learning_rate: float | None = None,
+    control: Literal["router", "scratch"] | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Turn a finished Mixture of Tokens into Token Choice, which serves one prompt at a time, and train it on.
+
+    Experts, router and all else carry over, and the text goes on where the source's ended. The new run's metrics begin
+    with the source's, so that mot report shows one curve; its steps count on from there.
+
+    Args:
+        run: The source, a finished run directory of mot train. It is only read.
+        out: The new run directory; by default RUN-transition beside it, with the control's name where there is one.
+        steps: Steps after the switch; by default a tenth of the source's.
+        top_k: Experts a token goes to; by default the granularity, at equal FLOPs.
+        capacity: Drop the tokens that an expert gets beyond this many times its even share, in training, as the paper
+            does with 1.25; by default nothing is dropped.
+        calibrate: full fits biases and scales, folded into the weights, so that the loss jumps less at the switch.
+        optimizer: carried takes the optimizer's moments from the source's last checkpoint.
+        schedule: continued holds the source's last learning rate; own warms up for a tenth of the steps to the peak and
+            falls to a tenth of it.
+        learning_rate: The peak, or what is held; by default the source's last one if continued, else a quarter of its
+            peak.
+        control: router starts from a new router, scratch trains Token Choice from scratch, for all steps of the source
+            and these; both for comparison.
+        resume: Go on from the newest whole checkpoint of the new run.
+        dry_run: Print the merged configuration and stop.
+        json: Print JSON in place of the table.
+    """
+    source = read(run)
+    label = f"{run.name}-{'transition' if control is None else control}"
+    out = run.parent / label if out is None else out
+    if out.absolute() == run.absolute():
+        raise ValueError(f"--out {out} is the source itself; name another")
+    steps = max(1, source.facts["steps"] // 10) if steps is None else steps
+    settings = {
+        "source": str(run),
+        "calibrate": "none" if control == "router" else calibrate,
+        "optimizer": optimizer,
+        "control": control,
+    }
+    config, settings, arguments = _merged(source, settings, steps, top_k, capacity, schedule, learning_rate)
+    if control == "scratch":
+        _from_scratch(source, config, steps, out, resume=resume, dry_run=dry_run)
+        return
+    if dry_run:
+        print(yaml.safe_dump(settings, sort_keys=False), end="")
+        return
+    model_directory(str(run))
+    carried = _optimizer_file(source) if optimizer == "carried" else None
+    begin = _Beginning(source, settings["transition"], carried, out)
+    facts = run_merged(config, settings, arguments, out, resume=resume, begin=begin)
+    result = _result(source, read(out), facts)
+    print(json_module.dumps(result, indent=2) if json else _table(result, out))
+
+
+def _merged(
+    source: Run,
+    transition: dict[str, Any],
+    steps: int,
+    top_k: int | None,
+    capacity: float | None,
+    schedule: str,
+    learning_rate: float | None,
+) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
+    """As `settings.merge` returns it: the source's settings, those of its routing and of its schedule replaced."""
+    target = token_choice_config(source.config, top_k=top_k, capacity_factor=capacity)
+    model = {field: getattr(target, field) for field in source.settings["model"] if field in FIELDS}
+    model |= {field: getattr(target, field) for field in ("mlp_layer_types", "num_experts_per_tok", "capacity_factor")}
+    model["router_temperature"] = target.router_temperature
+    for derived in ("transformers_version", "mlp_only_layers"):
+        model.pop(derived, None)
+    training = {k: v for k, v in source.settings["training"].items() if not k.startswith(OF_THE_SOURCE)}
+    if schedule == "continued":
+        training |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+    if learning_rate is None:
+        last = [row["learning_rate"] for row in source.rows if row.get("learning_rate")][-1]
+        learning_rate = last if schedule == "continued" else source.settings["learning_rate"] / 4
+    given = {key: source.settings[key] for key in ("data", "field", "max_bytes", "tokenizer", "evaluate_on")}
+    words = {field: json_module.dumps(value) for field, value in model.items()}
+    options = Options(
+        steps=steps,
+        batch_size=source.settings["batch_size"],
+        model=words,
+        training={field: json_module.dumps(value) for field, value in training.items()},
+        **given,
+    )
+    config, run, arguments = merge(_token_choice_name(source), source.seed, learning_rate, options)
+    return config, run | {"first_step": source.facts["steps"], "transition": transition}, arguments
+
+
+def _token_choice_name(source: Run) -> str:
+    parsed = parse_name(source.name)
+    return str(Name("TC", parsed.size, parsed.group_size, parsed.granularity))
+
+
+def _from_scratch(
+    source: Run, config: MixtureOfTokensConfig, steps: int, out: Path, *, resume: bool, dry_run: bool
+) -> None:
+    """The control that never was a Mixture of Tokens, with its own recipe, for as many steps in all."""
+    given = {key: source.settings[key] for key in ("batch_size", "data", "field", "max_bytes", "tokenizer")}
+    fields = {"num_experts_per_tok": config.num_experts_per_tok, "capacity_factor": config.capacity_factor}
+    options = Options(
+        steps=source.facts["steps"] + steps, model={k: json_module.dumps(v) for k, v in fields.items()}, **given
+    )
+    name = _token_choice_name(source)
+    if dry_run:
+        print(yaml.safe_dump(merge(name, source.seed, None, options)[1], sort_keys=False), end="")
+        return
+    facts = run_training(name, source.seed, None, options, out, resume=resume)
+    print(f"{name} from scratch, {facts['steps']} steps: loss {facts['final_loss']:.4f}. Everything is in {out}.")
+
+
+def _optimizer_file(source: Run) -> Path:
+    if source.config.learnable_temperature:
+        raise ValueError(
+            "a learned temperature goes into the router, and its optimizer state nowhere: --optimizer fresh"
+        )
+    last = source.directory / f"checkpoint-{source.settings['steps']}"
+    problem = checkpoints.fault(last) if last.is_dir() else "it is not there"
+    if problem is not None or not (last / "optimizer.pt").is_file():
+        raise ValueError(f"{last} has no optimizer state to carry: {problem or 'no optimizer.pt'}; --optimizer fresh")
+    return last / "optimizer.pt"
+
+
+class _Beginning:
+    """What a run after the switch begins with: weights, moments, the clock and the rows of the source."""
+
+    def __init__(self, source: Run, transition: dict[str, Any], optimizer: Path | None, out: Path):
+        self.source, self.transition, self.optimizer, self.out = source, transition, optimizer, out
+
+    def __call__(self, trainer: GroupedTrainer, prepared: Prepared) -> None:
+        if prepared.facts["hash"] != self.source.facts["corpus"]["hash"]:
+            raise ValueError(
+                f"the text of {self.source.directory} has changed: its hash is {prepared.facts['hash']} now and was "
+                f"{self.source.facts['corpus']['hash']}"
+            )
+        model, target = load_model(str(self.source.directory)), trainer.causal_lm
+        groups = list(training_groups(prepared.train, trainer.rows.group_size))
+        calibrate_companions(model, groups)
+        losses = {"source_in_groups": _loss(trainer, model)}
+        model.serve_alone()
+        losses["source_alone"] = _loss(trainer, model)
+        model.serve_alone(False)
+        new_routers = {name: value.clone() for name, value in target.named_parameters() if "gate.weight" in name}
+        scales = to_token_choice(model, target)
+        losses["plain_switch"] = _loss(trainer, target)
+        errors: dict[str, tuple[float, float]] = {}
+        if self.transition["calibrate"] == "full":
+            errors = calibrate_switch(model, target, groups, scales)
+        if self.transition["control"] == "router":
+            with torch.no_grad():
+                for name, value in new_routers.items():
+                    target.get_parameter(name).copy_(value)
+        losses["at_the_switch"] = _loss(trainer, target)
+        if self.optimizer is not None:
+            _carry_moments(trainer, self.optimizer, scales, without=new_routers if self.transition["control"] else {})
+        trainer.clock.before = self.source.facts["seconds"]
+        lines = (self.source.directory / "metrics.jsonl").read_text()
+        checkpoints.write_text(self.out / "metrics.jsonl", lines)
+        facts = losses | {"branch_errors": errors}
+        checkpoints.write_text(self.out / SWITCH, json_module.dumps(facts, indent=2) + "\n")
+
+
+def _loss(trainer: GroupedTrainer, model: Any) -> float:
+    """Over the part of the text that training is evaluated on."""
+    sizes = {"group_size": trainer.rows.group_size, "batch_size": trainer.args.per_device_eval_batch_size}
+    groups = max(1, EVALUATION_ROWS // trainer.rows.group_size)
+    return evaluate_blocks(model, trainer.evaluated, groups=groups, **sizes)["loss"]
+
+
+def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor], without: dict[str, Tensor]) -> None:
+    """The source's optimizer state for a model with the same parameters in the same order."""
+    optimizer = trainer.create_optimizer()
+    kept = torch.load(file, map_location="cpu", weights_only=True)
+    now = optimizer.state_dict()
+    if [len(group["params"]) for group in kept["param_groups"]] != [len(g["params"]) for g in now["param_groups"]]:
+        raise ValueError(f"{file} is of other parameters; --optimizer fresh")
+    optimizer.load_state_dict(now | {"state": kept["state"]})  # groups have the new learning rate
+    names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
+    rescale_moments(optimizer, names, scales)
+    for parameter in [p for p in optimizer.state if names[id(p)] in without]:
+        del optimizer.state[parameter]
+
+
+def _result(source: Run, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    """Losses on the way: over the part of the text that is evaluated in training, at the ends over the whole too."""
+    switch = json_module.loads((run.directory / SWITCH).read_text())
+    after = [row for row in run.rows if row["step"] > source.facts["steps"]]
+    evaluated = [row for row in after if "eval_loss" in row]
+    measured = [row for row in after if "layers" in row]
+
+    def router(row: dict[str, Any]) -> dict[str, float]:
+        layers = [layer for layer in row["layers"].values() if "largest_load" in layer]
+        return {key: max(layer[key] for layer in layers) for key in ("largest_load", "dropped")}
+
+    tenth = source.facts["steps"] + max(1, run.settings["steps"] // 10)
+    first = next((row for row in evaluated if row["step"] >= tenth), evaluated[-1])
+    return switch | {
+        "source": str(source.directory),
+        "source_steps": source.facts["steps"],
+        "steps": run.settings["steps"],
+        "after_a_tenth": {"step": first["step"], "loss": first["eval_loss"]},
+        "at_the_end": evaluated[-1]["eval_loss"],
+        "source_final_loss": source.facts["final_loss"],
+        "final_loss": facts["final_loss"],
+        "seconds": facts["seconds"] - source.facts["seconds"],
+        "routers": {"first": router(measured[0]), "last": router(measured[-1])} if measured else None,
+    }
+
+
+def _table(result: dict[str, Any], out: Path) -> str:
+    before = result["source_in_groups"]
+    rows = [
+        ["source, in full groups", before],
+        ["source, each row alone", result["source_alone"]],
+        ["switched, weights as they are", result["plain_switch"]],
+        ["switched, as training begins", result["at_the_switch"]],
+        [f"step {result['after_a_tenth']['step']}", result["after_a_tenth"]["loss"]],
+        [f"step {result['source_steps'] + result['steps']}, the end", result["at_the_end"]],
+    ]
+    shown = [["", "loss", "vs source"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
+    lines = [aligned(shown), "", "Those are over the part of the text that training is evaluated on. Over all of it:"]
+    lines.append(f"the source's loss is {result['source_final_loss']:.4f}, this run's {result['final_loss']:.4f}.")
+    if result["routers"] is not None:
+        first, last = result["routers"]["first"], result["routers"]["last"]
+        lines.append(
+            f"The fullest expert has {first['largest_load']:.1f} times its even share at first and "
+            f"{last['largest_load']:.1f} at the end; {first['dropped']:.1%} and {last['dropped']:.1%} of tokens are "
+            "dropped, in the worst layer."
+        )
+    lines.append(
+        f"{result['seconds']:.0f} s after the switch. Everything is in {out}; mot report {out} draws the curve."
+    )
+    return "\n".join(lines)
