@@ -131,8 +131,13 @@ def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 def _noise(model, ids: Tensor, logits: Tensor) -> float:
     """Of the same batch once more, and in float64."""
     again = (_look(model, ids)[0] - logits).abs().max()
+    fast = getattr(model.config, "_experts_implementation", None)
+    if fast is not None:  # transformers' fast experts do not take float64
+        model.set_experts_implementation("eager")
     exact = _look(model.double(), ids)[0]
     model.float()
+    if fast is not None:
+        model.set_experts_implementation(fast)
     return max(float(again), float((exact - logits).abs().max()), torch.finfo(logits.dtype).eps * float(logits.std()))
 
 

@@ -16,6 +16,7 @@ from mixture_of_tokens.compare import compare
 from mixture_of_tokens.cost import plan
 from mixture_of_tokens.data_report import data_report
 from mixture_of_tokens.evaluate import evaluate
+from mixture_of_tokens.export import export
 from mixture_of_tokens.generate import generate
 from mixture_of_tokens.report import report
 from mixture_of_tokens.sweep import sweep
@@ -31,6 +32,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "audit": audit,
     "transition": transition,
+    "export": export,
     "plan": plan,
     "data-report": data_report,
 }

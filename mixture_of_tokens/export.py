@@ -1,0 +1,203 @@
+"""A trained model as a checkpoint of plain transformers, Qwen3-MoE or Qwen3: the command `mot export`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from mixture_of_tokens import checkpoints, provenance
+from mixture_of_tokens.layers import TokenChoice
+from mixture_of_tokens.loading import load_model, load_tokenizer_of, text_of
+from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
+
+TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
+ROWS = 4
+# Everything of our configuration that Qwen3 and Qwen3-MoE have under the same name.
+COMMON = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("tie_word_embeddings", "rope_parameters", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id"),
+    "pad_token_id",
+)
+OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob", "router_aux_loss_coef")
+
+# Run by another Python, in which this package cannot be imported, on the directory and the file of ids and logits.
+CHECK = """
+import sys
+sys.modules["mixture_of_tokens"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+directory, given, found = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+AutoTokenizer.from_pretrained(directory)
+with torch.no_grad():
+    save_file({"logits": model(load_file(given)["ids"]).logits.contiguous()}, found)
+print(type(model).__name__)
+"""
+
+
+def export(run: str, out: Path, *, force: bool = False) -> None:
+    """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
+
+    Another process, in which this library cannot be imported, loads what was written and computes logits of real text;
+    where they differ by more than rounding, nothing is left.
+
+    Args:
+        run: A run directory or a checkpoint.
+        out: The directory to write.
+        force: Replace it where it exists.
+    """
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists already; name another directory, or replace it with --force")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"{out}: {out.absolute().parent} is no directory")
+    model, tokenizer = load_model(run).float(), load_tokenizer_of(run)
+    if not isinstance(model, MixtureOfTokensForCausalLM):
+        raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads as it is")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer beside {run} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
+            "another model's"
+        )
+    plain = to_plain(model)
+    ids, what = _text(run, model)
+    beside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with checkpoints.plain_errors(out):
+            plain.save_pretrained(beside)
+        _write_config(beside)
+        tokenizer.save_pretrained(beside)
+        difference, scale = compare_logits(model, beside, ids)
+        allowed = TOLERANCE * max(1.0, scale)
+        if not difference <= allowed:
+            raise ValueError(
+                f"the checkpoint written from {run} is not the same model: logits of {what} differ by up to "
+                f"{difference:.1e}, and {allowed:.1e} is allowed; nothing is left of it"
+            )
+        (beside / "README.md").write_text(_card(run, model, plain, difference))
+        checkpoints.publish(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    kind = type(plain).__name__
+    print(f"{out} is a {kind}. Its logits of {what} differ from the run's by at most {difference:.1e}.")
+
+
+def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
+    """The same model in transformers' own classes.
+
+    Raises ValueError, naming the way out, for what has no counterpart there.
+    """
+    config, kinds = model.config, set(model.config.feed_forwards)
+    if mixing := kinds & {"mixture_of_tokens", "uniform", "expert_choice"}:
+        way = "mot transition turns it into Token Choice" if "mixture_of_tokens" in mixing else "it cannot be served so"
+        raise ValueError(f"{', '.join(sorted(mixing))} is not in plain transformers: {way}")
+    if not config.gated:
+        raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
+    common["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if "token_choice" not in kinds:
+        dense = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
+        dense.load_state_dict(weights)
+        return dense.eval()
+    for i, block in enumerate(model.model.layers):
+        if isinstance(block.mlp, TokenChoice):  # plain routers have no temperature
+            weights.pop(f"model.layers.{i}.mlp.gate.log_temperature", None)
+            weights[f"model.layers.{i}.mlp.gate.weight"] /= block.mlp.gate.temperature.detach()
+    experts = {field: getattr(config, field) for field in OF_EXPERTS}
+    sparse = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, **_layout(config), use_sliding_window=False))
+    sparse.load_state_dict(weights)
+    return sparse.eval()
+
+
+def _layout(config: MixtureOfTokensConfig) -> dict[str, Any]:
+    dense = [i for i, kind in enumerate(config.feed_forwards) if kind == "dense"]
+    return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def _write_config(directory: Path) -> None:
+    """Both names of the number of experts: transformers writes one, other software reads the other."""
+    written = json.loads((directory / "config.json").read_text())
+    count = written.get("num_experts", written.get("num_local_experts"))
+    if count is not None:
+        written |= {"num_experts": count, "num_local_experts": count}
+        (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    settings = {key: written.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**settings, do_sample=True, temperature=0.8).save_pretrained(directory)
+
+
+def _text(run: str, model: MixtureOfTokensForCausalLM) -> tuple[Tensor, str]:
+    """Token ids (rows, T) to compare logits on, and what they are."""
+    length = model.config.max_position_embeddings
+    try:
+        blocks = text_of(run).validation
+    except ValueError:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(model.config.vocab_size, (ROWS, min(256, length)), generator=generator), "random tokens"
+    return blocks.batch(range(min(ROWS, len(blocks))))["input_ids"], "validation text"
+
+
+def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, float]:
+    """The largest difference of logits from those that plain transformers finds, and the logits' standard deviation.
+
+    Raises ValueError where it cannot load the directory.
+    """
+    given, found = directory / "given.safetensors", directory / "found.safetensors"
+    try:
+        save_file({"ids": ids.contiguous()}, given)
+        command = [sys.executable, "-c", CHECK, str(directory), str(given), str(found)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = done.stderr.strip().rpartition("\n")[2]
+            raise ValueError(f"plain transformers cannot load what was written: {last}")
+        with torch.no_grad():
+            logits = model(ids.to(model.device)).logits.cpu()
+        return float((load_file(found)["logits"] - logits).abs().max()), float(logits.std())
+    finally:
+        given.unlink(missing_ok=True)
+        found.unlink(missing_ok=True)
+
+
+def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, difference: float) -> str:
+    """The model card."""
+    config, kind = model.config, type(plain).__name__
+    sparse = "token_choice" in config.feed_forwards
+    path = Path(run)
+    facts = json.loads((path / "run.json").read_text()) if (path / "run.json").is_file() else {}
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {path.name}", ""]
+    lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
+    if sparse:
+        blocks = sum(kind == "token_choice" for kind in config.feed_forwards)
+        lines.append(
+            f"{blocks} of its {config.num_hidden_layers} feed-forwards are sparse: {config.num_experts} experts of "
+            f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, by softmax over all "
+            "experts, without renormalising. Nothing is dropped."
+        )
+    if facts:
+        corpus, transition = facts["corpus"], path / "switch.json"
+        lines += ["", "## Training", "", f"{facts['name']}, {facts['steps']:,} steps, {facts['tokens']:,} tokens of"]
+        lines.append(f"{corpus.get('source') or 'text'} (hash {corpus['hash']}), seed {facts['seed']}.")
+        if transition.is_file():
+            losses = json.loads(transition.read_text())
+            lines.append(
+                "It was a Mixture of Tokens (arXiv 2310.15961) first, and then switched to Token Choice: loss "
+                f"{losses['source_in_groups']:.4f} before, {losses['at_the_switch']:.4f} at the switch."
+            )
+        lines.append(
+            f"Loss on all {facts['evaluated_on']} text: {facts['final_loss']:.4f} nats a token, "
+            f"{facts['bits_per_byte']:.4f} bits a byte."
+        )
+    lines += ["", "## Use", "", "Plain transformers loads it, and whatever reads this architecture."]
+    lines.append("Each prompt is served by itself: no row of a batch influences another beyond rounding.")
+    lines.append(f"Logits in fp32 were compared with the training library's: at most {difference:.1e} apart.")
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
+    return "\n".join([*lines, "", f"Written by mixture-of-tokens ({versions}).", ""])

@@ -1,0 +1,218 @@
+"""`mot export`: what plain transformers gets, in a process where this library does not exist."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from routings import randomized
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from mixture_of_tokens import MixtureOfTokensForCausalLM, cli
+from mixture_of_tokens import export as export_module
+from mixture_of_tokens.export import to_plain
+from mixture_of_tokens.model import MixtureOfTokensConfig
+
+MIXED = "MoT-Nano/4E/2"
+
+
+def mot(*words: object) -> None:
+    cli.main(["export", *map(str, words)])
+
+
+def model_of(kind: str, **options) -> MixtureOfTokensForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "moe_intermediate_size": 12, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "group_size": 3, "mlp_layer_types": ["dense", kind, kind]}
+    config = MixtureOfTokensConfig(
+        **{"vocab_size": 512, "max_position_embeddings": 256} | sizes | heads | experts | options
+    )
+    return randomized(MixtureOfTokensForCausalLM(config)).eval()
+
+
+@pytest.fixture
+def saved(tiny_runs, tmp_path):
+    """Saves a model with a tokenizer and returns the directory."""
+
+    def save(kind: str, **options):
+        directory = tmp_path / f"saved-{kind}"
+        model_of(kind, **options).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(tiny_runs[MIXED] / "model").save_pretrained(directory)
+        return directory
+
+    return save
+
+
+ELSEWHERE = """
+import json, sys
+sys.modules["mixture_of_tokens"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+directory, ids, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(directory).eval()
+with torch.no_grad():
+    logits = model(torch.tensor(ids)).logits
+    written = model.generate(torch.tensor(ids)[:1], max_new_tokens=new, min_new_tokens=new, do_sample=False)
+kept = AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
+print(json.dumps({"kind": type(model).__name__, "logits": logits.tolist(), "text": written[0].tolist(), "kept": kept}))
+"""
+
+
+def elsewhere(directory, ids: torch.Tensor, new: int) -> dict:
+    words = [sys.executable, "-c", ELSEWHERE, str(directory), json.dumps(ids.tolist()), str(new)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("token_choice", {"capacity_factor": 0.5}, "Qwen3MoeForCausalLM"),  # which training would drop by
+        ("token_choice", {"router_temperature": 0.5, "learnable_temperature": True}, "Qwen3MoeForCausalLM"),
+        ("dense", {}, "Qwen3ForCausalLM"),
+    ],
+    ids=["capacity", "temperature", "dense"],
+)
+def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist(
+    kind, options, expected, saved, tmp_path, capsys
+):
+    directory = saved(kind, **options)
+    mot(directory, tmp_path / "out")
+    assert "differ from the run's by at most" in capsys.readouterr().out
+    model = MixtureOfTokensForCausalLM.from_pretrained(directory).eval()
+    ids = torch.randint(512, (3, 17), generator=torch.Generator().manual_seed(1))
+    found = elsewhere(tmp_path / "out", ids, 200)
+    assert found["kind"] == expected
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(found["logits"]), model(ids).logits, rtol=1e-5, atol=1e-5)
+        one = model(ids[:1, :1]).logits  # a single token, which no capacity may drop
+        torch.testing.assert_close(torch.tensor(found["logits"])[:1, :1], one, rtol=1e-5, atol=1e-5)
+    written = model.generate(ids[:1], max_new_tokens=200, min_new_tokens=200, do_sample=False)
+    assert found["text"] == written[0].tolist()
+    assert found["kept"] == AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["token_choice", "dense"])
+def test_keys_and_shapes_are_those_that_transformers_writes(kind, saved, tmp_path):
+    mot(saved(kind), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    own = {"token_choice": (Qwen3MoeConfig, Qwen3MoeForCausalLM), "dense": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    sizes = {key: value for key, value in config.items() if key not in ("architectures", "transformers_version")}
+    own[1](own[0](**sizes)).save_pretrained(tmp_path / "own")
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(tmp_path / place / "model.safetensors").items()}
+        for place in ("out", "own")
+    ]
+    assert shapes[0] == shapes[1]
+    if kind == "token_choice":
+        assert config["num_experts"] == config["num_local_experts"] == 6
+        assert (config["mlp_only_layers"], config["norm_topk_prob"]) == ([0], False)
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_the_circle_from_training_to_plain_transformers(tiny_runs, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    cli.main(["transition", str(tiny_runs[MIXED]), "--steps", "3", "--calibrate", "none", "--out", str(run)])
+    mot(run, out)
+    assert "validation text" in capsys.readouterr().out
+    ids = torch.tensor([AutoTokenizer.from_pretrained(out)("abc de fgh")["input_ids"]])
+    model = MixtureOfTokensForCausalLM.from_pretrained(run / "model")
+    found = elsewhere(out, ids, 20)
+    assert found["text"] == model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)[0].tolist()
+    card = (out / "README.md").read_text()
+    facts = json.loads((run / "run.json").read_text())
+    for told in (f"{facts['final_loss']:.4f}", "33 steps", facts["corpus"]["hash"], "8 experts of width 48", "loss"):
+        assert told in card
+    cli.main(["audit", str(out), "--expect", "private"])
+
+
+def test_a_perturbed_expert_fails_and_leaves_nothing(saved, tmp_path, monkeypatch, capsys):
+    def perturbed(model):
+        plain = to_plain(model)
+        with torch.no_grad():
+            plain.model.layers[2].mlp.experts.down_proj[3, 0, 0] += 0.05
+        return plain
+
+    directory = saved("token_choice")
+    monkeypatch.setattr(export_module, "to_plain", perturbed)
+    with pytest.raises(SystemExit, match="2"):
+        mot(directory, tmp_path / "out")
+    assert "is not the same model" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, tmp_path, monkeypatch, capsys):
+    directory, out = saved("dense"), tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        mot(directory, out)
+    assert "exists already" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "CHECK", "import sys; sys.exit('no room')")
+        with pytest.raises(SystemExit, match="2"):
+            mot(directory, out, "--force")
+    assert "plain transformers cannot load what was written: no room" in capsys.readouterr().err
+    assert (out / "mine").read_text() == "mine"
+    mot(directory, out, "--force")
+    assert not (out / "mine").exists()
+    assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "mixture_of_tokens",
+            "mixture_of_tokens is not in plain transformers: mot transition turns it into Token Choice",
+        ),
+        ("uniform", "uniform is not in plain transformers: it cannot be served so"),
+        ("expert_choice", "expert_choice is not in plain transformers: it cannot be served so"),
+        ("plain", "plain feed-forwards (gated false) are not in Qwen3"),
+        ("foreign tokenizer", "it is another model's"),
+        ("transformers' own", "is a Qwen3ForCausalLM, which transformers loads as it is"),
+        ("truncated", "cannot be loaded"),
+        ("no tokenizer", "has no tokenizer beside the model"),
+        ("nowhere", "is no directory"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, saved, tmp_path, capsys):
+    out = tmp_path / "out"
+    if given == "plain":
+        directory = saved("token_choice", gated=False, hidden_act="relu")
+    elif given == "foreign tokenizer":
+        directory = saved("token_choice", vocab_size=200)
+    elif given in ("mixture_of_tokens", "uniform", "expert_choice"):
+        directory = saved(given)
+    else:
+        directory = saved("dense")
+    if given == "transformers' own":
+        mot(directory, tmp_path / "plain")
+        directory = tmp_path / "plain"
+    elif given == "truncated":
+        weights = directory / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif given == "no tokenizer":
+        for file in directory.glob("tokenizer*"):
+            file.unlink()
+    elif given == "nowhere":
+        out = tmp_path / "missing" / "out"
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        mot(directory, out)
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_killed_while_it_writes_it_leaves_no_directory_of_that_name(saved, tmp_path):
+    directory = saved("dense")
+    shutil.copytree(directory, tmp_path / "out.partial")  # what a killed export may have left
+    (tmp_path / "out.partial" / "stale").write_text("stale")
+    mot(directory, tmp_path / "out")
+    assert not (tmp_path / "out" / "stale").exists()
+    assert not (tmp_path / "out.partial").exists()

@@ -1,0 +1,128 @@
+"""The weights of a Mixture of Tokens in a Token Choice model, and what is fitted before its first step."""
+
+import pytest
+import torch
+from routings import randomized
+from torch.testing import assert_close
+
+from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
+from mixture_of_tokens.companions import training_groups
+from mixture_of_tokens.evaluate import cross_entropy
+from mixture_of_tokens.loading import load_model, text_of
+from mixture_of_tokens.model import MixtureOfTokensConfig
+from mixture_of_tokens.switch import calibrate, rescale_moments, to_token_choice, token_choice_config
+from tests import reference
+
+MIXED = "MoT-Nano/4E/2"
+
+
+def tiny(kind="mixture_of_tokens", **options) -> MixtureOfTokensForCausalLM:
+    config = MixtureOfTokensConfig(
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=20,
+        moe_intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=6,
+        num_experts_per_tok=2,
+        group_size=3,
+        mlp_layer_types=["dense", kind],
+        **options,
+    )
+    return randomized(MixtureOfTokensForCausalLM(config)).double().eval()
+
+
+def switched(source, **options):
+    target = MixtureOfTokensForCausalLM(token_choice_config(source.config, **options)).to(source.dtype).eval()
+    return target, to_token_choice(source, target)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_a_token_gets_its_top_experts_by_the_same_logits(learnable, top_k):
+    source = tiny(router_temperature=0.5, learnable_temperature=learnable)
+    target, scales = switched(source, top_k=top_k)
+    mixing, choosing = source.model.layers[1].mlp, target.model.layers[1].mlp
+    x = torch.randn(4, 5, 16, dtype=torch.float64)
+    expected = reference.token_choice(
+        x,
+        None,
+        mixing.gate.weight,
+        (mixing.experts.gate_up_proj, mixing.experts.down_proj),
+        num_experts_per_tok=2 if top_k is None else top_k,
+        temperature=mixing.gate.temperature.detach().double(),
+    )
+    assert_close(choosing(x), expected, rtol=1e-6, atol=1e-6)  # the temperature is a number in float32
+    assert_close(scales["model.layers.1.mlp.gate.weight"].double(), 1 / mixing.gate.temperature.detach().double())
+    others = {name: value for name, value in source.named_parameters() if "gate" not in name or "gate_up" in name}
+    for name, value in others.items():
+        if "gate_proj" not in name:
+            assert torch.equal(target.get_parameter(name), value), name
+
+
+@pytest.mark.parametrize("kind", ["dense", "uniform", "token_choice", "expert_choice"])
+def test_only_a_mixture_with_a_router_becomes_token_choice(kind):
+    with pytest.raises(ValueError, match="only a Mixture of Tokens with a router can become Token Choice"):
+        token_choice_config(tiny(kind).config)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_runs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))
+        return load_model(str(tiny_runs[MIXED])), text_of(str(tiny_runs[MIXED]))
+
+
+def test_calibration_brings_branches_and_loss_nearer_and_knows_what_it_folded_in(trained):
+    source, text = trained
+    groups = list(training_groups(text.train, 32))[:3]
+    calibrate_companions(source, groups)
+    target, scales = switched(source)
+    rows = text.validation.batch(range(64))
+    plain = cross_entropy(target, rows)[0]
+    errors = calibrate(source, target, groups, scales)
+    assert set(errors) == {"2", "3"}
+    assert all(after < 0.9 * before for before, after in errors.values())
+    assert cross_entropy(target, rows)[0] < plain
+    assert not target.config.learnable_temperature
+    for i in (2, 3):
+        for name in ("experts.gate_up_proj", "experts.down_proj"):
+            full = f"model.layers.{i}.mlp.{name}"
+            assert_close(target.get_parameter(full), source.get_parameter(full) * scales[full])
+            assert scales[full].shape == (8, 1, 1)
+    assert source.mixes_examples  # the source is as it was
+
+
+def test_calibration_is_the_same_each_time(trained):
+    source, text = trained
+    groups = list(training_groups(text.train, 32))[:2]
+    first, second = switched(source), switched(source)
+    for target, scales in (first, second):
+        calibrate(source, target, groups, scales)
+    for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_moments_are_those_of_training_the_scaled_weights():
+    """Adam on w, then rescaled, has the moments that Adam on w' = s w has had all along."""
+    torch.manual_seed(0)
+    start, scale = torch.randn(3, 4, dtype=torch.float64), torch.tensor([[0.5], [2.0], [3.0]], dtype=torch.float64)
+    gradients = [torch.randn(3, 4, dtype=torch.float64) for _ in range(5)]
+
+    def moments(weight, by) -> torch.optim.Optimizer:
+        adam = torch.optim.AdamW([weight], lr=1e-9)
+        for gradient in gradients:
+            weight.grad = gradient / by
+            adam.step()
+        return adam
+
+    weight, scaled = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start * scale)
+    before, expected = moments(weight, 1), moments(scaled, scale)
+    rescale_moments(before, {id(weight): "w"}, {"w": scale})
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert_close(before.state[weight][key], expected.state[scaled][key])
+    rescale_moments(before, {id(weight): "w"}, {})  # nothing was multiplied
+    assert_close(before.state[weight]["exp_avg"], expected.state[scaled]["exp_avg"])

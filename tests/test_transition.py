@@ -1,0 +1,180 @@
+"""`mot transition`: from a run in groups to a run that serves rows alone."""
+
+import hashlib
+import json
+import shutil
+import time
+from itertools import pairwise
+
+import processes
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mixture_of_tokens import cli
+from mixture_of_tokens.data import GroupedBatches
+from mixture_of_tokens.loading import text_of
+
+MIXED = "MoT-Nano/4E/2"
+STEPS, SOURCE_STEPS = 10, 30
+
+
+def mot(*words: object) -> None:
+    cli.main(["transition", *map(str, words)])
+
+
+def hashes(directory) -> dict:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def transitioned(tiny_runs, tmp_path_factory):
+    """The new run, what the command printed, and the source's files before."""
+    out = tmp_path_factory.mktemp("transition") / "run"
+    before = hashes(tiny_runs[MIXED])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))
+        mot(tiny_runs[MIXED], "--steps", STEPS, "--out", out)
+    return out, before
+
+
+def rows_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_source_is_untouched_and_its_metrics_go_on(transitioned, tiny_runs):
+    run, before = transitioned
+    assert hashes(tiny_runs[MIXED]) == before
+    source, rows = rows_of(tiny_runs[MIXED]), rows_of(run)
+    assert rows[: len(source)] == source
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == SOURCE_STEPS + STEPS
+    assert rows[-1]["tokens"] == steps[-1] * 32 * 64
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(rows))
+    facts = json.loads((run / "run.json").read_text())
+    assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", SOURCE_STEPS + STEPS)
+    assert facts["seconds"] > json.loads((tiny_runs[MIXED] / "run.json").read_text())["seconds"]
+
+
+def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned):
+    model = AutoModelForCausalLM.from_pretrained(transitioned[0] / "model")
+    assert model.config.feed_forwards == ["dense", "dense", "token_choice", "token_choice"]
+    assert (model.config.num_experts_per_tok, model.config.capacity_factor) == (2, None)
+    assert model.config.router_temperature == 1
+    assert not model.mixes_examples
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_it_is_private_and_has_a_page(transitioned, tmp_path, capsys):
+    cli.main(["audit", str(transitioned[0]), "--expect", "private"])
+    cli.main(["report", str(transitioned[0]), "--out", str(tmp_path / "page.html")])
+    assert "TC-Nano/4E/2" in capsys.readouterr().out
+    assert (tmp_path / "page.html").is_file()
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tiny_runs, tmp_path, capsys):
+    switch = json.loads((transitioned[0] / "switch.json").read_text())
+    assert switch["source_in_groups"] < switch["plain_switch"]
+    assert switch["at_the_switch"] < switch["plain_switch"]
+    mot(tiny_runs[MIXED], "--steps", 5, "--calibrate", "none", "--json", "--out", tmp_path / "plain")
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["at_the_switch"] == plain["plain_switch"] == pytest.approx(switch["plain_switch"], abs=1e-6)
+    assert plain["branch_errors"] == {}
+    assert plain["at_the_end"] < plain["at_the_switch"]
+    assert plain["routers"]["last"]["dropped"] == 0
+    with_capacity = tmp_path / "capacity"
+    mot(
+        tiny_runs[MIXED],
+        "--steps",
+        5,
+        "--capacity",
+        1.25,
+        "--calibrate",
+        "none",
+        "--optimizer",
+        "fresh",
+        "--json",
+        "--out",
+        with_capacity,
+    )
+    assert json.loads(capsys.readouterr().out)["routers"]["first"]["dropped"] > 0
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_the_controls_start_from_a_new_router_and_from_nothing(tiny_runs, tmp_path, capsys):
+    mot(tiny_runs[MIXED], "--steps", 5, "--control", "router", "--json", "--out", tmp_path / "router")
+    result = json.loads(capsys.readouterr().out)
+    assert result["at_the_switch"] not in (result["plain_switch"], result["source_in_groups"])
+    mot(tiny_runs[MIXED], "--steps", 2, "--control", "scratch", "--out", tmp_path / "scratch")
+    facts = json.loads((tmp_path / "scratch" / "run.json").read_text())
+    assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", SOURCE_STEPS + 2)
+    assert rows_of(tmp_path / "scratch")[0]["train_loss"] > 5  # near ln 512
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_rows_go_on_where_the_source_ended(tiny_runs):
+    blocks = text_of(str(tiny_runs[MIXED])).train
+    sizes = {"group_size": 32, "batch_size": 32, "seed": 3}
+    whole = GroupedBatches(blocks, steps=50, **sizes)
+    part = GroupedBatches(blocks, steps=20, first_step=30, **sizes)
+    assert len(part) == 20 * 32
+    assert part.block_numbers([0, 17, 639]).tolist() == whole.block_numbers([960, 977, 1599]).tolist()
+
+
+def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))
+    out = tmp_path / "stopped"
+    words = [str(tiny_runs[MIXED]), "--steps", str(STEPS), "--out", str(out), "--resume"]
+    process = processes.start(processes.mot, ["transition", *words], log=tmp_path / "log")
+    give_up = time.monotonic() + 120
+    while not (out / "switch.json").exists():
+        assert time.monotonic() < give_up
+        assert process.is_alive(), (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    process.terminate()
+    process.join()
+    mot(*words)
+    models = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (transitioned[0], out)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    steps = [row["step"] for row in rows_of(out)]
+    assert steps == [row["step"] for row in rows_of(transitioned[0])]
+
+
+@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["DENSE"],
+            "only a Mixture of Tokens with a router can become Token Choice; this model has dense blocks alone",
+        ),
+        (["missing"], "missing is no finished run: it has no run.json"),
+        (["MIXED", "--top-k", "9"], "--top-k must be 1 to 8, the number of experts, not 9"),
+        (["MIXED", "--steps", "0"], "--steps must be positive, not 0"),
+        (["MIXED", "--capacity", "-1"], "capacity_factor must be positive"),
+        (["MIXED", "--out", "MIXED"], "is the source itself"),
+        (["MIXED", "--out", "taken"], "taken exists already"),
+        (["WITHOUT"], "has no optimizer state to carry: it is not there; --optimizer fresh"),
+        (["WITHOUT", "--optimizer", "frsh"], "optimizer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_use_is_one_line_and_leaves_nothing(words, message, tiny_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    shutil.copytree(tiny_runs[MIXED], tmp_path / "without", ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = hashes(tmp_path)
+    named = {"DENSE": tiny_runs["Transformer-Nano"], "MIXED": tiny_runs[MIXED], "WITHOUT": tmp_path / "without"}
+    words = [named.get(word, word) for word in words]
+    if "--out" not in words:
+        words += ["--out", "new"]
+    with pytest.raises(SystemExit, match="2"):
+        mot(*words)
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+    assert hashes(tmp_path) == before
