@@ -62,12 +62,14 @@ def panel(
     y_range: tuple[float, float],
     level: float | None = None,
     points: Sequence[tuple[int, float]] = (),
+    switches: Sequence[tuple[int, float]] = (),
 ) -> ElementTree.Element:
     """A figure with one set of axes.
 
     Args:
         label: What it shows, for those who do not see it.
         level: A height marked all across; points: (series, x) of rings on it.
+        switches: (series, x) of upright lines.
     """
 
     def draw(axes: Axes) -> None:
@@ -82,6 +84,8 @@ def panel(
             for series, x in points:
                 ring = {"markeredgecolor": _style(series)["color"], "markerfacecolor": "none", "markeredgewidth": 1.8}
                 axes.plot([x], [level], "o", markersize=10, **ring)
+        for series, x in switches:
+            axes.axvline(x, color=_style(series)["color"], linewidth=1.2, linestyle=(0, (4, 2)))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_ylim(*y_range)

@@ -30,7 +30,7 @@ def page(
     labels, found = list(models), findings(comparison)
     title = f"{listed(labels)} compared" if len(labels) > 1 else labels[0]
     sections = {
-        "curves": ("Loss while training", _curves(comparison)),
+        "curves": ("Loss while training", _curves(comparison, _switches(models))),
         "tables": ("In numbers", tables(comparison)),
         "layers": ("Inside the layers", _layers(models)),
         "samples": ("What they write", _samples(comparison, samples)),
@@ -84,7 +84,19 @@ def _reservation(comparison: dict[str, Any]) -> str:
     return f"{what} What stands in brackets is the least and the greatest of {seeds_of(comparison)}."
 
 
-def _curves(comparison: dict[str, Any]) -> Child:
+def _switches(models: dict[str, list[Run]]) -> dict[int, dict[str, float]]:
+    """Where models became Token Choice, by their number: step, seconds and FLOPs, means over the seeds."""
+    found = {}
+    for i, model in enumerate(models.values()):
+        points = [
+            run.switch | {"flops": run.switch["tokens"] * run.switch["flops_per_token"]} for run in model if run.switch
+        ]
+        if points:
+            found[i] = {key: sum(point[key] for point in points) / len(points) for key in RATIOS.values()}
+    return found
+
+
+def _curves(comparison: dict[str, Any], switches: dict[int, dict[str, float]]) -> Child:
     models, baseline = comparison["models"], comparison["models"][0]
     level = summary(run["curve"][-1]["loss"] for run in baseline["runs"])
     assert level is not None
@@ -121,6 +133,7 @@ def _curves(comparison: dict[str, Any]) -> Child:
             y_range=(bottom, top),
             level=level["mean"],
             points=points,
+            switches=[(i, at[key] / scale) for i, at in switches.items()],
         )
         figures.append(html("figure", figure, html("figcaption", _caption(comparison, key, head))))
     note = "Means over the seeds, in a band from the least to the greatest. " if len(comparison["seeds"]) > 1 else ""
@@ -130,7 +143,9 @@ def _curves(comparison: dict[str, Any]) -> Child:
         html(
             "p",
             f"{note}The dotted line is {baseline['label']}'s last evaluation loss, {loss(level['mean'])}; a ring marks "
-            "where another model reaches it. The steep start, above the frame, is left out.",
+            "where another model reaches it. The steep start, above the frame, is left out."
+            + " An upright line is where a Mixture of Tokens became Token Choice."
+            * bool(switches),
             class_="quiet",
         ),
     ]

@@ -33,12 +33,13 @@ ENVIRONMENT = ("hardware", "cores", "threads", "versions", "commit")
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory: run.json, config.yaml and the rows of metrics.jsonl."""
+    """A run directory: run.json, config.yaml, the rows of metrics.jsonl and, after a transition, switch.json."""
 
     directory: Path
     facts: dict[str, Any]
     settings: dict[str, Any]
     rows: list[dict[str, Any]]
+    switch: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -66,13 +67,20 @@ class Run:
 
     @cached_property
     def curve(self) -> list[dict[str, float]]:
-        """The evaluations during training."""
-        return [
-            {key: row[key] for key in ("step", "tokens", "seconds")}
-            | {"flops": row["tokens"] * self.flops[1], "loss": row["eval_loss"]}
-            for row in self.rows
-            if "eval_loss" in row
-        ]
+        """The evaluations during training; after a transition the source's first, and the loss at the switch."""
+        points = [row | {"flops": row["tokens"] * self.flops[1], "loss": row["eval_loss"]} for row in self.evaluations]
+        if (switch := self.switch) is not None:
+            for point in points:
+                before = min(point["tokens"], switch["tokens"])
+                point["flops"] = before * switch["flops_per_token"] + (point["tokens"] - before) * self.flops[1]
+            place = sum(point["step"] <= switch["step"] for point in points)
+            points.insert(place, switch | {"flops": switch["tokens"] * switch["flops_per_token"]})
+            points[place]["loss"] = switch["at_the_switch"]
+        return [{key: point[key] for key in ("step", "tokens", "seconds", "flops", "loss")} for point in points]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if "eval_loss" in row]
 
     @cached_property
     def own_settings(self) -> dict[str, Any]:
@@ -93,11 +101,13 @@ def read(directory: Path) -> Run:
         facts = json.loads((directory / "run.json").read_text())
         settings = yaml.safe_load((directory / "config.yaml").read_text())
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        switched = directory / "switch.json"
+        switch = json.loads(switched.read_text()) if switched.is_file() else None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{directory} is no whole run directory: {error}") from None
     if not any("eval_loss" in row for row in rows):
         raise ValueError(f"{directory} was not evaluated while it trained: its metrics.jsonl has no eval_loss")
-    return Run(directory, facts, settings, rows)
+    return Run(directory, facts, settings, rows, switch)
 
 
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -199,7 +199,9 @@ class _Beginning:
         trainer.clock.before = self.source.facts["seconds"]
         lines = (self.source.directory / "metrics.jsonl").read_text()
         checkpoints.write_text(self.out / "metrics.jsonl", lines)
-        facts = losses | {"branch_errors": errors}
+        facts = {"step": self.source.facts["steps"], "tokens": self.source.facts["tokens"]}
+        facts |= {"seconds": self.source.facts["seconds"], "flops_per_token": self.source.flops[1]}
+        facts |= losses | {"branch_errors": errors}
         checkpoints.write_text(self.out / SWITCH, json_module.dumps(facts, indent=2) + "\n")
 
 
@@ -226,7 +228,8 @@ def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor
 
 def _result(source: Run, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     """Losses on the way: over the part of the text that is evaluated in training, at the ends over the whole too."""
-    switch = json_module.loads((run.directory / SWITCH).read_text())
+    switch = run.switch
+    assert switch is not None
     after = [row for row in run.rows if row["step"] > source.facts["steps"]]
     evaluated = [row for row in after if "eval_loss" in row]
     measured = [row for row in after if "layers" in row]
@@ -239,13 +242,12 @@ def _result(source: Run, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     first = next((row for row in evaluated if row["step"] >= tenth), evaluated[-1])
     return switch | {
         "source": str(source.directory),
-        "source_steps": source.facts["steps"],
         "steps": run.settings["steps"],
         "after_a_tenth": {"step": first["step"], "loss": first["eval_loss"]},
         "at_the_end": evaluated[-1]["eval_loss"],
         "source_final_loss": source.facts["final_loss"],
         "final_loss": facts["final_loss"],
-        "seconds": facts["seconds"] - source.facts["seconds"],
+        "seconds_after": facts["seconds"] - source.facts["seconds"],
         "routers": {"first": router(measured[0]), "last": router(measured[-1])} if measured else None,
     }
 
@@ -258,7 +260,7 @@ def _table(result: dict[str, Any], out: Path) -> str:
         ["switched, weights as they are", result["plain_switch"]],
         ["switched, as training begins", result["at_the_switch"]],
         [f"step {result['after_a_tenth']['step']}", result["after_a_tenth"]["loss"]],
-        [f"step {result['source_steps'] + result['steps']}, the end", result["at_the_end"]],
+        [f"step {result['step'] + result['steps']}, the end", result["at_the_end"]],
     ]
     shown = [["", "loss", "vs source"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
     lines = [aligned(shown), "", "Those are over the part of the text that training is evaluated on. Over all of it:"]
@@ -271,6 +273,6 @@ def _table(result: dict[str, Any], out: Path) -> str:
             "dropped, in the worst layer."
         )
     lines.append(
-        f"{result['seconds']:.0f} s after the switch. Everything is in {out}; mot report {out} draws the curve."
+        f"{result['seconds_after']:.0f} s after the switch. Everything is in {out}; mot report {out} draws the curve."
     )
     return "\n".join(lines)
