@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -143,7 +144,7 @@ def _text(run: str, model: MixtureOfTokensForCausalLM) -> tuple[Tensor, str]:
     except ValueError:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(model.config.vocab_size, (ROWS, min(256, length)), generator=generator), "random tokens"
-    return blocks.batch(range(min(ROWS, len(blocks))))["input_ids"], "validation text"
+    return blocks.batch(np.arange(min(ROWS, len(blocks))))["input_ids"], "validation text"
 
 
 def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, float]:

@@ -17,6 +17,7 @@ so that the architecture stays plain. Adam's moments follow what each weight was
 
 import copy
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCau
 TOKENS = 16_384  # that a layer is fitted on, at most
 STEPS, STEP_TOKENS, RATE = 300, 2048, 0.05
 
+Layer = TypeVar("Layer", MixtureOfTokens, TokenChoice)
 # What each weight, by its name, has been multiplied by; 1 where a name is missing.
 Scales = dict[str, Tensor]
 
@@ -60,6 +62,7 @@ def to_token_choice(source: MixtureOfTokensForCausalLM, target: MixtureOfTokensF
     weights = {name: value.clone() for name, value in source.named_parameters() if "log_temperature" not in name}
     for i, layer in _layers(source, MixtureOfTokens):
         name = f"model.layers.{i}.mlp.gate.weight"
+        assert layer.gate is not None  # uniform mixing has no counterpart: `token_choice_config`
         scales[name] = 1 / layer.gate.temperature.detach()
         weights[name] *= scales[name]
     target.load_state_dict(weights)
@@ -99,7 +102,7 @@ def calibrate(
     return errors
 
 
-def _layers(model: MixtureOfTokensForCausalLM, kind: type) -> list[tuple[int, nn.Module]]:
+def _layers(model: MixtureOfTokensForCausalLM, kind: type[Layer]) -> list[tuple[int, Layer]]:
     return [(i, block.mlp) for i, block in enumerate(model.model.layers) if isinstance(block.mlp, kind)]
 
 

@@ -1,6 +1,7 @@
 """What is read off finished runs: hand-made curves, numbers worked out by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -53,6 +54,16 @@ def test_a_loss_that_is_there_at_the_first_evaluation_is_reached_there(tmp_path)
     found = reached(run(tmp_path, losses=(1.5, 1.0)), run(tmp_path, losses=(3.0, 2.0)))
     assert found is not None
     assert (found["step"], found["of_steps"]) == (5, 0.5)
+
+
+def test_a_run_after_a_switch_counts_its_source_s_flops_and_has_the_loss_at_the_switch(tmp_path):
+    whole = run(tmp_path, losses=(3.0, 2.0, 1.8))  # at steps 5, 10 and 15 and as many tokens
+    each = whole.flops[1]
+    switch = {"step": 10, "tokens": 10, "seconds": 20.0, "flops_per_token": 3 * each, "at_the_switch": 2.5}
+    curve = replace(whole, switch=switch).curve
+    assert [(point["step"], point["loss"]) for point in curve] == [(5, 3.0), (10, 2.0), (10, 2.5), (15, 1.8)]
+    assert [point["flops"] / each for point in curve] == pytest.approx([15, 30, 30, 35])
+    assert [point["seconds"] for point in curve] == [10, 20, 20, 30]
 
 
 def test_a_comparison_is_made_seed_by_seed_with_its_spread(tmp_path):

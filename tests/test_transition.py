@@ -71,7 +71,7 @@ def test_it_is_private_and_has_a_page(transitioned, tmp_path, capsys):
     cli.main(["audit", str(transitioned[0]), "--expect", "private"])
     cli.main(["report", str(transitioned[0]), "--out", str(tmp_path / "page.html")])
     assert "TC-Nano/4E/2" in capsys.readouterr().out
-    assert (tmp_path / "page.html").is_file()
+    assert "An upright line is where a Mixture of Tokens became Token Choice." in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.usefixtures("tiny_cache")
