@@ -2,15 +2,15 @@
 
     python experiments/transition.py experiments/transition    # a Markdown table, in a second
 
-Each run there was made from one of `experiments/nano` (whose weights are not committed; `mot compare` makes them again) by
+Each run there was made from one of `experiments/nano` (whose weights are not committed: `mot compare` makes them) by
 
-    mot transition SOURCE                      SOURCE-transition: calibrated
+    mot transition SOURCE                      calibrated
     mot transition SOURCE --calibrate none     -plain: weights as they are
     mot transition SOURCE --control router     -router: a new router
     mot transition SOURCE --control scratch    -scratch: Token Choice for all of the steps
 
-Losses are of the whole validation split at the end, and of the part that training is evaluated on before; means over the
-seeds and, in brackets, from the least to the greatest.
+Losses are of the whole validation split at the end, and of the part that training is evaluated on before; means over
+the seeds and, in brackets, from the least to the greatest.
 """
 
 import json

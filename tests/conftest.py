@@ -1,37 +1,60 @@
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from mixture_of_tokens import cli
 
 torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait for each other
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first process of the test session to need it makes for all of them."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory) -> Path:
     """A folder of 300 texts with some structure to learn, prepared and evaluated within a second."""
-    folder, choose = tmp_path_factory.mktemp("small_corpus"), random.Random(0)
-    words = ["".join(choose.choices("abcdefghijklmnop", k=choose.randint(2, 7))) for _ in range(400)]
-    for number in range(300):
-        own = choose.sample(words, 60)
-        lines = (" ".join(choose.choices(own, k=8)) for _ in range(60))
-        (folder / f"{number}.txt").write_text("\n".join(lines))
-    return folder
+
+    def make(folder: Path) -> None:
+        choose = random.Random(0)
+        words = ["".join(choose.choices("abcdefghijklmnop", k=choose.randint(2, 7))) for _ in range(400)]
+        (folder / "texts").mkdir()
+        for number in range(300):
+            own = choose.sample(words, 60)
+            lines = (" ".join(choose.choices(own, k=8)) for _ in range(60))
+            (folder / "texts" / f"{number}.txt").write_text("\n".join(lines))
+
+    return made_once(tmp_path_factory, "small_corpus", make) / "texts"
 
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory, small_corpus) -> dict[str, Path]:
     """Finished runs by their models' names, trained just enough to be told apart."""
-    directory, made = tmp_path_factory.mktemp("tiny_runs"), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(directory / "cache"))
-        for name in ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E"):
-            made[name] = directory / name.replace("/", "-")
-            flags = ("--steps", 30, "--batch-size", 32, "--device", "cpu", "--data", small_corpus, "--out", made[name])
-            cli.main(["train", name, *map(str, flags)])
-    return made
+    names = ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E")
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(folder / "cache"))
+            for name in names:
+                out = folder / name.replace("/", "-")
+                flags = ("--steps", 30, "--batch-size", 32, "--device", "cpu", "--data", small_corpus, "--out", out)
+                cli.main(["train", name, *map(str, flags)])
+
+    folder = made_once(tmp_path_factory, "tiny_runs", make)
+    return {name: folder / name.replace("/", "-") for name in names}
 
 
 @pytest.fixture

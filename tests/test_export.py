@@ -1,7 +1,6 @@
 """`mot export`: what plain transformers gets, in a process where this library does not exist."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -67,6 +66,22 @@ def elsewhere(directory, ids: torch.Tensor, new: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def check_keys_and_shapes(out, own) -> None:
+    """They are those that transformers writes for its own model of that configuration."""
+    config = json.loads((out / "config.json").read_text())
+    sizes = {key: value for key, value in config.items() if key not in ("architectures", "transformers_version")}
+    if config["model_type"] == "qwen3":
+        Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(own)
+    else:
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(own)
+        assert config["num_experts"] == config["num_local_experts"] == 6
+        assert (config["mlp_only_layers"], config["norm_topk_prob"]) == ([0], False)
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(place / "model.safetensors").items()} for place in (out, own)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     [
@@ -80,7 +95,12 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
     kind, options, expected, saved, tmp_path, capsys
 ):
     directory = saved(kind, **options)
+    (tmp_path / "out.partial").mkdir()  # what a killed export may have left
+    (tmp_path / "out.partial" / "stale").write_text("stale")
     mot(directory, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out" / "stale").exists()
+    check_keys_and_shapes(tmp_path / "out", tmp_path / "own")
     assert "differ from the run's by at most" in capsys.readouterr().out
     model = MixtureOfTokensForCausalLM.from_pretrained(directory).eval()
     ids = torch.randint(512, (3, 17), generator=torch.Generator().manual_seed(1))
@@ -93,23 +113,6 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
     written = model.generate(ids[:1], max_new_tokens=200, min_new_tokens=200, do_sample=False)
     assert found["text"] == written[0].tolist()
     assert found["kept"] == AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
-
-
-@pytest.mark.parametrize("kind", ["token_choice", "dense"])
-def test_keys_and_shapes_are_those_that_transformers_writes(kind, saved, tmp_path):
-    mot(saved(kind), tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    own = {"token_choice": (Qwen3MoeConfig, Qwen3MoeForCausalLM), "dense": (Qwen3Config, Qwen3ForCausalLM)}[kind]
-    sizes = {key: value for key, value in config.items() if key not in ("architectures", "transformers_version")}
-    own[1](own[0](**sizes)).save_pretrained(tmp_path / "own")
-    shapes = [
-        {name: tensor.shape for name, tensor in load_file(tmp_path / place / "model.safetensors").items()}
-        for place in ("out", "own")
-    ]
-    assert shapes[0] == shapes[1]
-    if kind == "token_choice":
-        assert config["num_experts"] == config["num_local_experts"] == 6
-        assert (config["mlp_only_layers"], config["norm_topk_prob"]) == ([0], False)
 
 
 @pytest.mark.usefixtures("tiny_cache")
@@ -190,8 +193,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
     else:
         directory = saved("dense")
     if given == "transformers' own":
-        mot(directory, tmp_path / "plain")
-        directory = tmp_path / "plain"
+        to_plain(MixtureOfTokensForCausalLM.from_pretrained(directory)).save_pretrained(directory)
     elif given == "truncated":
         weights = directory / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
@@ -207,12 +209,3 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
     assert shown.err.count("\n") == 1
     assert message in shown.err
     assert not list(tmp_path.glob("out*"))
-
-
-def test_killed_while_it_writes_it_leaves_no_directory_of_that_name(saved, tmp_path):
-    directory = saved("dense")
-    shutil.copytree(directory, tmp_path / "out.partial")  # what a killed export may have left
-    (tmp_path / "out.partial" / "stale").write_text("stale")
-    mot(directory, tmp_path / "out")
-    assert not (tmp_path / "out" / "stale").exists()
-    assert not (tmp_path / "out.partial").exists()
