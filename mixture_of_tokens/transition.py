@@ -24,6 +24,7 @@ from mixture_of_tokens.trainer import EVALUATION_ROWS, GroupedTrainer
 from mixture_of_tokens.words import aligned
 
 SWITCH = "switch.json"
+TEXT = ("data", "field", "max_bytes", "tokenizer")
 # Fields of TrainingArguments that belong to the source's own number of steps.
 OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
 
@@ -36,6 +37,7 @@ def transition(
     top_k: int | None = None,
     capacity: float | None = None,
     calibrate: Literal["full", "none"] = "full",
+    anneal: float | None = None,
     optimizer: Literal["carried", "fresh"] = "carried",
     schedule: Literal["continued", "own"] = "own",
     learning_rate: float | None = None,
@@ -57,9 +59,11 @@ def transition(
         capacity: Drop the tokens that an expert gets beyond this many times its even share, in training, as the paper
             does with 1.25; by default nothing is dropped.
         calibrate: full fits biases and scales, folded into the weights, so that the loss jumps less at the switch.
+        anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this;
+            by default all steps come after it. That run is written beside the new one, as OUT-annealed.
         optimizer: carried takes the optimizer's moments from the source's last checkpoint.
-        schedule: continued holds the source's last learning rate; own warms up for a tenth of the steps to the peak and
-            falls to a tenth of it.
+        schedule: continued holds the source's last learning rate; own warms up for a tenth of the steps to the peak,
+            and falls to a tenth of that.
         learning_rate: The peak, or what is held; by default the source's last one if continued, else a quarter of its
             peak.
         control: router starts from a new router, scratch trains Token Choice from scratch, for all steps of the source
@@ -80,17 +84,30 @@ def transition(
         "optimizer": optimizer,
         "control": control,
     }
-    config, settings, arguments = _merged(source, settings, steps, top_k, capacity, schedule, learning_rate)
+    mixing = 0 if anneal is None else steps // 2
+    if anneal is not None:
+        if steps < 2:
+            raise ValueError(f"--steps must be at least 2 with --anneal, not {steps}")
+        if control is not None or not 0 < anneal < source.config.router_temperature:
+            legal = f"be above 0 and below the source's temperature, {source.config.router_temperature:g}"
+            raise ValueError(f"--anneal {anneal:g} must {legal}, and is not for controls")
+        settings |= {"anneal": anneal}
+    merged = _merged(source, settings, steps - mixing, top_k, capacity, schedule, learning_rate)
     if control == "scratch":
-        _from_scratch(source, config, steps, out, resume=resume, dry_run=dry_run)
+        _from_scratch(source, merged[0], steps, out, resume=resume, dry_run=dry_run)
         return
     if dry_run:
-        print(yaml.safe_dump(settings, sort_keys=False), end="")
+        print(yaml.safe_dump(merged[1], sort_keys=False), end="")
         return
     model_directory(str(run))
     carried = _optimizer_file(source) if optimizer == "carried" else None
-    begin = _Beginning(source, settings["transition"], carried, out)
-    facts = run_merged(config, settings, arguments, out, resume=resume, begin=begin)
+    if anneal is not None:
+        source = _annealed(source, anneal, mixing, carried, out.with_name(f"{out.name}-annealed"), resume=resume)
+        peak = merged[1]["learning_rate"]
+        merged = _merged(source, settings, steps - mixing, top_k, capacity, schedule, peak)
+        carried = _optimizer_file(source) if optimizer == "carried" else None
+    begin = _Beginning(source, settings, carried, out)
+    facts = run_merged(*merged, out, resume=resume, begin=begin)
     result = _result(source, read(out), facts)
     print(json_module.dumps(result, indent=2) if json else _table(result, out))
 
@@ -117,17 +134,39 @@ def _merged(
     if learning_rate is None:
         last = [row["learning_rate"] for row in source.rows if row.get("learning_rate")][-1]
         learning_rate = last if schedule == "continued" else source.settings["learning_rate"] / 4
-    given = {key: source.settings[key] for key in ("data", "field", "max_bytes", "tokenizer", "evaluate_on")}
-    words = {field: json_module.dumps(value) for field, value in model.items()}
-    options = Options(
-        steps=steps,
-        batch_size=source.settings["batch_size"],
-        model=words,
-        training={field: json_module.dumps(value) for field, value in training.items()},
-        **given,
-    )
+    given = {key: source.settings[key] for key in (*TEXT, "batch_size", "evaluate_on")}
+    options = Options(steps=steps, model=_words(model), training=_words(training), **given)
     config, run, arguments = merge(_token_choice_name(source), source.seed, learning_rate, options)
     return config, run | {"first_step": source.facts["steps"], "transition": transition}, arguments
+
+
+def _words(fields: dict[str, Any]) -> dict[str, str]:
+    """Values as they would stand on a command line."""
+    return {field: json_module.dumps(value) for field, value in fields.items()}
+
+
+def _annealed(source: Run, temperature: float, steps: int, optimizer: Path | None, out: Path, *, resume: bool) -> Run:
+    """The source trained on in groups, at its last learning rate, while the routers' temperature falls."""
+    given = {key: source.settings[key] for key in (*TEXT, "batch_size", "evaluate_on")}
+    model = {k: v for k, v in source.settings["model"].items() if k not in ("transformers_version", "mlp_only_layers")}
+    training = {k: v for k, v in source.settings["training"].items() if not k.startswith(OF_THE_SOURCE)}
+    training |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+    rate = [row["learning_rate"] for row in source.rows if row.get("learning_rate")][-1]
+    options = Options(
+        steps=steps, anneal_temperature_to=temperature, model=_words(model), training=_words(training), **given
+    )
+    config, run, arguments = merge(source.name, source.seed, rate, options)
+
+    def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
+        _check_text(source, prepared)
+        trainer.causal_lm.load_state_dict(load_model(str(source.directory)).state_dict())
+        if optimizer is not None:
+            _carry_moments(trainer, optimizer, {}, without={})
+        _go_on_from(source, trainer, out)
+
+    run |= {"first_step": source.facts["steps"]}
+    run_merged(config, run, arguments, out, resume=resume or out.exists(), begin=begin)
+    return read(out)
 
 
 def _token_choice_name(source: Run) -> str:
@@ -139,11 +178,9 @@ def _from_scratch(
     source: Run, config: MixtureOfTokensConfig, steps: int, out: Path, *, resume: bool, dry_run: bool
 ) -> None:
     """The control that never was a Mixture of Tokens, with its own recipe, for as many steps in all."""
-    given = {key: source.settings[key] for key in ("batch_size", "data", "field", "max_bytes", "tokenizer")}
+    given = {key: source.settings[key] for key in (*TEXT, "batch_size", "evaluate_on")}
     fields = {"num_experts_per_tok": config.num_experts_per_tok, "capacity_factor": config.capacity_factor}
-    options = Options(
-        steps=source.facts["steps"] + steps, model={k: json_module.dumps(v) for k, v in fields.items()}, **given
-    )
+    options = Options(steps=source.facts["steps"] + steps, model=_words(fields), **given)
     name = _token_choice_name(source)
     if dry_run:
         print(yaml.safe_dump(merge(name, source.seed, None, options)[1], sort_keys=False), end="")
@@ -171,11 +208,7 @@ class _Beginning:
         self.source, self.transition, self.optimizer, self.out = source, transition, optimizer, out
 
     def __call__(self, trainer: GroupedTrainer, prepared: Prepared) -> None:
-        if prepared.facts["hash"] != self.source.facts["corpus"]["hash"]:
-            raise ValueError(
-                f"the text of {self.source.directory} has changed: its hash is {prepared.facts['hash']} now and was "
-                f"{self.source.facts['corpus']['hash']}"
-            )
+        _check_text(self.source, prepared)
         model, target = load_model(str(self.source.directory)), trainer.causal_lm
         groups = list(training_groups(prepared.train, trainer.rows.group_size))
         calibrate_companions(model, groups)
@@ -196,13 +229,24 @@ class _Beginning:
         losses["at_the_switch"] = _loss(trainer, target)
         if self.optimizer is not None:
             _carry_moments(trainer, self.optimizer, scales, without=new_routers if self.transition["control"] else {})
-        trainer.clock.before = self.source.facts["seconds"]
-        lines = (self.source.directory / "metrics.jsonl").read_text()
-        checkpoints.write_text(self.out / "metrics.jsonl", lines)
+        _go_on_from(self.source, trainer, self.out)
         facts = {"step": self.source.facts["steps"], "tokens": self.source.facts["tokens"]}
         facts |= {"seconds": self.source.facts["seconds"], "flops_per_token": self.source.flops[1]}
         facts |= losses | {"branch_errors": errors}
         checkpoints.write_text(self.out / SWITCH, json_module.dumps(facts, indent=2) + "\n")
+
+
+def _check_text(source: Run, prepared: Prepared) -> None:
+    if prepared.facts["hash"] != (before := source.facts["corpus"]["hash"]):
+        raise ValueError(
+            f"the text of {source.directory} has changed: its hash is {prepared.facts['hash']} now and was {before}"
+        )
+
+
+def _go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
+    """The clock and the rows of metrics.jsonl of a source, as what came before in the run at `out`."""
+    trainer.clock.before = source.facts["seconds"]
+    checkpoints.write_text(out / "metrics.jsonl", (source.directory / "metrics.jsonl").read_text())
 
 
 def _loss(trainer: GroupedTrainer, model: Any) -> float:

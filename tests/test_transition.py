@@ -114,6 +114,21 @@ def test_the_controls_start_from_a_new_router_and_from_nothing(tiny_runs, tmp_pa
 
 
 @pytest.mark.usefixtures("tiny_cache")
+def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_runs, tmp_path, capsys):
+    out = tmp_path / "new"
+    mot(tiny_runs[MIXED], "--steps", 6, "--anneal", 0.05, "--calibrate", "none", "--json", "--out", out)
+    result = json.loads(capsys.readouterr().out)
+    annealed = AutoModelForCausalLM.from_pretrained(tmp_path / "new-annealed" / "model")
+    assert annealed.config.router_temperature == pytest.approx(0.05)
+    assert annealed.config.feed_forwards[-1] == "mixture_of_tokens"
+    assert result["source"].endswith("new-annealed")
+    assert [row["step"] for row in rows_of(out)][-1] == SOURCE_STEPS + 6
+    switch = json.loads((out / "switch.json").read_text())
+    assert switch["step"] == SOURCE_STEPS + 3
+    assert rows_of(out)[: len(rows_of(tiny_runs[MIXED]))] == rows_of(tiny_runs[MIXED])
+
+
+@pytest.mark.usefixtures("tiny_cache")
 def test_rows_go_on_where_the_source_ended(tiny_runs):
     blocks = text_of(str(tiny_runs[MIXED])).train
     sizes = {"group_size": 32, "batch_size": 32, "seed": 3}
@@ -154,6 +169,7 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         (["MIXED", "--top-k", "9"], "--top-k must be 1 to 8, the number of experts, not 9"),
         (["MIXED", "--steps", "0"], "--steps must be positive, not 0"),
         (["MIXED", "--capacity", "-1"], "capacity_factor must be positive"),
+        (["MIXED", "--anneal", "0.5"], "--anneal 0.5 must be above 0 and below the source's temperature, 0.25"),
         (["MIXED", "--out", "MIXED"], "is the source itself"),
         (["MIXED", "--out", "taken"], "taken exists already"),
         (["WITHOUT"], "has no optimizer state to carry: it is not there; --optimizer fresh"),
