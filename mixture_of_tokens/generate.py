@@ -102,6 +102,14 @@ def generate(
     special = not isinstance(model, MixtureOfTokensForCausalLM)
     encoded = encode(tokenizer, prompts, model.config.max_position_embeddings, add_special_tokens=special)
     batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
+    context = model.config.max_position_embeddings
+    widths = [max(len(encoded[row.prompt]) for row in batch) for batch in batches]
+    cut = sum(len(batch) for batch, width in zip(batches, widths, strict=True) if width + max_new_tokens > context)
+    if cut:
+        total = sum(map(len, batches))
+        print(
+            f"mot: the context of {context} tokens leaves {cut} of {total} less than --max-new-tokens", file=sys.stderr
+        )
 
     def write(number: int, streamer: TextStreamer | None = None) -> list[dict[str, Any]]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)

@@ -57,6 +57,42 @@ def test_sampling_depends_on_the_seed_and_top_p_narrows_it(tiny_runs, capsys):
     assert text("--top-p", 1e-6) == text("--temperature", 0) != text("--seed", 1)
 
 
+def test_it_says_where_the_context_cuts_a_continuation(run, capsys):
+    mot(run, "--prompt", "abc", "--max-new-tokens", 5)
+    assert "the context" not in capsys.readouterr().err
+    mot(run, "--prompt", "abc", "--max-new-tokens", 500)
+    shown = capsys.readouterr().err
+    assert "the context of 64 tokens leaves 1 of 1 less than --max-new-tokens" in shown
+
+
+def test_alone_a_prompt_s_text_does_not_depend_on_the_others(run, prompts, capsys):
+    def texts(*flags):
+        mot(
+            run,
+            "--prompt",
+            "abc d",
+            "--prompt",
+            "e",
+            "--prompt",
+            "fgh",
+            "--temperature",
+            0,
+            "--max-new-tokens",
+            30,
+            "--json",
+            *flags,
+        )
+        return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+    def by_itself(prompt):
+        mot(run, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 30, "--json")
+        return json.loads(capsys.readouterr().out)["text"]
+
+    expected = [by_itself(prompt) for prompt in ("abc d", "e", "fgh")]
+    assert texts("--alone") == expected
+    assert texts() != expected  # the control: together they mix
+
+
 def test_several_prompts_are_one_batch_in_their_order(run, capsys):
     prompts = ["a longer prompt", "bc"]
     mot(run, "--prompt", prompts[0], "--prompt", prompts[1], "--json", "--seed", 3)
