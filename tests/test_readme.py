@@ -14,7 +14,7 @@ from mixture_of_tokens import cli
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DRY = ("train", "sweep", "compare")
-READING = ("generate", "evaluate", "audit")
+READING = dict.fromkeys(("generate", "evaluate", "audit", "transition"), "MoT-Nano/4E/2") | {"export": "TC-Nano/4E"}
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
@@ -45,7 +45,7 @@ def test_commands_are_legal(words, tiny_runs, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
     if words[0] in READING:
         (tmp_path / words[1]).parent.mkdir()
-        (tmp_path / words[1]).symlink_to(tiny_runs["MoT-Nano/4E/2"])
+        (tmp_path / words[1]).symlink_to(tiny_runs[READING[words[0]]])
     if words[0] == "report":
         shutil.copytree(ROOT / "experiments" / "nano", tmp_path / words[1])
     cli.main([*words, "--dry-run"] if words[0] in DRY and "--help" not in words else words)
