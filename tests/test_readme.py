@@ -61,8 +61,14 @@ def test_the_result_is_what_report_prints_of_the_committed_runs(tmp_path, monkey
     assert capsys.readouterr().out.split("The page: ")[0].strip() == shown[2].strip()
 
 
-def test_the_table_is_what_its_script_makes_of_the_committed_runs():
-    command = [sys.executable, "experiments/reached.py", *(f"experiments/{name}" for name in ("nano", "prose", "long"))]
+REACHED = ["reached.py", "nano", "prose", "long"]
+TRANSITION = ["transition.py", "transition"]
+
+
+@pytest.mark.parametrize(("words", "lines"), [(REACHED, 11), (TRANSITION, 10)])
+def test_the_tables_are_what_their_scripts_make_of_the_committed_runs(words, lines):
+    script, *directories = [f"experiments/{word}" for word in words]
+    command = [sys.executable, script, *directories]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert table.count("\n") == 11
+    assert table.count("\n") == lines
     assert table in README
