@@ -4,10 +4,10 @@
     python experiments/verdict.py --table runs/verdict/verdict.csv                            # Markdown
 
 On a quiet machine. A short run of each system first gives its seconds a step, and so the steps that a budget holds, for
-each its own whole schedule; of a Mixture of Tokens' budget a tenth of the steps is left for those after the switch. All
-that is trained is exported, and scored by plain transformers in another process, each row alone: loss over the whole
-validation text, milliseconds of a forward pass over one row, and of a token written at batch 1. The same command goes on
-where it was stopped.
+each its own whole schedule; of a Mixture of Tokens' budget as much is left as a tenth of its steps takes after the
+switch. All that is trained is exported, and scored by plain transformers in another process, each row alone: loss over
+the whole validation text, milliseconds of a forward pass over one row, and of a token written at batch 1. The same
+command goes on where it was stopped.
 """
 
 import argparse
