@@ -54,8 +54,8 @@ def _token_choice_rows(config, batch, context, training):
 
 
 ROUTINGS = {
-    "mixture_of_tokens": Routing(_mixture_rows, mixes=True, kept_weights=(1, 2)),
-    "uniform": Routing(_mixture_rows, learned=False, mixes=True, kept_weights=(0, 2)),
+    "mixture_of_tokens": Routing(_mixture_rows, mixes=True, kept_weights=(1, 1)),
+    "uniform": Routing(_mixture_rows, learned=False, mixes=True, kept_weights=(0, 1)),
     "token_choice": Routing(_token_choice_rows, grouped=False, kept_weights=(2, 0), kept_outputs=(1, 2)),
     "expert_choice": Routing(_expert_choice_rows, kept_outputs=(1, 1)),
 }
@@ -182,7 +182,8 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, siz
     for routing in routings:
         rows = routing.rows(config, batch, context, True)
         outputs = rows if routing.grouped else tokens * config.num_experts_per_tok
-        weights, vectors = (4 * fp32 + size * own for fp32, own in (routing.kept_weights, routing.kept_outputs))
+        (fp32, own), vectors = routing.kept_weights, 4 * routing.kept_outputs[0] + size * routing.kept_outputs[1]
+        weights = 4 * fp32 + size * own * (size < 4 or not fp32)  # in float32 a cast is no copy
         cast = 4 * D if routing.learned and size < 4 else 0  # the router's input
         kept += tokens * (size * D + cast + weights * config.num_experts)
         kept += rows * size * (D + hidden * config.moe_intermediate_size) + outputs * vectors * D

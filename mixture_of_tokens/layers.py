@@ -212,7 +212,7 @@ class MixtureOfTokens(Routed):
             companions_M1E = (self.companion_logit + missing_M11.log()).to(logits_MGE.dtype)
             logits_MGE = torch.cat([logits_MGE, companions_M1E], dim=1)
         weights_MGE = logits_MGE.softmax(dim=1, dtype=torch.promote_types(logits_MGE.dtype, torch.float32))
-        return weights_MGE[:, : x_MGD.shape[1]]
+        return weights_MGE if missing_M11 is None else weights_MGE[:, :-1]
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         if self.alone and len(x_BTD) > 1:  # tokens as positions of one example, some at a time: E mixtures for each
@@ -222,7 +222,8 @@ class MixtureOfTokens(Routed):
             return torch.cat([self(*part) for part in parts], dim=1).view_as(x_BTD)
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
         weights_MGE = self.weights(x_MGD, mask_MG1, missing_M11)
-        mixtures_EMD = collect(weights_MGE.to(x_MGD.dtype), x_MGD)
+        cast_MGE = weights_MGE.to(x_MGD.dtype)
+        mixtures_EMD = collect(cast_MGE, x_MGD)
         rest_ME = None if missing_M11 is None else 1 - weights_MGE.sum(1)
         if rest_ME is not None:
             mixtures_EMD = mixtures_EMD + (rest_ME.T[..., None] * self.companion[:, None]).to(mixtures_EMD.dtype)
@@ -231,8 +232,7 @@ class MixtureOfTokens(Routed):
             if missing_M11 is not None and rest_ME is not None:
                 squares_ME = squares_ME + rest_ME.square() / missing_M11[:, 0].clamp(min=1)
             mixtures_EMD = mixtures_EMD / squares_ME.sqrt().T[..., None].to(mixtures_EMD.dtype)
-        y_MGD = spread(weights_MGE.to(x_MGD.dtype), self.experts(mixtures_EMD))
-        return ungrouped(y_MGD, mask_MG1, *x_BTD.shape[:2])
+        return ungrouped(spread(cast_MGE, self.experts(mixtures_EMD)), mask_MG1, *x_BTD.shape[:2])
 
 
 class ExpertChoice(Routed):
