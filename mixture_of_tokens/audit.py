@@ -56,7 +56,7 @@ def audit(
         text = text_of(run)
     except ValueError as error:
         text = None
-        print(f"mot: looking at random tokens: {error}", file=sys.stderr)
+        print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
     seen = texts(text and text.validation, model, batches, seed)
     found = {"run": run, "length": seen[0][0].shape[1], "collisions": None} | measure(model, seen, seed)
     if text is not None and group_size_of(model) is not None:

@@ -48,7 +48,11 @@ def plain_errors(final: Path) -> Iterator[None]:
 
 def publish(beside: Path, final: Path) -> None:
     """Give a directory that was written beside its final name, when all of it is on the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
     for path in sorted(beside.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
         _flush(path)
     _flush(beside)
     if final.exists():

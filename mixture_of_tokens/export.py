@@ -54,10 +54,12 @@ def export(run: str, out: Path, *, force: bool = False) -> None:
     Args:
         run: A run directory or a checkpoint.
         out: The directory to write.
-        force: Replace it where it exists.
+        force: Replace a model that is there already.
     """
     if out.exists() and not force:
         raise ValueError(f"{out} exists already; name another directory, or replace it with --force")
+    if out.exists() and not (out / "config.json").is_file():
+        raise ValueError(f"{out} is no model, so --force does not replace it; name another directory")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
     model, tokenizer = load_model(run).float(), load_tokenizer_of(run)
@@ -69,6 +71,7 @@ def export(run: str, out: Path, *, force: bool = False) -> None:
             "another model's"
         )
     plain = to_plain(model)
+    tokenizer.model_max_length = model.config.max_position_embeddings
     ids, what = _text(run, model)
     beside = out.with_name(f"{out.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -133,7 +136,7 @@ def _write_config(directory: Path) -> None:
         written |= {"num_experts": count, "num_local_experts": count}
         (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     settings = {key: written.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**settings, do_sample=True, temperature=0.8).save_pretrained(directory)
+    GenerationConfig(**settings).save_pretrained(directory)
 
 
 def _text(run: str, model: MixtureOfTokensForCausalLM) -> tuple[Tensor, str]:
@@ -186,18 +189,25 @@ def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, difference: f
     if facts:
         corpus, transition = facts["corpus"], path / "switch.json"
         lines += ["", "## Training", "", f"{facts['name']}, {facts['steps']:,} steps, {facts['tokens']:,} tokens of"]
-        lines.append(f"{corpus.get('source') or 'text'} (hash {corpus['hash']}), seed {facts['seed']}.")
+        lines.append(f"{', '.join(corpus.get('source') or ['text'])} (hash {corpus['hash']}), seed {facts['seed']}.")
         if transition.is_file():
             losses = json.loads(transition.read_text())
             lines.append(
-                "It was a Mixture of Tokens (arXiv 2310.15961) first, and then switched to Token Choice: loss "
-                f"{losses['source_in_groups']:.4f} before, {losses['at_the_switch']:.4f} at the switch."
+                "It was a Mixture of Tokens (arXiv 2310.15961) first, and was switched to Token Choice after "
+                f"{losses['step']:,} steps. Over a part of the {facts['evaluated_on']} text the loss was "
+                f"{losses['source_in_groups']:.4f} before, with texts in groups, {losses['source_alone']:.4f} with "
+                f"each alone, and {losses['at_the_switch']:.4f} at the switch."
             )
         lines.append(
             f"Loss on all {facts['evaluated_on']} text: {facts['final_loss']:.4f} nats a token, "
             f"{facts['bits_per_byte']:.4f} bits a byte."
         )
-    lines += ["", "## Use", "", "Plain transformers loads it, and whatever reads this architecture."]
+    lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ['model = AutoModelForCausalLM.from_pretrained("this/directory")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("this/directory")']
+    lines += ['inputs = tokenizer("def ", return_tensors="pt")']
+    lines += ["written = model.generate(**inputs, max_new_tokens=40, do_sample=True)"]
+    lines += ["print(tokenizer.decode(written[0]))", "```", ""]
     lines.append("Each prompt is served by itself: no row of a batch influences another beyond rounding.")
     lines.append(f"Logits in fp32 were compared with the training library's: at most {difference:.1e} apart.")
     versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())

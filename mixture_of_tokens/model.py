@@ -346,7 +346,9 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
         settings = generation_config or self.generation_config
         if self.mixes_examples:
             if (kwargs.get("num_beams") or settings.num_beams or 1) > 1:
-                raise ValueError("beam search would mix the beams of one prompt with each other; use num_beams=1")
+                raise ValueError(
+                    "beam search would mix the beams of one prompt with each other; use num_beams=1, or serve_alone()"
+                )
             mask = kwargs.get("attention_mask")
             if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
                 raise ValueError(

@@ -24,7 +24,7 @@ def report(*runs: Path, out: Path | None = None, json: bool = False) -> None:
 
     Args:
         runs: Run directories of mot train, or a directory of mot compare.
-        out: The page; by default report.html beside the runs.
+        out: The page; by default report.html, in a run or comparison that is given alone, or else beside the runs.
         json: Print the numbers and the curves as JSON in place of the table.
     """
     found, command = runs_of(runs)
@@ -32,7 +32,8 @@ def report(*runs: Path, out: Path | None = None, json: bool = False) -> None:
     here = ["mot", "report", *map(str, runs), *([] if out is None else ["--out", str(out)])]
     commands = [*([command] if command else map(_train_command, found)), shlex.join(here)]
     if out is None:
-        out = (runs[0] if (runs[0] / "compare.json").is_file() else runs[0].parent) / "report.html"
+        alone = len(runs) == 1 or (runs[0] / "compare.json").is_file()
+        out = (runs[0] if alone else runs[0].parent) / "report.html"
     show(comparison(models), models, commands, out, as_json=json)
 
 

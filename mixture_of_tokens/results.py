@@ -28,6 +28,7 @@ from mixture_of_tokens.model import MixtureOfTokensConfig
 from mixture_of_tokens.names import config_from_name
 from mixture_of_tokens.settings import CARRIED_OUT, data_group_size
 
+SWITCHED = ("first_step", "transition")  # settings of a run after a transition, which its label says in a word
 ENVIRONMENT = ("hardware", "cores", "threads", "versions", "commit")
 
 
@@ -85,7 +86,10 @@ class Run:
     @cached_property
     def own_settings(self) -> dict[str, Any]:
         """What it was trained with, but for the seed and for how that was carried out."""
-        flat = {key: value for key, value in self.settings.items() if key not in ("seed", "model", "training")}
+        apart = ("seed", "model", "training", "transition")
+        flat = {key: value for key, value in self.settings.items() if key not in apart}
+        after = self.settings.get("transition", {}).items()
+        flat |= {f"transition.{key}": value for key, value in after if key != "source"}  # which differs by seed
         for kind in ("model", "training"):
             for key, value in self.settings[kind].items():
                 if not key.startswith((*CARRIED_OUT, "transformers_version")):
@@ -164,8 +168,9 @@ def _label(run: Run, others: Sequence[Run]) -> str:
     differ = [
         key for key in keys if any(other.own_settings.get(key) != run.own_settings.get(key) for other in namesakes)
     ]
-    values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in differ]
-    return f"{run.name} ({', '.join(values)})" if values else run.name
+    values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in differ if not key.startswith(SWITCHED)]
+    name = f"{run.name} after the switch" if run.switch else run.name
+    return f"{name} ({', '.join(values)})" if values else name
 
 
 def _setting(run: Run, key: str) -> Any:

@@ -117,7 +117,8 @@ def check_resumed(out: Path, run: dict[str, Any]) -> None:
 
     def flat(configuration: dict[str, Any]) -> dict[str, Any]:
         nested = {"model", "training"}
-        outer = {key: value for key, value in configuration.items() if key not in nested}
+        outer = {key: value for key, value in configuration.items() if key not in nested | {"transition"}}
+        outer |= configuration.get("transition", {})
         inner = {f"{key}.{name}": value for key in nested for name, value in configuration[key].items()}
         return outer | {k: v for k, v in inner.items() if not k.removeprefix("training.").startswith(CARRIED_OUT)}
 

@@ -1,6 +1,7 @@
 """Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
 
 import json as json_module
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ def transition(
     """Turn a finished Mixture of Tokens into Token Choice, which serves one prompt at a time, and train it on.
 
     Experts, router and all else carry over, and the text goes on where the source's ended. The new run's metrics begin
-    with the source's, so that mot report shows one curve; its steps count on from there.
+    with the source's, so that mot report shows one curve; its steps count on from there, its checkpoints from 0.
 
     Args:
         run: The source, a finished run directory of mot train. It is only read.
@@ -79,7 +80,7 @@ def transition(
         raise ValueError(f"--out {out} is the source itself; name another")
     steps = max(1, source.facts["steps"] // 10) if steps is None else steps
     settings = {
-        "source": str(run),
+        "source": str(run.resolve()),
         "calibrate": "none" if control == "router" else calibrate,
         "optimizer": optimizer,
         "control": control,
@@ -209,6 +210,7 @@ class _Beginning:
 
     def __call__(self, trainer: GroupedTrainer, prepared: Prepared) -> None:
         _check_text(self.source, prepared)
+        print("Measuring losses before the switch and at it", file=sys.stderr)
         model, target = load_model(str(self.source.directory)), trainer.causal_lm
         groups = list(training_groups(prepared.train, trainer.rows.group_size))
         calibrate_companions(model, groups)
@@ -221,6 +223,7 @@ class _Beginning:
         losses["plain_switch"] = _loss(trainer, target)
         errors: dict[str, tuple[float, float]] = {}
         if self.transition["calibrate"] == "full":
+            print("Fitting routers and scales", file=sys.stderr)
             errors = calibrate_switch(model, target, groups, scales)
         if self.transition["control"] == "router":
             with torch.no_grad():

@@ -129,7 +129,7 @@ def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path)
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     (run / "metrics.jsonl").write_text("".join(json.dumps({**row, "layers": {}}) + "\n" for row in rows))
     cli.main(["report", str(run)])
-    page = (tmp_path / "report.html").read_text()
+    page = (run / "report.html").read_text()
     assert "This is one seed" in page
     assert "no measurements of their layers" in page
 

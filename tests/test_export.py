@@ -151,6 +151,7 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     directory, out = saved("dense"), tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
+    (out / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="2"):
         mot(directory, out)
     assert "exists already" in capsys.readouterr().err
@@ -160,8 +161,15 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
             mot(directory, out, "--force")
     assert "plain transformers cannot load what was written: no room" in capsys.readouterr().err
     assert (out / "mine").read_text() == "mine"
+    (out / "config.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        mot(directory, out, "--force")
+    assert "out is no model, so --force does not replace it" in capsys.readouterr().err
+    assert (out / "mine").read_text() == "mine"
+    (out / "config.json").write_text("{}")
     mot(directory, out, "--force")
     assert not (out / "mine").exists()
+    assert (out / "model.safetensors").stat().st_mode & 0o044 == (out / "config.json").stat().st_mode & 0o044
     assert (out / "model.safetensors").is_file()
 
 

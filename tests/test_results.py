@@ -66,6 +66,18 @@ def test_a_run_after_a_switch_counts_its_source_s_flops_and_has_the_loss_at_the_
     assert [point["seconds"] for point in curve] == [10, 20, 20, 30]
 
 
+def test_runs_after_a_switch_are_one_model_whatever_their_sources_and_not_that_from_scratch(tmp_path):
+    def after(seed):
+        made = run(tmp_path / f"after{seed}", "TC-Nano/32E", seed)
+        made.settings.update({"first_step": 5, "transition": {"source": f"of-{seed}", "calibrate": "full"}})
+        return replace(made, switch={"step": 5, "tokens": 5, "seconds": 1, "flops_per_token": 1, "at_the_switch": 2.5})
+
+    scratch = [run(tmp_path / f"scratch{seed}", "TC-Nano/32E", seed) for seed in (0, 1)]
+    models = by_model([*scratch, after(0), after(1)])
+    assert [len(model) for model in models.values()] == [2, 2]
+    assert list(models) == ["TC-Nano/32E", "TC-Nano/32E after the switch"]
+
+
 def test_a_comparison_is_made_seed_by_seed_with_its_spread(tmp_path):
     dense = [run(tmp_path / f"d{seed}", seed=seed, losses=(3.0, 2.0 + seed / 10)) for seed in (0, 1)]
     name = "MoT-Nano/32E/4"
