@@ -12,6 +12,15 @@ from mixture_of_tokens import cli
 torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait for each other
 
 
+# Files whose tests train, or start processes: they go first, or one process would be busy with them long after others.
+LONG = ("transition", "train", "export", "compare", "resume", "readme", "evaluate", "generate", "companions", "switch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that the first process of the test session to need it makes for all of them."""
     base = factory.getbasetemp()

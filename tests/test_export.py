@@ -85,11 +85,15 @@ def check_keys_and_shapes(out, own) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     [
-        ("token_choice", {"capacity_factor": 0.5}, "Qwen3MoeForCausalLM"),  # which training would drop by
-        ("token_choice", {"router_temperature": 0.5, "learnable_temperature": True}, "Qwen3MoeForCausalLM"),
+        # The capacity is what training would drop by.
+        (
+            "token_choice",
+            {"capacity_factor": 0.5, "router_temperature": 0.5, "learnable_temperature": True},
+            "Qwen3MoeForCausalLM",
+        ),
         ("dense", {}, "Qwen3ForCausalLM"),
     ],
-    ids=["capacity", "temperature", "dense"],
+    ids=["token_choice", "dense"],
 )
 def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist(
     kind, options, expected, saved, tmp_path, capsys
