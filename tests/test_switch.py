@@ -69,6 +69,11 @@ def test_only_a_mixture_with_a_router_becomes_token_choice(kind):
         token_choice_config(tiny(kind).config)
 
 
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    monkeypatch.setattr("mixture_of_tokens.switch.STEPS", 80)
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_runs):
     with pytest.MonkeyPatch.context() as patch:
