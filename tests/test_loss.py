@@ -125,6 +125,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 @needs_proc
+@pytest.mark.slow
 def test_peak_memory_is_below_a_quarter_of_the_logits():
     logits = 16384 * 50257 * 4  # of which a plain loss holds three at once: measured 9.9 GB against 0.6 GB
     assert peak_memory("chunked") < logits / 4
