@@ -16,7 +16,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3M
 from mixture_of_tokens import checkpoints, provenance
 from mixture_of_tokens.layers import TokenChoice
 from mixture_of_tokens.loading import load_model, load_tokenizer_of, text_of
-from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
+from mixture_of_tokens.model import MixtureOfTokensForCausalLM
 
 TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
 ROWS = 4
@@ -118,14 +118,10 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
             weights.pop(f"model.layers.{i}.mlp.gate.log_temperature", None)
             weights[f"model.layers.{i}.mlp.gate.weight"] /= block.mlp.gate.temperature.detach()
     experts = {field: getattr(config, field) for field in OF_EXPERTS}
-    sparse = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, **_layout(config), use_sliding_window=False))
+    experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
+    sparse = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
     sparse.load_state_dict(weights)
     return sparse.eval()
-
-
-def _layout(config: MixtureOfTokensConfig) -> dict[str, Any]:
-    dense = [i for i, kind in enumerate(config.feed_forwards) if kind == "dense"]
-    return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
 def _write_config(directory: Path) -> None:

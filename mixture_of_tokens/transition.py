@@ -25,7 +25,9 @@ from mixture_of_tokens.trainer import EVALUATION_ROWS, GroupedTrainer
 from mixture_of_tokens.words import aligned
 
 SWITCH = "switch.json"
-TEXT = ("data", "field", "max_bytes", "tokenizer")
+GIVEN = ("data", "field", "max_bytes", "tokenizer", "batch_size", "evaluate_on")  # taken from the source as they are
+HELD = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+DERIVED = ("transformers_version", "mlp_only_layers")  # of a configuration, not to be given again
 # Fields of TrainingArguments that belong to the source's own number of steps.
 OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
 
@@ -127,18 +129,23 @@ def _merged(
     model = {field: getattr(target, field) for field in source.settings["model"] if field in FIELDS}
     model |= {field: getattr(target, field) for field in ("mlp_layer_types", "num_experts_per_tok", "capacity_factor")}
     model["router_temperature"] = target.router_temperature
-    for derived in ("transformers_version", "mlp_only_layers"):
-        model.pop(derived, None)
-    training = {k: v for k, v in source.settings["training"].items() if not k.startswith(OF_THE_SOURCE)}
-    if schedule == "continued":
-        training |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+    model = {field: value for field, value in model.items() if field not in DERIVED}
+    training = _training(source) | (HELD if schedule == "continued" else {})
     if learning_rate is None:
-        last = [row["learning_rate"] for row in source.rows if row.get("learning_rate")][-1]
-        learning_rate = last if schedule == "continued" else source.settings["learning_rate"] / 4
-    given = {key: source.settings[key] for key in (*TEXT, "batch_size", "evaluate_on")}
+        learning_rate = _last_rate(source) if schedule == "continued" else source.settings["learning_rate"] / 4
+    given = {key: source.settings[key] for key in GIVEN}
     options = Options(steps=steps, model=_words(model), training=_words(training), **given)
     config, run, arguments = merge(_token_choice_name(source), source.seed, learning_rate, options)
     return config, run | {"first_step": source.facts["steps"], "transition": transition}, arguments
+
+
+def _training(source: Run) -> dict[str, Any]:
+    """Fields of TrainingArguments that hold whatever the number of steps."""
+    return {k: v for k, v in source.settings["training"].items() if not k.startswith(OF_THE_SOURCE)}
+
+
+def _last_rate(source: Run) -> float:
+    return [row["learning_rate"] for row in source.rows if row.get("learning_rate")][-1]
 
 
 def _words(fields: dict[str, Any]) -> dict[str, str]:
@@ -148,15 +155,11 @@ def _words(fields: dict[str, Any]) -> dict[str, str]:
 
 def _annealed(source: Run, temperature: float, steps: int, optimizer: Path | None, out: Path, *, resume: bool) -> Run:
     """The source trained on in groups, at its last learning rate, while the routers' temperature falls."""
-    given = {key: source.settings[key] for key in (*TEXT, "batch_size", "evaluate_on")}
-    model = {k: v for k, v in source.settings["model"].items() if k not in ("transformers_version", "mlp_only_layers")}
-    training = {k: v for k, v in source.settings["training"].items() if not k.startswith(OF_THE_SOURCE)}
-    training |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
-    rate = [row["learning_rate"] for row in source.rows if row.get("learning_rate")][-1]
-    options = Options(
-        steps=steps, anneal_temperature_to=temperature, model=_words(model), training=_words(training), **given
-    )
-    config, run, arguments = merge(source.name, source.seed, rate, options)
+    given = {key: source.settings[key] for key in GIVEN}
+    model = {field: value for field, value in source.settings["model"].items() if field not in DERIVED}
+    given |= {"model": _words(model), "training": _words(_training(source) | HELD)}
+    options = Options(steps=steps, anneal_temperature_to=temperature, **given)
+    config, run, arguments = merge(source.name, source.seed, _last_rate(source), options)
 
     def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
         _check_text(source, prepared)
@@ -179,7 +182,7 @@ def _from_scratch(
     source: Run, config: MixtureOfTokensConfig, steps: int, out: Path, *, resume: bool, dry_run: bool
 ) -> None:
     """The control that never was a Mixture of Tokens, with its own recipe, for as many steps in all."""
-    given = {key: source.settings[key] for key in (*TEXT, "batch_size", "evaluate_on")}
+    given = {key: source.settings[key] for key in GIVEN}
     fields = {"num_experts_per_tok": config.num_experts_per_tok, "capacity_factor": config.capacity_factor}
     options = Options(steps=source.facts["steps"] + steps, model=_words(fields), **given)
     name = _token_choice_name(source)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_tokens.layers import ExpertChoice, MixtureOfTokens, Routed, TokenChoice
+from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
 
 B, G, E, T, D, F = 6, 3, 5, 4, 8, 7
 
@@ -48,6 +49,14 @@ def randomized(layer: nn.Module, seed: int = 0) -> Any:
         for tensor in (*layer.parameters(), *companions):
             tensor.copy_(0.5 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
     return layer
+
+
+def small_model(kind: str, **options) -> MixtureOfTokensForCausalLM:
+    """A dense block and one of this kind, with weights as `randomized` gives them."""
+    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 20, "moe_intermediate_size": 12}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    layout = {"num_experts": 6, "group_size": 3, "mlp_layer_types": ["dense", kind]}
+    return randomized(MixtureOfTokensForCausalLM(MixtureOfTokensConfig(**sizes, **heads, **layout, **options))).eval()
 
 
 def tokens(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:

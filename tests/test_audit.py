@@ -4,33 +4,18 @@ import json
 
 import pytest
 import torch
-from routings import randomized
+from routings import randomized, small_model
 from torch import nn
 
-from mixture_of_tokens import ExpertChoice, MixtureOfTokensForCausalLM, cli
+from mixture_of_tokens import ExpertChoice, cli
 from mixture_of_tokens.audit import measure, texts, verdicts
-from mixture_of_tokens.model import MixtureOfTokensConfig
 
 KINDS = ("dense", "mixture_of_tokens", "uniform", "expert_choice", "token_choice")
 PRIVATE = ("dense", "token_choice")
 
 
 def build(kind: str):
-    config = MixtureOfTokensConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=20,
-        moe_intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=6,
-        group_size=3,
-        max_position_embeddings=40,
-        mlp_layer_types=["dense", kind],
-    )
-    return randomized(MixtureOfTokensForCausalLM(config)).eval()
+    return small_model(kind, max_position_embeddings=40)
 
 
 def audited(model) -> dict:

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from routings import randomized
+from routings import small_model
 from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
 from mixture_of_tokens.companions import training_groups
 from mixture_of_tokens.evaluate import cross_entropy
 from mixture_of_tokens.loading import load_model, text_of
-from mixture_of_tokens.model import MixtureOfTokensConfig
 from mixture_of_tokens.switch import calibrate, rescale_moments, to_token_choice, token_choice_config
 from tests import reference
 
@@ -17,22 +16,7 @@ MIXED = "MoT-Nano/4E/2"
 
 
 def tiny(kind="mixture_of_tokens", **options) -> MixtureOfTokensForCausalLM:
-    config = MixtureOfTokensConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=20,
-        moe_intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=6,
-        num_experts_per_tok=2,
-        group_size=3,
-        mlp_layer_types=["dense", kind],
-        **options,
-    )
-    return randomized(MixtureOfTokensForCausalLM(config)).double().eval()
+    return small_model(kind, num_experts_per_tok=2, **options).double()
 
 
 def switched(source, **options):
