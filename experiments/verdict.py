@@ -1,18 +1,22 @@
 """What one serves after equal training time: a dense model, Token Choice, or a Mixture of Tokens switched to it.
 
-    python experiments/verdict.py --seconds 600,1200,2400 --seeds 1,2,3 --out runs/verdict    # a day on two cores
-    python experiments/verdict.py --table runs/verdict/verdict.csv                            # Markdown
+    python experiments/verdict.py --time 5 --out experiments/verdict     # ten minutes, on an idle machine
+    python experiments/verdict.py --seconds 150,600,2400 --seeds 1,2,3 --out experiments/verdict    # a day on two cores
+    python experiments/verdict.py --table --out experiments/verdict      # Markdown, in a second
 
-On a quiet machine. A short run of each system first gives its seconds a step, and so the steps that a budget holds, for
-each its own whole schedule; of a Mixture of Tokens' budget as much is left as a tenth of its steps takes after the
-switch. All that is trained is exported, and scored by plain transformers in another process, each row alone: loss over
-the whole validation text, milliseconds of a forward pass over one row, and of a token written at batch 1. The same
-command goes on where it was stopped.
+`--time` measures, in rounds that take every system in turn: milliseconds of a training step before and after the
+switch, seconds of the fit at the switch, and what the export costs plain transformers at batch 1, for a row and for a
+token written. It writes `timings.csv`. The medians say how many steps a budget holds, for each system its own whole
+schedule; of a Mixture of Tokens' budget the fit and a tenth of its steps come after the switch. So what is trained may
+train beside other work, or be stopped: the same command goes on. All is exported, and scored by plain transformers in
+another process, each row alone, over the whole validation text.
 """
 
 import argparse
 import csv
 import json
+import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
-from mixture_of_tokens import cli
 from mixture_of_tokens.loading import text_of
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.words import with_spread
@@ -28,36 +31,42 @@ from mixture_of_tokens.words import with_spread
 SYSTEMS = ("Transformer-Nano", "TC-Nano/32E", "MoT-Nano/32E", "MoT-Nano/32E/8")
 TIMED_STEPS = 100
 SHARE_AFTER = 0.1  # of the source's steps, after the switch
-COLUMNS = ("system", "budget", "seed", "steps", "seconds", "loss", "row_ms", "token_ms")
-
-SCORE = """
-import sys, time
+TIMINGS = ("system", "round", "step_ms", "step_after_ms", "fit_seconds", "row_ms", "token_ms")
+PLAIN_TRANSFORMERS = """
+import statistics, sys, time
 sys.modules["mixture_of_tokens"] = None
-import statistics, torch
+import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
-directory, given, ignore = sys.argv[1], load_file(sys.argv[2]), int(sys.argv[3])
+what, directory, text, ignore = sys.argv[1], sys.argv[2], load_file(sys.argv[3]), int(sys.argv[4])
 model = AutoModelForCausalLM.from_pretrained(directory).eval()
-nats, count = 0.0, 0
+
+def median_ms(call, times=15):
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds)
+
 with torch.inference_mode():
-    for ids, labels in zip(given["ids"].split(32), given["labels"].split(32)):
-        logits = model(ids, use_cache=False).logits.flatten(0, 1)
-        nats += float(F.cross_entropy(logits, labels.flatten(), ignore_index=ignore, reduction="sum"))
-        count += int((labels != ignore).sum())
-    def median(call, times=15):
-        seconds = []
-        for _ in range(times):
-            start = time.perf_counter(); call(); seconds.append(time.perf_counter() - start)
-        return 1000 * statistics.median(seconds)
-    row, new = given["ids"][:1], given["ids"].shape[1] // 2
-    written = lambda: model.generate(row[:, :4], max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    print(nats / count, median(lambda: model(row, use_cache=False)), median(written) / new)
+    if what == "loss":
+        nats = 0.0
+        for ids, labels in zip(text["ids"].split(32), text["labels"].split(32)):
+            logits = model(ids, use_cache=False).logits.flatten(0, 1)
+            nats += float(F.cross_entropy(logits, labels.flatten(), ignore_index=ignore, reduction="sum"))
+        print(nats / int((text["labels"] != ignore).sum()))
+    else:
+        row, new = text["ids"][:1], text["ids"].shape[1] // 2
+        written = lambda: model.generate(row[:, :4], max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        print(median_ms(lambda: model(row, use_cache=False)), median_ms(written) / new)
 """
 
 
 def mot(*words: object) -> None:
-    cli.main([str(word) for word in words])
+    """In a process of its own, as it is used: memory that an earlier model left in pieces slows a later one by 15 %."""
+    subprocess.run([sys.executable, "-m", "mixture_of_tokens", *map(str, words)], check=True)
 
 
 def directory_of(out: Path, system: str, *parts: object) -> Path:
@@ -65,7 +74,8 @@ def directory_of(out: Path, system: str, *parts: object) -> Path:
 
 
 def train(system: str, steps: int, seed: int, out: Path) -> Path:
-    mot("train", system, "--steps", steps, "--seed", seed, "--out", out, "--resume")
+    rows = ("--training.logging_steps", max(10, steps // 200), "--training.eval_steps", max(100, steps // 40))
+    mot("train", system, "--steps", steps, "--seed", seed, *rows, "--out", out, "--resume")
     return out
 
 
@@ -75,89 +85,116 @@ def switched(source: Path, steps: int) -> Path:
     return out
 
 
-def seconds_a_step(run: Path, first: int = 0) -> float:
+def by_plain_transformers(what: str, run: Path) -> list[float]:
+    """The loss of a run's export or its milliseconds, from a process that cannot import this package."""
+    exported, text = run.with_name(f"{run.name}-exported"), run.with_name(f"{run.name}-text.safetensors")
+    mot("export", run, exported, "--force")
+    blocks = text_of(str(run)).validation
+    batch = blocks.batch(np.arange(len(blocks)))
+    save_file({"ids": batch["input_ids"].contiguous(), "labels": batch["shift_labels"].contiguous()}, text)
+    command = [sys.executable, "-c", PLAIN_TRANSFORMERS, what, str(exported), str(text), str(IGNORE)]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    shutil.rmtree(exported)
+    text.unlink()
+    return [float(word) for word in printed.split()]
+
+
+def step_ms(run: Path, first: int = 0) -> float:
     """Of the second half of a run's rows: the first is slower."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["step"] > first]
     middle, last = rows[len(rows) // 2], rows[-1]
-    return (last["seconds"] - middle["seconds"]) / (last["step"] - middle["step"])
+    return 1000 * (last["seconds"] - middle["seconds"]) / (last["step"] - middle["step"])
 
 
-def steps_within(budget: float, system: str, out: Path) -> tuple[int, int]:
-    """Steps of the system, and after the switch."""
-    timed = train(system, TIMED_STEPS, 0, directory_of(out, system, "timed"))
-    each = seconds_a_step(timed)
-    if not system.startswith("MoT"):
-        return int(budget / each), 0
-    after = seconds_a_step(switched(timed, TIMED_STEPS), first=TIMED_STEPS)
-    steps = int(budget / (each + SHARE_AFTER * after))
+def time_system(system: str, number: int, out: Path) -> dict[str, object]:
+    run = train(system, TIMED_STEPS, number, directory_of(out, system, "timed", number))
+    each, after, fit = step_ms(run), 0.0, 0.0
+    if system.startswith("MoT"):
+        run = switched(run, TIMED_STEPS)
+        after, fit = step_ms(run, first=TIMED_STEPS), json.loads((run / "switch.json").read_text())["fit_seconds"]
+    row, token = by_plain_transformers("milliseconds", run)
+    values = (system, number, *(round(value, 3) for value in (each, after, fit, row, token)))
+    return dict(zip(TIMINGS, values, strict=True))
+
+
+def medians(out: Path) -> dict[str, dict[str, float]]:
+    """Of the timings, by system."""
+    with (out / "timings.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    of = {system: [row for row in rows if row["system"] == system] for system in SYSTEMS}
+    return {
+        system: {key: statistics.median(float(row[key]) for row in own) for key in TIMINGS[2:]}
+        for system, own in of.items()
+        if own
+    }
+
+
+def steps_within(budget: float, timing: dict[str, float]) -> tuple[int, int]:
+    """Steps that fit into the seconds, and those after the switch."""
+    if not timing["step_after_ms"]:
+        return int(1000 * budget / timing["step_ms"]), 0
+    each = timing["step_ms"] + SHARE_AFTER * timing["step_after_ms"]
+    steps = int(1000 * (budget - timing["fit_seconds"]) / each)
     return steps, round(SHARE_AFTER * steps)
 
 
-def score(run: Path) -> tuple[float, float, float]:
-    """Loss of a run's export, each row alone, and its milliseconds for a row and for a token."""
-    exported, given = run.with_name(f"{run.name}-exported"), run.with_name(f"{run.name}-given.safetensors")
-    mot("export", run, exported, "--force")
-    blocks = text_of(str(run)).validation
-    batch = blocks.batch(np.arange(len(blocks)))
-    save_file({"ids": batch["input_ids"].contiguous(), "labels": batch["shift_labels"].contiguous()}, given)
-    command = [sys.executable, "-c", SCORE, str(exported), str(given), str(IGNORE)]
-    loss, row, token = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-3:]
-    given.unlink()
-    return float(loss), float(row), float(token)
-
-
-def verdict(system: str, budget: float, seed: int, out: Path) -> dict[str, object]:
-    steps, after = steps_within(budget, system, out)
-    run = train(system, steps, seed, directory_of(out, system, f"{budget:g}s", f"seed{seed}"))
+def verdict(system: str, budget: float, seed: int, out: Path) -> None:
+    steps, after = steps_within(budget, medians(out)[system])
+    run = directory_of(out, system, f"{budget:g}s", f"seed{seed}")
+    final = run.with_name(f"{run.name}-switched") if after else run
+    if (final / "verdict.json").exists():
+        return
+    train(system, steps, seed, run)
     if after:
-        run = switched(run, after)
-    loss, row, token = score(run)
-    seconds = json.loads((run / "run.json").read_text())["seconds"]
-    label = f"{system}, switched" if after else system
-    values = (label, budget, seed, steps + after, seconds, round(loss, 5), round(row, 3), round(token, 3))
-    return dict(zip(COLUMNS, values, strict=True))
+        switched(run, after)
+    (loss,) = by_plain_transformers("loss", final)
+    facts = {"system": system, "budget": budget, "seed": seed, "steps": steps, "after": after, "loss": loss}
+    (final / "verdict.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    lines = [["", *(f"{float(budget):g} s" for budget in budgets), "ms a row", "ms a token"]]
+def table(out: Path) -> str:
+    found = [json.loads(path.read_text()) for path in out.glob("*/verdict.json")]
+    budgets = sorted({facts["budget"] for facts in found})
+    lines = [["", *(f"{budget / 60:g} min" for budget in budgets), "ms a row", "ms a token"]]
     lines.append(["---", *["---:"] * (len(budgets) + 2)])
-    for system in dict.fromkeys(row["system"] for row in rows):
-        own = [row for row in rows if row["system"] == system]
+    for system, timing in medians(out).items():
         cells = []
         for budget in budgets:
-            losses = [float(row["loss"]) for row in own if row["budget"] == budget]
-            summary = {"mean": np.mean(losses), "least": min(losses), "greatest": max(losses), "seeds": len(losses)}
-            cells.append(with_spread(summary, lambda loss: f"{loss:.3f}"))
-        times = [f"{np.median([float(row[key]) for row in own]):.1f}" for key in ("row_ms", "token_ms")]
-        lines.append([system, *cells, *times])
+            losses = [facts["loss"] for facts in found if (facts["system"], facts["budget"]) == (system, budget)]
+            if losses:
+                summary = {"mean": np.mean(losses), "least": min(losses), "greatest": max(losses), "seeds": len(losses)}
+            cells.append(with_spread(summary, lambda loss: f"{loss:.3f}") if losses else "")
+        label = f"{system}, switched" if timing["step_after_ms"] else system
+        lines.append([label, *cells, f"{timing['row_ms']:.1f}", f"{timing['token_ms']:.1f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", default="600,1200,2400", help="training time of a model, budgets")
+    parser.add_argument("--out", type=Path, default=Path("runs/verdict"))
+    parser.add_argument("--time", type=int, metavar="ROUNDS", help="measure speeds on an idle machine, and stop")
+    parser.add_argument("--table", action="store_true", help="print what has been scored as Markdown, and stop")
+    parser.add_argument("--seconds", default="150,600,2400", help="training time of a model, budgets")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--out", type=Path, default=Path("runs/verdict"))
-    parser.add_argument("--table", type=Path, help="print a CSV of this script as Markdown, and stop")
     given = parser.parse_args()
-    if given.table is not None:
-        with given.table.open() as file:
-            print(table(list(csv.DictReader(file))))
-        return
-    given.out.mkdir(parents=True, exist_ok=True)
-    results = given.out / "verdict.csv"
-    with results.open("w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for seed in given.seeds.split(","):
-            for budget in given.seconds.split(","):
-                for system in given.systems.split(","):
-                    writer.writerow(verdict(system, float(budget), int(seed), given.out))
-                    file.flush()
-    print(f"Everything is in {results}", file=sys.stderr)
+    systems = given.systems.split(",")
+    if given.table:
+        print(table(given.out))
+    elif given.time is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        rows = [time_system(system, number, given.out) for number in range(given.time) for system in systems]
+        with (given.out / "timings.csv").open("w") as file:
+            writer = csv.DictWriter(file, TIMINGS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        for budget in given.seconds.split(","):
+            for seed in given.seeds.split(","):
+                for system in systems:
+                    verdict(system, float(budget), int(seed), given.out)
+        print(f"Everything is in {given.out}; --table prints it", file=sys.stderr)
 
 
 if __name__ == "__main__":

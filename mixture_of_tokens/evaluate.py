@@ -167,7 +167,14 @@ def cross_entropy(model, inputs: dict[str, Tensor]) -> tuple[float, int]:
 
 
 def evaluate_blocks(
-    model, blocks: Blocks, *, group_size: int, batch_size: int, groups: int | None = None, seed: int = 0
+    model,
+    blocks: Blocks,
+    *,
+    group_size: int,
+    batch_size: int,
+    groups: int | None = None,
+    seed: int = 0,
+    progress: str | None = None,
 ) -> dict[str, float]:
     """Mean cross-entropy in nats a token, in fixed groups of different documents.
 
@@ -176,6 +183,7 @@ def evaluate_blocks(
         groups: how many groups to take. None, or more than there are, takes all of the text, each token once, in
             groups that are filled up with masked rows where need be, and then counts bits per byte too.
         seed: of the groups.
+        progress: what a bar on standard error says, if it takes longer than two seconds; None for no bar.
 
     Returns `loss`, `tokens` and, over all of the text, `bits_per_byte`.
     """
@@ -184,7 +192,8 @@ def evaluate_blocks(
     training = model.training
     model.eval()
     nats, tokens = 0.0, 0
-    for rows in np.split(order.ravel(), range(batch_size, order.size, batch_size)):
+    batches = np.split(order.ravel(), range(batch_size, order.size, batch_size))
+    for rows in tqdm(batches, progress, unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=not progress):
         inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=everything).items()}
         batch_nats, batch_tokens = cross_entropy(model, inputs)
         nats, tokens = nats + batch_nats, tokens + batch_tokens

@@ -153,7 +153,8 @@ def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, flo
     """
     given, found = directory / "given.safetensors", directory / "found.safetensors"
     try:
-        save_file({"ids": ids.contiguous()}, given)
+        with checkpoints.plain_errors(directory):
+            save_file({"ids": ids.contiguous()}, given)
         command = [sys.executable, "-c", CHECK, str(directory), str(given), str(found)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -179,8 +180,8 @@ def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, difference: f
         blocks = sum(kind == "token_choice" for kind in config.feed_forwards)
         lines.append(
             f"{blocks} of its {config.num_hidden_layers} feed-forwards are sparse: {config.num_experts} experts of "
-            f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, by softmax over all "
-            "experts, without renormalising. Nothing is dropped."
+            f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, weighted by a softmax "
+            f"over {'those' if config.norm_topk_prob else 'all'}. Nothing is dropped."
         )
     if facts:
         corpus, transition = facts["corpus"], path / "switch.json"

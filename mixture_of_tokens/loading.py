@@ -43,13 +43,13 @@ def model_directory(run: str) -> str:
             raise ValueError(f"{run}: there is no such directory")
         return run
     if (path / "model").is_dir():
-        return str(path / "model")
-    if not (path / "config.json").is_file():
+        path = path / "model"
+    elif not (path / "config.json").is_file():
         newest = checkpoints.newest(path) if path.is_dir() else None
         hint = "it has neither model/ nor config.json" if newest is None else f"it is not finished, but has {newest}"
         raise ValueError(f"{run} is no model: {hint}; give a run directory, a checkpoint or a name on the Hub")
     if (path / checkpoints.MANIFEST).is_file() and (fault := checkpoints.fault(path)) is not None:
-        raise ValueError(f"{run} is no whole checkpoint: {fault}")
+        raise ValueError(f"{path} is not whole: {fault}")
     return str(path)
 
 

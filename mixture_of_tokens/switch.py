@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from tqdm import tqdm
 
 from mixture_of_tokens.layers import MixtureOfTokens, TokenChoice
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
@@ -87,13 +88,15 @@ def calibrate(
     """
     seen = _branches(source, batches)
     errors = {}
-    for i, layer in _layers(target, TokenChoice):
+    layers = _layers(target, TokenChoice)
+    bar = tqdm(desc="Fitting routers and scales", total=len(layers) * STEPS, unit="step", delay=2, dynamic_ncols=True)
+    for i, layer in layers:
         x_SD, y_SD = seen[i]
         bias_E = source.get_submodule(f"model.layers.{i}.mlp").get_buffer("companion_logit")
         before = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
         with torch.no_grad():
             error = _distance(layer, before, x_SD, y_SD)
-        after, folded = _fit(layer, before, bias_E, x_SD, y_SD)
+        after, folded = _fit(layer, before, bias_E, x_SD, y_SD, bar)
         with torch.no_grad():
             errors[str(i)] = (error, _distance(layer, after, x_SD, y_SD))
             for name, weight in after.items():
@@ -101,6 +104,7 @@ def calibrate(
         for name, scale in folded.items():
             full = f"model.layers.{i}.mlp.{name}"
             scales[full] = scales.get(full, torch.ones(())) * scale
+    bar.close()
     return errors
 
 
@@ -146,7 +150,7 @@ def _call(layer: nn.Module, weights: dict[str, Tensor], x_SD: Tensor) -> Tensor:
 
 
 def _fit(
-    layer: nn.Module, before: dict[str, Tensor], bias_E: Tensor, x_SD: Tensor, y_SD: Tensor
+    layer: nn.Module, before: dict[str, Tensor], bias_E: Tensor, x_SD: Tensor, y_SD: Tensor, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The layer's weights with the scalars folded in, and what they were multiplied by."""
     second_DD = x_SD.double().T @ x_SD.double() / len(x_SD)
@@ -175,6 +179,7 @@ def _fit(
         error.backward()
         adam.step()
         schedule.step()
+        bar.update()
     with torch.no_grad():
         weights, scales = folded()
     return {name: weight.detach() for name, weight in weights.items()}, {n: s.detach() for n, s in scales.items()}

@@ -199,12 +199,14 @@ def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], ou
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
     sizes = {"group_size": trainer.rows.group_size, "batch_size": trainer.args.per_device_eval_batch_size}
     seeds = range(REGROUPINGS if model.mixes_examples else 1)
+    sizes |= {"progress": "Evaluating all of the text"}
     final, *others = [evaluate_blocks(model, trainer.evaluated, seed=seed, **sizes) for seed in seeds]
     losses = [final["loss"], *(other["loss"] for other in others)]
     beside = out / "model.partial"
     with checkpoints.plain_errors(out / "model"):
         model.save_pretrained(beside)
     prepared.tokenizer.save_pretrained(beside)
+    checkpoints.describe(beside)
     checkpoints.publish(beside, out / "model")
     facts = {
         "name": run["name"],

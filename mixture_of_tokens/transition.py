@@ -2,6 +2,7 @@
 
 import json as json_module
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,7 +217,9 @@ class _Beginning:
         print("Measuring losses before the switch and at it", file=sys.stderr)
         model, target = load_model(str(self.source.directory)), trainer.causal_lm
         groups = list(training_groups(prepared.train, trainer.rows.group_size))
+        started = time.perf_counter()
         calibrate_companions(model, groups)
+        fit_seconds = time.perf_counter() - started
         losses = {"source_in_groups": _loss(trainer, model)}
         model.serve_alone()
         losses["source_alone"] = _loss(trainer, model)
@@ -226,8 +229,9 @@ class _Beginning:
         losses["plain_switch"] = _loss(trainer, target)
         errors: dict[str, tuple[float, float]] = {}
         if self.transition["calibrate"] == "full":
-            print("Fitting routers and scales", file=sys.stderr)
+            started = time.perf_counter()
             errors = calibrate_switch(model, target, groups, scales)
+            fit_seconds += time.perf_counter() - started
         if self.transition["control"] == "router":
             with torch.no_grad():
                 for name, value in new_routers.items():
@@ -238,7 +242,7 @@ class _Beginning:
         _go_on_from(self.source, trainer, self.out)
         facts = {"step": self.source.facts["steps"], "tokens": self.source.facts["tokens"]}
         facts |= {"seconds": self.source.facts["seconds"], "flops_per_token": self.source.flops[1]}
-        facts |= losses | {"branch_errors": errors}
+        facts |= losses | {"branch_errors": errors, "fit_seconds": round(fit_seconds, 1)}
         checkpoints.write_text(self.out / SWITCH, json_module.dumps(facts, indent=2) + "\n")
 
 

@@ -43,3 +43,11 @@ def mot(words: list[str]) -> None:
     from mixture_of_tokens import cli
 
     cli.main(words)
+
+
+def mot_on_a_full_disk(words: list[str], limit: int) -> None:
+    """As far as a process can tell, the disk takes no file above `limit` bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    mot(words)

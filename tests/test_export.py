@@ -1,9 +1,14 @@
 """`mot export`: what plain transformers gets, in a process where this library does not exist."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from importlib.metadata import requires
 
+import processes
 import pytest
 import torch
 from routings import randomized
@@ -48,7 +53,7 @@ def saved(tiny_runs, tmp_path):
 ELSEWHERE = """
 import json, sys
 sys.modules["mixture_of_tokens"] = None
-import torch
+import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 directory, ids, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -56,13 +61,14 @@ with torch.no_grad():
     logits = model(torch.tensor(ids)).logits
     written = model.generate(torch.tensor(ids)[:1], max_new_tokens=new, min_new_tokens=new, do_sample=False)
 kept = AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
-print(json.dumps({"kind": type(model).__name__, "logits": logits.tolist(), "text": written[0].tolist(), "kept": kept}))
+found = {"kind": type(model).__name__, "transformers": transformers.__version__, "kept": kept}
+print(json.dumps(found | {"logits": logits.tolist(), "text": written[0].tolist()}))
 """
 
 
-def elsewhere(directory, ids: torch.Tensor, new: int) -> dict:
+def elsewhere(directory, ids: torch.Tensor, new: int, **environment: str) -> dict:
     words = [sys.executable, "-c", ELSEWHERE, str(directory), json.dumps(ids.tolist()), str(new)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -149,6 +155,50 @@ def test_a_perturbed_expert_fails_and_leaves_nothing(saved, tmp_path, monkeypatc
         mot(directory, tmp_path / "out")
     assert "is not the same model" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_full_disk_is_one_line_and_leaves_nothing(saved, tmp_path):
+    words = ["export", str(saved("dense")), str(tmp_path / "out")]
+    assert processes.finish(processes.start(processes.mot_on_a_full_disk, words, 20_000, log=tmp_path / "log")) == 2
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("mot: error:")
+    assert "out could not be written" in last
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.parametrize("command", ["export", "transition"])
+def test_a_flipped_bit_in_a_run_is_one_line_and_leaves_nothing(command, tiny_runs, tmp_path, capsys):
+    shutil.copytree(tiny_runs[MIXED], tmp_path / "run")
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1000] ^= 1
+    weights.write_bytes(flipped)
+    out = {"export": [str(tmp_path / "out")], "transition": ["--out", str(tmp_path / "out")]}[command]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command, str(tmp_path / "run"), *out])
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "model is not whole: model.safetensors is not what was written" in shown
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_oldest_transformers_we_support_opens_an_export(saved, tmp_path):
+    directory = saved("token_choice")
+    mot(directory, tmp_path / "out")
+    ids = torch.randint(512, (3, 17), generator=torch.Generator().manual_seed(1))
+    (oldest,) = (re.search(r">=([\d.]+)", need)[1] for need in requires("mixture-of-tokens") if "transformers" in need)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "old")]
+    subprocess.run([*install, f"transformers=={oldest}"], check=True)
+    now = elsewhere(tmp_path / "out", ids, 200)
+    then = elsewhere(tmp_path / "out", ids, 200, PYTHONPATH=str(tmp_path / "old"))
+    assert then["transformers"].startswith(oldest)
+    assert now["transformers"] != then["transformers"]
+    torch.testing.assert_close(torch.tensor(then["logits"]), torch.tensor(now["logits"]), rtol=1e-5, atol=1e-5)
+    assert then["text"] == now["text"]
 
 
 def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, tmp_path, monkeypatch, capsys):

@@ -61,14 +61,14 @@ def test_the_result_is_what_report_prints_of_the_committed_runs(tmp_path, monkey
     assert capsys.readouterr().out.split("The page: ")[0].strip() == shown[2].strip()
 
 
-REACHED = ["reached.py", "nano", "prose", "long"]
-TRANSITION = ["transition.py", "transition"]
+REACHED = "reached.py nano prose long"
+TRANSITION = "transition.py transition"
+VERDICT = "verdict.py --table --out verdict"
 
 
-@pytest.mark.parametrize(("words", "lines"), [(REACHED, 11), (TRANSITION, 10)])
+@pytest.mark.parametrize(("words", "lines"), [(REACHED, 11), (TRANSITION, 10), (VERDICT, 6)])
 def test_the_tables_are_what_their_scripts_make_of_the_committed_runs(words, lines):
-    script, *directories = [f"experiments/{word}" for word in words]
-    command = [sys.executable, script, *directories]
-    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, *words.split()]
+    table = subprocess.run(command, cwd=ROOT / "experiments", capture_output=True, text=True, check=True).stdout
     assert table.count("\n") == lines
     assert table in README

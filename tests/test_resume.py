@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import finish, mot, start
+from processes import finish, mot, mot_on_a_full_disk, start
 from safetensors.torch import load_file
 
 from mixture_of_tokens import cli
@@ -196,18 +196,10 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_state(tmp_path
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def fill_the_disk(words: list[str], limit: int) -> None:
-    """As far as a process can tell, a disk that takes no file above `limit` bytes."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    cli.main(words)
-
-
 def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(whole, tmp_path):
     out = tmp_path / "run"
     words = [str(word) for word in (*FLAGS, "--out", out)]
-    process = start(fill_the_disk, words, 1_000_000, log=tmp_path / "log")
+    process = start(mot_on_a_full_disk, words, 1_000_000, log=tmp_path / "log")
     assert finish(process) == 2
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("mot: error:")
