@@ -17,7 +17,6 @@ from mixture_of_tokens import checkpoints, provenance
 from mixture_of_tokens.companions import calibrate_companions, training_groups
 from mixture_of_tokens.cost import flops_per_token
 from mixture_of_tokens.data import GroupedBatches
-from mixture_of_tokens.evaluate import evaluate_blocks
 from mixture_of_tokens.generate import continue_prompts
 from mixture_of_tokens.loading import keep_large_blocks
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
@@ -197,10 +196,8 @@ def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], ou
     steps = trainer.rows.first_step + run["steps"]
     tokens = steps * trainer.run_log.tokens_per_step
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
-    sizes = {"group_size": trainer.rows.group_size, "batch_size": trainer.args.per_device_eval_batch_size}
     seeds = range(REGROUPINGS if model.mixes_examples else 1)
-    sizes |= {"progress": "Evaluating all of the text"}
-    final, *others = [evaluate_blocks(model, trainer.evaluated, seed=seed, **sizes) for seed in seeds]
+    final, *others = [trainer.evaluate_all(seed) for seed in seeds]
     losses = [final["loss"], *(other["loss"] for other in others)]
     beside = out / "model.partial"
     with checkpoints.plain_errors(out / "model"):

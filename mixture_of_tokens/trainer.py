@@ -253,20 +253,26 @@ class GroupedTrainer(Trainer):
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         with self.clock.stopped():
-            result = evaluate_blocks(
-                self.causal_lm,
-                self.evaluated,
-                group_size=self.rows.group_size,
-                batch_size=self.args.per_device_eval_batch_size,
-                groups=max(1, EVALUATION_ROWS // self.rows.group_size),
-            )
-        if not math.isfinite(loss := result["loss"]):
+            loss = self.loss_of(self.causal_lm)
+        if not math.isfinite(loss):
             step = self.state.global_step
             raise FloatingPointError(f"the evaluation loss is {loss} after step {step}: try a lower learning rate")
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def loss_of(self, model: Any) -> float:
+        """A model's, over the part of the text that is evaluated in training."""
+        sizes = {"group_size": self.rows.group_size, "batch_size": self.args.per_device_eval_batch_size}
+        groups = max(1, EVALUATION_ROWS // self.rows.group_size)
+        return evaluate_blocks(model, self.evaluated, **sizes, groups=groups, progress=None)["loss"]
+
+    def evaluate_all(self, seed: int) -> dict[str, float]:
+        """Over all of the text, in groups by a seed: as `evaluate.evaluate_blocks`."""
+        sizes = {"group_size": self.rows.group_size, "batch_size": self.args.per_device_eval_batch_size}
+        what = "Evaluating all of the text"
+        return evaluate_blocks(self.causal_lm, self.evaluated, **sizes, groups=None, seed=seed, progress=what)
 
     def _get_output_dir(self, trial) -> str:
         return self._output_dir or super()._get_output_dir(trial)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mixture_of_tokens import checkpoints
 from mixture_of_tokens.companions import calibrate_companions, training_groups
-from mixture_of_tokens.evaluate import evaluate_blocks
 from mixture_of_tokens.loading import load_model, model_directory
 from mixture_of_tokens.model import MixtureOfTokensConfig
 from mixture_of_tokens.names import FIELDS, Name, parse_name
@@ -22,7 +21,7 @@ from mixture_of_tokens.shards import Prepared
 from mixture_of_tokens.switch import calibrate as calibrate_switch
 from mixture_of_tokens.switch import rescale_moments, to_token_choice, token_choice_config
 from mixture_of_tokens.train import run_merged, run_training
-from mixture_of_tokens.trainer import EVALUATION_ROWS, GroupedTrainer
+from mixture_of_tokens.trainer import GroupedTrainer
 from mixture_of_tokens.words import aligned
 
 SWITCH = "switch.json"
@@ -220,13 +219,13 @@ class _Beginning:
         started = time.perf_counter()
         calibrate_companions(model, groups)
         fit_seconds = time.perf_counter() - started
-        losses = {"source_in_groups": _loss(trainer, model)}
+        losses = {"source_in_groups": trainer.loss_of(model)}
         model.serve_alone()
-        losses["source_alone"] = _loss(trainer, model)
+        losses["source_alone"] = trainer.loss_of(model)
         model.serve_alone(False)
         new_routers = {name: value.clone() for name, value in target.named_parameters() if "gate.weight" in name}
         scales = to_token_choice(model, target)
-        losses["plain_switch"] = _loss(trainer, target)
+        losses["plain_switch"] = trainer.loss_of(target)
         errors: dict[str, tuple[float, float]] = {}
         if self.transition["calibrate"] == "full":
             started = time.perf_counter()
@@ -236,7 +235,7 @@ class _Beginning:
             with torch.no_grad():
                 for name, value in new_routers.items():
                     target.get_parameter(name).copy_(value)
-        losses["at_the_switch"] = _loss(trainer, target)
+        losses["at_the_switch"] = trainer.loss_of(target)
         if self.optimizer is not None:
             _carry_moments(trainer, self.optimizer, scales, without=new_routers if self.transition["control"] else {})
         _go_on_from(self.source, trainer, self.out)
@@ -257,13 +256,6 @@ def _go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
     """The clock and the rows of metrics.jsonl of a source, as what came before in the run at `out`."""
     trainer.clock.before = source.facts["seconds"]
     checkpoints.write_text(out / "metrics.jsonl", (source.directory / "metrics.jsonl").read_text())
-
-
-def _loss(trainer: GroupedTrainer, model: Any) -> float:
-    """Over the part of the text that training is evaluated on."""
-    sizes = {"group_size": trainer.rows.group_size, "batch_size": trainer.args.per_device_eval_batch_size}
-    groups = max(1, EVALUATION_ROWS // trainer.rows.group_size)
-    return evaluate_blocks(model, trainer.evaluated, groups=groups, **sizes)["loss"]
 
 
 def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor], without: dict[str, Tensor]) -> None:
