@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from mixture_of_tokens.loading import text_of
 from mixture_of_tokens.loss import IGNORE
+from mixture_of_tokens.results import summary
 from mixture_of_tokens.words import with_spread
 
 SYSTEMS = ("Transformer-Nano", "TC-Nano/32E", "MoT-Nano/32E", "MoT-Nano/32E/8")
@@ -156,17 +157,20 @@ def verdict(system: str, budget: float, seed: int, out: Path) -> None:
 def table(out: Path) -> str:
     found = [json.loads(path.read_text()) for path in out.glob("*/verdict.json")]
     budgets = sorted({facts["budget"] for facts in found})
-    lines = [["", *(f"{budget / 60:g} min" for budget in budgets), "ms a row", "ms a token"]]
-    lines.append(["---", *["---:"] * (len(budgets) + 2)])
-    for system, timing in medians(out).items():
-        cells = []
+    lines = [["", "", *(f"{budget / 60:g} min" for budget in budgets), "ms a row", "ms a token"]]
+    lines.append(["---", "---", *["---:"] * (len(budgets) + 2)])
+    scored = {facts["system"] for facts in found}
+    for system, timing in ((system, timing) for system, timing in medians(out).items() if system in scored):
+        losses, steps = [], []
         for budget in budgets:
-            losses = [facts["loss"] for facts in found if (facts["system"], facts["budget"]) == (system, budget)]
-            if losses:
-                summary = {"mean": np.mean(losses), "least": min(losses), "greatest": max(losses), "seeds": len(losses)}
-            cells.append(with_spread(summary, lambda loss: f"{loss:.3f}") if losses else "")
+            own = [facts for facts in found if (facts["system"], facts["budget"]) == (system, budget)]
+            mean = summary(facts["loss"] for facts in own)
+            losses.append("" if mean is None else with_spread(mean, lambda loss: f"{loss:.3f}"))
+            counts = {" + ".join(f"{facts[key]:,}" for key in ("steps", "after") if facts[key]) for facts in own}
+            steps.append(" or ".join(sorted(counts)))  # one, unless speeds were measured again in between
         label = f"{system}, switched" if timing["step_after_ms"] else system
-        lines.append([label, *cells, f"{timing['row_ms']:.1f}", f"{timing['token_ms']:.1f}"])
+        lines.append([label, "loss", *losses, f"{timing['row_ms']:.1f}", f"{timing['token_ms']:.1f}"])
+        lines.append(["", "steps", *steps, "", ""])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
