@@ -1,6 +1,6 @@
 """What one serves after equal training time: a dense model, Token Choice, or a Mixture of Tokens switched to it.
 
-    python experiments/verdict.py --time 5 --out experiments/verdict     # ten minutes, on an idle machine
+    python experiments/verdict.py --time 3 --out experiments/verdict     # a quarter of an hour, idle machine
     python experiments/verdict.py --seconds 150,600,2400 --seeds 1,2,3 --out experiments/verdict    # a day on two cores
     python experiments/verdict.py --table --out experiments/verdict      # Markdown, in a second
 
