@@ -66,7 +66,7 @@ with torch.inference_mode():
 
 
 def mot(*words: object) -> None:
-    """In a process of its own, as it is used: memory that an earlier model left in pieces slows a later one by 15 %."""
+    """In a process of its own, as it is used, so that no earlier model's memory has a part in its speed."""
     subprocess.run([sys.executable, "-m", "mixture_of_tokens", *map(str, words)], check=True)
 
 
@@ -160,7 +160,8 @@ def table(out: Path) -> str:
     lines = [["", "", *(f"{budget / 60:g} min" for budget in budgets), "ms a row", "ms a token"]]
     lines.append(["---", "---", *["---:"] * (len(budgets) + 2)])
     scored = {facts["system"] for facts in found}
-    for system, timing in ((system, timing) for system, timing in medians(out).items() if system in scored):
+    timings = {system: timing for system, timing in medians(out).items() if system in scored}
+    for system, timing in timings.items():
         losses, steps = [], []
         for budget in budgets:
             own = [facts for facts in found if (facts["system"], facts["budget"]) == (system, budget)]

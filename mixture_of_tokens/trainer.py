@@ -264,15 +264,15 @@ class GroupedTrainer(Trainer):
 
     def loss_of(self, model: Any) -> float:
         """A model's, over the part of the text that is evaluated in training."""
-        sizes = {"group_size": self.rows.group_size, "batch_size": self.args.per_device_eval_batch_size}
-        groups = max(1, EVALUATION_ROWS // self.rows.group_size)
-        return evaluate_blocks(model, self.evaluated, **sizes, groups=groups, progress=None)["loss"]
+        return self._evaluate_blocks(model, groups=max(1, EVALUATION_ROWS // self.rows.group_size))["loss"]
 
     def evaluate_all(self, seed: int) -> dict[str, float]:
         """Over all of the text, in groups by a seed: as `evaluate.evaluate_blocks`."""
-        sizes = {"group_size": self.rows.group_size, "batch_size": self.args.per_device_eval_batch_size}
-        what = "Evaluating all of the text"
-        return evaluate_blocks(self.causal_lm, self.evaluated, **sizes, groups=None, seed=seed, progress=what)
+        return self._evaluate_blocks(self.causal_lm, seed=seed, progress="Evaluating all of the text")
+
+    def _evaluate_blocks(self, model: Any, **options: Any) -> dict[str, float]:
+        rows = self.args.per_device_eval_batch_size
+        return evaluate_blocks(model, self.evaluated, group_size=self.rows.group_size, batch_size=rows, **options)
 
     def _get_output_dir(self, trial) -> str:
         return self._output_dir or super()._get_output_dir(trial)
