@@ -36,6 +36,13 @@ def model_directory(run: str) -> str:
 
     Raises ValueError for a directory that holds no whole model, and for a path that is none.
     """
+    directory = Path(_located(run))
+    if (directory / checkpoints.MANIFEST).is_file() and (fault := checkpoints.fault(directory)) is not None:
+        raise ValueError(f"{directory} is not whole: {fault}")
+    return str(directory)
+
+
+def _located(run: str) -> str:
     path = Path(run)
     if not path.exists():
         folder = path.parent  # a name such as runs/mine could be the Hub's too, but not where there are runs
@@ -43,13 +50,11 @@ def model_directory(run: str) -> str:
             raise ValueError(f"{run}: there is no such directory")
         return run
     if (path / "model").is_dir():
-        path = path / "model"
-    elif not (path / "config.json").is_file():
+        return str(path / "model")
+    if not (path / "config.json").is_file():
         newest = checkpoints.newest(path) if path.is_dir() else None
         hint = "it has neither model/ nor config.json" if newest is None else f"it is not finished, but has {newest}"
         raise ValueError(f"{run} is no model: {hint}; give a run directory, a checkpoint or a name on the Hub")
-    if (path / checkpoints.MANIFEST).is_file() and (fault := checkpoints.fault(path)) is not None:
-        raise ValueError(f"{path} is not whole: {fault}")
     return str(path)
 
 
@@ -82,9 +87,9 @@ def group_size_of(model: Any) -> int | None:
 
 
 def load_tokenizer_of(run: str) -> Any:
-    """The tokenizer beside the model of a run. Raises ValueError where there is none."""
+    """The tokenizer beside a model that `load_model` has found whole. Raises ValueError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(model_directory(run), padding_side="left")
+        return AutoTokenizer.from_pretrained(_located(run), padding_side="left")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run} has no tokenizer beside the model: {_first_line(error)}") from None
 
