@@ -6,10 +6,13 @@ Each run there was made from one of `experiments/nano` (whose weights are not co
 
     mot transition SOURCE                      calibrated
     mot transition SOURCE --calibrate none     -plain: weights as they are
+    mot transition SOURCE --optimizer fresh    -fresh: Adam's moments from nothing
+    mot transition SOURCE --capacity 1.25      -capacity: tokens are dropped in training, as in the paper
+    mot transition SOURCE --anneal 0.1         -anneal: half of the steps in groups, while the temperature falls
     mot transition SOURCE --control router     -router: a new router
     mot transition SOURCE --control scratch    -scratch: Token Choice for all of the steps
 
-Losses are of the whole validation split at the end, and of the part that training is evaluated on before; means over
+Where it was annealed before, "in groups, before" and the plain jump are of the annealed source. Losses are of the whole validation split at the end, and of the part that training is evaluated on before; means over
 the seeds and, in brackets, from the least to the greatest.
 """
 
@@ -19,7 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-KINDS = {"transition": "calibrated", "plain": "plain", "router": "new router", "scratch": "Token Choice from scratch"}
+KINDS = {
+    "transition": "calibrated",
+    "plain": "plain",
+    "fresh": "calibrated, fresh optimizer",
+    "capacity": "calibrated, capacity 1.25",
+    "anneal": "calibrated, annealed before",
+    "router": "new router",
+    "scratch": "Token Choice from scratch",
+}
 
 
 def read(run: Path) -> dict[str, Any]:

@@ -74,15 +74,15 @@ def directory_of(out: Path, system: str, *parts: object) -> Path:
     return out / "-".join([system.replace("/", "-"), *map(str, parts)])
 
 
-def train(system: str, steps: int, seed: int, out: Path) -> Path:
+def train(system: str, steps: int, seed: int, out: Path, *flags: str) -> Path:
     rows = ("--training.logging_steps", max(10, steps // 200), "--training.eval_steps", max(100, steps // 40))
-    mot("train", system, "--steps", steps, "--seed", seed, *rows, "--out", out, "--resume")
+    mot("train", system, "--steps", steps, "--seed", seed, *rows, "--out", out, *flags)
     return out
 
 
-def switched(source: Path, steps: int) -> Path:
+def switched(source: Path, steps: int, *flags: str) -> Path:
     out = source.with_name(f"{source.name}-switched")
-    mot("transition", source, "--steps", steps, "--out", out, "--resume")
+    mot("transition", source, "--steps", steps, "--out", out, *flags)
     return out
 
 
@@ -109,7 +109,10 @@ def step_ms(run: Path, first: int = 0) -> float:
 
 
 def time_system(system: str, number: int, out: Path) -> dict[str, object]:
-    run = train(system, TIMED_STEPS, number, directory_of(out, system, "timed", number))
+    run = directory_of(out, system, "timed", number)
+    for earlier in (run, run.with_name(f"{run.name}-switched")):
+        shutil.rmtree(earlier, ignore_errors=True)
+    train(system, TIMED_STEPS, number, run)
     each, after, fit = step_ms(run), 0.0, 0.0
     if system.startswith("MoT"):
         run = switched(run, TIMED_STEPS)
@@ -119,20 +122,17 @@ def time_system(system: str, number: int, out: Path) -> dict[str, object]:
     return dict(zip(TIMINGS, values, strict=True))
 
 
-def medians(out: Path) -> dict[str, dict[str, float]]:
-    """Of the timings, by system."""
+def timings(out: Path) -> dict[str, dict[str, list[float]]]:
+    """By system, of every round."""
     with (out / "timings.csv").open() as file:
         rows = list(csv.DictReader(file))
     of = {system: [row for row in rows if row["system"] == system] for system in SYSTEMS}
-    return {
-        system: {key: statistics.median(float(row[key]) for row in own) for key in TIMINGS[2:]}
-        for system, own in of.items()
-        if own
-    }
+    return {system: {key: [float(row[key]) for row in own] for key in TIMINGS[2:]} for system, own in of.items() if own}
 
 
-def steps_within(budget: float, timing: dict[str, float]) -> tuple[int, int]:
-    """Steps that fit into the seconds, and those after the switch."""
+def steps_within(budget: float, rounds: dict[str, list[float]]) -> tuple[int, int]:
+    """Steps that fit into the seconds by the medians of the rounds, and those after the switch."""
+    timing = {key: statistics.median(values) for key, values in rounds.items()}
     if not timing["step_after_ms"]:
         return int(1000 * budget / timing["step_ms"]), 0
     each = timing["step_ms"] + SHARE_AFTER * timing["step_after_ms"]
@@ -141,37 +141,53 @@ def steps_within(budget: float, timing: dict[str, float]) -> tuple[int, int]:
 
 
 def verdict(system: str, budget: float, seed: int, out: Path) -> None:
-    steps, after = steps_within(budget, medians(out)[system])
+    steps, after = steps_within(budget, timings(out)[system])
     run = directory_of(out, system, f"{budget:g}s", f"seed{seed}")
     final = run.with_name(f"{run.name}-switched") if after else run
     if (final / "verdict.json").exists():
         return
-    train(system, steps, seed, run)
+    train(system, steps, seed, run, "--resume")
     if after:
-        switched(run, after)
+        switched(run, after, "--resume")
     (loss,) = by_plain_transformers("loss", final)
     facts = {"system": system, "budget": budget, "seed": seed, "steps": steps, "after": after, "loss": loss}
     (final / "verdict.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def spread(values: dict[str, float] | None, form: str) -> str:
+    return "" if values is None else with_spread(values, form.format)
+
+
+def read(run: Path) -> dict:
+    """The facts of a run that was scored, its last loss in training, and how often it read its text."""
+    facts, whole = (json.loads((run / name).read_text()) for name in ("verdict.json", "run.json"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    in_training = [row["train_loss"] for row in rows if "train_loss" in row][-1]
+    return facts | {"in_training": in_training, "readings": whole["tokens"] / whole["corpus"]["train"]["tokens"]}
+
+
 def table(out: Path) -> str:
-    found = [json.loads(path.read_text()) for path in out.glob("*/verdict.json")]
+    found = [read(path.parent) for path in out.glob("*/verdict.json")]
     budgets = sorted({facts["budget"] for facts in found})
     lines = [["", "", *(f"{budget / 60:g} min" for budget in budgets), "ms a row", "ms a token"]]
     lines.append(["---", "---", *["---:"] * (len(budgets) + 2)])
     scored = {facts["system"] for facts in found}
-    timings = {system: timing for system, timing in medians(out).items() if system in scored}
-    for system, timing in timings.items():
-        losses, steps = [], []
+    for system, rounds in timings(out).items():
+        if system not in scored:
+            continue
+        losses, in_training, steps = [], [], []
         for budget in budgets:
             own = [facts for facts in found if (facts["system"], facts["budget"]) == (system, budget)]
-            mean = summary(facts["loss"] for facts in own)
-            losses.append("" if mean is None else with_spread(mean, lambda loss: f"{loss:.3f}"))
+            losses.append(spread(summary(facts["loss"] for facts in own), "{:.3f}"))
+            in_training.append(spread(summary(facts["in_training"] for facts in own), "{:.3f}"))
             counts = {" + ".join(f"{facts[key]:,}" for key in ("steps", "after") if facts[key]) for facts in own}
-            steps.append(" or ".join(sorted(counts)))  # one, unless speeds were measured again in between
-        label = f"{system}, switched" if timing["step_after_ms"] else system
-        lines.append([label, "loss", *losses, f"{timing['row_ms']:.1f}", f"{timing['token_ms']:.1f}"])
-        lines.append(["", "steps", *steps, "", ""])
+            often = sorted({f"{facts['readings']:.1f}" for facts in own})
+            steps.append(f"{' or '.join(sorted(counts))} ({' or '.join(often)})" if own else "")
+        label = f"{system}, switched" if any(rounds["step_after_ms"]) else system
+        milliseconds = [spread(summary(rounds[key]), "{:.1f}") for key in ("row_ms", "token_ms")]
+        lines.append([label, "loss", *losses, *milliseconds])
+        lines.append(["", "in training", *in_training, "", ""])
+        lines.append(["", "steps (times the text)", *steps, "", ""])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -190,8 +206,12 @@ def main() -> None:
     elif given.time is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         rows = [time_system(system, number, given.out) for number in range(given.time) for system in systems]
-        with (given.out / "timings.csv").open("w") as file:
-            writer = csv.DictWriter(file, TIMINGS, lineterminator="\n")
+        file = given.out / "timings.csv"
+        if file.is_file():  # those of other systems stay
+            with file.open() as before:
+                rows = [row for row in csv.DictReader(before) if row["system"] not in systems] + rows
+        with file.open("w") as after:
+            writer = csv.DictWriter(after, TIMINGS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     else:

@@ -39,15 +39,20 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def plain_errors(final: Path) -> Iterator[None]:
-    """What torch.save and safetensors raise on a full disk, as the OSError that it is."""
+    """What torch.save, safetensors and tokenizers raise on a full disk, as the OSError that it is."""
     try:
         yield
-    except (RuntimeError, SafetensorError) as error:
+    except Exception as error:  # itself is what tokenizers raises
+        if not isinstance(error, RuntimeError | SafetensorError) and type(error) is not Exception:
+            raise
         raise OSError(f"{final} could not be written: {error}") from error
 
 
 def publish(beside: Path, final: Path) -> None:
-    """Give a directory that was written beside its final name, when all of it is on the disk."""
+    """Give a directory that was written beside its final name, when all of it is on the disk.
+
+    What had the name before is whole until then, for a moment as NAME.replaced.
+    """
     umask = os.umask(0)
     os.umask(umask)
     for path in sorted(beside.rglob("*")):
@@ -55,10 +60,18 @@ def publish(beside: Path, final: Path) -> None:
             path.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
         _flush(path)
     _flush(beside)
+    before = final.with_name(f"{final.name}.replaced")
     if final.exists():
-        shutil.rmtree(final)
-    beside.rename(final)
+        shutil.rmtree(before, ignore_errors=True)
+        final.rename(before)
+    try:
+        beside.rename(final)
+    except BaseException:
+        if before.exists() and not final.exists():
+            before.rename(final)
+        raise
     _flush(final.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def describe(checkpoint: Path, **facts: Any) -> None:
@@ -68,13 +81,31 @@ def describe(checkpoint: Path, **facts: Any) -> None:
     (checkpoint / MANIFEST).write_text(json.dumps({"files": hashes} | facts, indent=2))
 
 
+def _hashes(directory: Path) -> dict[str, str] | None:
+    """The hash of every file, as the manifest has them; None where it is not of `describe`."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    hashes = manifest.get("files") if isinstance(manifest, dict) else None
+    return hashes if isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values()) else None
+
+
+def is_described(directory: Path, of: str) -> bool:
+    """Whether the manifest of a directory says `of` for the fact of that name."""
+    return _hashes(directory) is not None and facts_of(directory).get("of") == of
+
+
+def damage(directory: Path) -> str | None:
+    """Why a directory is not as its manifest describes it; None where it is, or where no manifest of ours is there."""
+    return None if _hashes(directory) is None else fault(directory)
+
+
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None for a whole one."""
-    try:
-        hashes = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
+    if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
-    except (ValueError, KeyError):
+    if (hashes := _hashes(checkpoint)) is None:
         return f"its {MANIFEST} cannot be read"
     for name, expected in hashes.items():
         if not (checkpoint / name).is_file():

@@ -15,9 +15,10 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3M
 
 from mixture_of_tokens import checkpoints, provenance
 from mixture_of_tokens.layers import TokenChoice
-from mixture_of_tokens.loading import load_model, load_tokenizer_of, text_of
+from mixture_of_tokens.loading import load_model, load_tokenizer_of, run_directory, text_of
 from mixture_of_tokens.model import MixtureOfTokensForCausalLM
 
+EXPORT = "export"  # what the manifest of one calls it
 TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
 ROWS = 4
 # Everything of our configuration that Qwen3 and Qwen3-MoE have under the same name.
@@ -41,28 +42,27 @@ model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eva
 AutoTokenizer.from_pretrained(directory)
 with torch.no_grad():
     save_file({"logits": model(load_file(given)["ids"]).logits.contiguous()}, found)
-print(type(model).__name__)
 """
 
 
 def export(run: str, out: Path, *, force: bool = False) -> None:
     """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
 
-    Another process, in which this library cannot be imported, loads what was written and computes logits of real text;
-    where they differ by more than rounding, nothing is left.
+    Every weight that was written is compared with the run's. Another process, in which this library cannot be imported,
+    loads the directory and computes logits of real text; where they differ by more than rounding, nothing is left.
 
     Args:
         run: A run directory or a checkpoint.
         out: The directory to write.
-        force: Replace a model that is there already.
+        force: Replace an earlier export that is there.
     """
     if out.exists() and not force:
-        raise ValueError(f"{out} exists already; name another directory, or replace it with --force")
-    if out.exists() and not (out / "config.json").is_file():
-        raise ValueError(f"{out} is no model, so --force does not replace it; name another directory")
+        raise ValueError(f"{out} exists already; name another directory, or replace an export with --force")
+    if out.exists() and not checkpoints.is_described(out, EXPORT):
+        raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
-    model, tokenizer = load_model(run).float(), load_tokenizer_of(run)
+    model, tokenizer = load_model(run).float().cpu(), load_tokenizer_of(run)
     if not isinstance(model, MixtureOfTokensForCausalLM):
         raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads as it is")
     if len(tokenizer) > model.config.vocab_size:
@@ -78,16 +78,19 @@ def export(run: str, out: Path, *, force: bool = False) -> None:
     try:
         with checkpoints.plain_errors(out):
             plain.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
         _write_config(beside)
-        tokenizer.save_pretrained(beside)
+        not_the_same = f"the checkpoint written from {run} is not the same model, and nothing is left of it"
+        written = type(plain).from_pretrained(beside, dtype=torch.float32)
+        if (name := different_weight(model, written)) is not None:
+            raise ValueError(f"{not_the_same}: {name} is not the run's")
         difference, scale = compare_logits(model, beside, ids)
         allowed = TOLERANCE * max(1.0, scale)
         if not difference <= allowed:
-            raise ValueError(
-                f"the checkpoint written from {run} is not the same model: logits of {what} differ by up to "
-                f"{difference:.1e}, and {allowed:.1e} is allowed; nothing is left of it"
-            )
-        (beside / "README.md").write_text(_card(run, model, plain, difference))
+            much = f"logits of {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
+            raise ValueError(f"{not_the_same}: {much}")
+        checkpoints.describe(beside, of=EXPORT)
+        (beside / "README.md").write_text(_card(run, model, plain, what, difference))  # which people write on
         checkpoints.publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -106,22 +109,38 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
         raise ValueError(f"{', '.join(sorted(mixing))} is not in plain transformers: {way}")
     if not config.gated:
         raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
-    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
     common["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if "token_choice" not in kinds:
         dense = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
-        dense.load_state_dict(weights)
+        dense.load_state_dict(plain_weights(model))
         return dense.eval()
-    for i, block in enumerate(model.model.layers):
-        if isinstance(block.mlp, TokenChoice):  # plain routers have no temperature
-            weights.pop(f"model.layers.{i}.mlp.gate.log_temperature", None)
-            weights[f"model.layers.{i}.mlp.gate.weight"] /= block.mlp.gate.temperature.detach()
     experts = {field: getattr(config, field) for field in OF_EXPERTS}
     experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
     sparse = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
-    sparse.load_state_dict(weights)
+    sparse.load_state_dict(plain_weights(model))
     return sparse.eval()
+
+
+def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
+    """The model's weights by transformers' names, which are its own; plain routers have no temperature."""
+    named = model.named_parameters(remove_duplicate=False)  # of tied embeddings both names
+    weights = {name: value.detach().clone() for name, value in named if "log_temperature" not in name}
+    for i, block in enumerate(model.model.layers):
+        if isinstance(block.mlp, TokenChoice):
+            weights[f"model.layers.{i}.mlp.gate.weight"] /= block.mlp.gate.temperature.detach()
+    return weights
+
+
+def different_weight(model: MixtureOfTokensForCausalLM, plain: Any) -> str | None:
+    """The name of a weight of a plain model that is not exactly the model's: few rows of text reach every expert."""
+    expected, found = plain_weights(model), plain.state_dict()
+    names = sorted({*expected, *found})
+    return next((name for name in names if not _equal(expected.get(name), found.get(name))), None)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
 
 
 def _write_config(directory: Path) -> None:
@@ -161,18 +180,18 @@ def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, flo
             last = done.stderr.strip().rpartition("\n")[2]
             raise ValueError(f"plain transformers cannot load what was written: {last}")
         with torch.no_grad():
-            logits = model(ids.to(model.device)).logits.cpu()
+            logits = model(ids).logits
         return float((load_file(found)["logits"] - logits).abs().max()), float(logits.std())
     finally:
         given.unlink(missing_ok=True)
         found.unlink(missing_ok=True)
 
 
-def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, difference: float) -> str:
+def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str, difference: float) -> str:
     """The model card."""
     config, kind = model.config, type(plain).__name__
     sparse = "token_choice" in config.feed_forwards
-    path = Path(run)
+    path = run_directory(run) or Path(run).absolute()
     facts = json.loads((path / "run.json").read_text()) if (path / "run.json").is_file() else {}
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {path.name}", ""]
     lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
@@ -206,6 +225,6 @@ def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, difference: f
     lines += ["written = model.generate(**inputs, max_new_tokens=40, do_sample=True)"]
     lines += ["print(tokenizer.decode(written[0]))", "```", ""]
     lines.append("Each prompt is served by itself: no row of a batch influences another beyond rounding.")
-    lines.append(f"Logits in fp32 were compared with the training library's: at most {difference:.1e} apart.")
+    lines.append(f"Logits in fp32 of {compared} are at most {difference:.1e} from the training library's.")
     versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
     return "\n".join([*lines, "", f"Written by mixture-of-tokens ({versions}).", ""])

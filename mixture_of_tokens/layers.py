@@ -219,7 +219,7 @@ class MixtureOfTokens(Routed):
             mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
             x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)
             parts = zip(x_1SD.split(ALONE_AT_ONCE, dim=1), mask_1S.split(ALONE_AT_ONCE, dim=1), strict=True)
-            return torch.cat([self(*part) for part in parts], dim=1).view_as(x_BTD)
+            return torch.cat([self.forward(*part) for part in parts], dim=1).view_as(x_BTD)
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
         weights_MGE = self.weights(x_MGD, mask_MG1, missing_M11)
         cast_MGE = weights_MGE.to(x_MGD.dtype)

@@ -37,8 +37,8 @@ def model_directory(run: str) -> str:
     Raises ValueError for a directory that holds no whole model, and for a path that is none.
     """
     directory = Path(_located(run))
-    if (directory / checkpoints.MANIFEST).is_file() and (fault := checkpoints.fault(directory)) is not None:
-        raise ValueError(f"{directory} is not whole: {fault}")
+    if (damage := checkpoints.damage(directory)) is not None:
+        raise ValueError(f"{directory} is not whole: {damage}")
     return str(directory)
 
 
@@ -94,24 +94,30 @@ def load_tokenizer_of(run: str) -> Any:
         raise ValueError(f"{run} has no tokenizer beside the model: {_first_line(error)}") from None
 
 
+def run_directory(run: str) -> Path | None:
+    """The run directory that this is, or that this checkpoint or model is in."""
+    path = Path(run).absolute()
+    return next((place for place in (path, path.parent) if (place / "config.yaml").is_file()), None)
+
+
 def text_of(run: str) -> Prepared:
     """The text that a run directory, or a checkpoint in one, was trained on.
 
     Raises ValueError where it is not known, or not there any more as it was.
     """
-    path = Path(run).absolute()
-    directory = next((place for place in (path, path.parent) if (place / "config.yaml").is_file()), None)
+    directory = run_directory(run)
     if directory is None:
         raise ValueError(f"{run} is no run directory, so its text is not known; name one with --data")
     settings = yaml.safe_load((directory / "config.yaml").read_text())
     prepared = prepared_data(settings, config_from_name(settings["name"], **settings["model"]))
     facts = directory / "run.json"
-    before = json.loads(facts.read_text())["corpus"]["hash"] if facts.is_file() else prepared.facts["hash"]
-    if before != prepared.facts["hash"]:
-        raise ValueError(
-            f"the text of {run} has changed: its hash is {prepared.facts['hash']} now and was {before}; name another "
-            "one with --data"
-        )
+    before = json.loads(facts.read_text())["corpus"] if facts.is_file() else prepared.facts
+    for what, key in {"text": "hash", "tokenizer": "tokenizer"}.items():
+        was, now = before.get(key), prepared.facts.get(key)
+        if was != now:
+            raise ValueError(
+                f"the {what} of {run} has changed: its hash is {now} now and was {was}; put back what it was trained on"
+            )
     return prepared
 
 

@@ -101,6 +101,8 @@ def merge(
     _check(positive, batch_size=batch_size, group_size=config.group_size)
     written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
     written = {field: value for field, value in written.items() if field in FIELDS}
+    # Given as null, which means something: no capacity drops nothing. A vocabulary of null is the default.
+    nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
     if options.tokenizer is not None and "vocab_size" not in overrides:
         written["vocab_size"] = None  # the tokenizer's
     run: dict[str, Any] = {
@@ -116,7 +118,7 @@ def merge(
         "tokenizer": options.tokenizer,
         "evaluate_on": options.evaluate_on or "validation",
         "training": {field: _scalar(value) for field, value in options.training.items()},
-        "model": {field: value for field, value in written.items() if value is not None},
+        "model": {field: value for field, value in written.items() if value is not None or field in nothing},
     }
     micro_batch, run["training"] = _training_fields(run, recipe, config.group_size)
     with torch.device("meta"):

@@ -62,7 +62,8 @@ def token_choice_config(
 def to_token_choice(source: MixtureOfTokensForCausalLM, target: MixtureOfTokensForCausalLM) -> Scales:
     """Give the weights of a Mixture of Tokens to a model of `token_choice_config`; temperatures go into the routers."""
     scales: Scales = {}
-    weights = {name: value.clone() for name, value in source.named_parameters() if "log_temperature" not in name}
+    named = source.named_parameters(remove_duplicate=False)  # of tied embeddings both names
+    weights = {name: value.clone() for name, value in named if "log_temperature" not in name}
     for i, layer in _layers(source, MixtureOfTokens):
         name = f"model.layers.{i}.mlp.gate.weight"
         assert layer.gate is not None  # uniform mixing has no counterpart: `token_choice_config`

@@ -55,7 +55,7 @@ def train(
         print(yaml.safe_dump(merge(name, seed, learning_rate, options)[1], sort_keys=False), end="")
         return
     facts = run_training(name, seed, learning_rate, options, out, resume=resume)
-    if not _is_main():
+    if not is_main():
         return
     loss, bits = f"{facts['final_loss']:.4f} nats a token", f"{facts['bits_per_byte']:.4f} bits a byte"
     print(f"{name}: loss {loss} of all {facts['evaluated_on']} text, {bits}")
@@ -69,6 +69,8 @@ def run_training(
     name: str, seed: int, learning_rate: float | None, options: Options, out: Path, *, resume: bool
 ) -> dict[str, Any]:
     """Train as `mot train` does, or find it done with `resume`. Returns what run.json holds, and writes it last.
+
+    Returns nothing, {}, in all processes of torchrun's but the first.
 
     Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
     """
@@ -95,16 +97,23 @@ def run_merged(
         if (out / "run.json").exists():
             print(f"{out} is finished already", file=sys.stderr)
             return json.loads((out / "run.json").read_text())
-    elif _is_main() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; go on with --resume, name another with --out, or remove it")
+    else:
+        check_free(out)
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
     return _run(config, run, TrainingArguments(output_dir=str(out), **arguments), out, begin)
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this process is the first of those that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def check_free(out: Path) -> None:
+    """Raises ValueError if something is there where a new run is to be."""
+    if is_main() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; go on with --resume, name another with --out, or remove it")
 
 
 def check_resumed(out: Path, run: dict[str, Any]) -> None:
@@ -170,7 +179,7 @@ def _run(
     transformers.logging.disable_progress_bar()
     trainer, prepared = build(config, run, arguments)
     checkpoint = checkpoints.newest(out) if out.exists() else None
-    if _is_main():
+    if is_main():
         out.mkdir(parents=True, exist_ok=True)
         checkpoints.write_text(out / "config.yaml", yaml.safe_dump(run, sort_keys=False))
         if checkpoint is not None:
@@ -183,11 +192,11 @@ def _run(
         trainer.train(checkpoint)
     if trainer.state.global_step < run["steps"]:
         assert stop.received is not None
-        if _is_main():
+        if is_main():
             step, name = trainer.state.global_step, signal.Signals(stop.received).name
             print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
         sys.exit(128 + stop.received)
-    return _finish(trainer, prepared, run, out) if _is_main() else {}
+    return _finish(trainer, prepared, run, out) if is_main() else {}
 
 
 def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -202,7 +211,7 @@ def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], ou
     beside = out / "model.partial"
     with checkpoints.plain_errors(out / "model"):
         model.save_pretrained(beside)
-    prepared.tokenizer.save_pretrained(beside)
+        prepared.tokenizer.save_pretrained(beside)
     checkpoints.describe(beside)
     checkpoints.publish(beside, out / "model")
     facts = {

@@ -1,8 +1,10 @@
 """Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
 
 import json as json_module
+import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from mixture_of_tokens import checkpoints
 from mixture_of_tokens.companions import calibrate_companions, training_groups
-from mixture_of_tokens.loading import load_model, model_directory
+from mixture_of_tokens.layers import Router
+from mixture_of_tokens.loading import load_model, model_directory, text_of
 from mixture_of_tokens.model import MixtureOfTokensConfig
 from mixture_of_tokens.names import FIELDS, Name, parse_name
 from mixture_of_tokens.results import Run, read
@@ -20,7 +23,7 @@ from mixture_of_tokens.settings import Options, merge
 from mixture_of_tokens.shards import Prepared
 from mixture_of_tokens.switch import calibrate as calibrate_switch
 from mixture_of_tokens.switch import rescale_moments, to_token_choice, token_choice_config
-from mixture_of_tokens.train import run_merged, run_training
+from mixture_of_tokens.train import check_free, is_main, run_merged, run_training
 from mixture_of_tokens.trainer import GroupedTrainer
 from mixture_of_tokens.words import aligned
 
@@ -30,6 +33,7 @@ HELD = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_step
 DERIVED = ("transformers_version", "mlp_only_layers")  # of a configuration, not to be given again
 # Fields of TrainingArguments that belong to the source's own number of steps.
 OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
+ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
 
 
 def transition(
@@ -45,6 +49,7 @@ def transition(
     schedule: Literal["continued", "own"] = "own",
     learning_rate: float | None = None,
     control: Literal["router", "scratch"] | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
     resume: bool = False,
     dry_run: bool = False,
     json: bool = False,
@@ -57,24 +62,26 @@ def transition(
     Args:
         run: The source, a finished run directory of mot train. It is only read.
         out: The new run directory; by default RUN-transition beside it, with the control's name where there is one.
-        steps: Steps after the switch; by default a tenth of the source's.
+        steps: Steps of training, by default a tenth of the source's; all come after the switch, unless with --anneal.
         top_k: Experts a token goes to; by default the granularity, at equal FLOPs.
         capacity: Drop the tokens that an expert gets beyond this many times its even share, in training, as the paper
             does with 1.25; by default nothing is dropped.
         calibrate: full fits biases and scales, folded into the weights, so that the loss jumps less at the switch.
-        anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this;
-            by default all steps come after it. That run is written beside the new one, as OUT-annealed.
+        anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this.
+            That run is written beside the new one, as OUT-annealed.
         optimizer: carried takes the optimizer's moments from the source's last checkpoint.
         schedule: continued holds the source's last learning rate; own warms up for a tenth of the steps to the peak,
             and falls to a tenth of that.
         learning_rate: The peak, or what is held; by default the source's last one if continued, else a quarter of its
             peak.
         control: router starts from a new router, scratch trains Token Choice from scratch, for all steps of the source
-            and these; both for comparison.
+            and these, at its own rate; both for comparison.
+        device: cpu or cuda; by default cuda where there is one.
         resume: Go on from the newest whole checkpoint of the new run.
         dry_run: Print the merged configuration and stop.
         json: Print JSON in place of the table.
     """
+    run = run.resolve() if run.name in ("", "..") else run  # which have no name to call the new one by
     source = read(run)
     label = f"{run.name}-{'transition' if control is None else control}"
     out = run.parent / label if out is None else out
@@ -89,30 +96,47 @@ def transition(
     }
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
-        if steps < 2:
-            raise ValueError(f"--steps must be at least 2 with --anneal, not {steps}")
-        if control is not None or not 0 < anneal < source.config.router_temperature:
-            legal = f"be above 0 and below the source's temperature, {source.config.router_temperature:g}"
-            raise ValueError(f"--anneal {anneal:g} must {legal}, and is not for controls")
+        _check_anneal(source, anneal, steps, control)
         settings |= {"anneal": anneal}
-    merged = _merged(source, settings, steps - mixing, top_k, capacity, schedule, learning_rate)
+    chosen = (top_k, capacity, schedule, device)
+    merged = _merged(source, settings, steps - mixing, *chosen, learning_rate)
     if control == "scratch":
-        _from_scratch(source, merged[0], steps, out, resume=resume, dry_run=dry_run)
+        facts = _from_scratch(source, merged[1]["model"], steps, learning_rate, device, out, resume, dry_run)
+        if facts and is_main():
+            end = f"{facts['name']} from scratch, {facts['steps']} steps: loss {facts['final_loss']:.4f}."
+            print(json_module.dumps(facts, indent=2) if json else f"{end} Everything is in {out}.")
         return
     if dry_run:
         print(yaml.safe_dump(merged[1], sort_keys=False), end="")
         return
-    model_directory(str(run))
+    if not resume:
+        check_free(out)
     carried = _optimizer_file(source) if optimizer == "carried" else None
+    model_directory(str(run))
+    text_of(str(run))  # is as it was
     if anneal is not None:
-        source = _annealed(source, anneal, mixing, carried, out.with_name(f"{out.name}-annealed"), resume=resume)
-        peak = merged[1]["learning_rate"]
-        merged = _merged(source, settings, steps - mixing, top_k, capacity, schedule, peak)
+        source = _annealed(source, settings, mixing, carried, device, out.with_name(f"{out.name}-annealed"), resume)
+        merged = _merged(source, settings, steps - mixing, *chosen, merged[1]["learning_rate"])
         carried = _optimizer_file(source) if optimizer == "carried" else None
     begin = _Beginning(source, settings, carried, out)
     facts = run_merged(*merged, out, resume=resume, begin=begin)
-    result = _result(source, read(out), facts)
-    print(json_module.dumps(result, indent=2) if json else _table(result, out))
+    if is_main():
+        result = _result(source, read(out), facts)
+        print(json_module.dumps(result, indent=2) if json else _table(result, out))
+
+
+def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> None:
+    """Raises ValueError for what --anneal is not for."""
+    before = source.settings["anneal_temperature_to"] or source.config.router_temperature
+    if steps < 2:
+        raise ValueError(f"--steps must be at least 2 with --anneal, not {steps}")
+    if control is not None or not 0 < end < before:
+        legal = f"be above 0 and below the source's temperature, {before:g}"
+        raise ValueError(f"--anneal {end:g} must {legal}, and is not for controls")
+    if source.config.learnable_temperature:
+        raise ValueError(f"--anneal {end:g} would replace the temperatures that {source.directory} has learned")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--anneal trains twice, and so in one process alone; start it without torchrun")
 
 
 def _merged(
@@ -122,6 +146,7 @@ def _merged(
     top_k: int | None,
     capacity: float | None,
     schedule: str,
+    device: Literal["cpu", "cuda"] | None,
     learning_rate: float | None,
 ) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
     """As `settings.merge` returns it: the source's settings, those of its routing and of its schedule replaced."""
@@ -134,7 +159,7 @@ def _merged(
     if learning_rate is None:
         learning_rate = _last_rate(source) if schedule == "continued" else source.settings["learning_rate"] / 4
     given = {key: source.settings[key] for key in GIVEN}
-    options = Options(steps=steps, model=_words(model), training=_words(training), **given)
+    options = Options(steps=steps, model=_words(model), training=_words(training), device=device, **given)
     config, run, arguments = merge(_token_choice_name(source), source.seed, learning_rate, options)
     return config, run | {"first_step": source.facts["steps"], "transition": transition}, arguments
 
@@ -153,23 +178,31 @@ def _words(fields: dict[str, Any]) -> dict[str, str]:
     return {field: json_module.dumps(value) for field, value in fields.items()}
 
 
-def _annealed(source: Run, temperature: float, steps: int, optimizer: Path | None, out: Path, *, resume: bool) -> Run:
+def _annealed(
+    source: Run,
+    transition: dict[str, Any],
+    steps: int,
+    optimizer: Path | None,
+    device: Literal["cpu", "cuda"] | None,
+    out: Path,
+    resume: bool,
+) -> Run:
     """The source trained on in groups, at its last learning rate, while the routers' temperature falls."""
     given = {key: source.settings[key] for key in GIVEN}
     model = {field: value for field, value in source.settings["model"].items() if field not in DERIVED}
-    given |= {"model": _words(model), "training": _words(_training(source) | HELD)}
-    options = Options(steps=steps, anneal_temperature_to=temperature, **given)
+    model |= {"router_temperature": source.settings["anneal_temperature_to"] or source.config.router_temperature}
+    given |= {"model": _words(model), "training": _words(_training(source) | HELD), "device": device}
+    options = Options(steps=steps, anneal_temperature_to=transition["anneal"], **given)
     config, run, arguments = merge(source.name, source.seed, _last_rate(source), options)
 
     def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
-        _check_text(source, prepared)
         trainer.causal_lm.load_state_dict(load_model(str(source.directory)).state_dict())
         if optimizer is not None:
-            _carry_moments(trainer, optimizer, {}, without={})
+            _carry_moments(trainer, optimizer, {}, without=())
         _go_on_from(source, trainer, out)
 
-    run |= {"first_step": source.facts["steps"]}
-    run_merged(config, run, arguments, out, resume=resume or out.exists(), begin=begin)
+    run |= {"first_step": source.facts["steps"], "transition": transition}
+    run_merged(config, run, arguments, out, resume=resume, begin=begin)
     return read(out)
 
 
@@ -179,18 +212,25 @@ def _token_choice_name(source: Run) -> str:
 
 
 def _from_scratch(
-    source: Run, config: MixtureOfTokensConfig, steps: int, out: Path, *, resume: bool, dry_run: bool
-) -> None:
-    """The control that never was a Mixture of Tokens, with its own recipe, for as many steps in all."""
+    source: Run,
+    model: dict[str, Any],
+    steps: int,
+    learning_rate: float | None,
+    device: Literal["cpu", "cuda"] | None,
+    out: Path,
+    resume: bool,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """The control that never was a Mixture of Tokens: the same model and, by default, its own rate, all the steps."""
     given = {key: source.settings[key] for key in GIVEN}
-    fields = {"num_experts_per_tok": config.num_experts_per_tok, "capacity_factor": config.capacity_factor}
-    options = Options(steps=source.facts["steps"] + steps, model=_words(fields), **given)
+    model = {field: value for field, value in model.items() if field not in DERIVED}
+    given |= {"model": _words(model), "training": _words(_training(source)), "device": device}
+    options = Options(steps=source.facts["steps"] + steps, **given)
     name = _token_choice_name(source)
     if dry_run:
-        print(yaml.safe_dump(merge(name, source.seed, None, options)[1], sort_keys=False), end="")
-        return
-    facts = run_training(name, source.seed, None, options, out, resume=resume)
-    print(f"{name} from scratch, {facts['steps']} steps: loss {facts['final_loss']:.4f}. Everything is in {out}.")
+        print(yaml.safe_dump(merge(name, source.seed, learning_rate, options)[1], sort_keys=False), end="")
+        return {}
+    return run_training(name, source.seed, learning_rate, options, out, resume=resume)
 
 
 def _optimizer_file(source: Run) -> Path:
@@ -198,6 +238,9 @@ def _optimizer_file(source: Run) -> Path:
         raise ValueError(
             "a learned temperature goes into the router, and its optimizer state nowhere: --optimizer fresh"
         )
+    optim = source.settings["training"]["optim"]
+    if optim not in ADAM:
+        raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
     last = source.directory / f"checkpoint-{source.settings['steps']}"
     problem = checkpoints.fault(last) if last.is_dir() else "it is not there"
     if problem is not None or not (last / "optimizer.pt").is_file():
@@ -212,9 +255,10 @@ class _Beginning:
         self.source, self.transition, self.optimizer, self.out = source, transition, optimizer, out
 
     def __call__(self, trainer: GroupedTrainer, prepared: Prepared) -> None:
-        _check_text(self.source, prepared)
-        print("Measuring losses before the switch and at it", file=sys.stderr)
-        model, target = load_model(str(self.source.directory)), trainer.causal_lm
+        if is_main():
+            print("Measuring losses before the switch and at it", file=sys.stderr)
+        target = trainer.causal_lm
+        model = load_model(str(self.source.directory)).to(target.device)
         groups = list(training_groups(prepared.train, trainer.rows.group_size))
         started = time.perf_counter()
         calibrate_companions(model, groups)
@@ -223,7 +267,6 @@ class _Beginning:
         model.serve_alone()
         losses["source_alone"] = trainer.loss_of(model)
         model.serve_alone(False)
-        new_routers = {name: value.clone() for name, value in target.named_parameters() if "gate.weight" in name}
         scales = to_token_choice(model, target)
         losses["plain_switch"] = trainer.loss_of(target)
         errors: dict[str, tuple[float, float]] = {}
@@ -231,40 +274,37 @@ class _Beginning:
             started = time.perf_counter()
             errors = calibrate_switch(model, target, groups, scales)
             fit_seconds += time.perf_counter() - started
+        new = []
         if self.transition["control"] == "router":
-            with torch.no_grad():
-                for name, value in new_routers.items():
-                    target.get_parameter(name).copy_(value)
+            for name, router in target.named_modules():
+                if isinstance(router, Router):  # drawn anew: those that the model was made with are the source's first
+                    router.reset_parameters(target.config.initializer_scale)
+                    new.append(f"{name}.weight")
         losses["at_the_switch"] = trainer.loss_of(target)
         if self.optimizer is not None:
-            _carry_moments(trainer, self.optimizer, scales, without=new_routers if self.transition["control"] else {})
+            _carry_moments(trainer, self.optimizer, scales, without=new)
         _go_on_from(self.source, trainer, self.out)
         facts = {"step": self.source.facts["steps"], "tokens": self.source.facts["tokens"]}
         facts |= {"seconds": self.source.facts["seconds"], "flops_per_token": self.source.flops[1]}
         facts |= losses | {"branch_errors": errors, "fit_seconds": round(fit_seconds, 1)}
-        checkpoints.write_text(self.out / SWITCH, json_module.dumps(facts, indent=2) + "\n")
-
-
-def _check_text(source: Run, prepared: Prepared) -> None:
-    if prepared.facts["hash"] != (before := source.facts["corpus"]["hash"]):
-        raise ValueError(
-            f"the text of {source.directory} has changed: its hash is {prepared.facts['hash']} now and was {before}"
-        )
+        if is_main():
+            checkpoints.write_text(self.out / SWITCH, json_module.dumps(facts, indent=2) + "\n")
 
 
 def _go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
     """The clock and the rows of metrics.jsonl of a source, as what came before in the run at `out`."""
     trainer.clock.before = source.facts["seconds"]
-    checkpoints.write_text(out / "metrics.jsonl", (source.directory / "metrics.jsonl").read_text())
+    if is_main():
+        checkpoints.write_text(out / "metrics.jsonl", (source.directory / "metrics.jsonl").read_text())
 
 
-def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor], without: dict[str, Tensor]) -> None:
+def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:
     """The source's optimizer state for a model with the same parameters in the same order."""
     optimizer = trainer.create_optimizer()
     kept = torch.load(file, map_location="cpu", weights_only=True)
     now = optimizer.state_dict()
-    if [len(group["params"]) for group in kept["param_groups"]] != [len(g["params"]) for g in now["param_groups"]]:
-        raise ValueError(f"{file} is of other parameters; --optimizer fresh")
+    sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (kept, now)]
+    assert sizes[0] == sizes[1]
     optimizer.load_state_dict(now | {"state": kept["state"]})  # groups have the new learning rate
     names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
     rescale_moments(optimizer, names, scales)

@@ -142,25 +142,50 @@ def test_the_circle_from_training_to_plain_transformers(tiny_runs, tmp_path, cap
     cli.main(["audit", str(out), "--expect", "private"])
 
 
-def test_a_perturbed_expert_fails_and_leaves_nothing(saved, tmp_path, monkeypatch, capsys):
+def test_an_expert_perturbed_by_a_bit_fails_and_leaves_nothing(saved, tmp_path, monkeypatch, capsys):
+    """No logits show it, nor would they show any change in an expert that the few rows of text do not reach."""
+
     def perturbed(model):
         plain = to_plain(model)
-        with torch.no_grad():
-            plain.model.layers[2].mlp.experts.down_proj[3, 0, 0] += 0.05
+        weight = plain.model.layers[2].mlp.experts.down_proj.detach()
+        weight[3, 0, 0] = torch.nextafter(weight[3, 0, 0], torch.tensor(9.0))
         return plain
 
     directory = saved("token_choice")
     monkeypatch.setattr(export_module, "to_plain", perturbed)
     with pytest.raises(SystemExit, match="2"):
         mot(directory, tmp_path / "out")
-    assert "is not the same model" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "is not the same model, and nothing is left of it" in shown
+    assert "model.layers.2.mlp.experts.down_proj is not the run's" in shown
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_right_weights_read_another_way_fail_and_leave_nothing(saved, tmp_path, monkeypatch, capsys):
+    def misread(model):
+        plain = to_plain(model)
+        plain.config.norm_topk_prob = True
+        return plain
+
+    directory = saved("token_choice")
+    monkeypatch.setattr(export_module, "to_plain", misread)
+    with pytest.raises(SystemExit, match="2"):
+        mot(directory, tmp_path / "out")
+    assert re.search(r"is not the same model.*: logits of random tokens differ by up to", capsys.readouterr().err)
     assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_a_full_disk_is_one_line_and_leaves_nothing(saved, tmp_path):
-    words = ["export", str(saved("dense")), str(tmp_path / "out")]
-    assert processes.finish(processes.start(processes.mot_on_a_full_disk, words, 20_000, log=tmp_path / "log")) == 2
+@pytest.mark.parametrize("full_at", ["model.safetensors", "tokenizer.json"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(full_at, saved, tmp_path):
+    small = {"hidden_size": 4, "num_attention_heads": 1, "head_dim": 4, "intermediate_size": 4}
+    small |= {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}
+    directory = saved("dense", **small if full_at == "tokenizer.json" else {})
+    sizes = {path.name: path.stat().st_size for path in directory.iterdir()}
+    assert max(sizes, key=sizes.__getitem__) == full_at
+    limit = sizes[full_at] - 1000
+    words = ["export", str(directory), str(tmp_path / "out")]
+    assert processes.finish(processes.start(processes.mot_on_a_full_disk, words, limit, log=tmp_path / "log")) == 2
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("mot: error:")
     assert "out could not be written" in last
@@ -209,18 +234,19 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     with pytest.raises(SystemExit, match="2"):
         mot(directory, out)
     assert "exists already" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        mot(directory, out, "--force")
+    assert "out is no export of mot, so --force does not replace it" in capsys.readouterr().err
+    shutil.rmtree(out)
+    mot(directory, out)
+    (out / "README.md").write_text("mine")  # a card may be written on
+    (out / "mine").write_text("mine")
     with monkeypatch.context() as patch:
         patch.setattr(export_module, "CHECK", "import sys; sys.exit('no room')")
         with pytest.raises(SystemExit, match="2"):
             mot(directory, out, "--force")
     assert "plain transformers cannot load what was written: no room" in capsys.readouterr().err
     assert (out / "mine").read_text() == "mine"
-    (out / "config.json").unlink()
-    with pytest.raises(SystemExit, match="2"):
-        mot(directory, out, "--force")
-    assert "out is no model, so --force does not replace it" in capsys.readouterr().err
-    assert (out / "mine").read_text() == "mine"
-    (out / "config.json").write_text("{}")
     mot(directory, out, "--force")
     assert not (out / "mine").exists()
     assert (out / "model.safetensors").stat().st_mode & 0o044 == (out / "config.json").stat().st_mode & 0o044

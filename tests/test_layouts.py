@@ -144,3 +144,17 @@ def test_a_run_is_resumed_in_another_layout(small_corpus, tmp_path):
     assert [r["train_loss"] for r in losses[1]] == pytest.approx([r["train_loss"] for r in losses[0]], rel=1e-5)
     facts = [json.loads((run / "run.json").read_text()) for run in (one, two)]
     assert facts[1]["final_loss"] == pytest.approx(facts[0]["final_loss"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_switch_in_two_processes_is_the_one_in_one(tiny_runs, tmp_path):
+    flags = ["transition", str(tiny_runs["MoT-Nano/4E/2"]), "--steps", "2", "--calibrate", "none", "--device", "cpu"]
+    facts = []
+    for count in (1, 2):
+        out = tmp_path / f"in-{count}"
+        in_processes(mot, ([*flags, "--out", str(out)],), count, tmp_path / f"log-{count}")
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows][-2:] == [31, 32]
+        facts.append(json.loads((out / "run.json").read_text()))
+        assert (tmp_path / f"log-{count}").read_text().count("draws the curve") == 1
+    assert facts[1]["final_loss"] == pytest.approx(facts[0]["final_loss"], rel=1e-5)

@@ -119,13 +119,18 @@ def test_the_temperature_is_annealed_to_its_end_and_saved(directory):
 
 def test_flags_and_file_reach_model_and_trainer(directory, capsys):
     file = directory / "flags.yaml"
-    file.write_text("steps: 7\nmodel:\n  router_temperature: 0.25\ntraining:\n  weight_decay: 0.5\n")
+    model = "  router_temperature: 0.25\n  capacity_factor: null\n"
+    file.write_text(f"steps: 7\nmodel:\n{model}training:\n  weight_decay: 0.5\n")
     mot("train", "MoT-Nano/32E", "--config", file, "--steps", 9, "--training.max_grad_norm", "1e-1", "--dry-run")
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["steps"] == 9
     assert (shown["training"]["weight_decay"], shown["training"]["max_grad_norm"]) == (0.5, 0.1)
     assert shown["training"]["warmup_steps"] == 0
     assert shown["model"]["router_temperature"] == 0.25
+    assert shown["model"]["capacity_factor"] is None  # not the default, which drops
+    file.write_text(yaml.safe_dump(shown))
+    mot("train", "--config", file, "--dry-run")
+    assert yaml.safe_load(capsys.readouterr().out) == shown
 
 
 def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, runs):
