@@ -12,8 +12,9 @@ Each run there was made from one of `experiments/nano` (whose weights are not co
     mot transition SOURCE --control router     -router: a new router
     mot transition SOURCE --control scratch    -scratch: Token Choice for all of the steps
 
-Where it was annealed before, "in groups, before" and the plain jump are of the annealed source. Losses are of the whole validation split at the end, and of the part that training is evaluated on before; means over
-the seeds and, in brackets, from the least to the greatest.
+Where it was annealed before, "in groups, before" and the plain jump are of the annealed source. Losses are of the whole
+validation split at the end, and of the part that training is evaluated on before; means over the seeds and, in
+brackets, from the least to the greatest.
 """
 
 import json
