@@ -136,8 +136,13 @@ def facts_of(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
-def keep_newest(run: Path, count: int | None) -> None:
-    """Remove all but the newest `count` checkpoints; None keeps all."""
+def keep_newest(run: Path, step: int, count: int | None) -> None:
+    """Remove all but the newest `count` checkpoints; None keeps all.
+
+    Those above `step`, which the run has come to, are damaged ones that it did not go on from.
+    """
     if count is not None:
-        for checkpoint in list(_all(run))[max(1, count) :]:
+        passed = [checkpoint for checkpoint in _all(run) if int(checkpoint.name.partition("-")[2]) > step]
+        kept = [checkpoint for checkpoint in _all(run) if checkpoint not in passed]
+        for checkpoint in passed + kept[max(1, count) :]:
             shutil.rmtree(checkpoint)

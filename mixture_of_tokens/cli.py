@@ -42,7 +42,8 @@ def _flags(key: str, value: Any) -> Iterator[list[str]]:
     """An entry of a configuration file as the words that say the same on the command line."""
     if isinstance(value, dict):  # --model and --training, whose fields take any YAML
         yield from (
-            [f"{key}.{name}", inner if isinstance(inner, str) else dumps(inner)] for name, inner in value.items()
+            [f"{key}.{name}", inner if isinstance(inner, str) else dumps(inner, default=str)]
+            for name, inner in value.items()
         )
     elif isinstance(value, bool):
         yield from [[key]] if value else []
@@ -66,6 +67,8 @@ def _with_config_file(
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} does not hold flags, as in `steps: 100`")
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    if len(words) > 1 and not words[1].startswith("-"):  # a positional word is the model's name
+        given.add("--name")
     flags = [flag for key, value in entries.items() for flag in _flags(f"--{str(key).replace('_', '-')}", value)]
     return [*words, *(word for flag in flags if flag[0] not in given for word in flag)]
 

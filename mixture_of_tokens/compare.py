@@ -1,6 +1,5 @@
 """Several models on the same data, trained one after the other and set side by side."""
 
-import dataclasses
 import json as json_module
 import shlex
 import sys
@@ -13,9 +12,9 @@ from mixture_of_tokens import checkpoints
 from mixture_of_tokens.cost import flops_per_token
 from mixture_of_tokens.report import show
 from mixture_of_tokens.results import by_model, comparison, read, relative
-from mixture_of_tokens.settings import DEFAULTS, Options, data_group_size, merge
+from mixture_of_tokens.settings import DEFAULTS, Options, as_flags, data_group_size, merge
 from mixture_of_tokens.sweep import number
-from mixture_of_tokens.train import check_resumed, run_training
+from mixture_of_tokens.train import check_one_process, check_resumed, run_training
 from mixture_of_tokens.words import duration, listed, short
 
 
@@ -60,6 +59,7 @@ def compare(
             steps, rate = plan.settings["steps"], plan.settings["learning_rate"]
             print(f"{plan.directory}: {steps} steps, learning rate {rate:g}, {short(plan.flops)}FLOPs")
         return
+    check_one_process("mot compare")
     try:
         for done, plan in enumerate(plans):
             what = f"{plan.name}, seed {plan.seed}{_time_left(plans, done)}"
@@ -134,13 +134,5 @@ def _time_left(plans: list[Plan], done: int) -> str:
 
 def _command(names: tuple[str, ...], seeds: str, lr: str | None, out: Path, options: Options) -> str:
     """What makes the same comparison again."""
-    words = ["mot", "compare", *names, "--seeds", seeds, *([] if lr is None else ["--lr", lr]), "--out", str(out)]
-    for field in dataclasses.fields(options):
-        flag, value = f"--{field.name.replace('_', '-')}", getattr(options, field.name)
-        if value == getattr(DEFAULTS, field.name):
-            continue
-        if isinstance(value, dict):
-            words += [word for key, inner in value.items() for word in (f"{flag}.{key}", inner)]
-        else:
-            words += [word for each in (value if isinstance(value, list) else [value]) for word in (flag, str(each))]
-    return shlex.join(words)
+    rates = [] if lr is None else ["--lr", lr]
+    return shlex.join(["mot", "compare", *names, "--seeds", seeds, *rates, "--out", str(out), *as_flags(options)])

@@ -117,7 +117,8 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
         assert source is not None
         name, config = _hub_name(source)
         return [name, config, _hub_commit(name)]
-    result = []
+    # A data set's files are read otherwise than a folder's, and its configuration says which of them.
+    result = ["hf", _hub_name(source)[1]] if source is not None and source.startswith("hf:") else []
     for path in paths:
         digest = hashlib.sha256()
         with path.open("rb") as file:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens import checkpoints
 from mixture_of_tokens.names import config_from_name
-from mixture_of_tokens.settings import prepared_data
+from mixture_of_tokens.settings import is_configuration, prepared_data
 from mixture_of_tokens.shards import Prepared
 
 
@@ -97,7 +97,15 @@ def load_tokenizer_of(run: str) -> Any:
 def run_directory(run: str) -> Path | None:
     """The run directory that this is, or that this checkpoint or model is in."""
     path = Path(run).absolute()
-    return next((place for place in (path, path.parent) if (place / "config.yaml").is_file()), None)
+    files = (place / "config.yaml" for place in (path, path.parent))
+    return next((file.parent for file in files if file.is_file() and is_configuration(_yaml(file))), None)
+
+
+def _yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except (ValueError, yaml.YAMLError):  # of other software, then
+        return None
 
 
 def text_of(run: str) -> Prepared:

@@ -39,6 +39,7 @@ ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 POSITIVE = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads")
 POSITIVE += ("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "group_size", "vocab_size")
 POSITIVE += ("max_position_embeddings",)
+FLAGS = ("gated", "learnable_temperature", "normalize_mixture")  # upstream checks its own
 
 
 class MixtureOfTokensConfig(Qwen3MoeConfig):
@@ -90,7 +91,9 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         if self.mlp_layer_types is None:
             dense = self.num_hidden_layers // 2
             self.mlp_layer_types = ["dense"] * dense + ["mixture_of_tokens"] * (self.num_hidden_layers - dense)
-        unknown = set(self.mlp_layer_types) - set(FEED_FORWARDS)
+        if not isinstance(self.mlp_layer_types, list | tuple):
+            raise ValueError(f"mlp_layer_types must name the {self.num_hidden_layers} blocks' kinds in a list")
+        unknown = set(map(str, self.mlp_layer_types)) - set(FEED_FORWARDS)
         if unknown:
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(FEED_FORWARDS)}")
         if len(self.mlp_layer_types) != self.num_hidden_layers:
@@ -99,6 +102,19 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"initializer_scale must be positive and finite, not {self.initializer_scale}")
         if not 0 < self.router_temperature < math.inf:
             raise ValueError(f"router_temperature must be positive and finite, not {self.router_temperature}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
+        heads, kv_heads = self.num_attention_heads, kwargs.get("num_key_value_heads", self.num_key_value_heads)
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+        width = kwargs.get("head_dim", getattr(self, "head_dim", None)) or self.hidden_size // heads
+        if width % 2:
+            raise ValueError(f"head_dim must be even, for rotary positions, not {width}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must be at least 0 and below 1, not {self.attention_dropout}")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.router_dtype not in ROUTER_DTYPES:
             raise ValueError(f"router_dtype {self.router_dtype!r} is unknown; legal are {', '.join(ROUTER_DTYPES)}")
         # Upstream's way of saying the same, for the export.

@@ -28,7 +28,8 @@ def commit() -> str | None:
         except FileNotFoundError:  # no git on this machine
             return ""
 
-    revision = git("rev-parse", "--short=12", "HEAD")
+    followed = git("ls-files", Path(__file__).name)  # an installed copy may lie within another project's repository
+    revision = git("rev-parse", "--short=12", "HEAD") if followed else ""
     return revision + "+" * bool(git("status", "--porcelain", "--untracked-files=no")) if revision else None
 
 

@@ -26,7 +26,7 @@ import yaml
 from mixture_of_tokens.cost import flops_per_token, memory, parameters
 from mixture_of_tokens.model import MixtureOfTokensConfig
 from mixture_of_tokens.names import config_from_name
-from mixture_of_tokens.settings import CARRIED_OUT, data_group_size
+from mixture_of_tokens.settings import CARRIED_OUT, DERIVED, data_group_size
 
 SWITCHED = ("first_step", "transition")  # settings of a run after a transition, which its label says in a word
 ENVIRONMENT = ("hardware", "cores", "threads", "versions", "commit")
@@ -92,7 +92,7 @@ class Run:
         flat |= {f"transition.{key}": value for key, value in after if key != "source"}  # which differs by seed
         for kind in ("model", "training"):
             for key, value in self.settings[kind].items():
-                if not key.startswith((*CARRIED_OUT, "transformers_version")):
+                if not key.startswith(CARRIED_OUT) and key not in DERIVED:
                     flat[f"{kind}.{key}"] = value
         return flat
 

@@ -3,11 +3,16 @@
 import dataclasses
 import math
 import os
-from typing import Any, Literal
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import NoneType
+from typing import Any, Literal, TypeGuard
 
 import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
 from mixture_of_tokens.names import FIELDS, SIZES, config_from_name, nearest, parse_name
@@ -16,6 +21,16 @@ from mixture_of_tokens.shards import Prepared, prepare
 COMMON_GROUP = 32
 # Fields of TrainingArguments that say how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
+DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
+COUNTS = ("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps")
+# Fields of TrainingArguments that would do something else than they say here, and why.
+REFUSED = {
+    "auto_find_batch_size": "smaller batches would split the groups",
+    "save_only_model": "a run is resumed from all of its state",
+    "load_best_model_at_end": "a run ends with its last weights",
+    "label_smoothing_factor": "the loss is cross-entropy",
+    "fsdp": "a run's model is written by one process, which would have a shard of it",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +102,13 @@ def merge(
     """
     parsed = parse_name(name)
     size = parsed.size
-    overrides = {field: _scalar(value) for field, value in options.model.items()}
-    config = config_from_name(name, **overrides)
+    hints = typing.get_type_hints(MixtureOfTokensConfig, localns={"torch": torch}) | {"head_dim": int | None}
+    overrides = {}
+    for field, text in options.model.items():
+        value = _typed(f"--model.{field}", text, hints.get(field))
+        overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
+    with _as_value_error("--model"):
+        config = config_from_name(name, **overrides)
     recipe = RECIPES[size]
     steps = recipe.steps if options.steps is None else options.steps
     batch_size = SIZES[size].batch if options.batch_size is None else options.batch_size
@@ -98,9 +118,9 @@ def merge(
         raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or say cpu")
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"anneal-temperature-to": options.anneal_temperature_to, "max-bytes": options.max_bytes}
-    _check(positive, batch_size=batch_size, group_size=config.group_size)
+    _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
     written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
-    written = {field: value for field, value in written.items() if field in FIELDS}
+    written = {field: value for field, value in written.items() if field in FIELDS and field not in DERIVED}
     # Given as null, which means something: no capacity drops nothing. A vocabulary of null is the default.
     nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
     if options.tokenizer is not None and "vocab_size" not in overrides:
@@ -117,15 +137,16 @@ def merge(
         "max_bytes": options.max_bytes,
         "tokenizer": options.tokenizer,
         "evaluate_on": options.evaluate_on or "validation",
-        "training": {field: _scalar(value) for field, value in options.training.items()},
+        "training": _training_given(options.training),
         "model": {field: value for field, value in written.items() if value is not None or field in nothing},
     }
     micro_batch, run["training"] = _training_fields(run, recipe, config.group_size)
-    with torch.device("meta"):
-        MixtureOfTokensForCausalLM(config)  # whatever is wrong with it is said now
+    with _as_value_error("--model"), torch.device("meta"):  # whatever is wrong with it is said now
+        MixtureOfTokensForCausalLM(config)
     taken = {"max_steps": steps, "seed": seed, "learning_rate": learning_rate, "use_cpu": options.device == "cpu"}
     taken |= {"per_device_train_batch_size": micro_batch}
-    TrainingArguments(output_dir=os.devnull, **taken, **run["training"])  # the same
+    with _as_value_error("--training"):  # the same
+        TrainingArguments(output_dir=os.devnull, **taken, **run["training"])
     return config, run, taken | run["training"]
 
 
@@ -139,7 +160,58 @@ def _scalar(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def _check(positive: dict[str, float | None], *, batch_size: int, group_size: int) -> None:
+def _typed(flag: str, text: str, kind: Any) -> Any:
+    """A flag's text as what its field is declared to be. Raises ValueError for what is not of that type.
+
+    Lists, dictionaries and fields that are not declared take any YAML, for their owner to check.
+    """
+    value = _scalar(text)
+    kinds = set(typing.get_args(kind) or (kind,))
+    if not kinds <= {bool, int, float, str, NoneType}:
+        return value
+    if str in kinds and not (value is None and NoneType in kinds):
+        return text
+    if bool in kinds and text.lower() in ("yes", "on", "no", "off"):
+        return text.lower() in ("yes", "on")
+    legal = kinds | ({int} if float in kinds else set())
+    if type(value) not in legal:
+        words = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
+        raise ValueError(f"{flag} takes {' or '.join(words[each] for each in words if each in kinds)}, not {text!r}")
+    return value
+
+
+def _training_given(given: Mapping[str, str]) -> dict[str, Any]:
+    hints = typing.get_type_hints(TrainingArguments)
+    values: dict[str, Any] = {
+        field: _typed(f"--training.{field}", text, hints.get(field)) for field, text in given.items()
+    }
+    for field, value in values.items():
+        if field in REFUSED and value:
+            raise ValueError(f"--training.{field} is not for this: {REFUSED[field]}")
+        if field in COUNTS and value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--training.{field} must be positive, not {value}")
+    reporters = values.get("report_to") or "none"
+    for reporter in [reporters] if isinstance(reporters, str) else reporters:
+        installed = get_available_reporting_integrations()
+        if reporter not in ("all", "none", *installed):
+            raise ValueError(f"--training.report_to {reporter}: it is not installed; there is {', '.join(installed)}")
+    return values
+
+
+@contextmanager
+def _as_value_error(flag: str) -> Iterator[None]:
+    """What a library raises for a field that it cannot take."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{flag}: {type(error).__name__}: {error}") from error
+
+
+def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, group_size: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be 0 to {2**32 - 1}, not {seed}")
     for what, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{what} must be positive, not {value}")
@@ -147,6 +219,26 @@ def _check(positive: dict[str, float | None], *, batch_size: int, group_size: in
         low = batch_size // group_size * group_size
         legal = " or ".join(str(n) for n in (low, low + group_size) if n)
         raise ValueError(f"--batch-size {batch_size} is no multiple of the group size {group_size}; {legal} would be")
+
+
+def as_flags(options: Options) -> list[str]:
+    """The options that are not the defaults, as words of a command line."""
+    words: list[str] = []
+    for field in dataclasses.fields(options):
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(options, field.name)
+        if value == getattr(DEFAULTS, field.name):
+            continue
+        if isinstance(value, dict):
+            words += [word for key, inner in value.items() for word in (f"{flag}.{key}", inner)]
+        else:
+            words += [word for each in (value if isinstance(value, list) else [value]) for word in (flag, str(each))]
+    return words
+
+
+def is_configuration(written: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether this, read from a config.yaml, is what `merge` gives."""
+    nested = isinstance(written, dict) and all(isinstance(written.get(key), dict) for key in ("model", "training"))
+    return nested and isinstance(written.get("name"), str)
 
 
 def data_group_size(group_size: int, batch_size: int) -> int:
@@ -181,6 +273,11 @@ def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, d
             raise ValueError(f"--training.{field} is no field of TrainingArguments{nearest(field, known)}")
         if field in taken:
             raise ValueError(f"--training.{field} has a flag of its own: {taken[field]}")
+    rows = given.get("per_device_eval_batch_size", group_size)
+    if rows < 1 or rows % group_size:
+        raise ValueError(
+            f"--training.per_device_eval_batch_size {rows} must be a multiple of the group size, {group_size}"
+        )
     parts = given.get("gradient_accumulation_steps", 1) * int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch, rest = divmod(run["batch_size"], parts)
     if rest or micro_batch % group_size or not micro_batch:

@@ -179,7 +179,7 @@ def _whole(directory: Path) -> dict | None:
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
         sizes = {name: (directory / name).stat().st_size for name in manifest["files"]}
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # or it cannot be read: then all is made again
         return None
     return manifest if sizes == manifest["files"] else None
 

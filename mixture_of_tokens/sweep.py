@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from mixture_of_tokens import checkpoints
-from mixture_of_tokens.settings import DEFAULTS, Options, merge
-from mixture_of_tokens.train import check_resumed, run_training
+from mixture_of_tokens.settings import DEFAULTS, Options, as_flags, merge
+from mixture_of_tokens.train import check_one_process, check_resumed, run_training
 
 
 def sweep(
@@ -43,7 +44,7 @@ def sweep(
     if options.evaluate_on is None:
         options = dataclasses.replace(options, evaluate_on="tuning")
     cells = _grid(lr, options)
-    numbers = [number(seed, int, "--seeds") for seed in seeds.split(",")]
+    numbers = list(dict.fromkeys(number(seed, int, "--seeds") for seed in seeds.split(",")))
     plans = []
     for settings in cells:
         for seed in numbers:
@@ -54,16 +55,23 @@ def sweep(
     if dry_run:
         print(*(plan[-1] for plan in plans), sep="\n")
         return
+    check_one_process("mot sweep")
     results: dict[str, dict[str, Any]] = {}
     written: dict[str, Any] = {"name": name, "evaluated_on": options.evaluate_on, "cells": []}
     for done, (settings, seed, chosen, rate, directory) in enumerate(plans):
         print(f"run {done + 1} of {len(plans)}: {directory}", file=sys.stderr)
         cell = results.setdefault(_directory(settings, None), {"settings": settings, "runs": []})
-        cell["runs"].append({"seed": seed, "directory": str(directory)} | _outcome(name, seed, rate, chosen, directory))
+        try:
+            outcome = _outcome(name, seed, rate, chosen, directory)
+        except (SystemExit, KeyboardInterrupt):
+            print("mot: the same command goes on with the sweep", file=sys.stderr)
+            raise
+        cell["runs"].append({"seed": seed, "directory": str(directory)} | outcome)
+        _check_text([run for each in results.values() for run in each["runs"]])
         _summarise(cell)
         written["cells"] = sorted(results.values(), key=lambda cell: math.inf if cell["loss"] is None else cell["loss"])
         checkpoints.write_text(out / "sweep.json", _dumps(written))
-    _print(written, as_json=json)
+    _print(written, options, as_json=json)
 
 
 def _dumps(value: Any) -> str:
@@ -115,7 +123,18 @@ def _outcome(name: str, seed: int, rate: float | None, options: Options, directo
     except FloatingPointError as error:
         diverged.write_text(str(error))
         return {"diverged": str(error)}
-    return {"loss": facts["final_loss"], "seconds": facts["seconds"]}
+    return {"loss": facts["final_loss"], "seconds": facts["seconds"], "text": facts["corpus"]["hash"]}
+
+
+def _check_text(runs: list[dict[str, Any]]) -> None:
+    """Raises ValueError for losses on different texts, as when files have changed between two sittings."""
+    trained = [run for run in runs if "text" in run]
+    other = next((run for run in trained if run["text"] != trained[0]["text"]), None)
+    if other is not None:
+        raise ValueError(
+            f"{trained[0]['directory']} was trained on text {trained[0]['text']}, and {other['directory']} on "
+            f"{other['text']}: they cannot be compared; take another --out"
+        )
 
 
 def _summarise(cell: dict[str, Any]) -> None:
@@ -125,7 +144,7 @@ def _summarise(cell: dict[str, Any]) -> None:
     cell["spread"] = max(losses) - min(losses) if whole else None
 
 
-def _print(written: dict[str, Any], *, as_json: bool) -> None:
+def _print(written: dict[str, Any], options: Options, *, as_json: bool) -> None:
     if as_json:
         print(_dumps(written), end="")
         return
@@ -149,8 +168,9 @@ def _print(written: dict[str, Any], *, as_json: bool) -> None:
     if best["loss"] is None:
         print("Every setting diverged: try lower learning rates.")
         return
-    words = " ".join(f"{flag} {value}" for flag, value in best["settings"].items())
-    print(f"Best: mot train {written['name']} {words}".rstrip())
+    chosen, rate = _apply(dataclasses.replace(options, evaluate_on=None), best["settings"])
+    rates = [] if rate is None else ["--learning-rate", best["settings"]["--learning-rate"]]
+    print(f"Best: {shlex.join(['mot', 'train', written['name'], *rates, *as_flags(chosen)])}")
     rates = sorted({float(cell["settings"]["--learning-rate"]) for cell in ranked if "--learning-rate" in flags})
     if len(rates) > 1 and float(best["settings"]["--learning-rate"]) in (rates[0], rates[-1]):
         print("Its rate is at the edge of the grid: the best one may lie beyond.")

@@ -20,7 +20,16 @@ from mixture_of_tokens.data import GroupedBatches
 from mixture_of_tokens.generate import continue_prompts
 from mixture_of_tokens.loading import keep_large_blocks
 from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
-from mixture_of_tokens.settings import CARRIED_OUT, DEFAULTS, Options, data_group_size, merge, prepared_data
+from mixture_of_tokens.settings import (
+    CARRIED_OUT,
+    DEFAULTS,
+    DERIVED,
+    Options,
+    data_group_size,
+    is_configuration,
+    merge,
+    prepared_data,
+)
 from mixture_of_tokens.shards import Prepared
 from mixture_of_tokens.trainer import AnnealTemperature, GroupedTrainer, StopOnSignal
 
@@ -102,7 +111,11 @@ def run_merged(
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
-    return _run(config, run, TrainingArguments(output_dir=str(out), **arguments), out, begin)
+    taken = TrainingArguments(output_dir=str(out), **arguments)
+    taken._n_gpu = min(
+        1, taken.n_gpu
+    )  # several GPUs of one process would each take all the rows; they are for torchrun
+    return _run(config, run, taken, out, begin)
 
 
 def is_main() -> bool:
@@ -112,15 +125,27 @@ def is_main() -> bool:
 
 def check_free(out: Path) -> None:
     """Raises ValueError if something is there where a new run is to be."""
-    if is_main() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_main() and not _is_empty(out):
         raise ValueError(f"{out} exists already; go on with --resume, name another with --out, or remove it")
+
+
+def _is_empty(out: Path) -> bool:
+    """Whether nothing is there, or no more than a kill can leave of a first file."""
+    return not out.exists() or (out.is_dir() and all(path.suffix == ".partial" for path in out.iterdir()))
+
+
+def check_one_process(what: str) -> None:
+    """Raises ValueError under torchrun for what trains more than once."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"{what} trains more than once, and so in one process; torchrun is for mot train")
 
 
 def check_resumed(out: Path, run: dict[str, Any]) -> None:
     """Raises ValueError if a run directory, where there is one, was made with another configuration."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if _is_empty(out):
         return
-    if not (out / "config.yaml").is_file():
+    written = yaml.safe_load((out / "config.yaml").read_text()) if (out / "config.yaml").is_file() else None
+    if not is_configuration(written):
         raise ValueError(f"{out} is no run directory to go on with: it has no config.yaml; name another with --out")
 
     def flat(configuration: dict[str, Any]) -> dict[str, Any]:
@@ -128,9 +153,10 @@ def check_resumed(out: Path, run: dict[str, Any]) -> None:
         outer = {key: value for key, value in configuration.items() if key not in nested | {"transition"}}
         outer |= configuration.get("transition", {})
         inner = {f"{key}.{name}": value for key in nested for name, value in configuration[key].items()}
+        inner = {key: value for key, value in inner.items() if key.removeprefix("model.") not in DERIVED}
         return outer | {k: v for k, v in inner.items() if not k.removeprefix("training.").startswith(CARRIED_OUT)}
 
-    before, now = flat(yaml.safe_load((out / "config.yaml").read_text())), flat(yaml.safe_load(yaml.safe_dump(run)))
+    before, now = flat(written), flat(yaml.safe_load(yaml.safe_dump(run)))
     for key in [*before, *now]:
         if before.get(key) != now.get(key):
             flag = key.replace("_", "-") if "." not in key else key
@@ -159,7 +185,8 @@ def build(
     )
     set_seed(run["seed"])
     model = MixtureOfTokensForCausalLM(config)
-    evaluated, corpus = getattr(prepared, run["evaluate_on"]), prepared.facts["hash"]
+    evaluated = getattr(prepared, run["evaluate_on"])
+    corpus = f"{prepared.facts['hash']} {prepared.facts['tokenizer']}"
     trainer = GroupedTrainer(
         model, arguments, rows=rows, evaluated=evaluated, corpus=corpus, processing_class=prepared.tokenizer
     )
@@ -190,8 +217,7 @@ def _run(
     trainer.add_callback(stop)
     with stop.installed():
         trainer.train(checkpoint)
-    if trainer.state.global_step < run["steps"]:
-        assert stop.received is not None
+    if stop.received is not None:
         if is_main():
             step, name = trainer.state.global_step, signal.Signals(stop.received).name
             print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)

@@ -75,6 +75,8 @@ class RunLog(TrainerCallback):
         checkpoints.write_text(self.path, "".join(kept))
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # save_steps may be others than when the run was started
+        self.clock.start()  # as late as this: a resumed run loads its checkpoint first
         if state.is_world_process_zero:
             every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a screen
             name, first = self.path.parent.name, state.global_step
@@ -124,8 +126,15 @@ class AnnealTemperature(TrainerCallback):
     def __init__(self, model: MixtureOfTokensForCausalLM, end: float):
         self.model, self.start, self.end = model, model.config.router_temperature, end
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:  # resumed, perhaps after the last step: no checkpoint holds the temperature
+            self._set(state.global_step - 1, state.max_steps)
+
     def on_step_begin(self, args, state, control, **kwargs):
-        progress = state.global_step / max(1, state.max_steps - 1)
+        self._set(state.global_step, state.max_steps)
+
+    def _set(self, step: int, steps: int) -> None:
+        progress = step / max(1, steps - 1)
         self.model.set_router_temperature(self.start * (self.end / self.start) ** progress)
 
 
@@ -155,7 +164,7 @@ class StopOnSignal(TrainerCallback):
             received = torch.tensor(self.received or 0, device=args.device)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
             self.received = int(received) or None
-        if self.received is not None and state.global_step < state.max_steps:
+        if self.received is not None:
             control.should_save = control.should_training_stop = True
 
 
@@ -163,7 +172,8 @@ class GroupedTrainer(Trainer):
     """Trainer on rows in their given order, evaluated in fixed groups, with cross-entropy as the loss it reports.
 
     Args beyond Trainer's:
-        rows: training data, in order; evaluated: blocks for the losses during training; corpus: hash of the text.
+        rows: training data, in order; evaluated: blocks for the losses during training; corpus: hashes of text
+            and tokenizer.
 
     `train(checkpoint)` goes on from a checkpoint that `checkpoints.newest` gave; None starts anew.
 
@@ -188,7 +198,8 @@ class GroupedTrainer(Trainer):
         self.add_callback(_RouterGradients(self))
         probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
         self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
-        self.gradient_norms: dict[str, float] = {}
+        self.gradient_norms: dict[str, float] = {}  # before clipping, as Trainer's own
+        self.clipped_to = 1.0
         # Cross-entropy and auxiliary loss of every micro-batch since the last row of metrics.jsonl.
         self._reported: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._output_dir: str | None = None  # where a checkpoint is written before it gets its name
@@ -198,18 +209,19 @@ class GroupedTrainer(Trainer):
         if checkpoint is not None:
             facts = checkpoints.facts_of(checkpoint)
             if facts["corpus"] != self.corpus:
-                raise ValueError(f"{checkpoint} was trained on text {facts['corpus']}, and now it is {self.corpus}")
+                raise ValueError(
+                    f"{checkpoint} was trained on text and tokenizer {facts['corpus']}, and now they are {self.corpus}"
+                )
             step = facts["step"]
             self.clock.before = facts["seconds"]
-            pairs = facts["reported"]
-            self._reported = [(torch.tensor(a), None if b is None else torch.tensor(b)) for a, b in pairs]
+            pairs = [(torch.tensor(a), None if b is None else torch.tensor(b)) for a, b in facts["reported"]]
+            self._reported = [pair for pair in pairs for _ in range(self.args.gradient_accumulation_steps)]
         if self.is_world_process_zero():
             self.run_log.forget_after(self.rows.first_step + step)
         if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
             # One directory for a run, however often it is resumed, without the points that are written again.
             writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
             self.add_callback(TensorBoardCallback(writer))
-        self.clock.start()
         try:
             return super().train(None if checkpoint is None else str(checkpoint))
         finally:
@@ -242,6 +254,19 @@ class GroupedTrainer(Trainer):
 
     def _mean(self, losses: tuple[torch.Tensor, ...]) -> float:
         return self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()  # pyright: ignore
+
+    def _reported_by_step(self) -> list[tuple[float, float | None]]:
+        """Means over processes and micro-batches, so that another layout can go on with them."""
+        parts = self.args.gradient_accumulation_steps
+        steps = [self._reported[start : start + parts] for start in range(0, len(self._reported), parts)]
+        pairs = [tuple(zip(*step, strict=True)) for step in steps]
+        return [(self._mean(losses), None if aux[0] is None else self._mean(aux)) for losses, aux in pairs]
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        limit = self.args.max_grad_norm
+        self.clipped_to = 1.0 if norm is None else min(1.0, limit / (float(norm) + 1e-6))
+        return norm
 
     def _check_finite(self) -> None:
         bad = torch.stack([loss for loss, _ in self._reported]).isfinite().logical_not().nonzero()
@@ -293,13 +318,13 @@ class GroupedTrainer(Trainer):
                 with checkpoints.plain_errors(self.run / name):
                     super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
+                reported = self._reported_by_step()
                 if main:
-                    reported = [[None if x is None else x.item() for x in pair] for pair in self._reported]
                     facts = {"step": step, "seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
                     checkpoints.describe(beside / name, **facts)
                     self.run_log.write()  # its rows are there before the checkpoint is
                     checkpoints.publish(beside / name, self.run / name)
-                    checkpoints.keep_newest(self.run, self.args.save_total_limit)
+                    checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
             finally:
                 self._output_dir = None
                 if main:
@@ -313,7 +338,8 @@ class _RouterGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if (state.global_step + 1) % state.logging_steps == 0:
-            self.trainer.gradient_norms = router_gradient_norms(self.trainer.causal_lm)
+            norms = router_gradient_norms(self.trainer.causal_lm)
+            self.trainer.gradient_norms = {layer: norm / self.trainer.clipped_to for layer, norm in norms.items()}
 
 
 def _finite(value: Any) -> Any:

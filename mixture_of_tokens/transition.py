@@ -1,7 +1,6 @@
 """Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
 
 import json as json_module
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,18 +18,17 @@ from mixture_of_tokens.loading import load_model, model_directory, text_of
 from mixture_of_tokens.model import MixtureOfTokensConfig
 from mixture_of_tokens.names import FIELDS, Name, parse_name
 from mixture_of_tokens.results import Run, read
-from mixture_of_tokens.settings import Options, merge
+from mixture_of_tokens.settings import DERIVED, Options, merge
 from mixture_of_tokens.shards import Prepared
 from mixture_of_tokens.switch import calibrate as calibrate_switch
 from mixture_of_tokens.switch import rescale_moments, to_token_choice, token_choice_config
-from mixture_of_tokens.train import check_free, is_main, run_merged, run_training
+from mixture_of_tokens.train import check_free, check_one_process, is_main, run_merged
 from mixture_of_tokens.trainer import GroupedTrainer
 from mixture_of_tokens.words import aligned
 
 SWITCH = "switch.json"
 GIVEN = ("data", "field", "max_bytes", "tokenizer", "batch_size", "evaluate_on")  # taken from the source as they are
 HELD = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
-DERIVED = ("transformers_version", "mlp_only_layers")  # of a configuration, not to be given again
 # Fields of TrainingArguments that belong to the source's own number of steps.
 OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
 ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
@@ -101,13 +99,15 @@ def transition(
     chosen = (top_k, capacity, schedule, device)
     merged = _merged(source, settings, steps - mixing, *chosen, learning_rate)
     if control == "scratch":
-        facts = _from_scratch(source, merged[1]["model"], steps, learning_rate, device, out, resume, dry_run)
-        if facts and is_main():
-            end = f"{facts['name']} from scratch, {facts['steps']} steps: loss {facts['final_loss']:.4f}."
-            print(json_module.dumps(facts, indent=2) if json else f"{end} Everything is in {out}.")
-        return
+        merged = _from_scratch(source, merged[1]["model"], steps, device, learning_rate)
     if dry_run:
         print(yaml.safe_dump(merged[1], sort_keys=False), end="")
+        return
+    if control == "scratch":
+        facts = run_merged(*merged, out, resume=resume)
+        if is_main():
+            end = f"{facts['name']} from scratch, {facts['steps']} steps: loss {facts['final_loss']:.4f}."
+            print(json_module.dumps(facts, indent=2) if json else f"{end} Everything is in {out}.")
         return
     if not resume:
         check_free(out)
@@ -135,8 +135,7 @@ def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> N
         raise ValueError(f"--anneal {end:g} must {legal}, and is not for controls")
     if source.config.learnable_temperature:
         raise ValueError(f"--anneal {end:g} would replace the temperatures that {source.directory} has learned")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("--anneal trains twice, and so in one process alone; start it without torchrun")
+    check_one_process("--anneal")
 
 
 def _merged(
@@ -212,25 +211,14 @@ def _token_choice_name(source: Run) -> str:
 
 
 def _from_scratch(
-    source: Run,
-    model: dict[str, Any],
-    steps: int,
-    learning_rate: float | None,
-    device: Literal["cpu", "cuda"] | None,
-    out: Path,
-    resume: bool,
-    dry_run: bool,
-) -> dict[str, Any]:
+    source: Run, model: dict[str, Any], steps: int, device: Literal["cpu", "cuda"] | None, learning_rate: float | None
+) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
     """The control that never was a Mixture of Tokens: the same model and, by default, its own rate, all the steps."""
     given = {key: source.settings[key] for key in GIVEN}
     model = {field: value for field, value in model.items() if field not in DERIVED}
     given |= {"model": _words(model), "training": _words(_training(source)), "device": device}
     options = Options(steps=source.facts["steps"] + steps, **given)
-    name = _token_choice_name(source)
-    if dry_run:
-        print(yaml.safe_dump(merge(name, source.seed, learning_rate, options)[1], sort_keys=False), end="")
-        return {}
-    return run_training(name, source.seed, learning_rate, options, out, resume=resume)
+    return merge(_token_choice_name(source), source.seed, learning_rate, options)
 
 
 def _optimizer_file(source: Run) -> Path:
