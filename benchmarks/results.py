@@ -11,7 +11,7 @@ import numpy as np
 from mixture_of_tokens import provenance
 
 
-def surroundings(device: str) -> dict:
+def surroundings(device: str | None) -> dict:
     """What a result depends on besides its flags."""
     versions = provenance.versions()
     return {

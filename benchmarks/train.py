@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             for key in random.sample(keys, len(keys)):
                 times[key].append(turns[key].seconds_per_step())
     milliseconds = {key: 1e3 * np.array(seconds) for key, seconds in times.items()}
-    conditions = surroundings(args.device or "cpu") | {"steps": args.steps, "rounds": args.rounds}
+    conditions = surroundings(args.device) | {"steps": args.steps, "rounds": args.rounds}
     rows = []
     for (name, loop), own in milliseconds.items():
         row = conditions | {"model": name, "loop": loop, "batch": turns[name, loop].run["batch_size"]}

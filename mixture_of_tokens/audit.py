@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.data import Blocks, collisions, deal, grouped_order
-from mixture_of_tokens.loading import group_size_of, load_model, text_of
+from mixture_of_tokens.loading import context_of, group_size_of, load_model, text_of
 
 MARGIN = 10
 ROWS, LONGEST = 8, 64  # of the batch of a model without groups; tokens of a text
@@ -52,12 +52,15 @@ def audit(
     if batches < 1:
         raise ValueError(f"--batches must be at least 1, not {batches}")
     model = load_model(run, alone=alone).float()
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be 0 to {2**32 - 1}, not {seed}")
+    text = None
     try:
         text = text_of(run)
-    except ValueError as error:
-        text = None
+        seen = texts(text.validation, model, batches, seed)
+    except ValueError as error:  # not known, or not enough of it
         print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
-    seen = texts(text and text.validation, model, batches, seed)
+        seen = texts(None, model, batches, seed)
     found = {"run": run, "length": seen[0][0].shape[1], "collisions": None} | measure(model, seen, seed)
     if text is not None and group_size_of(model) is not None:
         orders = ((blocks, deal(blocks, model.config.group_size)) for blocks in (text.train, text.validation))
@@ -176,7 +179,7 @@ def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tu
     rows = 2 * (group_size_of(model) or ROWS // 2)
     config = model.config
     # All logits stand in memory a few times.
-    length = max(8, min(LONGEST, config.max_position_embeddings, 2**27 // (rows * config.vocab_size)))
+    length = max(8, min(LONGEST, context_of(model), 2**27 // (rows * config.vocab_size)))
     if blocks is None:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(config.vocab_size, (batches, 2, rows, length), generator=generator)

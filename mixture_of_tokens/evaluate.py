@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mixture_of_tokens.data import Blocks, grouped_order
 from mixture_of_tokens.layers import Router
-from mixture_of_tokens.loading import group_size_of, load_model, load_tokenizer_of, text_of
+from mixture_of_tokens.loading import context_of, group_size_of, load_model, load_tokenizer_of, text_of
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model import MixtureOfTokensForCausalLM
 from mixture_of_tokens.shards import whole_text
@@ -57,7 +57,7 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     model = load_model(run)
-    longest: int = model.config.max_position_embeddings
+    longest = context_of(model)
     context = min(longest, 1024) if context is None else context
     if context > longest:
         raise ValueError(f"--context {context} is more than the {longest} tokens that the model takes")
@@ -84,14 +84,17 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[d
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     # What stands in front, and block numbers (groups, rows) of every regrouping; routing by argmax.
-    plan = [("full groups" if mixes else f"{group_size} rows", full, False)]
+    real = float(np.mean([((order >= 0) & (order < len(blocks))).sum(1).mean() for order in full]))
+    filled = "full groups" if real > 0.9 * group_size else f"groups of {real:.0f} of {group_size} rows"
+    plan = [(filled if mixes else f"{group_size} rows", full, False)]
     if mixes and len(part) < len(full[0]):
-        plan.append(("full groups, the part below", [part], False))
+        plan.append((f"{filled}, the part below", [part], False))
     if "mixture_of_tokens" in getattr(model.config, "feed_forwards", ()):
-        plan.append(("full groups, argmax routing", [part], True))
+        plan.append((f"{filled}, argmax routing", [part], True))
     sizes = [2**power for power in range(1, (group_size - 1).bit_length())] if mixes else []
     plan += [(f"{n} rows a group", [in_parts(part, n)], False) for n in reversed(sizes)]
-    plan.append(("alone", [in_parts(part, 1)], False))
+    if "expert_choice" not in getattr(model.config, "feed_forwards", ()):  # alone, every expert would take the row
+        plan.append(("alone", [in_parts(part, 1)], False))
     lines = []
     total = sum(len(order) for _, orders, _ in plan for order in orders)
     with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True) as bar:
@@ -100,6 +103,7 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[d
                 found = [_measure(model, blocks, order, bar) for order in orders]
             losses, rows = [one["nats"] / one["tokens"] for one in found], orders[0].shape[1]
             loss, seconds = statistics.mean(losses), statistics.median(s for one in found for s in one["seconds"])
+            speed = statistics.median(speed for one in found for speed in one["speeds"])
             whole = found[0]["tokens"] == len(blocks.tokens) - 1
             lines.append(
                 {
@@ -111,7 +115,7 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[d
                     "bits_per_byte": loss * found[0]["tokens"] / math.log(2) / blocks.bytes if whole else None,
                     "tokens": found[0]["tokens"],
                     "seconds_per_group": seconds,
-                    "tokens_per_second": rows * blocks.context / seconds,
+                    "tokens_per_second": speed,
                 }
             )
     return lines
@@ -140,16 +144,17 @@ def argmax_routing(model) -> Iterator[None]:
 
 def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> dict[str, Any]:
     """Summed cross-entropy of blocks by number (groups, n), a group at a time; the seconds that each took."""
-    nats, tokens, seconds = 0.0, 0, []
+    nats, tokens, seconds, speeds = 0.0, 0, [], []
     for rows in groups:
         padded = bool((rows < 0).any() or rows.max() >= len(blocks))
         inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=padded).items()}
         start = time.perf_counter()
         group_nats, group_tokens = cross_entropy(model, inputs)
         seconds.append(time.perf_counter() - start)
+        speeds.append(group_tokens / seconds[-1])
         nats, tokens = nats + group_nats, tokens + group_tokens
         bar.update()
-    return {"nats": nats, "tokens": tokens, "seconds": seconds}
+    return {"nats": nats, "tokens": tokens, "seconds": seconds, "speeds": speeds}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from mixture_of_tokens import checkpoints
-from mixture_of_tokens.loading import group_size_of, load_model, load_tokenizer_of
+from mixture_of_tokens.loading import context_of, group_size_of, load_model, load_tokenizer_of
 from mixture_of_tokens.model import MixtureOfTokensForCausalLM
 
 BATCH_SIZE = 32
@@ -98,11 +98,11 @@ def generate(
     sampling.check()
     prompts = list(prompt or []) if prompts_file is None else read_prompts(prompts_file)
     model, tokenizer = load_model(run, alone=alone), load_tokenizer_of(run)
+    context = context_of(model)
     # Runs are trained on text as it is; other models may want a token at its beginning.
     special = not isinstance(model, MixtureOfTokensForCausalLM)
-    encoded = encode(tokenizer, prompts, model.config.max_position_embeddings, add_special_tokens=special)
+    encoded = encode(tokenizer, prompts, context, add_special_tokens=special)
     batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
-    context = model.config.max_position_embeddings
     widths = [max(len(encoded[row.prompt]) for row in batch) for batch in batches]
     cut = sum(len(batch) for batch, width in zip(batches, widths, strict=True) if width + max_new_tokens > context)
     if cut:
@@ -157,6 +157,9 @@ def encode(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context: int, *, add_special_tokens: bool = False
 ) -> list[list[int]]:
     """Tokens of each prompt. Raises ValueError for one that is empty or leaves no room in the context."""
+    for number, prompt in enumerate(prompts, 1):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(f"prompt {number} is no text: it has bytes or escapes that are no Unicode character")
     encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
     for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True), 1):
         if not tokens or not prompt:
@@ -185,7 +188,7 @@ def continue_prompts(
 
     Raises ValueError for a prompt that is empty or as long as the context.
     """
-    encoded = encode(tokenizer, prompts, model.config.max_position_embeddings)
+    encoded = encode(tokenizer, prompts, context_of(model))
     return [text for text, _ in _continue(model, tokenizer, encoded, sampling)]
 
 
@@ -204,7 +207,7 @@ def _continue(
     written = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=min(sampling.max_new_tokens, model.config.max_position_embeddings - width),
+        max_new_tokens=min(sampling.max_new_tokens, context_of(model) - width),
         do_sample=sampling.temperature > 0,
         temperature=sampling.temperature or None,
         top_p=sampling.top_p if sampling.temperature else None,
@@ -217,7 +220,13 @@ def _continue(
     new = written[:, width:].tolist()
     if tokenizer.eos_token_id is not None:
         new = [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in new]
-    return [(tokenizer.decode(row, skip_special_tokens=True), len(row)) for row in new]
+    return [(_text_after(tokenizer, tokens, row), len(row)) for tokens, row in zip(encoded, new, strict=True)]
+
+
+def _text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """Decoded with what goes before, as some tokenizers drop a space at the beginning of a text."""
+    before, whole = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (prompt, prompt + new))
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
 
 
 def _to_screen(batches: list[list[Row]], write: Callable, prompts: list[str], tokenizer: Any, *, as_json: bool) -> None:

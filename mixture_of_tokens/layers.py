@@ -45,6 +45,11 @@ def truncated_normal_(weight: Tensor, scale: float) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+def softmax(logits: Tensor, dim: int) -> Tensor:
+    """In fp32 or better, whatever the router's precision."""
+    return logits.softmax(dim, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 class Experts(nn.Module):
     """E feed-forward networks without biases: gated, down(act(gate(x)) * up(x)), or plain, down(act(up(x)))."""
 
@@ -211,7 +216,7 @@ class MixtureOfTokens(Routed):
         if missing_M11 is not None:  # one more row for all of them; -inf where none is missing
             companions_M1E = (self.companion_logit + missing_M11.log()).to(logits_MGE.dtype)
             logits_MGE = torch.cat([logits_MGE, companions_M1E], dim=1)
-        weights_MGE = logits_MGE.softmax(dim=1, dtype=torch.promote_types(logits_MGE.dtype, torch.float32))
+        weights_MGE = softmax(logits_MGE, dim=1)
         return weights_MGE if missing_M11 is None else weights_MGE[:, :-1]
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -254,7 +259,7 @@ class ExpertChoice(Routed):
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         x_MGD, mask_MG1, _ = grouped(x_BTD, token_mask, self.group_size)
         M, G, D = x_MGD.shape
-        scores_MGE = self.gate(x_MGD).softmax(dim=-1)
+        scores_MGE = softmax(self.gate(x_MGD), dim=-1)
         if mask_MG1 is not None:  # masked tokens are taken last, and with gate 0
             scores_MGE = scores_MGE.masked_fill(~mask_MG1, 0)
         gate_MCE, token_MCE = scores_MGE.topk(min(self.capacity, G), dim=1)
@@ -297,7 +302,7 @@ class TokenChoice(Routed):
         (B, T, D), E, K = x_BTD.shape, self.num_experts, self.num_experts_per_tok
         mask_TB1 = x_BTD.new_ones(T, B, 1, dtype=torch.bool) if token_mask is None else token_mask.bool().T[..., None]
         x_TBD = x_BTD.transpose(0, 1).masked_fill(~mask_TB1, 0)
-        gate_TBK, expert_TBK = self.gate(x_TBD).softmax(dim=-1).topk(K, dim=-1)
+        gate_TBK, expert_TBK = softmax(self.gate(x_TBD), dim=-1).topk(K, dim=-1)
         if self.norm_topk_prob:
             gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
         expert_TBK = expert_TBK.masked_fill(~mask_TB1, E)  # masked tokens go to no expert: sorted last, never read

@@ -59,7 +59,7 @@ def _located(run: str) -> str:
 
 
 def load_model(run: str, *, alone: bool = False) -> Any:
-    """The causal language model of a run, in evaluation, on the accelerator if there is one.
+    """The causal language model of a run, in evaluation, on a CUDA device if there is one.
 
     Args:
         alone: take each row by itself, `MixtureOfTokensForCausalLM.serve_alone`.
@@ -78,12 +78,18 @@ def load_model(run: str, *, alone: bool = False) -> Any:
         raise ValueError(f"{run} cannot be loaded: {_first_line(error)}") from None
     if alone and hasattr(model, "serve_alone"):  # of other models each row is by itself already
         model.serve_alone()
-    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def group_size_of(model: Any) -> int | None:
     """G where the rows of a batch influence each other; None of a model that takes each row by itself."""
     return model.config.group_size if getattr(model, "mixes_examples", False) else None
+
+
+def context_of(model: Any) -> int:
+    """The most tokens of a row that a model takes; a large number of one that says nothing."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return sys.maxsize if known is None else known
 
 
 def load_tokenizer_of(run: str) -> Any:

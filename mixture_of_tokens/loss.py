@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixture_of_tokens.layers import softmax
 from mixture_of_tokens.layout import autocast_to
 
 IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers
@@ -64,9 +65,13 @@ def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -
         logits: (..., E), before the softmax; token_mask: (...), true where a token is real, or None.
     """
     num_experts = logits.shape[-1]
-    probabilities = logits.softmax(dim=-1).reshape(-1, num_experts)
+    probabilities = softmax(logits, dim=-1).reshape(-1, num_experts)
     chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
-    real = torch.ones_like(probabilities[:, :1]) if token_mask is None else token_mask.reshape(-1, 1).to(logits.dtype)
+    real = (
+        torch.ones_like(probabilities[:, :1])
+        if token_mask is None
+        else token_mask.reshape(-1, 1).to(probabilities.dtype)
+    )
     tokens = real.sum().clamp(min=1)
     asked, mean_probability = (chosen * real).sum(0) / (tokens * top_k), (probabilities * real).sum(0) / tokens
     return num_experts * (asked * mean_probability).sum()

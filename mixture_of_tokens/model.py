@@ -357,7 +357,9 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """As upstream's. Rows that have finished leave the mixture; a group is one column of the batch.
 
-        Raises ValueError where a mixture would be wrong: prompts padded on the right, beam search.
+        The samples of num_return_sequences are rows like others: those of one prompt are mixed with each other.
+
+        Raises ValueError where a mixture would be wrong: prompts padded on the right, beam search, stop strings.
         """
         settings = generation_config or self.generation_config
         if self.mixes_examples:
@@ -370,10 +372,13 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
                 raise ValueError(
                     "prompts must be padded on the left: a group is a column, and a new token's is the last"
                 )
-            prompt = next(x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+            if kwargs.get("stop_strings") or settings.stop_strings:
+                raise ValueError("rows that end by stop_strings would stay in the mixture; use eos_token_id")
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            prompt = next((each for each in given if each is not None), None)
             stop = kwargs.get("eos_token_id", settings.eos_token_id)
             kwargs["stop_ids"] = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
-            kwargs["prompt_length"] = prompt.shape[1]
+            kwargs["prompt_length"] = 1 if prompt is None else prompt.shape[1]  # without one it starts from a token
         return super().generate(inputs, generation_config=generation_config, **kwargs)  # pyright: ignore
 
     def prepare_inputs_for_generation(

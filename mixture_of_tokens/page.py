@@ -13,7 +13,7 @@ from mixture_of_tokens.tables import tables
 from mixture_of_tokens.words import MEASURES, duration, findings, glossary, listed, loss, method, ratio, seeds_of, short
 
 PAPER = "https://arxiv.org/abs/2310.15961"
-SKIPPED = 0.15  # of the baseline's steps, whose steep losses would flatten the rest of the picture
+SKIPPED = 0.15  # of the steps, whose steep losses would flatten the rest of the picture
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -101,10 +101,10 @@ def _curves(comparison: dict[str, Any], switches: dict[int, dict[str, float]]) -
     level = summary(run["curve"][-1]["loss"] for run in baseline["runs"])
     assert level is not None
     lines = {key: [_mean_curve(i, model, key) for i, model in enumerate(models)] for key in RATIOS.values()}
-    start = next(
-        (y for x, y in zip(lines["step"][0].x, lines["step"][0].y, strict=True) if x >= SKIPPED * comparison["steps"]),
-        level["mean"],
+    after_start = (
+        y for line in lines["step"] for x, y in zip(line.x, line.y, strict=True) if x >= SKIPPED * comparison["steps"]
     )
+    start = max(after_start, default=level["mean"])
     least = min(min(line.low or line.y) for line in lines["step"])
     top = start + 0.05 * (start - least) + 0.01
     bottom = least - 0.06 * (top - least)

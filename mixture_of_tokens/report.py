@@ -32,8 +32,7 @@ def report(*runs: Path, out: Path | None = None, json: bool = False) -> None:
     here = ["mot", "report", *map(str, runs), *([] if out is None else ["--out", str(out)])]
     commands = [*([command] if command else map(_train_command, found)), shlex.join(here)]
     if out is None:
-        alone = len(runs) == 1 or (runs[0] / "compare.json").is_file()
-        out = (runs[0] if alone else runs[0].parent) / "report.html"
+        out = (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
     show(comparison(models), models, commands, out, as_json=json)
 
 
@@ -61,9 +60,25 @@ def show(
 
 
 def _train_command(run: Run) -> str:
+    """What makes such a run again."""
+    if run.switch is not None:
+        return _transition_command(run)
     return shlex.join(
         ["mot", "train", "--config", str(run.directory / "config.yaml"), "--out", f"again/{run.directory.name}"]
     )
+
+
+def _transition_command(run: Run) -> str:
+    after, config = run.settings["transition"], run.config
+    steps, rate = run.settings["steps"], run.settings["learning_rate"]
+    words = ["mot", "transition", after["source"], "--out", f"again/{run.directory.name}"]
+    words += ["--top-k", str(config.num_experts_per_tok), "--learning-rate", f"{rate:g}"]
+    words += ["--steps", str(2 * steps if "anneal" in after else steps)]
+    words += [] if config.capacity_factor is None else ["--capacity", f"{config.capacity_factor:g}"]
+    words += ["--schedule", "continued"] if run.settings["training"]["lr_scheduler_type"] == "constant" else []
+    given = {key: after.get(key) for key in ("calibrate", "optimizer", "control", "anneal")}
+    words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    return shlex.join(words)
 
 
 def text(result: dict[str, Any]) -> str:

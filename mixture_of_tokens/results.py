@@ -155,7 +155,9 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
                 f"runs are compared seed by seed, and {models[0][0].name} has the seeds {_listed(seeds[0])}, "
                 f"{model[0].name} {_listed(own)}"
             )
-    return {_label(model[0], [other[0] for other in models]): model for model in models}
+    labelled = {_label(model[0], [other[0] for other in models]): model for model in models}
+    assert len(labelled) == len(models)  # a label has all that differs
+    return labelled
 
 
 def _listed(values: Iterable[Any]) -> str:
@@ -164,11 +166,14 @@ def _listed(values: Iterable[Any]) -> str:
 
 def _label(run: Run, others: Sequence[Run]) -> str:
     namesakes = [other for other in others if other.name == run.name]
+    alike = [other for other in namesakes if (other.switch is None) == (run.switch is None)]
+
+    def differs(key: str) -> bool:
+        beside = alike if key.startswith(SWITCHED) else namesakes
+        return any(other.own_settings.get(key) != run.own_settings.get(key) for other in beside)
+
     keys = {key: None for other in namesakes for key in other.own_settings}
-    differ = [
-        key for key in keys if any(other.own_settings.get(key) != run.own_settings.get(key) for other in namesakes)
-    ]
-    values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in differ if not key.startswith(SWITCHED)]
+    values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in keys if differs(key)]
     name = f"{run.name} after the switch" if run.switch else run.name
     return f"{name} ({', '.join(values)})" if values else name
 
@@ -245,6 +250,8 @@ def _model(label: str, model: list[Run], models: dict[str, list[Run]], ends: lis
     count = parameters(first.config)
     runs = []
     for i, (run, end) in enumerate(zip(model, ends, strict=True)):
+        before = run.switch or {"step": 0, "tokens": 0, "seconds": 0}  # speeds are of what came after a switch
+        seconds = run.facts["seconds"] - before["seconds"]
         curve = {key: [point[key] for point in run.curve] for key in ("seconds", "loss")}
         at_end = float(np.interp(end, curve["seconds"], curve["loss"], left=np.nan))  # nan: not evaluated so early
         runs.append(
@@ -253,8 +260,8 @@ def _model(label: str, model: list[Run], models: dict[str, list[Run]], ends: lis
                 "directory": str(run.directory),
                 **{key: run.facts[key] for key in ("final_loss", "bits_per_byte", "seconds")},
                 "regrouping_spread": run.facts.get("regrouping_spread"),  # None: its rows do not influence each other
-                "seconds_per_step": run.facts["seconds"] / run.facts["steps"],
-                "tokens_per_second": run.facts["tokens"] / run.facts["seconds"],
+                "seconds_per_step": seconds / (run.facts["steps"] - before["step"]),
+                "tokens_per_second": (run.facts["tokens"] - before["tokens"]) / seconds,
                 "equal_time_loss": None if np.isnan(at_end) else at_end,
                 "reached": {other: reached(run, theirs[i]) for other, theirs in models.items()},
                 "curve": run.curve,

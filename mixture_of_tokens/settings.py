@@ -143,7 +143,8 @@ def merge(
     micro_batch, run["training"] = _training_fields(run, recipe, config.group_size)
     with _as_value_error("--model"), torch.device("meta"):  # whatever is wrong with it is said now
         MixtureOfTokensForCausalLM(config)
-    taken = {"max_steps": steps, "seed": seed, "learning_rate": learning_rate, "use_cpu": options.device == "cpu"}
+    on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
+    taken = {"max_steps": steps, "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
     taken |= {"per_device_train_batch_size": micro_batch}
     with _as_value_error("--training"):  # the same
         TrainingArguments(output_dir=os.devnull, **taken, **run["training"])

@@ -342,6 +342,8 @@ def _batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]
 
 
 def _encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]]) -> Iterator[tuple[list, bool]]:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"a {type(tokenizer).__name__} cannot be used: it has no fast version, of tokenizers")
     backend = tokenizer.backend_tokenizer
     before, backend.encode_special_tokens = backend.encode_special_tokens, True  # `<|endoftext|>` in a text is text
     try:
@@ -351,7 +353,7 @@ def _encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]]
     finally:
         backend.encode_special_tokens = before
     for row, (_, closes) in zip(rows, batch, strict=True):
-        yield ([*row.ids, tokenizer.eos_token_id] if closes else row.ids), closes
+        yield (row.ids if not closes or tokenizer.eos_token_id is None else [*row.ids, tokenizer.eos_token_id]), closes
 
 
 class _Writer:

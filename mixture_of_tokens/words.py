@@ -118,9 +118,7 @@ def findings(comparison: dict[str, Any]) -> dict[str, list[str]]:
         if apart is not None:
             told[model["label"]].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")
         if (regrouped := model["regrouping_spread"]) is not None:
-            told[model["label"]].append(
-                f"Which texts share a group moves its loss by {regrouped['greatest']:.4f} at most."
-            )
+            told[model["label"]].append(f"Three ways to group the text differ by {regrouped['greatest']:.4f} at most.")
     end = with_spread(baseline["final_loss"], loss)
     what = f"{baseline['label']}, the baseline, ends at {end} nats a token"
     told[baseline["label"]] = [f"{what} after {comparison['steps']:,} steps ({seeds_of(comparison)})."]
