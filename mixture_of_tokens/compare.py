@@ -51,6 +51,7 @@ def compare(
         json: Print what compare.json holds in place of the table.
         dry_run: Print the runs and stop.
     """
+    check_one_process("mot compare")
     out = Path("runs/compare") if out is None else out
     numbers = list(dict.fromkeys(number(seed, int, "--seeds") for seed in seeds.split(",")))
     plans = _plans(names, numbers, _rates(lr, len(names)), options, out)
@@ -59,7 +60,6 @@ def compare(
             steps, rate = plan.settings["steps"], plan.settings["learning_rate"]
             print(f"{plan.directory}: {steps} steps, learning rate {rate:g}, {short(plan.flops)}FLOPs")
         return
-    check_one_process("mot compare")
     try:
         for done, plan in enumerate(plans):
             what = f"{plan.name}, seed {plan.seed}{_time_left(plans, done)}"

@@ -67,11 +67,9 @@ def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -
     num_experts = logits.shape[-1]
     probabilities = softmax(logits, dim=-1).reshape(-1, num_experts)
     chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
-    real = (
-        torch.ones_like(probabilities[:, :1])
-        if token_mask is None
-        else token_mask.reshape(-1, 1).to(probabilities.dtype)
-    )
+    real = torch.ones_like(probabilities[:, :1])
+    if token_mask is not None:
+        real = token_mask.reshape(-1, 1).to(real.dtype)
     tokens = real.sum().clamp(min=1)
     asked, mean_probability = (chosen * real).sum(0) / (tokens * top_k), (probabilities * real).sum(0) / tokens
     return num_experts * (asked * mean_probability).sum()

@@ -171,7 +171,7 @@ def _typed(flag: str, text: str, kind: Any) -> Any:
     if not kinds <= {bool, int, float, str, NoneType}:
         return value
     if str in kinds and not (value is None and NoneType in kinds):
-        return text
+        return value if isinstance(value, str) else text
     if bool in kinds and text.lower() in ("yes", "on", "no", "off"):
         return text.lower() in ("yes", "on")
     legal = kinds | ({int} if float in kinds else set())

@@ -40,6 +40,7 @@ def sweep(
         json: Print what sweep.json holds in place of the table.
         dry_run: Print the run directories and stop.
     """
+    check_one_process("mot sweep")
     out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else out
     if options.evaluate_on is None:
         options = dataclasses.replace(options, evaluate_on="tuning")
@@ -55,7 +56,6 @@ def sweep(
     if dry_run:
         print(*(plan[-1] for plan in plans), sep="\n")
         return
-    check_one_process("mot sweep")
     results: dict[str, dict[str, Any]] = {}
     written: dict[str, Any] = {"name": name, "evaluated_on": options.evaluate_on, "cells": []}
     for done, (settings, seed, chosen, rate, directory) in enumerate(plans):

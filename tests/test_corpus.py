@@ -14,7 +14,7 @@ import pytest
 from texts import sentences, texts
 
 from mixture_of_tokens import duplicates
-from mixture_of_tokens.corpus import Document, documents
+from mixture_of_tokens.corpus import Document, documents, fingerprint
 from mixture_of_tokens.splits import opened, split, spool, text_of
 
 ODD = "naïve  \t<|x|> 漢字\r\n\rend of a line\x0b, 🙂\u2028 and no line end"
@@ -91,6 +91,8 @@ def test_rows_of_a_hub_data_set_read_from_a_local_folder(tmp_path, monkeypatch):
         rows = [json.dumps({"text": text, "url": "u"}) for text in given[part::2]]
         (folder / f"train-{part}.jsonl").write_text("\n".join(rows))
     assert read(f"hf:{folder}") == given[0::2] + given[1::2]
+    marks = [fingerprint(source, lambda size: None) for source in (str(folder), f"hf:{folder}", f"hf:{folder}:other")]
+    assert len(set(map(tuple, marks))) == 3  # each is another text
     with pytest.raises(ValueError, match=r"row 1 has no field 'body'; it has 'text', 'url'"):
         read(f"hf:{folder}", field="body")
     with pytest.raises(ValueError, match=r"hf:.*nowhere cannot be read"):

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mixture_of_tokens import MixtureOfTokens, cli
 from mixture_of_tokens.data import grouped_order
@@ -187,3 +195,26 @@ def test_a_text_that_has_changed_is_not_taken_for_the_run_s(tiny_runs, tmp_path,
     with pytest.raises(SystemExit, match="2"):
         mot(run)
     assert f"the text of {run} has changed" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_groups_that_a_short_text_does_not_fill_are_not_called_full(tiny_runs, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("abc de fgh ijk lmn opa " * 20)
+    mot(tiny_runs[MIXED], "--data", tmp_path / "short.txt", "--json")
+    lines = json.loads(capsys.readouterr().out)["lines"]
+    assert lines[0]["label"] == "groups of 2 of 4 rows"
+    assert lines[0]["tokens_per_second"] < 2.5 * 64 / lines[0]["seconds_per_group"]  # of what is there
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_model_that_says_nothing_of_its_context_or_of_an_end_is_evaluated_and_audited(tiny_runs, tmp_path, capsys):
+    bloom = BloomConfig(vocab_size=512, hidden_size=16, n_layer=1, n_head=2)
+    BloomForCausalLM(bloom).save_pretrained(tmp_path / "bloom")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_runs[MIXED] / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    (tmp_path / "text.txt").write_text("abc de fgh ijk lmn opa " * 200)
+    mot(tmp_path / "bloom", "--data", tmp_path / "text.txt", "--context", 32, "--json")
+    assert json.loads(capsys.readouterr().out)["lines"][0]["loss"] == pytest.approx(math.log(512), abs=0.5)
+    cli.main(["audit", str(tmp_path / "bloom"), "--expect", "private", "--batches", "1"])
+    assert "private: yes" in capsys.readouterr().out

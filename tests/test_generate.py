@@ -6,9 +6,11 @@ import time
 import processes
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.generate import Row, Sampling, continue_prompts, in_batches
+from mixture_of_tokens.generate import Row, Sampling, _text_after, continue_prompts, in_batches
 from mixture_of_tokens.loading import load_model, load_tokenizer_of
 
 MIXED = "MoT-Nano/4E/2"
@@ -175,6 +177,7 @@ def test_what_is_there_already_is_not_overwritten(run, prompts, tmp_path, capsys
     ("words", "message"),
     [
         (["--prompt", ""], "prompt 1 is empty"),
+        (["--prompt", "caf\udce9"], "prompt 1 is no text"),
         (["--prompt", "ab " * 200], "leaves no room in the context of 64"),
         ([], "give either --prompt, which may be repeated, or --prompts-file"),
         (["--prompt", "a", "--prompts-file", "x"], "give either --prompt, which may be repeated, or --prompts-file"),
@@ -206,3 +209,13 @@ def test_bad_use_is_one_line_and_leaves_nothing(run, words, message, tmp_path, m
     assert message in shown.err
     assert not shown.out
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_space_at_the_seam_is_kept_whatever_the_tokenizer():
+    """As SentencePiece has it, a text's first token stands without the space that another's begins with."""
+    words = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581b": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert tokenizer.decode([1]) == "b"
+    assert _text_after(tokenizer, [0], [1]) == " b"
+    assert _text_after(tokenizer, [0, 0], []) == ""

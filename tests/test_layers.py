@@ -315,6 +315,16 @@ def test_the_softmax_is_in_float32_for_a_bfloat16_router():
     assert_close(layer.weights(x_MGD), logits_MGE.double().softmax(1).float())
 
 
+@pytest.mark.parametrize("name", ["ec_takes_2", "tc_top2"])
+def test_gates_are_in_float32_for_a_bfloat16_router(name, monkeypatch):
+    seen = []
+    real = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *args, **kwargs: seen.append(x) or real(x, *args, **kwargs))
+    layer, x = build(name, dtype=torch.bfloat16, router_dtype=torch.bfloat16), tokens(dtype=torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    assert [scores.dtype for scores in seen] == [torch.float32]
+
+
 COMPILED = ["mot", "mot_normalized", "uniform", "ec_takes_2", "tc_top1", "tc_top1_dropping", "tc_top2_dropping"]
 
 

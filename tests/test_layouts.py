@@ -127,10 +127,10 @@ def test_workers_change_nothing(small_corpus, tmp_path):
 
 
 def test_a_run_is_resumed_in_another_layout(small_corpus, tmp_path):
-    """Four steps in one process, the last two of them again in two processes."""
+    """Four steps in one process, the last two of them again in two processes; a row is of steps before and after."""
     flags = ["train", "MoT-Nano/4E/2", "--steps", "4", "--batch-size", str(BATCH), "--device", "cpu"]
     flags += ["--data", str(small_corpus)]
-    flags += ["--training.save_steps", "2", "--training.logging_steps", "1", "--training.eval_steps", "4"]
+    flags += ["--training.save_steps", "2", "--training.logging_steps", "3", "--training.eval_steps", "4"]
     one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
     words = [*flags, "--training.gradient_accumulation_steps", "4"]
     in_processes(mot, ([*words, "--out", str(one)],), 1, log)
@@ -140,8 +140,9 @@ def test_a_run_is_resumed_in_another_layout(small_corpus, tmp_path):
     words = [*flags, "--training.gradient_accumulation_steps", "2"]
     in_processes(mot, ([*words, "--out", str(two), "--resume"],), 2, log)
     losses = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
-    assert [row["step"] for row in losses[1]] == [1, 2, 3, 4]
-    assert [r["train_loss"] for r in losses[1]] == pytest.approx([r["train_loss"] for r in losses[0]], rel=1e-5)
+    assert [row["step"] for row in losses[1]] == [3, 4]
+    assert losses[1][0]["train_loss"] == pytest.approx(losses[0][0]["train_loss"], rel=1e-5)
+    assert losses[1][1]["eval_loss"] == pytest.approx(losses[0][1]["eval_loss"], rel=1e-5)
     facts = [json.loads((run / "run.json").read_text()) for run in (one, two)]
     assert facts[1]["final_loss"] == pytest.approx(facts[0]["final_loss"], rel=1e-5)
 

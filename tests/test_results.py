@@ -76,6 +76,11 @@ def test_runs_after_a_switch_are_one_model_whatever_their_sources_and_not_that_f
     models = by_model([*scratch, after(0), after(1)])
     assert [len(model) for model in models.values()] == [2, 2]
     assert list(models) == ["TC-Nano/32E", "TC-Nano/32E after the switch"]
+    plain = after(0)
+    plain.settings["transition"] = {"source": "of-0", "calibrate": "none"}
+    labels = ["TC-Nano/32E", "TC-Nano/32E after the switch (calibrate full)"]
+    labels.append("TC-Nano/32E after the switch (calibrate none)")
+    assert list(by_model([scratch[0], after(0), plain])) == labels
 
 
 def test_a_comparison_is_made_seed_by_seed_with_its_spread(tmp_path):

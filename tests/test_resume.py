@@ -16,7 +16,8 @@ from processes import finish, mot, mot_on_a_full_disk, start
 from safetensors.torch import load_file
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.checkpoints import fault, newest
+from mixture_of_tokens.checkpoints import fault, keep_newest, newest
+from mixture_of_tokens.train import check_free, check_resumed
 
 STEPS, SAVE = 48, 8
 FLAGS = ["train", "TC-Nano/32E", "--steps", STEPS, "--batch-size", 32, "--device", "cpu"]
@@ -144,6 +145,57 @@ def test_every_missing_file_is_noticed(whole, tmp_path, damage):
     (tmp_path / "run" / "checkpoint-48" / damage).unlink()
     assert damage in str(fault(tmp_path / "run" / "checkpoint-48"))
     assert newest(tmp_path / "run") == tmp_path / "run" / "checkpoint-40"
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_the_annealed_temperature_is_the_last_one_whenever_the_run_goes_on(small_corpus, tmp_path):
+    flags = ["train", "MoT-Nano/4E/2", "--steps", "4", "--batch-size", "32", "--device", "cpu", "--data", small_corpus]
+    flags = [str(flag) for flag in (*flags, "--anneal-temperature-to", 0.05, "--out", tmp_path / "run")]
+    cli.main(flags)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").unlink()  # as if killed after the last checkpoint
+    shutil.rmtree(tmp_path / "run" / "model")
+    cli.main([*flags, "--resume"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["final_loss"] == facts["final_loss"]
+    written = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert written["router_temperature"] == pytest.approx(0.05)
+
+
+def test_damaged_checkpoints_ahead_do_not_push_out_the_one_that_is_written(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for step in (16, 24):
+        shutil.copytree(whole / "checkpoint-40", out / f"checkpoint-{step}")
+    for step in (40, 48):
+        (out / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    keep_newest(out, 24, 2)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-16", "checkpoint-24"]
+
+
+def test_a_kill_in_the_first_file_leaves_nothing_in_the_way(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml.partial").write_text("name:")
+    check_free(tmp_path / "run")
+    check_resumed(tmp_path / "run", {})
+    (tmp_path / "run" / "config.yaml").write_text("some: thing")
+    with pytest.raises(ValueError, match="is no run directory to go on with"):
+        check_resumed(tmp_path / "run", {})
+
+
+def test_a_run_goes_on_with_other_intervals_and_another_transformers(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for name in ("run.json", "checkpoint-48/manifest.json"):
+        (out / name).unlink()
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    settings["model"]["transformers_version"] = "4.0"
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+    words = [3 if before == "--training.save_steps" else word for before, word in pairwise(["", *FLAGS])]
+    words += ["--training.save_total_limit", 9, "--out", out, "--resume"]
+    process = start(mot, [str(word) for word in words], log=tmp_path / "log")
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert {"checkpoint-42", "checkpoint-45", "checkpoint-48"} <= {path.name for path in out.glob("checkpoint-*")}
+    assert_same(out, whole)
 
 
 def test_a_finished_run_is_left_alone(whole, capsys):

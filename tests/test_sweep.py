@@ -1,6 +1,7 @@
 """`mot sweep`: the grid, what it skips, what it calls the best."""
 
 import json
+import shlex
 
 import pytest
 
@@ -50,7 +51,10 @@ def test_called_again_it_trains_nothing_and_prints_the_same(swept, flags, capsys
     before = {path: path.stat().st_mtime_ns for path in swept.rglob("*") if path.name != "sweep.json"}
     sweep(*flags, "--out", swept)
     out = capsys.readouterr().out
-    assert "Best: mot train MoT-Nano/4E/2 --learning-rate 1e-2" in out
+    best = next(line for line in out.splitlines() if line.startswith("Best: "))
+    assert best.startswith("Best: mot train MoT-Nano/4E/2 --learning-rate 1e-2 --steps ")
+    cli.main([*shlex.split(best.removeprefix("Best: mot ")), "--dry-run"])
+    capsys.readouterr()
     assert "Its rate is at the edge of the grid" in out
     assert {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.name != "sweep.json"}.items() >= before.items()
     sweep(*flags, "--out", swept, "--json")
@@ -76,6 +80,24 @@ def test_fields_of_the_model_are_settings_too(flags, tmp_path, capsys):
     assert len(shown) == 2 * 2 * 2
     assert str(tmp_path / "grid" / "learning-rate=1e-2-router_temperature=0.25-seed=1") in shown
     assert not (tmp_path / "grid").exists()
+
+
+def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
+    changed = next(swept.rglob("run.json"))
+    before = changed.read_text()
+    changed.write_text(before.replace(json.loads(before)["corpus"]["hash"], "another"))
+    with pytest.raises(SystemExit, match="2"):
+        sweep(*flags, "--out", swept)
+    changed.write_text(before)
+    assert "they cannot be compared; take another --out" in capsys.readouterr().err
+
+
+def test_several_processes_are_for_training_alone(swept, flags, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (["sweep", *flags, "--training.gradient_accumulation_steps", 1], ["compare", "Transformer-Nano"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([str(word) for word in command])
+        assert "torchrun is for mot train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from mixture_of_tokens.shards import prepare
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
 STEPS, ROWS = 12, 64
+BYTES = 3_000_000  # of the embedded corpus, an eighth
 
 
 def mot(*words: object) -> None:
@@ -42,14 +43,14 @@ def runs(directory):
     made = {}
     for name in NAMES:
         made[name] = directory / name.replace("/", "-")
-        flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu")
+        flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu", "--max-bytes", BYTES)
         mot("train", name, "--out", made[name], "--steps", STEPS, "--batch-size", ROWS, *flags)
     return made
 
 
 @pytest.fixture(scope="module")
 def prepared(runs):
-    return prepare(vocab_size=512, context=64)
+    return prepare(vocab_size=512, context=64, max_bytes=BYTES)
 
 
 @pytest.fixture(params=NAMES)
@@ -113,7 +114,8 @@ def test_the_written_configuration_trains_the_same_model_again(runs, directory):
 
 def test_the_temperature_is_annealed_to_its_end_and_saved(directory):
     out = directory / "annealed"
-    mot("train", "MoT-Nano/32E", "--out", out, "--steps", 3, "--batch-size", 32, "--anneal-temperature-to", 0.25)
+    flags = ("--steps", 3, "--batch-size", 32, "--max-bytes", BYTES, "--anneal-temperature-to", 0.25)
+    mot("train", "MoT-Nano/32E", "--out", out, *flags)
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.router_temperature == pytest.approx(0.25)
 
 
@@ -131,12 +133,23 @@ def test_flags_and_file_reach_model_and_trainer(directory, capsys):
     file.write_text(yaml.safe_dump(shown))
     mot("train", "--config", file, "--dry-run")
     assert yaml.safe_load(capsys.readouterr().out) == shown
+    mot("train", "TC-Nano/32E", "--config", file, "--dry-run")
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "TC-Nano/32E"
+
+
+@pytest.mark.parametrize(("word", "value"), [("no", False), ("off", False), ("true", True), ("yes", True)])
+def test_a_word_for_a_flag_of_two_values_is_not_just_a_word(word, value, capsys):
+    given = ("--model.normalize_mixture", word, "--training.torch_compile", word, "--training.eval_strategy", "no")
+    mot("train", "MoT-Nano/32E", *given, "--dry-run")
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["model"]["normalize_mixture"], shown["training"]["torch_compile"]) == (value, value)
+    assert shown["training"]["eval_strategy"] == "no"
 
 
 def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, runs):
     out = directory / "accumulated"
     flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu")
-    flags += ("--training.gradient_accumulation_steps", 2)
+    flags += ("--training.gradient_accumulation_steps", 2, "--max-bytes", BYTES)
     mot("train", "MoT-Nano/32E/4", "--out", out, "--steps", STEPS, "--batch-size", ROWS, *flags)
     losses = []
     for run in (runs["MoT-Nano/32E/4"], out):
@@ -144,7 +157,8 @@ def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, ru
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # sums in another order; 1e-6 after the first step
 
 
-def test_no_group_of_the_embedded_corpus_holds_a_document_twice(prepared):
+def test_no_group_of_the_embedded_corpus_holds_a_document_twice():
+    prepared = prepare(vocab_size=512, context=64)
     for epoch in range(3):
         assert len(collisions(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))[0]) == 0
     assert len(collisions(prepared.validation, grouped_order(prepared.validation, 32, everything=True))[0]) == 0
@@ -187,6 +201,26 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--model.router_dtype", "half"], "legal are float32, bfloat16, float64"),
         (["train", "MoT-Nano/32E", "--model.group_size", 0], "group_size must be at least 1, not 0"),
         (["train", "MoT-Nano/32E", "--model.hidden_act", "tanh"], "legal are silu, relu, gelu"),
+        (["train", "MoT-Nano/32E", "--model.gated", "maybe"], "--model.gated takes true or false, not 'maybe'"),
+        (["train", "MoT-Nano/32E", "--model.hidden_size", "x"], "--model.hidden_size takes a whole number, not 'x'"),
+        (["train", "MoT-Nano/32E", "--model.capacity_factor", "x"], "takes a number or null, not 'x'"),
+        (
+            ["train", "MoT-Nano/32E", "--model.mlp_layer_types", "[1,2,3,4]"],
+            "mlp_layer_types has 1, 2, 3, 4; legal are",
+        ),
+        (["train", "MoT-Nano/32E", "--model.dtype", "foo"], "--model: "),
+        (["train", "MoT-Nano/32E", "--model.head_dim", 7], "head_dim must be even, for rotary positions, not 7"),
+        (["train", "MoT-Nano/32E", "--model.num_key_value_heads", 3], "does not divide num_attention_heads 1"),
+        (["train", "MoT-Nano/32E", "--seed", -1], "--seed must be 0 to 4294967295, not -1"),
+        (["train", "MoT-Nano/32E", "--training.weight_decay", "x"], "--training.weight_decay takes a number, not 'x'"),
+        (["train", "MoT-Nano/32E", "--training.logging_steps", 0], "--training.logging_steps must be positive, not 0"),
+        (["train", "MoT-Nano/32E", "--training.gradient_accumulation_steps", -2], "must be positive, not -2"),
+        (
+            ["train", "MoT-Nano/32E", "--training.per_device_eval_batch_size", 8],
+            "per_device_eval_batch_size 8 must be a multiple of the group size, 32",
+        ),
+        (["train", "MoT-Nano/32E", "--training.report_to", "no-such"], "no-such: it is not installed; there is"),
+        (["train", "MoT-Nano/32E", "--training.fsdp", "full_shard"], "--training.fsdp is not for this"),
         (["train", "MoT-Nano/32E", "--steps", "many"], 'unable to convert "many" into int'),
         (["train", "MoT-Nano/32E", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["train", "MoT-Nano/32E", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),
