@@ -166,7 +166,8 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"  {what:<12}" + "".join(f"{value:>10.4f}" for value in found[key]))
         if found["layers"]:
             shares = "".join(f"{value:>10.1%}" for value in found["layers"])
-            lines.append(f"The residual stream moves by this share, behind each block:\n  {'':<12}{shares}")
+            where = f"behind blocks 1 to {len(found['layers'])}"
+            lines.append(f"The residual stream moves by this share, {where}:\n  {'':<12}{shares}")
         lines.append("")
     if found["collisions"] is not None:
         lines.append(f"Groups of its text in which a document meets itself: {found['collisions']}")

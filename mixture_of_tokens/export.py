@@ -105,8 +105,12 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
     """
     config, kinds = model.config, set(model.config.feed_forwards)
     if mixing := kinds & {"mixture_of_tokens", "uniform", "expert_choice"}:
-        way = "mot transition turns it into Token Choice" if "mixture_of_tokens" in mixing else "it cannot be served so"
-        raise ValueError(f"{', '.join(sorted(mixing))} is not in plain transformers: {way}")
+        way = (
+            "mot transition RUN turns them into Token Choice"
+            if "mixture_of_tokens" in mixing
+            else "they cannot be served so"
+        )
+        raise ValueError(f"{', '.join(sorted(mixing))} layers are not in plain transformers: {way}")
     if not config.gated:
         raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
@@ -187,6 +191,11 @@ def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, flo
         found.unlink(missing_ok=True)
 
 
+def _last_evaluation(run: Path) -> float:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+
+
 def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str, difference: float) -> str:
     """The model card."""
     config, kind = model.config, type(plain).__name__
@@ -212,7 +221,7 @@ def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str
                 "It was a Mixture of Tokens (arXiv 2310.15961) first, and was switched to Token Choice after "
                 f"{losses['step']:,} steps. Over a part of the {facts['evaluated_on']} text the loss was "
                 f"{losses['source_in_groups']:.4f} before, with texts in groups, {losses['source_alone']:.4f} with "
-                f"each alone, and {losses['at_the_switch']:.4f} at the switch."
+                f"each alone, {losses['at_the_switch']:.4f} at the switch, and {_last_evaluation(path):.4f} at the end."
             )
         lines.append(
             f"Loss on all {facts['evaluated_on']} text: {facts['final_loss']:.4f} nats a token, "

@@ -108,7 +108,8 @@ def generate(
     if cut:
         total = sum(map(len, batches))
         print(
-            f"mot: the context of {context} tokens leaves {cut} of {total} less than --max-new-tokens", file=sys.stderr
+            f"mot: the context of {context} tokens ends {cut} of {total} texts before {max_new_tokens} new tokens",
+            file=sys.stderr,
         )
 
     def write(number: int, streamer: TextStreamer | None = None) -> list[dict[str, Any]]:

@@ -100,7 +100,8 @@ class Run:
 def read(directory: Path) -> Run:
     """Raises ValueError for a run that is not finished or damaged, or was never evaluated while it trained."""
     if not (directory / "run.json").is_file():
-        raise ValueError(f"{directory} is no finished run: it has no run.json")
+        why = "it has no run.json" if directory.is_dir() else "there is no such directory"
+        raise ValueError(f"{directory} is no finished run: {why}")
     try:
         facts = json.loads((directory / "run.json").read_text())
         settings = yaml.safe_load((directory / "config.yaml").read_text())

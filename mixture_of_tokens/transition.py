@@ -333,7 +333,7 @@ def _table(result: dict[str, Any], out: Path) -> str:
         ["source, each row alone", result["source_alone"]],
         ["switched, weights as they are", result["plain_switch"]],
         ["switched, as training begins", result["at_the_switch"]],
-        [f"step {result['after_a_tenth']['step']}", result["after_a_tenth"]["loss"]],
+        [f"step {result['after_a_tenth']['step']}, a tenth of them on", result["after_a_tenth"]["loss"]],
         [f"step {result['step'] + result['steps']}, the end", result["at_the_end"]],
     ]
     shown = [["", "loss", "vs source"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
@@ -346,7 +346,6 @@ def _table(result: dict[str, Any], out: Path) -> str:
             f"{last['largest_load']:.1f} at the end; {first['dropped']:.1%} and {last['dropped']:.1%} of tokens are "
             "dropped, in the worst layer."
         )
-    lines.append(
-        f"{result['seconds_after']:.0f} s after the switch. Everything is in {out}; mot report {out} draws the curve."
-    )
+    times = f"{result['fit_seconds']:.0f} s of fitting, {result['seconds_after']:.0f} s of training after it."
+    lines.append(f"{times} Everything is in {out}; mot report {out} draws the curve.")
     return "\n".join(lines)

@@ -258,10 +258,10 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     [
         (
             "mixture_of_tokens",
-            "mixture_of_tokens is not in plain transformers: mot transition turns it into Token Choice",
+            "mixture_of_tokens layers are not in plain transformers: mot transition RUN turns them into Token Choice",
         ),
-        ("uniform", "uniform is not in plain transformers: it cannot be served so"),
-        ("expert_choice", "expert_choice is not in plain transformers: it cannot be served so"),
+        ("uniform", "uniform layers are not in plain transformers: they cannot be served so"),
+        ("expert_choice", "expert_choice layers are not in plain transformers: they cannot be served so"),
         ("plain", "plain feed-forwards (gated false) are not in Qwen3"),
         ("foreign tokenizer", "it is another model's"),
         ("transformers' own", "is a Qwen3ForCausalLM, which transformers loads as it is"),

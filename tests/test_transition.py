@@ -244,7 +244,7 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
             ["DENSE"],
             "only a Mixture of Tokens with a router can become Token Choice; this model has dense blocks alone",
         ),
-        (["missing"], "missing is no finished run: it has no run.json"),
+        (["missing"], "missing is no finished run: there is no such directory"),
         (["MIXED", "--top-k", "9"], "--top-k must be 1 to 8, the number of experts, not 9"),
         (["MIXED", "--steps", "0"], "--steps must be positive, not 0"),
         (["MIXED", "--capacity", "-1"], "capacity_factor must be positive"),
