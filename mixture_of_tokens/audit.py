@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mixture_of_tokens.data import Blocks, collisions, deal, grouped_order
 from mixture_of_tokens.loading import context_of, group_size_of, load_model, text_of
+from mixture_of_tokens.settings import check_seed
 
 MARGIN = 10
 ROWS, LONGEST = 8, 64  # of the batch of a model without groups; tokens of a text
@@ -51,9 +52,8 @@ def audit(
     """
     if batches < 1:
         raise ValueError(f"--batches must be at least 1, not {batches}")
+    check_seed(seed)
     model = load_model(run, alone=alone).float()
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed must be 0 to {2**32 - 1}, not {seed}")
     text = None
     try:
         text = text_of(run)

@@ -17,6 +17,7 @@ from mixture_of_tokens import checkpoints, provenance
 from mixture_of_tokens.layers import TokenChoice
 from mixture_of_tokens.loading import load_model, load_tokenizer_of, run_directory, text_of
 from mixture_of_tokens.model import MixtureOfTokensForCausalLM
+from mixture_of_tokens.results import read
 
 EXPORT = "export"  # what the manifest of one calls it
 TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
@@ -191,11 +192,6 @@ def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, flo
         found.unlink(missing_ok=True)
 
 
-def _last_evaluation(run: Path) -> float:
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
-
-
 def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str, difference: float) -> str:
     """The model card."""
     config, kind = model.config, type(plain).__name__
@@ -216,12 +212,12 @@ def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str
         lines += ["", "## Training", "", f"{facts['name']}, {facts['steps']:,} steps, {facts['tokens']:,} tokens of"]
         lines.append(f"{', '.join(corpus.get('source') or ['text'])} (hash {corpus['hash']}), seed {facts['seed']}.")
         if transition.is_file():
-            losses = json.loads(transition.read_text())
+            losses, end = json.loads(transition.read_text()), read(path).evaluations[-1]["eval_loss"]
             lines.append(
                 "It was a Mixture of Tokens (arXiv 2310.15961) first, and was switched to Token Choice after "
                 f"{losses['step']:,} steps. Over a part of the {facts['evaluated_on']} text the loss was "
                 f"{losses['source_in_groups']:.4f} before, with texts in groups, {losses['source_alone']:.4f} with "
-                f"each alone, {losses['at_the_switch']:.4f} at the switch, and {_last_evaluation(path):.4f} at the end."
+                f"each alone, {losses['at_the_switch']:.4f} at the switch, and {end:.4f} at the end."
             )
         lines.append(
             f"Loss on all {facts['evaluated_on']} text: {facts['final_loss']:.4f} nats a token, "

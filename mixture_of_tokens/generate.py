@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from mixture_of_tokens import checkpoints
 from mixture_of_tokens.loading import context_of, group_size_of, load_model, load_tokenizer_of
 from mixture_of_tokens.model import MixtureOfTokensForCausalLM
+from mixture_of_tokens.settings import check_seed
 
 BATCH_SIZE = 32
 
@@ -35,8 +36,7 @@ class Sampling(NamedTuple):
             raise ValueError(f"--temperature must be 0 or more, and finite, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be 0 to {2**32 - 1}, not {self.seed}")
+        check_seed(self.seed)
 
 
 DEFAULT = Sampling()

@@ -191,9 +191,8 @@ def _training_given(given: Mapping[str, str]) -> dict[str, Any]:
             raise ValueError(f"--training.{field} is not for this: {REFUSED[field]}")
         if field in COUNTS and value is not None and not 0 < value < math.inf:
             raise ValueError(f"--training.{field} must be positive, not {value}")
-    reporters = values.get("report_to") or "none"
+    reporters, installed = values.get("report_to") or "none", get_available_reporting_integrations()
     for reporter in [reporters] if isinstance(reporters, str) else reporters:
-        installed = get_available_reporting_integrations()
         if reporter not in ("all", "none", *installed):
             raise ValueError(f"--training.report_to {reporter}: it is not installed; there is {', '.join(installed)}")
     return values
@@ -210,9 +209,14 @@ def _as_value_error(flag: str) -> Iterator[None]:
         raise ValueError(f"{flag}: {type(error).__name__}: {error}") from error
 
 
-def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, group_size: int) -> None:
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that numpy would not take."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed must be 0 to {2**32 - 1}, not {seed}")
+
+
+def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, group_size: int) -> None:
+    check_seed(seed)
     for what, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{what} must be positive, not {value}")

@@ -169,8 +169,8 @@ def _print(written: dict[str, Any], options: Options, *, as_json: bool) -> None:
         print("Every setting diverged: try lower learning rates.")
         return
     chosen, rate = _apply(dataclasses.replace(options, evaluate_on=None), best["settings"])
-    rates = [] if rate is None else ["--learning-rate", best["settings"]["--learning-rate"]]
-    print(f"Best: {shlex.join(['mot', 'train', written['name'], *rates, *as_flags(chosen)])}")
+    words = [] if rate is None else ["--learning-rate", best["settings"]["--learning-rate"]]
+    print(f"Best: {shlex.join(['mot', 'train', written['name'], *words, *as_flags(chosen)])}")
     rates = sorted({float(cell["settings"]["--learning-rate"]) for cell in ranked if "--learning-rate" in flags})
     if len(rates) > 1 and float(best["settings"]["--learning-rate"]) in (rates[0], rates[-1]):
         print("Its rate is at the edge of the grid: the best one may lie beyond.")

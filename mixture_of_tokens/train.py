@@ -112,9 +112,8 @@ def run_merged(
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
     taken = TrainingArguments(output_dir=str(out), **arguments)
-    taken._n_gpu = min(
-        1, taken.n_gpu
-    )  # several GPUs of one process would each take all the rows; they are for torchrun
+    # Several GPUs of one process would each take all the rows; they are for torchrun.
+    taken._n_gpu = min(1, taken.n_gpu)
     return _run(config, run, taken, out, begin)
 
 

@@ -199,7 +199,7 @@ class GroupedTrainer(Trainer):
         probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
         self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
         self.gradient_norms: dict[str, float] = {}  # before clipping, as Trainer's own
-        self.clipped_to = 1.0
+        self.total_norm: Any = None  # of all gradients before they were clipped; read at logged steps alone
         # Cross-entropy and auxiliary loss of every micro-batch since the last row of metrics.jsonl.
         self._reported: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._output_dir: str | None = None  # where a checkpoint is written before it gets its name
@@ -263,10 +263,8 @@ class GroupedTrainer(Trainer):
         return [(self._mean(losses), None if aux[0] is None else self._mean(aux)) for losses, aux in pairs]
 
     def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
-        limit = self.args.max_grad_norm
-        self.clipped_to = 1.0 if norm is None else min(1.0, limit / (float(norm) + 1e-6))
-        return norm
+        self.total_norm = super()._clip_grad_norm(model)
+        return self.total_norm
 
     def _check_finite(self) -> None:
         bad = torch.stack([loss for loss, _ in self._reported]).isfinite().logical_not().nonzero()
@@ -338,8 +336,9 @@ class _RouterGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if (state.global_step + 1) % state.logging_steps == 0:
-            norms = router_gradient_norms(self.trainer.causal_lm)
-            self.trainer.gradient_norms = {layer: norm / self.trainer.clipped_to for layer, norm in norms.items()}
+            total, norms = self.trainer.total_norm, router_gradient_norms(self.trainer.causal_lm)
+            kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
+            self.trainer.gradient_norms = {layer: norm / kept for layer, norm in norms.items()}
 
 
 def _finite(value: Any) -> Any:
