@@ -60,15 +60,16 @@ def panel(
     x_label: str,
     y_label: str,
     y_range: tuple[float, float],
+    x_range: tuple[float, float | None] = (0, None),
     level: float | None = None,
-    points: Sequence[tuple[int, float]] = (),
+    points: Sequence[tuple[int, float, float]] = (),
     switches: Sequence[tuple[int, float]] = (),
 ) -> ElementTree.Element:
     """A figure with one set of axes.
 
     Args:
         label: What it shows, for those who do not see it.
-        level: A height marked all across; points: (series, x) of rings on it.
+        level: A height marked all across; points: (series, x, y) of rings.
         switches: (series, x) of upright lines.
     """
 
@@ -77,19 +78,19 @@ def panel(
             style = _style(line.series)
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.18, linewidth=0)
-            every = max(1, len(line.x) // 6)
-            axes.plot(line.x, line.y, alpha=line.alpha, markevery=(line.series % every, every), **style)
+            # By distance along the line, not by points: a switched run is evaluated more often after the switch.
+            axes.plot(line.x, line.y, alpha=line.alpha, markevery=(0.04 * (line.series % SERIES), 0.25), **style)
         if level is not None:
             axes.axhline(level, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)))
-            for series, x in points:
-                ring = {"markeredgecolor": _style(series)["color"], "markerfacecolor": "none", "markeredgewidth": 1.8}
-                axes.plot([x], [level], "o", markersize=10, **ring)
+        for series, x, y in points:
+            ring = {"markeredgecolor": _style(series)["color"], "markerfacecolor": "none", "markeredgewidth": 1.8}
+            axes.plot([x], [y], "o", markersize=10, **ring)
         for series, x in switches:
             axes.axvline(x, color=_style(series)["color"], linewidth=1.2, linestyle=(0, (4, 2)))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_ylim(*y_range)
-        axes.set_xlim(0)
+        axes.set_xlim(*x_range)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _label_ends(axes, [line for line in lines if line.label])

@@ -7,9 +7,9 @@ from xml.etree.ElementTree import Element, tostring
 
 from mixture_of_tokens.figures import SERIES, Line, panel
 from mixture_of_tokens.markup import Child, html, own_ids, table, with_swatch
-from mixture_of_tokens.results import RATIOS, Run, summary, telemetry
+from mixture_of_tokens.results import RATIOS, Run, summary, telemetry, through_the_switch
 from mixture_of_tokens.samples import PROMPTS, TEMPERATURE
-from mixture_of_tokens.tables import tables
+from mixture_of_tokens.tables import switch_table, tables
 from mixture_of_tokens.words import MEASURES, duration, findings, glossary, listed, loss, method, ratio, seeds_of, short
 
 PAPER = "https://arxiv.org/abs/2310.15961"
@@ -31,6 +31,7 @@ def page(
     title = f"{listed(labels)} compared" if len(labels) > 1 else labels[0]
     sections = {
         "curves": ("Loss while training", _curves(comparison, _switches(models))),
+        **({"switch": ("The switch to Token Choice", _through_the_switch(models))} if _switches(models) else {}),
         "tables": ("In numbers", tables(comparison)),
         "layers": ("Inside the layers", _layers(models)),
         "samples": ("What they write", _samples(comparison, samples)),
@@ -122,7 +123,7 @@ def _curves(comparison: dict[str, Any], switches: dict[int, dict[str, float]]) -
         for i, model in enumerate(models):
             found = model["reached"][baseline["label"]][key]
             if i and found is not None and found["seeds"] == len(comparison["seeds"]):
-                points.append((i, found["mean"] / scale))
+                points.append((i, found["mean"] / scale, level["mean"]))
         scaled = [Line(line.series, [x / scale for x in line.x], line.y, line.low, line.high) for line in lines[key]]
         label = f"Evaluation loss against {x_label.split(',')[0]}. " + _ends(models, key)
         figure = panel(
@@ -149,6 +150,39 @@ def _curves(comparison: dict[str, Any], switches: dict[int, dict[str, float]]) -
             class_="quiet",
         ),
     ]
+
+
+def _through_the_switch(models: dict[str, list[Run]]) -> Child:
+    """The curve from shortly before the switch to the end, the jump with it, and the stages in numbers."""
+    stages = {
+        i: [through_the_switch(run) for run in model] for i, model in enumerate(models.values()) if model[0].switch
+    }
+    at = {i: step["mean"] for i, of in stages.items() if (step := summary(each["step"] for each in of)) is not None}
+    plain = {i: mean["mean"] for i, of in stages.items() if (mean := summary(each["plain_switch"] for each in of))}
+    lines = [
+        _mean_curve(i, {"runs": [{"curve": run.curve} for run in model]}, "step")
+        for i, model in enumerate(models.values())
+    ]
+    end = max(lines[i].x[-1] for i in stages)
+    start = min(at.values()) - (end - min(at.values()))
+    seen = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if x >= start]
+    jump = max(*seen, *plain.values())
+    margin = 0.08 * (jump - min(seen))
+    labels = list(models)
+    told = [f"{labels[i]} at {loss(of[0]['source_in_groups'])} before" for i, of in stages.items()]
+    figure = panel(
+        lines,
+        label=f"Evaluation loss around the switch: {listed(told)}.",
+        x_label="steps",
+        y_label="loss, nats a token",
+        x_range=(max(0, start), None),
+        y_range=(min(seen) - margin, jump + margin),
+        points=[(i, at[i], plain[i]) for i in stages],
+        switches=list(at.items()),
+    )
+    caption = "The last steps before the switch, and those after it. A ring: the loss with the weights as they were."
+    rows = [(with_swatch(i, labels[i]), {"stages": of}) for i, of in stages.items()]
+    return [html("div", html("figure", figure, html("figcaption", caption)), class_="panels"), switch_table(rows)]
 
 
 def _mean_curve(series: int, model: dict[str, Any], key: str) -> Line:
@@ -188,11 +222,12 @@ def _caption(comparison: dict[str, Any], key: str, head: str) -> Child:
 
 def _layers(models: dict[str, list[Run]]) -> Child:
     measured = {label: telemetry(model) for label, model in models.items()}
+    switched = {i: at["step"] for i, at in _switches(models).items()}
     content: list[Child] = []
     for measure, (title, meaning) in MEASURES.items():
         of = {label: found[measure] for label, found in measured.items() if measure in found}
         if of:
-            content.append(html("div", _measure(title, meaning, of, list(models)), class_="measure"))
+            content.append(html("div", _measure(title, meaning, of, list(models), switched), class_="measure"))
     if not content:
         return [html("p", "These runs have no measurements of their layers.")]
     intro = (
@@ -203,7 +238,7 @@ def _layers(models: dict[str, list[Run]]) -> Child:
     return [html("p", intro), content]
 
 
-def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str]) -> Child:
+def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], switched: dict[int, float]) -> Child:
     values = [value for layers in of.values() for _, line in layers.values() for value in line]
     top = max(1.0, 1.06 * max(values)) if max(values) > 0.5 else 1.15 * max(values)
     figures, constant = [], []
@@ -225,6 +260,7 @@ def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str]) -
             x_label="steps",
             y_label=title.lower(),
             y_range=(0, top),
+            switches=[(series, switched[series])] if series in switched else (),
         )
         figures.append(html("figure", html("figcaption", with_swatch(series, label)), figure))
     told = html("p", " ".join(constant), class_="quiet") if constant else None

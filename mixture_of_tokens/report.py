@@ -30,7 +30,8 @@ def report(*runs: Path, out: Path | None = None, json: bool = False) -> None:
     found, command = runs_of(runs)
     models = by_model(found)
     here = ["mot", "report", *map(str, runs), *([] if out is None else ["--out", str(out)])]
-    commands = [*([command] if command else map(_train_command, found)), shlex.join(here)]
+    again = [command] if command else [line for run in found for line in _train_commands(run)]
+    commands = [*dict.fromkeys(again), shlex.join(here)]
     if out is None:
         out = (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
     show(comparison(models), models, commands, out, as_json=json)
@@ -59,26 +60,26 @@ def show(
     print(f"The page: {out}")
 
 
-def _train_command(run: Run) -> str:
+def _train_commands(run: Run) -> list[str]:
     """What makes such a run again."""
-    if run.switch is not None:
-        return _transition_command(run)
-    return shlex.join(
-        ["mot", "train", "--config", str(run.directory / "config.yaml"), "--out", f"again/{run.directory.name}"]
-    )
-
-
-def _transition_command(run: Run) -> str:
+    if run.switch is None:
+        return [_train_again(run.directory)]
     after, config = run.settings["transition"], run.config
     steps, rate = run.settings["steps"], run.settings["learning_rate"]
-    words = ["mot", "transition", after["source"], "--out", f"again/{run.directory.name}"]
+    source = Path(after["source"])
+    out = run.directory.name if run.directory.name != source.name else f"{source.name}-transition"
+    words = ["mot", "transition", f"again/{source.name}", "--out", f"again/{out}"]
     words += ["--top-k", str(config.num_experts_per_tok), "--learning-rate", f"{rate:g}"]
     words += ["--steps", str(2 * steps if "anneal" in after else steps)]
     words += [] if config.capacity_factor is None else ["--capacity", f"{config.capacity_factor:g}"]
     words += ["--schedule", "continued"] if run.settings["training"]["lr_scheduler_type"] == "constant" else []
     given = {key: after.get(key) for key in ("calibrate", "optimizer", "control", "anneal")}
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
-    return shlex.join(words)
+    return [_train_again(source), shlex.join(words)]
+
+
+def _train_again(directory: Path) -> str:
+    return shlex.join(["mot", "train", "--config", str(directory / "config.yaml"), "--out", f"again/{directory.name}"])
 
 
 def text(result: dict[str, Any]) -> str:

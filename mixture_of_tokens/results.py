@@ -15,7 +15,7 @@ computed seed by seed, against the other model's run of the same seed; a mean ha
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,9 @@ import yaml
 
 from mixture_of_tokens.cost import flops_per_token, memory, parameters
 from mixture_of_tokens.model import MixtureOfTokensConfig
-from mixture_of_tokens.names import config_from_name
+from mixture_of_tokens.names import config_from_name, parse_name
 from mixture_of_tokens.settings import CARRIED_OUT, DERIVED, data_group_size
 
-SWITCHED = ("first_step", "transition")  # settings of a run after a transition, which its label says in a word
 ENVIRONMENT = ("hardware", "cores", "threads", "versions", "commit")
 
 
@@ -166,17 +165,19 @@ def _listed(values: Iterable[Any]) -> str:
 
 
 def _label(run: Run, others: Sequence[Run]) -> str:
-    namesakes = [other for other in others if other.name == run.name]
-    alike = [other for other in namesakes if (other.switch is None) == (run.switch is None)]
+    namesakes = [other for other in others if _title(other) == _title(run)]
 
     def differs(key: str) -> bool:
-        beside = alike if key.startswith(SWITCHED) else namesakes
-        return any(other.own_settings.get(key) != run.own_settings.get(key) for other in beside)
+        return any(other.own_settings.get(key) != run.own_settings.get(key) for other in namesakes)
 
     keys = {key: None for other in namesakes for key in other.own_settings}
     values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in keys if differs(key)]
-    name = f"{run.name} after the switch" if run.switch else run.name
-    return f"{name} ({', '.join(values)})" if values else name
+    return f"{_title(run)} ({', '.join(values)})" if values else _title(run)
+
+
+def _title(run: Run) -> str:
+    """A switched run's name is Token Choice's, of its configuration; it is called after its source."""
+    return str(replace(parse_name(run.name), system="MoT")) + ", switched" if run.switch else run.name
 
 
 def _setting(run: Run, key: str) -> Any:
@@ -273,6 +274,7 @@ def _model(label: str, model: list[Run], models: dict[str, list[Run]], ends: lis
     return {
         "label": label,
         "name": first.name,
+        "switched": first.switch is not None,
         "learning_rate": first.settings["learning_rate"],
         "parameters": {"total": count["total"], "active": count["active"]},
         "flops_per_token": {"forward": first.flops[0], "training": first.flops[1]},
@@ -286,6 +288,27 @@ def _model(label: str, model: list[Run], models: dict[str, list[Run]], ends: lis
 def _summarised(found: list[dict[str, float] | None]) -> dict[str, Any]:
     keys = [*RATIOS.values(), *(f"of_{whole}" for whole in RATIOS)]
     return {key: summary(None if each is None else each[key] for each in found) for key in keys}
+
+
+def through_the_switch(run: Run) -> dict[str, Any]:
+    """What switch.json has, with the losses after it, and the worst layer's routing at first and at the end."""
+    switch = run.switch
+    assert switch is not None
+    after = [row for row in run.rows if row["step"] > switch["step"]]
+    evaluated = [row for row in after if "eval_loss" in row]
+    routed = [row["layers"].values() for row in after if "layers" in row]
+    tenth = switch["step"] + max(1, run.settings["steps"] // 10)
+    first = next((row for row in evaluated if row["step"] >= tenth), evaluated[-1])
+
+    def worst(layers: Iterable[dict[str, float]]) -> dict[str, float]:
+        known = [layer for layer in layers if "largest_load" in layer]
+        return {key: max(layer[key] for layer in known) for key in ("largest_load", "dropped")}
+
+    return switch | {
+        "after_a_tenth": {"step": first["step"], "loss": first["eval_loss"]},
+        "at_the_end": evaluated[-1]["eval_loss"],
+        "routers": {"first": worst(routed[0]), "last": worst(routed[-1])} if routed else None,
+    }
 
 
 def telemetry(model: list[Run]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:

@@ -1,10 +1,11 @@
 """The tables of a comparison's page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
 from mixture_of_tokens.markup import NOTHING, Child, cell_of, html, table, with_swatch
+from mixture_of_tokens.results import summary
 from mixture_of_tokens.words import difference, duration, loss, ratio, seeds_of, short, with_spread
 
 
@@ -55,7 +56,9 @@ def tables(comparison: dict[str, Any]) -> Child:
     cost = table(
         "Cost",
         "Active parameters are those that a token's computation uses. Memory is an estimate of weights, gradients, "
-        "optimizer and what is kept for the backward pass, not a measurement.",
+        "optimizer and what is kept for the backward pass, not a measurement."
+        + " Of a switched model all are of what came after the switch."
+        * any(model["switched"] for model in models),
         (
             ("", (("Learning rate", lambda model: f"{model['learning_rate']:g}"),)),
             (
@@ -84,6 +87,56 @@ def tables(comparison: dict[str, Any]) -> Child:
         _rows(comparison),
     )
     return [result, cost, _everyone(comparison) if len(models) > 2 else None, _seed_by_seed(comparison)]
+
+
+def switch_table(rows: Sequence[tuple[Child, dict[str, Any]]]) -> Element:
+    """The stages of a switch, of `results.through_the_switch`, seed by seed under "stages" of a row."""
+
+    def cell(
+        of: Callable[[dict[str, Any]], float | None], shown: Callable[[float], str] = loss
+    ) -> Callable[[dict], Child]:
+        return lambda row: cell_of(summary(map(of, row["stages"])), shown)
+
+    def jump(stages: dict[str, Any]) -> float | None:
+        whole = stages["plain_switch"] - before(stages)
+        return (stages["at_the_switch"] - before(stages)) / whole if whole > 0 else None
+
+    def before(stages: dict[str, Any]) -> float:
+        return stages["source_in_groups"]
+
+    def routed(key: str, shown: Callable[[float], str]) -> Callable[[dict], Child]:
+        def both(row: dict[str, Any]) -> Child:
+            known = [stages["routers"] for stages in row["stages"] if stages["routers"] is not None]
+            if not known:
+                return [NOTHING]
+            means = [sum(routers[when][key] for routers in known) / len(known) for when in ("first", "last")]
+            return f"{shown(means[0])}, then {shown(means[1])}"
+
+        return both
+
+    note = (
+        "Losses over the part of the text that training is evaluated on. As they were: the same weights, the router "
+        "choosing. As training begins: what was fitted before the first step is in; the jump left is its loss over the "
+        "source's in groups, as a share of that with the weights as they were. Load and dropped tokens are the worst "
+        "layer's, soon after the switch and at the end. Seconds of training are without the fit."
+    )
+    source = (("In groups", cell(before)), ("Each row alone", cell(lambda stages: stages["source_alone"])))
+    switched = (
+        ("As they were", cell(lambda stages: stages["plain_switch"])),
+        ("As training begins", cell(lambda stages: stages["at_the_switch"])),
+        ("Jump left", cell(jump, ratio)),
+        ("Fit", cell(lambda stages: stages.get("fit_seconds"), duration)),
+    )
+    recovery = (
+        ("A tenth on", cell(lambda stages: stages["after_a_tenth"]["loss"])),
+        ("End", cell(lambda stages: stages["at_the_end"])),
+    )
+    routers = (
+        ("Largest load", routed("largest_load", lambda load: f"{load:.1f}")),
+        ("Dropped", routed("dropped", lambda share: f"{share:.1%}")),
+    )
+    groups = (("The source", source), ("Switched", switched), ("Trained on", recovery), ("Routers", routers))
+    return table("The switch, stage by stage", note, groups, rows)
 
 
 def _rows(comparison: dict[str, Any]) -> list[tuple[Child, dict]]:

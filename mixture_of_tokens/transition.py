@@ -17,7 +17,7 @@ from mixture_of_tokens.layers import Router
 from mixture_of_tokens.loading import load_model, model_directory, text_of
 from mixture_of_tokens.model import MixtureOfTokensConfig
 from mixture_of_tokens.names import FIELDS, Name, parse_name
-from mixture_of_tokens.results import Run, read
+from mixture_of_tokens.results import Run, read, through_the_switch
 from mixture_of_tokens.settings import DERIVED, Options, merge
 from mixture_of_tokens.shards import Prepared
 from mixture_of_tokens.switch import calibrate as calibrate_switch
@@ -302,27 +302,12 @@ def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor
 
 def _result(source: Run, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     """Losses on the way: over the part of the text that is evaluated in training, at the ends over the whole too."""
-    switch = run.switch
-    assert switch is not None
-    after = [row for row in run.rows if row["step"] > source.facts["steps"]]
-    evaluated = [row for row in after if "eval_loss" in row]
-    measured = [row for row in after if "layers" in row]
-
-    def router(row: dict[str, Any]) -> dict[str, float]:
-        layers = [layer for layer in row["layers"].values() if "largest_load" in layer]
-        return {key: max(layer[key] for layer in layers) for key in ("largest_load", "dropped")}
-
-    tenth = source.facts["steps"] + max(1, run.settings["steps"] // 10)
-    first = next((row for row in evaluated if row["step"] >= tenth), evaluated[-1])
-    return switch | {
+    return through_the_switch(run) | {
         "source": str(source.directory),
         "steps": run.settings["steps"],
-        "after_a_tenth": {"step": first["step"], "loss": first["eval_loss"]},
-        "at_the_end": evaluated[-1]["eval_loss"],
         "source_final_loss": source.facts["final_loss"],
         "final_loss": facts["final_loss"],
         "seconds_after": facts["seconds"] - source.facts["seconds"],
-        "routers": {"first": router(measured[0]), "last": router(measured[-1])} if measured else None,
     }
 
 

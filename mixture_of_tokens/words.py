@@ -42,8 +42,8 @@ SYSTEMS = {
     "Uniform": ("Uniform", "Mixture of Tokens without a router: every mixture is the plain mean of the group."),
     "TC": (
         "TC, Token Choice",
-        "Sparse mixture of experts: each token goes to the experts that its router rates highest; what a full expert "
-        "cannot take is dropped while training.",
+        "Sparse mixture of experts: each token goes to the experts that its router rates highest. With a capacity, "
+        "what a full expert cannot take is dropped while training; without one, the default, nothing is.",
     ),
     "EC": ("EC, Expert Choice", "Sparse mixture of experts: each expert takes the tokens it rates highest in a group."),
 }
@@ -157,7 +157,17 @@ def _beside(apart: Summary) -> str:
 def glossary(comparison: dict[str, Any]) -> list[tuple[str, str]]:
     """Terms of the page and their meaning, for a reader who has not read the paper."""
     names = [parse_name(model["name"]) for model in comparison["models"]]
-    entries = [entry for system, entry in SYSTEMS.items() if any(name.system == system for name in names)]
+    switched = any(model["switched"] for model in comparison["models"])
+    systems = {name.system for name in names} | ({"MoT"} if switched else set())
+    entries = [entry for system, entry in SYSTEMS.items() if system in systems]
+    if switched:
+        entries.append(
+            (
+                "Switched",
+                "A trained Mixture of Tokens that goes on as Token Choice with the same experts and router, so that it "
+                "serves a text alone. Its curve is its source's up to the switch; its time and FLOPs have both parts.",
+            )
+        )
     example = next((name for name in names if name.system != "Transformer"), None)
     if example is not None:
         k = example.granularity

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from mixture_of_tokens.results import Run, by_model, comparison, reached, read
+from mixture_of_tokens.results import Run, by_model, comparison, reached, read, through_the_switch
 
 CORPUS = {"hash": "h", "train": {"documents": 1, "tokens": 2, "bytes": 3}}
 
@@ -66,6 +66,18 @@ def test_a_run_after_a_switch_counts_its_source_s_flops_and_has_the_loss_at_the_
     assert [point["seconds"] for point in curve] == [10, 20, 20, 30]
 
 
+def test_the_stages_of_a_switch_are_read_off_the_rows_after_it(tmp_path):
+    whole = run(tmp_path, losses=(3.0, 2.0, 2.4, 1.9, 1.8))  # the switch after step 10, then 15, 20 and 25
+    for row, loads in zip(whole.rows, ((1, 1), (1, 1), (7.0, 3.0), (5.0, 5.0), (2.0, 4.0)), strict=True):
+        row["layers"] = {str(i): {"largest_load": load, "dropped": load / 100} for i, load in enumerate(loads)}
+    whole.settings["steps"] = 15  # a tenth of which, rounded down, is one: evaluated at step 15
+    stages = through_the_switch(replace(whole, switch={"step": 10, "at_the_switch": 2.5}))
+    assert stages["after_a_tenth"] == {"step": 15, "loss": 2.4}
+    assert (stages["at_the_switch"], stages["at_the_end"]) == (2.5, 1.8)
+    first, last = {"largest_load": 7.0, "dropped": 0.07}, {"largest_load": 4.0, "dropped": 0.04}
+    assert stages["routers"] == {"first": first, "last": last}
+
+
 def test_runs_after_a_switch_are_one_model_whatever_their_sources_and_not_that_from_scratch(tmp_path):
     def after(seed):
         made = run(tmp_path / f"after{seed}", "TC-Nano/32E", seed)
@@ -75,11 +87,11 @@ def test_runs_after_a_switch_are_one_model_whatever_their_sources_and_not_that_f
     scratch = [run(tmp_path / f"scratch{seed}", "TC-Nano/32E", seed) for seed in (0, 1)]
     models = by_model([*scratch, after(0), after(1)])
     assert [len(model) for model in models.values()] == [2, 2]
-    assert list(models) == ["TC-Nano/32E", "TC-Nano/32E after the switch"]
+    assert list(models) == ["TC-Nano/32E", "MoT-Nano/32E, switched"]
     plain = after(0)
     plain.settings["transition"] = {"source": "of-0", "calibrate": "none"}
-    labels = ["TC-Nano/32E", "TC-Nano/32E after the switch (calibrate full)"]
-    labels.append("TC-Nano/32E after the switch (calibrate none)")
+    labels = ["TC-Nano/32E", "MoT-Nano/32E, switched (calibrate full)"]
+    labels.append("MoT-Nano/32E, switched (calibrate none)")
     assert list(by_model([scratch[0], after(0), plain])) == labels
 
 

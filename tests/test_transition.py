@@ -81,11 +81,19 @@ def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned)
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_it_is_private_and_has_a_page(transitioned, tmp_path, capsys):
+def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys):
     cli.main(["audit", str(transitioned[0]), "--expect", "private"])
     cli.main(["report", str(transitioned[0]), "--out", str(tmp_path / "page.html")])
-    assert "TC-Nano/4E/2" in capsys.readouterr().out
-    assert "An upright line is where a Mixture of Tokens became Token Choice." in (tmp_path / "page.html").read_text()
+    assert "MoT-Nano/4E/2, switched" in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text()
+    assert "An upright line is where a Mixture of Tokens became Token Choice." in page
+    stages = json.loads((transitioned[0] / "switch.json").read_text())
+    for key in ("source_in_groups", "source_alone", "plain_switch", "at_the_switch"):
+        assert f"<td>{stages[key]:.3f}</td>" in page.replace(' class="first"', "")
+    source = tiny_runs[MIXED]
+    assert (
+        f"mot train --config {source}/config.yaml --out again/{source.name}\nmot transition again/{source.name}" in page
+    )
 
 
 @pytest.mark.usefixtures("tiny_cache")
