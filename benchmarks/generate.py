@@ -101,13 +101,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
+    try:
+        if args.table:
+            measured = read(args.results)
+        else:
+            check_columns(args.results, COLUMNS)
+            measured = measure(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if not args.table:
-        check_columns(args.results, COLUMNS)
-        rows = measure(args)
-        append(args.results, COLUMNS, rows)
-        print(table(rows))
+        append(args.results, COLUMNS, measured)
+        print(table(measured))
         return
-    for rows in latest(read(args.results), ("hardware", "threads", "prompt", "new", "torch")):
+    for rows in latest(measured, ("hardware", "threads", "prompt", "new", "torch")):
         print(table(rows), end="\n\n")
 
 

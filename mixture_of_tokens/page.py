@@ -10,7 +10,19 @@ from mixture_of_tokens.markup import Child, html, own_ids, table, with_swatch
 from mixture_of_tokens.results import RATIOS, Run, summary, telemetry, through_the_switch
 from mixture_of_tokens.samples import PROMPTS, TEMPERATURE
 from mixture_of_tokens.tables import switch_table, tables
-from mixture_of_tokens.words import MEASURES, duration, findings, glossary, listed, loss, method, ratio, seeds_of, short
+from mixture_of_tokens.words import (
+    MEASURES,
+    MIXED,
+    duration,
+    findings,
+    glossary,
+    listed,
+    loss,
+    method,
+    ratio,
+    seeds_of,
+    short,
+)
 
 PAPER = "https://arxiv.org/abs/2310.15961"
 SKIPPED = 0.15  # of the steps, whose steep losses would flatten the rest of the picture
@@ -315,7 +327,6 @@ def _made(comparison: dict[str, Any], models: dict[str, list[Run]], commands: li
             _entry("Versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())),
             _entry("Commit", environment["commit"] or "not from a git checkout"),
         ]
-    mixed = "The runs were not all made on the same hardware with the same versions: times may not be comparable."
     corpus = comparison["corpus"]
     splits = [([name], each) for name, each in corpus.items() if isinstance(each, dict)]
     rest = {name.replace("_", " "): each for name, each in corpus.items() if not isinstance(each, dict)}
@@ -325,7 +336,7 @@ def _made(comparison: dict[str, Any], models: dict[str, list[Run]], commands: li
         html("pre", "\n".join(commands)),
         html("p", method(comparison)),
         html("dl", entries, class_="entries"),
-        html("p", mixed) if len(comparison["environments"]) > 1 else None,
+        html("p", MIXED) if len(comparison["environments"]) > 1 else None,
         table("Text", f"{about}.", (("", columns),), splits, corner="Split"),
         _settings(models),
     ]

@@ -10,7 +10,7 @@ from mixture_of_tokens import checkpoints
 from mixture_of_tokens.page import page
 from mixture_of_tokens.results import Run, by_model, comparison, runs_of
 from mixture_of_tokens.samples import continued
-from mixture_of_tokens.words import aligned, findings
+from mixture_of_tokens.words import MIXED, aligned, findings
 
 WIDTH = 110  # of sentences beside the table
 
@@ -110,4 +110,5 @@ def text(result: dict[str, Any]) -> str:
     if count > 1:
         columns.insert(2, "spread")
     told = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
+    told += [MIXED] if len(result["environments"]) > 1 else []
     return "\n".join([aligned([columns, *table]), "", *told]) + "\n"

@@ -32,6 +32,8 @@ MEASURES = {
     ),
 }
 
+MIXED = "The runs were not all made on the same hardware with the same versions: times may not be comparable."
+
 SYSTEMS = {
     "Transformer": ("Transformer", "The dense model: each token goes through the one feed-forward of a layer."),
     "MoT": (

@@ -29,3 +29,18 @@ def test_every_model_is_timed_in_both_loops_with_consistent_ratios(small_corpus,
         overhead = time[model, "trainer"] / time[model, "loop"] - 1
         assert float(rows[model, "trainer"]["overhead"]) == pytest.approx(overhead, abs=1e-3)
     assert "over the bare loop" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--models", "MoT-Giant"], "'MoT-Giant'"), (["--table", "--results", "absent.csv"], "absent.csv")],
+)
+def test_bad_use_is_one_line_and_leaves_nothing(script, flags, message, tmp_path):
+    flags = flags if "--table" in flags else [*flags, "--results", "new.csv"]
+    command = [sys.executable, SCRIPT.with_name(script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
