@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results import append, check_columns, latest, markdown, quartiles, read, surroundings
+from results import markdown, quartiles, run, surroundings
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.loading import keep_large_blocks
@@ -98,23 +98,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    try:
-        if args.table:
-            measured = read(args.results)
-        else:
-            check_columns(args.results, COLUMNS)
-            measured = measure(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if not args.table:
-        append(args.results, COLUMNS, measured)
-        print(table(measured))
-        return
-    for rows in latest(measured, ("hardware", "threads", "prompt", "new", "torch")):
-        print(table(rows), end="\n\n")
+    run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "threads", "prompt", "new", "torch"))
 
 
 if __name__ == "__main__":

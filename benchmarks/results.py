@@ -1,9 +1,10 @@
 """What a benchmark writes down: where it ran, its rows in a CSV file, and these as tables."""
 
+import argparse
 import csv
 import datetime
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,30 @@ def append(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    results: Path,
+    columns: Sequence[str],
+    measure: Callable[[argparse.Namespace], list[dict]],
+    table: Callable[[list[dict]], str],
+    by: Sequence[str],
+) -> None:
+    """Measure, append to --results, print; with --table print its latest rows by these columns and measure nothing."""
+    parser.add_argument("--results", type=Path, default=results)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    try:
+        if args.table:
+            found = latest(read(args.results), by)
+        else:
+            check_columns(args.results, columns)
+            found = [measure(args)]
+            append(args.results, columns, found[0])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print("\n\n".join(map(table, found)))
 
 
 def quartiles(figure: str, values: np.ndarray) -> dict[str, float]:

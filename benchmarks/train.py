@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import append, check_columns, latest, markdown, quartiles, read, surroundings
+from results import markdown, quartiles, run, surroundings
 from transformers import TrainingArguments, get_scheduler
 
 from mixture_of_tokens.loading import keep_large_blocks
@@ -149,23 +149,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--data", nargs="+", default=[], help="as in mot train")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    try:
-        if args.table:
-            measured = read(args.results)
-        else:
-            check_columns(args.results, COLUMNS)
-            measured = measure(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if not args.table:
-        append(args.results, COLUMNS, measured)
-        print(table(measured))
-        return
-    for rows in latest(measured, ("hardware", "threads", "batch", "torch")):
-        print(table(rows), end="\n\n")
+    run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "threads", "batch", "torch"))
 
 
 if __name__ == "__main__":
