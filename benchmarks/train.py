@@ -55,6 +55,7 @@ class Turn:
         )
         self.config, self.run, arguments = merge(name, 0, None, options)
         self.arguments, self.loop = TrainingArguments(output_dir=out, **arguments), loop
+        self.arguments._n_gpu = min(1, self.arguments.n_gpu)  # as `mot train` has it
 
     def seconds_per_step(self) -> float:
         trainer, _ = build(self.config, self.run, self.arguments)
@@ -66,6 +67,8 @@ class Turn:
 
         def timed(*args: Any, **kwargs: Any) -> None:
             on_step_end(*args, **kwargs)
+            if len(seconds) == WARM_UP - 1:
+                self._wait()
             seconds.append(trainer.clock.seconds)
 
         trainer.run_log.on_step_end = timed

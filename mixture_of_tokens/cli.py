@@ -97,6 +97,12 @@ def main(words: list[str] | None = None) -> None:
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
+            raise
+        first = str(error).partition(". ")[0]
+        print(f"mot: error: {first}; in training, --training.gradient_accumulation_steps N takes less", file=sys.stderr)
+        sys.exit(2)
     except FloatingPointError as error:  # training that diverged
         print("mot: error:", error, file=sys.stderr)
         sys.exit(1)

@@ -60,11 +60,19 @@ def compare(
             steps, rate = plan.settings["steps"], plan.settings["learning_rate"]
             print(f"{plan.directory}: {steps} steps, learning rate {rate:g}, {short(plan.flops)}FLOPs")
         return
+    first = None
     try:
         for done, plan in enumerate(plans):
             what = f"{plan.name}, seed {plan.seed}{_time_left(plans, done)}"
             print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
-            run_training(plan.name, plan.seed, plan.rate, options, plan.directory, resume=True)
+            text = run_training(plan.name, plan.seed, plan.rate, options, plan.directory, resume=True)["corpus"]
+            text = text["hash"], text["tokenizer"]
+            first = first or text
+            if text != first:  # files have changed since: said now, not after the last run
+                raise ValueError(
+                    f"{plans[0].directory} was trained on text and tokenizer {' '.join(first)}, {plan.directory} on "
+                    f"{' '.join(text)}: they cannot be compared; take another --out"
+                )
     except (SystemExit, KeyboardInterrupt):
         print("mot: the same command goes on with the comparison", file=sys.stderr)
         raise
@@ -103,6 +111,8 @@ def _plans(
             check_resumed(directory, settings)
             group_size = data_group_size(config.group_size, batch)
             plans.append(Plan(name, seed, rate, directory, settings, group_size, flops))
+    if any(plan.settings["training"]["eval_strategy"] == "no" for plan in plans):
+        raise ValueError("--training.eval_strategy no leaves no curves to compare; steps or epoch would")
     for what, of in {
         "--batch-size": lambda plan: plan.settings["batch_size"],
         "--steps": lambda plan: plan.settings["steps"],
@@ -113,7 +123,8 @@ def _plans(
         each = {plan.name: of(plan) for plan in plans}
         if len(set(each.values())) > 1:
             differ = listed([f"{value} in {name}" for name, value in each.items()])
-            raise ValueError(f"these models cannot be compared, they differ in {what}: {differ}")
+            way = "; --model.group_size N gives all groups of N" * what.startswith("how")
+            raise ValueError(f"these models cannot be compared, they differ in {what}: {differ}{way}")
     return plans
 
 

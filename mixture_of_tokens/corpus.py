@@ -7,6 +7,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import sysconfig
@@ -274,7 +275,14 @@ def _hub_rows(source: str, field: str) -> Iterator[Document]:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit or None)
     except Exception as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
-    for number, row in enumerate(rows, 1):
+    rows = iter(rows)
+    for number in itertools.count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of the network, of the file's format, of many kinds
+            raise ValueError(f"{source} cannot be read beyond row {number - 1}: {error}") from error
         yield _row(f"{source}: row {number}", row, field)
 
 

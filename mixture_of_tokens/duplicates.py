@@ -60,7 +60,9 @@ def _sketches(text: Path, places: np.ndarray) -> np.ndarray:
 
 def _sketches_elsewhere(text: Path, places: np.ndarray) -> np.ndarray:
     command = [sys.executable, "-P", __file__, str(text)]  # -P: modules of this package are no modules of their own
-    done = subprocess.run(command, input=places.tobytes(), stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, input=places.tobytes(), stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise OSError(f"looking for duplicates, a process ended with status {done.returncode}: out of memory?")
     return np.frombuffer(done.stdout, dtype=np.uint64).reshape(-1, BANDS)
 
 

@@ -26,6 +26,7 @@ from mixture_of_tokens.words import aligned
 
 BATCH_SIZE = 32  # of models that mix nothing, beside a lone row
 ARGMAX_TEMPERATURE = 1e-6
+LOGITS = 2**27  # at once, of models that have them all in memory; half a gigabyte in fp32
 
 
 def evaluate(
@@ -165,9 +166,14 @@ def cross_entropy(model, inputs: dict[str, Tensor]) -> tuple[float, int]:
     if not count:
         return 0.0, 0
     if isinstance(model, PreTrainedModel) and not isinstance(model, MixtureOfTokensForCausalLM):
-        given = {name: tensor for name, tensor in inputs.items() if name != "shift_labels"}
-        logits = model(**given, use_cache=False).logits.flatten(0, 1)
-        return float(F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")), count
+        rows = max(1, LOGITS // (labels.shape[1] * model.config.vocab_size))  # whose logits stand in memory
+        nats = 0.0
+        for start in range(0, len(labels), rows):
+            given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}
+            expected = given.pop("shift_labels").flatten()
+            logits = model(**given, use_cache=False).logits.flatten(0, 1).float()
+            nats += float(F.cross_entropy(logits, expected, ignore_index=IGNORE, reduction="sum"))
+        return nats, count
     return float(model(**inputs, use_cache=False).loss) * count, count
 
 

@@ -164,7 +164,7 @@ def _text(run: str, model: MixtureOfTokensForCausalLM) -> tuple[Tensor, str]:
     length = model.config.max_position_embeddings
     try:
         blocks = text_of(run).validation
-    except ValueError:
+    except (ValueError, OSError):  # its text, or what its tokenizer came from, is not here
         generator = torch.Generator().manual_seed(0)
         return torch.randint(model.config.vocab_size, (ROWS, min(256, length)), generator=generator), "random tokens"
     return blocks.batch(np.arange(min(ROWS, len(blocks))))["input_ids"], "validation text"

@@ -86,7 +86,7 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """Logits x . c_e / temperature, computed in `router_dtype` (an input in float64 stays float64).
+    """Logits x . c_e / temperature, computed in `router_dtype` or, if that is more precise, in the input's type.
 
     The temperature is a setting, not in the state dict, that a schedule may change between steps (`set_temperature`),
     or, with `learnable_temperature`, exp of the parameter `log_temperature`.

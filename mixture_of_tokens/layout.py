@@ -133,8 +133,11 @@ def ragged_linear(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return _ragged_mm(*autocast_to(x_AI, weight_EOI), ends_E)
 
 
+WAITS = (torch.Tag.cudagraph_unsafe,)  # for the device, to know the sizes
+
+
 # A custom operator, since `torch.compile` cannot look into a loop whose sizes depend on the data.
-@torch.library.custom_op("mixture_of_tokens::ragged_mm", mutates_args=())
+@torch.library.custom_op("mixture_of_tokens::ragged_mm", mutates_args=(), tags=WAITS)
 def _ragged_mm(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_AO = x_AI.new_zeros(len(x_AI), weight_EOI.shape[1])
     for rows, weight_OI in zip(_row_slices(ends_E), weight_EOI, strict=True):
@@ -142,7 +145,7 @@ def _ragged_mm(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return y_AO
 
 
-@torch.library.custom_op("mixture_of_tokens::ragged_weight_gradient", mutates_args=())
+@torch.library.custom_op("mixture_of_tokens::ragged_weight_gradient", mutates_args=(), tags=WAITS)
 def _ragged_weight_gradient(grad_AO: Tensor, x_AI: Tensor, ends_E: Tensor) -> Tensor:
     grad_EOI = x_AI.new_empty(len(ends_E), grad_AO.shape[1], x_AI.shape[1])
     for rows, grad_OI in zip(_row_slices(ends_E), grad_EOI, strict=True):

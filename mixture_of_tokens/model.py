@@ -5,6 +5,7 @@ holds the differences. Every import of transformers' internals stands here.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeRMSNorm,
     Qwen3MoeRotaryEmbedding,
 )
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
 
 from mixture_of_tokens.layers import (
@@ -218,6 +220,10 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
         scale = self.config.initializer_scale
         if isinstance(module, nn.Linear):
             truncated_normal_(module.weight, scale)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding) and self.config.tie_word_embeddings:  # it is the head as well
+            truncated_normal_(module.weight, scale)
         elif isinstance(module, nn.Embedding):
             nn.init.trunc_normal_(module.weight, std=scale, a=-2 * scale, b=2 * scale)
         elif isinstance(module, Experts | Router):
@@ -248,7 +254,7 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
                 raise ValueError("an attention mask that is not (B, T) says nothing of padding: give token_mask too")
             current = input_ids if input_ids is not None else inputs_embeds
-            token_mask = attention_mask[:, -current.shape[1] :].bool()
+            token_mask = attention_mask[:, -current.shape[1] :].bool().to(current.device)
         kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_mask": token_mask}
         return super().forward(attention_mask=attention_mask, **kwargs)
 
@@ -289,6 +295,7 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
         layers = [module for module in self.modules() if isinstance(module, MixtureOfTokens | ExpertChoice)]
         return any(not getattr(layer, "alone", False) for layer in layers)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -323,23 +330,24 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
             attention_mask=attention_mask,
             token_mask=token_mask,
             output_router_logits=with_routers or with_aux,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        result = MoeCausalLMOutputWithPast(**{k: v for k, v in outputs.items() if k != "last_hidden_state"})
+        loss = aux_loss = logits = None
         has_labels = labels is not None or shift_labels is not None
         if return_logits or (return_logits is None and not has_labels):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
+            logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
         if with_aux:
             if token_mask is None and attention_mask is not None:
                 token_mask = attention_mask
-            mask_TB = None if token_mask is None else token_mask.T
+            mask_TB = None if token_mask is None else token_mask.T.to(hidden.device)
             routed = [i for i, block in enumerate(self.model.layers) if getattr(block.mlp, "gate", None) is not None]
             logits_of = dict(zip(routed, outputs.router_logits, strict=True))
             top_k = self.config.num_experts_per_tok
             losses = [load_balancing_loss(logits_of[i], top_k, mask_TB) for i in balanced]
-            result.aux_loss = torch.stack(losses).mean()
+            aux_loss = torch.stack(losses).mean()
         if has_labels:
             if shift_labels is None:
                 assert labels is not None
@@ -347,12 +355,12 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
             shift_labels = shift_labels.to(hidden.device)
             count = (shift_labels != IGNORE).sum()
             loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
-            if result.aux_loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * result.aux_loss * count
-            result.loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        if not with_routers:
-            result.router_logits = None
-        return result
+            if aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss * count
+            loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        inner = ("last_hidden_state", *(() if with_routers else ("router_logits",)))
+        others = {name: value for name, value in outputs.items() if name not in inner}
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """As upstream's. Rows that have finished leave the mixture; a group is one column of the batch.
@@ -361,9 +369,14 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
 
         Raises ValueError where a mixture would be wrong: prompts padded on the right, beam search, stop strings.
         """
-        settings = generation_config or self.generation_config
+
+        def setting(name: str) -> Any:
+            """As upstream takes it: what is given, of the configuration given, of the model's own."""
+            own = getattr(generation_config, name, None)
+            return kwargs.get(name, getattr(self.generation_config, name) if own is None else own)
+
         if self.mixes_examples:
-            if (kwargs.get("num_beams") or settings.num_beams or 1) > 1:
+            if (setting("num_beams") or 1) > 1:
                 raise ValueError(
                     "beam search would mix the beams of one prompt with each other; use num_beams=1, or serve_alone()"
                 )
@@ -372,26 +385,47 @@ class MixtureOfTokensForCausalLM(MixtureOfTokensPreTrainedModel, Qwen3MoeForCaus
                 raise ValueError(
                     "prompts must be padded on the left: a group is a column, and a new token's is the last"
                 )
-            if kwargs.get("stop_strings") or settings.stop_strings:
+            if setting("stop_strings"):
                 raise ValueError("rows that end by stop_strings would stay in the mixture; use eos_token_id")
-            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            prompt = next((each for each in given if each is not None), None)
-            stop = kwargs.get("eos_token_id", settings.eos_token_id)
+            stop, prompt = setting("eos_token_id"), kwargs.get("input_ids") if inputs is None else inputs
             kwargs["stop_ids"] = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
-            kwargs["prompt_length"] = 1 if prompt is None else prompt.shape[1]  # without one it starts from a token
+            if prompt is not None:
+                kwargs["prompt_length"] = prompt.shape[1]
+            else:  # without one it starts from a token; embeddings have no place among the ids
+                kwargs["prompt_length"] = 1 if kwargs.get("inputs_embeds") is None else 0
         return super().generate(inputs, generation_config=generation_config, **kwargs)  # pyright: ignore
 
     def prepare_inputs_for_generation(
-        self, input_ids, attention_mask=None, stop_ids: list[int] | None = None, prompt_length: int = 0, **kwargs
+        self,
+        input_ids,
+        attention_mask=None,
+        inputs_embeds=None,
+        cache=None,
+        past_key_values=None,
+        stop_ids: Sequence[int] = (),
+        prompt_length: int = 0,
+        **kwargs,
     ):
-        """Upstream's inputs and the token mask: padding is not real, nor is what follows a row's stop token."""
+        """Upstream's inputs and the token mask: padding is not real, nor is what follows a row's stop token.
+
+        Args beyond upstream's:
+            stop_ids: tokens that end a row; prompt_length: ids that are there before the first is written.
+        """
+        # Named because `generate` refuses arguments that are not; the cache's name depends on transformers' version.
+        named = {"inputs_embeds": inputs_embeds, "cache": cache, "past_key_values": past_key_values}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore
             input_ids, attention_mask=attention_mask, **kwargs
         )
+        # Upstream drops the mask of prompts that are all equally long; a static cache has one of its own shape.
+        if attention_mask is None and not stop_ids and inputs.get("attention_mask") is None:
+            return inputs
+        current = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        width = current.shape[1]
+        stops = torch.isin(input_ids[:, prompt_length:], input_ids.new_tensor(stop_ids))
+        finished = (stops.cumsum(-1) - stops.int()) > 0
+        token_mask = ~F.pad(finished, (width, 0))[:, -width:]
         if attention_mask is not None and attention_mask.dim() == 2:
-            new = attention_mask.shape[1] - prompt_length
-            stops = torch.isin(input_ids[:, input_ids.shape[1] - new :], input_ids.new_tensor(stop_ids or []))
-            finished = F.pad((stops.cumsum(-1) - stops.int()) > 0, (prompt_length, 0))
-            current = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            inputs["token_mask"] = (attention_mask.bool() & ~finished)[:, -current.shape[1] :]
+            token_mask &= attention_mask[:, -width:].bool().to(token_mask.device)
+        inputs["token_mask"] = token_mask.to(current.device)
         return inputs

@@ -12,8 +12,16 @@ import torch
 PACKAGES = ("mixture-of-tokens", "torch", "transformers", "accelerate", "tokenizers", "numpy")
 
 
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+def versions() -> dict[str, str | None]:
+    """None for what is not installed: this package, where it runs from a checkout."""
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def commit() -> str | None:

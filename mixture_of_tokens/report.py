@@ -62,9 +62,11 @@ def show(
 
 def _train_commands(run: Run) -> list[str]:
     """What makes such a run again."""
-    if run.switch is None:
+    after, config = run.settings.get("transition"), run.config
+    if after is None:
         return [_train_again(run.directory)]
-    after, config = run.settings["transition"], run.config
+    if run.switch is None:  # the part before the switch, with --anneal, of which the rest has its own rate
+        return [_train_again(Path(after["source"])), _annealed(run, after)]
     steps, rate = run.settings["steps"], run.settings["learning_rate"]
     source = Path(after["source"])
     out = run.directory.name if run.directory.name != source.name else f"{source.name}-transition"
@@ -76,6 +78,13 @@ def _train_commands(run: Run) -> list[str]:
     given = {key: after.get(key) for key in ("calibrate", "optimizer", "control", "anneal")}
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
     return [_train_again(source), shlex.join(words)]
+
+
+def _annealed(run: Run, after: dict[str, Any]) -> str:
+    out = f"again/{run.directory.name.removesuffix('-annealed')}"
+    words = ["mot", "transition", f"again/{Path(after['source']).name}", "--out", out]
+    words += ["--steps", str(2 * run.settings["steps"]), "--anneal", str(after["anneal"])]
+    return shlex.join([*words, "--optimizer", after["optimizer"]])
 
 
 def _train_again(directory: Path) -> str:

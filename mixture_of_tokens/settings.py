@@ -109,6 +109,8 @@ def merge(
         overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
     with _as_value_error("--model"):
         config = config_from_name(name, **overrides)
+    if config.learnable_temperature and options.anneal_temperature_to is not None:
+        raise ValueError("--anneal-temperature-to would set the temperature that --model.learnable_temperature learns")
     recipe = RECIPES[size]
     steps = recipe.steps if options.steps is None else options.steps
     batch_size = SIZES[size].batch if options.batch_size is None else options.batch_size

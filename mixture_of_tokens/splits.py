@@ -23,7 +23,7 @@ from mixture_of_tokens.duplicates import unlike
 SPLITS = ("train", "tuning", "validation")
 VALIDATION, TUNING = 0.1, 0.05  # of the documents; with few documents, of each document
 HELD_OUT = 10**7  # bytes, about, at most: all of a split is evaluated, for minutes if it were a tenth of a large corpus
-FEW = 20  # documents, below which each is divided among the splits
+FEW = 20  # documents, below which each is divided among the splits; so are huge ones
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def split(
     documents = places[kept]
     shares = [min(share, HELD_OUT / int(documents[:, 1].sum())) for share in (VALIDATION, TUNING)]
     with opened(file) as text:
-        if len(documents) < FEW:
+        # Few, or so large that one of them is more than is held out.
+        if len(documents) < FEW or round(min(shares) * len(documents)) < 1:
             divided = np.array([_divided(text, offset, length, *shares) for offset, length in documents.tolist()])
             parts = whole = list(divided.swapaxes(0, 1))  # each (documents, 2)
         else:

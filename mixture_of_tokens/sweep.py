@@ -53,6 +53,8 @@ def sweep(
             directory = out / _directory(settings, seed)
             check_resumed(directory, merge(name, seed, rate, chosen)[1])  # of all, before the first hour is spent
             plans.append((settings, seed, chosen, rate, directory))
+    if any("--model.vocab_size" in settings for settings in cells):
+        raise ValueError("--model.vocab_size: losses a token of different vocabularies cannot be compared; give one")
     if dry_run:
         print(*(plan[-1] for plan in plans), sep="\n")
         return
@@ -123,7 +125,11 @@ def _outcome(name: str, seed: int, rate: float | None, options: Options, directo
     except FloatingPointError as error:
         diverged.write_text(str(error))
         return {"diverged": str(error)}
-    return {"loss": facts["final_loss"], "seconds": facts["seconds"], "text": facts["corpus"]["hash"]}
+    return {"loss": facts["final_loss"], "seconds": facts["seconds"], "text": _text(facts["corpus"])}
+
+
+def _text(corpus: dict[str, Any]) -> str:
+    return f"{corpus['hash']}, tokenizer {corpus['tokenizer']}"
 
 
 def _check_text(runs: list[dict[str, Any]]) -> None:

@@ -112,6 +112,7 @@ def run_merged(
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
     taken = TrainingArguments(output_dir=str(out), **arguments)
+    taken.run_name = taken.run_name or out.name
     # Several GPUs of one process would each take all the rows; they are for torchrun.
     taken._n_gpu = min(1, taken.n_gpu)
     return _run(config, run, taken, out, begin)
@@ -201,6 +202,7 @@ def _run(
     out: Path,
     begin: Callable[[GroupedTrainer, Prepared], None] | None,
 ) -> dict[str, Any]:
+    made_by = {"versions": provenance.versions(), "commit": provenance.commit()}  # now, as they may change
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
     trainer, prepared = build(config, run, arguments)
@@ -215,16 +217,28 @@ def _run(
     stop = StopOnSignal()
     trainer.add_callback(stop)
     with stop.installed():
-        trainer.train(checkpoint)
+        try:
+            trainer.train(checkpoint)
+        finally:
+            _end_reports(arguments)
     if stop.received is not None:
         if is_main():
             step, name = trainer.state.global_step, signal.Signals(stop.received).name
             print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
         sys.exit(128 + stop.received)
-    return _finish(trainer, prepared, run, out) if is_main() else {}
+    return _finish(trainer, prepared, run, out, made_by) if is_main() else {}
 
 
-def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], out: Path) -> dict[str, Any]:
+def _end_reports(arguments: TrainingArguments) -> None:
+    """W&B's run would stay open, and take what the next one of this process reports, as in a sweep."""
+    wandb = sys.modules.get("wandb")
+    if "wandb" in (arguments.report_to or ()) and wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
+def _finish(
+    trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], out: Path, made_by: dict[str, Any]
+) -> dict[str, Any]:
     """Write `model/` and, last, `run.json`, which says that the run is finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     steps = trainer.rows.first_step + run["steps"]
@@ -254,8 +268,7 @@ def _finish(trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], ou
         "parameters": model.num_parameters(),
         "forward_flops_per_token": round(sum(flops_per_token(config, batch=run["batch_size"]).forward.values())),
         "corpus": prepared.facts,
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
+        **made_by,
         "sample": continue_prompts(model, prepared.tokenizer, [PROMPT])[0],
         **provenance.hardware("cpu" if trainer.args.use_cpu else None),
     }

@@ -214,8 +214,9 @@ class GroupedTrainer(Trainer):
                 )
             step = facts["step"]
             self.clock.before = facts["seconds"]
-            pairs = [(torch.tensor(a), None if b is None else torch.tensor(b)) for a, b in facts["reported"]]
-            self._reported = [pair for pair in pairs for _ in range(self.args.gradient_accumulation_steps)]
+            for loss, aux in facts["reported"]:  # beside the losses of steps to come, so where those are
+                pair = [None if each is None else torch.tensor(each, device=self.args.device) for each in (loss, aux)]
+                self._reported += [tuple(pair)] * self.args.gradient_accumulation_steps  # pyright: ignore
         if self.is_world_process_zero():
             self.run_log.forget_after(self.rows.first_step + step)
         if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
@@ -338,7 +339,8 @@ class _RouterGradients(TrainerCallback):
         if (state.global_step + 1) % state.logging_steps == 0:
             total, norms = self.trainer.total_norm, router_gradient_norms(self.trainer.causal_lm)
             kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
-            self.trainer.gradient_norms = {layer: norm / kept for layer, norm in norms.items()}
+            # Clipping brings gradients of which one is infinite to nothing.
+            self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
 
 
 def _finite(value: Any) -> Any:

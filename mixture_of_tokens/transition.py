@@ -111,13 +111,16 @@ def transition(
         return
     if not resume:
         check_free(out)
-    carried = _optimizer_file(source) if optimizer == "carried" else None
-    model_directory(str(run))
-    text_of(str(run))  # is as it was
+    # What the source is needed for is done once there is a checkpoint to go on from.
+    begun = out.is_dir() and ((out / "run.json").exists() or checkpoints.newest(out) is not None)
+    carried = _optimizer_file(source) if optimizer == "carried" and not begun else None
+    if not begun:
+        model_directory(str(run))
+        text_of(str(run))  # is as it was
     if anneal is not None:
         source = _annealed(source, settings, mixing, carried, device, out.with_name(f"{out.name}-annealed"), resume)
         merged = _merged(source, settings, steps - mixing, *chosen, merged[1]["learning_rate"])
-        carried = _optimizer_file(source) if optimizer == "carried" else None
+        carried = _optimizer_file(source) if optimizer == "carried" and not begun else None
     begin = _Beginning(source, settings, carried, out)
     facts = run_merged(*merged, out, resume=resume, begin=begin)
     if is_main():

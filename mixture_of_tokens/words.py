@@ -44,8 +44,9 @@ SYSTEMS = {
     "Uniform": ("Uniform", "Mixture of Tokens without a router: every mixture is the plain mean of the group."),
     "TC": (
         "TC, Token Choice",
-        "Sparse mixture of experts: each token goes to the experts that its router rates highest. With a capacity, "
-        "what a full expert cannot take is dropped while training; without one, the default, nothing is.",
+        "Sparse mixture of experts: each token goes to the experts that its router rates highest. In training an "
+        "expert takes 1.25 times its even share, if no other capacity was set, and drops the rest; after a switch from "
+        "Mixture of Tokens it takes all.",
     ),
     "EC": ("EC, Expert Choice", "Sparse mixture of experts: each expert takes the tokens it rates highest in a group."),
 }

@@ -95,6 +95,9 @@ def test_rows_of_a_hub_data_set_read_from_a_local_folder(tmp_path, monkeypatch):
     assert len(set(map(tuple, marks))) == 3  # each is another text
     with pytest.raises(ValueError, match=r"row 1 has no field 'body'; it has 'text', 'url'"):
         read(f"hf:{folder}", field="body")
+    (folder / "train-1.jsonl").write_text(json.dumps({"text": given[1], "url": "u"}) + '\n{"text": broken')
+    with pytest.raises(ValueError, match=r"hf:.*set cannot be read beyond row \d+: "):
+        read(f"hf:{folder}")
     with pytest.raises(ValueError, match=r"hf:.*nowhere cannot be read"):
         read(f"hf:{tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match="hf: names no data set"):
@@ -228,6 +231,14 @@ def test_cutting_spares_a_split_that_it_would_ruin(work):
     found, result = dealt(work, [*texts(1000, lines=1), *(sentences(i + 5000, 1000) for i in range(30))])
     assert not result.cut["train"].any()
     assert max(map(len, found["train"])) > sum(map(len, found["train"])) / 80
+
+
+def test_huge_documents_are_each_divided_however_many(work, monkeypatch):
+    given = [f"{i}\n" * 400 for i in range(1000, 1024)]
+    monkeypatch.setattr("mixture_of_tokens.splits.HELD_OUT", 500)  # bytes: half a document
+    found, _ = dealt(work, given, group_size=4)
+    assert [len(found[name]) for name in ("train", "tuning", "validation")] == [24] * 3
+    assert 250 < sum(map(len, found["validation"])) < 1000
 
 
 def test_few_documents_are_each_divided_at_line_ends(work):

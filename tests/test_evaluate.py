@@ -11,6 +11,8 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -19,8 +21,9 @@ from transformers import (
 
 from mixture_of_tokens import MixtureOfTokens, cli
 from mixture_of_tokens.data import grouped_order
-from mixture_of_tokens.evaluate import argmax_routing, in_parts
+from mixture_of_tokens.evaluate import argmax_routing, cross_entropy, in_parts
 from mixture_of_tokens.loading import load_model, load_tokenizer_of, text_of
+from mixture_of_tokens.loss import IGNORE
 
 MIXED = "MoT-Nano/4E/2"
 
@@ -128,6 +131,23 @@ def test_any_causal_language_model_of_transformers(tiny_runs, evaluated, tmp_pat
     with torch.no_grad():
         expected = F.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:])
     assert [line["loss"] for line in result["lines"]] == pytest.approx([float(expected)] * 2, abs=1e-5)
+
+
+def test_logits_of_foreign_models_are_never_in_memory_for_all_rows(monkeypatch):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.randint(50, (5, 8))
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = IGNORE
+    labels[2] = IGNORE
+    seen: list[int] = []
+    model.register_forward_hook(lambda module, args, output: seen.append(len(output.logits)))
+    whole = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
+    monkeypatch.setattr("mixture_of_tokens.evaluate.LOGITS", 2 * 8 * 50)
+    parts = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
+    assert seen == [5, 2, 2, 1]
+    assert parts == pytest.approx(whole)
 
 
 def test_the_table_has_a_line_for_each(tiny_runs, tiny_cache, capsys):

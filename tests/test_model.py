@@ -1,11 +1,19 @@
 """The causal language model: what it inherits works with groups, and what it must not inherit is gone."""
 
 import math
+from inspect import signature
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router
 from mixture_of_tokens.loss import load_balancing_loss
@@ -264,9 +272,10 @@ def test_cached_decoding_equals_the_full_forward(kind):
 @pytest.mark.parametrize(
     "settings", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}]
 )
-def test_every_generated_token_is_the_argmax_of_a_masked_uncached_forward(kind, settings):
+@pytest.mark.parametrize("lengths", [[9, 4, 7, 9, 2], [9] * 5], ids=["padded", "equal"])
+def test_every_generated_token_is_the_argmax_of_a_masked_uncached_forward(kind, settings, lengths):
     model = tiny(kind).double()
-    x, mask = left_padded([9, 4, 7, 9, 2])
+    x, mask = left_padded(lengths)
     # Row 1 ends at once, row 3 after three tokens, the others never: what a finished row feeds must reach nobody.
     stops = {1: 0, 3: 3}
 
@@ -296,6 +305,53 @@ def test_every_generated_token_is_the_argmax_of_a_masked_uncached_forward(kind, 
         )
         expected = end_some_rows(written[:, :length], out.logits[:, -1].clone()).argmax(-1)
         assert torch.equal(written[alive, length], expected[alive]), step
+
+
+def test_the_model_s_own_stop_token_and_beams_hold_beside_a_given_configuration():
+    """As upstream has it: what a given GenerationConfig leaves open is the model's own."""
+    model = tiny("mixture_of_tokens").double()
+    x, mask = left_padded([6, 6, 6])
+
+    def end_the_first(batch, scores):
+        scores[0, END] = torch.inf
+        scores[1:, END] = -torch.inf
+        return scores
+
+    settings = {"attention_mask": mask, "logits_processor": [end_the_first]}
+    given = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=PAD)
+    written = model.generate(x, generation_config=given, **settings)
+    assert torch.equal(written, model.generate(x, max_new_tokens=6, do_sample=False, **settings))
+    other = model.generate(x, max_new_tokens=6, do_sample=False, pad_token_id=9, **settings)
+    assert torch.equal(written[1:], other[1:])  # what a finished row is fed reaches nobody
+    model.generation_config.num_beams = 2
+    with pytest.raises(ValueError, match="num_beams=1"):
+        model.generate(x, generation_config=given, attention_mask=mask)
+
+
+@pytest.mark.parametrize("lengths", [[6, 3, 5], [6, 6, 6]], ids=["padded", "equal"])
+def test_a_given_cache_and_embeddings_generate_the_same(kind, lengths):
+    model = tiny(kind).double()
+    x, mask = left_padded(lengths)
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    written = model.generate(x, **settings)
+    # Renamed in transformers 5.24.
+    upstream = signature(Qwen3MoeForCausalLM.prepare_inputs_for_generation).parameters
+    cache = {"cache" if "cache" in upstream else "past_key_values": DynamicCache(config=model.config)}
+    assert torch.equal(model.generate(x, **cache, **settings), written)
+    embedded = model.get_input_embeddings()(x)
+    assert torch.equal(model.generate(inputs_embeds=embedded, **settings), written[:, 6:])
+
+
+def test_tuples_in_place_of_named_outputs(kind):
+    model, x = tiny(kind), tokens(3, 5)
+    assert torch.equal(model(x, return_dict=False)[0], model(x).logits)
+
+
+def test_biases_begin_at_zero_and_tied_logits_are_as_large_as_others():
+    model, x = tiny("dense", attention_bias=True, tie_word_embeddings=True), tokens(3, 5)
+    assert not any(parameter.any() for name, parameter in model.named_parameters() if name.endswith("bias"))
+    apart = model(x).logits.std() / tiny("dense")(x).logits.std()
+    assert 0.5 < apart < 2
 
 
 def test_several_samples_of_a_prompt_are_one_batch():

@@ -106,6 +106,7 @@ def test_several_processes_are_for_training_alone(swept, flags, monkeypatch, cap
         (["--lr", "1e-3,fast"], "--lr: 'fast' is no float"),
         (["--seeds", "0,one"], "--seeds: 'one' is no int"),
         (["--lr", "1e-3,-1"], "--learning-rate must be positive, not -1"),
+        (["--model.vocab_size", "300,512"], "losses a token of different vocabularies cannot be compared"),
         (["--model.router_temperature", "1,0"], "router_temperature must be positive"),
     ],
 )

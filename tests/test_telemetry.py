@@ -1,6 +1,8 @@
 """Router telemetry: the weights are the layer's own, the measures are worked by hand, the model is left as it was."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.testing import assert_close
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.telemetry import combine_weights, measure, router_gradient_norms, routing_measures
+from mixture_of_tokens.trainer import _RouterGradients
 from tests.routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tokens
 
 KINDS = ("mixture_of_tokens", "uniform", "token_choice", "expert_choice")
@@ -392,6 +395,15 @@ def sharded(rank: int, rendezvous: str, expected: tuple) -> None:
     for i in measures:
         assert measures[i] == pytest.approx(expected[1][i], rel=1e-5)
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("total", "expected"), [(1.0, 2.0), (math.inf, math.inf)])
+def test_router_gradient_norms_are_those_before_clipping(total, expected, monkeypatch):
+    monkeypatch.setattr("mixture_of_tokens.trainer.router_gradient_norms", lambda model: {"1": 1.0})
+    trainer: Any = SimpleNamespace(total_norm=torch.tensor(total), causal_lm=None, gradient_norms={})
+    state, args = SimpleNamespace(global_step=19, logging_steps=20), SimpleNamespace(max_grad_norm=0.5)
+    _RouterGradients(trainer).on_pre_optimizer_step(args, state, None)
+    assert trainer.gradient_norms["1"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_sharded_parameters_give_the_same_telemetry(tmp_path):

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixture_of_tokens import cli
+from mixture_of_tokens import cli, provenance
 from mixture_of_tokens.data import collisions, grouped_order
 from mixture_of_tokens.evaluate import evaluate_blocks
 from mixture_of_tokens.generate import Sampling, continue_prompts
@@ -194,6 +194,12 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--training.learning_rate", 1], "has a flag of its own: --learning-rate"),
         (["train", "MoT-Nano/32E", "--steps", 0], "--steps must be positive, not 0"),
         (["train", "MoT-Nano/32E", "--anneal-temperature-to", 0], "--anneal-temperature-to must be positive, not 0"),
+        (
+            ["train", "MoT-Nano/32E", "--anneal-temperature-to", 0.1, "--model.learnable_temperature", "true"],
+            "--anneal-temperature-to would set the temperature that --model.learnable_temperature learns",
+        ),
+        (["compare", "MoT-Nano/32E", "--training.eval_strategy", "no"], "eval_strategy no leaves no curves to compare"),
+        (["compare", "Transformer-Nano", "MoT-Nano/64E"], "--model.group_size N gives all groups of N"),
         (["train", "MoT-Nano/32E", "--learning-rate", "nan"], "--learning-rate must be positive, not nan"),
         (["train", "MoT-Nano/32E", "--model.router_temprature", 1], "did you mean router_temperature?"),
         (["train", "MoT-Nano/32E", "--training.wight_decay", 1], "did you mean weight_decay?"),
@@ -312,6 +318,23 @@ def test_a_given_tokenizer_sets_the_vocabulary(runs, directory, small_corpus, ca
         )
     assert stopped.value.code == 2
     assert "vocab_size 300 is less than the 512 tokens of" in capsys.readouterr().err
+
+
+def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):
+    def command() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", command)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train"])
+    way = "in training, --training.gradient_accumulation_steps N takes less"
+    assert capsys.readouterr().err == f"mot: error: CUDA out of memory; {way}\n"
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr("mixture_of_tokens.provenance.PACKAGES", ("torch", "not-installed-anywhere"))
+    found = provenance.versions()
+    assert (found["torch"], found["not-installed-anywhere"]) == (torch.__version__, None)
 
 
 def test_an_existing_run_is_not_overwritten(runs, capsys):

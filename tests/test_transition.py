@@ -204,6 +204,10 @@ def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_run
     result = json.loads(capsys.readouterr().out)
     annealed = AutoModelForCausalLM.from_pretrained(tmp_path / "new-annealed" / "model")
     assert annealed.config.router_temperature == pytest.approx(0.05)
+    cli.main(["report", str(tmp_path / "new-annealed")])
+    again = f"mot transition again/{tiny_runs[MIXED].name} --out again/new --steps 6 --anneal 0.05 --optimizer carried"
+    assert again in (tmp_path / "new-annealed" / "report.html").read_text()
+    capsys.readouterr()
     assert annealed.config.feed_forwards[-1] == "mixture_of_tokens"
     assert result["source"].endswith("new-annealed")
     assert [row["step"] for row in rows_of(out)][-1] == SOURCE_STEPS + 6
@@ -223,6 +227,16 @@ def test_rows_go_on_where_the_source_ended(tiny_runs):
     part = GroupedBatches(blocks, steps=20, first_step=30, **sizes)
     assert len(part) == 20 * 32
     assert part.block_numbers([0, 17, 639]).tolist() == whole.block_numbers([960, 977, 1599]).tolist()
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_once_begun_it_goes_on_without_the_source_s_checkpoint(tiny_runs, tmp_path, capsys):
+    source = shutil.copytree(tiny_runs[MIXED], tmp_path / "source")
+    words = [source, "--steps", 2, "--calibrate", "none", "--out", tmp_path / "new", "--resume"]
+    mot(*words)
+    shutil.rmtree(source / f"checkpoint-{SOURCE_STEPS}")
+    mot(*words)
+    assert "new is finished already" in capsys.readouterr().err
 
 
 def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_runs, tmp_path, monkeypatch):
