@@ -14,7 +14,6 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,7 @@ TABLES = (".jsonl", ".parquet")
 KNOWN = {*PROSE.split(), *CODE.split(), *TABLES}
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text and, for messages, where it is from. `parts` are its UTF-8 bytes in order, as it may not fit in memory."""
-
-    name: str
-    parts: Iterable[bytes]
+Document = Iterable[bytes]  # its UTF-8 text in parts, in order, as it may not fit in memory
 
 
 def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]:
@@ -64,7 +58,7 @@ def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]
 
         rows = _hub_rows(source, field) if source.startswith("hf:") else _of_files(files(source), field)
         for document in rows:
-            yield Document(document.name, noted(document.parts))
+            yield noted(document)
         if not holds_text:
             raise ValueError(f"{source} is empty: there is no text in it")
 
@@ -138,7 +132,7 @@ def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
         elif kind == ".parquet":
             yield from _parquet_rows(path, field)
         else:
-            yield Document(str(path), _text(path))
+            yield _text(path)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -168,7 +162,7 @@ def _standard_library() -> Iterator[Document]:
             text.decode()
         except UnicodeDecodeError:  # test data in other encodings
             continue
-        yield Document(path.name, [text])
+        yield [text]
 
 
 @contextmanager
@@ -292,7 +286,7 @@ def _row(name: str, row: dict[str, Any], field: str) -> Document:
     if not isinstance(row[field], str):
         raise ValueError(f"{name}: the field {field!r} is no text but {type(row[field]).__name__}")
     try:
-        return Document(name, [row[field].encode()])
+        return [row[field].encode()]
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: character {error.start} of the field {field!r} is half a surrogate pair") from error
 

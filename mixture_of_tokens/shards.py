@@ -138,7 +138,7 @@ def whole_text(
     rows, ends, length, count = [], [], 0, 0
     with _progress("Tokenizing") as bar:
         for document in corpus.documents(sources, field):
-            text = b"".join(document.parts)
+            text = b"".join(document)
             (tokens, _), *_ = _encoded(tokenizer, [(text, True)])
             rows.append(np.array(tokens, dtype=np.int64))
             length += len(tokens)

@@ -46,7 +46,7 @@ def spool(
     with file.open("wb") as out:
         for document in documents:
             digest, length = hashlib.sha256(), 0
-            for part in document.parts:
+            for part in document:
                 out.write(part)
                 digest.update(part)
                 length += len(part)

@@ -14,14 +14,14 @@ import pytest
 from texts import sentences, texts
 
 from mixture_of_tokens import duplicates
-from mixture_of_tokens.corpus import Document, documents, fingerprint
+from mixture_of_tokens.corpus import documents, fingerprint
 from mixture_of_tokens.splits import opened, split, spool, text_of
 
 ODD = "naïve  \t<|x|> 漢字\r\n\rend of a line\x0b, 🙂\u2028 and no line end"
 
 
 def read(*sources: object, field: str = "text") -> list[str]:
-    return [b"".join(d.parts).decode() for d in documents([str(source) for source in sources], field)]
+    return [b"".join(d).decode() for d in documents([str(source) for source in sources], field)]
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def work(tmp_path):
 
 def dealt(work, given: list[str], group_size: int = 32):
     """Texts of each split, in order, and what `split` says."""
-    places, digests = spool((Document(str(i), [t.encode()]) for i, t in enumerate(given)), work / "text", None, len_of)
+    places, digests = spool(([text.encode()] for text in given), work / "text", None, len_of)
     result = split(work / "text", places, digests, group_size=group_size, work=work, read=len_of)
     with opened(work / "text") as file:
         found = {
@@ -77,7 +77,7 @@ def test_a_large_file_is_read_in_parts_and_characters_may_lie_across_them(tmp_pa
     text = "é" * 2**20 + "\r\n" + "x漢" * 2**19
     (tmp_path / "large.txt").write_bytes(text.encode())
     document = next(documents([str(tmp_path / "large.txt")]))
-    parts = list(document.parts)
+    parts = list(document)
     assert max(map(len, parts)) <= 2**20
     assert b"".join(parts) == text.encode()
 
@@ -263,7 +263,7 @@ def test_no_more_than_max_bytes_are_kept_and_no_character_is_halved(work, limit)
     def some():
         for i, text in enumerate(given):
             seen.append(i)
-            yield Document(str(i), [text.encode()[:1001], text.encode()[1001:]])
+            yield [text.encode()[:1001], text.encode()[1001:]]
 
     places, digests = spool(some(), work / "text", limit, len_of)
     whole = "".join(given).encode()

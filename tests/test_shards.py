@@ -15,7 +15,6 @@ import torch
 from texts import sentences, texts
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mixture_of_tokens.corpus import Document
 from mixture_of_tokens.data import TokenFiles, collisions, grouped_order
 from mixture_of_tokens.data_report import data_report
 from mixture_of_tokens.shards import prepare, tokenize
@@ -77,7 +76,7 @@ def test_documents_and_pieces_may_cross_shards_and_batches(tmp_path, monkeypatch
     monkeypatch.setattr("mixture_of_tokens.shards.BATCH", 5000)
     given = [*texts(50), sentences(77, 600)]
     (tmp_path / "work").mkdir()
-    documents = (Document(str(i), [text.encode()]) for i, text in enumerate(given))
+    documents = ([text.encode()] for text in given)
     places, digests = spool(documents, tmp_path / "text", None, lambda n: None)
     splits = split(tmp_path / "text", places, digests, group_size=2, work=tmp_path / "work", read=lambda n: None)
     tokenizer = train_tokenizer(given, 300)
