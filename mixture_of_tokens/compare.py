@@ -13,7 +13,7 @@ from mixture_of_tokens.cost import flops_per_token
 from mixture_of_tokens.report import show
 from mixture_of_tokens.results import by_model, comparison, read, relative
 from mixture_of_tokens.settings import DEFAULTS, Options, as_flags, data_group_size, merge
-from mixture_of_tokens.sweep import number
+from mixture_of_tokens.sweep import check_text, number, trained_on
 from mixture_of_tokens.train import check_one_process, check_resumed, run_training
 from mixture_of_tokens.words import duration, listed, short
 
@@ -60,19 +60,14 @@ def compare(
             steps, rate = plan.settings["steps"], plan.settings["learning_rate"]
             print(f"{plan.directory}: {steps} steps, learning rate {rate:g}, {short(plan.flops)}FLOPs")
         return
-    first = None
+    trained: list[dict[str, Any]] = []
     try:
         for done, plan in enumerate(plans):
             what = f"{plan.name}, seed {plan.seed}{_time_left(plans, done)}"
             print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
-            text = run_training(plan.name, plan.seed, plan.rate, options, plan.directory, resume=True)["corpus"]
-            text = text["hash"], text["tokenizer"]
-            first = first or text
-            if text != first:  # files have changed since: said now, not after the last run
-                raise ValueError(
-                    f"{plans[0].directory} was trained on text and tokenizer {' '.join(first)}, {plan.directory} on "
-                    f"{' '.join(text)}: they cannot be compared; take another --out"
-                )
+            facts = run_training(plan.name, plan.seed, plan.rate, options, plan.directory, resume=True)
+            trained.append({"directory": str(plan.directory), "text": trained_on(facts)})
+            check_text(trained)  # said now, not after the last run
     except (SystemExit, KeyboardInterrupt):
         print("mot: the same command goes on with the comparison", file=sys.stderr)
         raise

@@ -69,7 +69,7 @@ def sweep(
             print("mot: the same command goes on with the sweep", file=sys.stderr)
             raise
         cell["runs"].append({"seed": seed, "directory": str(directory)} | outcome)
-        _check_text([run for each in results.values() for run in each["runs"]])
+        check_text([run for each in results.values() for run in each["runs"]])
         _summarise(cell)
         written["cells"] = sorted(results.values(), key=lambda cell: math.inf if cell["loss"] is None else cell["loss"])
         checkpoints.write_text(out / "sweep.json", _dumps(written))
@@ -125,14 +125,14 @@ def _outcome(name: str, seed: int, rate: float | None, options: Options, directo
     except FloatingPointError as error:
         diverged.write_text(str(error))
         return {"diverged": str(error)}
-    return {"loss": facts["final_loss"], "seconds": facts["seconds"], "text": _text(facts["corpus"])}
+    return {"loss": facts["final_loss"], "seconds": facts["seconds"], "text": trained_on(facts)}
 
 
-def _text(corpus: dict[str, Any]) -> str:
-    return f"{corpus['hash']}, tokenizer {corpus['tokenizer']}"
+def trained_on(facts: dict[str, Any]) -> str:
+    return f"{facts['corpus']['hash']}, tokenizer {facts['corpus']['tokenizer']}"
 
 
-def _check_text(runs: list[dict[str, Any]]) -> None:
+def check_text(runs: list[dict[str, Any]]) -> None:
     """Raises ValueError for losses on different texts, as when files have changed between two sittings."""
     trained = [run for run in runs if "text" in run]
     other = next((run for run in trained if run["text"] != trained[0]["text"]), None)
