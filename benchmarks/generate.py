@@ -23,8 +23,8 @@ import torch
 from results import markdown, quartiles, run, surroundings
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
-from mixture_of_tokens.loading import keep_large_blocks
-from mixture_of_tokens.names import config_from_name
+from mixture_of_tokens.malloc import keep_large_blocks
+from mixture_of_tokens.model.names import config_from_name
 
 RESULTS = Path(__file__).with_name("generate.csv")
 SPREAD = ("tokens_per_second", "share_of_first")

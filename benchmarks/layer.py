@@ -57,7 +57,7 @@ from providers import FLOORS, LAYERS, Provider, Sizes, build, granularity, qwen3
 from results import append, check_columns, latest, markdown, read, surroundings
 from tqdm import tqdm
 
-from mixture_of_tokens.loading import keep_large_blocks
+from mixture_of_tokens.malloc import keep_large_blocks
 
 PROVIDERS = (*LAYERS, *FLOORS)
 PASSES = ("forward", "forward+backward")

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from mixture_of_tokens.layers import ExpertChoice, MixtureOfTokens, Router, TokenChoice
-from mixture_of_tokens.model import FEED_FORWARDS, MixtureOfTokensConfig
+from mixture_of_tokens.layers import MixtureOfTokens, Router
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.routings import DENSE
+from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def dense(sizes: Sizes) -> nn.Module:
     config = MixtureOfTokensConfig(
         hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, gated=sizes.gated, hidden_act=sizes.activation
     )
-    return FEED_FORWARDS["dense"](config)
+    return DENSE.build(config)
 
 
 def mot(sizes: Sizes, granularity: int) -> MixtureOfTokens:
@@ -160,7 +162,7 @@ def build(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Provider:
         nn.init.normal_(weight, std=(0.1 / weight.shape[-1]) ** 0.5)
     for module in layer.modules():
         if isinstance(module, Router):
-            module.set_temperature(module.initial_temperature)
+            module.set_temperature(module.temperature_setting)
     x = torch.randn(sizes.tokens // sizes.context, sizes.context, sizes.hidden, dtype=dtype, device=device)
     x.requires_grad_()
     cotangent = torch.randn_like(x)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixture_of_tokens import provenance
+from mixture_of_tokens.runs import provenance
 
 
 def surroundings(device: str | None) -> dict:

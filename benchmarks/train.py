@@ -29,9 +29,10 @@ import torch
 from results import markdown, quartiles, run, surroundings
 from transformers import TrainingArguments, get_scheduler
 
-from mixture_of_tokens.loading import keep_large_blocks
-from mixture_of_tokens.settings import Options, merge
-from mixture_of_tokens.train import build
+from mixture_of_tokens.malloc import keep_large_blocks
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.train import build
 
 RESULTS = Path(__file__).with_name("train.csv")
 WARM_UP = 3  # steps of every turn before its clock starts

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from mixture_of_tokens.figures import DASHES
+from mixture_of_tokens.reports.figures import DASHES
 
 COLORS = ("#808890", "#2f81d6", "#d9632a", "#2a9d6f", "#a45bb0", "#b08a00")
 GREY = "#858585"

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mixture_of_tokens.companions import calibrate_companions, training_groups
-from mixture_of_tokens.data import grouped_order
-from mixture_of_tokens.evaluate import cross_entropy
+from mixture_of_tokens.data.groups import grouped_order, training_groups
+from mixture_of_tokens.inference.evaluate import cross_entropy
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.loading import load_model, text_of
+from mixture_of_tokens.model.companions import calibrate_companions
+from mixture_of_tokens.runs.loading import load_model, text_of
 
 TOKENS = 100_000
 COLUMNS = ("name", "normalize_mixture", "seed", "treatment", "rows", "loss")

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mixture_of_tokens.words import loss, ratio, seeds_of, with_spread
+from mixture_of_tokens.formatting import loss, ratio, with_spread
+from mixture_of_tokens.reports.prose import seeds_of
 
 
 def table(comparisons: dict[str, dict[str, Any]]) -> str:

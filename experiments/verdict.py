@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
-from mixture_of_tokens.loading import text_of
+from mixture_of_tokens.formatting import with_spread
 from mixture_of_tokens.loss import IGNORE
-from mixture_of_tokens.results import summary
-from mixture_of_tokens.words import with_spread
+from mixture_of_tokens.reports.comparison import summary
+from mixture_of_tokens.runs.loading import text_of
 
 SYSTEMS = ("Transformer-Nano", "TC-Nano/32E", "MoT-Nano/32E", "MoT-Nano/32E/8")
 TIMED_STEPS = 100

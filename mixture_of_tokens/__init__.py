@@ -1,14 +1,54 @@
-"""Mixture of Tokens (arXiv 2310.15961): a continuous mixture of experts for autoregressive language models."""
+"""Mixture of Tokens (arXiv 2310.15961): a continuous mixture of experts for autoregressive language models.
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+Everything below is imported at its first use: the layers need torch alone, the models transformers, and the functions
+that train, evaluate and compare what the extra `train` installs.
+"""
 
-from mixture_of_tokens.companions import calibrate_companions
-from mixture_of_tokens.layers import ExpertChoice, Experts, MixtureOfTokens, Router, TokenChoice
-from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, MixtureOfTokensModel
+import importlib
+from typing import TYPE_CHECKING, Any
 
-AutoConfig.register("mixture_of_tokens", MixtureOfTokensConfig, exist_ok=True)
-AutoModel.register(MixtureOfTokensConfig, MixtureOfTokensModel, exist_ok=True)
-AutoModelForCausalLM.register(MixtureOfTokensConfig, MixtureOfTokensForCausalLM, exist_ok=True)
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mixture_of_tokens.convert.export import export
+    from mixture_of_tokens.convert.transition import transition
+    from mixture_of_tokens.data.inspect import data_report
+    from mixture_of_tokens.inference.audit import audit
+    from mixture_of_tokens.inference.evaluate import evaluate
+    from mixture_of_tokens.inference.generate import generate
+    from mixture_of_tokens.layers import Experts, MixtureOfTokens, Router
+    from mixture_of_tokens.model.companions import calibrate_companions
+    from mixture_of_tokens.model.config import MixtureOfTokensConfig
+    from mixture_of_tokens.model.cost import plan
+    from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM, MixtureOfTokensModel
+    from mixture_of_tokens.model.names import config_from_name
+    from mixture_of_tokens.reports.compare import compare
+    from mixture_of_tokens.reports.report import report
+    from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
+    from mixture_of_tokens.training.sweep import sweep
+    from mixture_of_tokens.training.train import train
+
+# Where each public name is.
+_MODULES = {
+    "layers": ("Experts", "MixtureOfTokens", "Router"),
+    "sparse": ("ExpertChoice", "TokenChoice"),
+    "model.config": ("MixtureOfTokensConfig",),
+    "model.modeling": ("MixtureOfTokensForCausalLM", "MixtureOfTokensModel"),
+    "model.names": ("config_from_name",),
+    "model.companions": ("calibrate_companions",),
+    "model.cost": ("plan",),
+    "data.inspect": ("data_report",),
+    "training.train": ("train",),
+    "training.sweep": ("sweep",),
+    "inference.generate": ("generate",),
+    "inference.evaluate": ("evaluate",),
+    "inference.audit": ("audit",),
+    "convert.transition": ("transition",),
+    "convert.export": ("export",),
+    "reports.compare": ("compare",),
+    "reports.report": ("report",),
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ExpertChoice",
@@ -19,5 +59,27 @@ __all__ = [
     "MixtureOfTokensModel",
     "Router",
     "TokenChoice",
+    "audit",
     "calibrate_companions",
+    "compare",
+    "config_from_name",
+    "data_report",
+    "evaluate",
+    "export",
+    "generate",
+    "plan",
+    "report",
+    "sweep",
+    "train",
+    "transition",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,17 +11,17 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import App, CycloptsError, Parameter
 
-from mixture_of_tokens.audit import audit
-from mixture_of_tokens.compare import compare
-from mixture_of_tokens.cost import plan
-from mixture_of_tokens.data_report import data_report
-from mixture_of_tokens.evaluate import evaluate
-from mixture_of_tokens.export import export
-from mixture_of_tokens.generate import generate
-from mixture_of_tokens.report import report
-from mixture_of_tokens.sweep import sweep
-from mixture_of_tokens.train import train
-from mixture_of_tokens.transition import transition
+from mixture_of_tokens.convert.export import export
+from mixture_of_tokens.convert.transition import transition
+from mixture_of_tokens.data.inspect import data_report
+from mixture_of_tokens.inference.audit import audit
+from mixture_of_tokens.inference.evaluate import evaluate
+from mixture_of_tokens.inference.generate import generate
+from mixture_of_tokens.model.cost import plan
+from mixture_of_tokens.reports.compare import compare
+from mixture_of_tokens.reports.report import report
+from mixture_of_tokens.training.sweep import sweep
+from mixture_of_tokens.training.train import train
 
 COMMANDS = {
     "train": train,

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layout import collect, expert_linear, full_precision, grouped, ragged_linear, spread, ungrouped
+from mixture_of_tokens.layout import collect, expert_linear, full_precision, grouped, spread, ungrouped
 
-ALONE_AT_ONCE = 256  # tokens
+INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
@@ -53,7 +53,9 @@ def softmax(logits: Tensor, dim: int) -> Tensor:
 class Experts(nn.Module):
     """E feed-forward networks without biases: gated, down(act(gate(x)) * up(x)), or plain, down(act(up(x)))."""
 
-    def __init__(self, hidden_size: int, expert_size: int, num_experts: int, *, gated=True, activation="silu"):
+    def __init__(
+        self, hidden_size: int, expert_size: int, num_experts: int, *, gated: bool = True, activation: str = "silu"
+    ):
         super().__init__()
         if min(hidden_size, expert_size, num_experts) < 1:
             raise ValueError(f"sizes must be at least 1: {hidden_size=}, {expert_size=}, {num_experts=}")
@@ -93,12 +95,19 @@ class Router(nn.Module):
     """
 
     fixed_temperature: Tensor
+    temperature_setting: float
 
     def __init__(
-        self, hidden_size, num_experts, *, temperature=1.0, learnable_temperature=False, router_dtype=torch.float32
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.router_dtype, self.initial_temperature = router_dtype, temperature
+        self.router_dtype = router_dtype
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.log_temperature = nn.Parameter(torch.empty(())) if learnable_temperature else None
         self.register_buffer("fixed_temperature", torch.empty(()), persistent=False)
@@ -107,13 +116,14 @@ class Router(nn.Module):
     def set_temperature(self, temperature: float) -> None:
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, not {temperature}")
+        self.temperature_setting = temperature
         nn.init.constant_(self.fixed_temperature, temperature)
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(temperature))
 
     def reset_parameters(self, scale: float) -> None:
         truncated_normal_(self.weight, scale)
-        self.set_temperature(self.initial_temperature)
+        self.set_temperature(self.temperature_setting)
 
     @property
     def temperature(self) -> Tensor:
@@ -146,13 +156,21 @@ class Routed(nn.Module):
         *,
         gated: bool = True,
         activation: str = "silu",
-        initializer_scale: float = math.sqrt(0.1),
-        **router_options,
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
     ):
         super().__init__()
         self.num_experts = num_experts
         self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation)
-        self.gate = Router(hidden_size, num_experts, **router_options)
+        self.gate = Router(
+            hidden_size,
+            num_experts,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+        )
         self.experts.reset_parameters(initializer_scale)
         self.gate.reset_parameters(initializer_scale)
 
@@ -176,6 +194,7 @@ class MixtureOfTokens(Routed):
 
     companion: Tensor
     companion_logit: Tensor
+    alone_at_once: int = 256  # tokens served alone at a time: each has E mixtures in memory
 
     def __init__(
         self,
@@ -186,11 +205,26 @@ class MixtureOfTokens(Routed):
         *,
         normalize_mixture: bool = False,
         uniform: bool = False,
-        **options,
+        gated: bool = True,
+        activation: str = "silu",
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
     ):
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {group_size}")
-        super().__init__(hidden_size, expert_size, num_experts, **options)
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            gated=gated,
+            activation=activation,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+            initializer_scale=initializer_scale,
+        )
         self.group_size, self.normalize_mixture, self.alone = group_size, normalize_mixture, False
         if uniform:
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
@@ -198,7 +232,22 @@ class MixtureOfTokens(Routed):
         self.register_buffer("companion_logit", torch.zeros(num_experts))
 
     @classmethod
-    def matched(cls, hidden_size: int, intermediate_size: int, group_size: int, granularity: int = 1, **options):
+    def matched(
+        cls,
+        hidden_size: int,
+        intermediate_size: int,
+        group_size: int,
+        granularity: int = 1,
+        *,
+        normalize_mixture: bool = False,
+        uniform: bool = False,
+        gated: bool = True,
+        activation: str = "silu",
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
+    ) -> "MixtureOfTokens":
         """The layer with the FLOPs of a dense feed-forward of width `intermediate_size` and G times its parameters.
 
         E = G * k experts of width intermediate_size / k, where k is the granularity.
@@ -206,11 +255,28 @@ class MixtureOfTokens(Routed):
         if granularity < 1 or intermediate_size % granularity:
             legal = ", ".join(str(k) for k in range(1, min(intermediate_size, 128) + 1) if intermediate_size % k == 0)
             raise ValueError(f"granularity {granularity} does not divide {intermediate_size=}; legal are {legal}")
-        return cls(hidden_size, intermediate_size // granularity, group_size * granularity, group_size, **options)
+        return cls(
+            hidden_size,
+            intermediate_size // granularity,
+            group_size * granularity,
+            group_size,
+            normalize_mixture=normalize_mixture,
+            uniform=uniform,
+            gated=gated,
+            activation=activation,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+            initializer_scale=initializer_scale,
+        )
+
+    def logits(self, x_MGD: Tensor) -> Tensor:
+        """(M, G, E), of the router; zeros where mixing is uniform."""
+        return x_MGD.new_zeros(*x_MGD.shape[:2], self.num_experts) if self.gate is None else self.gate(x_MGD)
 
     def weights(self, x_MGD: Tensor, mask_MG1: Tensor | None = None, missing_M11: Tensor | None = None) -> Tensor:
         """w (M, G, E): every expert's weights over the real tokens of a group; missing ones have the rest to one."""
-        logits_MGE = x_MGD.new_zeros(*x_MGD.shape[:2], self.num_experts) if self.gate is None else self.gate(x_MGD)
+        logits_MGE = self.logits(x_MGD)
         if mask_MG1 is not None:  # the lowest finite number, not -inf: a group with nothing real must not become NaN
             logits_MGE = logits_MGE.masked_fill(~mask_MG1, torch.finfo(logits_MGE.dtype).min)
         if missing_M11 is not None:  # one more row for all of them; -inf where none is missing
@@ -223,7 +289,7 @@ class MixtureOfTokens(Routed):
         if self.alone and len(x_BTD) > 1:  # tokens as positions of one example, some at a time: E mixtures for each
             mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
             x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)
-            parts = zip(x_1SD.split(ALONE_AT_ONCE, dim=1), mask_1S.split(ALONE_AT_ONCE, dim=1), strict=True)
+            parts = zip(x_1SD.split(self.alone_at_once, dim=1), mask_1S.split(self.alone_at_once, dim=1), strict=True)
             return torch.cat([self.forward(*part) for part in parts], dim=1).view_as(x_BTD)
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
         weights_MGE = self.weights(x_MGD, mask_MG1, missing_M11)
@@ -238,96 +304,3 @@ class MixtureOfTokens(Routed):
                 squares_ME = squares_ME + rest_ME.square() / missing_M11[:, 0].clamp(min=1)
             mixtures_EMD = mixtures_EMD / squares_ME.sqrt().T[..., None].to(mixtures_EMD.dtype)
         return ungrouped(spread(cast_MGE, self.experts(mixtures_EMD)), mask_MG1, *x_BTD.shape[:2])
-
-
-class ExpertChoice(Routed):
-    """Each expert takes its top tokens of a group (Zhou et al., arXiv 2202.09368), at one position of G examples.
-
-    Choosing along the sequence would leak the future, so the choice is across the batch, as with the authors.
-    An expert takes C = max(1, round(G * num_experts_per_tok / E)) tokens: a token gets `num_experts_per_tok` experts
-    on average, and may get none; in a group of n < G tokens more. Gates are the tokens' softmax over experts.
-    """
-
-    def __init__(
-        self, hidden_size: int, expert_size: int, num_experts: int, group_size: int, *, num_experts_per_tok=1, **options
-    ):
-        super().__init__(hidden_size, expert_size, num_experts, **options)
-        if min(group_size, num_experts_per_tok) < 1:
-            raise ValueError(f"{group_size=} and {num_experts_per_tok=} must be at least 1")
-        self.group_size, self.capacity = group_size, max(1, round(group_size * num_experts_per_tok / num_experts))
-
-    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        x_MGD, mask_MG1, _ = grouped(x_BTD, token_mask, self.group_size)
-        M, G, D = x_MGD.shape
-        scores_MGE = softmax(self.gate(x_MGD), dim=-1)
-        if mask_MG1 is not None:  # masked tokens are taken last, and with gate 0
-            scores_MGE = scores_MGE.masked_fill(~mask_MG1, 0)
-        gate_MCE, token_MCE = scores_MGE.topk(min(self.capacity, G), dim=1)
-        row_MCE = token_MCE + torch.arange(0, M * G, G, device=x_MGD.device)[:, None, None]
-        gate_ER, row_ER = gate_MCE.flatten(0, 1).T, row_MCE.flatten(0, 1).T  # R = M * C
-        y_ERD = gate_ER[..., None] * self.experts(x_MGD.flatten(0, 1)[row_ER])
-        y_MGD = y_ERD.new_zeros(M * G, D).index_add(0, row_ER.flatten(), y_ERD.flatten(0, 1)).view(M, G, D)
-        return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
-
-
-class TokenChoice(Routed):
-    """Each token takes its top-k experts (Switch, arXiv 2101.03961); its gates are their probabilities.
-
-    In training an expert takes at most max(1, ceil(capacity_factor * n * k / E)) of the n real tokens; the rest are
-    dropped: they get no update from it. Earlier positions go first, within one position first choices, within those
-    earlier rows, so what is dropped never depends on a later token. In evaluation, and with `capacity_factor=None`,
-    nothing is dropped.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        expert_size: int,
-        num_experts: int,
-        *,
-        num_experts_per_tok: int = 1,
-        norm_topk_prob: bool = False,
-        capacity_factor: float | None = 1.25,
-        **options,
-    ):
-        super().__init__(hidden_size, expert_size, num_experts, **options)
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"capacity_factor must be positive, or None to drop nothing, not {capacity_factor}")
-        self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
-        self.capacity_factor = capacity_factor
-
-    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        (B, T, D), E, K = x_BTD.shape, self.num_experts, self.num_experts_per_tok
-        mask_TB1 = x_BTD.new_ones(T, B, 1, dtype=torch.bool) if token_mask is None else token_mask.bool().T[..., None]
-        x_TBD = x_BTD.transpose(0, 1).masked_fill(~mask_TB1, 0)
-        gate_TBK, expert_TBK = softmax(self.gate(x_TBD), dim=-1).topk(K, dim=-1)
-        if self.norm_topk_prob:
-            gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
-        expert_TBK = expert_TBK.masked_fill(~mask_TB1, E)  # masked tokens go to no expert: sorted last, never read
-
-        # Assignments in order of priority (position, choice, row), then by expert with that order kept.
-        expert_A, order_A = expert_TBK.transpose(1, 2).flatten().sort(stable=True)
-        gate_A1 = gate_TBK.transpose(1, 2).flatten()[order_A, None]
-        token_A = order_A // (K * B) * B + order_A % B
-        x_AD = x_TBD.flatten(0, 1)[token_A]
-        ends_E = torch.searchsorted(expert_A, torch.arange(E, device=x_AD.device), right=True)
-        if self.training and self.capacity_factor is not None:
-            y_AD = self._with_capacity(self.capacity_factor, x_AD, expert_A, ends_E)
-        else:
-            y_AD = self.experts(x_AD, lambda x, weight: ragged_linear(x, weight, ends_E))
-        y_AD = (gate_A1 * y_AD).masked_fill(expert_A[:, None] == E, 0)
-        y_TBD = y_AD.new_zeros(T * B, D).index_add(0, token_A, y_AD).view(T, B, D)
-        return y_TBD.transpose(0, 1).to(x_BTD.dtype)
-
-    def _with_capacity(self, factor: float, x_AD: Tensor, expert_A: Tensor, ends_E: Tensor) -> Tensor:
-        """Experts on their first R assignments each, those within the capacity; zero for the others."""
-        (A, D), E = x_AD.shape, self.num_experts
-        R = max(1, math.ceil(factor * A / E))
-        capacity = (factor * ends_E[-1].double() / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
-        rank_A = torch.arange(A, device=x_AD.device) - F.pad(ends_E, (1, 0))[expert_A]
-        kept_A = (rank_A < capacity) & (expert_A < E)
-        slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)  # the last slot takes what is dropped
-        x_ERD = x_AD.new_zeros(E * R + 1, D).index_copy(0, slot_A, x_AD)[:-1].view(E, R, D)
-        return F.pad(self.experts(x_ERD).flatten(0, 1), (0, 0, 0, 1))[slot_A]

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_tokens.layers import ExpertChoice, MixtureOfTokens, Routed, TokenChoice
-from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
+from mixture_of_tokens.layers import MixtureOfTokens, Routed
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
 
 B, G, E, T, D, F = 6, 3, 5, 4, 8, 7
 

@@ -8,7 +8,7 @@ from routings import randomized, small_model
 from torch import nn
 
 from mixture_of_tokens import ExpertChoice, cli
-from mixture_of_tokens.audit import measure, texts, verdicts
+from mixture_of_tokens.inference.audit import measure, texts, verdicts
 
 KINDS = ("dense", "mixture_of_tokens", "uniform", "expert_choice", "token_choice")
 PRIVATE = ("dense", "token_choice")

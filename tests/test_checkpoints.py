@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mixture_of_tokens import checkpoints
+from mixture_of_tokens.runs import checkpoints
 
 
 def written(directory: Path, text: str) -> Path:

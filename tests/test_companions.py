@@ -10,10 +10,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.companions import training_groups
-from mixture_of_tokens.evaluate import cross_entropy
-from mixture_of_tokens.loading import load_model, text_of
-from mixture_of_tokens.model import MixtureOfTokensConfig
+from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.inference.evaluate import cross_entropy
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.runs.loading import load_model, text_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 20, "moe_intermediate_size": 12, "head_dim": 8, "num_experts": 5}
 MIXED = "MoT-Nano/4E/2"
@@ -45,7 +45,7 @@ def test_companions_are_means_over_full_groups(options):
         for start in range(0, len(x), 3):
             for t in range(x.shape[1]):
                 group = x[start : start + 3, t]
-                exponentials = (group @ layer.gate.weight.double().T / layer.gate.initial_temperature).exp()
+                exponentials = (group @ layer.gate.weight.double().T / layer.gate.temperature_setting).exp()
                 total = exponentials.sum(0)
                 inverse += 3 / total
                 mixtures += (exponentials / total).T @ group
@@ -103,10 +103,9 @@ def test_companions_are_saved_and_zeros_where_a_checkpoint_has_none(tmp_path):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["mot", "mot_normalized", "uniform"])
-def test_alone_every_row_gets_what_it_gets_by_itself(name, masked, monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.layers.ALONE_AT_ONCE", 5)  # across rows, not a divisor
-    layer, x, cotangent = build(name), tokens(2 * G + 1, T), tokens(2 * G + 1, T, 8, seed=3)
-    x = tokens(2 * G + 1, T, 8)
+def test_alone_every_row_gets_what_it_gets_by_itself(name, masked):
+    layer, x, cotangent = build(name), tokens(2 * G + 1, T, 8), tokens(2 * G + 1, T, 8, seed=3)
+    layer.alone_at_once = 5  # across rows, not a divisor
     mask = some_mask(2 * G + 1, T) if masked else None
     each = [layer(x[i : i + 1], None if mask is None else mask[i : i + 1]) for i in range(len(x))]
     together = layer(x, mask)

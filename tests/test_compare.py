@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.markup import html, own_ids
+from mixture_of_tokens.reports.markup import html, own_ids
 
 NAMES = ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E")
 VOID = ("meta", "br", "hr", "img", "link", "input", "path", "use")

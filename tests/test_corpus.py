@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from texts import sentences, texts
 
-from mixture_of_tokens import duplicates
-from mixture_of_tokens.corpus import documents, fingerprint
-from mixture_of_tokens.splits import opened, split, spool, text_of
+from mixture_of_tokens.data import duplicates
+from mixture_of_tokens.data.sources import documents, fingerprint
+from mixture_of_tokens.data.splits import opened, split, spool, text_of
 
 ODD = "naïve  \t<|x|> 漢字\r\n\rend of a line\x0b, 🙂\u2028 and no line end"
 
@@ -235,7 +235,7 @@ def test_cutting_spares_a_split_that_it_would_ruin(work):
 
 def test_huge_documents_are_each_divided_however_many(work, monkeypatch):
     given = [f"{i}\n" * 400 for i in range(1000, 1024)]
-    monkeypatch.setattr("mixture_of_tokens.splits.HELD_OUT", 500)  # bytes: half a document
+    monkeypatch.setattr("mixture_of_tokens.data.splits.HELD_OUT", 500)  # bytes: half a document
     found, _ = dealt(work, given, group_size=4)
     assert [len(found[name]) for name in ("train", "tuning", "validation")] == [24] * 3
     assert 250 < sum(map(len, found["validation"])) < 1000

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixture_of_tokens.cost import flops_per_token, legal_micro_batches, memory, parameters, plan, plan_of
-from mixture_of_tokens.model import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
-from mixture_of_tokens.names import SYSTEMS, config_from_name
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, plan, plan_of
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.model.routings import BY_PREFIX, ROUTINGS
 from tests.test_names import PAPER
 
-KINDS = list(SYSTEMS.values())
+KINDS = list(ROUTINGS)
 GATED = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 SPARSE = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
 
@@ -121,7 +123,7 @@ def test_parameters_of_the_papers_models(name):
 
 
 @GATED
-@pytest.mark.parametrize("system", [system for system in SYSTEMS if system != "Transformer"])
+@pytest.mark.parametrize("system", [prefix for prefix, row in BY_PREFIX.items() if row.sparse])
 def test_active_parameters_are_the_dense_models_and_the_router(system, gated):
     dense = parameters(config_from_name("Transformer-Base", gated=gated))
     sparse = parameters(config_from_name(f"{system}-Base/64E/16", gated=gated))
@@ -155,7 +157,7 @@ def test_flops_of_named_models(name):
 @SPARSE
 def test_every_system_spends_the_dense_models_flops_on_experts(kind):
     """In evaluation; in training Token Choice's experts compute on their capacity too, filled or not."""
-    systems = {kind: system for system, kind in SYSTEMS.items()}
+    systems = {row.kind: prefix for prefix, row in BY_PREFIX.items()}
     config = config_from_name(f"{systems[kind]}-Medium/32E/8")
     dense = flops_per_token(config_from_name("Transformer-Medium")).forward["feed_forward"]
     training, evaluation = (flops_per_token(config, training=training).forward for training in (True, False))
@@ -192,7 +194,7 @@ def test_the_floor_is_what_routing_costs(name, floor):
         ("Medium", "32E/4", True, torch.float32),
     ],
 )
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", BY_PREFIX)
 def test_activations_are_what_autograd_keeps(system, size, groups, gated, dtype):
     """The estimate leaves out indices, masks and the norms' scales: it is 0.95 to 1.01 of what is kept."""
     name = f"{system}-{size}" if system == "Transformer" else f"{system}-{size}/{groups}"

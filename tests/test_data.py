@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixture_of_tokens.data import Blocks, GroupedBatches, TokenFiles, collisions, deal, grouped_order, segmented
+from mixture_of_tokens.data.groups import Blocks, GroupedBatches, collisions, deal, grouped_order, segmented
+from mixture_of_tokens.data.tokens import TokenFiles
 
 
 def blocks_of(lengths: list[int], context: int) -> Blocks:

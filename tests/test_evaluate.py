@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from mixture_of_tokens import MixtureOfTokens, cli
-from mixture_of_tokens.data import grouped_order
-from mixture_of_tokens.evaluate import argmax_routing, cross_entropy, in_parts
-from mixture_of_tokens.loading import load_model, load_tokenizer_of, text_of
+from mixture_of_tokens.data.groups import grouped_order
+from mixture_of_tokens.inference.evaluate import argmax_routing, cross_entropy, in_parts
 from mixture_of_tokens.loss import IGNORE
+from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, text_of
 
 MIXED = "MoT-Nano/4E/2"
 
@@ -144,7 +144,7 @@ def test_logits_of_foreign_models_are_never_in_memory_for_all_rows(monkeypatch):
     seen: list[int] = []
     model.register_forward_hook(lambda module, args, output: seen.append(len(output.logits)))
     whole = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
-    monkeypatch.setattr("mixture_of_tokens.evaluate.LOGITS", 2 * 8 * 50)
+    monkeypatch.setattr("mixture_of_tokens.inference.evaluate.LOGITS", 2 * 8 * 50)
     parts = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
     assert seen == [5, 2, 2, 1]
     assert parts == pytest.approx(whole)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, cli
-from mixture_of_tokens import export as export_module
-from mixture_of_tokens.export import to_plain
-from mixture_of_tokens.model import MixtureOfTokensConfig
+from mixture_of_tokens.convert import export as export_module
+from mixture_of_tokens.convert.export import to_plain
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
 
 MIXED = "MoT-Nano/4E/2"
 

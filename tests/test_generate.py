@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.generate import Row, Sampling, _text_after, continue_prompts, in_batches
-from mixture_of_tokens.loading import load_model, load_tokenizer_of
+from mixture_of_tokens.inference.generate import Row, Sampling, _text_after, continue_prompts, in_batches
+from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
 
 MIXED = "MoT-Nano/4E/2"
 NAMES = ("Transformer-Nano", MIXED, "TC-Nano/4E")

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from mixture_of_tokens.layers import ExpertChoice, Experts, MixtureOfTokens, Routed, TokenChoice
+from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed
+from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
 from tests import reference
 from tests.routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tokens
 
@@ -23,7 +24,7 @@ def literal(layer: Routed, x: Tensor, mask: Tensor | None, parameters: dict[str,
     options = {"gated": gated, "activation": layer.experts.activation}
     if layer.gate is not None:
         log_temperature = parameters.get("gate.log_temperature")
-        temperature = layer.gate.initial_temperature if log_temperature is None else log_temperature.exp()
+        temperature = layer.gate.temperature_setting if log_temperature is None else log_temperature.exp()
         options["temperature"] = temperature
     if isinstance(layer, MixtureOfTokens):
         options |= {"group_size": layer.group_size, "normalize_mixture": layer.normalize_mixture}

@@ -10,9 +10,10 @@ import torch
 from processes import finish, mot, start
 from transformers import TrainingArguments
 
-from mixture_of_tokens.settings import Options, merge
-from mixture_of_tokens.train import build
-from mixture_of_tokens.trainer import GroupedTrainer
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.train import build
+from mixture_of_tokens.training.trainer import GroupedTrainer
 
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 2), "4x1": (4, 1)}  # processes x accumulation
 BATCH, GROUP, STEPS = 32, 4, 3

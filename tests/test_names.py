@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from mixture_of_tokens.model import MixtureOfTokensConfig
-from mixture_of_tokens.names import FIELDS, SIZES, SYSTEMS, Name, config_from_name, name_of, nearest, parse_name
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.names import FIELDS, SIZES, Name, config_from_name, name_of, nearest, parse_name
+from mixture_of_tokens.model.routings import BY_PREFIX
 
 # D, d_ff, blocks, heads, G, E, F of Antoniak et al., arXiv 2310.15961 (the authors' configuration files; Mini: their
 # blog post). Where their files and their names disagree, at Base/64E/16, the naming rule E = G * k stands.
@@ -53,7 +54,7 @@ def test_gated_and_plain_feed_forwards_have_equal_flops(size):
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", BY_PREFIX)
 def test_a_name_comes_back_from_its_configuration(system, size, gated):
     endings = [""] if system == "Transformer" else ["/1E", "/6E", "/32E/8", "/128E/32"]
     for name in (f"{system}-{size}{ending}" for ending in endings):
@@ -143,8 +144,8 @@ def test_an_unknown_field_is_told_the_nearest():
 
 
 def test_the_nearest_word_ignores_case_and_is_silent_when_nothing_is_near():
-    assert nearest("TRANSFORMR", SYSTEMS) == "; did you mean Transformer?"
-    assert nearest("llama", SYSTEMS) == ""
+    assert nearest("TRANSFORMR", BY_PREFIX) == "; did you mean Transformer?"
+    assert nearest("llama", BY_PREFIX) == ""
 
 
 def test_only_the_mixtures_of_nano_have_a_sharper_router():

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from mixture_of_tokens.results import Run, by_model, comparison, reached, read, through_the_switch
+from mixture_of_tokens.reports.comparison import by_model, comparison, reached
+from mixture_of_tokens.runs.run import Run, read, through_the_switch
 
 CORPUS = {"hash": "h", "train": {"documents": 1, "tokens": 2, "bytes": 3}}
 

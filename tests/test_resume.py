@@ -16,8 +16,8 @@ from processes import finish, mot, mot_on_a_full_disk, start
 from safetensors.torch import load_file
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.checkpoints import fault, keep_newest, newest
-from mixture_of_tokens.train import check_free, check_resumed
+from mixture_of_tokens.runs.checkpoints import fault, keep_newest, newest
+from mixture_of_tokens.runs.run import check_free, check_resumed
 
 STEPS, SAVE = 48, 8
 FLAGS = ["train", "TC-Nano/32E", "--steps", STEPS, "--batch-size", 32, "--device", "cpu"]

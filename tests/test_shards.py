@@ -15,11 +15,12 @@ import torch
 from texts import sentences, texts
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mixture_of_tokens.data import TokenFiles, collisions, grouped_order
-from mixture_of_tokens.data_report import data_report
-from mixture_of_tokens.shards import prepare, tokenize
-from mixture_of_tokens.splits import SPLITS, split, spool
-from mixture_of_tokens.tokenizer import load_tokenizer, train_tokenizer
+from mixture_of_tokens.data.groups import collisions, grouped_order
+from mixture_of_tokens.data.inspect import data_report
+from mixture_of_tokens.data.prepare import prepare
+from mixture_of_tokens.data.splits import SPLITS, split, spool
+from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
+from mixture_of_tokens.data.tokens import TokenFiles, tokenize
 
 END = "<|endoftext|>"
 
@@ -72,8 +73,8 @@ def test_the_tokens_hold_every_byte_of_the_text_once(source, tmp_path):
 
 
 def test_documents_and_pieces_may_cross_shards_and_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.shards.PIECE", 1000)
-    monkeypatch.setattr("mixture_of_tokens.shards.BATCH", 5000)
+    monkeypatch.setattr("mixture_of_tokens.data.tokens.PIECE", 1000)
+    monkeypatch.setattr("mixture_of_tokens.data.tokens.BATCH", 5000)
     given = [*texts(50), sentences(77, 600)]
     (tmp_path / "work").mkdir()
     documents = ([text.encode()] for text in given)

@@ -6,10 +6,10 @@ from routings import small_model
 from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.companions import training_groups
-from mixture_of_tokens.evaluate import cross_entropy
-from mixture_of_tokens.loading import load_model, text_of
-from mixture_of_tokens.switch import calibrate, rescale_moments, to_token_choice, token_choice_config
+from mixture_of_tokens.convert.switch import calibrate, rescale_moments, to_token_choice, token_choice_config
+from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.inference.evaluate import cross_entropy
+from mixture_of_tokens.runs.loading import load_model, text_of
 from tests import reference
 
 MIXED = "MoT-Nano/4E/2"
@@ -55,7 +55,7 @@ def test_only_a_mixture_with_a_router_becomes_token_choice(kind):
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.switch.STEPS", 80)
+    monkeypatch.setattr("mixture_of_tokens.convert.switch.STEPS", 80)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.telemetry import combine_weights, measure, router_gradient_norms, routing_measures
-from mixture_of_tokens.trainer import _RouterGradients
+from mixture_of_tokens.model.telemetry import combine_weights, measure, router_gradient_norms, routing_measures
+from mixture_of_tokens.training.callbacks import _RouterGradients
 from tests.routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tokens
 
 KINDS = ("mixture_of_tokens", "uniform", "token_choice", "expert_choice")
@@ -399,7 +399,7 @@ def sharded(rank: int, rendezvous: str, expected: tuple) -> None:
 
 @pytest.mark.parametrize(("total", "expected"), [(1.0, 2.0), (math.inf, math.inf)])
 def test_router_gradient_norms_are_those_before_clipping(total, expected, monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.trainer.router_gradient_norms", lambda model: {"1": 1.0})
+    monkeypatch.setattr("mixture_of_tokens.training.trainer.router_gradient_norms", lambda model: {"1": 1.0})
     trainer: Any = SimpleNamespace(total_norm=torch.tensor(total), causal_lm=None, gradient_norms={})
     state, args = SimpleNamespace(global_step=19, logging_steps=20), SimpleNamespace(max_grad_norm=0.5)
     _RouterGradients(trainer).on_pre_optimizer_step(args, state, None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from mixture_of_tokens.layers import TokenChoice
+from mixture_of_tokens.sparse import TokenChoice
 
 
 def scaling_experts(num_experts: int, **options) -> TokenChoice:

@@ -10,11 +10,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixture_of_tokens import cli, provenance
-from mixture_of_tokens.data import collisions, grouped_order
-from mixture_of_tokens.evaluate import evaluate_blocks
-from mixture_of_tokens.generate import Sampling, continue_prompts
-from mixture_of_tokens.shards import prepare
+from mixture_of_tokens import cli
+from mixture_of_tokens.data.groups import collisions, grouped_order
+from mixture_of_tokens.data.prepare import prepare
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.inference.generate import Sampling, continue_prompts
+from mixture_of_tokens.runs import provenance
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
 STEPS, ROWS = 12, 64
@@ -332,7 +333,7 @@ def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):
 
 
 def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.provenance.PACKAGES", ("torch", "not-installed-anywhere"))
+    monkeypatch.setattr("mixture_of_tokens.runs.provenance.PACKAGES", ("torch", "not-installed-anywhere"))
     found = provenance.versions()
     assert (found["torch"], found["not-installed-anywhere"]) == (torch.__version__, None)
 

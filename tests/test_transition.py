@@ -13,10 +13,10 @@ import yaml
 from transformers import AutoModelForCausalLM, set_seed
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, cli
-from mixture_of_tokens.data import GroupedBatches
-from mixture_of_tokens.loading import text_of
-from mixture_of_tokens.results import read
-from mixture_of_tokens.trainer import GroupedTrainer
+from mixture_of_tokens.data.groups import GroupedBatches
+from mixture_of_tokens.runs.loading import text_of
+from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.training.trainer import GroupedTrainer
 
 MIXED = "MoT-Nano/4E/2"
 STEPS, SOURCE_STEPS = 10, 30
@@ -98,7 +98,7 @@ def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys)
 
 @pytest.mark.usefixtures("tiny_cache")
 def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tiny_runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mixture_of_tokens.switch.STEPS", 80)
+    monkeypatch.setattr("mixture_of_tokens.convert.switch.STEPS", 80)
     plain = json.loads((transitioned[0] / "switch.json").read_text())
     assert plain["source_in_groups"] < plain["at_the_switch"] == plain["plain_switch"]
     assert plain["branch_errors"] == {}

@@ -1,0 +1,1 @@
+"""From Mixture of Tokens to a sparse model, and to plain transformers."""

@@ -1,0 +1,231 @@
+"""A trained model as a checkpoint of plain transformers, Qwen3-MoE or Qwen3: the command `mot export`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.routings import ROUTINGS
+from mixture_of_tokens.runs import checkpoints, provenance
+from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of
+from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.sparse import TokenChoice
+
+EXPORT = "export"  # what the manifest of one calls it
+TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
+ROWS = 4
+# Everything of our configuration that Qwen3 and Qwen3-MoE have under the same name.
+COMMON = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("tie_word_embeddings", "rope_parameters", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id"),
+    "pad_token_id",
+)
+OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob", "router_aux_loss_coef")
+
+# Run by another Python, in which this package cannot be imported, on the directory and the file of ids and logits.
+CHECK = """
+import sys
+sys.modules["mixture_of_tokens"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+directory, given, found = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+AutoTokenizer.from_pretrained(directory)
+with torch.no_grad():
+    save_file({"logits": model(load_file(given)["ids"]).logits.contiguous()}, found)
+"""
+
+
+def export(run: str, out: Path, *, force: bool = False) -> None:
+    """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
+
+    Every weight that was written is compared with the run's. Another process, in which this library cannot be imported,
+    loads the directory and computes logits of real text; where they differ by more than rounding, nothing is left.
+
+    Args:
+        run: A run directory or a checkpoint.
+        out: The directory to write.
+        force: Replace an earlier export that is there.
+    """
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists already; name another directory, or replace an export with --force")
+    if out.exists() and not checkpoints.is_described(out, EXPORT):
+        raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"{out}: {out.absolute().parent} is no directory")
+    model, tokenizer = load_model(run).float().cpu(), load_tokenizer_of(run)
+    if not isinstance(model, MixtureOfTokensForCausalLM):
+        raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads as it is")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer beside {run} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
+            "another model's"
+        )
+    plain = to_plain(model)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    ids, what = _text(run, model)
+    beside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with checkpoints.plain_errors(out):
+            plain.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+        _write_config(beside)
+        not_the_same = f"the checkpoint written from {run} is not the same model, and nothing is left of it"
+        written = type(plain).from_pretrained(beside, dtype=torch.float32)
+        if (name := different_weight(model, written)) is not None:
+            raise ValueError(f"{not_the_same}: {name} is not the run's")
+        difference, scale = compare_logits(model, beside, ids)
+        allowed = TOLERANCE * max(1.0, scale)
+        if not difference <= allowed:
+            much = f"logits of {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
+            raise ValueError(f"{not_the_same}: {much}")
+        checkpoints.describe(beside, of=EXPORT)
+        (beside / "README.md").write_text(_card(run, model, plain, what, difference))  # which people write on
+        checkpoints.publish(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    kind = type(plain).__name__
+    print(f"{out} is a {kind}. Its logits of {what} differ from the run's by at most {difference:.1e}.")
+
+
+def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
+    """The same model in transformers' own classes.
+
+    Raises ValueError, naming the way out, for what has no counterpart there.
+    """
+    config, routings = model.config, model.config.routings
+    if ours := {routing.kind: routing for routing in routings if routing.exports_as is None}:
+        targets = {ROUTINGS[routing.converts_to].title for routing in ours.values() if routing.converts_to}
+        way = f"mot transition RUN turns them into {', '.join(targets)}" if targets else "they cannot be served so"
+        raise ValueError(f"{', '.join(sorted(ours))} layers are not in plain transformers: {way}")
+    if not config.gated:
+        raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
+    common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
+    common["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not config.sparse_routings:
+        dense = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
+        dense.load_state_dict(plain_weights(model))
+        return dense.eval()
+    experts = {field: getattr(config, field) for field in OF_EXPERTS}
+    experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
+    sparse = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
+    sparse.load_state_dict(plain_weights(model))
+    return sparse.eval()
+
+
+def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
+    """The model's weights by transformers' names, which are its own; plain routers have no temperature."""
+    named = model.named_parameters(remove_duplicate=False)  # of tied embeddings both names
+    weights = {name: value.detach().clone() for name, value in named if "log_temperature" not in name}
+    for i, block in enumerate(model.model.layers):
+        if isinstance(block.mlp, TokenChoice):
+            weights[f"model.layers.{i}.mlp.gate.weight"] /= block.mlp.gate.temperature.detach()
+    return weights
+
+
+def different_weight(model: MixtureOfTokensForCausalLM, plain: Any) -> str | None:
+    """The name of a weight of a plain model that is not exactly the model's: few rows of text reach every expert."""
+    expected, found = plain_weights(model), plain.state_dict()
+    names = sorted({*expected, *found})
+    return next((name for name in names if not _equal(expected.get(name), found.get(name))), None)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def _write_config(directory: Path) -> None:
+    """Both names of the number of experts: transformers writes one, other software reads the other."""
+    written = json.loads((directory / "config.json").read_text())
+    count = written.get("num_experts", written.get("num_local_experts"))
+    if count is not None:
+        written |= {"num_experts": count, "num_local_experts": count}
+        (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    settings = {key: written.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**settings).save_pretrained(directory)
+
+
+def _text(run: str, model: MixtureOfTokensForCausalLM) -> tuple[Tensor, str]:
+    """Token ids (rows, T) to compare logits on, and what they are."""
+    length = model.config.max_position_embeddings
+    try:
+        blocks = text_of(run).validation
+    except (ValueError, OSError):  # its text, or what its tokenizer came from, is not here
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(model.config.vocab_size, (ROWS, min(256, length)), generator=generator), "random tokens"
+    return blocks.batch(np.arange(min(ROWS, len(blocks))))["input_ids"], "validation text"
+
+
+def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, float]:
+    """The largest difference of logits from those that plain transformers finds, and the logits' standard deviation.
+
+    Raises ValueError where it cannot load the directory.
+    """
+    given, found = directory / "given.safetensors", directory / "found.safetensors"
+    try:
+        with checkpoints.plain_errors(directory):
+            save_file({"ids": ids.contiguous()}, given)
+        command = [sys.executable, "-c", CHECK, str(directory), str(given), str(found)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = done.stderr.strip().rpartition("\n")[2]
+            raise ValueError(f"plain transformers cannot load what was written: {last}")
+        with torch.no_grad():
+            logits = model(ids).logits
+        return float((load_file(found)["logits"] - logits).abs().max()), float(logits.std())
+    finally:
+        given.unlink(missing_ok=True)
+        found.unlink(missing_ok=True)
+
+
+def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str, difference: float) -> str:
+    """The model card."""
+    config, kind = model.config, type(plain).__name__
+    path = run_directory(run) or Path(run).absolute()
+    facts = json.loads((path / "run.json").read_text()) if (path / "run.json").is_file() else {}
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {path.name}", ""]
+    lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
+    if blocks := len(config.sparse_routings):
+        lines.append(
+            f"{blocks} of its {config.num_hidden_layers} feed-forwards are sparse: {config.num_experts} experts of "
+            f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, weighted by a softmax "
+            f"over {'those' if config.norm_topk_prob else 'all'}. Nothing is dropped."
+        )
+    if facts:
+        corpus, transition = facts["corpus"], path / "switch.json"
+        lines += ["", "## Training", "", f"{facts['name']}, {facts['steps']:,} steps, {facts['tokens']:,} tokens of"]
+        lines.append(f"{', '.join(corpus.get('source') or ['text'])} (hash {corpus['hash']}), seed {facts['seed']}.")
+        if transition.is_file():
+            losses, end = json.loads(transition.read_text()), read(path).evaluations[-1]["eval_loss"]
+            lines.append(
+                "It was a Mixture of Tokens (arXiv 2310.15961) first, and was switched to Token Choice after "
+                f"{losses['step']:,} steps. Over a part of the {facts['evaluated_on']} text the loss was "
+                f"{losses['source_in_groups']:.4f} before, with texts in groups, {losses['source_alone']:.4f} with "
+                f"each alone, {losses['at_the_switch']:.4f} at the switch, and {end:.4f} at the end."
+            )
+        lines.append(
+            f"Loss on all {facts['evaluated_on']} text: {facts['final_loss']:.4f} nats a token, "
+            f"{facts['bits_per_byte']:.4f} bits a byte."
+        )
+    lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ['model = AutoModelForCausalLM.from_pretrained("this/directory")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("this/directory")']
+    lines += ['inputs = tokenizer("def ", return_tensors="pt")']
+    lines += ["written = model.generate(**inputs, max_new_tokens=40, do_sample=True)"]
+    lines += ["print(tokenizer.decode(written[0]))", "```", ""]
+    lines.append("Each prompt is served by itself: no row of a batch influences another beyond rounding.")
+    lines.append(f"Logits in fp32 of {compared} are at most {difference:.1e} from the training library's.")
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
+    return "\n".join([*lines, "", f"Written by mixture-of-tokens ({versions}).", ""])

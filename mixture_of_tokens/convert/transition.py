@@ -1,0 +1,344 @@
+"""Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
+
+import json as json_module
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from mixture_of_tokens.convert.switch import calibrate as calibrate_switch
+from mixture_of_tokens.convert.switch import rescale_moments, to_token_choice, token_choice_config
+from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.formatting import aligned
+from mixture_of_tokens.layers import Router
+from mixture_of_tokens.model.companions import calibrate_companions
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.names import FIELDS, parse_name
+from mixture_of_tokens.model.routings import ROUTINGS
+from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.config import DERIVED
+from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
+from mixture_of_tokens.runs.run import Run, check_free, check_one_process, is_main, read, through_the_switch
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.train import run_merged
+from mixture_of_tokens.training.trainer import GroupedTrainer
+
+SWITCH = "switch.json"
+GIVEN = ("data", "field", "max_bytes", "tokenizer", "batch_size", "evaluate_on")  # taken from the source as they are
+HELD = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+# Fields of TrainingArguments that belong to the source's own number of steps.
+OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
+ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
+
+
+def transition(
+    run: Path,
+    *,
+    out: Path | None = None,
+    steps: int | None = None,
+    top_k: int | None = None,
+    capacity: float | None = None,
+    calibrate: Literal["full", "none"] = "full",
+    anneal: float | None = None,
+    optimizer: Literal["carried", "fresh"] = "carried",
+    schedule: Literal["continued", "own"] = "own",
+    learning_rate: float | None = None,
+    control: Literal["router", "scratch"] | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Turn a finished Mixture of Tokens into Token Choice, which serves one prompt at a time, and train it on.
+
+    Experts, router and all else carry over, and the text goes on where the source's ended. The new run's metrics begin
+    with the source's, so that mot report shows one curve; its steps count on from there, its checkpoints from 0.
+
+    Args:
+        run: The source, a finished run directory of mot train. It is only read.
+        out: The new run directory; by default RUN-transition beside it, with the control's name where there is one.
+        steps: Steps of training, by default a tenth of the source's; all come after the switch, unless with --anneal.
+        top_k: Experts a token goes to; by default the granularity, at equal FLOPs.
+        capacity: Drop the tokens that an expert gets beyond this many times its even share, in training, as the paper
+            does with 1.25; by default nothing is dropped.
+        calibrate: full fits biases and scales, folded into the weights, so that the loss jumps less at the switch.
+        anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this.
+            That run is written beside the new one, as OUT-annealed.
+        optimizer: carried takes the optimizer's moments from the source's last checkpoint.
+        schedule: continued holds the source's last learning rate; own warms up for a tenth of the steps to the peak,
+            and falls to a tenth of that.
+        learning_rate: The peak, or what is held; by default the source's last one if continued, else a quarter of its
+            peak.
+        control: router starts from a new router, scratch trains Token Choice from scratch, for all steps of the source
+            and these, at its own rate; both for comparison.
+        device: cpu or cuda; by default cuda where there is one.
+        resume: Go on from the newest whole checkpoint of the new run.
+        dry_run: Print the merged configuration and stop.
+        json: Print JSON in place of the table.
+    """
+    run = run.resolve() if run.name in ("", "..") else run  # which have no name to call the new one by
+    source = read(run)
+    label = f"{run.name}-{'transition' if control is None else control}"
+    out = run.parent / label if out is None else out
+    if out.absolute() == run.absolute():
+        raise ValueError(f"--out {out} is the source itself; name another")
+    steps = max(1, source.facts["steps"] // 10) if steps is None else steps
+    settings = {
+        "source": str(run.resolve()),
+        "calibrate": "none" if control == "router" else calibrate,
+        "optimizer": optimizer,
+        "control": control,
+    }
+    mixing = 0 if anneal is None else steps // 2
+    if anneal is not None:
+        _check_anneal(source, anneal, steps, control)
+        settings |= {"anneal": anneal}
+    chosen = (top_k, capacity, schedule, device)
+    merged = _merged(source, settings, steps - mixing, *chosen, learning_rate)
+    if control == "scratch":
+        merged = _from_scratch(source, merged[1]["model"], steps, device, learning_rate)
+    if dry_run:
+        print(yaml.safe_dump(merged[1], sort_keys=False), end="")
+        return
+    if control == "scratch":
+        facts = run_merged(*merged, out, resume=resume)
+        if is_main():
+            end = f"{facts['name']} from scratch, {facts['steps']} steps: loss {facts['final_loss']:.4f}."
+            print(json_module.dumps(facts, indent=2) if json else f"{end} Everything is in {out}.")
+        return
+    if not resume:
+        check_free(out)
+    # What the source is needed for is done once there is a checkpoint to go on from.
+    begun = out.is_dir() and ((out / "run.json").exists() or checkpoints.newest(out) is not None)
+    carried = _optimizer_file(source) if optimizer == "carried" and not begun else None
+    if not begun:
+        model_directory(str(run))
+        text_of(str(run))  # is as it was
+    if anneal is not None:
+        source = _annealed(source, settings, mixing, carried, device, out.with_name(f"{out.name}-annealed"), resume)
+        merged = _merged(source, settings, steps - mixing, *chosen, merged[1]["learning_rate"])
+        carried = _optimizer_file(source) if optimizer == "carried" and not begun else None
+    begin = _Beginning(source, settings, carried, out)
+    facts = run_merged(*merged, out, resume=resume, begin=begin)
+    if is_main():
+        result = _result(source, read(out), facts)
+        print(json_module.dumps(result, indent=2) if json else _table(result, out))
+
+
+def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> None:
+    """Raises ValueError for what --anneal is not for."""
+    before = source.settings["anneal_temperature_to"] or source.config.router_temperature
+    if steps < 2:
+        raise ValueError(f"--steps must be at least 2 with --anneal, not {steps}")
+    if control is not None or not 0 < end < before:
+        legal = f"be above 0 and below the source's temperature, {before:g}"
+        raise ValueError(f"--anneal {end:g} must {legal}, and is not for controls")
+    if source.config.learnable_temperature:
+        raise ValueError(f"--anneal {end:g} would replace the temperatures that {source.directory} has learned")
+    check_one_process("--anneal")
+
+
+def _merged(
+    source: Run,
+    transition: dict[str, Any],
+    steps: int,
+    top_k: int | None,
+    capacity: float | None,
+    schedule: str,
+    device: Literal["cpu", "cuda"] | None,
+    learning_rate: float | None,
+) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
+    """As `settings.merge` returns it: the source's settings, those of its routing and of its schedule replaced."""
+    target = token_choice_config(source.config, top_k=top_k, capacity_factor=capacity)
+    model = {field: getattr(target, field) for field in source.settings["model"] if field in FIELDS}
+    model |= {field: getattr(target, field) for field in ("mlp_layer_types", "num_experts_per_tok", "capacity_factor")}
+    model["router_temperature"] = target.router_temperature
+    model = {field: value for field, value in model.items() if field not in DERIVED}
+    training = _training(source) | (HELD if schedule == "continued" else {})
+    if learning_rate is None:
+        learning_rate = _last_rate(source) if schedule == "continued" else source.settings["learning_rate"] / 4
+    given = {key: source.settings[key] for key in GIVEN}
+    options = Options(steps=steps, model=_words(model), training=_words(training), device=device, **given)
+    config, run, arguments = merge(_token_choice_name(source), source.seed, learning_rate, options)
+    return config, run | {"first_step": source.facts["steps"], "transition": transition}, arguments
+
+
+def _training(source: Run) -> dict[str, Any]:
+    """Fields of TrainingArguments that hold whatever the number of steps."""
+    return {k: v for k, v in source.settings["training"].items() if not k.startswith(OF_THE_SOURCE)}
+
+
+def _last_rate(source: Run) -> float:
+    return [row["learning_rate"] for row in source.rows if row.get("learning_rate")][-1]
+
+
+def _words(fields: dict[str, Any]) -> dict[str, str]:
+    """Values as they would stand on a command line."""
+    return {field: json_module.dumps(value) for field, value in fields.items()}
+
+
+def _annealed(
+    source: Run,
+    transition: dict[str, Any],
+    steps: int,
+    optimizer: Path | None,
+    device: Literal["cpu", "cuda"] | None,
+    out: Path,
+    resume: bool,
+) -> Run:
+    """The source trained on in groups, at its last learning rate, while the routers' temperature falls."""
+    given = {key: source.settings[key] for key in GIVEN}
+    model = {field: value for field, value in source.settings["model"].items() if field not in DERIVED}
+    model |= {"router_temperature": source.settings["anneal_temperature_to"] or source.config.router_temperature}
+    given |= {"model": _words(model), "training": _words(_training(source) | HELD), "device": device}
+    options = Options(steps=steps, anneal_temperature_to=transition["anneal"], **given)
+    config, run, arguments = merge(source.name, source.seed, _last_rate(source), options)
+
+    def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
+        trainer.causal_lm.load_state_dict(load_model(str(source.directory)).state_dict())
+        if optimizer is not None:
+            _carry_moments(trainer, optimizer, {}, without=())
+        _go_on_from(source, trainer, out)
+
+    run |= {"first_step": source.facts["steps"], "transition": transition}
+    run_merged(config, run, arguments, out, resume=resume, begin=begin)
+    return read(out)
+
+
+def _token_choice_name(source: Run) -> str:
+    parsed = parse_name(source.name)
+    return str(replace(parsed, system=ROUTINGS[parsed.routing.converts_to or parsed.routing.kind].prefix))
+
+
+def _from_scratch(
+    source: Run, model: dict[str, Any], steps: int, device: Literal["cpu", "cuda"] | None, learning_rate: float | None
+) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
+    """The control that never was a Mixture of Tokens: the same model and, by default, its own rate, all the steps."""
+    given = {key: source.settings[key] for key in GIVEN}
+    model = {field: value for field, value in model.items() if field not in DERIVED}
+    given |= {"model": _words(model), "training": _words(_training(source)), "device": device}
+    options = Options(steps=source.facts["steps"] + steps, **given)
+    return merge(_token_choice_name(source), source.seed, learning_rate, options)
+
+
+def _optimizer_file(source: Run) -> Path:
+    if source.config.learnable_temperature:
+        raise ValueError(
+            "a learned temperature goes into the router, and its optimizer state nowhere: --optimizer fresh"
+        )
+    optim = source.settings["training"]["optim"]
+    if optim not in ADAM:
+        raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
+    last = source.directory / f"checkpoint-{source.settings['steps']}"
+    problem = checkpoints.fault(last) if last.is_dir() else "it is not there"
+    if problem is not None or not (last / "optimizer.pt").is_file():
+        raise ValueError(f"{last} has no optimizer state to carry: {problem or 'no optimizer.pt'}; --optimizer fresh")
+    return last / "optimizer.pt"
+
+
+class _Beginning:
+    """What a run after the switch begins with: weights, moments, the clock and the rows of the source."""
+
+    def __init__(self, source: Run, transition: dict[str, Any], optimizer: Path | None, out: Path):
+        self.source, self.transition, self.optimizer, self.out = source, transition, optimizer, out
+
+    def __call__(self, trainer: GroupedTrainer, prepared: Prepared) -> None:
+        if is_main():
+            print("Measuring losses before the switch and at it", file=sys.stderr)
+        target = trainer.causal_lm
+        model = load_model(str(self.source.directory)).to(target.device)
+        groups = list(training_groups(prepared.train, trainer.rows.group_size))
+        started = time.perf_counter()
+        calibrate_companions(model, groups)
+        fit_seconds = time.perf_counter() - started
+        losses = {"source_in_groups": trainer.loss_of(model)}
+        model.serve_alone()
+        losses["source_alone"] = trainer.loss_of(model)
+        model.serve_alone(False)
+        scales = to_token_choice(model, target)
+        losses["plain_switch"] = trainer.loss_of(target)
+        errors: dict[str, tuple[float, float]] = {}
+        if self.transition["calibrate"] == "full":
+            started = time.perf_counter()
+            errors = calibrate_switch(model, target, groups, scales)
+            fit_seconds += time.perf_counter() - started
+        new = []
+        if self.transition["control"] == "router":
+            for name, router in target.named_modules():
+                if isinstance(router, Router):  # drawn anew: those that the model was made with are the source's first
+                    router.reset_parameters(target.config.initializer_scale)
+                    new.append(f"{name}.weight")
+        losses["at_the_switch"] = trainer.loss_of(target)
+        if self.optimizer is not None:
+            _carry_moments(trainer, self.optimizer, scales, without=new)
+        _go_on_from(self.source, trainer, self.out)
+        facts = {"step": self.source.facts["steps"], "tokens": self.source.facts["tokens"]}
+        facts |= {"seconds": self.source.facts["seconds"], "flops_per_token": self.source.flops[1]}
+        facts |= losses | {"branch_errors": errors, "fit_seconds": round(fit_seconds, 1)}
+        if is_main():
+            checkpoints.write_text(self.out / SWITCH, json_module.dumps(facts, indent=2) + "\n")
+
+
+def _go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
+    """The clock and the rows of metrics.jsonl of a source, as what came before in the run at `out`."""
+    trainer.clock.before = source.facts["seconds"]
+    if is_main():
+        checkpoints.write_text(out / "metrics.jsonl", (source.directory / "metrics.jsonl").read_text())
+
+
+def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:
+    """The source's optimizer state for a model with the same parameters in the same order."""
+    optimizer = trainer.create_optimizer()
+    kept = torch.load(file, map_location="cpu", weights_only=True)
+    now = optimizer.state_dict()
+    sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (kept, now)]
+    assert sizes[0] == sizes[1]
+    optimizer.load_state_dict(now | {"state": kept["state"]})  # groups have the new learning rate
+    names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
+    rescale_moments(optimizer, names, scales)
+    for parameter in [p for p in optimizer.state if names[id(p)] in without]:
+        del optimizer.state[parameter]
+
+
+def _result(source: Run, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+    """Losses on the way: over the part of the text that is evaluated in training, at the ends over the whole too."""
+    return through_the_switch(run) | {
+        "source": str(source.directory),
+        "steps": run.settings["steps"],
+        "source_final_loss": source.facts["final_loss"],
+        "final_loss": facts["final_loss"],
+        "seconds_after": facts["seconds"] - source.facts["seconds"],
+    }
+
+
+def _table(result: dict[str, Any], out: Path) -> str:
+    before = result["source_in_groups"]
+    rows = [
+        ["source, in full groups", before],
+        ["source, each row alone", result["source_alone"]],
+        ["switched, weights as they are", result["plain_switch"]],
+        ["switched, as training begins", result["at_the_switch"]],
+        [f"step {result['after_a_tenth']['step']}, a tenth of them on", result["after_a_tenth"]["loss"]],
+        [f"step {result['step'] + result['steps']}, the end", result["at_the_end"]],
+    ]
+    shown = [["", "loss", "vs source"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
+    lines = [aligned(shown), "", "Those are over the part of the text that training is evaluated on. Over all of it:"]
+    lines.append(f"the source's loss is {result['source_final_loss']:.4f}, this run's {result['final_loss']:.4f}.")
+    if result["routers"] is not None:
+        first, last = result["routers"]["first"], result["routers"]["last"]
+        lines.append(
+            f"The fullest expert has {first['largest_load']:.1f} times its even share at first and "
+            f"{last['largest_load']:.1f} at the end; {first['dropped']:.1%} and {last['dropped']:.1%} of tokens are "
+            "dropped, in the worst layer."
+        )
+    times = f"{result['fit_seconds']:.0f} s of fitting, {result['seconds_after']:.0f} s of training after it."
+    lines.append(f"{times} Everything is in {out}; mot report {out} draws the curve.")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Text, from its sources to groups of blocks of tokens."""

@@ -1,0 +1,179 @@
+"""Tokens -> blocks that know their documents -> batches in groups.
+
+A group is a promise: the G rows of a group are blocks of different documents. It is kept by construction. Blocks stand
+in the order of the text, so the blocks of one document are neighbours; they are divided into G stripes, and a group
+takes one block of every stripe, at random, but either all from the first halves of their stripes or all from the
+second. So group-mates are more than half a stripe apart, and a document cannot meet itself unless it has more than
+1 / (2 G) of the blocks. Such a document counts as several, its segments: see `segmented`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mixture_of_tokens.data.tokens import TokenFiles
+from mixture_of_tokens.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A token stream cut into blocks of `context` tokens, each with the token that follows as its last target.
+
+    tokens: (L,) of one split, documents one after the other, each closed by the end-of-text token.
+    ends: (documents,), where each document ends in `tokens`; bytes: UTF-8 length of the split's text.
+    """
+
+    tokens: np.ndarray | TokenFiles
+    ends: np.ndarray
+    context: int
+    bytes: int
+
+    def __len__(self) -> int:
+        """Whole blocks; what is left at the end is only evaluated (`padded=True`), not trained on."""
+        return max(0, len(self.tokens) - 1) // self.context
+
+    @property
+    def total(self) -> int:
+        """Blocks with the incomplete one at the end."""
+        return -(-max(0, len(self.tokens) - 1) // self.context)
+
+    def documents(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First and last document that a block touches, its last target included."""
+        start = np.asarray(index, dtype=np.int64) * self.context
+        last = np.minimum(start + self.context, len(self.tokens) - 1)
+        return np.searchsorted(self.ends, start, "right"), np.searchsorted(self.ends, last, "right")
+
+    def batch(self, index: np.ndarray, padded: bool = False) -> dict[str, Tensor]:
+        """Blocks by number, as model inputs (B, T). With `padded`, number -1 is an empty row, and there is a mask."""
+        index = np.asarray(index, dtype=np.int64)[:, None]
+        position = index * self.context + np.arange(self.context + 1)
+        real = (position < len(self.tokens)) & (index >= 0)
+        window = torch.from_numpy(self.tokens[np.where(real, position, 0)].astype(np.int64))
+        if not padded:
+            return {"input_ids": window[:, :-1], "shift_labels": window[:, 1:]}
+        mask = torch.from_numpy(real)
+        labels = torch.where(mask[:, 1:], window[:, 1:], IGNORE)
+        return {"input_ids": window[:, :-1], "shift_labels": labels, "attention_mask": mask[:, :-1].long()}
+
+
+def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarray, int]:
+    """Documents (`ends` as in `Blocks`) that could meet themselves in a group, divided into segments that cannot.
+
+    Two mates have at least `reach` tokens between the last target of one and the first token of the other. A segment is
+    at most half as long, so that mates from one document never touch the same segment, nor adjacent ones.
+
+    Returns the new `ends`, no token added, and how many of them are segments.
+    """
+    lengths = np.diff(ends, prepend=0)
+    reach = max(1, (int(lengths.sum()) - 1) // context // group_size // 2) * context
+    parts = np.where(lengths > reach, -(-lengths // max(1, reach // 2)), 1)
+    document = np.repeat(np.arange(len(ends)), parts)
+    part = np.arange(1, len(document) + 1) - (np.cumsum(parts) - parts)[document]
+    return (ends - lengths)[document] + part * lengths[document] // parts[document], int(parts[parts > 1].sum())
+
+
+def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, everything: bool = False) -> np.ndarray:
+    """`grouped_order` without its check."""
+    count = blocks.total if everything else len(blocks)
+    groups = -(-count // group_size) if everything else count // group_size
+    fewest = min(2, group_size)  # in a single group neighbours would be mates
+    if everything and count:
+        groups = max(groups, fewest)
+    if groups < fewest:
+        raise ValueError(
+            f"{count} blocks of {blocks.context} tokens do not fill {'two groups' if fewest == 2 else 'a group'} of "
+            f"{group_size}: give more text"
+        )
+    rng = np.random.default_rng((seed, epoch))
+    places = groups * group_size
+    circle = max(places, count)
+    # In place and in 32 bits where they do: there may be many millions of blocks.
+    order = np.arange(places, dtype=np.int32 if 2 * circle < 2**31 else np.int64)
+    order += int(rng.integers(count))
+    order %= circle
+    order[order >= count] = -1
+    stripes = order.reshape(group_size, groups)
+    for half in (stripes[:, : (groups + 1) // 2], stripes[:, (groups + 1) // 2 :]):
+        rng.permuted(half, axis=1, out=half)
+    return stripes.T[rng.permutation(groups)]
+
+
+def grouped_order(
+    blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, everything: bool = False
+) -> np.ndarray:
+    """Block numbers (groups, G) of one epoch: a pure function of its arguments.
+
+    Every whole block stands once, but for the remainder that does not fill a group, which changes from epoch to epoch.
+    With `everything` none is left out, the incomplete last block included, and -1 stands where a group is not full.
+
+    Raises ValueError where there is no such order: fewer blocks than two groups (with `everything`, none at all), or a
+    document with more than its share.
+    """
+    order = deal(blocks, group_size, seed=seed, epoch=epoch, everything=everything)
+    if len(collisions(blocks, order)[0]):
+        raise ValueError(
+            f"a document has more than 1 / {2 * group_size} of the {order.size} blocks and could meet itself in a "
+            "group: give more text, smaller groups or shorter documents"
+        )
+    return order
+
+
+def collisions(blocks: Blocks, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where blocks of one group (groups, G) touch one document: numbers of the groups and of the places in them."""
+    found = []
+    rows = max(1, 2**18 // groups.shape[1])  # at once, to save memory
+    for start in range(0, len(groups), rows):
+        part = groups[start : start + rows]
+        empty = part < 0
+        first, last = blocks.documents(np.where(empty, 0, part))
+        nobody = np.broadcast_to(-1 - np.arange(part.shape[1]), part.shape)  # a document of its own for an empty place
+        first, last = np.where(empty, nobody, first), np.where(empty, nobody, last)
+        order = np.argsort(first, axis=1)
+        first, last = np.take_along_axis(first, order, axis=1), np.take_along_axis(last, order, axis=1)
+        group, pair = np.nonzero(last[:, :-1] >= first[:, 1:])
+        found.append((start + group, order[group, pair]))
+    return np.concatenate([group for group, _ in found]), np.concatenate([place for _, place in found])
+
+
+class GroupedBatches(Dataset):
+    """Training rows in order: row i is of step i // batch_size, and the rows of a step depend on (seed, step) alone.
+
+    Consecutive rows form groups, so however a step's rows are dealt out in order (processes, accumulation), a
+    micro-batch that is a multiple of the group size holds whole groups. `first_step` steps have gone before, in the run
+    that this one goes on from.
+    """
+
+    def __init__(self, blocks: Blocks, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
+        self.blocks, self.group_size, self.seed, self.first_step = blocks, group_size, seed, first_step
+        self.length, self.gone = steps * batch_size, first_step * batch_size
+        self.rows_per_epoch = len(blocks) // group_size * group_size
+        self._order: tuple[int, np.ndarray] | None = None
+        self._rows_of(0)  # fail now rather than in a worker
+
+    def __len__(self) -> int:
+        return self.length
+
+    def _rows_of(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, grouped_order(self.blocks, self.group_size, seed=self.seed, epoch=epoch).ravel()
+        return self._order[1]
+
+    def block_numbers(self, rows: list[int]) -> np.ndarray:
+        numbers = [self.gone + row for row in rows]
+        return np.array([self._rows_of(row // self.rows_per_epoch)[row % self.rows_per_epoch] for row in numbers])
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return self.blocks.batch(self.block_numbers(rows))
+
+
+GROUPS = 32  # of rows of training text that `mot train` measures on
+
+
+def training_groups(text: Blocks, group_size: int) -> Iterator[dict[str, Tensor]]:
+    """The first groups of a text, a group at a time: what a run's companions are measured on."""
+    for rows in grouped_order(text, group_size)[:GROUPS]:
+        yield text.batch(rows)

@@ -1,0 +1,88 @@
+"""How a corpus was prepared, and how far the promise holds that group-mates come from different documents."""
+
+import json as json_module
+from typing import Any
+
+import numpy as np
+
+from mixture_of_tokens.data.groups import Blocks, collisions, deal
+from mixture_of_tokens.data.prepare import SPLITS, prepare
+from mixture_of_tokens.formatting import aligned
+
+EPOCHS = 3  # of training order that are searched for collisions
+
+
+def data_report(
+    *data: str,
+    field: str = "text",
+    max_bytes: int | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int = 512,
+    context: int = 64,
+    group_size: int = 32,
+    json: bool = False,
+) -> None:
+    """Prepare a corpus and print what is in it.
+
+    A collision is a block that stands in a group beside a block of the same document (or of the same segment, where
+    segments count as documents), in three epochs of training or in evaluation. There should be none.
+
+    Args:
+        data: Files, folders or globs of text, .jsonl or .parquet, each also .gz, or hf:NAME[:CONFIG] for a data set of
+            the Hub; by default the source text of Python's standard library.
+        field: The field of .jsonl, .parquet and Hub rows that holds the text.
+        max_bytes: Bytes of text to read at most; by default all.
+        tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
+        vocab_size: Of the tokenizer that is trained.
+        context: Tokens in a block.
+        group_size: Blocks in a group.
+        json: Print JSON in place of a table.
+    """
+    prepared = prepare(
+        data,
+        field=field,
+        max_bytes=max_bytes,
+        vocab_size=vocab_size if tokenizer is None else None,
+        context=context,
+        tokenizer=tokenizer,
+        group_size=group_size,
+    )
+    splits = {name: _facts(getattr(prepared, name), prepared.facts[name], group_size) for name in SPLITS}
+    whole = {key: value for key, value in prepared.facts.items() if key not in SPLITS}
+    whole["cache"] = str(prepared.directory)
+    if json:
+        print(json_module.dumps({"splits": splits, **whole}, indent=2))
+        return
+    rows: list[tuple[str, ...]] = [("", *SPLITS)]
+    for key in splits["train"]:
+        rows.append((key, *(_shown(splits[name][key]) for name in SPLITS)))
+    print(aligned(rows), end="\n\n")
+    for key, value in whole.items():
+        print(f"{key.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else _shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _facts(blocks: Blocks, counts: dict[str, int], group_size: int) -> dict[str, Any]:
+    of_document = np.zeros(1, dtype=np.int64)
+    if len(blocks):
+        first, last = blocks.documents(np.arange(len(blocks)))
+        changes = np.zeros(len(blocks.ends) + 1, dtype=np.int64)
+        np.add.at(changes, first, 1)
+        np.add.at(changes, last + 1, -1)
+        of_document = np.cumsum(changes)[:-1]
+    found = 0
+    for epoch in range(EPOCHS) if len(blocks) >= 2 * group_size else ():
+        found += len(collisions(blocks, deal(blocks, group_size, epoch=epoch))[0])
+    if blocks.total:
+        found += len(collisions(blocks, deal(blocks, group_size, everything=True))[0])
+    return counts | {
+        "bytes per token": round(counts["bytes"] / max(1, counts["tokens"]), 3),
+        "blocks": len(blocks),
+        "blocks per document, median": float(np.median(of_document)),
+        "blocks per document, most": int(of_document.max()),
+        "groups": len(blocks) // group_size,
+        "collisions": found,
+    }

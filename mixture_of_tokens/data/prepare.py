@@ -1,0 +1,242 @@
+"""Text -> token files with a manifest, made once, kept in a cache under a hash of content and options.
+
+A cache entry is made in a folder beside it, under a lock, and renamed when it is whole and on the disk. What a killed
+process has left there is thrown away by the next one.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerFast
+
+from mixture_of_tokens.data import sources as corpus
+from mixture_of_tokens.data.groups import Blocks, segmented
+from mixture_of_tokens.data.splits import SPLITS, opened, split, spool, text_of
+from mixture_of_tokens.data.tokenizer import check_vocab_size, fingerprint, load_tokenizer, train_tokenizer
+from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, _encoded, _progress, tokenize
+
+TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
+SMALLEST_GROUP = 32  # documents are cut as for groups of this size or more, so that models of smaller ones share data
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tokenized corpus: its splits, its tokenizer, and what is known of it.
+
+    `tuning` is for choosing settings, so that nothing is chosen on what is reported; it may be shorter than a block.
+    facts: `hash` (of the kept text), `source`, `duplicates_dropped`, `documents_cut`, `segments` (how many far-apart
+    parts of documents count as documents), `dtype`, `tokenizer` (a hash) and, by split, documents, tokens and bytes.
+    """
+
+    train: Blocks
+    tuning: Blocks
+    validation: Blocks
+    tokenizer: PreTrainedTokenizerFast
+    facts: dict
+    directory: Path
+
+
+def prepare(
+    sources: Sequence[str] = (),
+    *,
+    field: str = "text",
+    max_bytes: int | None = None,
+    vocab_size: int | None = 512,
+    context: int = 64,
+    tokenizer: str | None = None,
+    group_size: int = 32,
+) -> Prepared:
+    """Text without near-duplicates, split by document and tokenized; read from the cache if it is there.
+
+    Args:
+        sources: See `corpus.documents`; none stands for the source text of Python's standard library.
+        field: Of a row of .jsonl, .parquet or a Hub data set, the one that holds its text.
+        max_bytes: Of text to read at most.
+        vocab_size: Of the tokenizer to be trained. With `tokenizer`, at least its length, or None.
+        context: Tokens in a block.
+        tokenizer: A tokenizer.json, a folder with one or a Hub name.
+        group_size: Documents are cut, or divided into segments, such that groups of this size, or smaller ones, can
+            be made of different documents.
+
+    Raises ValueError for bad sources or options, and if the training or validation split is shorter than a block.
+    """
+    for name, value in {"context": context, "group_size": group_size, "max_bytes": max_bytes}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be positive, not {value}")
+    sources = [str(source) for source in sources]
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    if given is None:
+        vocab_size = check_vocab_size(vocab_size)
+    elif vocab_size is not None and vocab_size < len(given):
+        raise ValueError(f"vocab_size {vocab_size} is less than the {len(given)} tokens of {tokenizer}")
+    group_size = max(SMALLEST_GROUP, group_size)
+    # Of the files; the text in them is somewhat less, or where they are compressed more.
+    sizes = [corpus.raw_bytes(source) for source in sources or [None]]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    with _progress("Looking for the data in the cache", total) as bar:
+        content = [corpus.fingerprint(source, bar.update) for source in sources or [None]]
+    options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else fingerprint(given)]
+    key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
+    directory = corpus.cache_directory() / f"tokens-{key}"
+    manifest = _whole(directory)
+    if manifest is None:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(directory):
+            manifest = _whole(directory)  # another process may have made it meanwhile
+            if manifest is None:
+                documents = corpus.documents(sources, field)
+                total = max_bytes if total is None or max_bytes is None else min(total, max_bytes)
+                _make(directory, documents, max_bytes, total, group_size, given, vocab_size)
+                manifest = _whole(directory)
+    assert manifest is not None
+    splits, facts, segments = {}, manifest["facts"], 0
+    for name in SPLITS:
+        paths = [directory / file for file in manifest["shards"][name]]
+        tokens = TokenFiles(paths, facts["dtype"], facts[name]["tokens"], manifest["shard_tokens"])
+        ends, count = segmented(np.load(directory / f"{name}.ends.npy"), context, group_size)
+        splits[name] = Blocks(tokens, ends, context, facts[name]["bytes"])
+        segments += count
+        if name != "tuning" and len(splits[name]) == 0:
+            raise ValueError(
+                f"the {name} split has {len(tokens)} tokens, less than a block of {context}: give more text"
+            )
+    named = sources or [f"the standard library of Python {platform.python_version()}"]
+    if segments:
+        _say_segments(named, group_size, segments)
+    facts |= {"source": named, "segments": segments}
+    kept = given or PreTrainedTokenizerFast.from_pretrained(directory)
+    return Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
+
+
+def whole_text(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    field: str = "text",
+    context: int = 64,
+    group_size: int = 32,
+) -> Blocks:
+    """All text of some sources in memory: nothing is dropped, cut or split off, and all of its bytes are counted.
+
+    Raises ValueError for bad sources.
+    """
+    rows, ends, length, count = [], [], 0, 0
+    with _progress("Tokenizing") as bar:
+        for document in corpus.documents(sources, field):
+            text = b"".join(document)
+            (tokens, _), *_ = _encoded(tokenizer, [(text, True)])
+            rows.append(np.array(tokens, dtype=np.int64))
+            length += len(tokens)
+            ends.append(length)
+            count += len(text)
+            bar.update(len(text))
+    parts, segments = segmented(np.array(ends), context, group_size)
+    if segments:
+        _say_segments(sources, group_size, segments)
+    return Blocks(np.concatenate(rows), parts, context, count)
+
+
+def _say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
+    what = f"{', '.join(map(str, sources))}: too few documents, or too long ones, for groups of {group_size}"
+    print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    lock = FileLock(f"{directory}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("Another process prepares the same data: waiting for it.", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _whole(directory: Path) -> dict | None:
+    """The manifest of a cache entry that has all of its files at their full length."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        sizes = {name: (directory / name).stat().st_size for name in manifest["files"]}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # or it cannot be read: then all is made again
+        return None
+    return manifest if sizes == manifest["files"] else None
+
+
+def _make(
+    directory: Path,
+    documents: Iterable[corpus.Document],
+    max_bytes: int | None,
+    total: int | None,
+    group_size: int,
+    tokenizer: PreTrainedTokenizerFast | None,
+    vocab_size: int | None,
+) -> None:
+    """Make a cache entry. total: bytes to read, about; vocab_size: of the tokenizer to be trained, if none is given."""
+    if directory.exists():
+        print(f"{directory} is damaged: a file is missing or of the wrong length. It is made again.", file=sys.stderr)
+        shutil.rmtree(directory)
+    beside = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        text = beside / "text"
+        with _progress("Reading", total) as bar:
+            places, digests = spool(documents, text, max_bytes, bar.update)
+        with _progress("Looking for duplicates", int(places[:, 1].sum())) as bar:
+            parts = split(text, places, digests, group_size=group_size, work=beside, read=bar.update)
+        with _parallel_tokenizers():
+            if tokenizer is None:
+                tokenizer = train_tokenizer(_training_text(text, parts.places["train"]), vocab_size)
+            manifest = tokenize(text, parts, tokenizer, beside, group_size)
+        text.unlink()
+        manifest["files"] = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
+        (beside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        for path in [*beside.iterdir(), beside]:
+            _to_disk(path)
+        beside.rename(directory)
+        _to_disk(directory.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    with opened(path) as file:
+        os.fsync(file)
+
+
+@contextmanager
+def _parallel_tokenizers() -> Iterator[None]:
+    """Let tokenizers use all cores, whatever the environment says for smaller work."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _training_text(text: Path, places: np.ndarray) -> Iterator[str]:
+    left = TRAINING_BYTES
+    with opened(text) as file:
+        for offset, length in places:
+            for piece in text_of(file, int(offset), int(length), TRAINING_PIECE):
+                yield piece.decode()
+                left -= len(piece)
+                if left < 0:
+                    return

@@ -1,0 +1,191 @@
+"""Documents -> one file of their text -> training, tuning and validation documents that are fit for grouping.
+
+No document may stand beside itself in a group, so none may be more than a share of its split. Where there are many
+documents, longer ones are cut. Where there are too few, or cutting would leave too little, nothing is cut, and segments
+of a document that are far apart count as documents (`data.segmented`).
+"""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixture_of_tokens.data.duplicates import unlike
+from mixture_of_tokens.data.sources import Document
+
+SPLITS = ("train", "tuning", "validation")
+VALIDATION, TUNING = 0.1, 0.05  # of the documents; with few documents, of each document
+HELD_OUT = 10**7  # bytes, about, at most: all of a split is evaluated, for minutes if it were a tenth of a large corpus
+FEW = 20  # documents, below which each is divided among the splits; so are huge ones
+
+
+@dataclass(frozen=True)
+class Splits:
+    """By split, offset and length (documents, 2), int64, of documents in the file of the text, and which are cut."""
+
+    places: dict[str, np.ndarray]
+    cut: dict[str, np.ndarray]
+    duplicates: int
+
+
+def spool(
+    documents: Iterable[Document], file: Path, max_bytes: int | None, read: Callable[[int], Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write the text of all documents, or its first `max_bytes`, to a file.
+
+    Returns offset and length (documents, 2), int64, of each in the file, and hashes (documents,), uint64, of them.
+    """
+    lengths, digests, total = array("q"), array("Q"), 0
+    with file.open("wb") as out:
+        for document in documents:
+            digest, length = hashlib.sha256(), 0
+            for part in document:
+                out.write(part)
+                digest.update(part)
+                length += len(part)
+                read(len(part))
+                if max_bytes is not None and total + length > max_bytes:
+                    break
+            if max_bytes is not None and total + length > max_bytes:
+                out.flush()
+                with opened(file) as written:
+                    length = _character(written, max_bytes) - total
+            if length:
+                lengths.append(length)
+                digests.append(int.from_bytes(digest.digest()[:8]))
+            total += length
+            if max_bytes is not None and total + 4 > max_bytes:  # no room for any character
+                break
+    length = np.array(lengths, dtype=np.int64)
+    return np.stack([np.cumsum(length) - length, length], axis=1), np.array(digests, dtype=np.uint64)
+
+
+def split(
+    file: Path, places: np.ndarray, digests: np.ndarray, *, group_size: int, work: Path, read: Callable[[int], Any]
+) -> Splits:
+    """Leave out duplicates, deal documents to the splits in an order set by their content, cut those that are too long.
+
+    Args:
+        file, places, digests: what `spool` wrote and returned.
+        group_size: no document may have more than 1 / (2.5 * group_size) of its split's bytes.
+        work: A folder for what does not go into memory.
+        read: Told of the bytes sketched.
+
+    Raises ValueError if there is no text.
+    """
+    kept, duplicates = unlike(file, places, digests, work, read) if places.any() else ([], 0)
+    if not len(kept):
+        raise ValueError("there is no text in the corpus")
+    documents = places[kept]
+    shares = [min(share, HELD_OUT / int(documents[:, 1].sum())) for share in (VALIDATION, TUNING)]
+    with opened(file) as text:
+        # Few, or so large that one of them is more than is held out.
+        if len(documents) < FEW or round(min(shares) * len(documents)) < 1:
+            divided = np.array([_divided(text, offset, length, *shares) for offset, length in documents.tolist()])
+            parts = whole = list(divided.swapaxes(0, 1))  # each (documents, 2)
+        else:
+            held_out = [_count(len(documents), share, group_size) for share in shares]
+            whole = np.split(documents, np.cumsum(held_out))[::-1]
+            # Text to train on is worth more than the promise of whole documents; text to evaluate on is not.
+            parts = [
+                _cut(text, p, group_size, 0.5 if s == "train" else 0.125) for s, p in zip(SPLITS, whole, strict=True)
+            ]
+    result, cut = {}, {}
+    for name, part, before in zip(SPLITS, parts, whole, strict=True):
+        some = part[:, 1] > 0
+        result[name], cut[name] = part[some], (part != before).any(axis=1)[some]
+    return Splits(result, cut, duplicates)
+
+
+def _enough(documents: int, group_size: int) -> bool:
+    """Whether there are so many documents that each can have less than 1 / (2 * group_size) of all text."""
+    return documents >= 3.125 * group_size
+
+
+def _count(documents: int, share: float, group_size: int) -> int:
+    """A split's documents: its share of all, or up to twice that where it then has enough to need no segments."""
+    usual, more = round(share * documents), min(round(2 * share * documents), 5 * group_size)
+    return more if more > usual and _enough(more, group_size) else usual
+
+
+def _cut(text: int, places: np.ndarray, group_size: int, least: float) -> np.ndarray:
+    """Documents cut to their share; as they are if there are too few, or if less than `least` of the text were left."""
+    if not _enough(len(places), group_size):
+        return places
+    share = 1 / (2.5 * group_size)
+    lengths = places[:, 1]
+    longest, total = int(lengths.max()), int(lengths.sum())
+    while longest > share * total and total >= least * lengths.sum():
+        longest = int(share * total)  # cutting lowers the total, and so what a share of it is
+        total = int(np.minimum(lengths, longest).sum())
+    if total < least * lengths.sum():
+        return places
+    return _shortened(text, places, np.minimum(lengths, longest))
+
+
+def cut_by_tokens(text: int, places: np.ndarray, tokens: np.ndarray, group_size: int) -> np.ndarray:
+    """Documents that are within their share of the bytes, cut where they are beyond it in tokens (documents,).
+
+    Tables of numbers may have twice as many tokens as prose of that length. Nothing is cut where there are too few
+    documents, or where that would take more than a tenth of the text.
+    """
+    most = tokens.sum() / (2.2 * group_size)
+    if not _enough(len(places), group_size) or (tokens - np.minimum(tokens, most)).sum() > tokens.sum() / 10:
+        return places
+    lengths = places[:, 1]
+    return _shortened(text, places, np.where(tokens > most, (0.9 * most / tokens * lengths).astype(np.int64), lengths))
+
+
+def _shortened(text: int, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Documents cut to `lengths` (documents,) or to the end of a character before it."""
+    result = places.copy()
+    for number in np.flatnonzero(lengths < places[:, 1]):
+        offset = int(places[number, 0])
+        result[number, 1] = _character(text, offset + int(lengths[number])) - offset
+    return result
+
+
+def _divided(text: int, offset: int, length: int, validation: float, tuning: float) -> list[tuple[int, int]]:
+    """Training, tuning and validation part of a document, in the order of its text."""
+    edges = [offset]
+    for share in (1 - validation - tuning, 1 - validation):
+        place = offset + round(share * length)
+        line_end = os.pread(text, min(length // 40, 2**16), place).find(b"\n")
+        edges.append(_character(text, place) if line_end < 0 else place + line_end + 1)
+    edges.append(offset + length)
+    return [(a, b - a) for a, b in pairwise(edges)]
+
+
+def _character(text: int, place: int) -> int:
+    """The start of the UTF-8 character that the byte at `place` of an open file is part of."""
+    while (os.pread(text, 1, place) or b"\0")[0] & 0xC0 == 0x80:
+        place -= 1
+    return place
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def text_of(file: int, offset: int, length: int, largest: int) -> Iterator[bytes]:
+    """The text of a document in pieces of at most `largest` bytes that end at a line's end, or at a character's."""
+    end = offset + length
+    while offset < end:
+        piece = os.pread(file, min(largest, end - offset), offset)
+        if offset + len(piece) < end:
+            last = piece.rfind(b"\n", len(piece) // 2) + 1
+            piece = piece[: last or _character(file, offset + len(piece)) - offset]
+        yield piece
+        offset += len(piece)

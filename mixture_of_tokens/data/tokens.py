@@ -1,0 +1,182 @@
+"""Token files: written once, a split at a time, and read as an array is."""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, text_of
+from mixture_of_tokens.data.tokenizer import fingerprint
+
+FORMAT = 3  # of the files in the cache; a change makes new ones
+SHARD_TOKENS = 2**27  # in a file
+# Tokenizers take some hundred bytes a token while they encode, so text goes to them in small batches of small pieces.
+BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16
+
+
+def _progress(what: str, total: int | None = None) -> tqdm:
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, dynamic_ncols=True, file=sys.stderr)
+
+
+def tokenize(
+    text: Path,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    group_size: int,
+    shard_tokens: int = SHARD_TOKENS,
+) -> dict:
+    """Write the tokens of all documents, each closed by the end of text, where they end, and the tokenizer.
+
+    Args:
+        text: The file that holds the text of the documents.
+
+    Returns a manifest without `files`.
+    """
+    dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
+    facts: dict[str, Any] = {"dtype": dtype, "tokenizer": fingerprint(tokenizer)}
+    shards, cut, digest = {}, 0, hashlib.sha256()
+    with (
+        _progress("Tokenizing", sum(int(part[:, 1].sum()) for part in splits.places.values())) as bar,
+        opened(text) as file,
+    ):
+        for name, part in splits.places.items():
+            shortened = splits.cut[name]
+            while True:
+                done, read = bar.n, digest.copy()
+                read.update(f"{name} {len(part)}".encode() + part[:, 1].tobytes())
+                names, ends = _write(file, part, tokenizer, directory / name, dtype, shard_tokens, read, bar)
+                shorter = cut_by_tokens(file, part, np.diff(ends, prepend=0), group_size)
+                if np.array_equal(shorter, part):
+                    break
+                shortened = shortened | (shorter != part).any(axis=1)
+                part = shorter
+                bar.update(done - bar.n)
+                for file_name in names:
+                    (directory / file_name).unlink()
+            digest = read
+            cut += int(shortened.sum())
+            np.save(directory / f"{name}.ends.npy", ends)
+            shards[name] = names
+            tokens = int(ends[-1]) if len(ends) else 0
+            facts[name] = {"documents": len(part), "tokens": tokens, "bytes": int(part[:, 1].sum())}
+    tokenizer.save_pretrained(directory)
+    facts |= {"hash": digest.hexdigest()[:16], "duplicates_dropped": splits.duplicates, "documents_cut": cut}
+    return {"format": FORMAT, "shard_tokens": shard_tokens, "shards": shards, "facts": facts}
+
+
+def _write(
+    file: int,
+    places: np.ndarray,
+    tokenizer: PreTrainedTokenizerFast,
+    stem: Path,
+    dtype: str,
+    shard_tokens: int,
+    digest,
+    bar: tqdm,
+) -> tuple[list[str], np.ndarray]:
+    """Write the tokens of one split. Returns the names of its shards, and where its documents end (documents,)."""
+    writer = _Writer(stem, dtype, shard_tokens)
+    ends = np.zeros(len(places), dtype=np.int64)
+    document = 0
+    for batch in _batches(file, places):
+        for tokens, closes in _encoded(tokenizer, batch):
+            writer.append(np.array(tokens, dtype=dtype))
+            if closes:
+                ends[document] = writer.total
+                document += 1
+        for piece, _ in batch:
+            digest.update(piece)
+            bar.update(len(piece))
+    writer.close()
+    return writer.names, ends
+
+
+def _batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]]:
+    """Pieces of documents, and whether they are the last of theirs, a few megabytes at a time."""
+    batch, size = [], 0
+    for offset, length in places:
+        left = int(length)
+        for piece in text_of(file, int(offset), int(length), PIECE):
+            left -= len(piece)
+            batch.append((piece, left == 0))
+            size += len(piece)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]]) -> Iterator[tuple[list, bool]]:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"a {type(tokenizer).__name__} cannot be used: it has no fast version, of tokenizers")
+    backend = tokenizer.backend_tokenizer
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True  # `<|endoftext|>` in a text is text
+    try:
+        rows = backend.encode_batch_fast([piece.decode() for piece, _ in batch], add_special_tokens=False)
+    except Exception as error:  # tokenizers raises the bare class
+        raise ValueError(f"the tokenizer cannot encode the text: {error}") from error
+    finally:
+        backend.encode_special_tokens = before
+    for row, (_, closes) in zip(rows, batch, strict=True):
+        yield (row.ids if not closes or tokenizer.eos_token_id is None else [*row.ids, tokenizer.eos_token_id]), closes
+
+
+class _Writer:
+    """Appends tokens to files of `shard_tokens` each, named after the split."""
+
+    def __init__(self, stem: Path, dtype: str, shard_tokens: int):
+        self.stem, self.dtype, self.shard_tokens = stem, dtype, shard_tokens
+        self.names: list[str] = []
+        self.total = 0
+        self._file = None
+
+    def append(self, tokens: np.ndarray) -> None:
+        while len(tokens):
+            if self.total % self.shard_tokens == 0:
+                self.close()
+                self.names.append(f"{self.stem.name}-{len(self.names):05d}.tokens")
+                self._file = self.stem.with_name(self.names[-1]).open("wb")
+            now, tokens = np.split(tokens, [self.shard_tokens - self.total % self.shard_tokens])
+            assert self._file is not None
+            self._file.write(now.tobytes())
+            self.total += len(now)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """A token stream in files, read as an array is: `len`, and an array of positions in square brackets.
+
+    A file is mapped anew for each reading. Pages of a lasting map would stay and count as this process's memory, until
+    it holds the whole corpus; a new map costs some 30 microseconds.
+
+    shard_tokens: in each file; the last one may hold fewer.
+    """
+
+    paths: Sequence[Path]
+    dtype: str
+    length: int
+    shard_tokens: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: np.ndarray) -> np.ndarray:
+        shard, place = np.divmod(position, self.shard_tokens)
+        result = np.empty(position.shape, dtype=self.dtype)
+        for number in np.flatnonzero(np.bincount(shard.ravel())).tolist():
+            here = shard == number
+            result[here] = np.memmap(self.paths[number], dtype=self.dtype, mode="r")[place[here]]
+        return result

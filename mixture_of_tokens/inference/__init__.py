@@ -1,0 +1,1 @@
+"""What a trained model does: text, loss, leaks."""

@@ -1,0 +1,192 @@
+"""What a causal language model lets through: from the future, and from the other texts of its batch. `mot audit`.
+
+The model is a black box: token ids (B, T) and a mask in, logits (B, T, V) out, in float32. Three questions in order:
+
+    noise   how far are logits from those of the same batch in float64? Batches of another shape, and experts that get
+            more or fewer tokens, round otherwise, by about as much
+    future  do logits up to position k move when all after k is replaced, in a row, in its batch-mates, or in both?
+    mates   do the logits of a row move when all other rows are replaced?
+
+A change counts as a leak where it is more than MARGIN times the noise. That the replaced part itself moves is checked
+too, or a model that looks at nothing would pass, and so would an audit that replaces nothing.
+"""
+
+import json as json_module
+import sys
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
+from mixture_of_tokens.runs.config import check_seed
+from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, text_of
+
+MARGIN = 10
+ROWS, LONGEST = 8, 64  # of the batch of a model without groups; tokens of a text
+QUARTERS = 4
+
+
+def audit(
+    run: str,
+    *,
+    expect: Literal["causal", "private"] | None = None,
+    alone: bool = False,
+    batches: int = 3,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.
+
+    Causal: no logit moves when later tokens change, those of batch-mates included. Private: causal, and no logit moves
+    when batch-mates change. What is looked at is the text of the run where it is known, or else random tokens.
+
+    Args:
+        run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
+        expect: Exit with status 1 if the model is not that.
+        alone: Look at a Mixture of Tokens as `mot generate --alone` uses it.
+        batches: Batches to look at.
+        seed: Of what is put in place of tokens.
+        json: Print JSON in place of a table.
+    """
+    if batches < 1:
+        raise ValueError(f"--batches must be at least 1, not {batches}")
+    check_seed(seed)
+    model = load_model(run, alone=alone).float()
+    text = None
+    try:
+        text = text_of(run)
+        seen = texts(text.validation, model, batches, seed)
+    except ValueError as error:  # not known, or not enough of it
+        print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
+        seen = texts(None, model, batches, seed)
+    found = {"run": run, "length": seen[0][0].shape[1], "collisions": None} | measure(model, seen, seed)
+    if text is not None and group_size_of(model) is not None:
+        orders = ((blocks, deal(blocks, model.config.group_size)) for blocks in (text.train, text.validation))
+        found["collisions"] = sum(len(collisions(blocks, order)[0]) for blocks, order in orders)
+    found |= verdicts(found)
+    print(json_module.dumps(found, indent=2) if json else table(found))
+    if expect is not None and not found[expect]:
+        print(f"mot: {run} is not {expect}", file=sys.stderr)
+        sys.exit(1)
+
+
+@torch.no_grad()
+def measure(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> dict[str, Any]:
+    """The largest changes of logits over some batches, in absolute numbers; `logits_std` is their scale.
+
+    Args:
+        texts: For each batch token ids (B, T) to look at, and others, different everywhere, to put in their place.
+
+    Returns `noise`; `future` by what was replaced; `moved`, the least that a replaced part itself moved; `mates`, and
+    its effect on the distributions by quarters of the positions: Kullback-Leibler divergence in nats, mean and largest,
+    and the share of positions with another likeliest token; for our models `layers`, how far the residual stream behind
+    each block moves, as a share of its size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise, std, moved, mates, layers = [], [], [], [], []
+    future: dict[str, list[float]] = {"its own": [], "its mates'": [], "both": []}
+    divergence, flips = [], []
+    for ids, others in texts:
+        logits, states = _look(model, ids)
+        std.append(float(logits.std()))
+        noise.append(_noise(model, ids, logits))
+        rows, length = ids.shape
+        own = torch.arange(rows) == int(torch.randint(rows, (), generator=generator))
+        for k in sorted({0, length // 4, length // 2, length - 2}):
+            for what, where in zip(future, (own, ~own, torch.ones_like(own)), strict=True):
+                if where.any():
+                    changed = ids.clone()
+                    changed[where, k + 1 :] = others[where, k + 1 :]
+                    apart = (_look(model, changed)[0] - logits).abs()
+                    future[what].append(float(apart[:, : k + 1].max()))
+                    moved.append(float(apart[where, k + 1 :].max()))
+        with_others, states_with_others = _look(model, torch.where(own[:, None], ids, others))
+        before, after = logits[own][0].log_softmax(-1), with_others[own][0].log_softmax(-1)
+        mates.append(float((logits[own] - with_others[own]).abs().max()))
+        divergence.append((before.exp() * (before - after)).sum(-1))
+        flips.append((before.argmax(-1) != after.argmax(-1)).float())
+        pairs = zip(states, states_with_others, strict=True)
+        layers.append([float((b[own] - a[own]).norm() / b[own].norm()) for b, a in pairs])
+    quarters = [torch.cat([each.tensor_split(QUARTERS)[i] for each in divergence]) for i in range(QUARTERS)]
+    flipped = [torch.cat([each.tensor_split(QUARTERS)[i] for each in flips]) for i in range(QUARTERS)]
+    return {
+        "logits_std": max(std),
+        "noise": max(noise),
+        "future": {what: max(changes, default=0.0) for what, changes in future.items()},
+        "moved": min(moved),
+        "mates": max(mates),
+        "kl_mean": [float(quarter.mean()) for quarter in quarters],
+        "kl_largest": [float(quarter.max()) for quarter in quarters],
+        "top1_flips": [float(quarter.mean()) for quarter in flipped],
+        "layers": [max(layer) for layer in zip(*layers, strict=True)],
+    }
+
+
+def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Logits (B, T, V) and the residual stream (B, T, D) behind each block."""
+    ids = ids.to(model.device)
+    outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True)
+    return outputs.logits.cpu(), tuple(state.cpu() for state in (outputs.hidden_states or ())[1:])
+
+
+def _noise(model, ids: Tensor, logits: Tensor) -> float:
+    """Of the same batch once more, and in float64."""
+    again = (_look(model, ids)[0] - logits).abs().max()
+    fast = getattr(model.config, "_experts_implementation", None)
+    if fast is not None:  # transformers' fast experts do not take float64
+        model.set_experts_implementation("eager")
+    exact = _look(model.double(), ids)[0]
+    model.float()
+    if fast is not None:
+        model.set_experts_implementation(fast)
+    return max(float(again), float((exact - logits).abs().max()), torch.finfo(logits.dtype).eps * float(logits.std()))
+
+
+def verdicts(found: dict[str, Any]) -> dict[str, Any]:
+    """`causal` and `private`, and the change that is `allowed`; neither where what was replaced did not move."""
+    allowed = MARGIN * found["noise"]
+    causal = found["moved"] > allowed and max(found["future"].values()) <= allowed and not found["collisions"]
+    return {"allowed": allowed, "causal": causal, "private": causal and found["mates"] <= allowed}
+
+
+def table(found: dict[str, Any]) -> str:
+    rows = [("nothing: rounding in float32", found["noise"])]
+    rows += [(f"later tokens, {what}", change) for what, change in found["future"].items()]
+    rows += [("all batch-mates", found["mates"])]
+    width = max(len(what) for what, _ in rows)
+    lines = [f"{'What changes':<{width}}  largest change of a logit, in what is not replaced"]
+    lines += [f"{what:<{width}}  {value:.1e}" for what, value in rows]
+    lines += ["", f"Logits have a standard deviation of {found['logits_std']:.1f}.", ""]
+    if found["mates"] > found["allowed"]:
+        positions = f"by quarters of the {found['length']} positions"
+        lines.append(f"When batch-mates change, the next token's distribution does too (nats, share), {positions}:")
+        for what, key in (("KL mean", "kl_mean"), ("KL largest", "kl_largest"), ("top 1 flips", "top1_flips")):
+            lines.append(f"  {what:<12}" + "".join(f"{value:>10.4f}" for value in found[key]))
+        if found["layers"]:
+            shares = "".join(f"{value:>10.1%}" for value in found["layers"])
+            where = f"behind blocks 1 to {len(found['layers'])}"
+            lines.append(f"The residual stream moves by this share, {where}:\n  {'':<12}{shares}")
+        lines.append("")
+    if found["collisions"] is not None:
+        lines.append(f"Groups of its text in which a document meets itself: {found['collisions']}")
+    lines.append(f"causal: {'yes' if found['causal'] else 'NO'}; private: {'yes' if found['private'] else 'no'}")
+    return "\n".join(lines)
+
+
+def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of batches for `measure`: two groups of text as in training, or without any text random tokens."""
+    rows = 2 * (group_size_of(model) or ROWS // 2)
+    config = model.config
+    # All logits stand in memory a few times.
+    length = max(8, min(LONGEST, context_of(model), 2**27 // (rows * config.vocab_size)))
+    if blocks is None:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(config.vocab_size, (batches, 2, rows, length), generator=generator)
+    else:
+        order = grouped_order(blocks, rows // 2, seed=seed)
+        chosen = order[np.arange(4 * batches) % len(order)].reshape(batches, 2, rows)
+        tokens = torch.stack([blocks.batch(each.ravel())["input_ids"][:, :length] for each in chosen])
+        tokens = tokens.unflatten(1, (2, rows))
+    return [(ids, torch.where(ids == others, (others + 1) % config.vocab_size, others)) for ids, others in tokens]

@@ -1,0 +1,234 @@
+"""Loss of a model over text it was not trained on, always over the same blocks in the same groups: `mot evaluate`."""
+
+import dataclasses
+import json as json_module
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.data.prepare import whole_text
+from mixture_of_tokens.formatting import aligned
+from mixture_of_tokens.layers import Router
+from mixture_of_tokens.loss import IGNORE
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.routings import routings_of
+from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, text_of
+
+BATCH_SIZE = 32  # of models that mix nothing, beside a lone row
+ARGMAX_TEMPERATURE = 1e-6
+LOGITS = 2**27  # at once, of models that have them all in memory; half a gigabyte in fp32
+
+
+def evaluate(
+    run: str,
+    *,
+    data: list[str] | None = None,
+    field: str = "text",
+    context: int | None = None,
+    regroupings: int = 3,
+    sweep_tokens: int = 1_000_000,
+    json: bool = False,
+) -> None:
+    """Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.
+
+    In a group of n < G rows each expert's typical companions stand for the missing ones; alone, a text is served as
+    `mot generate --alone` serves it. Times are of one forward pass over one group, the median; tokens/s are from them.
+
+    Args:
+        run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
+        data: Files, folders, globs or hf:NAME[:CONFIG], all of whose text is taken; may be repeated. By default the
+            validation text of the run.
+        field: Of rows of --data, the text.
+        context: Tokens in a block; by default the model's, at most 1,024.
+        regroupings: Ways to form full groups; the loss is their mean, the spread from the least to the greatest.
+        sweep_tokens: Groups that are not full are made of no more full ones than hold so many tokens.
+        json: Print JSON in place of a table.
+    """
+    for flag, value in {"--regroupings": regroupings, "--sweep-tokens": sweep_tokens, "--context": context}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be at least 1, not {value}")
+    model = load_model(run)
+    longest = context_of(model)
+    context = min(longest, 1024) if context is None else context
+    if context > longest:
+        raise ValueError(f"--context {context} is more than the {longest} tokens that the model takes")
+    group_size = group_size_of(model)
+    if data is None:
+        blocks = dataclasses.replace(text_of(run).validation, context=context)
+    else:
+        blocks = whole_text(
+            data, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
+        )
+    result = {
+        "run": run,
+        "group_size": group_size,
+        "context": context,
+        "bytes": blocks.bytes,
+        "lines": _lines(model, blocks, regroupings, sweep_tokens),
+    }
+    print(json_module.dumps(result, indent=2) if json else _table(result))
+
+
+def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[dict[str, Any]]:
+    mixes, group_size = group_size_of(model) is not None, group_size_of(model) or BATCH_SIZE
+    seeds = range(regroupings if mixes else 1)
+    full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
+    part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
+    # What stands in front, and block numbers (groups, rows) of every regrouping; routing by argmax.
+    real = float(np.mean([((order >= 0) & (order < len(blocks))).sum(1).mean() for order in full]))
+    filled = "full groups" if real > 0.9 * group_size else f"groups of {real:.0f} of {group_size} rows"
+    plan = [(filled if mixes else f"{group_size} rows", full, False)]
+    if mixes and len(part) < len(full[0]):
+        plan.append((f"{filled}, the part below", [part], False))
+    if any(routing.mixes and routing.routed for routing in routings_of(model)):
+        plan.append((f"{filled}, argmax routing", [part], True))
+    sizes = [2**power for power in range(1, (group_size - 1).bit_length())] if mixes else []
+    plan += [(f"{n} rows a group", [in_parts(part, n)], False) for n in reversed(sizes)]
+    if all(routing.serves_alone for routing in routings_of(model)):
+        plan.append(("alone", [in_parts(part, 1)], False))
+    lines = []
+    total = sum(len(order) for _, orders, _ in plan for order in orders)
+    with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True) as bar:
+        for label, orders, argmax in plan:
+            with argmax_routing(model) if argmax else nullcontext():
+                found = [_measure(model, blocks, order, bar) for order in orders]
+            losses, rows = [one["nats"] / one["tokens"] for one in found], orders[0].shape[1]
+            loss, seconds = statistics.mean(losses), statistics.median(s for one in found for s in one["seconds"])
+            speed = statistics.median(speed for one in found for speed in one["speeds"])
+            whole = found[0]["tokens"] == len(blocks.tokens) - 1
+            lines.append(
+                {
+                    "label": label,
+                    "rows": rows,
+                    "loss": loss,
+                    "spread": max(losses) - min(losses) if len(losses) > 1 else None,
+                    "perplexity": math.exp(loss),
+                    "bits_per_byte": loss * found[0]["tokens"] / math.log(2) / blocks.bytes if whole else None,
+                    "tokens": found[0]["tokens"],
+                    "seconds_per_group": seconds,
+                    "tokens_per_second": speed,
+                }
+            )
+    return lines
+
+
+def in_parts(groups: np.ndarray, n: int) -> np.ndarray:
+    """The same blocks (groups, G) in groups of n, each of one of those; -1 where one is not full, and none is empty."""
+    padded = np.pad(groups, ((0, 0), (0, -groups.shape[1] % n)), constant_values=-1)
+    parts = padded.reshape(-1, n)
+    return parts[(parts >= 0).any(axis=1)]
+
+
+@contextmanager
+def argmax_routing(model) -> Iterator[None]:
+    """Every expert reads the one token of a group that it weighs most, and gives back to no other."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    before = [float(router.temperature) for router in routers]
+    try:
+        for router in routers:
+            router.set_temperature(ARGMAX_TEMPERATURE)
+        yield
+    finally:
+        for router, temperature in zip(routers, before, strict=True):
+            router.set_temperature(temperature)
+
+
+def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> dict[str, Any]:
+    """Summed cross-entropy of blocks by number (groups, n), a group at a time; the seconds that each took."""
+    nats, tokens, seconds, speeds = 0.0, 0, [], []
+    for rows in groups:
+        padded = bool((rows < 0).any() or rows.max() >= len(blocks))
+        inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=padded).items()}
+        start = time.perf_counter()
+        group_nats, group_tokens = cross_entropy(model, inputs)
+        seconds.append(time.perf_counter() - start)
+        speeds.append(group_tokens / seconds[-1])
+        nats, tokens = nats + group_nats, tokens + group_tokens
+        bar.update()
+    return {"nats": nats, "tokens": tokens, "seconds": seconds, "speeds": speeds}
+
+
+@torch.no_grad()
+def cross_entropy(model, inputs: dict[str, Tensor]) -> tuple[float, int]:
+    """Summed over the tokens that have a label, and how many there are; of any causal language model."""
+    labels = inputs["shift_labels"]
+    count = int((labels != IGNORE).sum())
+    if not count:
+        return 0.0, 0
+    if isinstance(model, PreTrainedModel) and not isinstance(model, MixtureOfTokensForCausalLM):
+        rows = max(1, LOGITS // (labels.shape[1] * model.config.vocab_size))  # whose logits stand in memory
+        nats = 0.0
+        for start in range(0, len(labels), rows):
+            given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}
+            expected = given.pop("shift_labels").flatten()
+            logits = model(**given, use_cache=False).logits.flatten(0, 1).float()
+            nats += float(F.cross_entropy(logits, expected, ignore_index=IGNORE, reduction="sum"))
+        return nats, count
+    return float(model(**inputs, use_cache=False).loss) * count, count
+
+
+def evaluate_blocks(
+    model,
+    blocks: Blocks,
+    *,
+    group_size: int,
+    batch_size: int,
+    groups: int | None = None,
+    seed: int = 0,
+    progress: str | None = None,
+) -> dict[str, float]:
+    """Mean cross-entropy in nats a token, in fixed groups of different documents.
+
+    Args:
+        batch_size: rows at a time, a multiple of the group size.
+        groups: how many groups to take. None, or more than there are, takes all of the text, each token once, in
+            groups that are filled up with masked rows where need be, and then counts bits per byte too.
+        seed: of the groups.
+        progress: what a bar on standard error says, if it takes longer than two seconds; None for no bar.
+
+    Returns `loss`, `tokens` and, over all of the text, `bits_per_byte`.
+    """
+    everything = groups is None or groups * group_size > len(blocks)
+    order = grouped_order(blocks, group_size, seed=seed, everything=everything)[: None if everything else groups]
+    training = model.training
+    model.eval()
+    nats, tokens = 0.0, 0
+    batches = np.split(order.ravel(), range(batch_size, order.size, batch_size))
+    for rows in tqdm(batches, progress, unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=not progress):
+        inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=everything).items()}
+        batch_nats, batch_tokens = cross_entropy(model, inputs)
+        nats, tokens = nats + batch_nats, tokens + batch_tokens
+    model.train(training)
+    result = {"loss": nats / tokens, "tokens": tokens}
+    if everything:
+        result["bits_per_byte"] = nats / math.log(2) / blocks.bytes
+    return result
+
+
+def _table(result: dict[str, Any]) -> str:
+    columns = ["", "loss", "spread", "perplexity", "bits/byte", "ms", "tokens/s", "tokens"]
+    table = [
+        [
+            line["label"],
+            f"{line['loss']:.4f}",
+            "" if line["spread"] is None else f"{line['spread']:.4f}",
+            f"{line['perplexity']:.3f}",
+            "" if line["bits_per_byte"] is None else f"{line['bits_per_byte']:.4f}",
+            f"{1000 * line['seconds_per_group']:.1f}",
+            f"{line['tokens_per_second']:,.0f}",
+            f"{line['tokens']:,}",
+        ]
+        for line in result["lines"]
+    ]
+    return aligned([columns, *table])

@@ -1,0 +1,306 @@
+"""Text from a model: the command `mot generate`."""
+
+import hashlib
+import json as json_module
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.config import check_seed
+from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of
+
+BATCH_SIZE = 32
+
+
+class Sampling(NamedTuple):
+    """How continuations are drawn. Temperature 0 takes the likeliest token, whatever the seed."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_p: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot be sampled with."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature must be 0 or more, and finite, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
+        check_seed(self.seed)
+
+
+DEFAULT = Sampling()
+
+
+class Row(NamedTuple):
+    """A row of a batch: the number of its prompt and of the sample."""
+
+    prompt: int
+    sample: int
+
+
+def generate(
+    run: str,
+    *,
+    prompt: list[str] | None = None,
+    prompts_file: Path | None = None,
+    out: Path | None = None,
+    max_new_tokens: int = DEFAULT.max_new_tokens,
+    temperature: float = DEFAULT.temperature,
+    top_p: float = DEFAULT.top_p,
+    samples: int = 1,
+    batch_size: int = BATCH_SIZE,
+    alone: bool = False,
+    seed: int = DEFAULT.seed,
+    json: bool = False,
+) -> None:
+    """Continue prompts.
+
+    A single one is written as it comes. Several go in batches of similar lengths, and a Mixture of Tokens mixes the
+    prompts of a batch, unless --alone is given. Text goes to standard output, everything else to standard error.
+
+    Args:
+        run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
+        prompt: A text to continue; may be repeated.
+        prompts_file: A file of prompts: one a line, or, if it ends in .jsonl, objects with the field "prompt".
+        out: The JSON lines that --prompts-file makes, in its order; by default NAME.continued.jsonl beside it. The
+            same command goes on where it was stopped.
+        max_new_tokens: Tokens to write; fewer where a text ends or the context is full.
+        temperature: Of sampling; 0 always takes the likeliest token.
+        top_p: Sample among the likeliest tokens that together have this probability.
+        samples: Continuations of each prompt. Those of one prompt are never in one batch.
+        batch_size: Prompts at a time; rounded up to whole groups.
+        alone: Take each prompt by itself, each expert's typical companions in the place of others, so that none
+            influences another; a Mixture of Tokens then computes all experts for every token.
+        seed: Of sampling.
+        json: Print JSON lines in place of text.
+    """
+    if (prompts_file is None) == (prompt is None):
+        raise ValueError("give either --prompt, which may be repeated, or --prompts-file")
+    if prompts_file is None and out is not None:
+        raise ValueError("--out is for --prompts-file; continuations of --prompt are printed")
+    if prompts_file is not None and json:
+        raise ValueError("--json is for --prompt; --prompts-file writes JSON lines to --out")
+    for flag, value in {"--samples": samples, "--batch-size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{flag} must be at least 1, not {value}")
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling.check()
+    prompts = list(prompt or []) if prompts_file is None else read_prompts(prompts_file)
+    model, tokenizer = load_model(run, alone=alone), load_tokenizer_of(run)
+    context = context_of(model)
+    # Runs are trained on text as it is; other models may want a token at its beginning.
+    special = not isinstance(model, MixtureOfTokensForCausalLM)
+    encoded = encode(tokenizer, prompts, context, add_special_tokens=special)
+    batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
+    widths = [max(len(encoded[row.prompt]) for row in batch) for batch in batches]
+    cut = sum(len(batch) for batch, width in zip(batches, widths, strict=True) if width + max_new_tokens > context)
+    if cut:
+        total = sum(map(len, batches))
+        print(
+            f"mot: the context of {context} tokens ends {cut} of {total} texts before {max_new_tokens} new tokens",
+            file=sys.stderr,
+        )
+
+    def write(number: int, streamer: TextStreamer | None = None) -> list[dict[str, Any]]:
+        drawn = sampling._replace(seed=(seed + number) % 2**32)
+        rows = batches[number]
+        texts = _continue(model, tokenizer, [encoded[row.prompt] for row in rows], drawn, streamer)
+        return [
+            {"index": row.prompt, "sample": row.sample, "prompt": prompts[row.prompt], "text": text, "tokens": count}
+            for row, (text, count) in zip(rows, texts, strict=True)
+        ]
+
+    if prompts_file is not None:
+        digest = hashlib.sha256(json_module.dumps(prompts).encode()).hexdigest()
+        settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size, "alone": alone}
+        out = prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl") if out is None else out
+        _to_file(out, settings | sampling._asdict(), batches, write)
+    else:
+        _to_screen(batches, write, prompts, tokenizer, as_json=json)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Raises ValueError for a file that cannot be read as prompts, naming the line, and for one without any."""
+    try:
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028, as splitlines would
+    except FileNotFoundError:
+        raise ValueError(f"--prompts-file {file}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts-file {file} cannot be read as UTF-8 text: {error}") from None
+    if lines == [""]:
+        raise ValueError(f"--prompts-file {file} is empty")
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if file.suffix == ".jsonl":
+            try:
+                line = json_module.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                line = None
+        if not isinstance(line, str) or not line:
+            what = 'is no object with the text "prompt"' if file.suffix == ".jsonl" else "is empty"
+            raise ValueError(f"--prompts-file {file}: line {number} {what}")
+        prompts.append(line)
+    return prompts
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context: int, *, add_special_tokens: bool = False
+) -> list[list[int]]:
+    """Tokens of each prompt. Raises ValueError for one that is empty or leaves no room in the context."""
+    for number, prompt in enumerate(prompts, 1):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(f"prompt {number} is no text: it has bytes or escapes that are no Unicode character")
+    encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
+    for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True), 1):
+        if not tokens or not prompt:
+            raise ValueError(f"prompt {number} is empty; give at least one character")
+        if len(tokens) >= context:
+            what = f"prompt {number}, {prompt[:40]!r}, has {len(tokens)} tokens"
+            raise ValueError(f"{what} and leaves no room in the context of {context}")
+    return encoded
+
+
+def in_batches(lengths: Sequence[int], samples: int, batch_size: int, group_size: int) -> list[list[Row]]:
+    """Every sample of every prompt once, prompts of similar lengths together, in whole groups but for the last."""
+    size = -(-batch_size // group_size) * group_size
+    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    batches = []
+    for sample in range(samples):
+        for start in range(0, len(order), size):
+            batches.append([Row(index, sample) for index in order[start : start + size]])
+    return batches
+
+
+def continue_prompts(
+    model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sampling: Sampling = DEFAULT
+) -> list[str]:
+    """What the model writes after each prompt. The prompts are one batch, so a Mixture of Tokens mixes them.
+
+    Raises ValueError for a prompt that is empty or as long as the context.
+    """
+    encoded = encode(tokenizer, prompts, context_of(model))
+    return [text for text, _ in _continue(model, tokenizer, encoded, sampling)]
+
+
+@torch.no_grad()
+def _continue(
+    model, tokenizer: Any, encoded: list[list[int]], sampling: Sampling, streamer: TextStreamer | None = None
+) -> list[tuple[str, int]]:
+    """Texts and numbers of tokens that continue a batch of prompts, as far as the context reaches."""
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    width = max(map(len, encoded))
+    ids = torch.tensor([[pad] * (width - len(tokens)) + tokens for tokens in encoded], device=model.device)
+    mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in encoded], device=model.device)
+    set_seed(sampling.seed)
+    training = model.training
+    model.eval()
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=min(sampling.max_new_tokens, context_of(model) - width),
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or None,
+        top_p=sampling.top_p if sampling.temperature else None,
+        top_k=None,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        streamer=streamer,
+    )
+    model.train(training)
+    new = written[:, width:].tolist()
+    if tokenizer.eos_token_id is not None:
+        new = [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in new]
+    return [(_text_after(tokenizer, tokens, row), len(row)) for tokens, row in zip(encoded, new, strict=True)]
+
+
+def _text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """Decoded with what goes before, as some tokenizers drop a space at the beginning of a text."""
+    before, whole = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (prompt, prompt + new))
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
+
+
+def _to_screen(batches: list[list[Row]], write: Callable, prompts: list[str], tokenizer: Any, *, as_json: bool) -> None:
+    clock = time.perf_counter()
+    if sum(map(len, batches)) == 1 and not as_json:
+        print(prompts[0], end="", flush=True)
+        results = write(0, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    else:
+        found = [result for number in range(len(batches)) for result in write(number)]
+        results = sorted(found, key=lambda result: (result["index"], result["sample"]))
+        for number, result in enumerate(results):
+            text = "\n" * (number > 0) + result["prompt"] + result["text"]
+            print(_line(result) if as_json else text)
+    _speed(results, time.perf_counter() - clock)
+
+
+def _to_file(out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Callable) -> None:
+    """Write OUT.unfinished batch by batch, the settings first; once it is whole OUT, in the order of the prompts."""
+    partial = out.with_name(f"{out.name}.unfinished")
+    if out.exists():
+        raise ValueError(f"{out} exists already; name another with --out, or remove it")
+    done = _resumed(partial, settings)
+    new: list[dict[str, Any]] = []
+    clock, total = time.perf_counter(), sum(map(len, batches))
+    with (
+        partial.open("a", encoding="utf-8") as file,
+        tqdm(desc="generate", total=total, initial=len(done), unit="text", dynamic_ncols=True) as bar,
+    ):
+        for number, batch in enumerate(batches):
+            if all(row in done for row in batch):
+                continue
+            for result in write(number):
+                row = Row(result["index"], result["sample"])
+                if row not in done:
+                    file.write(_line(result) + "\n")
+                    new.append(result)
+                    done[row] = result
+                    bar.update()
+            file.flush()
+    checkpoints.write_text(out, "".join(_line(done[row]) + "\n" for row in sorted(done)))
+    partial.unlink()
+    if new:
+        _speed(new, time.perf_counter() - clock)
+    print(f"{len(done)} continuations are in {out}", file=sys.stderr)
+
+
+def _resumed(partial: Path, settings: dict[str, Any]) -> dict[Row, dict[str, Any]]:
+    """What an interrupted command has written; a last line that it was in the middle of is cut off.
+
+    Raises ValueError where that was with other settings.
+    """
+    whole = b""
+    if partial.exists():
+        whole = b"".join(partial.read_bytes().rpartition(b"\n")[:2])
+    if not whole:
+        checkpoints.write_text(partial, _line(settings) + "\n")
+        return {}
+    before, *results = map(json_module.loads, whole.decode().rstrip("\n").split("\n"))
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{partial} was begun with {key.replace('_', '-')} {before.get(key)}, now it is {value}; "
+                "give the same flags and prompts, name another --out, or remove it"
+            )
+    checkpoints.write_text(partial, whole.decode())
+    print(f"Going on from {partial}", file=sys.stderr)
+    return {Row(result["index"], result["sample"]): result for result in results}
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json_module.dumps(value, ensure_ascii=False)
+
+
+def _speed(results: list[dict[str, Any]], seconds: float) -> None:
+    tokens = sum(result["tokens"] for result in results)
+    print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)

@@ -1,0 +1,79 @@
+"""What stands for the tokens that a group lacks: each expert's typical companions, measured in full groups.
+
+A Mixture of Tokens is trained in full groups, and is served in groups of any size, down to a prompt alone. Of what
+G - 1 companions do to a token x with logit l, an expert e sees two things: the sum of their e^logit, which sets the
+weight w = e^l / sum of the group, and what they add to the mixture. Over full groups of training text we take the mean
+of both,
+
+    companion_logit[e] = -log(mean over groups of G / sum_g e^logit[g, e])    so that e^l gets the weight it mostly gets
+    companion[e]       = mean over groups of sum_g w[g, e] x_g                the mean mixture
+
+and put them in the place of every token that is missing. A token alone is then nearly a function of itself: no other
+text enters, and the noise that chance companions bring is gone.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixture_of_tokens.layers import MixtureOfTokens
+from mixture_of_tokens.layout import grouped
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+
+
+class _Means:
+    """Running sums over the full groups that one layer sees, in float64."""
+
+    def __init__(self, layer: MixtureOfTokens):
+        self.groups = 0
+        self.log_inverse_E = torch.full_like(layer.companion_logit, -math.inf, dtype=torch.float64)
+        self.mixtures_ED = torch.zeros_like(layer.companion, dtype=torch.float64)
+
+    def add(self, layer: MixtureOfTokens, args: tuple[Any, ...], output: Tensor) -> None:
+        x_MGD, _, missing_M11 = grouped(args[0], args[1] if len(args) > 1 else None, layer.group_size)
+        if missing_M11 is not None:
+            x_MGD = x_MGD[missing_M11.flatten() == 0]
+        self.groups += len(x_MGD)
+        self.log_inverse_E = torch.logaddexp(
+            self.log_inverse_E, (-layer.logits(x_MGD).double().logsumexp(1)).logsumexp(0)
+        )
+        weights_MGE = layer.weights(x_MGD)
+        self.mixtures_ED += torch.einsum("mge,mgd->ed", weights_MGE, x_MGD.to(weights_MGE.dtype)).double()
+
+    def give(self, layer: MixtureOfTokens) -> None:
+        layer.companion_logit.copy_(math.log(self.groups) - self.log_inverse_E - math.log(layer.group_size))
+        layer.companion.copy_(self.mixtures_ED / self.groups)
+
+
+@torch.no_grad()
+def calibrate_companions(model: MixtureOfTokensForCausalLM, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Set the companions of every Mixture of Tokens layer to their means over `batches`; nothing without such layers.
+
+    Args:
+        model: uncompiled and unwrapped. Full groups are computed as before, so calibrating twice gives the same.
+        batches: what the model takes, rows in whole groups of different texts; groups that lack a token do not count.
+
+    Raises ValueError where no batch has a full group.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
+    if not layers:
+        return
+    means = {layer: _Means(layer) for layer in layers}
+    hooks = [layer.register_forward_hook(means[layer].add) for layer in layers]
+    training = model.training
+    try:
+        model.eval()
+        for batch in batches:
+            inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "token_mask") if k in batch}
+            model(**inputs, logits_to_keep=1, use_cache=False)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if not all(mean.groups for mean in means.values()):
+        raise ValueError(f"no batch has a group of {layers[0].group_size} real tokens to measure companions on")
+    for layer, mean in means.items():
+        mean.give(layer)

@@ -1,0 +1,115 @@
+"""The configuration of a model: transformers' Qwen3-MoE's fields, and ours."""
+
+import math
+
+from mixture_of_tokens.layers import ACTIVATIONS
+from mixture_of_tokens.model.routings import DENSE, MIXTURE, ROUTINGS, Routing
+from mixture_of_tokens.model.upstream import Qwen3MoeConfig
+
+ROUTER_DTYPES = ("float32", "bfloat16", "float64")
+POSITIVE = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads")
+POSITIVE += ("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "group_size", "vocab_size")
+POSITIVE += ("max_position_embeddings",)
+FLAGS = ("gated", "learnable_temperature", "normalize_mixture")  # upstream checks its own
+
+
+class MixtureOfTokensConfig(Qwen3MoeConfig):
+    """Qwen3-MoE's fields (`num_experts`, `moe_intermediate_size`, `num_experts_per_tok`, ...) and ours.
+
+    Fields:
+        mlp_layer_types: the kind of each block's feed-forward, of the table in `routings.py`: "dense",
+            "mixture_of_tokens", ... None: Mixture of Tokens in the later half of the blocks, as in the paper.
+        group_size: tokens that are mixed, each of another example; a training batch is a multiple of it.
+        gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
+        router_temperature, learnable_temperature, router_dtype, normalize_mixture: see `layers.py`.
+        capacity_factor: see `TokenChoice`.
+        initializer_scale: weights are drawn with std = scale / sqrt(fan_in), cut at two std; embeddings have fan_in 1.
+        router_aux_loss_coef: weight of Token Choice's load-balancing loss, in training.
+    """
+
+    model_type = "mixture_of_tokens"
+    # Upstream's plans split experts in ways that know nothing of groups.
+    base_model_tp_plan = None
+    base_model_ep_plan = None
+    base_model_pp_plan = None
+
+    vocab_size: int = 50257
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    max_position_embeddings: int = 256
+    num_experts: int = 32
+    moe_intermediate_size: int = 1376
+    num_experts_per_tok: int = 1
+    router_aux_loss_coef: float = 0.01
+
+    mlp_layer_types: list[str] | None = None
+    group_size: int = 32
+    gated: bool = True
+    router_temperature: float = 1.0
+    learnable_temperature: bool = False
+    router_dtype: str = "float32"
+    normalize_mixture: bool = False
+    capacity_factor: float | None = 1.25
+    initializer_scale: float = 0.1**0.5
+
+    def __post_init__(self, **kwargs):
+        for name in POSITIVE:
+            value = kwargs.get(name, getattr(self, name, None))
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.mlp_layer_types is None:
+            dense = self.num_hidden_layers // 2
+            self.mlp_layer_types = [DENSE.kind] * dense + [MIXTURE.kind] * (self.num_hidden_layers - dense)
+        if not isinstance(self.mlp_layer_types, list | tuple):
+            raise ValueError(f"mlp_layer_types must name the {self.num_hidden_layers} blocks' kinds in a list")
+        unknown = set(map(str, self.mlp_layer_types)) - set(ROUTINGS)
+        if unknown:
+            raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(ROUTINGS)}")
+        if len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
+        if not 0 < self.initializer_scale < math.inf:
+            raise ValueError(f"initializer_scale must be positive and finite, not {self.initializer_scale}")
+        if not 0 < self.router_temperature < math.inf:
+            raise ValueError(f"router_temperature must be positive and finite, not {self.router_temperature}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
+        heads, kv_heads = self.num_attention_heads, kwargs.get("num_key_value_heads", self.num_key_value_heads)
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+        width = kwargs.get("head_dim", getattr(self, "head_dim", None)) or self.hidden_size // heads
+        if width % 2:
+            raise ValueError(f"head_dim must be even, for rotary positions, not {width}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must be at least 0 and below 1, not {self.attention_dropout}")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.router_dtype not in ROUTER_DTYPES:
+            raise ValueError(f"router_dtype {self.router_dtype!r} is unknown; legal are {', '.join(ROUTER_DTYPES)}")
+        # Upstream's way of saying the same, for the export.
+        self.mlp_only_layers = [i for i, kind in enumerate(self.mlp_layer_types) if kind == DENSE.kind]
+        self.decoder_sparse_step = 1
+        super().__post_init__(**kwargs)
+
+    @property
+    def feed_forwards(self) -> list[str]:
+        """The kind of each block's feed-forward."""
+        return list(self.mlp_layer_types or [])
+
+    @property
+    def routings(self) -> list[Routing]:
+        """The row of each block in the table of routings."""
+        return [ROUTINGS[kind] for kind in self.feed_forwards]
+
+    @property
+    def sparse_routings(self) -> list[Routing]:
+        """Of the blocks that have experts."""
+        return [routing for routing in self.routings if routing.sparse]
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether what one example gets depends on the others of its batch."""
+        return any(routing.shares_batch for routing in self.routings)

@@ -1,0 +1,261 @@
+"""What a configuration costs: parameters, FLOPs per token, memory; and `plan`, which prints it.
+
+Letters as in `layers.py`; B sequences of T tokens are computed at once. A multiply-add is 2 FLOPs, and only matrix
+products count, as in `torch.utils.flop_counter`. Causal attention counts as the whole T x T square, that counter's
+convention; kernels that skip the masked half do half of it.
+"""
+
+import math
+from copy import copy
+from json import dumps
+from typing import Any, Literal, NamedTuple
+
+from mixture_of_tokens.loss import LOGITS_AT_ONCE
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.names import SIZES, config_from_name, name_of, parse_name
+from mixture_of_tokens.model.routings import DENSE, groups_of
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def _attention_widths(config: MixtureOfTokensConfig) -> tuple[int, int, int]:
+    """Of a head, of all queries, of all keys."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head, head * config.num_attention_heads, head * config.num_key_value_heads
+
+
+def parameters(config: MixtureOfTokensConfig) -> dict[str, int]:
+    """Number of parameters: total, active, and the total by component.
+
+    Active is what a token's computation uses: of the experts, its share of the rows that they read. A Mixture of
+    Tokens uses every expert, each once for G tokens, so a token's share is E / G experts.
+    """
+    D, blocks, routings = config.hidden_size, config.num_hidden_layers, config.sparse_routings
+    head, queries, keys = _attention_widths(config)
+    router = config.num_experts * D + config.learnable_temperature
+    biases = config.attention_bias * (queries + 2 * keys + D)
+    column = (3 if config.gated else 2) * D  # of a feed-forward: what one unit of its width has
+    expert = column * config.moe_intermediate_size
+    parts = {
+        "embedding": config.vocab_size * D,
+        "attention": blocks * (2 * D * (queries + keys) + biases),
+        "norms": blocks * 2 * (D + head) + D,  # a head's queries and keys have one each
+        "feed_forward": (blocks - len(routings)) * column * config.intermediate_size,
+        "experts": len(routings) * config.num_experts * expert,
+        "router": sum(routing.routed for routing in routings) * router,
+        "head": 0 if config.tie_word_embeddings else config.vocab_size * D,
+    }
+    # One group at one position, without the spare room of a capacity.
+    rows = sum(routing.rows(config, config.group_size, 1, False) for routing in routings)
+    total = sum(parts.values())
+    return {"total": total, "active": total - parts["experts"] + round(expert * rows / config.group_size)} | parts
+
+
+class Flops(NamedTuple):
+    """By component, per token."""
+
+    forward: dict[str, float]
+    backward: dict[str, float]
+
+
+def flops_per_token(
+    config: MixtureOfTokensConfig, *, batch: int | None = None, context: int | None = None, training: bool = True
+) -> Flops:
+    """FLOPs of a forward and a backward pass, by component.
+
+    attention is its projections, attention_scores both T x T products, feed_forward that of dense blocks, collect
+    makes mixtures, spread gives outputs back to tokens, head makes the logits of every token.
+
+    Args:
+        batch: sequences at once, by default one group; it matters where they do not fill their groups.
+        context: positions, by default the configuration's.
+        training: Token Choice's experts then compute on their whole capacity, filled or not: capacity_factor times
+            the matched FLOPs. In evaluation they compute on what is theirs.
+    """
+    B, T = batch or config.group_size, context or config.max_position_embeddings
+    D, E, blocks, routings = config.hidden_size, config.num_experts, config.num_hidden_layers, config.sparse_routings
+    _, queries, keys = _attention_widths(config)
+    column = (6 if config.gated else 4) * D  # of a feed-forward: what one unit of its width costs
+    filled = math.prod(groups_of(config, B, T)) / (B * T)
+    routed = sum(filled if routing.grouped else 1 for routing in routings if routing.routed)
+    mixed = sum(filled for routing in routings if routing.mixes)
+    rows = sum(routing.rows(config, B, T, training) for routing in routings)
+    forward = {
+        "attention": blocks * 4 * D * (queries + keys),
+        "attention_scores": blocks * 4 * T * queries,
+        "feed_forward": (blocks - len(routings)) * column * config.intermediate_size,
+        "experts": column * config.moe_intermediate_size * rows / (B * T),
+        "router": 2 * D * E * routed,
+        "collect": 2 * D * E * mixed,
+        "spread": 2 * D * E * mixed,
+        "head": 2 * D * config.vocab_size,
+    }
+    # The gradient of a product is two products of its size, one for each factor.
+    return Flops(forward, {part: 2 * flops for part, flops in forward.items()})
+
+
+def memory(config: MixtureOfTokensConfig, batch: int, context: int | None = None, dtype="float32") -> dict[str, int]:
+    """An estimate of the bytes held when training on `batch` sequences at once, by part.
+
+    weights, gradients, optimizer (AdamW's two moments); activations: what autograd keeps for the backward pass, with
+    fused attention (no T x T scores) and nothing recomputed; logits: one chunk and its gradient. All are in `dtype`;
+    mixed precision holds what float32 does, but 0.63 to 0.84 of the activations (measured at Nano and Medium).
+    Not counted: gradients of activations, work space, what the allocator loses.
+
+    Raises ValueError for an unknown dtype.
+    """
+    if dtype not in BYTES:
+        raise ValueError(f"dtype {dtype!r} is unknown; legal are {', '.join(BYTES)}")
+    size, T = BYTES[dtype], context or config.max_position_embeddings
+    tokens, V, D = batch * T, config.vocab_size, config.hidden_size
+    weights = size * parameters(config)["total"]
+    last_norm, loss = tokens * (4 + size) * D, size * (tokens + V) * D  # the loss keeps the gradients of its inputs
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "activations": _kept_by_blocks(config, batch, T, size) + last_norm + loss,
+        "logits": 2 * 4 * min(LOGITS_AT_ONCE, tokens * V),
+    }
+
+
+def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, size: int) -> int:
+    """Bytes that autograd keeps of the blocks; an element has `size`, but RMSNorm and routing work in fp32.
+
+    A norm keeps its input, and what it has before the learned scale; a linear layer its input; attention its queries,
+    keys, values and output; a gated feed-forward four of its width (gate, up, silu(gate), their product).
+    """
+    tokens, D, blocks, routings = batch * context, config.hidden_size, config.num_hidden_layers, config.sparse_routings
+    _, queries, keys = _attention_widths(config)
+    hidden = 4 if config.gated else 1 if config.hidden_act == "relu" else 2
+    norms_and_attention = (4 + size) * (2 * D + queries + keys) + size * (D + 2 * queries + 2 * keys)
+    dense = size * (D + hidden * config.intermediate_size)
+    kept = tokens * (blocks * norms_and_attention + (blocks - len(routings)) * dense)
+    for routing in routings:
+        rows = routing.rows(config, batch, context, True)
+        outputs = rows if routing.grouped else tokens * config.num_experts_per_tok
+        (fp32, own), vectors = routing.kept_weights, 4 * routing.kept_outputs[0] + size * routing.kept_outputs[1]
+        weights = 4 * fp32 + size * own * (size < 4 or not fp32)  # in float32 a cast is no copy
+        cast = 4 * D if routing.routed and size < 4 else 0  # the router's input
+        kept += tokens * (size * D + cast + weights * config.num_experts)
+        kept += rows * size * (D + hidden * config.moe_intermediate_size) + outputs * vectors * D
+    return kept
+
+
+def legal_micro_batches(config: MixtureOfTokensConfig, batch: int) -> list[int]:
+    """Sequences that one device may take at once: whole groups, and a whole number of times in the step's batch.
+
+    Raises ValueError if the batch does not divide into groups.
+    """
+    group = config.group_size if config.mixes_examples else 1
+    if batch < 1 or batch % group:
+        nearest = max(1, round(batch / group)) * group
+        raise ValueError(f"a batch of {batch} sequences does not divide into groups of {group}; {nearest} would")
+    return [size for size in range(group, batch + 1, group) if batch % size == 0]
+
+
+def plan_of(
+    config: MixtureOfTokensConfig, batch: int, micro_batch: int | None = None, dtype="float32"
+) -> dict[str, Any]:
+    """Everything that `plan` prints, ready for JSON; memory in bytes.
+
+    The floors are the dense model's FLOPs over this one's, the speed that a perfect implementation has: of the whole
+    model, and of the sparse blocks' feed-forwards alone.
+
+    Args:
+        batch: sequences a step; micro_batch: sequences at once, by default the smallest legal number from 32 on.
+
+    Raises ValueError for a batch or micro_batch that is not legal, or an unknown dtype.
+    """
+    legal = legal_micro_batches(config, batch)
+    if micro_batch is None:
+        micro_batch = next((size for size in legal if size >= 32), legal[-1])
+    if micro_batch not in legal:
+        raise ValueError(f"micro-batch {micro_batch} is not legal; legal are {', '.join(map(str, legal))}")
+    name, dense = name_of(config), copy(config)
+    dense.mlp_layer_types = [DENSE.kind] * config.num_hidden_layers
+    forward, backward = map(_with_total, flops_per_token(config, batch=micro_batch))
+    of_dense = _with_total(flops_per_token(dense, batch=micro_batch).forward)
+    matched = of_dense["feed_forward"] - forward["feed_forward"]
+    sparse = sum(forward[part] for part in ("experts", "router", "collect", "spread"))
+    return {
+        "name": name,
+        "matched": parse_name(name).matched() if name else [],
+        "context": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "batch": batch,
+        "legal_micro_batches": legal,
+        "parameters": parameters(config),
+        "flops_per_token": {
+            "forward": forward,
+            "backward": backward,
+            "share_of_dense": {part: flops / of_dense["total"] for part, flops in forward.items()},
+        },
+        "floor": {"model": of_dense["total"] / forward["total"], "feed_forward": matched / sparse if sparse else 1.0},
+        "micro_batch": micro_batch,
+        "dtype": dtype,
+        "memory_bytes": _with_total(memory(config, micro_batch, dtype=dtype)),
+    }
+
+
+def _with_total(parts: dict) -> dict:
+    return parts | {"total": sum(parts.values())}
+
+
+def plan_table(plan: dict[str, Any]) -> str:
+    """What `plan_of` returns, as text."""
+    forward, backward, share = plan["flops_per_token"].values()
+    lines = [
+        f"{plan['name'] or 'a model without a name'}: vocabulary {plan['vocab_size']:,}, a step of {plan['batch']} "
+        f"sequences x {plan['context']} = {plan['batch'] * plan['context']:,} tokens",
+        f"matched: {', '.join(plan['matched']) or 'none'}",
+        f"legal micro-batches: {', '.join(map(str, plan['legal_micro_batches']))}",
+        "",
+        _row("parameters"),
+        *(_row(part, _short(count)) for part, count in plan["parameters"].items() if count),
+        "",
+        _row("FLOPs per token", "forward", "backward", "of dense"),
+        *(_row(part, _short(n), _short(backward[part]), f"{share[part]:.1%}") for part, n in forward.items() if n),
+        f"A perfect implementation has {plan['floor']['model']:.3f} of the dense model's speed "
+        f"({plan['floor']['feed_forward']:.3f} in the sparse blocks' feed-forwards).",
+        "",
+        _row(f"memory, {plan['dtype']}", "GiB", f"   estimated, {plan['micro_batch']} sequences at once"),
+        *(_row(part, f"{held / 2**30:.3f}") for part, held in plan["memory_bytes"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _row(label: str, *cells: str) -> str:
+    return (f"  {label:<18}" + "".join(f"{cell:>12}" for cell in cells)).rstrip()
+
+
+def _short(number: float) -> str:
+    for unit, power in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
+        if number >= power:
+            return f"{number / power:.1f}{unit}"
+    return f"{number:.0f}  "
+
+
+def plan(
+    name: str,
+    *,
+    json: bool = False,
+    micro_batch: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    gated: bool = True,
+) -> None:
+    """Print what a model costs: parameters, FLOPs per token in training, memory, legal micro-batches, matched models.
+
+    Nothing is built. FLOPs are those of matrix products, a multiply-add counting as two; memory is an estimate.
+
+    Args:
+        name: The model, such as MoT-Medium/32E/8.
+        json: Print one JSON object instead of text, with memory in bytes.
+        micro_batch: Sequences that a device takes at once. By default the smallest legal number from 32 on.
+        dtype: What weights, gradients, optimizer and activations are held in.
+        gated: SwiGLU feed-forwards. Otherwise the paper's plain ones with ReLU.
+    """
+    parsed = parse_name(name)
+    batch = -(-SIZES[parsed.size].batch // parsed.group_size) * parsed.group_size
+    planned = plan_of(config_from_name(name, gated=gated), batch=batch, micro_batch=micro_batch, dtype=dtype)
+    print(dumps(planned, indent=2) if json else plan_table(planned))

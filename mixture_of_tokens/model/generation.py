@@ -1,0 +1,96 @@
+"""What `generate` needs besides upstream's: rows that pad or have ended stay out of the mixture."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def real_tokens(attention_mask: Any, current: Any) -> Any:
+    """The token mask (B, T) of the newest T tokens, `current`, by an attention mask; None where there is none.
+
+    Raises ValueError for an attention mask of another shape, which says nothing of padding.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        raise ValueError("an attention mask that is not (B, T) says nothing of padding: give token_mask too")
+    return attention_mask[:, -current.shape[1] :].bool().to(current.device)
+
+
+class GroupedGeneration:
+    """`generate` of a model whose rows may influence each other, as `mixes_examples` says."""
+
+    mixes_examples: Any
+    generation_config: Any
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """As upstream's. Rows that have finished leave the mixture; a group is one column of the batch.
+
+        The samples of num_return_sequences are rows like others: those of one prompt are mixed with each other.
+
+        Raises ValueError where a mixture would be wrong: prompts padded on the right, beam search, stop strings.
+        """
+
+        def setting(name: str) -> Any:
+            """As upstream takes it: what is given, of the configuration given, of the model's own."""
+            own = getattr(generation_config, name, None)
+            return kwargs.get(name, getattr(self.generation_config, name) if own is None else own)
+
+        if self.mixes_examples:
+            if (setting("num_beams") or 1) > 1:
+                raise ValueError(
+                    "beam search would mix the beams of one prompt with each other; use num_beams=1, or serve_alone()"
+                )
+            mask = kwargs.get("attention_mask")
+            if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
+                raise ValueError(
+                    "prompts must be padded on the left: a group is a column, and a new token's is the last"
+                )
+            if setting("stop_strings"):
+                raise ValueError("rows that end by stop_strings would stay in the mixture; use eos_token_id")
+            stop, prompt = setting("eos_token_id"), kwargs.get("input_ids") if inputs is None else inputs
+            kwargs["stop_ids"] = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
+            if prompt is not None:
+                kwargs["prompt_length"] = prompt.shape[1]
+            else:  # without one it starts from a token; embeddings have no place among the ids
+                kwargs["prompt_length"] = 1 if kwargs.get("inputs_embeds") is None else 0
+        return super().generate(inputs, generation_config=generation_config, **kwargs)  # pyright: ignore
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        attention_mask=None,
+        inputs_embeds=None,
+        cache=None,
+        past_key_values=None,
+        stop_ids: Sequence[int] = (),
+        prompt_length: int = 0,
+        **kwargs,
+    ):
+        """Upstream's inputs and the token mask: padding is not real, nor is what follows a row's stop token.
+
+        Args beyond upstream's:
+            stop_ids: tokens that end a row; prompt_length: ids that are there before the first is written.
+        """
+        # Named because `generate` refuses arguments that are not; the cache's name depends on transformers' version.
+        named = {"inputs_embeds": inputs_embeds, "cache": cache, "past_key_values": past_key_values}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore
+            input_ids, attention_mask=attention_mask, **kwargs
+        )
+        # Upstream drops the mask of prompts that are all equally long; a static cache has one of its own shape.
+        if attention_mask is None and not stop_ids and inputs.get("attention_mask") is None:
+            return inputs
+        current = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        width = current.shape[1]
+        stops = torch.isin(input_ids[:, prompt_length:], input_ids.new_tensor(stop_ids))
+        finished = (stops.cumsum(-1) - stops.int()) > 0
+        token_mask = ~F.pad(finished, (width, 0))[:, -width:]
+        token_mask = token_mask.to(current.device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            token_mask &= real_tokens(attention_mask, current)
+        inputs["token_mask"] = token_mask
+        return inputs

@@ -1,0 +1,198 @@
+"""The causal language model: transformers' Qwen3-MoE in which only the feed-forward differs.
+
+Attention, norms, rotary positions, KV cache, `generate`, checkpoints and parameter names are upstream's; this file
+holds the differences, and `generation.py` those of `generate`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixture_of_tokens.layers import Experts, MixtureOfTokens, Router, truncated_normal_
+from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy, load_balancing_loss
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.generation import GroupedGeneration, real_tokens
+from mixture_of_tokens.model.routings import ROUTINGS
+from mixture_of_tokens.model.upstream import (
+    GradientCheckpointingLayer,
+    MoeCausalLMOutputWithPast,
+    OutputRecorder,
+    Qwen3MoeAttention,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
+    Qwen3MoePreTrainedModel,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+    can_return_tuple,
+    maybe_install_capturing_hooks,
+)
+
+
+class MixtureOfTokensDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MixtureOfTokensConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Qwen3MoeAttention(config, layer_idx)
+        self.mlp = ROUTINGS[config.feed_forwards[layer_idx]].build(config)
+        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, **attention_kwargs) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
+
+
+class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
+    config_class = MixtureOfTokensConfig
+    config: MixtureOfTokensConfig
+    _no_split_modules = ["MixtureOfTokensDecoderLayer"]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(Router, index=0),
+        "hidden_states": MixtureOfTokensDecoderLayer,
+        "attentions": Qwen3MoeAttention,
+    }
+
+    def _init_weights(self, module):
+        scale = self.config.initializer_scale
+        if isinstance(module, nn.Linear):
+            truncated_normal_(module.weight, scale)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding) and self.config.tie_word_embeddings:  # it is the head as well
+            truncated_normal_(module.weight, scale)
+        elif isinstance(module, nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=scale, a=-2 * scale, b=2 * scale)
+        elif isinstance(module, Experts | Router):
+            module.reset_parameters(scale)
+        elif isinstance(module, MixtureOfTokens):  # of a checkpoint without them
+            nn.init.zeros_(module.companion)
+            nn.init.zeros_(module.companion_logit)
+        else:
+            super()._init_weights(module)
+
+
+class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
+    def __init__(self, config: MixtureOfTokensConfig):
+        MixtureOfTokensPreTrainedModel.__init__(self, config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        blocks = [MixtureOfTokensDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+        # Upstream installs them at the first call that records, under a lock that `torch.compile` cannot trace.
+        maybe_install_capturing_hooks(self)
+
+    def forward(self, input_ids=None, attention_mask=None, token_mask=None, inputs_embeds: Any = None, **kwargs):
+        """As upstream's, with `token_mask` (B, T), true where a token is real; by default from a 2-D attention mask."""
+        if token_mask is None:
+            token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids)
+        kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_mask": token_mask}
+        return super().forward(attention_mask=attention_mask, **kwargs)
+
+
+class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedModel, Qwen3MoeForCausalLM):
+    _tp_plan = {}
+    _pp_plan = {}
+
+    def __init__(self, config: MixtureOfTokensConfig):
+        MixtureOfTokensPreTrainedModel.__init__(self, config)
+        self.model = MixtureOfTokensModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_router_temperature(self, temperature: float) -> None:
+        """Set every router's temperature, for a schedule; it is saved with the model."""
+        self.config.router_temperature = temperature
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.set_temperature(temperature)
+
+    def serve_alone(self, alone: bool = True) -> None:
+        """Have every row by itself, as `MixtureOfTokens.alone` says, until told otherwise; it is not saved.
+
+        Raises ValueError for a routing that has nothing to put in the place of the other rows, as Expert Choice.
+        """
+        for routing in self.config.routings:
+            if not routing.serves_alone:
+                raise ValueError(f"{routing.title} chooses among the rows of a batch; it cannot serve a row alone")
+        for module in self.modules():
+            if isinstance(module, MixtureOfTokens):
+                module.alone = alone
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether what one row gets depends on the others of its batch, as the model is now."""
+        blocks = zip(self.config.routings, self.model.layers, strict=True)
+        return any(routing.shares_batch and not getattr(block.mlp, "alone", False) for routing, block in blocks)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits, or the loss without them: the (B, T, V) logits exist only where they are asked for.
+
+        Args beyond upstream's:
+            token_mask: (B, T), true where a token is real and takes part in groups; by default the attention mask.
+            labels: (B, T), predicted from the position before; `shift_labels`: the same, shifted already.
+            num_items_in_batch: what the summed loss is divided by; by default the number of labels here. Under
+                gradient accumulation the labels of the whole step; the auxiliary loss is then weighted by this
+                micro-batch's share of them, so that it counts once a step.
+            return_logits: by default only when there are no labels.
+
+        Returns `loss` (cross-entropy in nats, in training plus router_aux_loss_coef times `aux_loss`), `aux_loss`
+        (Token Choice's load-balancing loss, mean over its blocks), `logits`, and upstream's other outputs.
+        """
+        if token_mask is None:
+            token_mask = real_tokens(attention_mask, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
+        balanced = [i for i, routing in enumerate(self.config.routings) if routing.balanced]
+        with_aux = bool(balanced) and self.training and self.config.router_aux_loss_coef > 0
+        with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_mask=token_mask,
+            output_router_logits=with_routers or with_aux,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = aux_loss = logits = None
+        has_labels = labels is not None or shift_labels is not None
+        if return_logits or (return_logits is None and not has_labels):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
+        if with_aux:
+            mask_TB = None if token_mask is None else token_mask.T.to(hidden.device)
+            routed = [i for i, block in enumerate(self.model.layers) if getattr(block.mlp, "gate", None) is not None]
+            logits_of = dict(zip(routed, outputs.router_logits, strict=True))
+            top_k = self.config.num_experts_per_tok
+            losses = [load_balancing_loss(logits_of[i], top_k, mask_TB) for i in balanced]
+            aux_loss = torch.stack(losses).mean()
+        if has_labels:
+            if shift_labels is None:
+                assert labels is not None
+                shift_labels = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
+            shift_labels = shift_labels.to(hidden.device)
+            count = (shift_labels != IGNORE).sum()
+            loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
+            if aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss * count
+            loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        inner = ("last_hidden_state", *(() if with_routers else ("router_logits",)))
+        others = {name: value for name, value in outputs.items() if name not in inner}
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)

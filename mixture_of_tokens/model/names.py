@@ -1,0 +1,195 @@
+"""A model's name is its configuration: 'MoT-Medium/32E/8' <-> `MixtureOfTokensConfig`.
+
+    Transformer-SIZE         the dense model
+    MoT-SIZE/<G>E[/<k>]      Mixture of Tokens
+    Uniform-SIZE/<G>E[/<k>]  Mixture of Tokens without a router
+    TC-SIZE/<G>E[/<k>]       Token Choice
+    EC-SIZE/<G>E[/<k>]       Expert Choice
+
+G is the group size and k the granularity, 1 where it is left out. The sparse blocks have E = G * k experts of width
+d_ff / k: G times the parameters of the dense feed-forward at its FLOPs (Antoniak et al., arXiv 2310.15961). The later
+half of the blocks is sparse, in Mini all of them. So one k costs the same in every system: an expert sees a whole group
+at once in MoT, k experts see a token in Token Choice and, on average, in Expert Choice.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.routings import BY_PREFIX, DENSE, Routing
+
+
+@dataclass(frozen=True)
+class Size:
+    """A dense model and its training batch; the widths of gated and of plain feed-forwards, at about equal FLOPs."""
+
+    hidden_size: int
+    blocks: int
+    heads: int
+    gated_width: int
+    plain_width: int
+    context: int = 256
+    vocab_size: int = 50257
+    batch: int = 256  # sequences a step
+    sparse_everywhere: bool = False
+    mixture_temperature: float = 1.0  # of a Mixture of Tokens' router
+
+
+# Medium and Base are the paper's, Mini its authors' blog post's; Nano trains in minutes on a CPU, and there a sharper
+# router learned faster (experiments/LOG.md).
+SIZES = {
+    "Nano": Size(
+        32,
+        blocks=4,
+        heads=1,
+        gated_width=96,
+        plain_width=128,
+        context=64,
+        vocab_size=512,
+        batch=128,
+        mixture_temperature=0.25,
+    ),
+    "Mini": Size(256, blocks=4, heads=4, gated_width=672, plain_width=1024, sparse_everywhere=True),
+    "Medium": Size(512, blocks=8, heads=8, gated_width=1376, plain_width=2048),
+    "Base": Size(768, blocks=12, heads=12, gated_width=2048, plain_width=3072),
+}
+
+# Upstream reads these two without declaring them.
+FIELDS = sorted({field.name for field in fields(MixtureOfTokensConfig)} | {"head_dim", "attn_implementation"})
+
+# A name says these of a configuration, the second line only where there are experts; not the vocabulary, the context
+# and what training sets (temperature, capacity, ...).
+NAMED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+NAMED += ("hidden_act", "gated", "attention_bias", "tie_word_embeddings", "mlp_layer_types")
+NAMED_OF_EXPERTS = ("num_experts", "moe_intermediate_size", "num_experts_per_tok", "group_size")
+
+
+@dataclass(frozen=True)
+class Name:
+    """A parsed name; `str` gives it back. `system` is a routing's prefix; a dense model has G = k = 1."""
+
+    system: str
+    size: str
+    group_size: int = 1
+    granularity: int = 1
+
+    @property
+    def routing(self) -> Routing:
+        return BY_PREFIX[self.system]
+
+    def __str__(self) -> str:
+        if not self.routing.sparse:
+            return f"{self.system}-{self.size}"
+        granularity = f"/{self.granularity}" if self.granularity > 1 else ""
+        return f"{self.system}-{self.size}/{self.group_size}E{granularity}"
+
+    def matched(self) -> list[str]:
+        """The names of all systems of this size, G and k: equal FLOPs per token but for their routing."""
+        systems = BY_PREFIX if self.routing.sparse else [self.system]
+        return [str(Name(system, self.size, self.group_size, self.granularity)) for system in systems]
+
+
+def nearest(word: str, legal: Iterable[str]) -> str:
+    """'; did you mean WORD?' for the legal word closest to a mistyped one, '' where none is close."""
+    by_lower = {each.lower(): each for each in legal}
+    close = get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+
+def parse_name(name: str) -> Name:
+    """The parts of a name. Raises ValueError, which says what is legal, if it does not follow the grammar."""
+    head, *parts = name.split("/")
+    system, _, size = head.partition("-")
+    for what, word, legal in (("system", system, BY_PREFIX), ("size", size, SIZES)):
+        if word not in legal:
+            raise ValueError(
+                f"{name!r} has no legal {what}: {word!r} is none of {', '.join(legal)}{nearest(word, legal)}"
+            )
+    if not BY_PREFIX[system].sparse:
+        if parts:
+            raise ValueError(f"{name!r}: a {system} has no experts, its name is {head!r}")
+        return Name(system, size)
+    grouping = re.fullmatch(r"([1-9]\d*)E(?:/([1-9]\d*))?", "/".join(parts))
+    if grouping is None:
+        raise ValueError(
+            f"{name!r}: after the size comes /<group size>E and, if not 1, /<granularity>, "
+            f"as in '{head}/32E' or '{head}/32E/8'"
+        )
+    return Name(system, size, int(grouping[1]), int(grouping[2] or 1))
+
+
+def config_from_name(
+    name: str, *, gated: bool = True, vocab_size: int | None = None, **overrides: Any
+) -> MixtureOfTokensConfig:
+    """The configuration that a name stands for.
+
+    Args:
+        name: see the grammar above.
+        gated: SwiGLU feed-forwards; False: the paper's, plain ones with ReLU, half as wide again at equal FLOPs.
+        vocab_size: the tokenizer's; by default the size's.
+        overrides: any field of the configuration. What the name derives from an overridden field follows it: expert
+            widths from `intermediate_size`, the sparse half from `num_hidden_layers`, key and value heads from
+            `num_attention_heads`.
+
+    Raises ValueError for an unknown name or field, or a granularity that does not divide d_ff.
+    """
+    for field in overrides:
+        if field not in FIELDS:
+            raise ValueError(f"the configuration has no field {field!r}{nearest(field, FIELDS)}")
+    parsed = parse_name(name)
+    size, k = SIZES[parsed.size], parsed.granularity
+    width = overrides.get("intermediate_size", size.gated_width if gated else size.plain_width)
+    if width % k:
+        legal = ", ".join(str(d) for d in range(1, width + 1) if width % d == 0)
+        raise ValueError(f"{name!r}: granularity {k} does not divide the feed-forward width {width}; legal are {legal}")
+    heads = overrides.get("num_attention_heads", size.heads)
+    blocks = overrides.get("num_hidden_layers", size.blocks)
+    dense = 0 if size.sparse_everywhere else blocks // 2
+    values = {
+        "vocab_size": size.vocab_size if vocab_size is None else vocab_size,
+        "hidden_size": size.hidden_size,
+        "intermediate_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": size.context,
+        "hidden_act": "silu" if gated else "relu",
+        "gated": gated,
+        "mlp_layer_types": [DENSE.kind] * dense + [parsed.routing.kind] * (blocks - dense),
+        "num_experts": parsed.group_size * k,
+        "moe_intermediate_size": width // k,
+        "num_experts_per_tok": k,  # the transition from MoT to Token Choice needs it too
+        "group_size": parsed.group_size,
+        "router_temperature": size.mixture_temperature if parsed.routing.mixes and parsed.routing.routed else 1.0,
+    }
+    return MixtureOfTokensConfig(**values | overrides)
+
+
+def name_of(config: MixtureOfTokensConfig) -> str | None:
+    """The name whose configuration this is, whatever its vocabulary, context and training settings; None if none is."""
+    used = {routing.prefix for routing in config.sparse_routings or config.routings}
+    if len(used) > 1:
+        return None
+    (system,) = used
+    granularity = config.intermediate_size // config.moe_intermediate_size
+    groups = () if not BY_PREFIX[system].sparse else (config.group_size, granularity)
+    for size in SIZES:
+        name = Name(system, size, *groups)
+        try:
+            named = config_from_name(str(name), gated=config.gated)
+        except ValueError:  # this granularity does not divide this size's width
+            continue
+        told = NAMED + NAMED_OF_EXPERTS if groups else NAMED
+        if all(getattr(named, field, None) == getattr(config, field, None) for field in told):
+            return str(name)
+    return None

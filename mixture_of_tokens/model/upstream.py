@@ -1,0 +1,32 @@
+"""All that this library uses of transformers' internals, in one place: what a new version may move."""
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeMLP,
+    Qwen3MoeModel,
+    Qwen3MoePreTrainedModel,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+)
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
+
+__all__ = [
+    "GradientCheckpointingLayer",
+    "MoeCausalLMOutputWithPast",
+    "OutputRecorder",
+    "Qwen3MoeAttention",
+    "Qwen3MoeConfig",
+    "Qwen3MoeForCausalLM",
+    "Qwen3MoeMLP",
+    "Qwen3MoeModel",
+    "Qwen3MoePreTrainedModel",
+    "Qwen3MoeRMSNorm",
+    "Qwen3MoeRotaryEmbedding",
+    "can_return_tuple",
+    "maybe_install_capturing_hooks",
+]

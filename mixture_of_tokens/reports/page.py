@@ -1,0 +1,346 @@
+"""A comparison as one HTML page that needs nothing else: no network, no script."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, tostring
+
+from mixture_of_tokens.formatting import duration, listed, loss, ratio, short
+from mixture_of_tokens.reports.comparison import RATIOS, summary, telemetry
+from mixture_of_tokens.reports.figures import SERIES, Line, panel
+from mixture_of_tokens.reports.markup import Child, html, own_ids, table, with_swatch
+from mixture_of_tokens.reports.prose import MEASURES, MIXED, findings, glossary, method, seeds_of
+from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
+from mixture_of_tokens.reports.tables import switch_table, tables
+from mixture_of_tokens.runs.run import Run, through_the_switch
+
+PAPER = "https://arxiv.org/abs/2310.15961"
+SKIPPED = 0.15  # of the steps, whose steep losses would flatten the rest of the picture
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def page(
+    comparison: dict[str, Any], models: dict[str, list[Run]], samples: dict[str, dict[str, str]], commands: list[str]
+) -> str:
+    """The whole page.
+
+    Args:
+        comparison: of `results.comparison`; models: the runs that it is of.
+        samples: Continuations by prompt and by the model's label; empty if there are none.
+        commands: That made this.
+    """
+    labels, found = list(models), findings(comparison)
+    title = f"{listed(labels)} compared" if len(labels) > 1 else labels[0]
+    sections = {
+        "curves": ("Loss while training", _curves(comparison, _switches(models))),
+        **({"switch": ("The switch to Token Choice", _through_the_switch(models))} if _switches(models) else {}),
+        "tables": ("In numbers", tables(comparison)),
+        "layers": ("Inside the layers", _layers(models)),
+        "samples": ("What they write", _samples(comparison, samples)),
+        "words": ("What the words mean", _words(comparison)),
+        "made": ("How this was made", _made(comparison, models, commands)),
+    }
+    body = html(
+        "body",
+        html(
+            "header",
+            html("p", "Mixture of Tokens: a comparison of language models", class_="kicker"),
+            html("h1", title),
+            html("ul", [_finding(labels.index(label), told) for label, told in found.items()], class_="lead"),
+            html("p", _reservation(comparison), class_="quiet"),
+            html(
+                "nav",
+                html("ul", [html("li", html("a", head, href=f"#{id}")) for id, (head, _) in sections.items()]),
+                aria_label="Sections",
+            ),
+        ),
+        html(
+            "main",
+            [
+                html("section", html("h2", head, id=id), content, aria_labelledby=id)
+                for id, (head, content) in sections.items()
+            ],
+        ),
+        html("footer", html("p", "Written by mot report, of the library mixture-of-tokens.", class_="quiet")),
+    )
+    for number, svg in enumerate(body.iter("svg")):
+        own_ids(svg, number)
+    head = html(
+        "head",
+        html("meta", charset="utf-8"),
+        html("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        html("title", title),
+        html("style", Path(__file__).with_name("page.css").read_text()),
+    )
+    return "<!doctype html>\n" + tostring(html("html", head, body, lang="en"), encoding="unicode", method="html")
+
+
+def _finding(series: int, sentences: list[str]) -> Element:
+    first, *others = sentences
+    return html("li", html("strong", first), " ".join(others), style=f"border-color: var(--series-{series % SERIES})")
+
+
+def _reservation(comparison: dict[str, Any]) -> str:
+    what = f"Losses are of {comparison['evaluated_on']} text, which no model was trained on."
+    if len(comparison["seeds"]) == 1:
+        return f"{what} This is one seed: another would move each loss, by how much is not known here."
+    return f"{what} What stands in brackets is the least and the greatest of {seeds_of(comparison)}."
+
+
+def _switches(models: dict[str, list[Run]]) -> dict[int, dict[str, float]]:
+    """Where models became Token Choice, by their number: step, seconds and FLOPs, means over the seeds."""
+    found = {}
+    for i, model in enumerate(models.values()):
+        points = [
+            run.switch | {"flops": run.switch["tokens"] * run.switch["flops_per_token"]} for run in model if run.switch
+        ]
+        if points:
+            found[i] = {key: sum(point[key] for point in points) / len(points) for key in RATIOS.values()}
+    return found
+
+
+def _curves(comparison: dict[str, Any], switches: dict[int, dict[str, float]]) -> Child:
+    models, baseline = comparison["models"], comparison["models"][0]
+    level = summary(run["curve"][-1]["loss"] for run in baseline["runs"])
+    assert level is not None
+    lines = {key: [_mean_curve(i, model, key) for i, model in enumerate(models)] for key in RATIOS.values()}
+    after_start = (
+        y for line in lines["step"] for x, y in zip(line.x, line.y, strict=True) if x >= SKIPPED * comparison["steps"]
+    )
+    start = max(after_start, default=level["mean"])
+    least = min(min(line.low or line.y) for line in lines["step"])
+    top = start + 0.05 * (start - least) + 0.01
+    bottom = least - 0.06 * (top - least)
+    seconds = max(line.x[-1] for line in lines["seconds"])
+    unit, each = ("s", 1) if seconds < 180 else ("min", 60) if seconds < 10800 else ("h", 3600)
+    power = len(f"{max(line.x[-1] for line in lines['flops']):.0f}") - 1
+    axes = {
+        "step": ("steps", 1.0, "Steps"),
+        "seconds": (f"training time, {unit}", each, "Time"),
+        "flops": (f"training FLOPs, 10{str(power).translate(SUPERSCRIPTS)}", 10.0**power, "FLOPs"),
+    }
+    figures = []
+    for key, (x_label, scale, head) in axes.items():
+        points = []
+        for i, model in enumerate(models):
+            found = model["reached"][baseline["label"]][key]
+            if i and found is not None and found["seeds"] == len(comparison["seeds"]):
+                points.append((i, found["mean"] / scale, level["mean"]))
+        scaled = [Line(line.series, [x / scale for x in line.x], line.y, line.low, line.high) for line in lines[key]]
+        label = f"Evaluation loss against {x_label.split(',')[0]}. " + _ends(models, key)
+        figure = panel(
+            scaled,
+            label=label,
+            x_label=x_label,
+            y_label="loss, nats a token",
+            y_range=(bottom, top),
+            level=level["mean"],
+            points=points,
+            switches=[(i, at[key] / scale) for i, at in switches.items()],
+        )
+        figures.append(html("figure", figure, html("figcaption", _caption(comparison, key, head))))
+    note = "Means over the seeds, in a band from the least to the greatest. " if len(comparison["seeds"]) > 1 else ""
+    return [
+        html("ul", [html("li", with_swatch(i, model["label"])) for i, model in enumerate(models)], class_="legend"),
+        html("div", figures, class_="panels"),
+        html(
+            "p",
+            f"{note}The dotted line is {baseline['label']}'s last evaluation loss, {loss(level['mean'])}; a ring marks "
+            "where another model reaches it. The steep start, above the frame, is left out."
+            + " An upright line is where a Mixture of Tokens became Token Choice."
+            * bool(switches),
+            class_="quiet",
+        ),
+    ]
+
+
+def _through_the_switch(models: dict[str, list[Run]]) -> Child:
+    """The curve from shortly before the switch to the end, the jump with it, and the stages in numbers."""
+    stages = {
+        i: [through_the_switch(run) for run in model] for i, model in enumerate(models.values()) if model[0].switch
+    }
+    at = {i: step["mean"] for i, of in stages.items() if (step := summary(each["step"] for each in of)) is not None}
+    plain = {i: mean["mean"] for i, of in stages.items() if (mean := summary(each["plain_switch"] for each in of))}
+    lines = [
+        _mean_curve(i, {"runs": [{"curve": run.curve} for run in model]}, "step")
+        for i, model in enumerate(models.values())
+    ]
+    end = max(lines[i].x[-1] for i in stages)
+    start = min(at.values()) - (end - min(at.values()))
+    seen = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if x >= start]
+    jump = max(*seen, *plain.values())
+    margin = 0.08 * (jump - min(seen))
+    labels = list(models)
+    told = [f"{labels[i]} at {loss(of[0]['source_in_groups'])} before" for i, of in stages.items()]
+    figure = panel(
+        lines,
+        label=f"Evaluation loss around the switch: {listed(told)}.",
+        x_label="steps",
+        y_label="loss, nats a token",
+        x_range=(max(0, start), None),
+        y_range=(min(seen) - margin, jump + margin),
+        points=[(i, at[i], plain[i]) for i in stages],
+        switches=list(at.items()),
+    )
+    caption = "The last steps before the switch, and those after it. A ring: the loss with the weights as they were."
+    rows = [(with_swatch(i, labels[i]), {"stages": of}) for i, of in stages.items()]
+    return [html("div", html("figure", figure, html("figcaption", caption)), class_="panels"), switch_table(rows)]
+
+
+def _mean_curve(series: int, model: dict[str, Any], key: str) -> Line:
+    """Over the seeds, evaluation by evaluation."""
+    points = list(zip(*(run["curve"] for run in model["runs"]), strict=True))
+    losses = [summary(point["loss"] for point in each) or {} for each in points]
+    x = [sum(point[key] for point in each) / len(each) for each in points]
+    mean, least, greatest = ([each[of] for each in losses] for of in ("mean", "least", "greatest"))
+    return Line(series, x, mean, least, greatest)
+
+
+def _ends(models: list[dict[str, Any]], key: str) -> str:
+    ends = []
+    for model in models:
+        line = _mean_curve(0, model, key)
+        at = {"step": f"step {line.x[-1]:,.0f}", "seconds": duration(line.x[-1]), "flops": f"{short(line.x[-1])}FLOPs"}
+        ends.append(f"{model['label']} ends at {loss(line.y[-1])}, at {at[key]}")
+    return f"{listed(ends)}."
+
+
+def _caption(comparison: dict[str, Any], key: str, head: str) -> Child:
+    """The finding of one panel."""
+    baseline, *others = comparison["models"]
+    whole = next(whole for whole, of in RATIOS.items() if of == key)
+    told = []
+    for model in others:
+        found = model["reached"][baseline["label"]][f"of_{whole}"]
+        if found is None:
+            told.append(f"{model['label']} never gets there")
+        else:
+            few = f" on {found['seeds']} of {seeds_of(comparison)}" * (found["seeds"] < len(comparison["seeds"]))
+            told.append(f"{model['label']} {ratio(found['mean'])}{few}")
+    if not told:
+        return [html("b", f"{head}.")]
+    return [html("b", f"{head}."), f" To {baseline['label']}'s last loss, as a share of its own: {listed(told)}."]
+
+
+def _layers(models: dict[str, list[Run]]) -> Child:
+    measured = {label: telemetry(model) for label, model in models.items()}
+    switched = {i: at["step"] for i, at in _switches(models).items()}
+    content: list[Child] = []
+    for measure, (title, meaning) in MEASURES.items():
+        of = {label: found[measure] for label, found in measured.items() if measure in found}
+        if of:
+            content.append(html("div", _measure(title, meaning, of, list(models), switched), class_="measure"))
+    if not content:
+        return [html("p", "These runs have no measurements of their layers.")]
+    intro = (
+        "Measured on one group of evaluation text while training, after the same steps in all models; means over the "
+        "seeds. The number at the end of a line is the layer's, counted from 0. Layers whose feed-forward is dense "
+        "have no routing to measure."
+    )
+    return [html("p", intro), content]
+
+
+def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], switched: dict[int, float]) -> Child:
+    values = [value for layers in of.values() for _, line in layers.values() for value in line]
+    top = max(1.0, 1.06 * max(values)) if max(values) > 0.5 else 1.15 * max(values)
+    figures, constant = [], []
+    for label, layers in of.items():
+        own = [value for _, line in layers.values() for value in line]
+        if max(own) - min(own) < 1e-3 * max(1.0, max(own)):
+            constant.append(f"{label}: {own[0]:.3g} in every layer, throughout.")
+            continue
+        series = labels.index(label)
+        alphas = [0.45 + 0.55 * (i + 1) / len(layers) for i in range(len(layers))]
+        lines = [
+            Line(series, steps, line, label=layer, alpha=alpha)
+            for (layer, (steps, line)), alpha in zip(layers.items(), alphas, strict=True)
+        ]
+        ends = [f"layer {layer} from {line[0]:.3g} to {line[-1]:.3g}" for layer, (_, line) in layers.items()]
+        figure = panel(
+            lines,
+            label=f"{title} of {label} over training: {listed(ends)}.",
+            x_label="steps",
+            y_label=title.lower(),
+            y_range=(0, top),
+            switches=[(series, switched[series])] if series in switched else (),
+        )
+        figures.append(html("figure", html("figcaption", with_swatch(series, label)), figure))
+    told = html("p", " ".join(constant), class_="quiet") if constant else None
+    beside = {} if len(figures) < 3 else {"class_": "above"}
+    return [html("div", html("h3", title), html("p", meaning), told, **beside), figures]
+
+
+def _samples(comparison: dict[str, Any], samples: dict[str, dict[str, str]]) -> Child:
+    if not samples:
+        return [html("p", "There are no samples: not every run still has its model/ beside it.")]
+    count, seed = len(PROMPTS), comparison["seeds"][0]
+    intro = (
+        f"Each model, as trained with seed {seed}, was given the same {count} beginnings as one batch; these are its "
+        f"first {len(samples)} continuations, drawn once at temperature {TEMPERATURE:g} and not picked. A "
+        "Mixture of Tokens mixes the texts of a group, so that a text alone is not what it was trained on: hence the "
+        f"{count}, though of unequal lengths, which the texts of a group in training were not."
+    )
+    content: list[Child] = [html("p", intro)]
+    labels = [model["label"] for model in comparison["models"]]
+    for prompt, written in samples.items():
+        content.append(html("h3", html("code", prompt.rstrip()), " …"))
+        figures = [
+            html(
+                "figure",
+                html("figcaption", with_swatch(labels.index(label), label)),
+                html("pre", html("b", prompt), text),
+            )
+            for label, text in written.items()
+        ]
+        content.append(html("div", figures, class_="samples"))
+    return content
+
+
+def _words(comparison: dict[str, Any]) -> Child:
+    title = "Mixture of Tokens: Continuous MoE through Cross-Example Aggregation"
+    return [
+        html("dl", [_entry(term, meaning) for term, meaning in glossary(comparison)], class_="entries"),
+        html("p", "The paper: Antoniak et al., ", html("a", title, href=PAPER), ", 2024."),
+    ]
+
+
+def _entry(term: str, meaning: str) -> Element:
+    return html("div", html("dt", term), html("dd", meaning))
+
+
+def _made(comparison: dict[str, Any], models: dict[str, list[Run]], commands: list[str]) -> Child:
+    entries = []
+    for environment in comparison["environments"]:
+        hardware, cores, threads = (environment[key] for key in ("hardware", "cores", "threads"))
+        entries += [
+            _entry("Hardware", f"{hardware}, cores: {cores}, threads: {threads}"),
+            _entry("Versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())),
+            _entry("Commit", environment["commit"] or "not from a git checkout"),
+        ]
+    corpus = comparison["corpus"]
+    splits = [([name], each) for name, each in corpus.items() if isinstance(each, dict)]
+    rest = {name.replace("_", " "): each for name, each in corpus.items() if not isinstance(each, dict)}
+    about = "; ".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in rest.items())
+    columns = [(key.capitalize(), lambda each, key=key: f"{each[key]:,}") for key in ("documents", "tokens", "bytes")]
+    return [
+        html("pre", "\n".join(commands)),
+        html("p", method(comparison)),
+        html("dl", entries, class_="entries"),
+        html("p", MIXED) if len(comparison["environments"]) > 1 else None,
+        table("Text", f"{about}.", (("", columns),), splits, corner="Split"),
+        _settings(models),
+    ]
+
+
+def _settings(models: dict[str, list[Run]]) -> Child:
+    """What the models have in common, and what is each one's own."""
+    of = {label: model[0].own_settings for label, model in models.items()}
+    first = next(iter(of.values()))
+    common = {k for k in first if all(k in settings and settings[k] == first[k] for settings in of.values())}
+
+    def shown(settings: dict[str, Any], keys: set[str]) -> Element:
+        return html("pre", "\n".join(f"{key}: {json.dumps(settings[key])}" for key in settings if key in keys))
+
+    own = [[html("h3", f"Of {label}"), shown(settings, set(settings) - common)] for label, settings in of.items()]
+    rest = own if len(models) > 1 else None
+    return html("details", html("summary", "All settings"), shown(first, common), rest)

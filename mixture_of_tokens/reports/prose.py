@@ -1,0 +1,159 @@
+"""What a comparison comes to, in numbers that are rounded and sentences that are computed; what the words mean."""
+
+from typing import Any
+
+from mixture_of_tokens.formatting import Summary, difference, duration, loss, ratio, spread, with_spread
+from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.model.routings import ROWS, converted_from
+
+# Of telemetry.py, in the order of the page: a title and what it says.
+MEASURES = {
+    "mixture_entropy": (
+        "Mixture entropy",
+        "How evenly an expert draws on the tokens of a group. 1: it averages them all; 0: it reads a single one. A "
+        "router that learns to tell tokens apart brings it down.",
+    ),
+    "effective_tokens": ("Tokens per mixture", "How many tokens of its group an expert in effect draws on."),
+    "effective_experts": ("Experts per token", "How many experts in effect share a token's output."),
+    "largest_load": (
+        "Largest load",
+        "The load of the busiest expert over the mean expert's; 1 is balance. In Mixture of Tokens every expert draws "
+        "a weight of one from each group, so that it is 1 by construction.",
+    ),
+    "dead_experts": ("Dead experts", "The share of experts that get under 1 % of the mean expert's weight."),
+    "dropped": (
+        "Dropped tokens",
+        "The share of tokens that get under 1 % of the mean token's weight: dropped by a full expert, or passed over.",
+    ),
+    "branch_to_residual": (
+        "Branch to residual",
+        "The size of what the feed-forward adds over the size of what it is added to.",
+    ),
+}
+
+MIXED = "The runs were not all made on the same hardware with the same versions: times may not be comparable."
+
+
+def seeds_of(comparison: dict[str, Any]) -> str:
+    count = len(comparison["seeds"])
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def findings(comparison: dict[str, Any]) -> dict[str, list[str]]:
+    """Sentences on each model by its label, the baseline last."""
+    baseline, *others = comparison["models"]
+    told: dict[str, list[str]] = {}
+    for model in others:
+        found = model["reached"][baseline["label"]]["of_flops"]
+        told[model["label"]] = [
+            f"{model['label']} {reaching(model, baseline['label'], comparison)}.",
+            *([] if found is None else [f"That is {_share(found, 'FLOPs')}."]),
+            f"At equal steps {_beside(model['final_loss_difference'])}.",
+        ]
+        apart, when = model["equal_time_loss_difference"], duration(comparison["equal_time_seconds"]["mean"])
+        if apart is not None:
+            told[model["label"]].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")
+        if (regrouped := model["regrouping_spread"]) is not None:
+            told[model["label"]].append(f"Three ways to group the text differ by {regrouped['greatest']:.4f} at most.")
+    end = with_spread(baseline["final_loss"], loss)
+    what = f"{baseline['label']}, the baseline, ends at {end} nats a token"
+    told[baseline["label"]] = [f"{what} after {comparison['steps']:,} steps ({seeds_of(comparison)})."]
+    return told
+
+
+def reaching(model: dict[str, Any], target: str, comparison: dict[str, Any]) -> str:
+    """When a model reaches another's final loss: what stands after its name in a sentence."""
+    steps, time, seeds = *(model["reached"][target][key] for key in ("of_steps", "of_time")), seeds_of(comparison)
+    if steps is None:
+        return f"never reaches {target}'s final loss ({seeds})"
+    joint = "but" if (steps["mean"] <= 1) != (time["mean"] <= 1) else "and"
+    took = f"{_share(steps, 'steps', seeds)} {joint} {_share(time, 'time')}"
+    if steps["seeds"] < len(comparison["seeds"]):
+        took = f"{_share(steps, 'steps')} {joint} {_share(time, 'time')}"
+        return f"reaches {target}'s final loss on {steps['seeds']} of {seeds} only, there in {took}"
+    return f"reaches {target}'s final loss in {took}"
+
+
+def _share(share: Summary, of: str, seeds: str = "") -> str:
+    known = ", ".join(filter(None, (spread(share), seeds)))
+    return f"{ratio(share['mean'])} {'of' if share['mean'] <= 1 else 'times'} the {of}" + f" ({known})" * bool(known)
+
+
+def _beside(apart: Summary) -> str:
+    """A difference of losses from the baseline's in words."""
+    if apart["least"] < 0 < apart["greatest"]:
+        low, high = difference(apart["least"]), difference(apart["greatest"])
+        return f"neither is ahead on every seed: {difference(apart['mean'])} nats on average ({low} to {high})"
+    side = "lower" if apart["mean"] < 0 else "higher"
+    near, far = sorted((abs(apart["least"]), abs(apart["greatest"])))
+    between = f" ({loss(near)} to {loss(far)})" if apart["seeds"] > 1 else ""
+    return f"its loss is {loss(abs(apart['mean']))} nats {side}{between}"
+
+
+def glossary(comparison: dict[str, Any]) -> list[tuple[str, str]]:
+    """Terms of the page and their meaning, for a reader who has not read the paper."""
+    names = [parse_name(model["name"]) for model in comparison["models"]]
+    switched = any(model["switched"] for model in comparison["models"])
+    shown = {name.system for name in names}
+    if switched:
+        kinds = {parse_name(model["name"]).routing.kind for model in comparison["models"] if model["switched"]}
+        shown |= {converted_from(kind).prefix for kind in kinds}
+    entries = [
+        (row.title if row.title == row.prefix else f"{row.prefix}, {row.title}", row.meaning)
+        for row in ROWS
+        if row.prefix in shown
+    ]
+    if switched:
+        entries.append(
+            (
+                "Switched",
+                "A trained Mixture of Tokens that goes on as Token Choice with the same experts and router, so that it "
+                "serves a text alone. Its curve is its source's up to the switch; its time and FLOPs have both parts.",
+            )
+        )
+    example = next((name for name in names if name.routing.sparse), None)
+    if example is not None:
+        k = example.granularity
+        entries += [
+            (
+                str(example),
+                f"A name is a configuration: size {example.size}, groups of {example.group_size} tokens, "
+                f"{example.group_size * k} experts" + f", each 1/{k} as wide (granularity {k})" * (k > 1) + ".",
+            ),
+            ("Expert", "One of the feed-forwards that a layer has in place of a single one."),
+            ("Router", "The small matrix that decides which expert gets how much of which token."),
+        ]
+    return [
+        *entries,
+        (
+            "Loss",
+            "The mean of -log p(next token), natural logarithm, in nats a token. 0.01 less is 1 % less perplexity.",
+        ),
+        ("Bits per byte", "The same loss in bits, over the bytes of the text: comparable between tokenizers."),
+        ("Seed", "Sets the initial weights and the order of the text. All models saw the same order, seed by seed."),
+        (
+            "Time",
+            "Seconds of training on the hardware named below, without evaluations and saving. A larger model, or "
+            "another machine, gives other ratios.",
+        ),
+        (
+            "FLOPs",
+            "Floating-point operations of matrix products, a multiply-add counting as two. Training is forward and "
+            "backward pass.",
+        ),
+        ("Active parameters", "Of the experts, a token's share: those it goes to or, mixed, a group's over its size."),
+    ]
+
+
+def method(comparison: dict[str, Any]) -> str:
+    """How the numbers came about."""
+    evaluated, group = comparison["evaluated_on"], comparison["group_size"]
+    return (
+        f"Final losses are over the whole {evaluated} split. Curves, and what is read off them, are over one fixed "
+        f"part of it, in fixed groups of {group}. A model reaches another's last loss where its own curve first comes "
+        "down to it, on a straight line between two evaluations; the curves bend upwards, so this is late rather than "
+        "early. Its share is of the step, time or FLOPs at which the other model was evaluated last, seed by seed. The "
+        "loss at equal time is taken on the same lines, when the fastest run of a seed ended; slower models are then "
+        "in the middle of their schedule, with a higher learning rate than at its end, and one made for that time "
+        "would have served them better."
+    )

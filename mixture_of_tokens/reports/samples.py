@@ -1,0 +1,36 @@
+"""What trained models write, each after the same beginnings, in full groups."""
+
+from pathlib import Path
+
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mixture_of_tokens.inference.generate import Sampling, continue_prompts
+
+TEMPERATURE = 0.8
+# Short, and as different as group-mates in training; the first few are shown.
+SHOWN = ("def ", "class ", "The ", "import ")
+PROMPTS = (
+    *SHOWN,
+    *("if ", "for ", "return ", "while ", "from ", "with ", "try:", "else:", "# ", "self.", "raise ", "assert "),
+    *("In ", "When ", "A ", "This ", "It ", "There ", "If ", "To ", "He ", "We ", "On ", "As ", "All ", "For ", "But "),
+    "What ",
+)
+
+
+def continued(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
+    """Continuations of the first prompts by run directories' models, by prompt and label; always the same ones.
+
+    All prompts are one batch. Empty where a run has no model/ any more.
+    """
+    if not all((directory / "model").is_dir() for directory in directories.values()):
+        return {}
+    transformers.logging.disable_progress_bar()
+    written = {prompt: {} for prompt in SHOWN}
+    for label, directory in directories.items():
+        model = AutoModelForCausalLM.from_pretrained(directory / "model")
+        tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+        texts = continue_prompts(model, tokenizer, PROMPTS, Sampling(temperature=TEMPERATURE))
+        for prompt, text in zip(SHOWN, texts, strict=False):
+            written[prompt][label] = text
+    return written

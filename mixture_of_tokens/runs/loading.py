@@ -1,0 +1,125 @@
+"""A trained model, its tokenizer and its text, by run directory, checkpoint or Hub name; and memory that it keeps."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.malloc import keep_large_blocks
+from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.config import is_configuration, prepared_data
+
+
+def model_directory(run: str) -> str:
+    """Where the model of a run directory, a checkpoint or a transformers directory is; a Hub name stays as it is.
+
+    Raises ValueError for a directory that holds no whole model, and for a path that is none.
+    """
+    directory = Path(_located(run))
+    if (damage := checkpoints.damage(directory)) is not None:
+        raise ValueError(f"{directory} is not whole: {damage}")
+    return str(directory)
+
+
+def _located(run: str) -> str:
+    path = Path(run)
+    if not path.exists():
+        folder = path.parent  # a name such as runs/mine could be the Hub's too, but not where there are runs
+        if run.count("/") > 1 or run.startswith((".", "/", "~")) or (folder != Path() and folder.exists()):
+            raise ValueError(f"{run}: there is no such directory")
+        return run
+    if (path / "model").is_dir():
+        return str(path / "model")
+    if not (path / "config.json").is_file():
+        newest = checkpoints.newest(path) if path.is_dir() else None
+        hint = "it has neither model/ nor config.json" if newest is None else f"it is not finished, but has {newest}"
+        raise ValueError(f"{run} is no model: {hint}; give a run directory, a checkpoint or a name on the Hub")
+    return str(path)
+
+
+def load_model(run: str, *, alone: bool = False) -> Any:
+    """The causal language model of a run, in evaluation, on a CUDA device if there is one.
+
+    Args:
+        alone: take each row by itself, `MixtureOfTokensForCausalLM.serve_alone`.
+
+    Raises ValueError as `model_directory` does, and for what transformers cannot load as a causal language model.
+    """
+    directory = model_directory(run)
+    keep_large_blocks()
+    transformers.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        if type(config) not in AutoModelForCausalLM._model_mapping:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(f"a {config.model_type} model is no causal language model")
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config)
+    except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
+        raise ValueError(f"{run} cannot be loaded: {_first_line(error)}") from None
+    if alone and hasattr(model, "serve_alone"):  # of other models each row is by itself already
+        model.serve_alone()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def group_size_of(model: Any) -> int | None:
+    """G where the rows of a batch influence each other; None of a model that takes each row by itself."""
+    return model.config.group_size if getattr(model, "mixes_examples", False) else None
+
+
+def context_of(model: Any) -> int:
+    """The most tokens of a row that a model takes; a large number of one that says nothing."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return sys.maxsize if known is None else known
+
+
+def load_tokenizer_of(run: str) -> Any:
+    """The tokenizer beside a model that `load_model` has found whole. Raises ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(_located(run), padding_side="left")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run} has no tokenizer beside the model: {_first_line(error)}") from None
+
+
+def run_directory(run: str) -> Path | None:
+    """The run directory that this is, or that this checkpoint or model is in."""
+    path = Path(run).absolute()
+    files = (place / "config.yaml" for place in (path, path.parent))
+    return next((file.parent for file in files if file.is_file() and is_configuration(_yaml(file))), None)
+
+
+def _yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except (ValueError, yaml.YAMLError):  # of other software, then
+        return None
+
+
+def text_of(run: str) -> Prepared:
+    """The text that a run directory, or a checkpoint in one, was trained on.
+
+    Raises ValueError where it is not known, or not there any more as it was.
+    """
+    directory = run_directory(run)
+    if directory is None:
+        raise ValueError(f"{run} is no run directory, so its text is not known; name one with --data")
+    settings = yaml.safe_load((directory / "config.yaml").read_text())
+    prepared = prepared_data(settings, config_from_name(settings["name"], **settings["model"]))
+    facts = directory / "run.json"
+    before = json.loads(facts.read_text())["corpus"] if facts.is_file() else prepared.facts
+    for what, key in {"text": "hash", "tokenizer": "tokenizer"}.items():
+        was, now = before.get(key), prepared.facts.get(key)
+        if was != now:
+            raise ValueError(
+                f"the {what} of {run} has changed: its hash is {now} now and was {was}; put back what it was trained on"
+            )
+    return prepared
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

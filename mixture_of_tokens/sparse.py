@@ -1,0 +1,140 @@
+"""The sparse routings that Mixture of Tokens is compared with, over the same experts. Letters as in `layers.py`."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, softmax
+from mixture_of_tokens.layout import grouped, ragged_linear, ungrouped
+
+
+class ExpertChoice(Routed):
+    """Each expert takes its top tokens of a group (Zhou et al., arXiv 2202.09368), at one position of G examples.
+
+    Choosing along the sequence would leak the future, so the choice is across the batch, as with the authors.
+    An expert takes C = max(1, round(G * num_experts_per_tok / E)) tokens: a token gets `num_experts_per_tok` experts
+    on average, and may get none; in a group of n < G tokens more. Gates are the tokens' softmax over experts.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        group_size: int,
+        *,
+        num_experts_per_tok: int = 1,
+        gated: bool = True,
+        activation: str = "silu",
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
+    ):
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            gated=gated,
+            activation=activation,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+            initializer_scale=initializer_scale,
+        )
+        if min(group_size, num_experts_per_tok) < 1:
+            raise ValueError(f"{group_size=} and {num_experts_per_tok=} must be at least 1")
+        self.group_size, self.capacity = group_size, max(1, round(group_size * num_experts_per_tok / num_experts))
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        x_MGD, mask_MG1, _ = grouped(x_BTD, token_mask, self.group_size)
+        M, G, D = x_MGD.shape
+        scores_MGE = softmax(self.gate(x_MGD), dim=-1)
+        if mask_MG1 is not None:  # masked tokens are taken last, and with gate 0
+            scores_MGE = scores_MGE.masked_fill(~mask_MG1, 0)
+        gate_MCE, token_MCE = scores_MGE.topk(min(self.capacity, G), dim=1)
+        row_MCE = token_MCE + torch.arange(0, M * G, G, device=x_MGD.device)[:, None, None]
+        gate_ER, row_ER = gate_MCE.flatten(0, 1).T, row_MCE.flatten(0, 1).T  # R = M * C
+        y_ERD = gate_ER[..., None] * self.experts(x_MGD.flatten(0, 1)[row_ER])
+        y_MGD = y_ERD.new_zeros(M * G, D).index_add(0, row_ER.flatten(), y_ERD.flatten(0, 1)).view(M, G, D)
+        return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
+
+
+class TokenChoice(Routed):
+    """Each token takes its top-k experts (Switch, arXiv 2101.03961); its gates are their probabilities.
+
+    In training an expert takes at most max(1, ceil(capacity_factor * n * k / E)) of the n real tokens; the rest are
+    dropped: they get no update from it. Earlier positions go first, within one position first choices, within those
+    earlier rows, so what is dropped never depends on a later token. In evaluation, and with `capacity_factor=None`,
+    nothing is dropped.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int = 1,
+        norm_topk_prob: bool = False,
+        capacity_factor: float | None = 1.25,
+        gated: bool = True,
+        activation: str = "silu",
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
+    ):
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            gated=gated,
+            activation=activation,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+            initializer_scale=initializer_scale,
+        )
+        if not 1 <= num_experts_per_tok <= num_experts:
+            raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ValueError(f"capacity_factor must be positive, or None to drop nothing, not {capacity_factor}")
+        self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
+        self.capacity_factor = capacity_factor
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        (B, T, D), E, K = x_BTD.shape, self.num_experts, self.num_experts_per_tok
+        mask_TB1 = x_BTD.new_ones(T, B, 1, dtype=torch.bool) if token_mask is None else token_mask.bool().T[..., None]
+        x_TBD = x_BTD.transpose(0, 1).masked_fill(~mask_TB1, 0)
+        gate_TBK, expert_TBK = softmax(self.gate(x_TBD), dim=-1).topk(K, dim=-1)
+        if self.norm_topk_prob:
+            gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
+        expert_TBK = expert_TBK.masked_fill(~mask_TB1, E)  # masked tokens go to no expert: sorted last, never read
+
+        # Assignments in order of priority (position, choice, row), then by expert with that order kept.
+        expert_A, order_A = expert_TBK.transpose(1, 2).flatten().sort(stable=True)
+        gate_A1 = gate_TBK.transpose(1, 2).flatten()[order_A, None]
+        token_A = order_A // (K * B) * B + order_A % B
+        x_AD = x_TBD.flatten(0, 1)[token_A]
+        ends_E = torch.searchsorted(expert_A, torch.arange(E, device=x_AD.device), right=True)
+        if self.training and self.capacity_factor is not None:
+            y_AD = self._with_capacity(self.capacity_factor, x_AD, expert_A, ends_E)
+        else:
+            y_AD = self.experts(x_AD, lambda x, weight: ragged_linear(x, weight, ends_E))
+        y_AD = (gate_A1 * y_AD).masked_fill(expert_A[:, None] == E, 0)
+        y_TBD = y_AD.new_zeros(T * B, D).index_add(0, token_A, y_AD).view(T, B, D)
+        return y_TBD.transpose(0, 1).to(x_BTD.dtype)
+
+    def _with_capacity(self, factor: float, x_AD: Tensor, expert_A: Tensor, ends_E: Tensor) -> Tensor:
+        """Experts on their first R assignments each, those within the capacity; zero for the others."""
+        (A, D), E = x_AD.shape, self.num_experts
+        R = max(1, math.ceil(factor * A / E))
+        capacity = (factor * ends_E[-1].double() / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
+        rank_A = torch.arange(A, device=x_AD.device) - F.pad(ends_E, (1, 0))[expert_A]
+        kept_A = (rank_A < capacity) & (expert_A < E)
+        slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)  # the last slot takes what is dropped
+        x_ERD = x_AD.new_zeros(E * R + 1, D).index_copy(0, slot_A, x_AD)[:-1].view(E, R, D)
+        return F.pad(self.experts(x_ERD).flatten(0, 1), (0, 0, 0, 1))[slot_A]

@@ -1,0 +1,161 @@
+"""What happens around the steps of a training: the clock, metrics.jsonl, the temperature, signals, gradients."""
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.runs import checkpoints
+
+
+class Clock:
+    """Seconds of training."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.before, self._since = seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.before, self._since = self.seconds, None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        self.stop()
+        yield
+        self.start()
+
+
+class RunLog(TrainerCallback):
+    """`metrics.jsonl`, a row for every logged step, and the progress bar: loss, tokens a second, time left."""
+
+    def __init__(self, path: Path, tokens_per_step: int, clock: Clock, first_step: int = 0):
+        self.path, self.tokens_per_step, self.clock, self.first_step = path, tokens_per_step, clock, first_step
+        self.row: dict[str, Any] = {}
+        self.bar: tqdm | None = None
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows that a resumed run writes again, and a last one that was cut off."""
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines(keepends=True):
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(line)
+        checkpoints.write_text(self.path, "".join(kept))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # save_steps may be others than when the run was started
+        self.clock.start()  # as late as this: a resumed run loads its checkpoint first
+        if state.is_world_process_zero:
+            every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a screen
+            name, first = self.path.parent.name, state.global_step
+            self.bar = tqdm(
+                desc=name, total=state.max_steps, initial=first, unit="step", dynamic_ncols=True, mininterval=every
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if self.bar is None or not any(name in logs for name in ("loss", "eval_loss")):
+            return
+        step = self.first_step + state.global_step
+        if self.row and self.row["step"] != step:
+            self.write()
+        seconds, tokens = self.clock.seconds, step * self.tokens_per_step
+        speed = round(tokens / seconds) if tokens else 0
+        self.row |= {"step": step, "tokens": tokens, "seconds": round(seconds, 3)}
+        self.row["tokens_per_second"] = speed
+        names = {"loss": "train_loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate"}
+        names |= {"grad_norm": "grad_norm", "aux_loss": "aux_loss"}
+        self.row |= {names[name]: value for name, value in logs.items() if name in names}
+        for name, value in logs.items():  # layer/2/mixture_entropy
+            if name.startswith("layer/"):
+                _, layer, measured = name.split("/")
+                self.row.setdefault("layers", {}).setdefault(layer, {})[measured] = value
+        shown = {k: f"{self.row[k]:.3f}" for k in ("train_loss", "eval_loss") if k in self.row}
+        self.bar.set_postfix(shown | {"tokens/s": speed}, refresh=False)
+
+    def close(self) -> None:
+        self.write()
+        if self.bar is not None:
+            self.bar.close()
+
+    def write(self) -> None:
+        if self.row:
+            with self.path.open("a") as file:
+                file.write(json.dumps(_finite(self.row), allow_nan=False) + "\n")
+        self.row = {}
+
+
+class AnnealTemperature(TrainerCallback):
+    """Router temperature from `start` to `end`, geometrically; a function of the step alone."""
+
+    def __init__(self, model: MixtureOfTokensForCausalLM, end: float):
+        self.model, self.start, self.end = model, model.config.router_temperature, end
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:  # resumed, perhaps after the last step: no checkpoint holds the temperature
+            self._set(state.global_step - 1, state.max_steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._set(state.global_step, state.max_steps)
+
+    def _set(self, step: int, steps: int) -> None:
+        progress = step / max(1, steps - 1)
+        self.model.set_router_temperature(self.start * (self.end / self.start) ** progress)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM, and ^C once, end the run after the step at hand with a checkpoint; `received` says which it was."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The handlers, until the end of the block."""
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, self._receive) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second ^C does not wait
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all processes stop after the same step
+            received = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received) or None
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

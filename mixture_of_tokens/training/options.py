@@ -1,0 +1,89 @@
+"""The options of commands that train, and their values as text."""
+
+import dataclasses
+import typing
+from types import NoneType
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is common to commands that train.
+
+    Args:
+        steps: Optimizer steps; by default the size's own number.
+        batch_size: Rows a step, a multiple of the group size; by default the size's own, 128 for Nano and 256 else.
+        data: Files, folders or globs of text, .jsonl or .parquet, each also .gz, or hf:NAME[:CONFIG] for a data set of
+            the Hub; may be given several times. By default the source text of Python's standard library.
+        field: Of a row of .jsonl, .parquet or the Hub, the text.
+        max_bytes: Read no more than so many bytes of text.
+        tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
+        anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
+            by default it stays.
+        evaluate_on: The split the losses are of: validation by default, and in mot sweep tuning, so that nothing is
+            chosen by what is reported.
+        device: cpu or cuda; by default cuda where there is one.
+        model: Fields of the model's configuration, as in --model.router_temperature 0.25.
+        training: Fields of transformers' TrainingArguments, as in --training.weight_decay 0.05.
+    """
+
+    steps: int | None = None
+    batch_size: int | None = None
+    data: list[str] = dataclasses.field(default_factory=list)
+    field: str = "text"
+    max_bytes: int | None = None
+    tokenizer: str | None = None
+    anneal_temperature_to: float | None = None
+    evaluate_on: Literal["validation", "tuning"] | None = None
+    device: Literal["cpu", "cuda"] | None = None
+    model: dict[str, str] = dataclasses.field(default_factory=dict)
+    training: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+DEFAULTS = Options()
+
+
+def _scalar(text: str) -> Any:
+    """A flag's text as YAML 1.2 reads it: unlike 1.1, 1e-3 is a number, and `no` and `off` are words."""
+    if text.lower() in ("yes", "no", "on", "off"):
+        return text
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def _typed(flag: str, text: str, kind: Any) -> Any:
+    """A flag's text as what its field is declared to be. Raises ValueError for what is not of that type.
+
+    Lists, dictionaries and fields that are not declared take any YAML, for their owner to check.
+    """
+    value = _scalar(text)
+    kinds = set(typing.get_args(kind) or (kind,))
+    if not kinds <= {bool, int, float, str, NoneType}:
+        return value
+    if str in kinds and not (value is None and NoneType in kinds):
+        return value if isinstance(value, str) else text
+    if bool in kinds and text.lower() in ("yes", "on", "no", "off"):
+        return text.lower() in ("yes", "on")
+    legal = kinds | ({int} if float in kinds else set())
+    if type(value) not in legal:
+        words = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
+        raise ValueError(f"{flag} takes {' or '.join(words[each] for each in words if each in kinds)}, not {text!r}")
+    return value
+
+
+def as_flags(options: Options) -> list[str]:
+    """The options that are not the defaults, as words of a command line."""
+    words: list[str] = []
+    for field in dataclasses.fields(options):
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(options, field.name)
+        if value == getattr(DEFAULTS, field.name):
+            continue
+        if isinstance(value, dict):
+            words += [word for key, inner in value.items() for word in (f"{flag}.{key}", inner)]
+        else:
+            words += [word for each in (value if isinstance(value, list) else [value]) for word in (flag, str(each))]
+    return words

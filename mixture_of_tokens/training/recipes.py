@@ -1,0 +1,200 @@
+"""How a run is configured: the sizes' recipes, the options of commands that train, and both merged and checked."""
+
+import dataclasses
+import math
+import os
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, nearest, parse_name
+from mixture_of_tokens.runs.config import DERIVED, check_seed
+from mixture_of_tokens.training.options import Options, _typed
+
+COUNTS = ("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps")
+# Fields of TrainingArguments that would do something else than they say here, and why.
+REFUSED = {
+    "auto_find_batch_size": "smaller batches would split the groups",
+    "save_only_model": "a run is resumed from all of its state",
+    "load_best_model_at_end": "a run ends with its last weights",
+    "label_smoothing_factor": "the loss is cross-entropy",
+    "fsdp": "a run's model is written by one process, which would have a shard of it",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a size is trained. Mini to Base are the authors' settings (their configuration files); Nano's are ours."""
+
+    learning_rate: float
+    steps: int
+    warmup_steps: int
+    eval_every: int
+    save_every: int
+
+
+RECIPES = {
+    "Nano": Recipe(2e-2, 1500, 100, 100, 500),
+    "Mini": Recipe(4e-3, 150_000, 2500, 1000, 1000),
+    "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
+    "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
+}
+# Systems with another peak rate than their size's: Nano's by sweeps (experiments/LOG.md), the others' are the authors'.
+LEARNING_RATES = {("Nano", "TC"): 1e-2}
+LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
+LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
+
+
+def merge(
+    name: str, seed: int, learning_rate: float | None, options: Options
+) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
+    """The model's configuration, the run's (what config.yaml holds), and keywords of TrainingArguments.
+
+    Raises ValueError for whatever is wrong with them.
+    """
+    parsed = parse_name(name)
+    size = parsed.size
+    hints = typing.get_type_hints(MixtureOfTokensConfig, localns={"torch": torch}) | {"head_dim": int | None}
+    overrides = {}
+    for field, text in options.model.items():
+        value = _typed(f"--model.{field}", text, hints.get(field))
+        overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
+    with _as_value_error("--model"):
+        config = config_from_name(name, **overrides)
+    if config.learnable_temperature and options.anneal_temperature_to is not None:
+        raise ValueError("--anneal-temperature-to would set the temperature that --model.learnable_temperature learns")
+    recipe = RECIPES[size]
+    steps = recipe.steps if options.steps is None else options.steps
+    batch_size = SIZES[size].batch if options.batch_size is None else options.batch_size
+    if learning_rate is None:
+        learning_rate = LEARNING_RATES.get((size, parsed.system), recipe.learning_rate)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or say cpu")
+    positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
+    positive |= {"anneal-temperature-to": options.anneal_temperature_to, "max-bytes": options.max_bytes}
+    _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
+    written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
+    written = {field: value for field, value in written.items() if field in FIELDS and field not in DERIVED}
+    # Given as null, which means something: no capacity drops nothing. A vocabulary of null is the default.
+    nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
+    if options.tokenizer is not None and "vocab_size" not in overrides:
+        written["vocab_size"] = None  # the tokenizer's
+    run: dict[str, Any] = {
+        "name": name,
+        "seed": seed,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "anneal_temperature_to": options.anneal_temperature_to,
+        "data": options.data,
+        "field": options.field,
+        "max_bytes": options.max_bytes,
+        "tokenizer": options.tokenizer,
+        "evaluate_on": options.evaluate_on or "validation",
+        "training": _training_given(options.training),
+        "model": {field: value for field, value in written.items() if value is not None or field in nothing},
+    }
+    micro_batch, run["training"] = _training_fields(run, recipe, config.group_size)
+    with _as_value_error("--model"), torch.device("meta"):  # whatever is wrong with it is said now
+        MixtureOfTokensForCausalLM(config)
+    on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
+    taken = {"max_steps": steps, "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
+    taken |= {"per_device_train_batch_size": micro_batch}
+    with _as_value_error("--training"):  # the same
+        TrainingArguments(output_dir=os.devnull, **taken, **run["training"])
+    return config, run, taken | run["training"]
+
+
+def _training_given(given: Mapping[str, str]) -> dict[str, Any]:
+    hints = typing.get_type_hints(TrainingArguments)
+    values: dict[str, Any] = {
+        field: _typed(f"--training.{field}", text, hints.get(field)) for field, text in given.items()
+    }
+    for field, value in values.items():
+        if field in REFUSED and value:
+            raise ValueError(f"--training.{field} is not for this: {REFUSED[field]}")
+        if field in COUNTS and value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--training.{field} must be positive, not {value}")
+    reporters, installed = values.get("report_to") or "none", get_available_reporting_integrations()
+    for reporter in [reporters] if isinstance(reporters, str) else reporters:
+        if reporter not in ("all", "none", *installed):
+            raise ValueError(f"--training.report_to {reporter}: it is not installed; there is {', '.join(installed)}")
+    return values
+
+
+@contextmanager
+def _as_value_error(flag: str) -> Iterator[None]:
+    """What a library raises for a field that it cannot take."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{flag}: {type(error).__name__}: {error}") from error
+
+
+def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, group_size: int) -> None:
+    check_seed(seed)
+    for what, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{what} must be positive, not {value}")
+    if batch_size % group_size:
+        low = batch_size // group_size * group_size
+        legal = " or ".join(str(n) for n in (low, low + group_size) if n)
+        raise ValueError(f"--batch-size {batch_size} is no multiple of the group size {group_size}; {legal} would be")
+
+
+def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, dict[str, Any]]:
+    """Rows at once, and fields of TrainingArguments: this project's, and over them what the user gave."""
+    given = run["training"]
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    taken = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}
+    taken |= {"learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size"}
+    for field in given:
+        if field not in known:
+            raise ValueError(f"--training.{field} is no field of TrainingArguments{nearest(field, known)}")
+        if field in taken:
+            raise ValueError(f"--training.{field} has a flag of its own: {taken[field]}")
+    rows = given.get("per_device_eval_batch_size", group_size)
+    if rows < 1 or rows % group_size:
+        raise ValueError(
+            f"--training.per_device_eval_batch_size {rows} must be a multiple of the group size, {group_size}"
+        )
+    parts = given.get("gradient_accumulation_steps", 1) * int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch, rest = divmod(run["batch_size"], parts)
+    if rest or micro_batch % group_size or not micro_batch:
+        raise ValueError(
+            f"a batch of {run['batch_size']} rows in {parts} parts (processes x accumulation) gives no parts that are "
+            f"multiples of the group size {group_size}; --batch-size {group_size * parts} would, and its multiples"
+        )
+    return micro_batch, {
+        "per_device_eval_batch_size": micro_batch,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": min(recipe.warmup_steps, run["steps"] // 10),
+        "optim": "adamw_torch_fused",
+        "adam_beta2": 0.999,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "logging_steps": max(1, min(20, run["steps"] // 20)),
+        "eval_strategy": "steps",
+        "eval_steps": max(1, min(recipe.eval_every, run["steps"] // 10)),
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every,
+        "save_total_limit": 2,
+        "report_to": "tensorboard",
+        "remove_unused_columns": False,
+        "label_names": ["shift_labels"],
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
+        **given,
+    }

@@ -1,0 +1,224 @@
+"""Training one named model: the command `mot train` and its run directory."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import yaml
+from cyclopts import Parameter
+from transformers import TrainingArguments, set_seed
+
+from mixture_of_tokens.data.groups import GroupedBatches, training_groups
+from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.inference.generate import continue_prompts
+from mixture_of_tokens.malloc import keep_large_blocks
+from mixture_of_tokens.model.companions import calibrate_companions
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.cost import flops_per_token
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.runs import checkpoints, provenance
+from mixture_of_tokens.runs.config import data_group_size, prepared_data
+from mixture_of_tokens.runs.run import check_free, check_resumed, is_main
+from mixture_of_tokens.training.callbacks import AnnealTemperature, StopOnSignal
+from mixture_of_tokens.training.options import DEFAULTS, Options
+from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.trainer import GroupedTrainer
+
+PROMPT = "def "
+REGROUPINGS = 3
+
+
+def train(
+    name: str,
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    learning_rate: float | None = None,
+    options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Train one model and write a run directory.
+
+    It can be stopped (^C, SIGTERM) and killed at any time; the same command with --resume goes on.
+
+    Args:
+        name: A model, such as Transformer-Nano or MoT-Nano/32E/4.
+        out: The run directory; by default runs/NAME-seedSEED.
+        seed: Of the weights and of the order of the text.
+        learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the size's own.
+        resume: Go on from the newest whole checkpoint of the run directory, or start where there is none.
+        dry_run: Print the merged configuration and stop.
+    """
+    out = Path("runs") / f"{name.replace('/', '-')}-seed{seed}" if out is None else out
+    if dry_run:
+        print(yaml.safe_dump(merge(name, seed, learning_rate, options)[1], sort_keys=False), end="")
+        return
+    facts = run_training(name, seed, learning_rate, options, out, resume=resume)
+    if not is_main():
+        return
+    loss, bits = f"{facts['final_loss']:.4f} nats a token", f"{facts['bits_per_byte']:.4f} bits a byte"
+    print(f"{name}: loss {loss} of all {facts['evaluated_on']} text, {bits}")
+    if facts.get("regrouping_spread") is not None:
+        print(f"{REGROUPINGS} ways to group that text differ by {facts['regrouping_spread']:.4f} nats")
+    print(f"{facts['seconds']:.0f} s, {facts['tokens_per_second']} tokens/s. Everything is in {out}.")
+    print(f"A lone prompt, continued:\n\n{PROMPT}{facts['sample']}")
+
+
+def run_training(
+    name: str, seed: int, learning_rate: float | None, options: Options, out: Path, *, resume: bool
+) -> dict[str, Any]:
+    """Train as `mot train` does, or find it done with `resume`. Returns what run.json holds, and writes it last.
+
+    Returns nothing, {}, in all processes of torchrun's but the first.
+
+    Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
+    """
+    return run_merged(*merge(name, seed, learning_rate, options), out, resume=resume)
+
+
+def run_merged(
+    config: MixtureOfTokensConfig,
+    run: dict[str, Any],
+    arguments: dict[str, Any],
+    out: Path,
+    *,
+    resume: bool,
+    begin: Callable[[GroupedTrainer, Prepared], None] | None = None,
+) -> dict[str, Any]:
+    """The same for what `merge` returned.
+
+    Args:
+        begin: called before the first step, unless there is a checkpoint to go on from. With `first_step` in `run` its
+            steps are numbered on from there, and it is for `begin` to give it the weights, rows and clock of that step.
+    """
+    if resume:
+        check_resumed(out, run)
+        if (out / "run.json").exists():
+            print(f"{out} is finished already", file=sys.stderr)
+            return json.loads((out / "run.json").read_text())
+    else:
+        check_free(out)
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
+    taken = TrainingArguments(output_dir=str(out), **arguments)
+    taken.run_name = taken.run_name or out.name
+    # Several GPUs of one process would each take all the rows; they are for torchrun.
+    taken._n_gpu = min(1, taken.n_gpu)
+    return _run(config, run, taken, out, begin)
+
+
+def build(
+    config: MixtureOfTokensConfig, run: dict[str, Any], arguments: TrainingArguments
+) -> tuple[GroupedTrainer, Prepared]:
+    """The trainer of a run, its data prepared and its model initialised."""
+    group_size = data_group_size(config.group_size, run["batch_size"])
+    prepared = prepared_data(run, config)
+    vocabulary = prepared.tokenizer.get_vocab()
+    if run["tokenizer"] is None or "vocab_size" not in run["model"]:
+        config.vocab_size = max(vocabulary.values()) + 1
+    config.eos_token_id = vocabulary[str(prepared.tokenizer.eos_token)]
+    config.pad_token_id = vocabulary[str(prepared.tokenizer.pad_token)]
+    rows = GroupedBatches(
+        prepared.train,
+        group_size=group_size,
+        **{key: run[key] for key in ("batch_size", "steps", "seed")},
+        first_step=run.get("first_step", 0),
+    )
+    set_seed(run["seed"])
+    model = MixtureOfTokensForCausalLM(config)
+    evaluated = getattr(prepared, run["evaluate_on"])
+    corpus = f"{prepared.facts['hash']} {prepared.facts['tokenizer']}"
+    trainer = GroupedTrainer(
+        model, arguments, rows=rows, evaluated=evaluated, corpus=corpus, processing_class=prepared.tokenizer
+    )
+    if run["anneal_temperature_to"] is not None:
+        trainer.add_callback(AnnealTemperature(model, run["anneal_temperature_to"]))
+    return trainer, prepared
+
+
+def _run(
+    config: MixtureOfTokensConfig,
+    run: dict[str, Any],
+    arguments: TrainingArguments,
+    out: Path,
+    begin: Callable[[GroupedTrainer, Prepared], None] | None,
+) -> dict[str, Any]:
+    made_by = {"versions": provenance.versions(), "commit": provenance.commit()}  # now, as they may change
+    keep_large_blocks()
+    transformers.logging.disable_progress_bar()
+    trainer, prepared = build(config, run, arguments)
+    checkpoint = checkpoints.newest(out) if out.exists() else None
+    if is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_text(out / "config.yaml", yaml.safe_dump(run, sort_keys=False))
+        if checkpoint is not None:
+            print(f"Going on from {checkpoint}", file=sys.stderr)
+    if begin is not None and checkpoint is None:
+        begin(trainer, prepared)
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    with stop.installed():
+        try:
+            trainer.train(checkpoint)
+        finally:
+            _end_reports(arguments)
+    if stop.received is not None:
+        if is_main():
+            step, name = trainer.state.global_step, signal.Signals(stop.received).name
+            print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
+        sys.exit(128 + stop.received)
+    return _finish(trainer, prepared, run, out, made_by) if is_main() else {}
+
+
+def _end_reports(arguments: TrainingArguments) -> None:
+    """W&B's run would stay open, and take what the next one of this process reports, as in a sweep."""
+    wandb = sys.modules.get("wandb")
+    if "wandb" in (arguments.report_to or ()) and wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
+def _finish(
+    trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], out: Path, made_by: dict[str, Any]
+) -> dict[str, Any]:
+    """Write `model/` and, last, `run.json`, which says that the run is finished."""
+    model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
+    steps = trainer.rows.first_step + run["steps"]
+    tokens = steps * trainer.run_log.tokens_per_step
+    calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
+    seeds = range(REGROUPINGS if model.mixes_examples else 1)
+    final, *others = [trainer.evaluate_all(seed) for seed in seeds]
+    losses = [final["loss"], *(other["loss"] for other in others)]
+    beside = out / "model.partial"
+    with checkpoints.plain_errors(out / "model"):
+        model.save_pretrained(beside)
+        prepared.tokenizer.save_pretrained(beside)
+    checkpoints.describe(beside)
+    checkpoints.publish(beside, out / "model")
+    facts = {
+        "name": run["name"],
+        "seed": run["seed"],
+        "steps": steps,
+        "tokens": tokens,
+        "evaluated_on": run["evaluate_on"],
+        "final_loss": final["loss"],
+        "regrouping_spread": max(losses) - min(losses) if others else None,
+        "bits_per_byte": final["bits_per_byte"],
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds),
+        "vocab_size": config.vocab_size,
+        "parameters": model.num_parameters(),
+        "forward_flops_per_token": round(sum(flops_per_token(config, batch=run["batch_size"]).forward.values())),
+        "corpus": prepared.facts,
+        **made_by,
+        "sample": continue_prompts(model, prepared.tokenizer, [PROMPT])[0],
+        **provenance.hardware("cpu" if trainer.args.use_cpu else None),
+    }
+    checkpoints.write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
+    return facts

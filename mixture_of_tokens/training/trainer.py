@@ -1,0 +1,206 @@
+"""Hugging Face's Trainer with what it lacks: grouped batches, router telemetry, `metrics.jsonl`, whole checkpoints.
+
+The clock of a run goes on where a resumed run left off. It stands still during evaluations and while a checkpoint is
+written, which are the same for every system and no part of training.
+"""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from torch.utils.tensorboard import SummaryWriter
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
+from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.training.callbacks import Clock, RunLog
+
+EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
+
+
+class GroupedTrainer(Trainer):
+    """Trainer on rows in their given order, evaluated in fixed groups, with cross-entropy as the loss it reports.
+
+    Args beyond Trainer's:
+        rows: training data, in order; evaluated: blocks for the losses during training; corpus: hashes of text
+            and tokenizer.
+
+    `train(checkpoint)` goes on from a checkpoint that `checkpoints.newest` gave; None starts anew.
+
+    Raises FloatingPointError, naming the step, at a loss or weights that are not finite: what it has saved before is
+    good. Raises OSError where a checkpoint cannot be written, and leaves nothing of it.
+    """
+
+    def __init__(
+        self, model: MixtureOfTokensForCausalLM, *args, rows: GroupedBatches, evaluated: Blocks, corpus: str, **kwargs
+    ):
+        # The evaluation set is named so that Trainer evaluates at all; `evaluate` does not read it.
+        super().__init__(model, *args, train_dataset=rows, eval_dataset=rows, data_collator=_as_it_is, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
+        self.causal_lm, self.rows, self.evaluated, self.corpus = model, rows, evaluated, corpus
+        self.run, self.clock = Path(str(self.args.output_dir)), Clock()
+        parts = self.args.gradient_accumulation_steps * self.args.world_size
+        tokens_per_step = self.args.per_device_train_batch_size * parts * rows.blocks.context
+        self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock, rows.first_step)
+        self.add_callback(self.run_log)
+        self.add_callback(_RouterGradients(self))
+        probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
+        self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
+        self.gradient_norms: dict[str, float] = {}  # before clipping, as Trainer's own
+        self.total_norm: Any = None  # of all gradients before they were clipped; read at logged steps alone
+        # Cross-entropy and auxiliary loss of every micro-batch since the last row of metrics.jsonl.
+        self._reported: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._output_dir: str | None = None  # where a checkpoint is written before it gets its name
+
+    def train(self, checkpoint: Path | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        step = 0
+        if checkpoint is not None:
+            facts = checkpoints.facts_of(checkpoint)
+            if facts["corpus"] != self.corpus:
+                raise ValueError(
+                    f"{checkpoint} was trained on text and tokenizer {facts['corpus']}, and now they are {self.corpus}"
+                )
+            step = facts["step"]
+            self.clock.before = facts["seconds"]
+            for loss, aux in facts["reported"]:  # beside the losses of steps to come, so where those are
+                pair = [None if each is None else torch.tensor(each, device=self.args.device) for each in (loss, aux)]
+                self._reported += [tuple(pair)] * self.args.gradient_accumulation_steps  # pyright: ignore
+        if self.is_world_process_zero():
+            self.run_log.forget_after(self.rows.first_step + step)
+        if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
+            # One directory for a run, however often it is resumed, without the points that are written again.
+            writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
+            self.add_callback(TensorBoardCallback(writer))
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint))
+        finally:
+            self.clock.stop()
+            self.run_log.close()  # also of a run that stops in the middle
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.rows)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False)
+        loss, aux_loss = outputs.loss, outputs.aux_loss
+        cross_entropy = loss if aux_loss is None else loss - self.causal_lm.config.router_aux_loss_coef * aux_loss
+        self._reported.append((cross_entropy.detach(), None if aux_loss is None else aux_loss.detach()))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._reported:
+            self._check_finite()
+            cross_entropies, aux_losses = zip(*self._reported, strict=True)
+            logs["loss"] = self._mean(cross_entropies)
+            if aux_losses[0] is not None:
+                logs["aux_loss"] = self._mean(aux_losses)
+            self._reported.clear()
+            for layer, measured in measure(self.causal_lm, self.probe).items():
+                logs |= {f"layer/{layer}/{name}": float(f"{value:.5g}") for name, value in measured.items()}
+            logs |= {f"layer/{layer}/router_gradient_norm": norm for layer, norm in self.gradient_norms.items()}
+        super().log(logs, start_time)
+        self.state.log_history.clear()  # it stands in metrics.jsonl, and need not in every checkpoint
+
+    def _mean(self, losses: tuple[torch.Tensor, ...]) -> float:
+        return self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()  # pyright: ignore
+
+    def _reported_by_step(self) -> list[tuple[float, float | None]]:
+        """Means over processes and micro-batches, so that another layout can go on with them."""
+        parts = self.args.gradient_accumulation_steps
+        steps = [self._reported[start : start + parts] for start in range(0, len(self._reported), parts)]
+        pairs = [tuple(zip(*step, strict=True)) for step in steps]
+        return [(self._mean(losses), None if aux[0] is None else self._mean(aux)) for losses, aux in pairs]
+
+    def _clip_grad_norm(self, model):
+        self.total_norm = super()._clip_grad_norm(model)
+        return self.total_norm
+
+    def _check_finite(self) -> None:
+        bad = torch.stack([loss for loss, _ in self._reported]).isfinite().logical_not().nonzero()
+        if len(bad):
+            after = len(self._reported) - int(bad[0])  # micro-batches since, the bad one included
+            step = self.state.global_step - (after - 1) // self.args.gradient_accumulation_steps
+            loss = self._reported[int(bad[0])][0].item()
+            raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower learning rate")
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        with self.clock.stopped():
+            loss = self.loss_of(self.causal_lm)
+        if not math.isfinite(loss):
+            step = self.state.global_step
+            raise FloatingPointError(f"the evaluation loss is {loss} after step {step}: try a lower learning rate")
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def loss_of(self, model: Any) -> float:
+        """A model's, over the part of the text that is evaluated in training."""
+        return self._evaluate_blocks(model, groups=max(1, EVALUATION_ROWS // self.rows.group_size))["loss"]
+
+    def evaluate_all(self, seed: int) -> dict[str, float]:
+        """Over all of the text, in groups by a seed: as `evaluate.evaluate_blocks`."""
+        return self._evaluate_blocks(self.causal_lm, seed=seed, progress="Evaluating all of the text")
+
+    def _evaluate_blocks(self, model: Any, **options: Any) -> dict[str, float]:
+        rows = self.args.per_device_eval_batch_size
+        return evaluate_blocks(model, self.evaluated, group_size=self.rows.group_size, batch_size=rows, **options)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._output_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step = self.state.global_step
+        name, beside, main = f"checkpoint-{step}", self.run / "checkpoint.partial", self.args.should_save
+        if self._reported:
+            self._check_finite()
+        if not all(bool(weight.isfinite().all()) for weight in self.causal_lm.parameters()):
+            raise FloatingPointError(f"weights are not finite after step {step}: try a lower learning rate")
+        with self.clock.stopped():
+            if main:
+                shutil.rmtree(beside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self._output_dir = str(beside)
+            try:
+                with checkpoints.plain_errors(self.run / name):
+                    super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                reported = self._reported_by_step()
+                if main:
+                    facts = {"step": step, "seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
+                    checkpoints.describe(beside / name, **facts)
+                    self.run_log.write()  # its rows are there before the checkpoint is
+                    checkpoints.publish(beside / name, self.run / name)
+                    checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
+            finally:
+                self._output_dir = None
+                if main:
+                    shutil.rmtree(beside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+
+
+class _RouterGradients(TrainerCallback):
+    def __init__(self, trainer: GroupedTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if (state.global_step + 1) % state.logging_steps == 0:
+            total, norms = self.trainer.total_norm, router_gradient_norms(self.trainer.causal_lm)
+            kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
+            # Clipping brings gradients of which one is infinite to nothing.
+            self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
+
+
+def _as_it_is(batch: Any) -> Any:
+    """`GroupedBatches` gives whole batches."""
+    return batch
