@@ -303,7 +303,7 @@ class Hub(BaseHTTPRequestHandler):
 server = HTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-from mixture_of_tokens.corpus import fingerprint
+from mixture_of_tokens.data.sources import fingerprint
 print(fingerprint("hf:some/set:en", print))
 server.shutdown()
 server.server_close()

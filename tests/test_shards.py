@@ -205,12 +205,12 @@ def test_a_damaged_entry_is_made_again(source, cache, damage, capsys):
 
 CHILD = """
 import sys, time
-from mixture_of_tokens import shards
+from mixture_of_tokens.data import prepare, tokens
 if sys.argv[2] == "slow":  # so slow that it is not done before it is killed
-    shards.TRAINING_BYTES, shards.BATCH = 10**5, 1
-    encoded = shards._encoded
-    shards._encoded = lambda *arguments: (time.sleep(0.05), encoded(*arguments))[1]
-prepared = shards.prepare([sys.argv[1]], vocab_size=300, context=16)
+    prepare.TRAINING_BYTES, tokens.BATCH = 10**5, 1
+    encoded = tokens._encoded
+    tokens._encoded = lambda *arguments: (time.sleep(0.05), encoded(*arguments))[1]
+prepared = prepare.prepare([sys.argv[1]], vocab_size=300, context=16)
 print(prepared.facts["hash"])
 """
 
@@ -371,8 +371,8 @@ def test_the_report_says_what_is_in_the_data(source, tmp_path, capsys):
 
 MEMORY = """
 import resource, sys, torch, transformers
-from mixture_of_tokens.data import GroupedBatches
-from mixture_of_tokens.shards import prepare
+from mixture_of_tokens.data.groups import GroupedBatches
+from mixture_of_tokens.data.prepare import prepare
 def peak():
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 imports = peak()

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.telemetry import combine_weights, measure, router_gradient_norms, routing_measures
-from mixture_of_tokens.training.callbacks import _RouterGradients
+from mixture_of_tokens.training.trainer import _RouterGradients
 from tests.routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tokens
 
 KINDS = ("mixture_of_tokens", "uniform", "token_choice", "expert_choice")
