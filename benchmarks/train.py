@@ -54,12 +54,12 @@ class Turn:
             device=args.device,
             training=training,
         )
-        self.config, self.run, arguments = merge(name, 0, None, options)
+        self.config, arguments = merge(name, 0, None, options)
         self.arguments, self.loop = TrainingArguments(output_dir=out, **arguments), loop
         self.arguments._n_gpu = min(1, self.arguments.n_gpu)  # as `mot train` has it
 
     def seconds_per_step(self) -> float:
-        trainer, _ = build(self.config, self.run, self.arguments)
+        trainer, _ = build(self.config, self.arguments)
         return self._trainer(trainer) if self.loop == "trainer" else self._bare(trainer)
 
     def _trainer(self, trainer) -> float:
@@ -80,9 +80,9 @@ class Turn:
         model, args, rows = trainer.causal_lm.train(), self.arguments, trainer.rows
         optimizer = trainer.create_optimizer()
         names = ("lr_scheduler_type", "warmup_steps", "lr_scheduler_kwargs")
-        kind, warm, options = (self.run["training"][name] for name in names)
+        kind, warm, options = (self.config.training[name] for name in names)
         schedule = get_scheduler(kind, optimizer, warm, args.max_steps, options)
-        start, batch = 0.0, self.run["batch_size"]
+        start, batch = 0.0, self.config.batch_size
         for step in range(args.max_steps):
             if step == WARM_UP:
                 self._wait()

@@ -1,4 +1,7 @@
-"""The command `mot`: a name for each function, whose signature and docstring are the command's help."""
+"""The command `mot`: a name for each function, whose signature and docstring are the command's help.
+
+A function is imported when its command is given, so that help and version come at once.
+"""
 
 import os
 import signal
@@ -11,30 +14,42 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import App, CycloptsError, Parameter
 
-from mixture_of_tokens.convert.export import export
-from mixture_of_tokens.convert.transition import transition
-from mixture_of_tokens.data.inspect import data_report
-from mixture_of_tokens.inference.audit import audit
-from mixture_of_tokens.inference.evaluate import evaluate
-from mixture_of_tokens.inference.generate import generate
-from mixture_of_tokens.model.cost import plan
-from mixture_of_tokens.reports.compare import compare
-from mixture_of_tokens.reports.report import report
-from mixture_of_tokens.training.sweep import sweep
-from mixture_of_tokens.training.train import train
+from mixture_of_tokens import __version__
 
+# Where each command's function is, and the first line of its docstring.
 COMMANDS = {
-    "train": train,
-    "sweep": sweep,
-    "compare": compare,
-    "report": report,
-    "generate": generate,
-    "evaluate": evaluate,
-    "audit": audit,
-    "transition": transition,
-    "export": export,
-    "plan": plan,
-    "data-report": data_report,
+    "train": ("training.train:train", "Train one model and write a run directory."),
+    "sweep": ("training.sweep:sweep", "Train one model with every combination of settings, and print the best."),
+    "compare": (
+        "reports.compare:compare",
+        "Train several models on the same text in the same order, and say when each reaches the first one's loss.",
+    ),
+    "report": (
+        "reports.report:report",
+        "Print the runs' losses side by side, the first one as the baseline, and write a page about them.",
+    ),
+    "generate": ("inference.generate:generate", "Continue prompts."),
+    "evaluate": (
+        "inference.evaluate:evaluate",
+        "Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.",
+    ),
+    "audit": (
+        "inference.audit:audit",
+        "Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.",
+    ),
+    "transition": (
+        "convert.transition:transition",
+        "Turn a finished Mixture of Tokens into Token Choice, which serves one prompt at a time, and train it on.",
+    ),
+    "export": (
+        "convert.export:export",
+        "Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.",
+    ),
+    "plan": (
+        "model.cost:plan",
+        "Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.",
+    ),
+    "data-report": ("data.inspect:data_report", "Prepare a corpus and print what is in it."),
 }
 
 
@@ -51,46 +66,74 @@ def _flags(key: str, value: Any) -> Iterator[list[str]]:
         yield from ([key, str(item)] for item in (value if isinstance(value, list) else [value]))
 
 
-def _with_config_file(
-    *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], config: Path | None = None
-) -> list[str]:
+def _common(
+    *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Path | None = None,
+    json: bool = False,
+) -> tuple[list[str], bool]:
     """Any command.
 
     Args:
         config: A YAML file of the command's flags; flags that are given win over it.
+        json: Print the result as JSON.
     """
     if config is None:
-        return list(words)
+        return list(words), json
     if not config.is_file():
         raise ValueError(f"--config {config}: there is no such file")
     entries = yaml.safe_load(config.read_text())
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} does not hold flags, as in `steps: 100`")
+    if "transition" in entries:
+        raise ValueError(f"--config {config} is of a run after a switch; mot transition makes it again")
+    entries.pop("format", None)  # of a run directory's config.yaml
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
     if len(words) > 1 and not words[1].startswith("-"):  # a positional word is the model's name
         given.add("--name")
     flags = [flag for key, value in entries.items() for flag in _flags(f"--{str(key).replace('_', '-')}", value)]
-    return [*words, *(word for flag in flags if flag[0] not in given for word in flag)]
+    return [*words, *(word for flag in flags if flag[0] not in given for word in flag)], json
 
 
-def main(words: list[str] | None = None) -> None:
-    """Run the command line. One line on standard error and exit status 2 for bad use, 1 for training that diverges."""
-    about = "Mixture of Tokens: train it, weigh it against dense and sparse models."
+def _app(words: list[str]) -> App:
     app = App(
         name="mot",
-        help=about,
+        help="Mixture of Tokens: train it, weigh it against dense and sparse models.",
+        version=__version__,
         default_parameter=Parameter(negative=()),
         result_action="return_value",
         exit_on_error=False,
         print_error=False,
     )
-    for name, function in COMMANDS.items():
-        app.command(function, name=name)
-    app.meta.default(_with_config_file)
+    for name, (place, help) in COMMANDS.items():
+        # The one that is given tells all of its docstring.
+        about = {} if name in words[:1] else {"help": help}
+        app.command(f"{__package__}.{place}", name=name, **about)
+    app.meta.default(_common)
+    return app
+
+
+def _run(words: list[str]) -> None:
+    app = _app(words)
+    common = app.meta(words)
+    if common is None:  # help or version, printed by now
+        return
+    merged, json = common
+    command, bound, unparsed = app.parse_args(merged)
+    streamed = {"stream": sys.stdout} if "stream" in unparsed and not json else {}
+    result = command(*bound.args, **bound.kwargs, **streamed)
+    if result is None or streamed:
+        return
+    print(result.to_json() if json else str(result).removesuffix("\n"))
+    failure = getattr(result, "failure", None)
+    if failure is not None:
+        print(f"mot: {failure}", file=sys.stderr)
+        sys.exit(1)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the command line. One line on standard error and exit status 2 for bad use, 1 for training that diverges."""
     try:
-        merged = app.meta(sys.argv[1:] if words is None else words)
-        if merged is not None:  # None: help or version, printed by now
-            app(merged)
+        _run(sys.argv[1:] if words is None else words)
     except BrokenPipeError:  # whoever read the output has enough, as in `mot generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

@@ -1,8 +1,35 @@
-"""Numbers, ranges and aligned tables as text, for the terminal and for the page."""
+"""Results as text: what commands return, and numbers, ranges and tables, for the terminal and for the page."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
-Summary = dict[str, float]
+
+class Result:
+    """What a command returns, a dataclass: `str` is what the command line prints, `to_json` what --json prints."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)  # pyright: ignore[reportArgumentType]
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Over seeds or rounds."""
+
+    mean: float
+    least: float
+    greatest: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Self | None:
+        """Of those that have a value; None if none has."""
+        known = [value for value in values if value is not None]
+        return cls(sum(known) / len(known), min(known), max(known), len(known)) if known else None
 
 
 def loss(value: float) -> str:
@@ -35,20 +62,28 @@ def listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def spread(summary: Summary, shown=ratio) -> str:
+def span(summary: Summary, shown=ratio) -> str:
     """The least and the greatest, if there is more than one."""
-    return f"{shown(summary['least'])} to {shown(summary['greatest'])}" if summary["seeds"] > 1 else ""
+    return f"{shown(summary.least)} to {shown(summary.greatest)}" if summary.seeds > 1 else ""
 
 
-def with_spread(summary: Summary, shown=ratio) -> str:
-    return f"{shown(summary['mean'])} ({spread(summary, shown)})" if spread(summary, shown) else shown(summary["mean"])
+def with_span(summary: Summary, shown=ratio) -> str:
+    return f"{shown(summary.mean)} ({span(summary, shown)})" if summary.seeds > 1 else shown(summary.mean)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of a table as lines: the first column at the left, the others at the right."""
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows of a table as lines: the first `left` columns at the left, the others at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for name, *cells in rows:
-        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *right]))
+    for cells in rows:
+        sides = zip(cells, widths, range(len(cells)), strict=True)
+        line = "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for cell, width, i in sides)
+        lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """The same as a table of Markdown, whose first row is the head."""
+    head, *body = rows
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))

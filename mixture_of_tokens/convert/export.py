@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import ROUTINGS
-from mixture_of_tokens.runs import checkpoints, provenance
+from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of
+from mixture_of_tokens.runs.records import RunFacts, Switch
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.sparse import TokenChoice
 
@@ -32,11 +35,9 @@ COMMON = (
 )
 OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob", "router_aux_loss_coef")
 
-# Run by another Python, in which this package cannot be imported, on the directory and the file of ids and logits.
+# Run by `in_plain_transformers` on the directory and the files of ids and of logits.
 CHECK = """
-import sys
-sys.modules["mixture_of_tokens"] = None
-import torch
+import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 directory, given, found = sys.argv[1:]
@@ -47,7 +48,22 @@ with torch.no_grad():
 """
 
 
-def export(run: str, out: Path, *, force: bool = False) -> None:
+@dataclass(frozen=True)
+class Exported(Result):
+    """A checkpoint of plain transformers; difference: the largest of a logit from the run's, of `compared` text."""
+
+    directory: str
+    architecture: str
+    parameters: int
+    compared: str
+    difference: float
+
+    def __str__(self) -> str:
+        differ = f"Its logits of {self.compared} differ from the run's by at most {self.difference:.1e}."
+        return f"{self.directory} is a {self.architecture}. {differ}"
+
+
+def export(run: str, out: Path, *, force: bool = False) -> Exported:
     """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
 
     Every weight that was written is compared with the run's. Another process, in which this library cannot be imported,
@@ -57,7 +73,10 @@ def export(run: str, out: Path, *, force: bool = False) -> None:
         run: A run directory or a checkpoint.
         out: The directory to write.
         force: Replace an earlier export that is there.
+
+    Raises ValueError for what has no counterpart in plain transformers, and where the checkpoint is not the same model.
     """
+    run, out = str(run), Path(out)
     if out.exists() and not force:
         raise ValueError(f"{out} exists already; name another directory, or replace an export with --force")
     if out.exists() and not checkpoints.is_described(out, EXPORT):
@@ -96,8 +115,7 @@ def export(run: str, out: Path, *, force: bool = False) -> None:
         checkpoints.publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    kind = type(plain).__name__
-    print(f"{out} is a {kind}. Its logits of {what} differ from the run's by at most {difference:.1e}.")
+    return Exported(str(out), type(plain).__name__, plain.num_parameters(), what, difference)
 
 
 def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
@@ -177,11 +195,7 @@ def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, flo
     try:
         with checkpoints.plain_errors(directory):
             save_file({"ids": ids.contiguous()}, given)
-        command = [sys.executable, "-c", CHECK, str(directory), str(given), str(found)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = done.stderr.strip().rpartition("\n")[2]
-            raise ValueError(f"plain transformers cannot load what was written: {last}")
+        in_plain_transformers(CHECK, str(directory), str(given), str(found))
         with torch.no_grad():
             logits = model(ids).logits
         return float((load_file(found)["logits"] - logits).abs().max()), float(logits.std())
@@ -190,11 +204,24 @@ def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, flo
         found.unlink(missing_ok=True)
 
 
+def in_plain_transformers(code: str, *words: str) -> str:
+    """What a program prints in another Python, in which this package cannot be imported.
+
+    Raises ValueError with the last line of its errors where it fails.
+    """
+    alone = f"import sys\nsys.modules['mixture_of_tokens'] = None\n{code}"
+    done = subprocess.run([sys.executable, "-c", alone, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise ValueError(f"plain transformers cannot load what was written: {last}")
+    return done.stdout
+
+
 def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str, difference: float) -> str:
     """The model card."""
     config, kind = model.config, type(plain).__name__
     path = run_directory(run) or Path(run).absolute()
-    facts = json.loads((path / "run.json").read_text()) if (path / "run.json").is_file() else {}
+    facts = RunFacts.read(path / records.FACTS) if (path / records.FACTS).is_file() else None
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {path.name}", ""]
     lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
     if blocks := len(config.sparse_routings):
@@ -203,21 +230,21 @@ def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str
             f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, weighted by a softmax "
             f"over {'those' if config.norm_topk_prob else 'all'}. Nothing is dropped."
         )
-    if facts:
-        corpus, transition = facts["corpus"], path / "switch.json"
-        lines += ["", "## Training", "", f"{facts['name']}, {facts['steps']:,} steps, {facts['tokens']:,} tokens of"]
-        lines.append(f"{', '.join(corpus.get('source') or ['text'])} (hash {corpus['hash']}), seed {facts['seed']}.")
-        if transition.is_file():
-            losses, end = json.loads(transition.read_text()), read(path).evaluations[-1]["eval_loss"]
+    if facts is not None:
+        source = ", ".join(facts.corpus.get("source") or ["text"])
+        lines += ["", "## Training", "", f"{facts.name}, {facts.steps:,} steps, {facts.tokens:,} tokens of"]
+        lines.append(f"{source} (hash {facts.text[0]}), seed {facts.seed}.")
+        if (path / records.SWITCH).is_file():
+            switch, end = Switch.read(path / records.SWITCH), read(path).evaluations[-1].eval_loss
             lines.append(
                 "It was a Mixture of Tokens (arXiv 2310.15961) first, and was switched to Token Choice after "
-                f"{losses['step']:,} steps. Over a part of the {facts['evaluated_on']} text the loss was "
-                f"{losses['source_in_groups']:.4f} before, with texts in groups, {losses['source_alone']:.4f} with "
-                f"each alone, {losses['at_the_switch']:.4f} at the switch, and {end:.4f} at the end."
+                f"{switch.step:,} steps. Over a part of the {facts.evaluated_on} text the loss was "
+                f"{switch.source_in_groups:.4f} before, with texts in groups, {switch.source_alone:.4f} with "
+                f"each alone, {switch.at_the_switch:.4f} at the switch, and {end:.4f} at the end."
             )
         lines.append(
-            f"Loss on all {facts['evaluated_on']} text: {facts['final_loss']:.4f} nats a token, "
-            f"{facts['bits_per_byte']:.4f} bits a byte."
+            f"Loss on all {facts.evaluated_on} text: {facts.final_loss:.4f} nats a token, "
+            f"{facts.bits_per_byte:.4f} bits a byte."
         )
     lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("this/directory")']

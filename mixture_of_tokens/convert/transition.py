@@ -1,42 +1,101 @@
 """Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
 
-import json as json_module
+import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import Tensor
 
 from mixture_of_tokens.convert.switch import calibrate as calibrate_switch
 from mixture_of_tokens.convert.switch import rescale_moments, to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.formatting import aligned
+from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.layers import Router
 from mixture_of_tokens.model.companions import calibrate_companions
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import FIELDS, parse_name
 from mixture_of_tokens.model.routings import ROUTINGS
-from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.config import DERIVED
+from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
-from mixture_of_tokens.runs.run import Run, check_free, check_one_process, is_main, read, through_the_switch
+from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
+from mixture_of_tokens.runs.run import Run, Stages, check_free, check_one_process, is_main, read
 from mixture_of_tokens.training.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
-SWITCH = "switch.json"
 GIVEN = ("data", "field", "max_bytes", "tokenizer", "batch_size", "evaluate_on")  # taken from the source as they are
 HELD = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
 # Fields of TrainingArguments that belong to the source's own number of steps.
 OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
 ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
+
+Device = Literal["cpu", "cuda"] | None
+
+
+@dataclass(frozen=True)
+class Transitioned(Result):
+    """A run after a switch.
+
+    switch, stages: losses on the way, over the part of the text that training is evaluated on.
+    source_final_loss, final_loss: over all of it.
+    """
+
+    source: str
+    directory: str
+    switch: Switch
+    stages: Stages
+    steps: int
+    source_final_loss: float
+    final_loss: float
+    seconds_after: float
+
+    @classmethod
+    def of(cls, source: Run, run: Run) -> "Transitioned":
+        assert run.switch is not None
+        return cls(
+            source=str(source.directory),
+            directory=str(run.directory),
+            switch=run.switch,
+            stages=run.stages,
+            steps=run.config.steps,
+            source_final_loss=source.facts.final_loss,
+            final_loss=run.facts.final_loss,
+            seconds_after=run.facts.seconds - source.facts.seconds,
+        )
+
+    def __str__(self) -> str:
+        switch, stages = self.switch, self.stages
+        before = switch.source_in_groups
+        rows = [
+            ("source, in full groups", before),
+            ("source, each row alone", switch.source_alone),
+            ("switched, weights as they are", switch.plain_switch),
+            ("switched, as training begins", switch.at_the_switch),
+            (f"step {stages.tenth_step}, a tenth of them on", stages.tenth_loss),
+            (f"step {switch.step + self.steps}, the end", stages.end_loss),
+        ]
+        shown = [["", "loss", "vs source"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
+        lines = [
+            aligned(shown),
+            "",
+            "Those are over the part of the text that training is evaluated on. Over all of it:",
+            f"the source's loss is {self.source_final_loss:.4f}, this run's {self.final_loss:.4f}.",
+        ]
+        if stages.first is not None and stages.last is not None:
+            lines.append(
+                f"The fullest expert has {stages.first.largest_load:.1f} times its even share at first and "
+                f"{stages.last.largest_load:.1f} at the end; {stages.first.dropped:.1%} and {stages.last.dropped:.1%} "
+                "of tokens are dropped, in the worst layer."
+            )
+        times = f"{switch.fit_seconds or 0:.0f} s of fitting, {self.seconds_after:.0f} s of training after it."
+        lines.append(f"{times} Everything is in {self.directory}; mot report {self.directory} draws the curve.")
+        return "\n".join(lines)
 
 
 def transition(
@@ -52,11 +111,10 @@ def transition(
     schedule: Literal["continued", "own"] = "own",
     learning_rate: float | None = None,
     control: Literal["router", "scratch"] | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Device = None,
     resume: bool = False,
     dry_run: bool = False,
-    json: bool = False,
-) -> None:
+) -> Transitioned | Run | RunConfig | None:
     """Turn a finished Mixture of Tokens into Token Choice, which serves one prompt at a time, and train it on.
 
     Experts, router and all else carry over, and the text goes on where the source's ended. The new run's metrics begin
@@ -82,125 +140,122 @@ def transition(
         device: cpu or cuda; by default cuda where there is one.
         resume: Go on from the newest whole checkpoint of the new run.
         dry_run: Print the merged configuration and stop.
-        json: Print JSON in place of the table.
+
+    Returns the run's stages; with `control` scratch the run, with `dry_run` its configuration, and None in all
+    processes of torchrun's but the first.
+
+    Raises ValueError for a source that is none, or whose text or optimizer state is not there any more.
     """
+    run = Path(run)
     run = run.resolve() if run.name in ("", "..") else run  # which have no name to call the new one by
     source = read(run)
     label = f"{run.name}-{'transition' if control is None else control}"
-    out = run.parent / label if out is None else out
+    out = run.parent / label if out is None else Path(out)
     if out.absolute() == run.absolute():
         raise ValueError(f"--out {out} is the source itself; name another")
-    steps = max(1, source.facts["steps"] // 10) if steps is None else steps
-    settings = {
-        "source": str(run.resolve()),
-        "calibrate": "none" if control == "router" else calibrate,
-        "optimizer": optimizer,
-        "control": control,
-    }
+    steps = max(1, source.facts.steps // 10) if steps is None else steps
+    asked = Transition(
+        source=str(run.resolve()),
+        calibrate="none" if control == "router" else calibrate,
+        optimizer=optimizer,
+        control=control,
+        anneal=anneal,
+    )
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
         _check_anneal(source, anneal, steps, control)
-        settings |= {"anneal": anneal}
     chosen = (top_k, capacity, schedule, device)
-    merged = _merged(source, settings, steps - mixing, *chosen, learning_rate)
+    merged = _merged(source, asked, steps - mixing, *chosen, learning_rate)
     if control == "scratch":
-        merged = _from_scratch(source, merged[1]["model"], steps, device, learning_rate)
+        merged = _from_scratch(source, merged.config.model, steps, device, learning_rate)
     if dry_run:
-        print(yaml.safe_dump(merged[1], sort_keys=False), end="")
-        return
+        return merged.config
     if control == "scratch":
-        facts = run_merged(*merged, out, resume=resume)
-        if is_main():
-            end = f"{facts['name']} from scratch, {facts['steps']} steps: loss {facts['final_loss']:.4f}."
-            print(json_module.dumps(facts, indent=2) if json else f"{end} Everything is in {out}.")
-        return
+        return run_merged(merged, out, resume=resume)
     if not resume:
         check_free(out)
     # What the source is needed for is done once there is a checkpoint to go on from.
-    begun = out.is_dir() and ((out / "run.json").exists() or checkpoints.newest(out) is not None)
+    begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.newest(out) is not None)
     carried = _optimizer_file(source) if optimizer == "carried" and not begun else None
     if not begun:
         model_directory(str(run))
         text_of(str(run))  # is as it was
     if anneal is not None:
-        source = _annealed(source, settings, mixing, carried, device, out.with_name(f"{out.name}-annealed"), resume)
-        merged = _merged(source, settings, steps - mixing, *chosen, merged[1]["learning_rate"])
+        source = _annealed(source, asked, mixing, carried, device, out.with_name(f"{out.name}-annealed"), resume)
+        merged = _merged(source, asked, steps - mixing, *chosen, merged.config.learning_rate)
         carried = _optimizer_file(source) if optimizer == "carried" and not begun else None
-    begin = _Beginning(source, settings, carried, out)
-    facts = run_merged(*merged, out, resume=resume, begin=begin)
-    if is_main():
-        result = _result(source, read(out), facts)
-        print(json_module.dumps(result, indent=2) if json else _table(result, out))
+    made = run_merged(merged, out, resume=resume, begin=_Beginning(source, asked, carried, out))
+    return None if made is None else Transitioned.of(source, made)
 
 
 def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> None:
     """Raises ValueError for what --anneal is not for."""
-    before = source.settings["anneal_temperature_to"] or source.config.router_temperature
+    before = source.config.anneal_temperature_to or source.model_config.router_temperature
     if steps < 2:
         raise ValueError(f"--steps must be at least 2 with --anneal, not {steps}")
     if control is not None or not 0 < end < before:
         legal = f"be above 0 and below the source's temperature, {before:g}"
         raise ValueError(f"--anneal {end:g} must {legal}, and is not for controls")
-    if source.config.learnable_temperature:
+    if source.model_config.learnable_temperature:
         raise ValueError(f"--anneal {end:g} would replace the temperatures that {source.directory} has learned")
     check_one_process("--anneal")
 
 
 def _merged(
     source: Run,
-    transition: dict[str, Any],
+    asked: Transition,
     steps: int,
     top_k: int | None,
     capacity: float | None,
     schedule: str,
-    device: Literal["cpu", "cuda"] | None,
+    device: Device,
     learning_rate: float | None,
-) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
-    """As `settings.merge` returns it: the source's settings, those of its routing and of its schedule replaced."""
-    target = token_choice_config(source.config, top_k=top_k, capacity_factor=capacity)
-    model = {field: getattr(target, field) for field in source.settings["model"] if field in FIELDS}
+) -> Merged:
+    """The source's configuration, the settings of its routing and of its schedule replaced."""
+    target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity)
+    model = {field: getattr(target, field) for field in source.config.model if field in FIELDS}
     model |= {field: getattr(target, field) for field in ("mlp_layer_types", "num_experts_per_tok", "capacity_factor")}
     model["router_temperature"] = target.router_temperature
-    model = {field: value for field, value in model.items() if field not in DERIVED}
     training = _training(source) | (HELD if schedule == "continued" else {})
     if learning_rate is None:
-        learning_rate = _last_rate(source) if schedule == "continued" else source.settings["learning_rate"] / 4
-    given = {key: source.settings[key] for key in GIVEN}
-    options = Options(steps=steps, model=_words(model), training=_words(training), device=device, **given)
-    config, run, arguments = merge(_token_choice_name(source), source.seed, learning_rate, options)
-    return config, run | {"first_step": source.facts["steps"], "transition": transition}, arguments
+        learning_rate = _last_rate(source) if schedule == "continued" else source.config.learning_rate / 4
+    options = _options(source, steps, model, training, device)
+    name, first = _token_choice_name(source), source.facts.steps
+    return merge(name, source.seed, learning_rate, options, first_step=first, transition=asked)
+
+
+def _options(
+    source: Run, steps: int, model: dict[str, Any], training: dict[str, Any], device: Device, **others: Any
+) -> Options:
+    """The source's text and batches, with these fields of the model and of TrainingArguments."""
+    given = {key: getattr(source.config, key) for key in GIVEN}
+    model = {field: value for field, value in model.items() if field not in DERIVED}
+    return Options(steps=steps, model=_words(model), training=_words(training), device=device, **given, **others)
 
 
 def _training(source: Run) -> dict[str, Any]:
     """Fields of TrainingArguments that hold whatever the number of steps."""
-    return {k: v for k, v in source.settings["training"].items() if not k.startswith(OF_THE_SOURCE)}
+    return {k: v for k, v in source.config.training.items() if not k.startswith(OF_THE_SOURCE)}
 
 
 def _last_rate(source: Run) -> float:
-    return [row["learning_rate"] for row in source.rows if row.get("learning_rate")][-1]
+    return [row.learning_rate for row in source.rows if row.learning_rate][-1]
 
 
 def _words(fields: dict[str, Any]) -> dict[str, str]:
     """Values as they would stand on a command line."""
-    return {field: json_module.dumps(value) for field, value in fields.items()}
+    return {field: json.dumps(value) for field, value in fields.items()}
 
 
 def _annealed(
-    source: Run,
-    transition: dict[str, Any],
-    steps: int,
-    optimizer: Path | None,
-    device: Literal["cpu", "cuda"] | None,
-    out: Path,
-    resume: bool,
+    source: Run, asked: Transition, steps: int, optimizer: Path | None, device: Device, out: Path, resume: bool
 ) -> Run:
     """The source trained on in groups, at its last learning rate, while the routers' temperature falls."""
-    given = {key: source.settings[key] for key in GIVEN}
-    model = {field: value for field, value in source.settings["model"].items() if field not in DERIVED}
-    model |= {"router_temperature": source.settings["anneal_temperature_to"] or source.config.router_temperature}
-    given |= {"model": _words(model), "training": _words(_training(source) | HELD), "device": device}
-    options = Options(steps=steps, anneal_temperature_to=transition["anneal"], **given)
-    config, run, arguments = merge(source.name, source.seed, _last_rate(source), options)
+    temperature = source.config.anneal_temperature_to or source.model_config.router_temperature
+    model = source.config.model | {"router_temperature": temperature}
+    options = _options(source, steps, model, _training(source) | HELD, device, anneal_temperature_to=asked.anneal)
+    first = source.facts.steps
+    merged = merge(source.name, source.seed, _last_rate(source), options, first_step=first, transition=asked)
 
     def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
         trainer.causal_lm.load_state_dict(load_model(str(source.directory)).state_dict())
@@ -208,8 +263,7 @@ def _annealed(
             _carry_moments(trainer, optimizer, {}, without=())
         _go_on_from(source, trainer, out)
 
-    run |= {"first_step": source.facts["steps"], "transition": transition}
-    run_merged(config, run, arguments, out, resume=resume, begin=begin)
+    run_merged(merged, out, resume=resume, begin=begin)
     return read(out)
 
 
@@ -219,25 +273,22 @@ def _token_choice_name(source: Run) -> str:
 
 
 def _from_scratch(
-    source: Run, model: dict[str, Any], steps: int, device: Literal["cpu", "cuda"] | None, learning_rate: float | None
-) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
+    source: Run, model: dict[str, Any], steps: int, device: Device, learning_rate: float | None
+) -> Merged:
     """The control that never was a Mixture of Tokens: the same model and, by default, its own rate, all the steps."""
-    given = {key: source.settings[key] for key in GIVEN}
-    model = {field: value for field, value in model.items() if field not in DERIVED}
-    given |= {"model": _words(model), "training": _words(_training(source)), "device": device}
-    options = Options(steps=source.facts["steps"] + steps, **given)
+    options = _options(source, source.facts.steps + steps, model, _training(source), device)
     return merge(_token_choice_name(source), source.seed, learning_rate, options)
 
 
 def _optimizer_file(source: Run) -> Path:
-    if source.config.learnable_temperature:
+    if source.model_config.learnable_temperature:
         raise ValueError(
             "a learned temperature goes into the router, and its optimizer state nowhere: --optimizer fresh"
         )
-    optim = source.settings["training"]["optim"]
+    optim = source.config.training["optim"]
     if optim not in ADAM:
         raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
-    last = source.directory / f"checkpoint-{source.settings['steps']}"
+    last = source.directory / f"checkpoint-{source.config.steps}"
     problem = checkpoints.fault(last) if last.is_dir() else "it is not there"
     if problem is not None or not (last / "optimizer.pt").is_file():
         raise ValueError(f"{last} has no optimizer state to carry: {problem or 'no optimizer.pt'}; --optimizer fresh")
@@ -247,8 +298,8 @@ def _optimizer_file(source: Run) -> Path:
 class _Beginning:
     """What a run after the switch begins with: weights, moments, the clock and the rows of the source."""
 
-    def __init__(self, source: Run, transition: dict[str, Any], optimizer: Path | None, out: Path):
-        self.source, self.transition, self.optimizer, self.out = source, transition, optimizer, out
+    def __init__(self, source: Run, asked: Transition, optimizer: Path | None, out: Path):
+        self.source, self.asked, self.optimizer, self.out = source, asked, optimizer, out
 
     def __call__(self, trainer: GroupedTrainer, prepared: Prepared) -> None:
         if is_main():
@@ -266,12 +317,12 @@ class _Beginning:
         scales = to_token_choice(model, target)
         losses["plain_switch"] = trainer.loss_of(target)
         errors: dict[str, tuple[float, float]] = {}
-        if self.transition["calibrate"] == "full":
+        if self.asked.calibrate == "full":
             started = time.perf_counter()
             errors = calibrate_switch(model, target, groups, scales)
             fit_seconds += time.perf_counter() - started
         new = []
-        if self.transition["control"] == "router":
+        if self.asked.control == "router":
             for name, router in target.named_modules():
                 if isinstance(router, Router):  # drawn anew: those that the model was made with are the source's first
                     router.reset_parameters(target.config.initializer_scale)
@@ -280,18 +331,25 @@ class _Beginning:
         if self.optimizer is not None:
             _carry_moments(trainer, self.optimizer, scales, without=new)
         _go_on_from(self.source, trainer, self.out)
-        facts = {"step": self.source.facts["steps"], "tokens": self.source.facts["tokens"]}
-        facts |= {"seconds": self.source.facts["seconds"], "flops_per_token": self.source.flops[1]}
-        facts |= losses | {"branch_errors": errors, "fit_seconds": round(fit_seconds, 1)}
+        facts = self.source.facts
+        switch = Switch(
+            step=facts.steps,
+            tokens=facts.tokens,
+            seconds=facts.seconds,
+            flops_per_token=self.source.flops[1],
+            **losses,
+            branch_errors=errors,
+            fit_seconds=round(fit_seconds, 1),
+        )
         if is_main():
-            checkpoints.write_text(self.out / SWITCH, json_module.dumps(facts, indent=2) + "\n")
+            switch.write(self.out / records.SWITCH)
 
 
 def _go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
     """The clock and the rows of metrics.jsonl of a source, as what came before in the run at `out`."""
-    trainer.clock.before = source.facts["seconds"]
+    trainer.clock.before = source.facts.seconds
     if is_main():
-        checkpoints.write_text(out / "metrics.jsonl", (source.directory / "metrics.jsonl").read_text())
+        checkpoints.write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())
 
 
 def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:
@@ -306,39 +364,3 @@ def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor
     rescale_moments(optimizer, names, scales)
     for parameter in [p for p in optimizer.state if names[id(p)] in without]:
         del optimizer.state[parameter]
-
-
-def _result(source: Run, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
-    """Losses on the way: over the part of the text that is evaluated in training, at the ends over the whole too."""
-    return through_the_switch(run) | {
-        "source": str(source.directory),
-        "steps": run.settings["steps"],
-        "source_final_loss": source.facts["final_loss"],
-        "final_loss": facts["final_loss"],
-        "seconds_after": facts["seconds"] - source.facts["seconds"],
-    }
-
-
-def _table(result: dict[str, Any], out: Path) -> str:
-    before = result["source_in_groups"]
-    rows = [
-        ["source, in full groups", before],
-        ["source, each row alone", result["source_alone"]],
-        ["switched, weights as they are", result["plain_switch"]],
-        ["switched, as training begins", result["at_the_switch"]],
-        [f"step {result['after_a_tenth']['step']}, a tenth of them on", result["after_a_tenth"]["loss"]],
-        [f"step {result['step'] + result['steps']}, the end", result["at_the_end"]],
-    ]
-    shown = [["", "loss", "vs source"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
-    lines = [aligned(shown), "", "Those are over the part of the text that training is evaluated on. Over all of it:"]
-    lines.append(f"the source's loss is {result['source_final_loss']:.4f}, this run's {result['final_loss']:.4f}.")
-    if result["routers"] is not None:
-        first, last = result["routers"]["first"], result["routers"]["last"]
-        lines.append(
-            f"The fullest expert has {first['largest_load']:.1f} times its even share at first and "
-            f"{last['largest_load']:.1f} at the end; {first['dropped']:.1%} and {last['dropped']:.1%} of tokens are "
-            "dropped, in the worst layer."
-        )
-    times = f"{result['fit_seconds']:.0f} s of fitting, {result['seconds_after']:.0f} s of training after it."
-    lines.append(f"{times} Everything is in {out}; mot report {out} draws the curve.")
-    return "\n".join(lines)

@@ -1,15 +1,36 @@
 """How a corpus was prepared, and how far the promise holds that group-mates come from different documents."""
 
-import json as json_module
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mixture_of_tokens.data.groups import Blocks, collisions, deal
 from mixture_of_tokens.data.prepare import SPLITS, prepare
-from mixture_of_tokens.formatting import aligned
+from mixture_of_tokens.formatting import Result, aligned
 
 EPOCHS = 3  # of training order that are searched for collisions
+
+
+@dataclass(frozen=True)
+class DataReport(Result):
+    """What is in a prepared corpus: numbers by split, and facts of the whole."""
+
+    splits: dict[str, dict[str, Any]]
+    whole: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"splits": self.splits, **self.whole}
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("", *SPLITS)]
+        for key in self.splits["train"]:
+            rows.append((key, *(_shown(self.splits[name][key]) for name in SPLITS)))
+        facts = [
+            f"{key.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else _shown(value)}"
+            for key, value in self.whole.items()
+        ]
+        return "\n".join([aligned(rows), "", *facts])
 
 
 def data_report(
@@ -20,8 +41,7 @@ def data_report(
     vocab_size: int = 512,
     context: int = 64,
     group_size: int = 32,
-    json: bool = False,
-) -> None:
+) -> DataReport:
     """Prepare a corpus and print what is in it.
 
     A collision is a block that stands in a group beside a block of the same document (or of the same segment, where
@@ -36,7 +56,8 @@ def data_report(
         vocab_size: Of the tokenizer that is trained.
         context: Tokens in a block.
         group_size: Blocks in a group.
-        json: Print JSON in place of a table.
+
+    Raises ValueError for bad sources or options.
     """
     prepared = prepare(
         data,
@@ -49,16 +70,7 @@ def data_report(
     )
     splits = {name: _facts(getattr(prepared, name), prepared.facts[name], group_size) for name in SPLITS}
     whole = {key: value for key, value in prepared.facts.items() if key not in SPLITS}
-    whole["cache"] = str(prepared.directory)
-    if json:
-        print(json_module.dumps({"splits": splits, **whole}, indent=2))
-        return
-    rows: list[tuple[str, ...]] = [("", *SPLITS)]
-    for key in splits["train"]:
-        rows.append((key, *(_shown(splits[name][key]) for name in SPLITS)))
-    print(aligned(rows), end="\n\n")
-    for key, value in whole.items():
-        print(f"{key.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else _shown(value)}")
+    return DataReport(splits, whole | {"cache": str(prepared.directory)})
 
 
 def _shown(value: Any) -> str:

@@ -11,8 +11,8 @@ A change counts as a leak where it is more than MARGIN times the noise. That the
 too, or a model that looks at nothing would pass, and so would an audit that replaces nothing.
 """
 
-import json as json_module
 import sys
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,12 +20,105 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
-from mixture_of_tokens.runs.config import check_seed
+from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, text_of
+from mixture_of_tokens.runs.run import check_seed
 
 MARGIN = 10
 ROWS, LONGEST = 8, 64  # of the batch of a model without groups; tokens of a text
 QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """The largest changes of logits over some batches, in absolute numbers; `logits_std` is their scale.
+
+    noise: of rounding; future: by what was replaced; moved: the least that a replaced part itself moved; mates: of a
+        row whose batch-mates were replaced.
+    kl_mean, kl_largest, top1_flips: what that does to the distributions, by quarters of the positions:
+        Kullback-Leibler divergence in nats, and the share of positions with another likeliest token.
+    layers: of our models, how far the residual stream behind each block then moves, as a share of its size.
+    """
+
+    logits_std: float
+    noise: float
+    future: dict[str, float]
+    moved: float
+    mates: float
+    kl_mean: list[float]
+    kl_largest: list[float]
+    top1_flips: list[float]
+    layers: list[float]
+
+    @property
+    def allowed(self) -> float:
+        """The change that rounding explains."""
+        return MARGIN * self.noise
+
+    @property
+    def none_from_the_future(self) -> bool:
+        """False too where what was replaced did not itself move: then nothing was looked at."""
+        return self.moved > self.allowed and max(self.future.values()) <= self.allowed
+
+
+@dataclass(frozen=True)
+class Audit(Result):
+    """What a model lets through.
+
+    length: of the texts, in tokens; collisions: groups of the run's own text in which a document meets itself, None
+        where that is not known; expect: what the model was expected to be.
+    """
+
+    run: str
+    length: int
+    leaks: Leaks
+    collisions: int | None = None
+    expect: Literal["causal", "private"] | None = None
+
+    @property
+    def causal(self) -> bool:
+        return self.leaks.none_from_the_future and not self.collisions
+
+    @property
+    def private(self) -> bool:
+        return self.causal and self.leaks.mates <= self.leaks.allowed
+
+    @property
+    def failure(self) -> str | None:
+        """What is wrong where the model is not what was expected."""
+        return (
+            f"{self.run} is not {self.expect}" if self.expect is not None and not getattr(self, self.expect) else None
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        written = super().as_dict()
+        verdicts = {"allowed": self.leaks.allowed, "causal": self.causal, "private": self.private}
+        return {"run": self.run, "length": self.length, "collisions": self.collisions} | written["leaks"] | verdicts
+
+    def __str__(self) -> str:
+        leaks = self.leaks
+        rows = [("nothing: rounding in float32", leaks.noise)]
+        rows += [(f"later tokens, {what}", change) for what, change in leaks.future.items()]
+        rows += [("all batch-mates", leaks.mates)]
+        width = max(len(what) for what, _ in rows)
+        lines = [f"{'What changes':<{width}}  largest change of a logit, in what is not replaced"]
+        lines += [f"{what:<{width}}  {value:.1e}" for what, value in rows]
+        lines += ["", f"Logits have a standard deviation of {leaks.logits_std:.1f}.", ""]
+        if leaks.mates > leaks.allowed:
+            positions = f"by quarters of the {self.length} positions"
+            lines.append(f"When batch-mates change, the next token's distribution does too (nats, share), {positions}:")
+            quarters = {"KL mean": leaks.kl_mean, "KL largest": leaks.kl_largest, "top 1 flips": leaks.top1_flips}
+            for what, values in quarters.items():
+                lines.append(f"  {what:<12}" + "".join(f"{value:>10.4f}" for value in values))
+            if leaks.layers:
+                shares = "".join(f"{value:>10.1%}" for value in leaks.layers)
+                where = f"behind blocks 1 to {len(leaks.layers)}"
+                lines.append(f"The residual stream moves by this share, {where}:\n  {'':<12}{shares}")
+            lines.append("")
+        if self.collisions is not None:
+            lines.append(f"Groups of its text in which a document meets itself: {self.collisions}")
+        lines.append(f"causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}")
+        return "\n".join(lines)
 
 
 def audit(
@@ -35,8 +128,7 @@ def audit(
     alone: bool = False,
     batches: int = 3,
     seed: int = 0,
-    json: bool = False,
-) -> None:
+) -> Audit:
     """Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.
 
     Causal: no logit moves when later tokens change, those of batch-mates included. Private: causal, and no logit moves
@@ -48,7 +140,8 @@ def audit(
         alone: Look at a Mixture of Tokens as `mot generate --alone` uses it.
         batches: Batches to look at.
         seed: Of what is put in place of tokens.
-        json: Print JSON in place of a table.
+
+    Raises ValueError for bad options and for what is no model.
     """
     if batches < 1:
         raise ValueError(f"--batches must be at least 1, not {batches}")
@@ -61,28 +154,19 @@ def audit(
     except ValueError as error:  # not known, or not enough of it
         print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
         seen = texts(None, model, batches, seed)
-    found = {"run": run, "length": seen[0][0].shape[1], "collisions": None} | measure(model, seen, seed)
+    found = None
     if text is not None and group_size_of(model) is not None:
         orders = ((blocks, deal(blocks, model.config.group_size)) for blocks in (text.train, text.validation))
-        found["collisions"] = sum(len(collisions(blocks, order)[0]) for blocks, order in orders)
-    found |= verdicts(found)
-    print(json_module.dumps(found, indent=2) if json else table(found))
-    if expect is not None and not found[expect]:
-        print(f"mot: {run} is not {expect}", file=sys.stderr)
-        sys.exit(1)
+        found = sum(len(collisions(blocks, order)[0]) for blocks, order in orders)
+    return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, expect)
 
 
 @torch.no_grad()
-def measure(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> dict[str, Any]:
-    """The largest changes of logits over some batches, in absolute numbers; `logits_std` is their scale.
+def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
+    """Replace parts of some batches, and look how far everything else moves.
 
     Args:
         texts: For each batch token ids (B, T) to look at, and others, different everywhere, to put in their place.
-
-    Returns `noise`; `future` by what was replaced; `moved`, the least that a replaced part itself moved; `mates`, and
-    its effect on the distributions by quarters of the positions: Kullback-Leibler divergence in nats, mean and largest,
-    and the share of positions with another likeliest token; for our models `layers`, how far the residual stream behind
-    each block moves, as a share of its size.
     """
     generator = torch.Generator().manual_seed(seed)
     noise, std, moved, mates, layers = [], [], [], [], []
@@ -111,17 +195,17 @@ def measure(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> dict[st
         layers.append([float((b[own] - a[own]).norm() / b[own].norm()) for b, a in pairs])
     quarters = [torch.cat([each.tensor_split(QUARTERS)[i] for each in divergence]) for i in range(QUARTERS)]
     flipped = [torch.cat([each.tensor_split(QUARTERS)[i] for each in flips]) for i in range(QUARTERS)]
-    return {
-        "logits_std": max(std),
-        "noise": max(noise),
-        "future": {what: max(changes, default=0.0) for what, changes in future.items()},
-        "moved": min(moved),
-        "mates": max(mates),
-        "kl_mean": [float(quarter.mean()) for quarter in quarters],
-        "kl_largest": [float(quarter.max()) for quarter in quarters],
-        "top1_flips": [float(quarter.mean()) for quarter in flipped],
-        "layers": [max(layer) for layer in zip(*layers, strict=True)],
-    }
+    return Leaks(
+        logits_std=max(std),
+        noise=max(noise),
+        future={what: max(changes, default=0.0) for what, changes in future.items()},
+        moved=min(moved),
+        mates=max(mates),
+        kl_mean=[float(quarter.mean()) for quarter in quarters],
+        kl_largest=[float(quarter.max()) for quarter in quarters],
+        top1_flips=[float(quarter.mean()) for quarter in flipped],
+        layers=[max(layer) for layer in zip(*layers, strict=True)],
+    )
 
 
 def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -144,39 +228,8 @@ def _noise(model, ids: Tensor, logits: Tensor) -> float:
     return max(float(again), float((exact - logits).abs().max()), torch.finfo(logits.dtype).eps * float(logits.std()))
 
 
-def verdicts(found: dict[str, Any]) -> dict[str, Any]:
-    """`causal` and `private`, and the change that is `allowed`; neither where what was replaced did not move."""
-    allowed = MARGIN * found["noise"]
-    causal = found["moved"] > allowed and max(found["future"].values()) <= allowed and not found["collisions"]
-    return {"allowed": allowed, "causal": causal, "private": causal and found["mates"] <= allowed}
-
-
-def table(found: dict[str, Any]) -> str:
-    rows = [("nothing: rounding in float32", found["noise"])]
-    rows += [(f"later tokens, {what}", change) for what, change in found["future"].items()]
-    rows += [("all batch-mates", found["mates"])]
-    width = max(len(what) for what, _ in rows)
-    lines = [f"{'What changes':<{width}}  largest change of a logit, in what is not replaced"]
-    lines += [f"{what:<{width}}  {value:.1e}" for what, value in rows]
-    lines += ["", f"Logits have a standard deviation of {found['logits_std']:.1f}.", ""]
-    if found["mates"] > found["allowed"]:
-        positions = f"by quarters of the {found['length']} positions"
-        lines.append(f"When batch-mates change, the next token's distribution does too (nats, share), {positions}:")
-        for what, key in (("KL mean", "kl_mean"), ("KL largest", "kl_largest"), ("top 1 flips", "top1_flips")):
-            lines.append(f"  {what:<12}" + "".join(f"{value:>10.4f}" for value in found[key]))
-        if found["layers"]:
-            shares = "".join(f"{value:>10.1%}" for value in found["layers"])
-            where = f"behind blocks 1 to {len(found['layers'])}"
-            lines.append(f"The residual stream moves by this share, {where}:\n  {'':<12}{shares}")
-        lines.append("")
-    if found["collisions"] is not None:
-        lines.append(f"Groups of its text in which a document meets itself: {found['collisions']}")
-    lines.append(f"causal: {'yes' if found['causal'] else 'NO'}; private: {'yes' if found['private'] else 'no'}")
-    return "\n".join(lines)
-
-
 def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of batches for `measure`: two groups of text as in training, or without any text random tokens."""
+    """Pairs of batches for `leaks`: two groups of text as in training, or without any text random tokens."""
     rows = 2 * (group_size_of(model) or ROWS // 2)
     config = model.config
     # All logits stand in memory a few times.

@@ -1,13 +1,12 @@
 """Loss of a model over text it was not trained on, always over the same blocks in the same groups: `mot evaluate`."""
 
 import dataclasses
-import json as json_module
 import math
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.data.prepare import whole_text
-from mixture_of_tokens.formatting import aligned
+from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.layers import Router
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -30,6 +29,56 @@ ARGMAX_TEMPERATURE = 1e-6
 LOGITS = 2**27  # at once, of models that have them all in memory; half a gigabyte in fp32
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluationLine:
+    """The loss in groups of `rows` rows: nats a token, its spread over regroupings, and what a group costs."""
+
+    label: str
+    rows: int
+    loss: float
+    spread: float | None
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+    seconds_per_group: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Result):
+    """A model's loss over a text of so many bytes, in blocks of `context` tokens."""
+
+    run: str
+    group_size: int | None
+    context: int
+    bytes: int
+    lines: list[EvaluationLine]
+
+    def __str__(self) -> str:
+        columns = ["", "loss", "spread", "perplexity", "bits/byte", "ms", "tokens/s", "tokens"]
+        table = [
+            [
+                line.label,
+                f"{line.loss:.4f}",
+                "" if line.spread is None else f"{line.spread:.4f}",
+                f"{line.perplexity:.3f}",
+                "" if line.bits_per_byte is None else f"{line.bits_per_byte:.4f}",
+                f"{1000 * line.seconds_per_group:.1f}",
+                f"{line.tokens_per_second:,.0f}",
+                f"{line.tokens:,}",
+            ]
+            for line in self.lines
+        ]
+        return aligned([columns, *table])
+
+
+class _Measured(NamedTuple):
+    nats: float
+    tokens: int
+    seconds: list[float]
+    speeds: list[float]
+
+
 def evaluate(
     run: str,
     *,
@@ -38,8 +87,7 @@ def evaluate(
     context: int | None = None,
     regroupings: int = 3,
     sweep_tokens: int = 1_000_000,
-    json: bool = False,
-) -> None:
+) -> Evaluation:
     """Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.
 
     In a group of n < G rows each expert's typical companions stand for the missing ones; alone, a text is served as
@@ -53,7 +101,8 @@ def evaluate(
         context: Tokens in a block; by default the model's, at most 1,024.
         regroupings: Ways to form full groups; the loss is their mean, the spread from the least to the greatest.
         sweep_tokens: Groups that are not full are made of no more full ones than hold so many tokens.
-        json: Print JSON in place of a table.
+
+    Raises ValueError for bad options, for what is no model, and for a text that is not known.
     """
     for flag, value in {"--regroupings": regroupings, "--sweep-tokens": sweep_tokens, "--context": context}.items():
         if value is not None and value < 1:
@@ -70,17 +119,11 @@ def evaluate(
         blocks = whole_text(
             data, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
         )
-    result = {
-        "run": run,
-        "group_size": group_size,
-        "context": context,
-        "bytes": blocks.bytes,
-        "lines": _lines(model, blocks, regroupings, sweep_tokens),
-    }
-    print(json_module.dumps(result, indent=2) if json else _table(result))
+    lines = _lines(model, blocks, regroupings, sweep_tokens)
+    return Evaluation(run, group_size, context, blocks.bytes, lines)
 
 
-def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[dict[str, Any]]:
+def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[EvaluationLine]:
     mixes, group_size = group_size_of(model) is not None, group_size_of(model) or BATCH_SIZE
     seeds = range(regroupings if mixes else 1)
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
@@ -103,22 +146,22 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[d
         for label, orders, argmax in plan:
             with argmax_routing(model) if argmax else nullcontext():
                 found = [_measure(model, blocks, order, bar) for order in orders]
-            losses, rows = [one["nats"] / one["tokens"] for one in found], orders[0].shape[1]
-            loss, seconds = statistics.mean(losses), statistics.median(s for one in found for s in one["seconds"])
-            speed = statistics.median(speed for one in found for speed in one["speeds"])
-            whole = found[0]["tokens"] == len(blocks.tokens) - 1
+            losses, rows = [one.nats / one.tokens for one in found], orders[0].shape[1]
+            loss, seconds = statistics.mean(losses), statistics.median(s for one in found for s in one.seconds)
+            speed = statistics.median(speed for one in found for speed in one.speeds)
+            whole = found[0].tokens == len(blocks.tokens) - 1
             lines.append(
-                {
-                    "label": label,
-                    "rows": rows,
-                    "loss": loss,
-                    "spread": max(losses) - min(losses) if len(losses) > 1 else None,
-                    "perplexity": math.exp(loss),
-                    "bits_per_byte": loss * found[0]["tokens"] / math.log(2) / blocks.bytes if whole else None,
-                    "tokens": found[0]["tokens"],
-                    "seconds_per_group": seconds,
-                    "tokens_per_second": speed,
-                }
+                EvaluationLine(
+                    label=label,
+                    rows=rows,
+                    loss=loss,
+                    spread=max(losses) - min(losses) if len(losses) > 1 else None,
+                    perplexity=math.exp(loss),
+                    bits_per_byte=loss * found[0].tokens / math.log(2) / blocks.bytes if whole else None,
+                    tokens=found[0].tokens,
+                    seconds_per_group=seconds,
+                    tokens_per_second=speed,
+                )
             )
     return lines
 
@@ -144,7 +187,7 @@ def argmax_routing(model) -> Iterator[None]:
             router.set_temperature(temperature)
 
 
-def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> dict[str, Any]:
+def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> _Measured:
     """Summed cross-entropy of blocks by number (groups, n), a group at a time; the seconds that each took."""
     nats, tokens, seconds, speeds = 0.0, 0, [], []
     for rows in groups:
@@ -156,7 +199,7 @@ def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> dict[str, 
         speeds.append(group_tokens / seconds[-1])
         nats, tokens = nats + group_nats, tokens + group_tokens
         bar.update()
-    return {"nats": nats, "tokens": tokens, "seconds": seconds, "speeds": speeds}
+    return _Measured(nats, tokens, seconds, speeds)
 
 
 @torch.no_grad()
@@ -214,21 +257,3 @@ def evaluate_blocks(
     if everything:
         result["bits_per_byte"] = nats / math.log(2) / blocks.bytes
     return result
-
-
-def _table(result: dict[str, Any]) -> str:
-    columns = ["", "loss", "spread", "perplexity", "bits/byte", "ms", "tokens/s", "tokens"]
-    table = [
-        [
-            line["label"],
-            f"{line['loss']:.4f}",
-            "" if line["spread"] is None else f"{line['spread']:.4f}",
-            f"{line['perplexity']:.3f}",
-            "" if line["bits_per_byte"] is None else f"{line['bits_per_byte']:.4f}",
-            f"{1000 * line['seconds_per_group']:.1f}",
-            f"{line['tokens_per_second']:,.0f}",
-            f"{line['tokens']:,}",
-        ]
-        for line in result["lines"]
-    ]
-    return aligned([columns, *table])

@@ -1,21 +1,24 @@
 """Text from a model: the command `mot generate`."""
 
 import hashlib
-import json as json_module
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import torch
+from cyclopts import Parameter
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.config import check_seed
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of
+from mixture_of_tokens.runs.run import check_seed
 
 BATCH_SIZE = 32
 
@@ -49,6 +52,40 @@ class Row(NamedTuple):
     sample: int
 
 
+@dataclass(frozen=True, order=True)
+class Continuation:
+    """What was written after a prompt: the numbers of the prompt and of the sample, the texts, how many tokens."""
+
+    index: int
+    sample: int
+    prompt: str
+    text: str
+    tokens: int
+
+    def line(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Generated(Result):
+    """Continuations in the order of the prompts, and the file that they are in. As JSON, a line for each."""
+
+    continuations: list[Continuation]
+    file: str | None = None
+
+    def to_json(self) -> str:
+        return "\n".join(continuation.line() for continuation in self.continuations)
+
+    def __str__(self) -> str:
+        if self.file is not None:
+            return f"{len(self.continuations)} continuations are in {self.file}"
+        return "\n\n".join(each.prompt + each.text for each in self.continuations)
+
+
+# Makes the continuations of a batch by its number, streaming them if there is a streamer.
+Writer = Callable[..., list[Continuation]]
+
+
 def generate(
     run: str,
     *,
@@ -62,8 +99,8 @@ def generate(
     batch_size: int = BATCH_SIZE,
     alone: bool = False,
     seed: int = DEFAULT.seed,
-    json: bool = False,
-) -> None:
+    stream: Annotated[TextIO | None, Parameter(parse=False)] = None,
+) -> Generated:
     """Continue prompts.
 
     A single one is written as it comes. Several go in batches of similar lengths, and a Mixture of Tokens mixes the
@@ -83,14 +120,14 @@ def generate(
         alone: Take each prompt by itself, each expert's typical companions in the place of others, so that none
             influences another; a Mixture of Tokens then computes all experts for every token.
         seed: Of sampling.
-        json: Print JSON lines in place of text.
+        stream: Where the text goes as it is written.
+
+    Raises ValueError for bad options, prompts that are empty or too long, and for what is no model.
     """
     if (prompts_file is None) == (prompt is None):
         raise ValueError("give either --prompt, which may be repeated, or --prompts-file")
     if prompts_file is None and out is not None:
         raise ValueError("--out is for --prompts-file; continuations of --prompt are printed")
-    if prompts_file is not None and json:
-        raise ValueError("--json is for --prompt; --prompts-file writes JSON lines to --out")
     for flag, value in {"--samples": samples, "--batch-size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
@@ -112,22 +149,23 @@ def generate(
             file=sys.stderr,
         )
 
-    def write(number: int, streamer: TextStreamer | None = None) -> list[dict[str, Any]]:
+    def write(number: int, streamer: TextStreamer | None = None) -> list[Continuation]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)
         rows = batches[number]
         texts = _continue(model, tokenizer, [encoded[row.prompt] for row in rows], drawn, streamer)
         return [
-            {"index": row.prompt, "sample": row.sample, "prompt": prompts[row.prompt], "text": text, "tokens": count}
+            Continuation(row.prompt, row.sample, prompts[row.prompt], text, count)
             for row, (text, count) in zip(rows, texts, strict=True)
         ]
 
     if prompts_file is not None:
-        digest = hashlib.sha256(json_module.dumps(prompts).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size, "alone": alone}
         out = prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl") if out is None else out
-        _to_file(out, settings | sampling._asdict(), batches, write)
+        result = Generated(_to_file(out, settings | sampling._asdict(), batches, write), str(out))
     else:
-        _to_screen(batches, write, prompts, tokenizer, as_json=json)
+        result = Generated(_to_screen(batches, write, prompts, tokenizer, stream))
+    return result
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -144,7 +182,7 @@ def read_prompts(file: Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         if file.suffix == ".jsonl":
             try:
-                line = json_module.loads(line)["prompt"]
+                line = json.loads(line)["prompt"]
             except (ValueError, KeyError, TypeError):
                 line = None
         if not isinstance(line, str) or not line:
@@ -230,27 +268,39 @@ def _text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
 
 
-def _to_screen(batches: list[list[Row]], write: Callable, prompts: list[str], tokenizer: Any, *, as_json: bool) -> None:
+def _to_screen(
+    batches: list[list[Row]], write: Writer, prompts: list[str], tokenizer: Any, stream: TextIO | None
+) -> list[Continuation]:
     clock = time.perf_counter()
-    if sum(map(len, batches)) == 1 and not as_json:
-        print(prompts[0], end="", flush=True)
-        results = write(0, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    if sum(map(len, batches)) == 1 and stream is not None:
+        print(prompts[0], end="", flush=True, file=stream)
+        results = write(0, _Streamer(tokenizer, stream))
     else:
-        found = [result for number in range(len(batches)) for result in write(number)]
-        results = sorted(found, key=lambda result: (result["index"], result["sample"]))
-        for number, result in enumerate(results):
-            text = "\n" * (number > 0) + result["prompt"] + result["text"]
-            print(_line(result) if as_json else text)
-    _speed(results, time.perf_counter() - clock)
+        results = sorted(result for number in range(len(batches)) for result in write(number))
+        if stream is not None:
+            print(Generated(results), file=stream)
+    _say_speed(results, time.perf_counter() - clock)
+    return results
 
 
-def _to_file(out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Callable) -> None:
+class _Streamer(TextStreamer):
+    """Upstream's, to a stream of ours."""
+
+    def __init__(self, tokenizer: Any, stream: TextIO):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stream = stream
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, flush=True, end="\n" if stream_end else "", file=self.stream)
+
+
+def _to_file(out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Writer) -> list[Continuation]:
     """Write OUT.unfinished batch by batch, the settings first; once it is whole OUT, in the order of the prompts."""
     partial = out.with_name(f"{out.name}.unfinished")
     if out.exists():
         raise ValueError(f"{out} exists already; name another with --out, or remove it")
     done = _resumed(partial, settings)
-    new: list[dict[str, Any]] = []
+    new: list[Continuation] = []
     clock, total = time.perf_counter(), sum(map(len, batches))
     with (
         partial.open("a", encoding="utf-8") as file,
@@ -260,21 +310,22 @@ def _to_file(out: Path, settings: dict[str, Any], batches: list[list[Row]], writ
             if all(row in done for row in batch):
                 continue
             for result in write(number):
-                row = Row(result["index"], result["sample"])
+                row = Row(result.index, result.sample)
                 if row not in done:
-                    file.write(_line(result) + "\n")
+                    file.write(result.line() + "\n")
                     new.append(result)
                     done[row] = result
                     bar.update()
             file.flush()
-    checkpoints.write_text(out, "".join(_line(done[row]) + "\n" for row in sorted(done)))
+    checkpoints.write_text(out, "".join(done[row].line() + "\n" for row in sorted(done)))
     partial.unlink()
     if new:
-        _speed(new, time.perf_counter() - clock)
+        _say_speed(new, time.perf_counter() - clock)
     print(f"{len(done)} continuations are in {out}", file=sys.stderr)
+    return [done[row] for row in sorted(done)]
 
 
-def _resumed(partial: Path, settings: dict[str, Any]) -> dict[Row, dict[str, Any]]:
+def _resumed(partial: Path, settings: dict[str, Any]) -> dict[Row, Continuation]:
     """What an interrupted command has written; a last line that it was in the middle of is cut off.
 
     Raises ValueError where that was with other settings.
@@ -283,9 +334,9 @@ def _resumed(partial: Path, settings: dict[str, Any]) -> dict[Row, dict[str, Any
     if partial.exists():
         whole = b"".join(partial.read_bytes().rpartition(b"\n")[:2])
     if not whole:
-        checkpoints.write_text(partial, _line(settings) + "\n")
+        checkpoints.write_text(partial, json.dumps(settings, ensure_ascii=False) + "\n")
         return {}
-    before, *results = map(json_module.loads, whole.decode().rstrip("\n").split("\n"))
+    before, *results = map(json.loads, whole.decode().rstrip("\n").split("\n"))
     for key, value in settings.items():
         if before.get(key) != value:
             raise ValueError(
@@ -294,13 +345,9 @@ def _resumed(partial: Path, settings: dict[str, Any]) -> dict[Row, dict[str, Any
             )
     checkpoints.write_text(partial, whole.decode())
     print(f"Going on from {partial}", file=sys.stderr)
-    return {Row(result["index"], result["sample"]): result for result in results}
+    return {Row(result["index"], result["sample"]): Continuation(**result) for result in results}
 
 
-def _line(value: dict[str, Any]) -> str:
-    return json_module.dumps(value, ensure_ascii=False)
-
-
-def _speed(results: list[dict[str, Any]], seconds: float) -> None:
-    tokens = sum(result["tokens"] for result in results)
+def _say_speed(results: list[Continuation], seconds: float) -> None:
+    tokens = sum(result.tokens for result in results)
     print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a configuration costs: parameters, FLOPs per token, memory; and `plan`, which prints it.
+"""What a configuration costs: parameters, FLOPs per token, memory; the command `mot plan`.
 
 Letters as in `layers.py`; B sequences of T tokens are computed at once. A multiply-add is 2 FLOPs, and only matrix
 products count, as in `torch.utils.flop_counter`. Causal attention counts as the whole T x T square, that counter's
@@ -7,9 +7,11 @@ convention; kernels that skip the masked half do half of it.
 
 import math
 from copy import copy
-from json import dumps
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from textwrap import indent
+from typing import Literal, NamedTuple
 
+from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.loss import LOGITS_AT_ONCE
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import SIZES, config_from_name, name_of, parse_name
@@ -94,6 +96,12 @@ def flops_per_token(
     return Flops(forward, {part: 2 * flops for part, flops in forward.items()})
 
 
+def training_flops(config: MixtureOfTokensConfig, batch: int) -> float:
+    """FLOPs of a training step on `batch` sequences: both passes."""
+    passes = flops_per_token(config, batch=batch)
+    return sum(sum(parts.values()) for parts in passes) * batch * config.max_position_embeddings
+
+
 def memory(config: MixtureOfTokensConfig, batch: int, context: int | None = None, dtype="float32") -> dict[str, int]:
     """An estimate of the bytes held when training on `batch` sequences at once, by part.
 
@@ -154,13 +162,60 @@ def legal_micro_batches(config: MixtureOfTokensConfig, batch: int) -> list[int]:
     return [size for size in range(group, batch + 1, group) if batch % size == 0]
 
 
-def plan_of(
-    config: MixtureOfTokensConfig, batch: int, micro_batch: int | None = None, dtype="float32"
-) -> dict[str, Any]:
-    """Everything that `plan` prints, ready for JSON; memory in bytes.
+@dataclass(frozen=True)
+class Plan(Result):
+    """Everything that `plan` prints; memory in bytes.
 
     The floors are the dense model's FLOPs over this one's, the speed that a perfect implementation has: of the whole
     model, and of the sparse blocks' feed-forwards alone.
+    """
+
+    name: str | None
+    matched: list[str]
+    context: int
+    vocab_size: int
+    batch: int
+    legal_micro_batches: list[int]
+    parameters: dict[str, int]
+    flops_per_token: dict[str, dict[str, float]]
+    floor: dict[str, float]
+    micro_batch: int
+    dtype: str
+    memory_bytes: dict[str, int]
+
+    def __str__(self) -> str:
+        forward, backward, share = self.flops_per_token.values()
+        tokens = f"{self.batch} sequences x {self.context} = {self.batch * self.context:,} tokens"
+        count = [[part, _short(count)] for part, count in self.parameters.items() if count]
+        flops = [[part, _short(n), _short(backward[part]), f"{share[part]:.1%}"] for part, n in forward.items() if n]
+        held = [[part, f"{size / 2**30:.3f}"] for part, size in self.memory_bytes.items()]
+        blocks = [
+            [["parameters", ""], *count],
+            [["FLOPs per token", "forward", "backward", "of dense"], *flops],
+            [[f"memory, {self.dtype}", "GiB"], *held],
+        ]
+        first, second, third = (indent(aligned(block), "  ") for block in blocks)
+        head, _, memory_rows = third.partition("\n")
+        return "\n".join(
+            [
+                f"{self.name or 'a model without a name'}: vocabulary {self.vocab_size:,}, a step of {tokens}",
+                f"matched: {', '.join(self.matched) or 'none'}",
+                f"legal micro-batches: {', '.join(map(str, self.legal_micro_batches))}",
+                "",
+                first,
+                "",
+                second,
+                f"A perfect implementation has {self.floor['model']:.3f} of the dense model's speed "
+                f"({self.floor['feed_forward']:.3f} in the sparse blocks' feed-forwards).",
+                "",
+                f"{head}   estimated, {self.micro_batch} sequences at once",
+                memory_rows,
+            ]
+        )
+
+
+def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None = None, dtype="float32") -> Plan:
+    """What a configuration costs.
 
     Args:
         batch: sequences a step; micro_batch: sequences at once, by default the smallest legal number from 32 on.
@@ -178,55 +233,25 @@ def plan_of(
     of_dense = _with_total(flops_per_token(dense, batch=micro_batch).forward)
     matched = of_dense["feed_forward"] - forward["feed_forward"]
     sparse = sum(forward[part] for part in ("experts", "router", "collect", "spread"))
-    return {
-        "name": name,
-        "matched": parse_name(name).matched() if name else [],
-        "context": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
-        "batch": batch,
-        "legal_micro_batches": legal,
-        "parameters": parameters(config),
-        "flops_per_token": {
-            "forward": forward,
-            "backward": backward,
-            "share_of_dense": {part: flops / of_dense["total"] for part, flops in forward.items()},
-        },
-        "floor": {"model": of_dense["total"] / forward["total"], "feed_forward": matched / sparse if sparse else 1.0},
-        "micro_batch": micro_batch,
-        "dtype": dtype,
-        "memory_bytes": _with_total(memory(config, micro_batch, dtype=dtype)),
-    }
+    share = {part: flops / of_dense["total"] for part, flops in forward.items()}
+    return Plan(
+        name=name,
+        matched=parse_name(name).matched() if name else [],
+        context=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        batch=batch,
+        legal_micro_batches=legal,
+        parameters=parameters(config),
+        flops_per_token={"forward": forward, "backward": backward, "share_of_dense": share},
+        floor={"model": of_dense["total"] / forward["total"], "feed_forward": matched / sparse if sparse else 1.0},
+        micro_batch=micro_batch,
+        dtype=dtype,
+        memory_bytes=_with_total(memory(config, micro_batch, dtype=dtype)),
+    )
 
 
 def _with_total(parts: dict) -> dict:
     return parts | {"total": sum(parts.values())}
-
-
-def plan_table(plan: dict[str, Any]) -> str:
-    """What `plan_of` returns, as text."""
-    forward, backward, share = plan["flops_per_token"].values()
-    lines = [
-        f"{plan['name'] or 'a model without a name'}: vocabulary {plan['vocab_size']:,}, a step of {plan['batch']} "
-        f"sequences x {plan['context']} = {plan['batch'] * plan['context']:,} tokens",
-        f"matched: {', '.join(plan['matched']) or 'none'}",
-        f"legal micro-batches: {', '.join(map(str, plan['legal_micro_batches']))}",
-        "",
-        _row("parameters"),
-        *(_row(part, _short(count)) for part, count in plan["parameters"].items() if count),
-        "",
-        _row("FLOPs per token", "forward", "backward", "of dense"),
-        *(_row(part, _short(n), _short(backward[part]), f"{share[part]:.1%}") for part, n in forward.items() if n),
-        f"A perfect implementation has {plan['floor']['model']:.3f} of the dense model's speed "
-        f"({plan['floor']['feed_forward']:.3f} in the sparse blocks' feed-forwards).",
-        "",
-        _row(f"memory, {plan['dtype']}", "GiB", f"   estimated, {plan['micro_batch']} sequences at once"),
-        *(_row(part, f"{held / 2**30:.3f}") for part, held in plan["memory_bytes"].items()),
-    ]
-    return "\n".join(lines)
-
-
-def _row(label: str, *cells: str) -> str:
-    return (f"  {label:<18}" + "".join(f"{cell:>12}" for cell in cells)).rstrip()
 
 
 def _short(number: float) -> str:
@@ -237,25 +262,20 @@ def _short(number: float) -> str:
 
 
 def plan(
-    name: str,
-    *,
-    json: bool = False,
-    micro_batch: int | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    gated: bool = True,
-) -> None:
-    """Print what a model costs: parameters, FLOPs per token in training, memory, legal micro-batches, matched models.
+    name: str, *, micro_batch: int | None = None, dtype: Literal["float32", "bfloat16"] = "float32", gated: bool = True
+) -> Plan:
+    """Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.
 
-    Nothing is built. FLOPs are those of matrix products, a multiply-add counting as two; memory is an estimate.
+    Nothing is built. FLOPs are of matrix products in training, a multiply-add counting as two; memory is an estimate.
 
     Args:
         name: The model, such as MoT-Medium/32E/8.
-        json: Print one JSON object instead of text, with memory in bytes.
         micro_batch: Sequences that a device takes at once. By default the smallest legal number from 32 on.
         dtype: What weights, gradients, optimizer and activations are held in.
         gated: SwiGLU feed-forwards. Otherwise the paper's plain ones with ReLU.
+
+    Raises ValueError for an unknown name, or a micro-batch that is not legal.
     """
     parsed = parse_name(name)
     batch = -(-SIZES[parsed.size].batch // parsed.group_size) * parsed.group_size
-    planned = plan_of(config_from_name(name, gated=gated), batch=batch, micro_batch=micro_batch, dtype=dtype)
-    print(dumps(planned, indent=2) if json else plan_table(planned))
+    return plan_of(config_from_name(name, gated=gated), batch=batch, micro_batch=micro_batch, dtype=dtype)

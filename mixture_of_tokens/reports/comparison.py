@@ -12,21 +12,143 @@ Where loss falls ever more slowly the line lies above the curve, so `reached` co
 computed seed by seed, against the other model's run of the same seed; a mean has the least and the greatest with it.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixture_of_tokens.formatting import Result, Summary
 from mixture_of_tokens.model.cost import memory, parameters
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import converted_from
-from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.runs import records
+from mixture_of_tokens.runs.checkpoints import write_text
+from mixture_of_tokens.runs.run import Point, Run, read
 
+COMPARISON = "compare.json"
 ENVIRONMENT = ("hardware", "cores", "threads", "versions", "commit")
+# How a share is called, and what it is a share of: a field of `Point`.
+RATIOS = {"steps": "step", "time": "seconds", "flops": "flops"}
+
+
+@dataclass(frozen=True)
+class Reached:
+    """When a run reaches another's last loss; the last three as shares of what the other took."""
+
+    step: float
+    seconds: float
+    flops: float
+    of_steps: float
+    of_time: float
+    of_flops: float
+
+
+@dataclass(frozen=True)
+class ReachedSummary:
+    """The same over the seeds; None where no run ever does."""
+
+    step: Summary | None
+    seconds: Summary | None
+    flops: Summary | None
+    of_steps: Summary | None
+    of_time: Summary | None
+    of_flops: Summary | None
+
+    @classmethod
+    def over(cls, found: Sequence[Reached | None]) -> "ReachedSummary":
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(Summary.of(None if each is None else getattr(each, name) for each in found) for name in names))
+
+    def at(self, key: str) -> Summary | None:
+        """By the name of a field of `Point`."""
+        return getattr(self, key)
+
+    def share(self, whole: str) -> Summary | None:
+        """By a key of `RATIOS`."""
+        return getattr(self, f"of_{whole}")
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run of a model in a comparison; `reached` is by the other model's label."""
+
+    seed: int
+    directory: str
+    final_loss: float
+    bits_per_byte: float
+    seconds: float
+    regrouping_spread: float | None
+    seconds_per_step: float
+    tokens_per_second: float
+    equal_time_loss: float | None
+    reached: dict[str, Reached | None]
+    curve: list[Point]
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """A model in a comparison: what it is, and what came out, over the seeds.
+
+    Differences are to the baseline, seed by seed; memory is `cost.memory`'s estimate in bytes; of a switched model
+    speed and cost are of what came after the switch.
+    """
+
+    label: str
+    name: str
+    switched: bool
+    learning_rate: float
+    parameters: dict[str, int]
+    flops_per_token: dict[str, float]
+    memory_estimate: int
+    final_loss: Summary
+    bits_per_byte: Summary
+    seconds: Summary
+    seconds_per_step: Summary
+    tokens_per_second: Summary
+    equal_time_loss: Summary | None
+    regrouping_spread: Summary | None
+    reached: dict[str, ReachedSummary]
+    runs: list[ComparedRun]
+    final_loss_difference: Summary
+    equal_time_loss_difference: Summary | None
+
+
+@dataclass(frozen=True)
+class Comparison(Result):
+    """All numbers of a comparison: what compare.json holds. The first model is the baseline.
+
+    command: that made it, of `mot compare`. Losses are nats a token.
+    """
+
+    baseline: str
+    seeds: list[int]
+    steps: int
+    batch_size: int
+    context: int
+    group_size: int
+    evaluated_on: str
+    equal_time_seconds: Summary
+    corpus: dict[str, Any]
+    environments: list[dict[str, Any]]
+    models: list[ComparedModel]
+    command: str | None = None
+
+    def relative(self, to: Path) -> "Comparison":
+        """The same, its directories relative to another, so that all of it can be moved."""
+
+        def moved(run: ComparedRun) -> ComparedRun:
+            return dataclasses.replace(run, directory=os.path.relpath(run.directory, to))
+
+        models = [dataclasses.replace(model, runs=list(map(moved, model.runs))) for model in self.models]
+        return dataclasses.replace(self, models=models)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"format": records.FORMAT} | super().as_dict()
 
 
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -37,24 +159,10 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """
     if not runs:
         raise ValueError("name at least one run directory")
-    for what, of in {
-        "saw different corpora": lambda run: (run.facts["corpus"]["hash"], run.facts["corpus"].get("tokenizer")),
-        "were evaluated on different splits": lambda run: run.facts.get("evaluated_on"),
-        "have contexts of different lengths": lambda run: run.config.max_position_embeddings,
-        "took different batches": lambda run: run.settings["batch_size"],
-        "saw their rows in different groups": lambda run: run.group_size,
-        "trained for different numbers of steps": lambda run: run.facts["steps"],
-    }.items():
-        other = next((run for run in runs if of(run) != of(runs[0])), None)
-        if other is not None:
-            first, second = of(runs[0]), of(other)
-            raise ValueError(
-                f"these runs {what}, so they cannot be compared: {first} in {runs[0].directory}, {second} in "
-                f"{other.directory}"
-            )
+    check_comparable({str(run.directory): {"their text": run.facts.text} | run.config.conditions() for run in runs})
     models: list[list[Run]] = []
     for run in runs:
-        model = next((model for model in models if model[0].own_settings == run.own_settings), None)
+        model = next((model for model in models if model[0].settings == run.settings), None)
         if model is None:
             models.append([run])
         elif run.seed in (same := {other.seed: other.directory for other in model}):
@@ -75,6 +183,16 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return labelled
 
 
+def check_comparable(conditions: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError where what runs have to share to be compared, by who has it, is not the same for all."""
+    first, *_ = conditions
+    for who, own in conditions.items():
+        for what, value in own.items():
+            if value != conditions[first][what]:
+                before = conditions[first][what]
+                raise ValueError(f"{first} and {who} cannot be compared, they differ in {what}: {before} and {value}")
+
+
 def _listed(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
 
@@ -83,9 +201,9 @@ def _label(run: Run, others: Sequence[Run]) -> str:
     namesakes = [other for other in others if _title(other) == _title(run)]
 
     def differs(key: str) -> bool:
-        return any(other.own_settings.get(key) != run.own_settings.get(key) for other in namesakes)
+        return any(other.settings.get(key) != run.settings.get(key) for other in namesakes)
 
-    keys = {key: None for other in namesakes for key in other.own_settings}
+    keys = {key: None for other in namesakes for key in other.settings}
     values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in keys if differs(key)]
     return f"{_title(run)} ({', '.join(values)})" if values else _title(run)
 
@@ -95,129 +213,129 @@ def _title(run: Run) -> str:
     if run.switch is None:
         return run.name
     name = parse_name(run.name)
-    return f"{replace(name, system=converted_from(name.routing.kind).prefix)}, switched"
+    return f"{dataclasses.replace(name, system=converted_from(name.routing.kind).prefix)}, switched"
 
 
 def _setting(run: Run, key: str) -> Any:
     """A configuration is written without its defaults."""
     kind, _, field = key.rpartition(".")
-    return getattr(run.config, field) if kind == "model" else run.own_settings.get(key)
+    return getattr(run.model_config, field) if kind == "model" else run.settings.get(key)
 
 
-def reached(run: Run, other: Run) -> dict[str, float] | None:
+def reached(run: Run, other: Run) -> Reached | None:
     """Where a run reaches another's last evaluation loss, as said at the top of this file."""
     end = other.curve[-1]
-    losses = [point["loss"] for point in run.curve]
-    index = next((i for i, loss in enumerate(losses) if loss <= end["loss"]), None)
+    index = next((i for i, point in enumerate(run.curve) if point.loss <= end.loss), None)
     if index is None:
         return None
-    after = run.curve[index]
-    before = run.curve[max(0, index - 1)]
-    share = 1.0 if index == 0 else (before["loss"] - end["loss"]) / (before["loss"] - after["loss"])
-    at = {key: before[key] + share * (after[key] - before[key]) for key in ("step", "seconds", "flops")}
-    return at | {f"of_{whole}": at[key] / end[key] for whole, key in RATIOS.items()}
+    after, before = run.curve[index], run.curve[max(0, index - 1)]
+    share = 1.0 if index == 0 else (before.loss - end.loss) / (before.loss - after.loss)
+    keys = RATIOS.values()
+    at = [getattr(before, key) + share * (getattr(after, key) - getattr(before, key)) for key in keys]
+    return Reached(*at, *(value / getattr(end, key) for value, key in zip(at, keys, strict=True)))
 
 
-RATIOS = {"steps": "step", "time": "seconds", "flops": "flops"}
-
-
-def summary(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Over seeds, of those that have a value; None if none has."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return {"mean": sum(known) / len(known), "least": min(known), "greatest": max(known), "seeds": len(known)}
-
-
-def comparison(models: dict[str, list[Run]]) -> dict[str, Any]:
-    """All numbers of what `by_model` returned, ready for JSON; directories are as the runs have them.
-
-    The first model is the baseline. Losses are nats a token, memory is `cost.memory`'s estimate in bytes.
-    """
-    labels, baseline = list(models), next(iter(models.values()))
-    ends = [min(model[i].curve[-1]["seconds"] for model in models.values()) for i in range(len(baseline))]
-    described = {label: _model(label, model, models, ends) for label, model in models.items()}
-    for each in described.values():
-        for key in ("final_loss", "equal_time_loss"):
-            pairs = zip(each["runs"], described[labels[0]]["runs"], strict=True)
-            each[f"{key}_difference"] = summary(
-                None if mine[key] is None or its[key] is None else mine[key] - its[key] for mine, its in pairs
-            )
-    facts, settings = baseline[0].facts, baseline[0].settings
+def comparison(models: dict[str, list[Run]], command: str | None = None) -> Comparison:
+    """All numbers of what `by_model` returned; directories are as the runs have them."""
+    baseline = next(iter(models.values()))
+    ends = [min(model[i].curve[-1].seconds for model in models.values()) for i in range(len(baseline))]
+    of_baseline = _runs(baseline, models, ends)
     environments: list[dict[str, Any]] = []
     for run in (run for model in models.values() for run in model):
-        environment = {key: run.facts.get(key) for key in ENVIRONMENT}
+        environment = {key: getattr(run.facts, key) for key in ENVIRONMENT}
         if environment not in environments:
             environments.append(environment)
-    return {
-        "baseline": labels[0],
-        "seeds": [run.seed for run in baseline],
-        "steps": facts["steps"],
-        "batch_size": settings["batch_size"],
-        "context": baseline[0].config.max_position_embeddings,
-        "group_size": baseline[0].group_size,
-        "evaluated_on": facts.get("evaluated_on") or "validation",
-        "equal_time_seconds": summary(ends),
-        "corpus": facts["corpus"],
-        "environments": environments,
-        "models": list(described.values()),
-    }
+    config = baseline[0].config
+    return Comparison(
+        baseline=next(iter(models)),
+        seeds=[run.seed for run in baseline],
+        steps=baseline[0].facts.steps,
+        batch_size=config.batch_size,
+        context=config.model_config.max_position_embeddings,
+        group_size=config.group_size,
+        evaluated_on=config.evaluate_on,
+        equal_time_seconds=_summary(ends),
+        corpus=baseline[0].facts.corpus,
+        environments=environments,
+        models=[_model(label, model, _runs(model, models, ends), of_baseline) for label, model in models.items()],
+        command=command,
+    )
 
 
-def _model(label: str, model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> dict[str, Any]:
-    first = model[0]
-    parts = first.settings["training"].get("gradient_accumulation_steps", 1)
-    count = parameters(first.config)
+def _summary(values: Iterable[float]) -> Summary:
+    found = Summary.of(values)
+    assert found is not None
+    return found
+
+
+def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> list[ComparedRun]:
     runs = []
     for i, (run, end) in enumerate(zip(model, ends, strict=True)):
-        before = run.switch or {"step": 0, "tokens": 0, "seconds": 0}  # speeds are of what came after a switch
-        seconds = run.facts["seconds"] - before["seconds"]
-        curve = {key: [point[key] for point in run.curve] for key in ("seconds", "loss")}
-        at_end = float(np.interp(end, curve["seconds"], curve["loss"], left=np.nan))  # nan: not evaluated so early
+        # Speeds are of what came after a switch.
+        step, tokens, before = (run.switch.step, run.switch.tokens, run.switch.seconds) if run.switch else (0, 0, 0)
+        seconds = run.facts.seconds - before
+        curve = [[getattr(point, key) for point in run.curve] for key in ("seconds", "loss")]
+        at_end = float(np.interp(end, *curve, left=np.nan))  # nan: not evaluated so early
         runs.append(
-            {
-                "seed": run.seed,
-                "directory": str(run.directory),
-                **{key: run.facts[key] for key in ("final_loss", "bits_per_byte", "seconds")},
-                "regrouping_spread": run.facts.get("regrouping_spread"),  # None: its rows do not influence each other
-                "seconds_per_step": seconds / (run.facts["steps"] - before["step"]),
-                "tokens_per_second": (run.facts["tokens"] - before["tokens"]) / seconds,
-                "equal_time_loss": None if np.isnan(at_end) else at_end,
-                "reached": {other: reached(run, theirs[i]) for other, theirs in models.items()},
-                "curve": run.curve,
-            }
+            ComparedRun(
+                seed=run.seed,
+                directory=str(run.directory),
+                final_loss=run.facts.final_loss,
+                bits_per_byte=run.facts.bits_per_byte,
+                seconds=run.facts.seconds,
+                regrouping_spread=run.facts.regrouping_spread,
+                seconds_per_step=seconds / (run.facts.steps - step),
+                tokens_per_second=(run.facts.tokens - tokens) / seconds,
+                equal_time_loss=None if np.isnan(at_end) else at_end,
+                reached={other: reached(run, theirs[i]) for other, theirs in models.items()},
+                curve=run.curve,
+            )
         )
-    keys = ("final_loss", "bits_per_byte", "seconds", "seconds_per_step", "tokens_per_second", "equal_time_loss")
-    keys += ("regrouping_spread",)
-    return {
-        "label": label,
-        "name": first.name,
-        "switched": first.switch is not None,
-        "learning_rate": first.settings["learning_rate"],
-        "parameters": {"total": count["total"], "active": count["active"]},
-        "flops_per_token": {"forward": first.flops[0], "training": first.flops[1]},
-        "memory_estimate": sum(memory(first.config, first.settings["batch_size"] // parts).values()),
-        **{key: summary(run[key] for run in runs) for key in keys},
-        "reached": {other: _summarised([run["reached"][other] for run in runs]) for other in models},
-        "runs": runs,
-    }
+    return runs
 
 
-def _summarised(found: list[dict[str, float] | None]) -> dict[str, Any]:
-    keys = [*RATIOS.values(), *(f"of_{whole}" for whole in RATIOS)]
-    return {key: summary(None if each is None else each[key] for each in found) for key in keys}
+def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list[ComparedRun]) -> ComparedModel:
+    first = model[0]
+    parts = first.config.training.get("gradient_accumulation_steps", 1)
+    count = parameters(first.model_config)
+    pairs = list(zip(runs, baseline, strict=True))
+    apart = Summary.of(
+        None if mine.equal_time_loss is None or its.equal_time_loss is None
+        else mine.equal_time_loss - its.equal_time_loss
+        for mine, its in pairs
+    )  # fmt: skip
+    return ComparedModel(
+        label=label,
+        name=first.name,
+        switched=first.switch is not None,
+        learning_rate=first.config.learning_rate,
+        parameters={"total": count["total"], "active": count["active"]},
+        flops_per_token={"forward": first.flops[0], "training": first.flops[1]},
+        memory_estimate=sum(memory(first.model_config, first.config.batch_size // parts).values()),
+        final_loss=_summary(run.final_loss for run in runs),
+        bits_per_byte=_summary(run.bits_per_byte for run in runs),
+        seconds=_summary(run.seconds for run in runs),
+        seconds_per_step=_summary(run.seconds_per_step for run in runs),
+        tokens_per_second=_summary(run.tokens_per_second for run in runs),
+        equal_time_loss=Summary.of(run.equal_time_loss for run in runs),
+        regrouping_spread=Summary.of(run.regrouping_spread for run in runs),
+        reached={other: ReachedSummary.over([run.reached[other] for run in runs]) for other in runs[0].reached},
+        runs=runs,
+        final_loss_difference=_summary(mine.final_loss - its.final_loss for mine, its in pairs),
+        equal_time_loss_difference=apart,
+    )
 
 
 def telemetry(model: list[Run]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """Steps and values, means over the seeds, by measure and layer. Empty where nothing was measured."""
+    """Steps and values, means over the seeds that have them, by measure and layer. Empty where nothing was measured."""
     values: dict[str, dict[str, dict[int, list[float]]]] = {}
     for run in model:
         for row in run.rows:
-            for layer, measured in row.get("layers", {}).items():
+            for layer, measured in (row.layers or {}).items():
                 for measure, value in measured.items():
-                    if value is not None:  # what was not finite
+                    if value is not None:  # what was not finite, in rows of format 0
                         at = values.setdefault(measure, {}).setdefault(layer, {})
-                        at.setdefault(row["step"], []).append(value)
+                        at.setdefault(row.step, []).append(value)
     return {
         measure: {
             layer: (sorted(at), [sum(at[step]) / len(at[step]) for step in sorted(at)])
@@ -228,24 +346,29 @@ def telemetry(model: list[Run]) -> dict[str, dict[str, tuple[list[int], list[flo
 
 
 def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
-    """The runs in run directories and comparisons' directories; the command of a comparison that is there alone."""
+    """The runs in run directories and comparisons' directories; the command of a comparison that is there alone.
+
+    Raises ValueError for what is neither, and for what is damaged.
+    """
     runs, command = [], None
     for directory in directories:
-        if (directory / "compare.json").is_file():
-            written = json.loads((directory / "compare.json").read_text())
-            runs += [read(directory / run["directory"]) for model in written["models"] for run in model["runs"]]
-            command = written["command"] if len(directories) == 1 else None
-        elif directory.is_dir() and not (directory / "run.json").is_file() and not (directory / "config.yaml").exists():
+        file = directory / COMPARISON
+        if file.is_file():
+            written = records.as_fields(file)
+            try:
+                names = [run["directory"] for model in written["models"] for run in model["runs"]]
+                command = written["command"] if len(directories) == 1 else None
+            except (KeyError, TypeError):
+                raise ValueError(f"{file} is no comparison of mot compare") from None
+            runs += [read(directory / name) for name in names]
+        elif directory.is_dir() and not any((directory / name).exists() for name in (records.FACTS, records.CONFIG)):
             raise ValueError(f"{directory} is no finished run or comparison: it has no run.json and no compare.json")
         else:
             runs.append(read(directory))
     return runs, command
 
 
-def relative(written: dict[str, Any], to: Path) -> dict[str, Any]:
-    """The same comparison, its directories relative to another, so that all of it can be moved."""
-    models = []
-    for model in written["models"]:
-        runs = [run | {"directory": os.path.relpath(run["directory"], to)} for run in model["runs"]]
-        models.append(model | {"runs": runs})
-    return written | {"models": models}
+def write(result: Comparison, out: Path) -> None:
+    """compare.json, whose directories are relative to where it stands."""
+
+    write_text(out / COMPARISON, json.dumps(result.relative(out).as_dict(), indent=2) + "\n")

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Union
 from xml.etree.ElementTree import Element
 
-from mixture_of_tokens.formatting import spread
+from mixture_of_tokens.formatting import Summary, span
 from mixture_of_tokens.reports.figures import swatch
 
 NOTHING = "\N{EN DASH}"
 Child = Union[Element, str, Sequence["Child"], None]  # noqa: UP007, a name in quotes has no |
-Column = tuple[str, Callable[[dict[str, Any]], Child]]
+Column = tuple[str, Callable[[Any], Child]]  # of a row, whatever it is
 
 
 def html(tag: str, *children: Child, **attributes: Any) -> Element:
@@ -48,18 +48,18 @@ def with_swatch(series: int, label: str) -> Child:
     return [html("span", swatch(series), class_="swatch"), label]
 
 
-def cell_of(value: dict[str, float] | None, shown: Callable[[float], str], none: str = NOTHING) -> Child:
+def cell_of(value: Summary | None, shown: Callable[[float], str], none: str = NOTHING) -> Child:
     if value is None:
         return [none]
-    between = spread(value, shown)
-    return [shown(value["mean"]), html("span", between, class_="range") if between else None]
+    between = span(value, shown)
+    return [shown(value.mean), html("span", between, class_="range") if between else None]
 
 
 def table(
     title: str,
     note: str,
     groups: Sequence[tuple[str, Sequence[Column]]],
-    rows: Sequence[tuple[Child, dict]],
+    rows: Sequence[tuple[Child, Any]],
     *,
     corner: str = "Model",
 ) -> Element:

@@ -1,18 +1,19 @@
 """A comparison as one HTML page that needs nothing else: no network, no script."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, tostring
 
-from mixture_of_tokens.formatting import duration, listed, loss, ratio, short
-from mixture_of_tokens.reports.comparison import RATIOS, summary, telemetry
+from mixture_of_tokens.formatting import Summary, duration, listed, loss, ratio, short
+from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison, telemetry
 from mixture_of_tokens.reports.figures import SERIES, Line, panel
 from mixture_of_tokens.reports.markup import Child, html, own_ids, table, with_swatch
 from mixture_of_tokens.reports.prose import MEASURES, MIXED, findings, glossary, method, seeds_of
 from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
 from mixture_of_tokens.reports.tables import switch_table, tables
-from mixture_of_tokens.runs.run import Run, through_the_switch
+from mixture_of_tokens.runs.run import Point, Run
 
 PAPER = "https://arxiv.org/abs/2310.15961"
 SKIPPED = 0.15  # of the steps, whose steep losses would flatten the rest of the picture
@@ -20,7 +21,7 @@ SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def page(
-    comparison: dict[str, Any], models: dict[str, list[Run]], samples: dict[str, dict[str, str]], commands: list[str]
+    comparison: Comparison, models: dict[str, list[Run]], samples: dict[str, dict[str, str]], commands: list[str]
 ) -> str:
     """The whole page.
 
@@ -80,34 +81,34 @@ def _finding(series: int, sentences: list[str]) -> Element:
     return html("li", html("strong", first), " ".join(others), style=f"border-color: var(--series-{series % SERIES})")
 
 
-def _reservation(comparison: dict[str, Any]) -> str:
-    what = f"Losses are of {comparison['evaluated_on']} text, which no model was trained on."
-    if len(comparison["seeds"]) == 1:
+def _reservation(comparison: Comparison) -> str:
+    what = f"Losses are of {comparison.evaluated_on} text, which no model was trained on."
+    if len(comparison.seeds) == 1:
         return f"{what} This is one seed: another would move each loss, by how much is not known here."
     return f"{what} What stands in brackets is the least and the greatest of {seeds_of(comparison)}."
 
 
-def _switches(models: dict[str, list[Run]]) -> dict[int, dict[str, float]]:
-    """Where models became Token Choice, by their number: step, seconds and FLOPs, means over the seeds."""
+def _switches(models: dict[str, list[Run]]) -> dict[int, Point]:
+    """Where models became Token Choice, by their number: means over the seeds."""
     found = {}
     for i, model in enumerate(models.values()):
-        points = [
-            run.switch | {"flops": run.switch["tokens"] * run.switch["flops_per_token"]} for run in model if run.switch
-        ]
-        if points:
-            found[i] = {key: sum(point[key] for point in points) / len(points) for key in RATIOS.values()}
+        at = [run.switch for run in model if run.switch is not None]
+        if at:
+            spent = ((s.step, s.tokens, s.seconds, s.tokens * s.flops_per_token, s.at_the_switch) for s in at)
+            found[i] = Point(*(sum(values) / len(at) for values in zip(*spent, strict=True)))
     return found
 
 
-def _curves(comparison: dict[str, Any], switches: dict[int, dict[str, float]]) -> Child:
-    models, baseline = comparison["models"], comparison["models"][0]
-    level = summary(run["curve"][-1]["loss"] for run in baseline["runs"])
+def _curves(comparison: Comparison, switches: dict[int, Point]) -> Child:
+    models, baseline = comparison.models, comparison.models[0]
+    level = Summary.of(run.curve[-1].loss for run in baseline.runs)
     assert level is not None
-    lines = {key: [_mean_curve(i, model, key) for i, model in enumerate(models)] for key in RATIOS.values()}
+    curves = [[run.curve for run in model.runs] for model in models]
+    lines = {key: [_mean_curve(i, runs, key) for i, runs in enumerate(curves)] for key in RATIOS.values()}
     after_start = (
-        y for line in lines["step"] for x, y in zip(line.x, line.y, strict=True) if x >= SKIPPED * comparison["steps"]
+        y for line in lines["step"] for x, y in zip(line.x, line.y, strict=True) if x >= SKIPPED * comparison.steps
     )
-    start = max(after_start, default=level["mean"])
+    start = max(after_start, default=level.mean)
     least = min(min(line.low or line.y) for line in lines["step"])
     top = start + 0.05 * (start - least) + 0.01
     bottom = least - 0.06 * (top - least)
@@ -123,9 +124,9 @@ def _curves(comparison: dict[str, Any], switches: dict[int, dict[str, float]]) -
     for key, (x_label, scale, head) in axes.items():
         points = []
         for i, model in enumerate(models):
-            found = model["reached"][baseline["label"]][key]
-            if i and found is not None and found["seeds"] == len(comparison["seeds"]):
-                points.append((i, found["mean"] / scale, level["mean"]))
+            found = model.reached[baseline.label].at(key)
+            if i and found is not None and found.seeds == len(comparison.seeds):
+                points.append((i, found.mean / scale, level.mean))
         scaled = [Line(line.series, [x / scale for x in line.x], line.y, line.low, line.high) for line in lines[key]]
         label = f"Evaluation loss against {x_label.split(',')[0]}. " + _ends(models, key)
         figure = panel(
@@ -134,18 +135,18 @@ def _curves(comparison: dict[str, Any], switches: dict[int, dict[str, float]]) -
             x_label=x_label,
             y_label="loss, nats a token",
             y_range=(bottom, top),
-            level=level["mean"],
+            level=level.mean,
             points=points,
-            switches=[(i, at[key] / scale) for i, at in switches.items()],
+            switches=[(i, getattr(at, key) / scale) for i, at in switches.items()],
         )
         figures.append(html("figure", figure, html("figcaption", _caption(comparison, key, head))))
-    note = "Means over the seeds, in a band from the least to the greatest. " if len(comparison["seeds"]) > 1 else ""
+    note = "Means over the seeds, in a band from the least to the greatest. " if len(comparison.seeds) > 1 else ""
     return [
-        html("ul", [html("li", with_swatch(i, model["label"])) for i, model in enumerate(models)], class_="legend"),
+        html("ul", [html("li", with_swatch(i, model.label)) for i, model in enumerate(models)], class_="legend"),
         html("div", figures, class_="panels"),
         html(
             "p",
-            f"{note}The dotted line is {baseline['label']}'s last evaluation loss, {loss(level['mean'])}; a ring marks "
+            f"{note}The dotted line is {baseline.label}'s last evaluation loss, {loss(level.mean)}; a ring marks "
             "where another model reaches it. The steep start, above the frame, is left out."
             + " An upright line is where a Mixture of Tokens became Token Choice."
             * bool(switches),
@@ -156,75 +157,69 @@ def _curves(comparison: dict[str, Any], switches: dict[int, dict[str, float]]) -
 
 def _through_the_switch(models: dict[str, list[Run]]) -> Child:
     """The curve from shortly before the switch to the end, the jump with it, and the stages in numbers."""
-    stages = {
-        i: [through_the_switch(run) for run in model] for i, model in enumerate(models.values()) if model[0].switch
-    }
-    at = {i: step["mean"] for i, of in stages.items() if (step := summary(each["step"] for each in of)) is not None}
-    plain = {i: mean["mean"] for i, of in stages.items() if (mean := summary(each["plain_switch"] for each in of))}
-    lines = [
-        _mean_curve(i, {"runs": [{"curve": run.curve} for run in model]}, "step")
-        for i, model in enumerate(models.values())
-    ]
-    end = max(lines[i].x[-1] for i in stages)
-    start = min(at.values()) - (end - min(at.values()))
+    labels, at = list(models), _switches(models)
+    switches = {i: [run.switch for run in models[labels[i]] if run.switch is not None] for i in at}
+    plain = {i: sum(switch.plain_switch for switch in of) / len(of) for i, of in switches.items()}
+    lines = [_mean_curve(i, [run.curve for run in model], "step") for i, model in enumerate(models.values())]
+    first = min(point.step for point in at.values())
+    start = first - (max(lines[i].x[-1] for i in at) - first)
     seen = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if x >= start]
     jump = max(*seen, *plain.values())
     margin = 0.08 * (jump - min(seen))
-    labels = list(models)
-    told = [f"{labels[i]} at {loss(of[0]['source_in_groups'])} before" for i, of in stages.items()]
+    before = [f"{labels[i]} at {loss(of[0].source_in_groups)} before" for i, of in switches.items()]
     figure = panel(
         lines,
-        label=f"Evaluation loss around the switch: {listed(told)}.",
+        label=f"Evaluation loss around the switch: {listed(before)}.",
         x_label="steps",
         y_label="loss, nats a token",
         x_range=(max(0, start), None),
         y_range=(min(seen) - margin, jump + margin),
-        points=[(i, at[i], plain[i]) for i in stages],
-        switches=list(at.items()),
+        points=[(i, at[i].step, plain[i]) for i in at],
+        switches=[(i, point.step) for i, point in at.items()],
     )
     caption = "The last steps before the switch, and those after it. A ring: the loss with the weights as they were."
-    rows = [(with_swatch(i, labels[i]), {"stages": of}) for i, of in stages.items()]
+    rows = [(with_swatch(i, labels[i]), models[labels[i]]) for i in at]
     return [html("div", html("figure", figure, html("figcaption", caption)), class_="panels"), switch_table(rows)]
 
 
-def _mean_curve(series: int, model: dict[str, Any], key: str) -> Line:
-    """Over the seeds, evaluation by evaluation."""
-    points = list(zip(*(run["curve"] for run in model["runs"]), strict=True))
-    losses = [summary(point["loss"] for point in each) or {} for each in points]
-    x = [sum(point[key] for point in each) / len(each) for each in points]
-    mean, least, greatest = ([each[of] for each in losses] for of in ("mean", "least", "greatest"))
+def _mean_curve(series: int, curves: Sequence[Sequence[Point]], key: str) -> Line:
+    """Over the seeds, evaluation by evaluation, against a field of `Point`."""
+    points = list(zip(*curves, strict=True))
+    losses = [found for each in points if (found := Summary.of(point.loss for point in each)) is not None]
+    x = [sum(getattr(point, key) for point in each) / len(each) for each in points]
+    mean, least, greatest = ([getattr(found, of) for found in losses] for of in ("mean", "least", "greatest"))
     return Line(series, x, mean, least, greatest)
 
 
-def _ends(models: list[dict[str, Any]], key: str) -> str:
+def _ends(models: list[ComparedModel], key: str) -> str:
     ends = []
     for model in models:
-        line = _mean_curve(0, model, key)
+        line = _mean_curve(0, [run.curve for run in model.runs], key)
         at = {"step": f"step {line.x[-1]:,.0f}", "seconds": duration(line.x[-1]), "flops": f"{short(line.x[-1])}FLOPs"}
-        ends.append(f"{model['label']} ends at {loss(line.y[-1])}, at {at[key]}")
+        ends.append(f"{model.label} ends at {loss(line.y[-1])}, at {at[key]}")
     return f"{listed(ends)}."
 
 
-def _caption(comparison: dict[str, Any], key: str, head: str) -> Child:
+def _caption(comparison: Comparison, key: str, head: str) -> Child:
     """The finding of one panel."""
-    baseline, *others = comparison["models"]
+    baseline, *others = comparison.models
     whole = next(whole for whole, of in RATIOS.items() if of == key)
     told = []
     for model in others:
-        found = model["reached"][baseline["label"]][f"of_{whole}"]
+        found = model.reached[baseline.label].share(whole)
         if found is None:
-            told.append(f"{model['label']} never gets there")
+            told.append(f"{model.label} never gets there")
         else:
-            few = f" on {found['seeds']} of {seeds_of(comparison)}" * (found["seeds"] < len(comparison["seeds"]))
-            told.append(f"{model['label']} {ratio(found['mean'])}{few}")
+            few = f" on {found.seeds} of {seeds_of(comparison)}" * (found.seeds < len(comparison.seeds))
+            told.append(f"{model.label} {ratio(found.mean)}{few}")
     if not told:
         return [html("b", f"{head}.")]
-    return [html("b", f"{head}."), f" To {baseline['label']}'s last loss, as a share of its own: {listed(told)}."]
+    return [html("b", f"{head}."), f" To {baseline.label}'s last loss, as a share of its own: {listed(told)}."]
 
 
 def _layers(models: dict[str, list[Run]]) -> Child:
     measured = {label: telemetry(model) for label, model in models.items()}
-    switched = {i: at["step"] for i, at in _switches(models).items()}
+    switched = {i: at.step for i, at in _switches(models).items()}
     content: list[Child] = []
     for measure, (title, meaning) in MEASURES.items():
         of = {label: found[measure] for label, found in measured.items() if measure in found}
@@ -270,10 +265,10 @@ def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], s
     return [html("div", html("h3", title), html("p", meaning), told, **beside), figures]
 
 
-def _samples(comparison: dict[str, Any], samples: dict[str, dict[str, str]]) -> Child:
+def _samples(comparison: Comparison, samples: dict[str, dict[str, str]]) -> Child:
     if not samples:
         return [html("p", "There are no samples: not every run still has its model/ beside it.")]
-    count, seed = len(PROMPTS), comparison["seeds"][0]
+    count, seed = len(PROMPTS), comparison.seeds[0]
     intro = (
         f"Each model, as trained with seed {seed}, was given the same {count} beginnings as one batch; these are its "
         f"first {len(samples)} continuations, drawn once at temperature {TEMPERATURE:g} and not picked. A "
@@ -281,7 +276,7 @@ def _samples(comparison: dict[str, Any], samples: dict[str, dict[str, str]]) -> 
         f"{count}, though of unequal lengths, which the texts of a group in training were not."
     )
     content: list[Child] = [html("p", intro)]
-    labels = [model["label"] for model in comparison["models"]]
+    labels = [model.label for model in comparison.models]
     for prompt, written in samples.items():
         content.append(html("h3", html("code", prompt.rstrip()), " …"))
         figures = [
@@ -296,7 +291,7 @@ def _samples(comparison: dict[str, Any], samples: dict[str, dict[str, str]]) -> 
     return content
 
 
-def _words(comparison: dict[str, Any]) -> Child:
+def _words(comparison: Comparison) -> Child:
     title = "Mixture of Tokens: Continuous MoE through Cross-Example Aggregation"
     return [
         html("dl", [_entry(term, meaning) for term, meaning in glossary(comparison)], class_="entries"),
@@ -308,16 +303,16 @@ def _entry(term: str, meaning: str) -> Element:
     return html("div", html("dt", term), html("dd", meaning))
 
 
-def _made(comparison: dict[str, Any], models: dict[str, list[Run]], commands: list[str]) -> Child:
+def _made(comparison: Comparison, models: dict[str, list[Run]], commands: list[str]) -> Child:
     entries = []
-    for environment in comparison["environments"]:
+    for environment in comparison.environments:
         hardware, cores, threads = (environment[key] for key in ("hardware", "cores", "threads"))
         entries += [
             _entry("Hardware", f"{hardware}, cores: {cores}, threads: {threads}"),
             _entry("Versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())),
             _entry("Commit", environment["commit"] or "not from a git checkout"),
         ]
-    corpus = comparison["corpus"]
+    corpus = comparison.corpus
     splits = [([name], each) for name, each in corpus.items() if isinstance(each, dict)]
     rest = {name.replace("_", " "): each for name, each in corpus.items() if not isinstance(each, dict)}
     about = "; ".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in rest.items())
@@ -326,7 +321,7 @@ def _made(comparison: dict[str, Any], models: dict[str, list[Run]], commands: li
         html("pre", "\n".join(commands)),
         html("p", method(comparison)),
         html("dl", entries, class_="entries"),
-        html("p", MIXED) if len(comparison["environments"]) > 1 else None,
+        html("p", MIXED) if len(comparison.environments) > 1 else None,
         table("Text", f"{about}.", (("", columns),), splits, corner="Split"),
         _settings(models),
     ]
@@ -334,7 +329,7 @@ def _made(comparison: dict[str, Any], models: dict[str, list[Run]], commands: li
 
 def _settings(models: dict[str, list[Run]]) -> Child:
     """What the models have in common, and what is each one's own."""
-    of = {label: model[0].own_settings for label, model in models.items()}
+    of = {label: model[0].settings for label, model in models.items()}
     first = next(iter(of.values()))
     common = {k for k in first if all(k in settings and settings[k] == first[k] for settings in of.values())}
 

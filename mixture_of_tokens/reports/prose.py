@@ -1,10 +1,9 @@
 """What a comparison comes to, in numbers that are rounded and sentences that are computed; what the words mean."""
 
-from typing import Any
-
-from mixture_of_tokens.formatting import Summary, difference, duration, loss, ratio, spread, with_spread
+from mixture_of_tokens.formatting import Summary, difference, duration, loss, ratio, span, with_span
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import ROWS, converted_from
+from mixture_of_tokens.reports.comparison import ComparedModel, Comparison
 
 # Of telemetry.py, in the order of the page: a title and what it says.
 MEASURES = {
@@ -34,69 +33,70 @@ MEASURES = {
 MIXED = "The runs were not all made on the same hardware with the same versions: times may not be comparable."
 
 
-def seeds_of(comparison: dict[str, Any]) -> str:
-    count = len(comparison["seeds"])
+def seeds_of(comparison: Comparison) -> str:
+    count = len(comparison.seeds)
     return "one seed" if count == 1 else f"{count} seeds"
 
 
-def findings(comparison: dict[str, Any]) -> dict[str, list[str]]:
+def findings(comparison: Comparison) -> dict[str, list[str]]:
     """Sentences on each model by its label, the baseline last."""
-    baseline, *others = comparison["models"]
+    baseline, *others = comparison.models
     told: dict[str, list[str]] = {}
     for model in others:
-        found = model["reached"][baseline["label"]]["of_flops"]
-        told[model["label"]] = [
-            f"{model['label']} {reaching(model, baseline['label'], comparison)}.",
+        found = model.reached[baseline.label].of_flops
+        told[model.label] = [
+            f"{model.label} {reaching(model, baseline.label, comparison)}.",
             *([] if found is None else [f"That is {_share(found, 'FLOPs')}."]),
-            f"At equal steps {_beside(model['final_loss_difference'])}.",
+            f"At equal steps {_beside(model.final_loss_difference)}.",
         ]
-        apart, when = model["equal_time_loss_difference"], duration(comparison["equal_time_seconds"]["mean"])
+        apart, when = model.equal_time_loss_difference, duration(comparison.equal_time_seconds.mean)
         if apart is not None:
-            told[model["label"]].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")
-        if (regrouped := model["regrouping_spread"]) is not None:
-            told[model["label"]].append(f"Three ways to group the text differ by {regrouped['greatest']:.4f} at most.")
-    end = with_spread(baseline["final_loss"], loss)
-    what = f"{baseline['label']}, the baseline, ends at {end} nats a token"
-    told[baseline["label"]] = [f"{what} after {comparison['steps']:,} steps ({seeds_of(comparison)})."]
+            told[model.label].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")
+        if (regrouped := model.regrouping_spread) is not None:
+            told[model.label].append(f"Three ways to group the text differ by {regrouped.greatest:.4f} at most.")
+    end = with_span(baseline.final_loss, loss)
+    what = f"{baseline.label}, the baseline, ends at {end} nats a token"
+    told[baseline.label] = [f"{what} after {comparison.steps:,} steps ({seeds_of(comparison)})."]
     return told
 
 
-def reaching(model: dict[str, Any], target: str, comparison: dict[str, Any]) -> str:
+def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:
     """When a model reaches another's final loss: what stands after its name in a sentence."""
-    steps, time, seeds = *(model["reached"][target][key] for key in ("of_steps", "of_time")), seeds_of(comparison)
-    if steps is None:
+    found, seeds = model.reached[target], seeds_of(comparison)
+    steps, time = found.of_steps, found.of_time
+    if steps is None or time is None:
         return f"never reaches {target}'s final loss ({seeds})"
-    joint = "but" if (steps["mean"] <= 1) != (time["mean"] <= 1) else "and"
+    joint = "but" if (steps.mean <= 1) != (time.mean <= 1) else "and"
     took = f"{_share(steps, 'steps', seeds)} {joint} {_share(time, 'time')}"
-    if steps["seeds"] < len(comparison["seeds"]):
+    if steps.seeds < len(comparison.seeds):
         took = f"{_share(steps, 'steps')} {joint} {_share(time, 'time')}"
-        return f"reaches {target}'s final loss on {steps['seeds']} of {seeds} only, there in {took}"
+        return f"reaches {target}'s final loss on {steps.seeds} of {seeds} only, there in {took}"
     return f"reaches {target}'s final loss in {took}"
 
 
 def _share(share: Summary, of: str, seeds: str = "") -> str:
-    known = ", ".join(filter(None, (spread(share), seeds)))
-    return f"{ratio(share['mean'])} {'of' if share['mean'] <= 1 else 'times'} the {of}" + f" ({known})" * bool(known)
+    known = ", ".join(filter(None, (span(share), seeds)))
+    return f"{ratio(share.mean)} {'of' if share.mean <= 1 else 'times'} the {of}" + f" ({known})" * bool(known)
 
 
 def _beside(apart: Summary) -> str:
     """A difference of losses from the baseline's in words."""
-    if apart["least"] < 0 < apart["greatest"]:
-        low, high = difference(apart["least"]), difference(apart["greatest"])
-        return f"neither is ahead on every seed: {difference(apart['mean'])} nats on average ({low} to {high})"
-    side = "lower" if apart["mean"] < 0 else "higher"
-    near, far = sorted((abs(apart["least"]), abs(apart["greatest"])))
-    between = f" ({loss(near)} to {loss(far)})" if apart["seeds"] > 1 else ""
-    return f"its loss is {loss(abs(apart['mean']))} nats {side}{between}"
+    if apart.least < 0 < apart.greatest:
+        low, high = difference(apart.least), difference(apart.greatest)
+        return f"neither is ahead on every seed: {difference(apart.mean)} nats on average ({low} to {high})"
+    side = "lower" if apart.mean < 0 else "higher"
+    near, far = sorted((abs(apart.least), abs(apart.greatest)))
+    between = f" ({loss(near)} to {loss(far)})" if apart.seeds > 1 else ""
+    return f"its loss is {loss(abs(apart.mean))} nats {side}{between}"
 
 
-def glossary(comparison: dict[str, Any]) -> list[tuple[str, str]]:
+def glossary(comparison: Comparison) -> list[tuple[str, str]]:
     """Terms of the page and their meaning, for a reader who has not read the paper."""
-    names = [parse_name(model["name"]) for model in comparison["models"]]
-    switched = any(model["switched"] for model in comparison["models"])
+    names = [parse_name(model.name) for model in comparison.models]
+    switched = any(model.switched for model in comparison.models)
     shown = {name.system for name in names}
     if switched:
-        kinds = {parse_name(model["name"]).routing.kind for model in comparison["models"] if model["switched"]}
+        kinds = {parse_name(model.name).routing.kind for model in comparison.models if model.switched}
         shown |= {converted_from(kind).prefix for kind in kinds}
     entries = [
         (row.title if row.title == row.prefix else f"{row.prefix}, {row.title}", row.meaning)
@@ -145,9 +145,9 @@ def glossary(comparison: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def method(comparison: dict[str, Any]) -> str:
+def method(comparison: Comparison) -> str:
     """How the numbers came about."""
-    evaluated, group = comparison["evaluated_on"], comparison["group_size"]
+    evaluated, group = comparison.evaluated_on, comparison.group_size
     return (
         f"Final losses are over the whole {evaluated} split. Curves, and what is read off them, are over one fixed "
         f"part of it, in fixed groups of {group}. A model reaches another's last loss where its own curve first comes "

@@ -1,23 +1,43 @@
 """Finished runs side by side: the command `mot report`, its table and its page."""
 
-import json as json_module
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill, indent
 from typing import Any
 
-from mixture_of_tokens.formatting import aligned
-from mixture_of_tokens.reports.comparison import by_model, comparison, runs_of
+from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.reports.comparison import Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.page import page
 from mixture_of_tokens.reports.prose import MIXED, findings
 from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.records import CONFIG, Transition
 from mixture_of_tokens.runs.run import Run
 
 WIDTH = 110  # of sentences beside the table
 
 
-def report(*runs: Path, out: Path | None = None, json: bool = False) -> None:
+@dataclass(frozen=True)
+class Report(Result):
+    """A comparison, what its models write, by prompt and label, and where its page is. JSON has the first."""
+
+    comparison: Comparison
+    samples: dict[str, dict[str, str]]
+    page: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.comparison.as_dict()
+
+    def __str__(self) -> str:
+        lines = [summary_of(self.comparison)]
+        for prompt, written in list(self.samples.items())[:1]:
+            for label, continuation in written.items():
+                lines.append(f"{label} continues {prompt!r}:\n\n{indent(prompt + continuation, '    ')}\n")
+        return "\n".join([*lines, f"The page: {self.page}"])
+
+
+def report(*runs: Path, out: Path | None = None) -> Report:
     """Print the runs' losses side by side, the first one as the baseline, and write a page about them.
 
     Runs of one model with several seeds are one line, its means. "reached" is the step, and the seconds, at which the
@@ -27,99 +47,90 @@ def report(*runs: Path, out: Path | None = None, json: bool = False) -> None:
     Args:
         runs: Run directories of mot train, or a directory of mot compare.
         out: The page; by default report.html, in a run or comparison that is given alone, or else beside the runs.
-        json: Print the numbers and the curves as JSON in place of the table.
+
+    Raises ValueError for runs that are not finished, damaged, or cannot be compared.
     """
+    runs = tuple(map(Path, runs))
     found, command = runs_of(runs)
     models = by_model(found)
     here = ["mot", "report", *map(str, runs), *([] if out is None else ["--out", str(out)])]
     again = [command] if command else [line for run in found for line in _train_commands(run)]
     commands = [*dict.fromkeys(again), shlex.join(here)]
     if out is None:
-        out = (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
-    show(comparison(models), models, commands, out, as_json=json)
+        out = (runs[0] if len(runs) == 1 and runs[0].is_dir() else runs[0].parent) / "report.html"
+    return write_page(comparison(models, command), models, commands, Path(out))
 
 
-def show(
-    result: dict[str, Any], models: dict[str, list[Run]], commands: list[str], out: Path, *, as_json: bool
-) -> None:
-    """Write the page of a comparison, with samples of each model's first seed, and print the comparison.
+def write_page(result: Comparison, models: dict[str, list[Run]], commands: list[str], out: Path) -> Report:
+    """Write the page of a comparison, with samples of each model's first seed.
 
     Args:
-        result: of `results.comparison`; models: the runs that it is of.
-        commands: That made this.
-        as_json: Print all of `result` and nothing else, in place of the table, a sample of each and where the page is.
+        models: The runs that `result` is of; commands: that made this.
     """
     samples = continued({label: model[0].directory for label, model in models.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.write_text(out, page(result, models, samples, commands))
-    if as_json:
-        print(json_module.dumps(result, indent=2))
-        return
-    print(text(result))
-    for prompt, written in list(samples.items())[:1]:
-        for label, continuation in written.items():
-            print(f"{label} continues {prompt!r}:\n\n{indent(prompt + continuation, '    ')}\n")
-    print(f"The page: {out}")
+    return Report(result, samples, str(out))
 
 
 def _train_commands(run: Run) -> list[str]:
     """What makes such a run again."""
-    after, config = run.settings.get("transition"), run.config
+    after, config = run.config.transition, run.model_config
     if after is None:
         return [_train_again(run.directory)]
+    source = Path(after.source)
     if run.switch is None:  # the part before the switch, with --anneal, of which the rest has its own rate
-        return [_train_again(Path(after["source"])), _annealed(run, after)]
-    steps, rate = run.settings["steps"], run.settings["learning_rate"]
-    source = Path(after["source"])
+        return [_train_again(source), _annealed(run, after)]
+    steps, rate = run.config.steps, run.config.learning_rate
     out = run.directory.name if run.directory.name != source.name else f"{source.name}-transition"
     words = ["mot", "transition", f"again/{source.name}", "--out", f"again/{out}"]
     words += ["--top-k", str(config.num_experts_per_tok), "--learning-rate", f"{rate:g}"]
-    words += ["--steps", str(2 * steps if "anneal" in after else steps)]
+    words += ["--steps", str(steps if after.anneal is None else 2 * steps)]
     words += [] if config.capacity_factor is None else ["--capacity", f"{config.capacity_factor:g}"]
-    words += ["--schedule", "continued"] if run.settings["training"]["lr_scheduler_type"] == "constant" else []
-    given = {key: after.get(key) for key in ("calibrate", "optimizer", "control", "anneal")}
+    words += ["--schedule", "continued"] if run.config.training["lr_scheduler_type"] == "constant" else []
+    given = {key: getattr(after, key) for key in ("calibrate", "optimizer", "control", "anneal")}
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
     return [_train_again(source), shlex.join(words)]
 
 
-def _annealed(run: Run, after: dict[str, Any]) -> str:
+def _annealed(run: Run, after: Transition) -> str:
     out = f"again/{run.directory.name.removesuffix('-annealed')}"
-    words = ["mot", "transition", f"again/{Path(after['source']).name}", "--out", out]
-    words += ["--steps", str(2 * run.settings["steps"]), "--anneal", str(after["anneal"])]
-    return shlex.join([*words, "--optimizer", after["optimizer"]])
+    words = ["mot", "transition", f"again/{Path(after.source).name}", "--out", out]
+    words += ["--steps", str(2 * run.config.steps), "--anneal", str(after.anneal)]
+    return shlex.join([*words, "--optimizer", after.optimizer])
 
 
 def _train_again(directory: Path) -> str:
-    return shlex.join(["mot", "train", "--config", str(directory / "config.yaml"), "--out", f"again/{directory.name}"])
+    return shlex.join(["mot", "train", "--config", str(directory / CONFIG), "--out", f"again/{directory.name}"])
 
 
-def text(result: dict[str, Any]) -> str:
+def summary_of(result: Comparison) -> str:
     """The table, and what it comes to in sentences."""
     columns = ["model", "loss", "vs first", "reached", "bits/byte", "parameters", "FLOPs/token", "s", "tokens/s"]
-    baseline, count = result["baseline"], len(result["seeds"])
+    count = len(result.seeds)
     table = []
-    for model in result["models"]:
-        reached = model["reached"][baseline]
+    for model in result.models:
+        reached = model.reached[result.baseline]
         when = "never"
-        if reached["step"] is not None:
-            some = f" ({reached['step']['seeds']} of {count})" if reached["step"]["seeds"] < count else ""
-            when = f"{reached['step']['mean']:.0f}, {reached['seconds']['mean']:.0f} s{some}"
+        if reached.step is not None and reached.seconds is not None:
+            some = f" ({reached.step.seeds} of {count})" if reached.step.seeds < count else ""
+            when = f"{reached.step.mean:.0f}, {reached.seconds.mean:.0f} s{some}"
         row = [
-            model["label"],
-            f"{model['final_loss']['mean']:.4f}",
-            f"{model['final_loss_difference']['mean']:+.4f}",
+            model.label,
+            f"{model.final_loss.mean:.4f}",
+            f"{model.final_loss_difference.mean:+.4f}",
             when,
-            f"{model['bits_per_byte']['mean']:.4f}",
-            f"{model['parameters']['total']:,}",
-            f"{model['flops_per_token']['forward']:,.0f}",
-            f"{model['seconds']['mean']:.0f}",
-            f"{model['tokens_per_second']['mean']:,.0f}",
+            f"{model.bits_per_byte.mean:.4f}",
+            f"{model.parameters['total']:,}",
+            f"{model.flops_per_token['forward']:,.0f}",
+            f"{model.seconds.mean:.0f}",
+            f"{model.tokens_per_second.mean:,.0f}",
         ]
         if count > 1:
-            row.insert(2, f"{model['final_loss']['greatest'] - model['final_loss']['least']:.4f}")
+            row.insert(2, f"{model.final_loss.greatest - model.final_loss.least:.4f}")
         table.append(row)
     if count > 1:
         columns.insert(2, "spread")
     told = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
-    told += [MIXED] if len(result["environments"]) > 1 else []
+    told += [MIXED] if len(result.environments) > 1 else []
     return "\n".join([aligned([columns, *table]), "", *told]) + "\n"

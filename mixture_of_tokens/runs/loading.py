@@ -1,20 +1,17 @@
 """A trained model, its tokenizer and its text, by run directory, checkpoint or Hub name; and memory that it keeps."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.malloc import keep_large_blocks
-from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.config import is_configuration, prepared_data
+from mixture_of_tokens.runs import checkpoints, records
+from mixture_of_tokens.runs.records import RunConfig, RunFacts
 
 
 def model_directory(run: str) -> str:
@@ -89,15 +86,17 @@ def load_tokenizer_of(run: str) -> Any:
 def run_directory(run: str) -> Path | None:
     """The run directory that this is, or that this checkpoint or model is in."""
     path = Path(run).absolute()
-    files = (place / "config.yaml" for place in (path, path.parent))
-    return next((file.parent for file in files if file.is_file() and is_configuration(_yaml(file))), None)
+    return next((place for place in (path, path.parent) if _is_run_directory(place)), None)
 
 
-def _yaml(file: Path) -> Any:
+def _is_run_directory(path: Path) -> bool:
+    if not (path / records.CONFIG).is_file():
+        return False
     try:
-        return yaml.safe_load(file.read_text())
-    except (ValueError, yaml.YAMLError):  # of other software, then
-        return None
+        RunConfig.read(path / records.CONFIG)
+    except ValueError:  # of other software, then
+        return False
+    return True
 
 
 def text_of(run: str) -> Prepared:
@@ -108,10 +107,9 @@ def text_of(run: str) -> Prepared:
     directory = run_directory(run)
     if directory is None:
         raise ValueError(f"{run} is no run directory, so its text is not known; name one with --data")
-    settings = yaml.safe_load((directory / "config.yaml").read_text())
-    prepared = prepared_data(settings, config_from_name(settings["name"], **settings["model"]))
-    facts = directory / "run.json"
-    before = json.loads(facts.read_text())["corpus"] if facts.is_file() else prepared.facts
+    prepared = RunConfig.read(directory / records.CONFIG).prepare()
+    facts = directory / records.FACTS
+    before = RunFacts.read(facts).corpus if facts.is_file() else prepared.facts
     for what, key in {"text": "hash", "tokenizer": "tokenizer"}.items():
         was, now = before.get(key), prepared.facts.get(key)
         if was != now:

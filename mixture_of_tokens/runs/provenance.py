@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def commit() -> str | None:
     return revision + "+" * bool(git("status", "--porcelain", "--untracked-files=no")) if revision else None
 
 
-def hardware(device: str | None = None) -> dict[str, str | int | None]:
+def hardware(device: str | None = None) -> dict[str, Any]:
     """Name of the processor or, for "cuda" and where there is one, of the GPU; cores and the threads torch uses."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.+)", cpuinfo)

@@ -1,24 +1,41 @@
-"""Run directories: who may write one, and what a finished one holds."""
+"""Run directories: who may write one, what a finished one holds, and its one-file form.
+
+A finished run is a directory with config.yaml, metrics.jsonl, run.json and, after a switch, switch.json (`records.py`).
+The same in one file, without weights, is NAME.json in the place of the directory NAME: what `pack` makes, for results
+that are kept. `read` takes both.
+"""
 
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.runs.config import CARRIED_OUT, DERIVED, data_group_size, is_configuration
+from mixture_of_tokens.runs import records
+from mixture_of_tokens.runs.checkpoints import write_text
+from mixture_of_tokens.runs.records import FORMAT, SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
 
 
 def is_main() -> bool:
     """Whether this process is the first of those that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that numpy would not take."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be 0 to {2**32 - 1}, not {seed}")
+
+
+def check_one_process(what: str) -> None:
+    """Raises ValueError under torchrun for what trains more than once."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"{what} trains more than once, and so in one process; torchrun is for mot train")
 
 
 def check_free(out: Path) -> None:
@@ -32,32 +49,16 @@ def _is_empty(out: Path) -> bool:
     return not out.exists() or (out.is_dir() and all(path.suffix == ".partial" for path in out.iterdir()))
 
 
-def check_one_process(what: str) -> None:
-    """Raises ValueError under torchrun for what trains more than once."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(f"{what} trains more than once, and so in one process; torchrun is for mot train")
-
-
-def check_resumed(out: Path, run: dict[str, Any]) -> None:
+def check_resumed(out: Path, config: RunConfig) -> None:
     """Raises ValueError if a run directory, where there is one, was made with another configuration."""
     if _is_empty(out):
         return
-    written = yaml.safe_load((out / "config.yaml").read_text()) if (out / "config.yaml").is_file() else None
-    if not is_configuration(written):
+    if not (out / records.CONFIG).is_file():
         raise ValueError(f"{out} is no run directory to go on with: it has no config.yaml; name another with --out")
-
-    def flat(configuration: dict[str, Any]) -> dict[str, Any]:
-        nested = {"model", "training"}
-        outer = {key: value for key, value in configuration.items() if key not in nested | {"transition"}}
-        outer |= configuration.get("transition", {})
-        inner = {f"{key}.{name}": value for key in nested for name, value in configuration[key].items()}
-        inner = {key: value for key, value in inner.items() if key.removeprefix("model.") not in DERIVED}
-        return outer | {k: v for k, v in inner.items() if not k.removeprefix("training.").startswith(CARRIED_OUT)}
-
-    before, now = flat(written), flat(yaml.safe_load(yaml.safe_dump(run)))
+    before, now = RunConfig.read(out / records.CONFIG).identity(), config.identity()
     for key in [*before, *now]:
         if before.get(key) != now.get(key):
-            flag = key.replace("_", "-") if "." not in key else key
+            flag = key if key.startswith(("model.", "training.")) else key.removeprefix("transition.").replace("_", "-")
             raise ValueError(
                 f"{out} was started with --{flag} {before.get(key)}, now it is {now.get(key)}; "
                 "give the same flags, or name another directory with --out"
@@ -65,104 +66,168 @@ def check_resumed(out: Path, run: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Point:
+    """An evaluation during training: what had been spent by then, and the loss."""
+
+    step: float
+    tokens: float
+    seconds: float
+    flops: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Load:
+    """Of the worst layer at some step."""
+
+    largest_load: float
+    dropped: float
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What came after a switch: losses a tenth of the steps on and at the end; the routing at first and at the end."""
+
+    tenth_step: int
+    tenth_loss: float
+    end_loss: float
+    first: Load | None
+    last: Load | None
+
+
+@dataclass(frozen=True)
 class Run:
-    """A run directory: run.json, config.yaml, the rows of metrics.jsonl and, after a transition, switch.json."""
+    """A finished run. `str` is its summary."""
 
     directory: Path
-    facts: dict[str, Any]
-    settings: dict[str, Any]
-    rows: list[dict[str, Any]]
-    switch: dict[str, Any] | None = None
+    config: RunConfig
+    facts: RunFacts
+    rows: list[MetricsRow]
+    switch: Switch | None = None
 
     @property
     def name(self) -> str:
-        return self.facts["name"]
+        return self.facts.name
 
     @property
     def seed(self) -> int:
-        return self.facts["seed"]
+        return self.facts.seed
+
+    def __str__(self) -> str:
+        facts = self.facts
+        loss, bits = f"{facts.final_loss:.4f} nats a token", f"{facts.bits_per_byte:.4f} bits a byte"
+        lines = [f"{self.name}: loss {loss} of all {facts.evaluated_on} text, {bits}"]
+        if facts.regrouping_spread is not None:
+            lines.append(f"3 ways to group that text differ by {facts.regrouping_spread:.4f} nats")
+        speed = f"{facts.seconds:.0f} s, {facts.tokens_per_second} tokens/s"
+        lines.append(f"{speed}. Everything is in {self.directory}.")
+        return "\n".join([*lines, f"A lone prompt, continued:\n\n{SAMPLE_PROMPT}{facts.sample}"])
+
+    def to_json(self) -> str:
+        return json.dumps({"directory": str(self.directory)} | asdict(self.facts), indent=2)
 
     @cached_property
-    def config(self) -> MixtureOfTokensConfig:
-        # The vocabulary is as large as the tokenizer turned out, whatever the settings asked for.
-        return config_from_name(self.name, **self.settings["model"] | {"vocab_size": self.facts["vocab_size"]})
-
-    @property
-    def group_size(self) -> int:
-        """Rows in a group of its data."""
-        return data_group_size(self.config.group_size, self.settings["batch_size"])
+    def model_config(self) -> MixtureOfTokensConfig:
+        # The vocabulary is as large as the tokenizer turned out, whatever the configuration asked for.
+        fields: dict[str, Any] = self.config.model | {"vocab_size": self.facts.vocab_size}
+        return config_from_name(self.name, **fields)
 
     @cached_property
     def flops(self) -> tuple[float, float]:
         """Per token in training: of the forward pass, of both passes."""
-        forward, backward = flops_per_token(self.config, batch=self.settings["batch_size"])
+        forward, backward = flops_per_token(self.model_config, batch=self.config.batch_size)
         return sum(forward.values()), sum(forward.values()) + sum(backward.values())
 
     @cached_property
-    def curve(self) -> list[dict[str, float]]:
-        """The evaluations during training; after a transition the source's first, and the loss at the switch."""
-        points = [row | {"flops": row["tokens"] * self.flops[1], "loss": row["eval_loss"]} for row in self.evaluations]
-        if (switch := self.switch) is not None:
-            for point in points:
-                before = min(point["tokens"], switch["tokens"])
-                point["flops"] = before * switch["flops_per_token"] + (point["tokens"] - before) * self.flops[1]
-            place = sum(point["step"] <= switch["step"] for point in points)
-            points.insert(place, switch | {"flops": switch["tokens"] * switch["flops_per_token"]})
-            points[place]["loss"] = switch["at_the_switch"]
-        return [{key: point[key] for key in ("step", "tokens", "seconds", "flops", "loss")} for point in points]
+    def curve(self) -> list[Point]:
+        """The evaluations during training; after a switch the source's first, and the loss at the switch.
+
+        Raises ValueError for a run that was not evaluated while it trained.
+        """
+        if not self.evaluations:
+            raise ValueError(f"{self.directory} was not evaluated while it trained: its metrics.jsonl has no eval_loss")
+        tokens, flops = (self.switch.tokens, self.switch.flops_per_token) if self.switch is not None else (0, 0.0)
+        points = []
+        for row in self.evaluations:
+            before = min(row.tokens, tokens)
+            spent = before * flops + (row.tokens - before) * self.flops[1]
+            points.append(Point(row.step, row.tokens, row.seconds, spent, row.eval_loss))  # pyright: ignore
+        if (at := self.switch) is not None:
+            place = sum(point.step <= at.step for point in points)
+            points.insert(place, Point(at.step, at.tokens, at.seconds, at.tokens * flops, at.at_the_switch))
+        return points
 
     @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if "eval_loss" in row]
+    def evaluations(self) -> list[MetricsRow]:
+        return [row for row in self.rows if row.eval_loss is not None]
 
-    @cached_property
-    def own_settings(self) -> dict[str, Any]:
-        """What it was trained with, but for the seed and for how that was carried out."""
-        apart = ("seed", "model", "training", "transition")
-        flat = {key: value for key, value in self.settings.items() if key not in apart}
-        after = self.settings.get("transition", {}).items()
-        flat |= {f"transition.{key}": value for key, value in after if key != "source"}  # which differs by seed
-        for kind in ("model", "training"):
-            for key, value in self.settings[kind].items():
-                if not key.startswith(CARRIED_OUT) and key not in DERIVED:
-                    flat[f"{kind}.{key}"] = value
-        return flat
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What identifies the run's model: its `identity` but for the seed, and the source, which differs by seed."""
+        return {k: v for k, v in self.config.identity().items() if k not in ("seed", "transition.source")}
+
+    @property
+    def stages(self) -> Stages:
+        """Of a run after a switch that was evaluated after it."""
+        assert self.switch is not None
+        after = [row for row in self.rows if row.step > self.switch.step]
+        evaluated = [(row.step, row.eval_loss) for row in after if row.eval_loss is not None]
+        tenth = self.switch.step + max(1, self.config.steps // 10)
+        step, loss = next(((step, loss) for step, loss in evaluated if step >= tenth), evaluated[-1])
+        routed = [row.layers.values() for row in after if row.layers is not None]
+        first, last = (_worst(routed[0]), _worst(routed[-1])) if routed else (None, None)
+        return Stages(step, loss, evaluated[-1][1], first, last)
+
+
+def _worst(layers: Iterable[dict[str, float]]) -> Load:
+    known = [layer for layer in layers if "largest_load" in layer]
+    largest_load, dropped = (max(layer[key] for layer in known) for key in ("largest_load", "dropped"))
+    return Load(largest_load, dropped)
 
 
 def read(directory: Path) -> Run:
-    """Raises ValueError for a run that is not finished or damaged, or was never evaluated while it trained."""
-    if not (directory / "run.json").is_file():
+    """A finished run, of its directory or of its one-file form.
+
+    Raises ValueError for a run that is not finished or damaged.
+    """
+    packed = directory if directory.suffix == ".json" else directory.with_name(f"{directory.name}.json")
+    if packed.is_file() and not (directory / records.FACTS).is_file():
+        return _unpacked(packed)
+    if not (directory / records.FACTS).is_file():
         why = "it has no run.json" if directory.is_dir() else "there is no such directory"
         raise ValueError(f"{directory} is no finished run: {why}")
-    try:
-        facts = json.loads((directory / "run.json").read_text())
-        settings = yaml.safe_load((directory / "config.yaml").read_text())
-        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        switched = directory / "switch.json"
-        switch = json.loads(switched.read_text()) if switched.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{directory} is no whole run directory: {error}") from None
-    if not any("eval_loss" in row for row in rows):
-        raise ValueError(f"{directory} was not evaluated while it trained: its metrics.jsonl has no eval_loss")
-    return Run(directory, facts, settings, rows, switch)
+    config = RunConfig.read(directory / records.CONFIG)
+    facts = RunFacts.read(directory / records.FACTS)
+    rows = records.metrics(directory / records.METRICS)
+    switched = directory / records.SWITCH
+    return Run(directory, config, facts, rows, Switch.read(switched) if switched.is_file() else None)
 
 
-def through_the_switch(run: Run) -> dict[str, Any]:
-    """What switch.json has, with the losses after it, and the worst layer's routing at first and at the end."""
-    switch = run.switch
-    assert switch is not None
-    after = [row for row in run.rows if row["step"] > switch["step"]]
-    evaluated = [row for row in after if "eval_loss" in row]
-    routed = [row["layers"].values() for row in after if "layers" in row]
-    tenth = switch["step"] + max(1, run.settings["steps"] // 10)
-    first = next((row for row in evaluated if row["step"] >= tenth), evaluated[-1])
-
-    def worst(layers: Iterable[dict[str, float]]) -> dict[str, float]:
-        known = [layer for layer in layers if "largest_load" in layer]
-        return {key: max(layer[key] for layer in known) for key in ("largest_load", "dropped")}
-
-    return switch | {
-        "after_a_tenth": {"step": first["step"], "loss": first["eval_loss"]},
-        "at_the_end": evaluated[-1]["eval_loss"],
-        "routers": {"first": worst(routed[0]), "last": worst(routed[-1])} if routed else None,
+def pack(run: Run, file: Path, *, telemetry: bool) -> None:
+    """Write a run as one file, without the rows between evaluations unless `telemetry`."""
+    rows = run.rows if telemetry else [replace(row, layers=None) for row in run.evaluations]
+    written = {
+        "format": FORMAT,
+        "config": asdict(run.config),
+        "facts": asdict(run.facts),
+        "switch": None if run.switch is None else asdict(run.switch),
+        "metrics": [json.loads(row.line()) for row in rows],
     }
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in written.items() if key != "metrics"]
+    metrics = ",\n".join(f"    {json.dumps(row)}" for row in written["metrics"])
+    write_text(file, "{\n" + ",\n".join(lines) + f',\n  "metrics": [\n{metrics}\n  ]\n}}\n')
+
+
+def _unpacked(file: Path) -> Run:
+    kinds = {"config": RunConfig, "facts": RunFacts, "switch": Switch}
+    written = records.as_fields(file)
+    if not isinstance(written, dict) or not all(isinstance(written.get(key), dict) for key in ("config", "facts")):
+        raise ValueError(f"{file} is no run: it lacks config or facts")
+    number = {"format": written.get("format", 0)}
+    parts = {
+        key: records.record(kind, written[key] | number, file)
+        for key, kind in kinds.items()
+        if written.get(key) is not None
+    }
+    rows = [records.record(MetricsRow, row, file) for row in written.get("metrics", [])]
+    return Run(file.with_suffix(""), parts["config"], parts["facts"], rows, parts.get("switch"))

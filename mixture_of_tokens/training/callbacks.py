@@ -1,15 +1,14 @@
 """What happens around the steps of a training: the clock, metrics.jsonl, the temperature, signals, gradients."""
 
 import json
-import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,6 +16,10 @@ from transformers import TrainerCallback
 
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.records import MetricsRow
+
+# What Trainer logs, by its name in a row of metrics.jsonl.
+OF_LOGS = {name: name for name in ("eval_loss", "learning_rate", "grad_norm", "aux_loss")} | {"loss": "train_loss"}
 
 
 class Clock:
@@ -47,7 +50,7 @@ class RunLog(TrainerCallback):
 
     def __init__(self, path: Path, tokens_per_step: int, clock: Clock, first_step: int = 0):
         self.path, self.tokens_per_step, self.clock, self.first_step = path, tokens_per_step, clock, first_step
-        self.row: dict[str, Any] = {}
+        self.row: MetricsRow | None = None
         self.bar: tqdm | None = None
 
     def forget_after(self, step: int) -> None:
@@ -78,21 +81,22 @@ class RunLog(TrainerCallback):
         if self.bar is None or not any(name in logs for name in ("loss", "eval_loss")):
             return
         step = self.first_step + state.global_step
-        if self.row and self.row["step"] != step:
+        if self.row is not None and self.row.step != step:
             self.write()
         seconds, tokens = self.clock.seconds, step * self.tokens_per_step
-        speed = round(tokens / seconds) if tokens else 0
-        self.row |= {"step": step, "tokens": tokens, "seconds": round(seconds, 3)}
-        self.row["tokens_per_second"] = speed
-        names = {"loss": "train_loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate"}
-        names |= {"grad_norm": "grad_norm", "aux_loss": "aux_loss"}
-        self.row |= {names[name]: value for name, value in logs.items() if name in names}
+        spent = {"tokens": tokens, "seconds": round(seconds, 3)}
+        spent["tokens_per_second"] = round(tokens / seconds) if tokens else 0
+        before = MetricsRow(step=step, **spent) if self.row is None else self.row
+        measured = {OF_LOGS[name]: value for name, value in logs.items() if name in OF_LOGS}
+        layers = before.layers or {}
         for name, value in logs.items():  # layer/2/mixture_entropy
             if name.startswith("layer/"):
-                _, layer, measured = name.split("/")
-                self.row.setdefault("layers", {}).setdefault(layer, {})[measured] = value
-        shown = {k: f"{self.row[k]:.3f}" for k in ("train_loss", "eval_loss") if k in self.row}
-        self.bar.set_postfix(shown | {"tokens/s": speed}, refresh=False)
+                _, layer, what = name.split("/")
+                layers.setdefault(layer, {})[what] = value
+        self.row = replace(before, **spent, **measured, layers=layers or None)
+        losses = {"train_loss": self.row.train_loss, "eval_loss": self.row.eval_loss}
+        shown = {name: f"{loss:.3f}" for name, loss in losses.items() if loss is not None}
+        self.bar.set_postfix(shown | {"tokens/s": self.row.tokens_per_second}, refresh=False)
 
     def close(self) -> None:
         self.write()
@@ -100,10 +104,10 @@ class RunLog(TrainerCallback):
             self.bar.close()
 
     def write(self) -> None:
-        if self.row:
+        if self.row is not None:
             with self.path.open("a") as file:
-                file.write(json.dumps(_finite(self.row), allow_nan=False) + "\n")
-        self.row = {}
+                file.write(self.row.line())
+        self.row = None
 
 
 class AnnealTemperature(TrainerCallback):
@@ -152,10 +156,3 @@ class StopOnSignal(TrainerCallback):
             self.received = int(received) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: null in its place."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

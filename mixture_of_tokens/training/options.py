@@ -2,10 +2,28 @@
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from types import NoneType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from cyclopts import Parameter
+
+
+def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
+    """The numbers of a flag that takes several, with commas between or given several times."""
+    number = int if int in typing.get_args(kind) else float
+    found = []
+    for word in (word for token in tokens for word in token.value.split(",")):
+        try:
+            found.append(number(word))
+        except ValueError:
+            raise ValueError(f"{word!r} is no {number.__name__}; give numbers with commas between") from None
+    return found
+
+
+Rates = Annotated[list[float], Parameter(converter=_numbers, n_tokens=1)]
+Seeds = Annotated[list[int], Parameter(converter=_numbers, n_tokens=1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +73,7 @@ def _scalar(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def _typed(flag: str, text: str, kind: Any) -> Any:
+def typed(flag: str, text: str, kind: Any) -> Any:
     """A flag's text as what its field is declared to be. Raises ValueError for what is not of that type.
 
     Lists, dictionaries and fields that are not declared take any YAML, for their owner to check.

@@ -6,7 +6,7 @@ import os
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -15,8 +15,9 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, nearest, parse_name
-from mixture_of_tokens.runs.config import DERIVED, check_seed
-from mixture_of_tokens.training.options import Options, _typed
+from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
+from mixture_of_tokens.runs.run import check_seed
+from mixture_of_tokens.training.options import Options, typed
 
 COUNTS = ("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps")
 # Fields of TrainingArguments that would do something else than they say here, and why.
@@ -52,10 +53,26 @@ LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
 
 
+class Merged(NamedTuple):
+    """A run's configuration, and keywords of TrainingArguments."""
+
+    config: RunConfig
+    arguments: dict[str, Any]
+
+
 def merge(
-    name: str, seed: int, learning_rate: float | None, options: Options
-) -> tuple[MixtureOfTokensConfig, dict[str, Any], dict[str, Any]]:
-    """The model's configuration, the run's (what config.yaml holds), and keywords of TrainingArguments.
+    name: str,
+    seed: int,
+    learning_rate: float | None,
+    options: Options,
+    *,
+    first_step: int = 0,
+    transition: Transition | None = None,
+) -> Merged:
+    """A name's recipe and what was given over it, checked.
+
+    Args:
+        first_step, transition: of a run that goes on from another.
 
     Raises ValueError for whatever is wrong with them.
     """
@@ -64,7 +81,7 @@ def merge(
     hints = typing.get_type_hints(MixtureOfTokensConfig, localns={"torch": torch}) | {"head_dim": int | None}
     overrides = {}
     for field, text in options.model.items():
-        value = _typed(f"--model.{field}", text, hints.get(field))
+        value = typed(f"--model.{field}", text, hints.get(field))
         overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
     with _as_value_error("--model"):
         config = config_from_name(name, **overrides)
@@ -86,36 +103,38 @@ def merge(
     nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
     if options.tokenizer is not None and "vocab_size" not in overrides:
         written["vocab_size"] = None  # the tokenizer's
-    run: dict[str, Any] = {
-        "name": name,
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "anneal_temperature_to": options.anneal_temperature_to,
-        "data": options.data,
-        "field": options.field,
-        "max_bytes": options.max_bytes,
-        "tokenizer": options.tokenizer,
-        "evaluate_on": options.evaluate_on or "validation",
-        "training": _training_given(options.training),
-        "model": {field: value for field, value in written.items() if value is not None or field in nothing},
-    }
-    micro_batch, run["training"] = _training_fields(run, recipe, config.group_size)
+    micro_batch, training = _training_fields(options.training, recipe, steps, batch_size, config.group_size)
+    run = RunConfig(
+        name=name,
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        anneal_temperature_to=options.anneal_temperature_to,
+        data=options.data,
+        field=options.field,
+        max_bytes=options.max_bytes,
+        tokenizer=options.tokenizer,
+        evaluate_on=options.evaluate_on or "validation",
+        training=training,
+        model={field: value for field, value in written.items() if value is not None or field in nothing},
+        first_step=first_step,
+        transition=transition,
+    )
     with _as_value_error("--model"), torch.device("meta"):  # whatever is wrong with it is said now
         MixtureOfTokensForCausalLM(config)
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
     taken = {"max_steps": steps, "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
     taken |= {"per_device_train_batch_size": micro_batch}
     with _as_value_error("--training"):  # the same
-        TrainingArguments(output_dir=os.devnull, **taken, **run["training"])
-    return config, run, taken | run["training"]
+        TrainingArguments(output_dir=os.devnull, **taken, **training)
+    return Merged(run, taken | training)
 
 
 def _training_given(given: Mapping[str, str]) -> dict[str, Any]:
     hints = typing.get_type_hints(TrainingArguments)
     values: dict[str, Any] = {
-        field: _typed(f"--training.{field}", text, hints.get(field)) for field, text in given.items()
+        field: typed(f"--training.{field}", text, hints.get(field)) for field, text in given.items()
     }
     for field, value in values.items():
         if field in REFUSED and value:
@@ -151,9 +170,11 @@ def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, gro
         raise ValueError(f"--batch-size {batch_size} is no multiple of the group size {group_size}; {legal} would be")
 
 
-def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, dict[str, Any]]:
+def _training_fields(
+    flags: Mapping[str, str], recipe: Recipe, steps: int, batch_size: int, group_size: int
+) -> tuple[int, dict[str, Any]]:
     """Rows at once, and fields of TrainingArguments: this project's, and over them what the user gave."""
-    given = run["training"]
+    given = _training_given(flags)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     taken = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}
     taken |= {"learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size"}
@@ -168,24 +189,24 @@ def _training_fields(run: dict, recipe: Recipe, group_size: int) -> tuple[int, d
             f"--training.per_device_eval_batch_size {rows} must be a multiple of the group size, {group_size}"
         )
     parts = given.get("gradient_accumulation_steps", 1) * int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch, rest = divmod(run["batch_size"], parts)
+    micro_batch, rest = divmod(batch_size, parts)
     if rest or micro_batch % group_size or not micro_batch:
         raise ValueError(
-            f"a batch of {run['batch_size']} rows in {parts} parts (processes x accumulation) gives no parts that are "
+            f"a batch of {batch_size} rows in {parts} parts (processes x accumulation) gives no parts that are "
             f"multiples of the group size {group_size}; --batch-size {group_size * parts} would, and its multiples"
         )
     return micro_batch, {
         "per_device_eval_batch_size": micro_batch,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "warmup_steps": min(recipe.warmup_steps, run["steps"] // 10),
+        "warmup_steps": min(recipe.warmup_steps, steps // 10),
         "optim": "adamw_torch_fused",
         "adam_beta2": 0.999,
         "weight_decay": 0.1,
         "max_grad_norm": 0.5,
-        "logging_steps": max(1, min(20, run["steps"] // 20)),
+        "logging_steps": max(1, min(20, steps // 20)),
         "eval_strategy": "steps",
-        "eval_steps": max(1, min(recipe.eval_every, run["steps"] // 10)),
+        "eval_steps": max(1, min(recipe.eval_every, steps // 10)),
         "save_strategy": "steps",
         "save_steps": recipe.save_every,
         "save_total_limit": 2,

@@ -1,6 +1,6 @@
 """Training one named model: the command `mot train` and its run directory."""
 
-import json
+import copy
 import os
 import signal
 import sys
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import transformers
-import yaml
 from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
 
@@ -18,19 +17,19 @@ from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.inference.generate import continue_prompts
 from mixture_of_tokens.malloc import keep_large_blocks
 from mixture_of_tokens.model.companions import calibrate_companions
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.runs import checkpoints, provenance
-from mixture_of_tokens.runs.config import data_group_size, prepared_data
-from mixture_of_tokens.runs.run import check_free, check_resumed, is_main
+from mixture_of_tokens.runs import checkpoints, provenance, records
+from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
+from mixture_of_tokens.runs.run import Run, check_free, check_resumed, is_main, read
 from mixture_of_tokens.training.callbacks import AnnealTemperature, StopOnSignal
 from mixture_of_tokens.training.options import DEFAULTS, Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
-PROMPT = "def "
 REGROUPINGS = 3
+
+Begin = Callable[[GroupedTrainer, Prepared], None]
 
 
 def train(
@@ -42,7 +41,7 @@ def train(
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
     resume: bool = False,
     dry_run: bool = False,
-) -> None:
+) -> Run | RunConfig | None:
     """Train one model and write a run directory.
 
     It can be stopped (^C, SIGTERM) and killed at any time; the same command with --resume goes on.
@@ -54,110 +53,79 @@ def train(
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the size's own.
         resume: Go on from the newest whole checkpoint of the run directory, or start where there is none.
         dry_run: Print the merged configuration and stop.
-    """
-    out = Path("runs") / f"{name.replace('/', '-')}-seed{seed}" if out is None else out
-    if dry_run:
-        print(yaml.safe_dump(merge(name, seed, learning_rate, options)[1], sort_keys=False), end="")
-        return
-    facts = run_training(name, seed, learning_rate, options, out, resume=resume)
-    if not is_main():
-        return
-    loss, bits = f"{facts['final_loss']:.4f} nats a token", f"{facts['bits_per_byte']:.4f} bits a byte"
-    print(f"{name}: loss {loss} of all {facts['evaluated_on']} text, {bits}")
-    if facts.get("regrouping_spread") is not None:
-        print(f"{REGROUPINGS} ways to group that text differ by {facts['regrouping_spread']:.4f} nats")
-    print(f"{facts['seconds']:.0f} s, {facts['tokens_per_second']} tokens/s. Everything is in {out}.")
-    print(f"A lone prompt, continued:\n\n{PROMPT}{facts['sample']}")
 
-
-def run_training(
-    name: str, seed: int, learning_rate: float | None, options: Options, out: Path, *, resume: bool
-) -> dict[str, Any]:
-    """Train as `mot train` does, or find it done with `resume`. Returns what run.json holds, and writes it last.
-
-    Returns nothing, {}, in all processes of torchrun's but the first.
+    Returns the finished run; with `dry_run` its configuration; None in all processes of torchrun's but the first.
 
     Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
     """
-    return run_merged(*merge(name, seed, learning_rate, options), out, resume=resume)
+    merged = merge(name, seed, learning_rate, options)
+    if dry_run:
+        return merged.config
+    out = Path("runs") / f"{name.replace('/', '-')}-seed{seed}" if out is None else Path(out)
+    return run_merged(merged, out, resume=resume)
 
 
-def run_merged(
-    config: MixtureOfTokensConfig,
-    run: dict[str, Any],
-    arguments: dict[str, Any],
-    out: Path,
-    *,
-    resume: bool,
-    begin: Callable[[GroupedTrainer, Prepared], None] | None = None,
-) -> dict[str, Any]:
-    """The same for what `merge` returned.
+def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None = None) -> Run | None:
+    """Train as `train` does, or find it done with `resume`.
 
     Args:
-        begin: called before the first step, unless there is a checkpoint to go on from. With `first_step` in `run` its
-            steps are numbered on from there, and it is for `begin` to give it the weights, rows and clock of that step.
+        begin: called before the first step, unless there is a checkpoint to go on from. Of a run with a `first_step` it
+            is for `begin` to give the trainer the weights, rows and clock of that step.
     """
     if resume:
-        check_resumed(out, run)
-        if (out / "run.json").exists():
+        check_resumed(out, merged.config)
+        if (out / records.FACTS).exists():
             print(f"{out} is finished already", file=sys.stderr)
-            return json.loads((out / "run.json").read_text())
+            return read(out) if is_main() else None
     else:
         check_free(out)
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
-    taken = TrainingArguments(output_dir=str(out), **arguments)
+    taken = TrainingArguments(output_dir=str(out), **merged.arguments)
     taken.run_name = taken.run_name or out.name
     # Several GPUs of one process would each take all the rows; they are for torchrun.
     taken._n_gpu = min(1, taken.n_gpu)
-    return _run(config, run, taken, out, begin)
+    return _run(merged.config, taken, out, begin)
 
 
-def build(
-    config: MixtureOfTokensConfig, run: dict[str, Any], arguments: TrainingArguments
-) -> tuple[GroupedTrainer, Prepared]:
+def build(run: RunConfig, arguments: TrainingArguments) -> tuple[GroupedTrainer, Prepared]:
     """The trainer of a run, its data prepared and its model initialised."""
-    group_size = data_group_size(config.group_size, run["batch_size"])
-    prepared = prepared_data(run, config)
+    prepared, config = run.prepare(), copy.deepcopy(run.model_config)
     vocabulary = prepared.tokenizer.get_vocab()
-    if run["tokenizer"] is None or "vocab_size" not in run["model"]:
+    if run.tokenizer is None or "vocab_size" not in run.model:
         config.vocab_size = max(vocabulary.values()) + 1
     config.eos_token_id = vocabulary[str(prepared.tokenizer.eos_token)]
     config.pad_token_id = vocabulary[str(prepared.tokenizer.pad_token)]
     rows = GroupedBatches(
         prepared.train,
-        group_size=group_size,
-        **{key: run[key] for key in ("batch_size", "steps", "seed")},
-        first_step=run.get("first_step", 0),
+        group_size=run.group_size,
+        batch_size=run.batch_size,
+        steps=run.steps,
+        seed=run.seed,
+        first_step=run.first_step,
     )
-    set_seed(run["seed"])
+    set_seed(run.seed)
     model = MixtureOfTokensForCausalLM(config)
-    evaluated = getattr(prepared, run["evaluate_on"])
+    evaluated = getattr(prepared, run.evaluate_on)
     corpus = f"{prepared.facts['hash']} {prepared.facts['tokenizer']}"
     trainer = GroupedTrainer(
         model, arguments, rows=rows, evaluated=evaluated, corpus=corpus, processing_class=prepared.tokenizer
     )
-    if run["anneal_temperature_to"] is not None:
-        trainer.add_callback(AnnealTemperature(model, run["anneal_temperature_to"]))
+    if run.anneal_temperature_to is not None:
+        trainer.add_callback(AnnealTemperature(model, run.anneal_temperature_to))
     return trainer, prepared
 
 
-def _run(
-    config: MixtureOfTokensConfig,
-    run: dict[str, Any],
-    arguments: TrainingArguments,
-    out: Path,
-    begin: Callable[[GroupedTrainer, Prepared], None] | None,
-) -> dict[str, Any]:
+def _run(run: RunConfig, arguments: TrainingArguments, out: Path, begin: Begin | None) -> Run | None:
     made_by = {"versions": provenance.versions(), "commit": provenance.commit()}  # now, as they may change
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
-    trainer, prepared = build(config, run, arguments)
+    trainer, prepared = build(run, arguments)
     checkpoint = checkpoints.newest(out) if out.exists() else None
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_text(out / "config.yaml", yaml.safe_dump(run, sort_keys=False))
+        checkpoints.write_text(out / records.CONFIG, str(run))
         if checkpoint is not None:
             print(f"Going on from {checkpoint}", file=sys.stderr)
     if begin is not None and checkpoint is None:
@@ -174,7 +142,7 @@ def _run(
             step, name = trainer.state.global_step, signal.Signals(stop.received).name
             print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
         sys.exit(128 + stop.received)
-    return _finish(trainer, prepared, run, out, made_by) if is_main() else {}
+    return _finish(trainer, prepared, run, out, made_by) if is_main() else None
 
 
 def _end_reports(arguments: TrainingArguments) -> None:
@@ -184,13 +152,10 @@ def _end_reports(arguments: TrainingArguments) -> None:
         wandb.finish()
 
 
-def _finish(
-    trainer: GroupedTrainer, prepared: Prepared, run: dict[str, Any], out: Path, made_by: dict[str, Any]
-) -> dict[str, Any]:
+def _finish(trainer: GroupedTrainer, prepared: Prepared, run: RunConfig, out: Path, made_by: dict[str, Any]) -> Run:
     """Write `model/` and, last, `run.json`, which says that the run is finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
-    steps = trainer.rows.first_step + run["steps"]
-    tokens = steps * trainer.run_log.tokens_per_step
+    tokens = run.last_step * trainer.run_log.tokens_per_step
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
     seeds = range(REGROUPINGS if model.mixes_examples else 1)
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
@@ -201,24 +166,24 @@ def _finish(
         prepared.tokenizer.save_pretrained(beside)
     checkpoints.describe(beside)
     checkpoints.publish(beside, out / "model")
-    facts = {
-        "name": run["name"],
-        "seed": run["seed"],
-        "steps": steps,
-        "tokens": tokens,
-        "evaluated_on": run["evaluate_on"],
-        "final_loss": final["loss"],
-        "regrouping_spread": max(losses) - min(losses) if others else None,
-        "bits_per_byte": final["bits_per_byte"],
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens / seconds),
-        "vocab_size": config.vocab_size,
-        "parameters": model.num_parameters(),
-        "forward_flops_per_token": round(sum(flops_per_token(config, batch=run["batch_size"]).forward.values())),
-        "corpus": prepared.facts,
+    facts = RunFacts(
+        name=run.name,
+        seed=run.seed,
+        steps=run.last_step,
+        tokens=tokens,
+        evaluated_on=run.evaluate_on,
+        final_loss=final["loss"],
+        regrouping_spread=max(losses) - min(losses) if others else None,
+        bits_per_byte=final["bits_per_byte"],
+        seconds=round(seconds, 1),
+        tokens_per_second=round(tokens / seconds),
+        vocab_size=config.vocab_size,
+        parameters=model.num_parameters(),
+        forward_flops_per_token=round(sum(flops_per_token(config, batch=run.batch_size).forward.values())),
+        corpus=prepared.facts,
         **made_by,
-        "sample": continue_prompts(model, prepared.tokenizer, [PROMPT])[0],
+        sample=continue_prompts(model, prepared.tokenizer, [SAMPLE_PROMPT])[0],
         **provenance.hardware("cpu" if trainer.args.use_cpu else None),
-    }
-    checkpoints.write_text(out / "run.json", json.dumps(facts, indent=2) + "\n")
-    return facts
+    )
+    facts.write(out / records.FACTS)
+    return read(out)

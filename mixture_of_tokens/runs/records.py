@@ -1,0 +1,320 @@
+"""What stands in a run directory, as typed records: config.yaml, run.json, switch.json, the rows of metrics.jsonl.
+
+Each record has one reader and one writer. Files carry the number of their format; those of format 0, from before there
+was a number, lack fields that have defaults here.
+"""
+
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from mixture_of_tokens.data.prepare import Prepared, prepare
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.runs.checkpoints import write_text
+
+FORMAT = 1
+SAMPLE_PROMPT = "def "  # what a run's sample continues
+CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metrics.jsonl"
+COMMON_GROUP = 32
+# Fields of TrainingArguments that say how a run is carried out, not what it computes; a resumed run may change them.
+CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
+DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transition:
+    """How a run after a switch was asked for; `source` is the run that it goes on from."""
+
+    source: str
+    calibrate: str
+    optimizer: str
+    control: str | None = None
+    anneal: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a run was asked to do: config.yaml. `str` gives the file's text.
+
+    training, model: fields of transformers' TrainingArguments, and of the model's configuration.
+    first_step, transition: of a run that goes on from another one, whose steps are counted on.
+    """
+
+    name: str
+    seed: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    anneal_temperature_to: float | None
+    data: list[str]
+    field: str
+    max_bytes: int | None
+    tokenizer: str | None
+    evaluate_on: str
+    training: dict[str, Any]
+    model: dict[str, Any]
+    first_step: int = 0
+    transition: Transition | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Raises ValueError, naming the file, for what is no configuration of a run."""
+        return record(cls, _yaml(file), file)
+
+    def __str__(self) -> str:
+        written: dict[str, Any] = {"format": FORMAT} | asdict(self)
+        for key in ("first_step", "transition"):
+            if not written[key]:
+                del written[key]
+        if self.transition is not None and self.transition.anneal is None:
+            del written["transition"]["anneal"]
+        return yaml.safe_dump(written, sort_keys=False)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT} | asdict(self), indent=2)
+
+    @cached_property
+    def model_config(self) -> MixtureOfTokensConfig:
+        """The model's, before its vocabulary is fitted to a tokenizer."""
+        return config_from_name(self.name, **self.model)
+
+    @property
+    def group_size(self) -> int:
+        """Rows in a group of the data.
+
+        COMMON_GROUP where it can be: systems that mix none or fewer see the same groups as the others.
+        """
+        own = self.model_config.group_size
+        return COMMON_GROUP if COMMON_GROUP % own == self.batch_size % COMMON_GROUP == 0 else own
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.steps
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the run computes, and nothing of how it is carried out.
+
+        A resumed run must have the same; the runs of one model differ in no more of it than the seed.
+        """
+        flat: dict[str, Any] = {}
+        for key, value in yaml.safe_load(str(self)).items():  # as it would be read again: no tuples
+            if key not in ("format", "training", "model", "transition"):
+                flat[key] = value
+            elif key != "format":
+                flat |= {f"{key}.{field}": inner for field, inner in value.items() if not _carried_out(key, field)}
+        return flat
+
+    def conditions(self) -> dict[str, Any]:
+        """What runs have to share to be compared, by the flag that sets it."""
+        return {
+            "--evaluate-on": self.evaluate_on,
+            "--model.max_position_embeddings": self.model_config.max_position_embeddings,
+            "--batch-size": self.batch_size,
+            "--steps": self.last_step,
+            "--model.group_size, by which the rows of all are grouped": self.group_size,
+        }
+
+    def prepare(self) -> Prepared:
+        """The text of the run."""
+        vocab_size = self.model_config.vocab_size if self.tokenizer is None else self.model.get("vocab_size")
+        return prepare(
+            self.data,
+            field=self.field,
+            max_bytes=self.max_bytes,
+            vocab_size=vocab_size,
+            context=self.model_config.max_position_embeddings,
+            tokenizer=self.tokenizer,
+            group_size=self.group_size,
+        )
+
+
+def _carried_out(kind: str, field: str) -> bool:
+    return field.startswith(CARRIED_OUT) if kind == "training" else kind == "model" and field in DERIVED
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a finished run has come to: run.json, which is written last.
+
+    steps, tokens, seconds: of training, with those of the run that it goes on from.
+    final_loss: nats a token over the whole split; regrouping_spread: between ways to group it, None where rows of a
+        batch do not influence each other.
+    parameters, forward_flops_per_token: of the model; corpus: `Prepared.facts`.
+    versions, commit, hardware, cores, threads: what it was made by and on; sample: how it continues `SAMPLE_PROMPT`.
+    """
+
+    name: str
+    seed: int
+    steps: int
+    tokens: int
+    evaluated_on: str = "validation"
+    final_loss: float
+    regrouping_spread: float | None = None
+    bits_per_byte: float
+    seconds: float
+    tokens_per_second: int
+    vocab_size: int
+    parameters: int
+    forward_flops_per_token: int
+    corpus: dict[str, Any]
+    versions: dict[str, str | None]
+    commit: str | None
+    sample: str
+    hardware: str
+    cores: int | None
+    threads: int
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Raises ValueError, naming the file, for what is no record of a finished run."""
+        return record(cls, as_fields(file), file)
+
+    def write(self, file: Path) -> None:
+        _write(self, file)
+
+    @property
+    def text(self) -> tuple[str, str | None]:
+        """Hashes of the text and of the tokenizer: losses on other ones are not comparable."""
+        return self.corpus["hash"], self.corpus.get("tokenizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """A Mixture of Tokens' way to Token Choice: switch.json.
+
+    step, tokens, seconds, flops_per_token: of the source's training, both passes.
+    source_in_groups ... at_the_switch: losses over the part of the text that training is evaluated on: before the
+        switch in full groups and each row alone, after it with the weights as they were and as training begins.
+    branch_errors: by layer, the distance from the source's branch as a share of its size, before and after the fit.
+    fit_seconds: of the fit; None where it was not measured.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    flops_per_token: float
+    source_in_groups: float
+    source_alone: float
+    plain_switch: float
+    at_the_switch: float
+    branch_errors: dict[str, Any]
+    fit_seconds: float | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Raises ValueError, naming the file, for what is no record of a switch."""
+        return record(cls, as_fields(file), file)
+
+    def write(self, file: Path) -> None:
+        _write(self, file)
+
+
+@dataclass(kw_only=True)
+class MetricsRow:
+    """What is known after a step: a line of metrics.jsonl. None: not measured at this step, or not finite.
+
+    train_loss: mean cross-entropy since the last row; eval_loss: over a fixed part of the text; aux_loss: the
+        load-balancing loss; layers: `telemetry.measure`, and the router's gradient norm, by layer.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    tokens_per_second: int
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    aux_loss: float | None = None
+    layers: dict[str, dict[str, float]] | None = None
+
+    def line(self) -> str:
+        """JSON knows no NaN: what is not finite is left out."""
+        return json.dumps(_finite(asdict(self)), allow_nan=False) + "\n"
+
+
+def metrics(file: Path) -> list[MetricsRow]:
+    """All rows. Raises ValueError, naming the file, for one that is damaged."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(record(MetricsRow, json.loads(line), file))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: inner for key, given in value.items() if (inner := _finite(given)) is not None}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(record: Any, file: Path) -> None:
+    write_text(file, json.dumps({"format": FORMAT} | asdict(record), indent=2) + "\n")
+
+
+def as_fields(file: Path) -> Any:
+    """The content of a JSON file. Raises ValueError, naming the file, where it cannot be read."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+
+
+def _yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def record(kind: Any, written: Any, file: Path) -> Any:
+    """A record of this kind. Raises ValueError for missing, unknown or wrongly typed fields and a newer format."""
+    if not isinstance(written, dict):
+        raise ValueError(f"{file} holds no fields")
+    values = dict(written)
+    number = values.pop("format", 0)
+    if not isinstance(number, int) or number > FORMAT:
+        raise ValueError(f"{file} has format {number!r}, and this version reads 0 to {FORMAT}")
+    hints = typing.get_type_hints(kind)
+    known = {field.name: field for field in fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{file} has an unknown field, {name!r}")
+    for name, field in known.items():
+        if name not in values and field.default is MISSING:
+            raise ValueError(f"{file} lacks the field {name!r}")
+    if kind is RunConfig and values.get("transition") is not None:
+        values["transition"] = record(Transition, values["transition"], file)
+    for name, value in values.items():
+        if not any(_is(value, legal) for legal in _alternatives(hints[name])):
+            raise ValueError(f"{file}: {name} cannot be {value!r}")
+    return kind(**values)
+
+
+def _alternatives(hint: Any) -> Iterator[Any]:
+    if isinstance(hint, types.UnionType):
+        for each in typing.get_args(hint):
+            yield from _alternatives(each)
+    else:
+        yield typing.get_origin(hint) or hint
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
