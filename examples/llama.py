@@ -1,0 +1,78 @@
+"""Mixture of Tokens inside a Llama of transformers: the later half of its feed-forwards, trained for a few steps.
+
+    python examples/llama.py    # on a CPU, offline: under a minute, most of it for the text, once
+
+The layer mixes the rows of a batch, so two things are up to the model around it. Rows of a group must come from
+different documents, or they would hold each other's future: `GroupedBatches` deals out such rows. And padding must
+stay out of the mixtures: what is masked for attention is masked for the layer too. The mask travels as an argument,
+because a Llama hands keyword arguments that it does not know down to its blocks.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from mixture_of_tokens import MixtureOfTokens
+from mixture_of_tokens.data.groups import Blocks, GroupedBatches
+from mixture_of_tokens.data.prepare import prepare
+
+GROUP = 16  # texts that are mixed; a batch is a multiple of it
+
+
+class MixedBlock(LlamaDecoderLayer):
+    """Llama's block with 32 experts, each half as wide as its feed-forward: the FLOPs of one, the parameters of 16."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.mlp = MixtureOfTokens.matched(
+            config.hidden_size, config.intermediate_size, GROUP, granularity=2, temperature=0.25
+        )
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, **attention) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
+
+
+class MixedLlama(LlamaForCausalLM):
+    """Trains and scores whole texts. `generate` needs more, see model/generation.py."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        for layer_idx in range(config.num_hidden_layers // 2, config.num_hidden_layers):
+            self.model.layers[layer_idx] = MixedBlock(config, layer_idx)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        token_mask = None if attention_mask is None else attention_mask.bool()
+        return super().forward(input_ids, attention_mask=attention_mask, token_mask=token_mask, **kwargs)
+
+
+def build(vocab_size: int) -> MixedLlama:
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return MixedLlama(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=64, use_cache=False, **sizes))
+
+
+def train(model: MixedLlama, text: Blocks, steps: int) -> list[float]:
+    """The loss of every step, in nats a token."""
+    rows = GroupedBatches(text, group_size=GROUP, batch_size=4 * GROUP, steps=steps, seed=0)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for step, batch in enumerate(DataLoader(rows, batch_size=4 * GROUP, collate_fn=dict)):
+        logits = model(batch["input_ids"]).logits  # whole blocks: nothing is padding
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % 20 == 0 or step == steps - 1:
+            print(f"step {step:4}  loss {losses[-1]:.3f}", flush=True)
+    return losses
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the matrices are so small that threads would wait for each other
+    corpus = prepare()  # the source text of Python's standard library; kept in a cache, which `mot train` shares
+    train(build(len(corpus.tokenizer)), corpus.train, steps=100)

@@ -1,0 +1,197 @@
+"""What README and docs show runs as it stands, prints what it says, and stands once."""
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mixture_of_tokens import cli
+from mixture_of_tokens.formatting import loss, with_spread
+from mixture_of_tokens.model.names import SIZES
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "experiments/LOG.md"))]
+DRY = ("train", "sweep", "compare")
+READING = dict.fromkeys(("generate", "evaluate", "audit", "transition"), "MoT-Nano/4E/2") | {"export": "TC-Nano/4E"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_is_short_and_shows_all_kinds_of_blocks():
+    assert len(README.read_text().splitlines()) <= 135
+    assert blocks(README, "python")
+    assert blocks(README, "sh")
+    assert all(f"docs/{page.name}" in README.read_text() for page in PAGES[1:])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.usefixtures("tiny_cache")
+def test_python_blocks_run(page, small_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-texts").symlink_to(small_corpus)
+    names: dict = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)  # in one namespace, as a reader would type them
+    if page == README:
+        assert names["y"].shape == names["x"].shape == (64, 16, 256)
+        assert not names["y"][5, 10:].any()
+    if page.stem == "training":
+        assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
+def commands() -> dict[str, tuple[str, ...]]:
+    """The words after `mot` of every command in a ```sh block, and in what `make demo` runs, each once."""
+    made = subprocess.run(["make", "-n", "-o", "install", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    shell = "".join(block for page in PAGES for block in blocks(page, "sh")) + made.stdout
+    lines = [shlex.split(line, comments=True) for line in shell.splitlines()]
+    lines = [words[words.index("mixture_of_tokens") :] if "torchrun" in words else words for words in lines]
+    found = [
+        tuple(rest) for name, *rest in filter(None, lines) if name in ("mot", ".venv/bin/mot", "mixture_of_tokens")
+    ]
+    assert len(found) > 20
+    return {" ".join(words): words for words in found}
+
+
+@pytest.mark.parametrize("words", commands().values(), ids=commands())
+@pytest.mark.usefixtures("tiny_cache")
+def test_commands_are_legal(words, tiny_runs, tmp_path, monkeypatch, capsys):
+    """Those that train merge and check everything, and stop; the others do what they do."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("README.md", "ARCHITECTURE.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "prompts.txt").write_text("def \nclass \n")
+    command, *given = words
+    if command in READING:
+        (tmp_path / given[0]).parent.mkdir()
+        (tmp_path / given[0]).symlink_to(tiny_runs[READING[command]])
+    if command == "report":
+        shutil.copytree(ROOT / "experiments" / "nano", tmp_path / given[0])
+    cli.main([*words, "--dry-run"] if command in DRY and "--help" not in words else list(words))
+    shown = capsys.readouterr()
+    assert shown.out or shown.err
+
+
+def test_the_result_is_what_report_prints_of_the_committed_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (shown,) = re.findall(r"```\n\$ mot report experiments/nano\n(.*?)```", text_of("results"), flags=re.DOTALL)
+    cli.main(["report", "experiments/nano", "--out", str(tmp_path / "report.html")])
+    assert capsys.readouterr().out.split("The page: ")[0].strip() == shown.strip()
+
+
+def text_of(stem: str) -> str:
+    return (ROOT / "docs" / f"{stem}.md").read_text()
+
+
+def rows_under(first_cell: str) -> list[list[str]]:
+    """The cells of the README's table whose header begins so."""
+    table = README.read_text().split(f"| {first_cell} |")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
+
+
+def test_the_four_rows_are_of_the_committed_comparison():
+    written = json.loads((ROOT / "experiments" / "nano" / "compare.json").read_text())
+    baseline = written["models"][0]["label"]
+
+    def cells(model: dict) -> list[str]:
+        reached = [model["reached"][baseline][share] for share in ("of_steps", "of_flops", "of_time")]
+        shares = ["1"] * 3 if model["label"] == baseline else map(with_spread, reached)
+        return [model["label"], with_spread(model["final_loss"], loss), *shares]
+
+    assert rows_under("1,200 steps") == [cells(model) for model in written["models"]]
+    assert (written["steps"], len(written["seeds"])) == (1200, 3)
+
+
+def test_the_sizes_are_those_that_names_stand_for():
+    expected = [
+        [name, str(size.hidden_size), str(size.blocks), str(size.context), f"{size.batch * size.context:,}"]
+        for name, size in SIZES.items()
+    ]
+    assert rows_under("size") == expected
+
+
+TABLES = {  # by script: where it runs, its words, its lines, and the page that shows what it prints
+    "reached.py": ("experiments", "nano prose long", 11, "results"),
+    "transition.py": ("experiments", "transition", 16, "conversion"),
+    "verdict.py": ("experiments", "--table --out verdict", 11, "conversion"),
+    "partial_groups.py": ("experiments", "--table partial_groups.csv", 14, "serving"),
+    "generate.py": ("benchmarks", "--table", 8, "speed"),
+}
+
+
+@pytest.mark.parametrize("script", TABLES)
+def test_tables_are_what_their_scripts_make_of_the_committed_runs(script, monkeypatch, capsys):
+    folder, words, lines, page = TABLES[script]
+    monkeypatch.chdir(ROOT / folder)
+    monkeypatch.syspath_prepend(str(ROOT / folder))
+    monkeypatch.setattr(sys, "argv", [script, *words.split()])
+    runpy.run_path(script, run_name="__main__")
+    table = capsys.readouterr().out
+    assert table.count("\n") == lines
+    assert table in text_of(page)
+
+
+def test_shares_of_dense_are_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import results
+
+    rows = results.read(ROOT / "benchmarks" / "results.csv")
+    conditions = ("feed_forward", "dtype", "onednn_isa", "allocator")
+    of = {}
+    for run in results.latest(rows, conditions):
+        for row in run:
+            if row["pass"] == "forward+backward":
+                of[(*(row[name] for name in conditions), row["provider"])] = row
+    columns = [("plain", "float32", "all", "keep"), ("plain", "bfloat16", "AVX512_CORE_BF16", "keep")]
+    columns.append(("plain", "bfloat16", "all", "keep"))
+    providers = ("mot/1", "mot/8", "mot/16", "literal/8", "token_choice", "expert_choice", "qwen3_grouped_mm")
+    shown = text_of("speed").split("| | fp32 |")[1].split("\n\n")[0].splitlines()[2:]
+    for provider, line in zip(providers, shown, strict=True):
+        for column, cell in zip(columns, line.split("|")[2:-1], strict=True):
+            if not cell.strip():
+                continue
+            row = of[(*column, provider)]
+            expected = f"{float(row['share_of_dense']):.2f}"
+            floor = f" ({float(row['share_of_floor']):.2f})" if row["share_of_floor"] else ""
+            assert cell.strip() == expected + floor, (provider, column)
+    without = [f"{float(of['plain', 'float32', 'all', 'default', mot]['share_of_dense']):.2f}" for mot in providers[:2]]
+    assert "run at {} and {} of dense".format(*without) in " ".join(text_of("speed").split())
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path) if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_no_row_of_a_table_stands_twice():
+    rows: Counter[str] = Counter()
+    for page in (*PAGES, ROOT / "experiments" / "LOG.md"):
+        lines = [line.strip() for line in page.read_text().splitlines() if line.startswith("|")]
+        rows.update(line for line in lines if re.search(r"\d\.\d", line))
+    assert [row for row, times in rows.items() if times > 1] == []
+    assert sum(rows.values()) > 60

@@ -1,0 +1,61 @@
+"""The examples run, and keep the promises of the layer: padding reaches nothing, and so does the future."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixture_of_tokens.data.prepare import prepare
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "llama.py"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return runpy.run_path(str(EXAMPLE))
+
+
+@pytest.fixture
+def model(llama):
+    torch.manual_seed(0)
+    return llama["build"](97).double().eval()
+
+
+def some_tokens(rows: int = 32, length: int = 12) -> torch.Tensor:
+    return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_loss_falls(llama, small_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path))
+    text = prepare([str(small_corpus)], context=16)
+    torch.manual_seed(0)
+    losses = llama["train"](llama["build"](len(text.tokenizer)), text.train, steps=25)
+    assert len(losses) == 25
+    assert capsys.readouterr().out.count("loss") == 3  # of steps 0, 20 and 24
+    assert losses[-1] < losses[0] - 0.5
+
+
+@torch.no_grad()
+def test_padding_reaches_nothing(model):
+    """Rows of both groups end early; what stands in their padding changes no logit of a token that is real."""
+    tokens, mask = some_tokens(), torch.ones(32, 12, dtype=torch.long)
+    mask[3, 7:], mask[4, 1:], mask[20, 5:] = 0, 0, 0
+    real, other = mask.bool(), torch.where(mask.bool(), tokens, (tokens + 41) % 97)
+    before, after = (model(ids, attention_mask=mask).logits for ids in (tokens, other))
+    torch.testing.assert_close(after[real], before[real], rtol=0, atol=0)
+    unmasked, moved = (model(ids).logits for ids in (tokens, other))  # without the mask it does
+    assert (unmasked - moved)[:, 8:][real[:, 8:]].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_no_token_sees_the_future_but_it_sees_its_group(model):
+    tokens, k = some_tokens(), 5
+    later, mates = tokens.clone(), tokens.clone()
+    later[:, k:] = (tokens[:, k:] + 13) % 97  # in all rows
+    mates[1] = (tokens[1] + 13) % 97
+    before = model(tokens).logits
+    torch.testing.assert_close(model(later).logits[:, :k], before[:, :k], rtol=0, atol=0)
+    moved = (model(mates).logits - before).abs().amax((1, 2))
+    assert moved[2] > 1e-6
+    assert moved[16:].max() == 0  # another group
