@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from mixture_of_tokens import loss as loss_module
 from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy, load_balancing_loss
-from tests.routings import build, relative_error, some_mask, tokens
+from routings import build, relative_error, some_mask, tokens
 
 S, D, V = 11, 5, 7
 
