@@ -130,7 +130,7 @@ def test_any_causal_language_model_of_transformers(tiny_runs, evaluated, tmp_pat
     assert [line["loss"] for line in result["lines"]] == pytest.approx([float(expected)] * 2, abs=1e-5)
 
 
-def test_logits_of_foreign_models_are_never_in_memory_for_all_rows(monkeypatch):
+def test_logits_of_foreign_models_are_never_in_memory_for_all_rows():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=1)
     model = GPT2LMHeadModel(config).eval()
@@ -141,8 +141,7 @@ def test_logits_of_foreign_models_are_never_in_memory_for_all_rows(monkeypatch):
     seen: list[int] = []
     model.register_forward_hook(lambda module, args, output: seen.append(len(output.logits)))
     whole = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
-    monkeypatch.setattr("mixture_of_tokens.inference.evaluate.LOGITS", 2 * 8 * 50)
-    parts = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
+    parts = cross_entropy(model, {"input_ids": ids, "shift_labels": labels}, logits_at_once=2 * 8 * 50)
     assert seen == [5, 2, 2, 1]
     assert parts == pytest.approx(whole)
 

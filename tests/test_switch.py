@@ -50,11 +50,6 @@ def test_only_a_mixture_with_a_router_becomes_token_choice(kind):
         token_choice_config(small_model(kind).config)
 
 
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.convert.switch.STEPS", 80)
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_runs):
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +64,7 @@ def test_calibration_brings_branches_and_loss_nearer_and_knows_what_it_folded_in
     target, scales = switched(source)
     rows = text.validation.batch(range(64))
     plain = cross_entropy(target, rows)[0]
-    errors = calibrate(source, target, groups, scales)
+    errors = calibrate(source, target, groups, scales, steps=80)
     assert set(errors) == {"2", "3"}
     assert all(after < 0.9 * before for before, after in errors.values())
     assert cross_entropy(target, rows)[0] < plain
@@ -87,7 +82,7 @@ def test_calibration_is_the_same_each_time(trained):
     groups = list(training_groups(text.train, 32))[:2]
     first, second = switched(source), switched(source)
     for target, scales in (first, second):
-        calibrate(source, target, groups, scales)
+        calibrate(source, target, groups, scales, steps=80)
     for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(a, b)
 

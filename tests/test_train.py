@@ -322,9 +322,8 @@ def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == f"mot: error: CUDA out of memory; {way}\n"
 
 
-def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.runs.provenance.PACKAGES", ("torch", "not-installed-anywhere"))
-    found = provenance.versions()
+def test_a_checkout_that_is_not_installed_has_no_version():
+    found = provenance.versions(("torch", "not-installed-anywhere"))
     assert (found["torch"], found["not-installed-anywhere"]) == (torch.__version__, None)
 
 

@@ -93,8 +93,7 @@ def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tiny_runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mixture_of_tokens.convert.switch.STEPS", 80)
+def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tiny_runs, tmp_path, capsys):
     plain = json.loads((transitioned[0] / "switch.json").read_text())
     assert plain["source_in_groups"] < plain["at_the_switch"] == plain["plain_switch"]
     assert plain["branch_errors"] == {}
