@@ -18,7 +18,7 @@ lint: install
 	$(BIN)/pyright
 
 test: install
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest
 
 # Three models on the same text, a few minutes each: their losses side by side, a sample of each, and a page.
 demo: install
