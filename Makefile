@@ -9,7 +9,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --editable . --group dev
+	$(BIN)/pip install --quiet --editable ".[train]" --group dev
 	touch $@
 
 lint: install
@@ -18,7 +18,7 @@ lint: install
 	$(BIN)/pyright
 
 test: install
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest
 
 # Three models on the same text, a few minutes each: their losses side by side, a sample of each, and a page.
 demo: install

@@ -1,5 +1,23 @@
-"""`python -m mixture_of_tokens` is `mot`, for launchers such as torchrun."""
+"""The command `mot`, and `python -m mixture_of_tokens` for launchers such as torchrun."""
 
-from mixture_of_tokens.cli import main
+import importlib.util
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line. Without the packages of the extra `train`: one line on standard error, exit status 2."""
+    try:
+        from mixture_of_tokens import cli
+
+        cli.main()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or importlib.util.find_spec(package):  # it is installed: a fault, or another version than ours
+            raise
+        ask = 'pip install "mixture-of-tokens[train]"'
+        print(f"mot: error: {package} is not installed; the command line comes with {ask}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

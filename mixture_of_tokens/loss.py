@@ -11,7 +11,9 @@ IGNORE = -100  # the label of a position that is not predicted, as everywhere in
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
 
 
-def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, *, logits_at_once: int = LOGITS_AT_ONCE
+) -> Tensor:
     """Sum over tokens of the cross-entropy of softmax(hidden @ head.T), in nats, in fp32 (float64 for float64).
 
     Only one chunk of tokens has its logits in memory at a time. Gradients are computed in the same pass, since the
@@ -19,19 +21,20 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tenso
 
     Args:
         hidden: (S, D); head: (V, D); labels: (S,), `IGNORE` where nothing is predicted.
+        logits_at_once: how many logits are in memory at most, but always those of one token.
     """
     hidden, head = autocast_to(hidden, head)
-    return _ChunkedCrossEntropy.apply(hidden, head, labels, torch.is_grad_enabled())
+    chunk = max(1, logits_at_once // head.shape[0])
+    return _ChunkedCrossEntropy.apply(hidden, head, labels, chunk, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, labels, with_gradients):
+    def forward(ctx, hidden, head, labels, size, with_gradients):
         at_least_fp32 = torch.promote_types(hidden.dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=at_least_fp32)
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=at_least_fp32)
-        size = max(1, LOGITS_AT_ONCE // head.shape[0])
         for start in range(0, len(hidden), size):
             chunk, label = hidden[start : start + size], labels[start : start + size, None]
             real = label != IGNORE
@@ -52,7 +55,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_head = ctx.saved_tensors
-        return (grad_hidden * grad_loss).to(grad_hidden.dtype), (grad_head * grad_loss).to(grad_head.dtype), None, None
+        grads = (grad_hidden * grad_loss).to(grad_hidden.dtype), (grad_head * grad_loss).to(grad_head.dtype)
+        return *grads, None, None, None
 
 
 def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:

@@ -1,13 +1,13 @@
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
-from mixture_of_tokens import cli
+from processes import mot
 
 torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait for each other
 
@@ -60,10 +60,26 @@ def tiny_runs(tmp_path_factory, small_corpus) -> dict[str, Path]:
             for name in names:
                 out = folder / name.replace("/", "-")
                 flags = ("--steps", 30, "--batch-size", 32, "--device", "cpu", "--data", small_corpus, "--out", out)
-                cli.main(["train", name, *map(str, flags)])
+                mot("train", name, *flags)
 
     folder = made_once(tmp_path_factory, "tiny_runs", make)
     return {name: folder / name.replace("/", "-") for name in names}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory) -> Iterator[Path]:
+    """Where prepared text is kept: of each module its own, and never the one of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch) -> Path:
+    """Nothing is prepared."""
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture

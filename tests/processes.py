@@ -1,4 +1,4 @@
-"""`mot` in processes of its own, for what has to be killed, signalled or run in several at once."""
+"""`mot` in this process, and in processes of its own for what has to be killed, signalled or run in several at once."""
 
 import contextlib
 import multiprocessing
@@ -39,15 +39,15 @@ def finish(process, seconds: float = 120) -> int | None:
     return process.exitcode
 
 
-def mot(words: list[str]) -> None:
-    from mixture_of_tokens import cli
+def mot(*words: object) -> None:
+    from mixture_of_tokens import cli  # in this function, so that a process that is forked has it imported before
 
-    cli.main(words)
+    cli.main([str(word) for word in words])
 
 
-def mot_on_a_full_disk(words: list[str], limit: int) -> None:
+def mot_on_a_full_disk(limit: int, *words: object) -> None:
     """As far as a process can tell, the disk takes no file above `limit` bytes."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    mot(words)
+    mot(*words)

@@ -53,6 +53,26 @@ def randomized(layer: nn.Module, seed: int = 0) -> Any:
     return layer
 
 
+def tiny(kind: str, **fields) -> MixtureOfTokensForCausalLM:
+    """A dense block and two of this kind, with weights as at the first step of training, but spread more widely."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 5,
+        "moe_intermediate_size": 16,
+        "group_size": 3,
+        "max_position_embeddings": 64,
+        "mlp_layer_types": ["dense", kind, kind],
+        "initializer_scale": 1.0,
+    }
+    return MixtureOfTokensForCausalLM(MixtureOfTokensConfig(**(sizes | fields))).eval()
+
+
 def small_model(kind: str, **options) -> MixtureOfTokensForCausalLM:
     """A dense block and one of this kind, with weights as `randomized` gives them."""
     sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 20, "moe_intermediate_size": 12}

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from routings import randomized, small_model
 from torch import nn
 
-from mixture_of_tokens import ExpertChoice, cli
+from mixture_of_tokens import ExpertChoice
 from mixture_of_tokens.inference.audit import measure, texts, verdicts
+from processes import mot
+from routings import randomized, small_model
 
 KINDS = ("dense", "mixture_of_tokens", "uniform", "expert_choice", "token_choice")
 PRIVATE = ("dense", "token_choice")
@@ -124,28 +125,28 @@ def test_batch_mates_of_a_dense_model_that_reads_its_neighbour_are_found():
 )
 def test_the_command_s_exit_status_is_the_verdict(tiny_runs, name, private, capsys):
     run = str(tiny_runs[name])
-    cli.main(["audit", run, "--expect", "causal", "--json"])
+    mot("audit", run, "--expect", "causal", "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["causal"]
     assert found["private"] == private
     assert found["collisions"] == (None if private else 0)
     if private:
-        cli.main(["audit", run, "--expect", "private"])
+        mot("audit", run, "--expect", "private")
         assert "causal: yes; private: yes" in capsys.readouterr().out
     else:
         with pytest.raises(SystemExit, match="1"):
-            cli.main(["audit", run, "--expect", "private"])
+            mot("audit", run, "--expect", "private")
         assert "causal: yes; private: no" in capsys.readouterr().out
 
 
 def test_a_model_without_its_text_is_looked_at_with_random_tokens(tmp_path, capsys):
     build("token_choice").save_pretrained(tmp_path)
-    cli.main(["audit", str(tmp_path), "--expect", "private"])
+    mot("audit", tmp_path, "--expect", "private")
     assert "looking at random tokens" in capsys.readouterr().err
 
 
 def test_bad_use_is_one_line(tmp_path, capsys):
     for words in (["./missing"], [str(tmp_path), "--batches", "0"], [str(tmp_path), "--expect", "secret"]):
         with pytest.raises(SystemExit, match="2"):
-            cli.main(["audit", *words])
+            mot("audit", *words)
         assert capsys.readouterr().err.count("\n") == 1

@@ -1,11 +1,12 @@
 """The benchmark of the layer: it runs, what it compares is comparable, and it refuses what it cannot do."""
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import layer as benchmark
+import providers
 import pytest
 import torch
 from torch.testing import assert_close
@@ -15,18 +16,6 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = "--dtypes float32 --repeats 2 --hidden 32 --intermediate 96 --group-size 4 --tokens 48 --context 6"
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("layer")
-
-
-@pytest.fixture
-def providers(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("providers")
-
-
 def run(flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, BENCHMARKS / "layer.py", *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -34,7 +23,7 @@ def run(flags: str) -> subprocess.CompletedProcess:
     return done
 
 
-def test_every_provider_is_measured_with_consistent_shares(benchmark):
+def test_every_provider_is_measured_with_consistent_shares():
     done = run(f"{TINY} --no-memory --no-save")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["provider"], row["pass"]) for row in rows] == [
@@ -54,7 +43,7 @@ def test_every_provider_is_measured_with_consistent_shares(benchmark):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux")
-def test_results_are_appended_and_the_latest_are_tabulated(benchmark, tmp_path):
+def test_results_are_appended_and_the_latest_are_tabulated(tmp_path):
     out = tmp_path / "results.csv"
     flags = f"--dtypes float32 --gated --providers dense,mot/1 --out {out}"
     flags += " --hidden 256 --intermediate 1024 --group-size 8 --tokens 256 --context 32"
@@ -71,7 +60,7 @@ def test_results_are_appended_and_the_latest_are_tabulated(benchmark, tmp_path):
     assert table in done.stderr
 
 
-def test_the_literal_formulation_is_the_layer(providers):
+def test_the_literal_formulation_is_the_layer():
     torch.manual_seed(0)
     layer = providers.mot(providers.Sizes("gated", 24, 48, 4, 96, 3), 8)
     x = torch.randn(8, 3, 24)
@@ -81,7 +70,7 @@ def test_the_literal_formulation_is_the_layer(providers):
 @pytest.mark.parametrize("granularity", [1, 8])
 @pytest.mark.parametrize("feed_forward", ["plain", "gated"])
 @pytest.mark.parametrize("kind", ["forward", "forward_backward"])
-def test_the_floor_has_the_flops_of_the_layer(providers, feed_forward, granularity, kind):
+def test_the_floor_has_the_flops_of_the_layer(feed_forward, granularity, kind):
     sizes = providers.Sizes(feed_forward, 24, 48, 4, 96, 3)
     flops = []
     for name in (f"mot/{granularity}", f"matmuls/{granularity}"):
@@ -105,7 +94,7 @@ def test_the_floor_has_the_flops_of_the_layer(providers, feed_forward, granulari
         (["--out", str(Path(__file__))], "has other columns"),
     ],
 )
-def test_bad_flags_are_refused_in_one_line(benchmark, monkeypatch, capsys, flags, message):
+def test_bad_flags_are_refused_in_one_line(monkeypatch, capsys, flags, message):
     monkeypatch.setattr(sys, "argv", ["layer.py", *flags])
     with pytest.raises(SystemExit) as exit_:
         benchmark.parse()

@@ -5,25 +5,20 @@ import math
 
 import pytest
 import torch
-from routings import G, T, build, gradients, some_mask, tokens
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.evaluate import cross_entropy
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.runs.loading import load_model, text_of
+from routings import G, T, build, gradients, some_mask, tiny, tokens
 
-SIZES = {"hidden_size": 16, "intermediate_size": 20, "moe_intermediate_size": 12, "head_dim": 8, "num_experts": 5}
 MIXED = "MoT-Nano/4E/2"
 
 
-def tiny(kind: str = "mixture_of_tokens", **options) -> MixtureOfTokensForCausalLM:
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2, "vocab_size": 37}
-    config = MixtureOfTokensConfig(**SIZES, **heads, group_size=3, mlp_layer_types=["dense", kind], **options)
-    return MixtureOfTokensForCausalLM(config).double().eval()
+def mixing(kind: str = "mixture_of_tokens", **fields) -> MixtureOfTokensForCausalLM:
+    return tiny(kind, **fields).double()
 
 
 def batch(rows: int = 6, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -36,11 +31,11 @@ def layer_of(model) -> MixtureOfTokens:
 
 @pytest.mark.parametrize("options", [{}, {"normalize_mixture": True}, {"router_temperature": 0.3}], ids=str)
 def test_companions_are_means_over_full_groups(options):
-    model, seen = tiny(**options), []
+    model, seen = mixing(**options), []
     layer = layer_of(model)
     layer.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     calibrate_companions(model, [batch(), batch(3, seed=1)])
-    inverse, mixtures, groups = torch.zeros(5).double(), torch.zeros(5, 16).double(), 0
+    inverse, mixtures, groups = torch.zeros(5).double(), torch.zeros(5, 24).double(), 0
     for x in seen:  # literally: every group, every expert
         for start in range(0, len(x), 3):
             for t in range(x.shape[1]):
@@ -56,7 +51,7 @@ def test_companions_are_means_over_full_groups(options):
 
 
 def test_full_groups_are_as_before_and_a_second_time_changes_nothing():
-    model = tiny()
+    model = mixing()
     logits, alone = model(**batch()).logits, model(**batch(1)).logits
     calibrate_companions(model, [batch(seed=1)])
     assert torch.equal(model(**batch()).logits, logits)
@@ -67,16 +62,16 @@ def test_full_groups_are_as_before_and_a_second_time_changes_nothing():
 
 
 def test_a_router_that_sees_no_difference_gets_the_mean_token():
-    model = tiny("uniform")
+    model = mixing("uniform")
     seen = []
     layer_of(model).register_forward_hook(lambda module, args, output: seen.append(args[0]))
     calibrate_companions(model, [batch()])
     assert_close(layer_of(model).companion_logit, torch.zeros(5).double())
-    assert_close(layer_of(model).companion, seen[0].flatten(0, 1).mean(0).expand(5, 16))
+    assert_close(layer_of(model).companion, seen[0].flatten(0, 1).mean(0).expand(5, 24))
 
 
 def test_groups_that_lack_a_token_are_passed_over():
-    model, other = tiny(), tiny()
+    model, other = mixing(), mixing()
     mask = torch.ones(6, 7, dtype=torch.long)
     mask[:3, :2] = 0  # padding on the left of the first group
     calibrate_companions(model, [batch() | {"token_mask": mask.bool()}])
@@ -89,11 +84,13 @@ def test_groups_that_lack_a_token_are_passed_over():
 
 
 def test_companions_are_saved_and_zeros_where_a_checkpoint_has_none(tmp_path):
-    model = tiny()
+    model = mixing()
     calibrate_companions(model, [batch()])
     model.save_pretrained(tmp_path / "with")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "with", dtype=torch.float64)
-    assert torch.equal(again(**batch(1)).logits, model(**batch(1)).logits)
+    for name in ("companion", "companion_logit"):
+        assert torch.equal(getattr(layer_of(again), name), getattr(layer_of(model), name))
+    assert_close(again(**batch(1)).logits, model(**batch(1)).logits)
     without = {name: value for name, value in model.state_dict().items() if "companion" not in name}
     model.save_pretrained(tmp_path / "without", state_dict=without)
     older = AutoModelForCausalLM.from_pretrained(tmp_path / "without", dtype=torch.float64)
@@ -117,7 +114,7 @@ def test_alone_every_row_gets_what_it_gets_by_itself(name, masked):
 
 
 def test_served_alone_a_model_mixes_nothing():
-    model = tiny()
+    model = mixing()
     calibrate_companions(model, [batch(seed=5)])
     inputs = batch()
     assert model.mixes_examples

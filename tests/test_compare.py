@@ -10,18 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mixture_of_tokens import cli
 from mixture_of_tokens.reports.markup import html, own_ids
+from processes import mot
 
 NAMES = ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E")
 VOID = ("meta", "br", "hr", "img", "link", "input", "path", "use")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +25,7 @@ def flags(small_corpus):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, flags):
     out = tmp_path_factory.mktemp("compare") / "all"
-    cli.main([str(word) for word in ("compare", *NAMES, *flags, "--lr", "1e-3,1e-2,1e-2", "--out", out)])
+    mot("compare", *NAMES, *flags, "--lr", "1e-3,1e-2,1e-2", "--out", out)
     return out
 
 
@@ -85,9 +78,9 @@ def test_the_numbers_are_those_of_the_runs(compared):
 def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, capsys):
     before = {file: file.stat().st_mtime_ns for file in compared.glob("*/*")}
     words = ("compare", *NAMES, *flags, "--lr", "1e-3,1e-2,1e-2", "--out", compared)
-    cli.main([*map(str, words), "--json"])
+    mot(*words, "--json")
     assert json.loads(capsys.readouterr().out) == json.loads((compared / "compare.json").read_text())
-    cli.main([*map(str, words)])
+    mot(*words)
     shown = capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in compared.glob("*/*")} == before
     for name in NAMES:
@@ -100,7 +93,7 @@ def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, cap
 def test_another_configuration_in_the_same_place_is_refused_before_anything_is_trained(compared, flags, capsys):
     before = {file: file.stat().st_mtime_ns for file in compared.glob("*/*")}
     with pytest.raises(SystemExit) as stopped:
-        cli.main([str(word) for word in ("compare", "EC-Nano/4E", *NAMES, *flags, "--lr", "3e-3", "--out", compared)])
+        mot("compare", "EC-Nano/4E", *NAMES, *flags, "--lr", "3e-3", "--out", compared)
     assert stopped.value.code == 2
     err = capsys.readouterr().err
     assert "was started with --learning-rate 0.001, now it is 0.003" in err
@@ -111,7 +104,7 @@ def test_another_configuration_in_the_same_place_is_refused_before_anything_is_t
 def test_it_can_be_moved_and_reported_on_without_its_weights(compared, tmp_path, capsys):
     moved = tmp_path / "elsewhere"
     shutil.copytree(compared, moved, ignore=shutil.ignore_patterns("model", "checkpoint-*", "report.html"))
-    cli.main(["report", str(moved), "--json"])
+    mot("report", moved, "--json")
     again, written = json.loads(capsys.readouterr().out), json.loads((moved / "compare.json").read_text())
     for model, before in zip(again["models"], written["models"], strict=True):
         assert [run.pop("directory") for run in model["runs"]] == [
@@ -128,7 +121,7 @@ def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path)
     shutil.copytree(compared / "Transformer-Nano-seed0", run, ignore=shutil.ignore_patterns("checkpoint-*", "model"))
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     (run / "metrics.jsonl").write_text("".join(json.dumps({**row, "layers": {}}) + "\n" for row in rows))
-    cli.main(["report", str(run)])
+    mot("report", run)
     page = (run / "report.html").read_text()
     assert "This is one seed" in page
     assert "no measurements of their layers" in page
@@ -141,7 +134,7 @@ def test_models_that_saw_other_text_are_refused(compared, tmp_path, capsys):
     facts["corpus"]["hash"] = "other"
     (other / "run.json").write_text(json.dumps(facts))
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["report", str(compared / "Transformer-Nano-seed0"), str(other), "--out", str(tmp_path / "x.html")])
+        mot("report", compared / "Transformer-Nano-seed0", other, "--out", tmp_path / "x.html")
     assert stopped.value.code == 2
     assert "saw different corpora" in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from texts import sentences, texts
 
 from mixture_of_tokens.data import duplicates
 from mixture_of_tokens.data.sources import documents, fingerprint
 from mixture_of_tokens.data.splits import opened, split, spool, text_of
+from texts import sentences, texts
 
 ODD = "naïve  \t<|x|> 漢字\r\n\rend of a line\x0b, 🙂\u2028 and no line end"
 
@@ -30,10 +30,10 @@ def work(tmp_path):
     return tmp_path / "work"
 
 
-def dealt(work, given: list[str], group_size: int = 32):
+def dealt(work, given: list[str], group_size: int = 32, **options):
     """Texts of each split, in order, and what `split` says."""
     places, digests = spool(([text.encode()] for text in given), work / "text", None, len_of)
-    result = split(work / "text", places, digests, group_size=group_size, work=work, read=len_of)
+    result = split(work / "text", places, digests, group_size=group_size, work=work, read=len_of, **options)
     with opened(work / "text") as file:
         found = {
             name: [os.pread(file, int(length), int(offset)).decode() for offset, length in part]
@@ -178,23 +178,24 @@ def test_documents_with_little_in_common_stay(work):
     assert sum(map(len, found.values())) == 60
 
 
-def test_a_sketch_sees_lines_and_not_where_parts_begin(tmp_path, monkeypatch):
+def test_a_sketch_sees_lines_and_not_where_parts_begin(tmp_path):
     text = sentences(0, 200).replace("\n", "\r\n").encode()
     (tmp_path / "text").write_bytes(b"..." + text)
     places = np.array([[3, len(text)], [3, 50]])
     whole = duplicates._sketches(tmp_path / "text", places)
-    monkeypatch.setattr(duplicates, "PART", 100)
-    assert (duplicates._sketches(tmp_path / "text", places) == whole).all()
+    assert (duplicates._sketches(tmp_path / "text", places, part=100) == whole).all()
     assert (whole[0] != whole[1]).any()
 
 
-def test_sketches_of_other_processes_are_the_same(work, monkeypatch):
+def test_sketches_of_other_processes_are_the_same(work):
     given = [*texts(200), *texts(50)]
-    found, here = dealt(work, given)
-    monkeypatch.setattr(duplicates, "CHUNK", 80_000)  # the real one is larger than any test's text
-    there, result = dealt(work, given)
-    assert (there, result.duplicates) == (found, 50)
-    assert here.duplicates == 50
+    places, digests = spool(([text.encode()] for text in given), work / "text", None, len_of)
+    here, count = duplicates.unlike(work / "text", places, digests, work, len_of)
+    chunks: list[int] = []  # the usual size is larger than any test's text
+    there, result = duplicates.unlike(work / "text", places, digests, work, chunks.append, chunk=80_000)
+    assert len(chunks) > 2
+    assert (there.tolist(), result) == (here.tolist(), 50)
+    assert count == 50
 
 
 # Splits
@@ -233,10 +234,9 @@ def test_cutting_spares_a_split_that_it_would_ruin(work):
     assert max(map(len, found["train"])) > sum(map(len, found["train"])) / 80
 
 
-def test_huge_documents_are_each_divided_however_many(work, monkeypatch):
+def test_huge_documents_are_each_divided_however_many(work):
     given = [f"{i}\n" * 400 for i in range(1000, 1024)]
-    monkeypatch.setattr("mixture_of_tokens.data.splits.HELD_OUT", 500)  # bytes: half a document
-    found, _ = dealt(work, given, group_size=4)
+    found, _ = dealt(work, given, group_size=4, held_out=500)  # bytes: half a document
     assert [len(found[name]) for name in ("train", "tuning", "validation")] == [24] * 3
     assert 250 < sum(map(len, found["validation"])) < 1000
 

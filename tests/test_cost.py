@@ -17,7 +17,7 @@ from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, m
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import BY_PREFIX, ROUTINGS
-from tests.test_names import PAPER
+from test_names import PAPER
 
 KINDS = list(ROUTINGS)
 GATED = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])

@@ -19,23 +19,20 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mixture_of_tokens import MixtureOfTokens, cli
+from mixture_of_tokens import MixtureOfTokens
 from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.inference.evaluate import argmax_routing, cross_entropy, in_parts
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, text_of
+from processes import mot
 
 MIXED = "MoT-Nano/4E/2"
-
-
-def mot(*words: object) -> None:
-    cli.main(["evaluate", *map(str, words)])
 
 
 @pytest.fixture
 def evaluated(tiny_cache, capsys):
     def run(*words) -> dict:
-        mot(*words, "--json")
+        mot("evaluate", *words, "--json")
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -133,7 +130,7 @@ def test_any_causal_language_model_of_transformers(tiny_runs, evaluated, tmp_pat
     assert [line["loss"] for line in result["lines"]] == pytest.approx([float(expected)] * 2, abs=1e-5)
 
 
-def test_logits_of_foreign_models_are_never_in_memory_for_all_rows(monkeypatch):
+def test_logits_of_foreign_models_are_never_in_memory_for_all_rows():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=1)
     model = GPT2LMHeadModel(config).eval()
@@ -144,14 +141,13 @@ def test_logits_of_foreign_models_are_never_in_memory_for_all_rows(monkeypatch):
     seen: list[int] = []
     model.register_forward_hook(lambda module, args, output: seen.append(len(output.logits)))
     whole = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
-    monkeypatch.setattr("mixture_of_tokens.inference.evaluate.LOGITS", 2 * 8 * 50)
-    parts = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
+    parts = cross_entropy(model, {"input_ids": ids, "shift_labels": labels}, logits_at_once=2 * 8 * 50)
     assert seen == [5, 2, 2, 1]
     assert parts == pytest.approx(whole)
 
 
 def test_the_table_has_a_line_for_each(tiny_runs, tiny_cache, capsys):
-    mot(tiny_runs[MIXED])
+    mot("evaluate", tiny_runs[MIXED])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == [
         "full groups",
@@ -195,7 +191,7 @@ def strange(tmp_path, monkeypatch, tiny_runs):
 )
 def test_bad_use_is_one_line(words, message, tiny_runs, capsys):
     with pytest.raises(SystemExit, match="2"):
-        mot(*(tiny_runs[MIXED] if word == "RUN" else word for word in words))
+        mot("evaluate", *(tiny_runs[MIXED] if word == "RUN" else word for word in words))
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
     assert message in shown.err
@@ -213,14 +209,14 @@ def test_a_text_that_has_changed_is_not_taken_for_the_run_s(tiny_runs, tmp_path,
     (run / "run.json").write_text((tiny_runs[MIXED] / "run.json").read_text())
     (run / "config.yaml").write_text(settings.replace(str(small_corpus), str(changed)))
     with pytest.raises(SystemExit, match="2"):
-        mot(run)
+        mot("evaluate", run)
     assert f"the text of {run} has changed" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_cache")
 def test_groups_that_a_short_text_does_not_fill_are_not_called_full(tiny_runs, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("abc de fgh ijk lmn opa " * 20)
-    mot(tiny_runs[MIXED], "--data", tmp_path / "short.txt", "--json")
+    mot("evaluate", tiny_runs[MIXED], "--data", tmp_path / "short.txt", "--json")
     lines = json.loads(capsys.readouterr().out)["lines"]
     assert lines[0]["label"] == "groups of 2 of 4 rows"
     assert lines[0]["tokens_per_second"] < 2.5 * 64 / lines[0]["seconds_per_group"]  # of what is there
@@ -234,7 +230,7 @@ def test_a_model_that_says_nothing_of_its_context_or_of_an_end_is_evaluated_and_
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "bloom")
     (tmp_path / "text.txt").write_text("abc de fgh ijk lmn opa " * 200)
-    mot(tmp_path / "bloom", "--data", tmp_path / "text.txt", "--context", 32, "--json")
+    mot("evaluate", tmp_path / "bloom", "--data", tmp_path / "text.txt", "--context", 32, "--json")
     assert json.loads(capsys.readouterr().out)["lines"][0]["loss"] == pytest.approx(math.log(512), abs=0.5)
-    cli.main(["audit", str(tmp_path / "bloom"), "--expect", "private", "--batches", "1"])
+    mot("audit", tmp_path / "bloom", "--expect", "private", "--batches", "1")
     assert "private: yes" in capsys.readouterr().out

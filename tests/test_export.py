@@ -8,23 +8,19 @@ import subprocess
 import sys
 from importlib.metadata import requires
 
-import processes
 import pytest
 import torch
-from routings import randomized
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from mixture_of_tokens import MixtureOfTokensForCausalLM, cli
+from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.convert import export as export_module
 from mixture_of_tokens.convert.export import to_plain
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from processes import finish, mot, mot_on_a_full_disk, start
+from routings import randomized
 
 MIXED = "MoT-Nano/4E/2"
-
-
-def mot(*words: object) -> None:
-    cli.main(["export", *map(str, words)])
 
 
 def model_of(kind: str, **options) -> MixtureOfTokensForCausalLM:
@@ -107,7 +103,7 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
     directory = saved(kind, **options)
     (tmp_path / "out.partial").mkdir()  # what a killed export may have left
     (tmp_path / "out.partial" / "stale").write_text("stale")
-    mot(directory, tmp_path / "out")
+    mot("export", directory, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
     assert not (tmp_path / "out" / "stale").exists()
     check_keys_and_shapes(tmp_path / "out", tmp_path / "own")
@@ -128,8 +124,8 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
 @pytest.mark.usefixtures("tiny_cache")
 def test_the_circle_from_training_to_plain_transformers(tiny_runs, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
-    cli.main(["transition", str(tiny_runs[MIXED]), "--steps", "3", "--calibrate", "none", "--out", str(run)])
-    mot(run, out)
+    mot("transition", tiny_runs[MIXED], "--steps", "3", "--calibrate", "none", "--out", run)
+    mot("export", run, out)
     assert "validation text" in capsys.readouterr().out
     ids = torch.tensor([AutoTokenizer.from_pretrained(out)("abc de fgh")["input_ids"]])
     model = MixtureOfTokensForCausalLM.from_pretrained(run / "model")
@@ -139,7 +135,7 @@ def test_the_circle_from_training_to_plain_transformers(tiny_runs, tmp_path, cap
     facts = json.loads((run / "run.json").read_text())
     for told in (f"{facts['final_loss']:.4f}", "33 steps", facts["corpus"]["hash"], "8 experts of width 48", "loss"):
         assert told in card
-    cli.main(["audit", str(out), "--expect", "private"])
+    mot("audit", out, "--expect", "private")
 
 
 def test_an_expert_perturbed_by_a_bit_fails_and_leaves_nothing(saved, tmp_path, monkeypatch, capsys):
@@ -154,7 +150,7 @@ def test_an_expert_perturbed_by_a_bit_fails_and_leaves_nothing(saved, tmp_path, 
     directory = saved("token_choice")
     monkeypatch.setattr(export_module, "to_plain", perturbed)
     with pytest.raises(SystemExit, match="2"):
-        mot(directory, tmp_path / "out")
+        mot("export", directory, tmp_path / "out")
     shown = capsys.readouterr().err
     assert "is not the same model, and nothing is left of it" in shown
     assert "model.layers.2.mlp.experts.down_proj is not the run's" in shown
@@ -170,7 +166,7 @@ def test_the_right_weights_read_another_way_fail_and_leave_nothing(saved, tmp_pa
     directory = saved("token_choice")
     monkeypatch.setattr(export_module, "to_plain", misread)
     with pytest.raises(SystemExit, match="2"):
-        mot(directory, tmp_path / "out")
+        mot("export", directory, tmp_path / "out")
     assert re.search(r"is not the same model.*: logits of random tokens differ by up to", capsys.readouterr().err)
     assert not list(tmp_path.glob("out*"))
 
@@ -185,7 +181,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(full_at, saved, tmp_path):
     assert max(sizes, key=sizes.__getitem__) == full_at
     limit = sizes[full_at] - 1000
     words = ["export", str(directory), str(tmp_path / "out")]
-    assert processes.finish(processes.start(processes.mot_on_a_full_disk, words, limit, log=tmp_path / "log")) == 2
+    assert finish(start(mot_on_a_full_disk, limit, *words, log=tmp_path / "log")) == 2
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("mot: error:")
     assert "out could not be written" in last
@@ -202,7 +198,7 @@ def test_a_flipped_bit_in_a_run_is_one_line_and_leaves_nothing(command, tiny_run
     weights.write_bytes(flipped)
     out = {"export": [str(tmp_path / "out")], "transition": ["--out", str(tmp_path / "out")]}[command]
     with pytest.raises(SystemExit, match="2"):
-        cli.main([command, str(tmp_path / "run"), *out])
+        mot(command, tmp_path / "run", *out)
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert "model is not whole: model.safetensors is not what was written" in shown
@@ -213,7 +209,7 @@ def test_a_flipped_bit_in_a_run_is_one_line_and_leaves_nothing(command, tiny_run
 @pytest.mark.network
 def test_the_oldest_transformers_we_support_opens_an_export(saved, tmp_path):
     directory = saved("token_choice")
-    mot(directory, tmp_path / "out")
+    mot("export", directory, tmp_path / "out")
     ids = torch.randint(512, (3, 17), generator=torch.Generator().manual_seed(1))
     (oldest,) = (re.search(r">=([\d.]+)", need)[1] for need in requires("mixture-of-tokens") if "transformers" in need)
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "old")]
@@ -232,22 +228,22 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     (out / "mine").write_text("mine")
     (out / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="2"):
-        mot(directory, out)
+        mot("export", directory, out)
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        mot(directory, out, "--force")
+        mot("export", directory, out, "--force")
     assert "out is no export of mot, so --force does not replace it" in capsys.readouterr().err
     shutil.rmtree(out)
-    mot(directory, out)
+    mot("export", directory, out)
     (out / "README.md").write_text("mine")  # a card may be written on
     (out / "mine").write_text("mine")
     with monkeypatch.context() as patch:
         patch.setattr(export_module, "CHECK", "import sys; sys.exit('no room')")
         with pytest.raises(SystemExit, match="2"):
-            mot(directory, out, "--force")
+            mot("export", directory, out, "--force")
     assert "plain transformers cannot load what was written: no room" in capsys.readouterr().err
     assert (out / "mine").read_text() == "mine"
-    mot(directory, out, "--force")
+    mot("export", directory, out, "--force")
     assert not (out / "mine").exists()
     assert (out / "model.safetensors").stat().st_mode & 0o044 == (out / "config.json").stat().st_mode & 0o044
     assert (out / "model.safetensors").is_file()
@@ -292,7 +288,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
         out = tmp_path / "missing" / "out"
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        mot(directory, out)
+        mot("export", directory, out)
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
     assert message in shown.err

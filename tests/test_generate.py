@@ -3,22 +3,17 @@
 import json
 import time
 
-import processes
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens import cli
 from mixture_of_tokens.inference.generate import Row, Sampling, _text_after, continue_prompts, in_batches
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
+from processes import mot, start
 
 MIXED = "MoT-Nano/4E/2"
 NAMES = ("Transformer-Nano", MIXED, "TC-Nano/4E")
-
-
-def mot(*words: object) -> None:
-    cli.main(["generate", *map(str, words)])
 
 
 @pytest.fixture
@@ -38,7 +33,7 @@ def prompts(small_corpus, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lone_prompt_gets_the_likeliest_tokens_and_nothing_else_on_standard_output(tiny_runs, name, capsys):
     run, prompt = str(tiny_runs[name]), "abc d"
-    mot(run, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 12)
+    mot("generate", run, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 12)
     shown = capsys.readouterr()
     model, tokenizer = load_model(run), load_tokenizer_of(run)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -52,7 +47,7 @@ def test_a_lone_prompt_gets_the_likeliest_tokens_and_nothing_else_on_standard_ou
 
 def test_sampling_depends_on_the_seed_and_top_p_narrows_it(tiny_runs, capsys):
     def text(*flags):
-        mot(tiny_runs["Transformer-Nano"], "--prompt", "abc d", *flags)
+        mot("generate", tiny_runs["Transformer-Nano"], "--prompt", "abc d", *flags)
         return capsys.readouterr().out
 
     assert text("--temperature", 1.5) == text("--temperature", 1.5) != text("--temperature", 1.5, "--seed", 1)
@@ -60,9 +55,9 @@ def test_sampling_depends_on_the_seed_and_top_p_narrows_it(tiny_runs, capsys):
 
 
 def test_it_says_where_the_context_cuts_a_continuation(run, capsys):
-    mot(run, "--prompt", "abc", "--max-new-tokens", 5)
+    mot("generate", run, "--prompt", "abc", "--max-new-tokens", 5)
     assert "the context" not in capsys.readouterr().err
-    mot(run, "--prompt", "abc", "--max-new-tokens", 500)
+    mot("generate", run, "--prompt", "abc", "--max-new-tokens", 500)
     shown = capsys.readouterr().err
     assert "the context of 64 tokens ends 1 of 1 texts before" in shown
 
@@ -70,6 +65,7 @@ def test_it_says_where_the_context_cuts_a_continuation(run, capsys):
 def test_alone_a_prompt_s_text_does_not_depend_on_the_others(run, prompts, capsys):
     def texts(*flags):
         mot(
+            "generate",
             run,
             "--prompt",
             "abc d",
@@ -87,7 +83,7 @@ def test_alone_a_prompt_s_text_does_not_depend_on_the_others(run, prompts, capsy
         return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
 
     def by_itself(prompt):
-        mot(run, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 30, "--json")
+        mot("generate", run, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 30, "--json")
         return json.loads(capsys.readouterr().out)["text"]
 
     expected = [by_itself(prompt) for prompt in ("abc d", "e", "fgh")]
@@ -97,7 +93,7 @@ def test_alone_a_prompt_s_text_does_not_depend_on_the_others(run, prompts, capsy
 
 def test_several_prompts_are_one_batch_in_their_order(run, capsys):
     prompts = ["a longer prompt", "bc"]
-    mot(run, "--prompt", prompts[0], "--prompt", prompts[1], "--json", "--seed", 3)
+    mot("generate", run, "--prompt", prompts[0], "--prompt", prompts[1], "--json", "--seed", 3)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     model, tokenizer = load_model(str(run)), load_tokenizer_of(str(run))
     expected = continue_prompts(model, tokenizer, prompts[::-1], Sampling(seed=3))[::-1]  # the shorter one goes first
@@ -105,7 +101,7 @@ def test_several_prompts_are_one_batch_in_their_order(run, capsys):
 
 
 def test_samples_of_one_prompt_are_never_in_one_batch(run, capsys):
-    mot(run, "--prompt", "abc", "--samples", 3, "--json")
+    mot("generate", run, "--prompt", "abc", "--samples", 3, "--json")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["sample"] for line in lines] == [0, 1, 2]
     model, tokenizer = load_model(str(run)), load_tokenizer_of(str(run))
@@ -124,7 +120,7 @@ def test_batches_hold_every_row_once_by_length_in_whole_groups():
 
 
 def test_a_file_is_continued_in_its_order(run, prompts):
-    mot(run, "--prompts-file", prompts, "--max-new-tokens", 8, "--batch-size", 4)
+    mot("generate", run, "--prompts-file", prompts, "--max-new-tokens", 8, "--batch-size", 4)
     out = prompts.with_name("prompts.continued.jsonl")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["prompt"] for line in lines] == prompts.read_text().splitlines()
@@ -136,17 +132,17 @@ def test_json_lines_of_prompts_may_hold_line_ends(run, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     texts = ["two\nlines", "a \u2028 separator"]
     file.write_text("".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts))
-    mot(run, "--prompts-file", file, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 2)
+    mot("generate", run, "--prompts-file", file, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 2)
     lines = (tmp_path / "out.jsonl").read_text().rstrip("\n").split("\n")
     assert [json.loads(line)["prompt"] for line in lines] == texts
 
 
 def test_kill_9_and_the_same_command_again_write_what_one_command_writes(run, prompts, tmp_path, monkeypatch):
     flags = [str(run), "--prompts-file", str(prompts), "--samples", "8", "--batch-size", "4", "--max-new-tokens", "24"]
-    mot(*flags, "--out", tmp_path / "whole.jsonl")
+    mot("generate", *flags, "--out", tmp_path / "whole.jsonl")
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path))
     out, partial = tmp_path / "killed.jsonl", tmp_path / "killed.jsonl.unfinished"
-    process = processes.start(processes.mot, ["generate", *flags, "--out", str(out)], log=tmp_path / "log")
+    process = start(mot, "generate", *flags, "--out", out, log=tmp_path / "log")
     give_up = time.monotonic() + 60
     while not (partial.exists() and partial.read_bytes().count(b"\n") > 9):
         assert time.monotonic() < give_up
@@ -158,8 +154,8 @@ def test_kill_9_and_the_same_command_again_write_what_one_command_writes(run, pr
     before = partial.read_bytes().count(b"\n") - 1
     assert 0 < before < 88
     with pytest.raises(SystemExit, match="2"):
-        mot(*flags, "--out", out, "--seed", 1)
-    mot(*flags, "--out", out)
+        mot("generate", *flags, "--out", out, "--seed", 1)
+    mot("generate", *flags, "--out", out)
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not partial.exists()
 
@@ -168,7 +164,7 @@ def test_what_is_there_already_is_not_overwritten(run, prompts, tmp_path, capsys
     out = tmp_path / "out.jsonl"
     out.write_text("mine")
     with pytest.raises(SystemExit, match="2"):
-        mot(run, "--prompts-file", prompts, "--out", out)
+        mot("generate", run, "--prompts-file", prompts, "--out", out)
     assert "exists already" in capsys.readouterr().err
     assert out.read_text() == "mine"
 
@@ -203,7 +199,7 @@ def test_bad_use_is_one_line_and_leaves_nothing(run, words, message, tmp_path, m
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="2"):
-        mot(run, *words)
+        mot("generate", run, *words)
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
     assert message in shown.err

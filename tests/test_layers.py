@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
+import reference
 from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed
 from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
-from tests import reference
-from tests.routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tokens
+from routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tokens
 
 EXPERTS = {"gated": {}, "plain": {"gated": False, "activation": "relu"}}
 

@@ -7,23 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import finish, mot, start
 from transformers import TrainingArguments
 
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import GroupedTrainer
+from processes import finish, mot, start
 
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 2), "4x1": (4, 1)}  # processes x accumulation
 BATCH, GROUP, STEPS = 32, 4, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 class Watched(GroupedTrainer):
@@ -134,12 +127,12 @@ def test_a_run_is_resumed_in_another_layout(small_corpus, tmp_path):
     flags += ["--training.save_steps", "2", "--training.logging_steps", "3", "--training.eval_steps", "4"]
     one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
     words = [*flags, "--training.gradient_accumulation_steps", "4"]
-    in_processes(mot, ([*words, "--out", str(one)],), 1, log)
+    in_processes(mot, [*words, "--out", str(one)], 1, log)
     two.mkdir()
     for name in ("checkpoint-2", "config.yaml", "metrics.jsonl"):
         (one / name).rename(two / name) if name == "checkpoint-2" else (two / name).write_text((one / name).read_text())
     words = [*flags, "--training.gradient_accumulation_steps", "2"]
-    in_processes(mot, ([*words, "--out", str(two), "--resume"],), 2, log)
+    in_processes(mot, [*words, "--out", str(two), "--resume"], 2, log)
     losses = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
     assert [row["step"] for row in losses[1]] == [3, 4]
     assert losses[1][0]["train_loss"] == pytest.approx(losses[0][0]["train_loss"], rel=1e-5)
@@ -154,7 +147,7 @@ def test_a_switch_in_two_processes_is_the_one_in_one(tiny_runs, tmp_path):
     facts = []
     for count in (1, 2):
         out = tmp_path / f"in-{count}"
-        in_processes(mot, ([*flags, "--out", str(out)],), count, tmp_path / f"log-{count}")
+        in_processes(mot, [*flags, "--out", str(out)], count, tmp_path / f"log-{count}")
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows][-2:] == [31, 32]
         facts.append(json.loads((out / "run.json").read_text()))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from mixture_of_tokens import loss as loss_module
 from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy, load_balancing_loss
-from tests.routings import build, relative_error, some_mask, tokens
+from routings import build, relative_error, some_mask, tokens
 
 S, D, V = 11, 5, 7
 
@@ -33,26 +33,25 @@ def with_gradients(cross_entropy, hidden: Tensor, head: Tensor, labels: Tensor, 
     return loss.detach(), *torch.autograd.grad(loss * scale, (hidden, head))
 
 
-@pytest.fixture(params=[1, 2, 4, S - 1, S, 100])
-def tokens_at_once(request, monkeypatch):
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", request.param * V + V // 2)
+@pytest.fixture(params=[1, 2, 4, S - 1, S, 100], ids=lambda tokens: f"{tokens} at once")
+def chunked(request):
+    """Of so many tokens at once, and logits of half a token to spare."""
+    return partial(chunked_cross_entropy, logits_at_once=request.param * V + V // 2)
 
 
-@pytest.mark.usefixtures("tokens_at_once")
 @pytest.mark.parametrize("scale", [1.0, -0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunks_sum_to_the_whole(dtype, scale):
-    chunked = with_gradients(chunked_cross_entropy, *example(dtype), scale=scale)
-    assert_close(chunked, with_gradients(plain_cross_entropy, *example(dtype), scale=scale))
+def test_chunks_sum_to_the_whole(chunked, dtype, scale):
+    found = with_gradients(chunked, *example(dtype), scale=scale)
+    assert_close(found, with_gradients(plain_cross_entropy, *example(dtype), scale=scale))
 
 
-@pytest.mark.usefixtures("tokens_at_once")
-def test_chunks_sum_to_the_whole_in_bfloat16():
+def test_chunks_sum_to_the_whole_in_bfloat16(chunked):
     hidden, head, labels = example(torch.bfloat16)
-    chunked = with_gradients(chunked_cross_entropy, hidden, head, labels)
+    found = with_gradients(chunked, hidden, head, labels)
     expected = with_gradients(plain_cross_entropy, hidden.double(), head.double(), labels)
-    assert [t.dtype for t in chunked] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    for actual, exact in zip(chunked, expected, strict=True):
+    assert [t.dtype for t in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    for actual, exact in zip(found, expected, strict=True):
         assert relative_error(actual, exact) < 1.6e-2
 
 
@@ -65,11 +64,10 @@ def test_autocast_takes_the_products_in_bfloat16():
         assert 0 < relative_error(actual, exact) < 1.6e-2
 
 
-def test_a_sum_over_many_chunks_is_not_rounded_away(monkeypatch):
+def test_a_sum_over_many_chunks_is_not_rounded_away():
     # 1,024 tokens one by one. Added up in bf16, the gradient of the head would stop growing at 256 of them.
     hidden, head = torch.ones(1024, 1).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 2)
-    loss = chunked_cross_entropy(hidden, head, torch.zeros(1024, dtype=torch.long))
+    loss = chunked_cross_entropy(hidden, head, torch.zeros(1024, dtype=torch.long), logits_at_once=2)
     assert_close(loss.item(), 1024 * torch.tensor(2.0).log().item(), rtol=1e-4, atol=0)
     (gradient,) = torch.autograd.grad(loss, head)  # p - 1 for the label, p for the other, with p = 1/2
     assert gradient.flatten().tolist() == [-512, 512]

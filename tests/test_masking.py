@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from mixture_of_tokens.layers import MixtureOfTokens
-from tests.routings import (
+from routings import (
     DROPPING,
     EXPERT_CHOICES,
     MIXTURES,

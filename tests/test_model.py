@@ -1,6 +1,7 @@
 """The causal language model: what it inherits works with groups, and what it must not inherit is gone."""
 
 import math
+from functools import partial
 from inspect import signature
 
 import pytest
@@ -15,33 +16,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+import routings
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router
 from mixture_of_tokens.loss import load_balancing_loss
 
 KINDS = ("dense", "mixture_of_tokens", "uniform", "token_choice", "expert_choice")
 MIXING = ("mixture_of_tokens", "uniform", "expert_choice")
 END, PAD = 7, 0
-
-
-def tiny(kind: str, **fields) -> MixtureOfTokensForCausalLM:
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "num_experts": 5,
-        "moe_intermediate_size": 16,
-        "group_size": 3,
-        "max_position_embeddings": 64,
-        "mlp_layer_types": ["dense", kind, kind],
-        "initializer_scale": 1.0,
-        "eos_token_id": END,
-        "pad_token_id": PAD,
-    }
-    return MixtureOfTokensForCausalLM(MixtureOfTokensConfig(**(sizes | fields))).eval()
+tiny = partial(routings.tiny, eos_token_id=END, pad_token_id=PAD)
 
 
 def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:

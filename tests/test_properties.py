@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 from torch.testing import assert_close
 
-from tests.routings import (
+from routings import (
     DROPLESS,
     DROPPING,
     EXPERT_CHOICES,

@@ -12,24 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import finish, mot, mot_on_a_full_disk, start
 from safetensors.torch import load_file
 
-from mixture_of_tokens import cli
 from mixture_of_tokens.runs.checkpoints import fault, keep_newest, newest
 from mixture_of_tokens.runs.run import check_free, check_resumed
+from processes import finish, mot, mot_on_a_full_disk, start
 
 STEPS, SAVE = 48, 8
 FLAGS = ["train", "TC-Nano/32E", "--steps", STEPS, "--batch-size", 32, "--device", "cpu"]
 FLAGS += ["--training.save_steps", SAVE, "--training.logging_steps", 3, "--training.eval_steps", 16]
 FLAGS += ["--data", "set by the fixture"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +38,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def begin(out: Path, *words: object):
-    return start(mot, [str(word) for word in (*FLAGS, "--out", out, *words)], log=out.parent / "log")
+    return start(mot, *FLAGS, "--out", out, *words, log=out.parent / "log")
 
 
 def rows(run: Path) -> list[dict]:
@@ -151,11 +143,11 @@ def test_every_missing_file_is_noticed(whole, tmp_path, damage):
 def test_the_annealed_temperature_is_the_last_one_whenever_the_run_goes_on(small_corpus, tmp_path):
     flags = ["train", "MoT-Nano/4E/2", "--steps", "4", "--batch-size", "32", "--device", "cpu", "--data", small_corpus]
     flags = [str(flag) for flag in (*flags, "--anneal-temperature-to", 0.05, "--out", tmp_path / "run")]
-    cli.main(flags)
+    mot(*flags)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").unlink()  # as if killed after the last checkpoint
     shutil.rmtree(tmp_path / "run" / "model")
-    cli.main([*flags, "--resume"])
+    mot(*flags, "--resume")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["final_loss"] == facts["final_loss"]
     written = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert written["router_temperature"] == pytest.approx(0.05)
@@ -192,7 +184,7 @@ def test_a_run_goes_on_with_other_intervals_and_another_transformers(whole, tmp_
     (out / "config.yaml").write_text(yaml.safe_dump(settings))
     words = [3 if before == "--training.save_steps" else word for before, word in pairwise(["", *FLAGS])]
     words += ["--training.save_total_limit", 9, "--out", out, "--resume"]
-    process = start(mot, [str(word) for word in words], log=tmp_path / "log")
+    process = start(mot, *words, log=tmp_path / "log")
     assert finish(process) == 0, (tmp_path / "log").read_text()
     assert {"checkpoint-42", "checkpoint-45", "checkpoint-48"} <= {path.name for path in out.glob("checkpoint-*")}
     assert_same(out, whole)
@@ -200,7 +192,7 @@ def test_a_run_goes_on_with_other_intervals_and_another_transformers(whole, tmp_
 
 def test_a_finished_run_is_left_alone(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    cli.main([str(word) for word in (*FLAGS, "--out", whole, "--resume")])
+    mot(*FLAGS, "--out", whole, "--resume")
     assert "finished already" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
@@ -215,7 +207,7 @@ def test_a_finished_run_is_left_alone(whole, capsys):
 )
 def test_a_run_is_not_resumed_as_another(whole, words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([str(word) for word in (*FLAGS, "--out", whole, "--resume", *words)])
+        mot(*FLAGS, "--out", whole, "--resume", *words)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -224,7 +216,7 @@ def test_a_foreign_directory_is_not_resumed(tmp_path, capsys):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mum.txt").write_text("dear mum")
     with pytest.raises(SystemExit) as stopped:
-        cli.main([str(word) for word in (*FLAGS, "--out", tmp_path / "letters", "--resume")])
+        mot(*FLAGS, "--out", tmp_path / "letters", "--resume")
     assert stopped.value.code == 2
     assert "is no run directory" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mum.txt"]
@@ -236,7 +228,7 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_state(tmp_path
     flags += ["--training.warmup_steps", 20, "--learning-rate", 1e10, "--training.max_grad_norm", 0]
     flags += ["--training.logging_steps", 5, "--training.save_steps", 1]
     with pytest.raises(SystemExit) as stopped:
-        cli.main([str(word) for word in flags])
+        mot(*flags)
     assert stopped.value.code == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert "try a lower learning rate" in err
@@ -251,7 +243,7 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_state(tmp_path
 def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(whole, tmp_path):
     out = tmp_path / "run"
     words = [str(word) for word in (*FLAGS, "--out", out)]
-    process = start(mot_on_a_full_disk, words, 1_000_000, log=tmp_path / "log")
+    process = start(mot_on_a_full_disk, 1_000_000, *words, log=tmp_path / "log")
     assert finish(process) == 2
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("mot: error:")

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from texts import sentences, texts
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mixture_of_tokens.data.groups import collisions, grouped_order
@@ -21,14 +20,10 @@ from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.data.splits import SPLITS, split, spool
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import TokenFiles, tokenize
+from texts import sentences, texts
 
 END = "<|endoftext|>"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
 def write(path: Path, given: list[str]) -> str:
@@ -162,19 +157,19 @@ def test_little_text_works_as_far_as_it_can(tmp_path, capsys):
 # Cache
 
 
-def test_preparing_again_reads_the_cache(source, cache, tmp_path):
+def test_preparing_again_reads_the_cache(source, fresh_cache, tmp_path):
     first = prepare([source], vocab_size=300, context=16)
-    before = snapshot(cache)
+    before = snapshot(fresh_cache)
     again = prepare([source], vocab_size=300, context=16, group_size=16)
     assert prepare([source], vocab_size=300, context=8).train.context == 8
     (tmp_path / "elsewhere").mkdir()
     moved = prepare([shutil.copy(source, tmp_path / "elsewhere" / "name.jsonl")], vocab_size=300, context=16)
-    assert snapshot(cache) == before
+    assert snapshot(fresh_cache) == before
     assert first.facts == again.facts == {**moved.facts, "source": [source]}
     assert not [name for name in before if ".partial" in name]
 
 
-def test_another_text_or_option_is_prepared_anew(source, cache, tmp_path):
+def test_another_text_or_option_is_prepared_anew(source, fresh_cache, tmp_path):
     base = {"vocab_size": 300, "context": 16}
     hashes = {prepare([source], **base).facts["hash"]}
     longer = write(tmp_path / "longer.jsonl", texts(101))
@@ -183,11 +178,11 @@ def test_another_text_or_option_is_prepared_anew(source, cache, tmp_path):
     prepare([source], **base | {"vocab_size": 301})
     prepare([source], **base | {"group_size": 48})
     assert len(hashes) == 3  # of `source` and `longer` together the duplicates go, and `longer` is left
-    assert len(list(cache.glob("tokens-*/manifest.json"))) == 6
+    assert len(list(fresh_cache.glob("tokens-*/manifest.json"))) == 6
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
-def test_a_damaged_entry_is_made_again(source, cache, damage, capsys):
+def test_a_damaged_entry_is_made_again(source, fresh_cache, damage, capsys):
     whole = prepare([source], vocab_size=300, context=16)
     shard = whole.directory / "train-00000.tokens"
     content = shard.read_bytes()
@@ -220,44 +215,44 @@ def start(source: str, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_what_a_killed_process_leaves_is_thrown_away(source, cache, tmp_path, monkeypatch):
+def test_what_a_killed_process_leaves_is_thrown_away(source, fresh_cache, tmp_path, monkeypatch):
     killed = start(source, "slow")
     deadline = time.monotonic() + 60
-    while not list(cache.glob("*.partial/train-00000.tokens")):
+    while not list(fresh_cache.glob("*.partial/train-00000.tokens")):
         assert killed.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
-    (left,) = cache.glob("*.partial")
-    assert not list(cache.glob("tokens-*/manifest.json"))
+    (left,) = fresh_cache.glob("*.partial")
+    assert not list(fresh_cache.glob("tokens-*/manifest.json"))
     (left / "train-00007.tokens").write_bytes(b"what an older one has left")
     after = prepare([source], vocab_size=300, context=16)
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "fresh"))
     fresh = prepare([source], vocab_size=300, context=16)
-    assert not list(cache.glob("*.partial"))
+    assert not list(fresh_cache.glob("*.partial"))
     assert after.facts == fresh.facts
     files = [{p.name: p.read_bytes() for p in prepared.directory.iterdir()} for prepared in (after, fresh)]
     assert files[0] == files[1]
 
 
-def test_of_two_at_once_one_works_and_the_other_waits(source, cache):
+def test_of_two_at_once_one_works_and_the_other_waits(source, fresh_cache):
     both = [start(source, "slow"), start(source, "slow")]
     said = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert said[0][0] == said[1][0]
     assert sorted("waiting for it" in error for _, error in said) == [False, True]
-    assert len(list(cache.glob("tokens-*/manifest.json"))) == 1
+    assert len(list(fresh_cache.glob("tokens-*/manifest.json"))) == 1
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(source, cache):
+def test_a_full_disk_is_an_error_and_leaves_nothing(source, fresh_cache):
     code = CHILD.replace(
         "import sys, time", "import sys, time, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9**5,)*2)"
     )
     full = subprocess.run([sys.executable, "-c", code, source, ""], capture_output=True, text=True, check=False)
     assert full.returncode == 1
     assert "OSError: [Errno 27] File too large" in full.stderr
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    assert [path.suffix for path in fresh_cache.iterdir()] == [".lock"]
 
 
 # Tokenizers
@@ -328,21 +323,21 @@ def test_sizes_must_be_positive(source, options):
         prepare([source], **options)
 
 
-def test_nothing_is_left_of_bad_data(tmp_path, cache):
+def test_nothing_is_left_of_bad_data(tmp_path, fresh_cache):
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2 has no field 'text'"):
         prepare([str(tmp_path / "bad.jsonl")])
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    assert [path.suffix for path in fresh_cache.iterdir()] == [".lock"]
 
 
-def test_hub_data_in_a_local_folder_is_prepared_and_cached(tmp_path, cache):
+def test_hub_data_in_a_local_folder_is_prepared_and_cached(tmp_path, fresh_cache):
     (tmp_path / "set").mkdir()
     write(tmp_path / "set" / "train.jsonl", texts(100))
     prepared = prepare([f"hf:{tmp_path / 'set'}"], context=16)
     assert prepared.facts["hash"] == prepare([str(tmp_path / "set" / "train.jsonl")], context=16).facts["hash"]
-    before = snapshot(cache)
+    before = snapshot(fresh_cache)
     prepare([f"hf:{tmp_path / 'set'}"], context=16)
-    assert snapshot(cache) == before
+    assert snapshot(fresh_cache) == before
     limited = prepare([f"hf:{tmp_path / 'set'}"], context=16, max_bytes=50_000).facts
     assert 49_990 < sum(limited[name]["bytes"] for name in SPLITS) <= 50_000
 

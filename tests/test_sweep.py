@@ -5,18 +5,7 @@ import shlex
 
 import pytest
 
-from mixture_of_tokens import cli
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def sweep(*words: object) -> None:
-    cli.main(["sweep", *map(str, words)])
+from processes import mot
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +17,7 @@ def flags(small_corpus):
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, flags):
     out = tmp_path_factory.mktemp("sweeps") / "one"
-    sweep(*flags, "--out", out)
+    mot("sweep", *flags, "--out", out)
     return out
 
 
@@ -49,15 +38,15 @@ def test_the_best_has_the_lowest_mean_over_seeds_on_text_kept_for_tuning(swept):
 
 def test_called_again_it_trains_nothing_and_prints_the_same(swept, flags, capsys):
     before = {path: path.stat().st_mtime_ns for path in swept.rglob("*") if path.name != "sweep.json"}
-    sweep(*flags, "--out", swept)
+    mot("sweep", *flags, "--out", swept)
     out = capsys.readouterr().out
     best = next(line for line in out.splitlines() if line.startswith("Best: "))
     assert best.startswith("Best: mot train MoT-Nano/4E/2 --learning-rate 1e-2 --steps ")
-    cli.main([*shlex.split(best.removeprefix("Best: mot ")), "--dry-run"])
+    mot(*shlex.split(best.removeprefix("Best: mot ")), "--dry-run")
     capsys.readouterr()
     assert "Its rate is at the edge of the grid" in out
     assert {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.name != "sweep.json"}.items() >= before.items()
-    sweep(*flags, "--out", swept, "--json")
+    mot("sweep", *flags, "--out", swept, "--json")
     assert json.loads(capsys.readouterr().out) == json.loads((swept / "sweep.json").read_text())
 
 
@@ -65,7 +54,7 @@ def test_a_larger_grid_keeps_what_is_finished(swept, flags, capsys):
     finished = next(swept.rglob("run.json"))
     before = finished.stat().st_mtime_ns
     words = ["1e-30,1e-2,1e30" if word == "1e-30,1e-2" else word for word in flags]
-    sweep(*words, "--out", swept, "--training.max_grad_norm", 0.5)
+    mot("sweep", *words, "--out", swept, "--training.max_grad_norm", 0.5)
     assert finished.stat().st_mtime_ns == before
     out = capsys.readouterr().out
     assert "diverged" in out
@@ -75,7 +64,7 @@ def test_a_larger_grid_keeps_what_is_finished(swept, flags, capsys):
 
 def test_fields_of_the_model_are_settings_too(flags, tmp_path, capsys):
     words = ["--model.router_temperature", "0.25,1", "--model.mlp_only_layers", "[0,1]", "--dry-run"]
-    sweep(*flags, "--out", tmp_path / "grid", *words)
+    mot("sweep", *flags, "--out", tmp_path / "grid", *words)
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 2 * 2 * 2
     assert str(tmp_path / "grid" / "learning-rate=1e-2-router_temperature=0.25-seed=1") in shown
@@ -87,7 +76,7 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
     before = changed.read_text()
     changed.write_text(before.replace(json.loads(before)["corpus"]["hash"], "another"))
     with pytest.raises(SystemExit, match="2"):
-        sweep(*flags, "--out", swept)
+        mot("sweep", *flags, "--out", swept)
     changed.write_text(before)
     assert "they cannot be compared; take another --out" in capsys.readouterr().err
 
@@ -96,7 +85,7 @@ def test_several_processes_are_for_training_alone(swept, flags, monkeypatch, cap
     monkeypatch.setenv("WORLD_SIZE", "2")
     for command in (["sweep", *flags, "--training.gradient_accumulation_steps", 1], ["compare", "Transformer-Nano"]):
         with pytest.raises(SystemExit, match="2"):
-            cli.main([str(word) for word in command])
+            mot(*command)
         assert "torchrun is for mot train" in capsys.readouterr().err
 
 
@@ -112,7 +101,7 @@ def test_several_processes_are_for_training_alone(swept, flags, monkeypatch, cap
 )
 def test_the_whole_grid_is_checked_before_the_first_run(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        sweep("MoT-Nano/4E", *words, "--out", tmp_path / "grid")
+        mot("sweep", "MoT-Nano/4E", *words, "--out", tmp_path / "grid")
     assert stopped.value.code == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

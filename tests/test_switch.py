@@ -2,21 +2,17 @@
 
 import pytest
 import torch
-from routings import small_model
 from torch.testing import assert_close
 
+import reference
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
 from mixture_of_tokens.convert.switch import calibrate, rescale_moments, to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.evaluate import cross_entropy
 from mixture_of_tokens.runs.loading import load_model, text_of
-from tests import reference
+from routings import small_model
 
 MIXED = "MoT-Nano/4E/2"
-
-
-def tiny(kind="mixture_of_tokens", **options) -> MixtureOfTokensForCausalLM:
-    return small_model(kind, num_experts_per_tok=2, **options).double()
 
 
 def switched(source, **options):
@@ -27,7 +23,8 @@ def switched(source, **options):
 @pytest.mark.parametrize("learnable", [False, True])
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_a_token_gets_its_top_experts_by_the_same_logits(learnable, top_k):
-    source = tiny(router_temperature=0.5, learnable_temperature=learnable)
+    options = {"num_experts_per_tok": 2, "router_temperature": 0.5, "learnable_temperature": learnable}
+    source = small_model("mixture_of_tokens", **options).double()
     target, scales = switched(source, top_k=top_k)
     mixing, choosing = source.model.layers[1].mlp, target.model.layers[1].mlp
     x = torch.randn(4, 5, 16, dtype=torch.float64)
@@ -50,12 +47,7 @@ def test_a_token_gets_its_top_experts_by_the_same_logits(learnable, top_k):
 @pytest.mark.parametrize("kind", ["dense", "uniform", "token_choice", "expert_choice"])
 def test_only_a_mixture_with_a_router_becomes_token_choice(kind):
     with pytest.raises(ValueError, match="only a Mixture of Tokens with a router can become Token Choice"):
-        token_choice_config(tiny(kind).config)
-
-
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.convert.switch.STEPS", 80)
+        token_choice_config(small_model(kind).config)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +64,7 @@ def test_calibration_brings_branches_and_loss_nearer_and_knows_what_it_folded_in
     target, scales = switched(source)
     rows = text.validation.batch(range(64))
     plain = cross_entropy(target, rows)[0]
-    errors = calibrate(source, target, groups, scales)
+    errors = calibrate(source, target, groups, scales, steps=80)
     assert set(errors) == {"2", "3"}
     assert all(after < 0.9 * before for before, after in errors.values())
     assert cross_entropy(target, rows)[0] < plain
@@ -90,7 +82,7 @@ def test_calibration_is_the_same_each_time(trained):
     groups = list(training_groups(text.train, 32))[:2]
     first, second = switched(source), switched(source)
     for target, scales in (first, second):
-        calibrate(source, target, groups, scales)
+        calibrate(source, target, groups, scales, steps=80)
     for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(a, b)
 

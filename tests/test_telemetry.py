@@ -10,34 +10,18 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
-from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM
+from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.telemetry import combine_weights, measure, router_gradient_norms, routing_measures
 from mixture_of_tokens.training.trainer import _RouterGradients
-from tests.routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tokens
+from routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tiny, tokens
 
 KINDS = ("mixture_of_tokens", "uniform", "token_choice", "expert_choice")
 EXPERTS, GROUP, ROWS, LENGTH = 5, 4, 8, 10
 
 
-def tiny(kind: str, **fields) -> MixtureOfTokensForCausalLM:
-    """A dense block and two of this kind, of 5 experts and groups of 4."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "num_experts": EXPERTS,
-        "moe_intermediate_size": 16,
-        "group_size": GROUP,
-        "max_position_embeddings": 64,
-        "mlp_layer_types": ["dense", kind, kind],
-        "initializer_scale": 1.0,
-    }
-    return MixtureOfTokensForCausalLM(MixtureOfTokensConfig(**(sizes | fields))).train()
+def in_training(kind: str, **fields) -> MixtureOfTokensForCausalLM:
+    return tiny(kind, num_experts=EXPERTS, group_size=GROUP, **fields).train()
 
 
 def probe(rows: int = ROWS, seed: int = 1) -> dict[str, Tensor]:
@@ -191,7 +175,7 @@ def routed(measures: dict[str, dict[str, float]]) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("kind", ["mixture_of_tokens", "uniform"])
 def test_a_router_of_zeros_mixes_evenly(kind):
-    model, batch = tiny(kind), probe()
+    model, batch = in_training(kind), probe()
     for block in model.model.layers[1:]:
         if kind == "mixture_of_tokens":
             torch.nn.init.zeros_(block.mlp.gate.weight)
@@ -203,7 +187,7 @@ def test_a_router_of_zeros_mixes_evenly(kind):
 
 
 def test_a_tiny_temperature_gives_each_expert_one_token():
-    model, batch = tiny("mixture_of_tokens"), probe()
+    model, batch = in_training("mixture_of_tokens"), probe()
     warm = routed(measure(model, batch))
     model.set_router_temperature(1e-6)
     for measures, before in zip(routed(measure(model, batch)), warm, strict=True):
@@ -216,7 +200,7 @@ def test_a_tiny_temperature_gives_each_expert_one_token():
 
 def test_token_choice_forced_to_one_expert():
     """The residual stream is the embeddings, all positive; a router's row of ones then wins over rows of zeros."""
-    model, batch = tiny("token_choice", capacity_factor=1.25), probe()
+    model, batch = in_training("token_choice", capacity_factor=1.25), probe()
     with torch.no_grad():
         model.model.embed_tokens.weight.abs_()
         for block in model.model.layers:
@@ -246,14 +230,14 @@ def test_token_choice_forced_to_one_expert():
 
 def test_expert_choice_takes_one_token_a_group():
     # C = max(1, round(4 / 5)) = 1: an expert's weight is on one token, and at most all 5 experts on the same one.
-    for measures in routed(measure(tiny("expert_choice"), probe())):
+    for measures in routed(measure(in_training("expert_choice"), probe())):
         assert (measures["mixture_entropy"], measures["effective_tokens"]) == (0, 1)
         assert 0 < measures["dropped"] < 1 - 1 / GROUP
         assert 1 < measures["effective_experts"] < EXPERTS
 
 
 def test_branch_to_residual_is_the_feed_forwards_rms_over_the_streams(kind):
-    model, batch = tiny(kind).eval(), padded()
+    model, batch = tiny(kind, group_size=GROUP), padded()
     inside: list[tuple[Tensor, Tensor]] = []
     handles = [
         block.mlp.register_forward_hook(lambda module, args, output: inside.append((args[0], output)))
@@ -272,12 +256,12 @@ def test_branch_to_residual_is_the_feed_forwards_rms_over_the_streams(kind):
 
 
 def test_a_dense_model_has_the_branch_alone():
-    found = measure(tiny("dense"), probe())
+    found = measure(in_training("dense"), probe())
     assert [list(measures) for measures in found.values()] == [["branch_to_residual"]] * 3
 
 
 def test_masked_tokens_count_nowhere(kind):
-    model, batch = tiny(kind), padded()
+    model, batch = in_training(kind), padded()
     expected = measure(model, batch)
     other = torch.where(batch["attention_mask"].bool(), batch["input_ids"], padded(seed=5)["input_ids"])
     assert not torch.equal(other, batch["input_ids"])
@@ -293,7 +277,7 @@ def test_masked_tokens_count_nowhere(kind):
 
 
 def test_measures_are_in_full_precision_under_low_precision(kind):
-    model, batch = tiny(kind).bfloat16(), probe()
+    model, batch = in_training(kind).bfloat16(), probe()
     for block in model.model.layers[1:]:
         if kind in ("mixture_of_tokens", "token_choice"):
             torch.nn.init.zeros_(block.mlp.gate.weight)
@@ -320,7 +304,7 @@ def state(model) -> dict:
 
 
 def test_the_model_is_left_as_it_was_and_equal_weights_give_equal_measures(kind):
-    model = tiny(kind, attention_dropout=0.5)
+    model = in_training(kind, attention_dropout=0.5)
     model.model.layers[1].eval()  # a mode of its own
     graphs: list[bool] = []  # a hook of its own, which sees whether a graph is built
     model.lm_head.register_forward_hook(lambda module, args, output: graphs.append(output.requires_grad))
@@ -336,7 +320,7 @@ def test_the_model_is_left_as_it_was_and_equal_weights_give_equal_measures(kind)
 
 
 def test_an_error_leaves_no_hooks_and_the_mode(kind):
-    model = tiny(kind)
+    model = in_training(kind)
     before = state(model)
     with pytest.raises(IndexError):
         measure(model, {"input_ids": probe()["input_ids"] + 97})
@@ -351,7 +335,7 @@ def test_an_error_leaves_no_hooks_and_the_mode(kind):
 def test_gradients_of_a_step_are_those_of_a_step_without_a_probe(kind):
     batch, gradients = probe(), []
     for probed in (False, True):
-        model = tiny(kind)
+        model = in_training(kind)
         loss = model(**batch, labels=batch["input_ids"]).loss
         if probed:
             measure(model, batch)
@@ -364,7 +348,7 @@ def test_gradients_of_a_step_are_those_of_a_step_without_a_probe(kind):
 
 
 def test_router_gradient_norms_are_autograds(kind):
-    model, batch = tiny(kind), probe()
+    model, batch = in_training(kind), probe()
     assert router_gradient_norms(model) == {}
     gates = {str(i): getattr(model.model.layers[i].mlp, "gate", None) for i in (1, 2)}
     weights = {i: gate.weight for i, gate in gates.items() if gate is not None}
@@ -384,7 +368,7 @@ def test_router_gradient_norms_are_autograds(kind):
 def sharded(rank: int, rendezvous: str, expected: tuple) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    model = tiny("token_choice")
+    model = in_training("token_choice")
     for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)
@@ -407,7 +391,7 @@ def test_router_gradient_norms_are_those_before_clipping(total, expected, monkey
 
 
 def test_sharded_parameters_give_the_same_telemetry(tmp_path):
-    model, batch = tiny("token_choice"), probe()
+    model, batch = in_training("token_choice"), probe()
     model(**batch, labels=batch["input_ids"]).loss.backward()
     expected = (router_gradient_norms(model), measure(model, batch))
     torch.multiprocessing.spawn(sharded, (str(tmp_path / "rendezvous"), expected), nprocs=2)

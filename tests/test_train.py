@@ -16,26 +16,16 @@ from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
 from mixture_of_tokens.runs import provenance
+from processes import mot
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
 STEPS, ROWS = 12, 64
 BYTES = 3_000_000  # of the embedded corpus, an eighth
 
 
-def mot(*words: object) -> None:
-    cli.main([str(word) for word in words])
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -327,14 +317,13 @@ def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setitem(cli.COMMANDS, "train", command)
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["train"])
+        mot("train")
     way = "in training, --training.gradient_accumulation_steps N takes less"
     assert capsys.readouterr().err == f"mot: error: CUDA out of memory; {way}\n"
 
 
-def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.runs.provenance.PACKAGES", ("torch", "not-installed-anywhere"))
-    found = provenance.versions()
+def test_a_checkout_that_is_not_installed_has_no_version():
+    found = provenance.versions(("torch", "not-installed-anywhere"))
     assert (found["torch"], found["not-installed-anywhere"]) == (torch.__version__, None)
 
 

@@ -6,24 +6,20 @@ import shutil
 import time
 from itertools import pairwise
 
-import processes
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, set_seed
 
-from mixture_of_tokens import MixtureOfTokensForCausalLM, cli
+from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.training.trainer import GroupedTrainer
+from processes import mot, start
 
 MIXED = "MoT-Nano/4E/2"
 STEPS, SOURCE_STEPS = 10, 30
-
-
-def mot(*words: object) -> None:
-    cli.main(["transition", *map(str, words)])
 
 
 def hashes(directory) -> dict:
@@ -38,7 +34,7 @@ def transitioned(tiny_runs, tmp_path_factory):
     before = hashes(tiny_runs[MIXED])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))
-        mot(tiny_runs[MIXED], "--steps", STEPS, "--calibrate", "none", "--out", out)
+        mot("transition", tiny_runs[MIXED], "--steps", STEPS, "--calibrate", "none", "--out", out)
     return out, before
 
 
@@ -82,8 +78,8 @@ def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned)
 
 @pytest.mark.usefixtures("tiny_cache")
 def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys):
-    cli.main(["audit", str(transitioned[0]), "--expect", "private"])
-    cli.main(["report", str(transitioned[0]), "--out", str(tmp_path / "page.html")])
+    mot("audit", transitioned[0], "--expect", "private")
+    mot("report", transitioned[0], "--out", tmp_path / "page.html")
     assert "MoT-Nano/4E/2, switched" in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
     assert "An upright line is where a Mixture of Tokens became Token Choice." in page
@@ -97,18 +93,17 @@ def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tiny_runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mixture_of_tokens.convert.switch.STEPS", 80)
+def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tiny_runs, tmp_path, capsys):
     plain = json.loads((transitioned[0] / "switch.json").read_text())
     assert plain["source_in_groups"] < plain["at_the_switch"] == plain["plain_switch"]
     assert plain["branch_errors"] == {}
-    mot(tiny_runs[MIXED], "--steps", 5, "--json", "--out", tmp_path / "calibrated")
+    mot("transition", tiny_runs[MIXED], "--steps", 5, "--json", "--out", tmp_path / "calibrated")
     result = json.loads(capsys.readouterr().out)
     assert result["at_the_switch"] < result["plain_switch"] == pytest.approx(plain["plain_switch"], abs=1e-6)
     assert result["at_the_end"] < result["at_the_switch"]
     assert result["routers"]["last"]["dropped"] == 0
     words = ["--steps", 5, "--capacity", 1.25, "--calibrate", "none", "--optimizer", "fresh", "--json"]
-    mot(tiny_runs[MIXED], *words, "--out", tmp_path / "capacity")
+    mot("transition", tiny_runs[MIXED], *words, "--out", tmp_path / "capacity")
     assert json.loads(capsys.readouterr().out)["routers"]["first"]["dropped"] > 0
 
 
@@ -126,7 +121,7 @@ def begun(tiny_cache, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(GroupedTrainer, "train", train)
             with pytest.raises(Stopped) as stopped:
-                mot(*words, "--calibrate", "none", "--out", tmp_path / "begun")
+                mot("transition", *words, "--calibrate", "none", "--out", tmp_path / "begun")
         shutil.rmtree(tmp_path / "begun")
         return stopped.value.args[0]
 
@@ -171,14 +166,14 @@ def test_a_new_router_is_not_the_one_that_the_source_began_with(begun, tiny_runs
 
 @pytest.mark.usefixtures("tiny_cache")
 def test_the_control_from_scratch_is_the_same_model_from_nothing(tiny_runs, tmp_path, capsys):
-    mot(tiny_runs[MIXED], "--steps", 2, "--control", "scratch", "--json", "--out", tmp_path / "scratch")
+    mot("transition", tiny_runs[MIXED], "--steps", 2, "--control", "scratch", "--json", "--out", tmp_path / "scratch")
     facts = json.loads(capsys.readouterr().out)
     assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", SOURCE_STEPS + 2)
     assert rows_of(tmp_path / "scratch")[0]["train_loss"] > 5  # near ln 512
     run = read(tmp_path / "scratch")
     assert (run.config.capacity_factor, run.config.router_temperature) == (None, 1)
     other = copy_of(tiny_runs[MIXED], tmp_path / "other", model={"rms_norm_eps": 1e-3}, training={"weight_decay": 0.7})
-    mot(other, "--control", "scratch", "--learning-rate", 0.5, "--dry-run")
+    mot("transition", other, "--control", "scratch", "--learning-rate", 0.5, "--dry-run")
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["model"]["rms_norm_eps"], shown["training"]["weight_decay"]) == (1e-3, 0.7)
     assert (shown["learning_rate"], shown["model"]["num_experts_per_tok"]) == (0.5, 2)
@@ -188,7 +183,7 @@ def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_pa
     copy_of(tiny_runs[MIXED], tmp_path / "source")
     monkeypatch.chdir(tmp_path / "source")
     words = ["--steps", 4, "--schedule", "continued", "--top-k", 1, "--calibrate", "none", "--optimizer", "fresh"]
-    mot(".", *words)
+    mot("transition", ".", *words)
     run = read(tmp_path / "source-transition")
     last = [row["learning_rate"] for row in rows_of(tiny_runs[MIXED]) if "learning_rate" in row][-1]
     rates = [row["learning_rate"] for row in run.rows if row["step"] > SOURCE_STEPS and "learning_rate" in row]
@@ -200,11 +195,11 @@ def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_pa
 @pytest.mark.usefixtures("tiny_cache")
 def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_runs, tmp_path, capsys):
     out = tmp_path / "new"
-    mot(tiny_runs[MIXED], "--steps", 6, "--anneal", 0.05, "--calibrate", "none", "--json", "--out", out)
+    mot("transition", tiny_runs[MIXED], "--steps", 6, "--anneal", 0.05, "--calibrate", "none", "--json", "--out", out)
     result = json.loads(capsys.readouterr().out)
     annealed = AutoModelForCausalLM.from_pretrained(tmp_path / "new-annealed" / "model")
     assert annealed.config.router_temperature == pytest.approx(0.05)
-    cli.main(["report", str(tmp_path / "new-annealed")])
+    mot("report", tmp_path / "new-annealed")
     again = f"mot transition again/{tiny_runs[MIXED].name} --out again/new --steps 6 --anneal 0.05 --optimizer carried"
     assert again in (tmp_path / "new-annealed" / "report.html").read_text()
     capsys.readouterr()
@@ -233,9 +228,9 @@ def test_rows_go_on_where_the_source_ended(tiny_runs):
 def test_once_begun_it_goes_on_without_the_source_s_checkpoint(tiny_runs, tmp_path, capsys):
     source = shutil.copytree(tiny_runs[MIXED], tmp_path / "source")
     words = [source, "--steps", 2, "--calibrate", "none", "--out", tmp_path / "new", "--resume"]
-    mot(*words)
+    mot("transition", *words)
     shutil.rmtree(source / f"checkpoint-{SOURCE_STEPS}")
-    mot(*words)
+    mot("transition", *words)
     assert "new is finished already" in capsys.readouterr().err
 
 
@@ -243,7 +238,7 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))
     out = tmp_path / "stopped"
     words = [str(tiny_runs[MIXED]), "--steps", str(STEPS), "--calibrate", "none", "--out", str(out), "--resume"]
-    process = processes.start(processes.mot, ["transition", *words], log=tmp_path / "log")
+    process = start(mot, "transition", *words, log=tmp_path / "log")
     give_up = time.monotonic() + 120
     while not (out / "switch.json").exists():
         assert time.monotonic() < give_up
@@ -251,7 +246,7 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         time.sleep(0.02)
     process.terminate()
     process.join()
-    mot(*words)
+    mot("transition", *words)
     models = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (transitioned[0], out)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     steps = [row["step"] for row in rows_of(out)]
@@ -302,7 +297,7 @@ def test_bad_use_is_one_line_and_leaves_nothing(words, message, tiny_runs, tmp_p
     if "--out" not in words:
         words += ["--out", "new"]
     with pytest.raises(SystemExit, match="2"):
-        mot(*words)
+        mot("transition", *words)
     shown = capsys.readouterr()
     lines = [line for line in shown.err.splitlines() if "far-apart segments count as documents" not in line]
     assert len(lines) == 1

@@ -81,26 +81,29 @@ def calibrate(
     target: MixtureOfTokensForCausalLM,
     batches: Iterable[dict[str, Tensor]],
     scales: Scales,
+    *,
+    steps: int = STEPS,
 ) -> dict[str, tuple[float, float]]:
     """Fit the layers of a model just switched to those of its source, whose companions are calibrated.
 
     Args:
         batches: rows of training text; some 16,000 tokens are used.
         scales: of `to_token_choice`; what is folded in is multiplied onto them.
+        steps: of Adam, for each layer.
 
     Returns, by layer, the distance from the source's branch as a share of its size, before and after.
     """
     seen = _branches(source, batches)
     errors = {}
     layers = _layers(target, TokenChoice)
-    bar = tqdm(desc="Fitting routers and scales", total=len(layers) * STEPS, unit="step", delay=2, dynamic_ncols=True)
+    bar = tqdm(desc="Fitting routers and scales", total=len(layers) * steps, unit="step", delay=2, dynamic_ncols=True)
     for i, layer in layers:
         x_SD, y_SD = seen[i]
         bias_E = source.get_submodule(f"model.layers.{i}.mlp").get_buffer("companion_logit")
         before = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
         with torch.no_grad():
             error = _distance(layer, before, x_SD, y_SD)
-        after, folded = _fit(layer, before, bias_E, x_SD, y_SD, bar)
+        after, folded = _fit(layer, before, bias_E, x_SD, y_SD, steps, bar)
         with torch.no_grad():
             errors[str(i)] = (error, _distance(layer, after, x_SD, y_SD))
             for name, weight in after.items():
@@ -154,7 +157,7 @@ def _call(layer: nn.Module, weights: dict[str, Tensor], x_SD: Tensor) -> Tensor:
 
 
 def _fit(
-    layer: nn.Module, before: dict[str, Tensor], bias_E: Tensor, x_SD: Tensor, y_SD: Tensor, bar: tqdm
+    layer: nn.Module, before: dict[str, Tensor], bias_E: Tensor, x_SD: Tensor, y_SD: Tensor, steps: int, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The layer's weights with the scalars folded in, and what they were multiplied by."""
     second_DD = x_SD.double().T @ x_SD.double() / len(x_SD)
@@ -175,8 +178,8 @@ def _fit(
     generator = torch.Generator().manual_seed(0)
     slow = {"params": [free["bias"], free["log_beta"]], "lr": ROUTER_RATE}
     adam = torch.optim.Adam([{"params": [free["log_a"], free["log_s"]], "lr": SCALE_RATE}, slow])
-    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
+    for _ in range(steps):
         rows = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=generator).to(x_SD.device)
         error = (_call(layer, folded()[0], x_SD[rows]) - y_SD[rows]).square().sum() / y_SD[rows].square().sum()
         adam.zero_grad()

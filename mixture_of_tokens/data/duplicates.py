@@ -28,15 +28,18 @@ CHUNK = 2**26  # bytes that a process is given; it takes half a second to start 
 PART = 2**20  # bytes held at once
 
 
-def sketch(file: int, offset: int, length: int, minhash: MinHash) -> np.ndarray:
-    """Hashes of the bands (BANDS,) of a text: `length` bytes from `offset` of an open file. Zeros if it is blank."""
+def sketch(file: int, offset: int, length: int, minhash: MinHash, *, part: int = PART) -> np.ndarray:
+    """Hashes of the bands (BANDS,) of a text: `length` bytes from `offset` of an open file. Zeros if it is blank.
+
+    The text is read in parts of so many bytes, which changes nothing.
+    """
     for shortest in (SHORTEST_LINE, 1):
         minhash.clear()
         rest = b""
-        for start in range(offset, offset + length, PART):
-            text = rest + os.pread(file, min(PART, offset + length - start), start)
+        for start in range(offset, offset + length, part):
+            text = rest + os.pread(file, min(part, offset + length - start), start)
             last = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
-            if last == 0 and len(text) > PART:  # a very long line
+            if last == 0 and len(text) > part:  # a very long line
                 last = len(text)
             rest = text[last:]
             minhash.update_batch({line for line in map(bytes.strip, text[:last].splitlines()) if len(line) >= shortest})
@@ -48,12 +51,12 @@ def sketch(file: int, offset: int, length: int, minhash: MinHash) -> np.ndarray:
     return np.zeros(BANDS, dtype=np.uint64)
 
 
-def _sketches(text: Path, places: np.ndarray) -> np.ndarray:
+def _sketches(text: Path, places: np.ndarray, *, part: int = PART) -> np.ndarray:
     """Bands (documents, BANDS) of the documents at `places` (documents, 2), offset and length, of a file."""
     minhash = MinHash(num_perm=BANDS * ROWS, hashfunc=zlib.crc32, seed=1)
     file = os.open(text, os.O_RDONLY)
     try:
-        return np.array([sketch(file, int(offset), int(length), minhash) for offset, length in places])
+        return np.array([sketch(file, int(offset), int(length), minhash, part=part) for offset, length in places])
     finally:
         os.close(file)
 
@@ -66,10 +69,10 @@ def _sketches_elsewhere(text: Path, places: np.ndarray) -> np.ndarray:
     return np.frombuffer(done.stdout, dtype=np.uint64).reshape(-1, BANDS)
 
 
-def _chunks(text: Path, places: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def _chunks(text: Path, places: np.ndarray, chunk: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Bands of all documents, chunk by chunk, in order."""
     read = np.cumsum(places[:, 1])
-    edges = np.unique([0, *np.searchsorted(read, np.arange(CHUNK, read[-1], CHUNK)), len(places)])
+    edges = np.unique([0, *np.searchsorted(read, np.arange(chunk, read[-1], chunk)), len(places)])
     parts = [slice(a, b) for a, b in pairwise(edges.tolist())]
     workers = min(os.cpu_count() or 1, len(parts), 8)
     if workers == 1:
@@ -80,7 +83,7 @@ def _chunks(text: Path, places: np.ndarray) -> Iterator[tuple[slice, np.ndarray]
 
 
 def unlike(
-    text: Path, places: np.ndarray, digests: np.ndarray, work: Path, read: Callable[[int], Any]
+    text: Path, places: np.ndarray, digests: np.ndarray, work: Path, read: Callable[[int], Any], *, chunk: int = CHUNK
 ) -> tuple[np.ndarray, int]:
     """Which documents to keep, by number, in an order set by their content alone, and how many duplicates are left out.
 
@@ -91,12 +94,13 @@ def unlike(
         digests: (documents,), uint64, hashes of their content.
         work: A folder for the bands, which take 128 bytes a document.
         read: Told of the bytes sketched.
+        chunk: Bytes for a process; where there are no more than that, no other process is started.
     """
     # In a file, mapped for a moment only: memory does not grow by what would be most of a short document.
     file, shape = work / "bands", (BANDS, len(places))
     with file.open("wb") as made:
         made.truncate(BANDS * len(places) * 8)
-    for part, found in _chunks(text, places):
+    for part, found in _chunks(text, places, chunk):
         np.memmap(file, dtype=np.uint64, mode="r+", shape=shape)[:, part] = found.T
         read(int(places[part, 1].sum()))
 

@@ -68,7 +68,14 @@ def spool(
 
 
 def split(
-    file: Path, places: np.ndarray, digests: np.ndarray, *, group_size: int, work: Path, read: Callable[[int], Any]
+    file: Path,
+    places: np.ndarray,
+    digests: np.ndarray,
+    *,
+    group_size: int,
+    work: Path,
+    read: Callable[[int], Any],
+    held_out: int = HELD_OUT,
 ) -> Splits:
     """Leave out duplicates, deal documents to the splits in an order set by their content, cut those that are too long.
 
@@ -77,6 +84,7 @@ def split(
         group_size: no document may have more than 1 / (2.5 * group_size) of its split's bytes.
         work: A folder for what does not go into memory.
         read: Told of the bytes sketched.
+        held_out: no split but training's gets more bytes than about this.
 
     Raises ValueError if there is no text.
     """
@@ -84,15 +92,15 @@ def split(
     if not len(kept):
         raise ValueError("there is no text in the corpus")
     documents = places[kept]
-    shares = [min(share, HELD_OUT / int(documents[:, 1].sum())) for share in (VALIDATION, TUNING)]
+    shares = [min(share, held_out / int(documents[:, 1].sum())) for share in (VALIDATION, TUNING)]
     with opened(file) as text:
         # Few, or so large that one of them is more than is held out.
         if len(documents) < FEW or round(min(shares) * len(documents)) < 1:
             divided = np.array([_divided(text, offset, length, *shares) for offset, length in documents.tolist()])
             parts = whole = list(divided.swapaxes(0, 1))  # each (documents, 2)
         else:
-            held_out = [_count(len(documents), share, group_size) for share in shares]
-            whole = np.split(documents, np.cumsum(held_out))[::-1]
+            counts = [_count(len(documents), share, group_size) for share in shares]
+            whole = np.split(documents, np.cumsum(counts))[::-1]
             # Text to train on is worth more than the promise of whole documents; text to evaluate on is not.
             parts = [
                 _cut(text, p, group_size, 0.5 if s == "train" else 0.125) for s, p in zip(SPLITS, whole, strict=True)

@@ -203,14 +203,17 @@ def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> _Measured:
 
 
 @torch.no_grad()
-def cross_entropy(model, inputs: dict[str, Tensor]) -> tuple[float, int]:
-    """Summed over the tokens that have a label, and how many there are; of any causal language model."""
+def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOGITS) -> tuple[float, int]:
+    """Summed over the tokens that have a label, and how many there are; of any causal language model.
+
+    Models of others are given as many rows at once as make so many logits.
+    """
     labels = inputs["shift_labels"]
     count = int((labels != IGNORE).sum())
     if not count:
         return 0.0, 0
     if isinstance(model, PreTrainedModel) and not isinstance(model, MixtureOfTokensForCausalLM):
-        rows = max(1, LOGITS // (labels.shape[1] * model.config.vocab_size))  # whose logits stand in memory
+        rows = max(1, logits_at_once // (labels.shape[1] * model.config.vocab_size))  # whose logits stand in memory
         nats = 0.0
         for start in range(0, len(labels), rows):
             given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 PACKAGES = ("mixture-of-tokens", "torch", "transformers", "accelerate", "tokenizers", "numpy")
 
 
-def versions() -> dict[str, str | None]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     """None for what is not installed: this package, where it runs from a checkout."""
 
     def version(name: str) -> str | None:
@@ -22,7 +23,7 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def commit() -> str | None:

@@ -1,0 +1,259 @@
+"""The rooms of the library: who may import whom, what is public, and how little of it the layers and `mot` need."""
+
+import ast
+import importlib
+import shutil
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mixture_of_tokens
+from mixture_of_tokens import __main__ as front_door
+
+PACKAGE = Path(mixture_of_tokens.__file__).parent
+# Each level imports from those before it; rooms of one level do not import each other. "" is what stands on top.
+LEVELS = [{""}, {"model", "data"}, {"runs"}, {"inference"}, {"training"}, {"convert"}, {"reports"}, {"front door"}]
+FRONT_DOOR = {"__init__", "__main__", "cli"}
+# What `pip install mixture-of-tokens` does without, and what of the rest the layers do without.
+EXTRA = ("accelerate", "cyclopts", "datasets", "datasketch", "matplotlib", "pandas", "pyarrow", "tensorboard")
+MODELS_ALONE = ("transformers", "huggingface_hub", "numpy", "safetensors", "tokenizers", "tqdm", "yaml")
+
+
+def module_of(path: Path, package: Path) -> str:
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def modules(package: Path) -> dict[str, ast.Module]:
+    """Every module by its name within the package."""
+    return {module_of(path, package): ast.parse(path.read_text()) for path in package.rglob("*.py")}
+
+
+def imported(tree: ast.AST, known: set[str]) -> set[str]:
+    """The modules of the library that are imported anywhere below, in functions and for type checkers too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.partition(".")[0] != "mixture_of_tokens" or name == "mixture_of_tokens.__version__":
+                continue
+            parts = name.split(".")[1:]
+            while parts and ".".join(parts) not in known:  # the last is a name within a module
+                parts.pop()
+            found.add(".".join(parts) or "__init__")
+    return found
+
+
+def arrows(package: Path) -> dict[str, set[str]]:
+    trees = modules(package)
+    return {name: imported(tree, set(trees)) for name, tree in trees.items()}
+
+
+def room(module: str, package: Path) -> str:
+    if module in FRONT_DOOR:
+        return "front door"
+    first = module.partition(".")[0]
+    return first if (package / first).is_dir() else ""
+
+
+def upward(package: Path) -> list[str]:
+    """Imports from another room that is not of an earlier level."""
+    levels = {name: number for number, names in enumerate(LEVELS) for name in names}
+    found = []
+    for module, others in arrows(package).items():
+        for other in others:
+            own, its = room(module, package), room(other, package)
+            if own != its and levels[own] <= levels[its]:
+                found.append(f"{module} imports {other}")
+    return found
+
+
+def when_imported(tree: ast.Module) -> ast.Module:
+    """Without functions, and without what is for type checkers alone."""
+    kept = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return ast.Module(body=kept, type_ignores=[])
+
+
+def order(package: Path) -> list[str]:
+    """The modules, each after those that it imports. Raises CycleError where there is none."""
+    trees = modules(package)
+    graph = {name: imported(when_imported(tree), set(trees)) - {name} for name, tree in trees.items()}
+    return list(TopologicalSorter(graph).static_order())
+
+
+def test_no_room_imports_a_later_one_and_modules_import_in_no_circle():
+    assert {room(module, PACKAGE) for module in modules(PACKAGE)} == set.union(*LEVELS)
+    assert upward(PACKAGE) == []
+    assert len(order(PACKAGE)) == len(modules(PACKAGE))
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "found"),
+    [
+        (
+            "data/tokens",
+            "def late():\n    from mixture_of_tokens.reports import page",
+            "data.tokens imports reports.page",
+        ),
+        ("data/tokens", "import mixture_of_tokens.model.names", "data.tokens imports model.names"),
+        ("layers", "from mixture_of_tokens.model.config import X", "layers imports model.config"),
+        ("runs/run", "from mixture_of_tokens import train", "runs.run imports __init__"),
+    ],
+)
+def test_a_planted_upward_import_is_found(module, line, found, tmp_path):
+    planted = tmp_path / "mixture_of_tokens"
+    shutil.copytree(PACKAGE, planted)
+    with (planted / f"{module}.py").open("a") as file:
+        file.write(f"\n{line}\n")
+    assert upward(planted) == [found]
+
+
+def test_a_planted_circle_within_a_room_is_found(tmp_path):
+    planted = tmp_path / "mixture_of_tokens"
+    shutil.copytree(PACKAGE, planted)
+    with (planted / "layout.py").open("a") as file:
+        file.write("\nfrom mixture_of_tokens.layers import softmax\n")
+    assert upward(planted) == []
+    with pytest.raises(CycleError):
+        order(planted)
+
+
+def test_modules_are_short():
+    lengths = {str(path.relative_to(PACKAGE)): path.read_text().count("\n") for path in PACKAGE.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+# What is public
+
+
+def for_type_checkers() -> dict[str, str]:
+    (block,) = (node for node in modules(PACKAGE)["__init__"].body if isinstance(node, ast.If))
+    assert isinstance(block.test, ast.Name)
+    assert block.test.id == "TYPE_CHECKING"
+    nodes = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert len(nodes) == len(block.body)
+    return {alias.name: str(node.module) for node in nodes for alias in node.names}
+
+
+def test_public_names_are_the_same_for_importers_type_checkers_and_readers():
+    places = {name: f"mixture_of_tokens.{module}" for name, module in mixture_of_tokens._PLACES.items()}
+    assert for_type_checkers() == places
+    assert set(mixture_of_tokens.__all__) - {"__version__"} == set(places)
+    assert sorted(mixture_of_tokens.__all__) == list(mixture_of_tokens.__all__)
+
+
+@pytest.mark.parametrize("name", mixture_of_tokens.__all__)
+def test_every_public_name_is_there(name):
+    found = getattr(mixture_of_tokens, name)
+    if name != "__version__":
+        assert callable(found)
+        assert found is getattr(importlib.import_module(f"mixture_of_tokens.{mixture_of_tokens._PLACES[name]}"), name)
+    assert name in dir(mixture_of_tokens)
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'mixture'"):
+        _ = mixture_of_tokens.mixture  # type: ignore[attr-defined]
+
+
+# In processes of their own
+
+
+def fresh(code: str, *words: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Code run by a new Python in which some packages cannot be imported."""
+    refuse = f"import sys\nsys.modules.update(dict.fromkeys({without!r}))\n"
+    return subprocess.run([sys.executable, "-c", refuse + code, *words], capture_output=True, text=True, check=False)
+
+
+OURS = (
+    "\nprint(sorted(name for name, module in sys.modules.items() if module and name.startswith('mixture_of_tokens')))"
+)
+LAYER = """
+import torch
+from mixture_of_tokens import MixtureOfTokens
+x = torch.randn(8, 3, 16, requires_grad=True)
+MixtureOfTokens(hidden_size=16, expert_size=8, num_experts=4, group_size=4)(x).sum().backward()
+assert x.grad.isfinite().all()
+"""
+
+
+def test_the_layer_needs_torch_alone():
+    done = fresh(LAYER + OURS, without=EXTRA + MODELS_ALONE)
+    assert done.returncode == 0, done.stderr
+    loaded = ["mixture_of_tokens", "mixture_of_tokens.layers", "mixture_of_tokens.layout"]
+    assert ast.literal_eval(done.stdout) == loaded
+
+
+MODELS = """
+import torch
+from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions, config_from_name, plan
+from mixture_of_tokens.model.telemetry import measure
+model = MixtureOfTokensForCausalLM(config_from_name("MoT-Nano/4E", vocab_size=50)).train()
+batch = {"input_ids": torch.randint(50, (8, 5))}
+model(**batch, labels=batch["input_ids"]).loss.backward()
+calibrate_companions(model, [batch])
+assert measure(model, batch)
+model.eval().serve_alone()
+model.generate(batch["input_ids"], max_new_tokens=2)
+model.save_pretrained(sys.argv[1])
+from transformers import AutoModelForCausalLM
+assert torch.equal(AutoModelForCausalLM.from_pretrained(sys.argv[1]).lm_head.weight, model.lm_head.weight)
+"""
+
+
+def test_the_models_need_nothing_of_the_extra(tmp_path):
+    done = fresh(MODELS, str(tmp_path), without=EXTRA)
+    assert done.returncode == 0, done.stderr
+
+
+MOT = """
+import time
+from mixture_of_tokens.__main__ import main
+sys.argv = ["mot", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as stopped:
+    assert not stopped.code, stopped.code
+print(time.process_time(), "torch" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_import_no_torch_and_come_at_once(flag):
+    seconds = []
+    for _ in range(3):
+        done = fresh(MOT, flag)
+        assert done.returncode == 0, done.stderr
+        cpu, torch = done.stderr.split()
+        assert torch == "False"
+        seconds.append(float(cpu))
+    assert ("transition" if flag == "--help" else mixture_of_tokens.__version__) in done.stdout
+    assert min(seconds) < 1
+
+
+def test_without_the_extra_mot_says_in_a_line_what_to_install():
+    done = fresh(MOT.replace("assert not stopped.code, stopped.code", "raise"), "plan", "MoT-Nano/4E", without=EXTRA)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        'mot: error: cyclopts is not installed; the command line comes with pip install "mixture-of-tokens[train]"\n'
+    )
+
+
+@pytest.mark.parametrize("name", ["torch.not_there", "mixture_of_tokens.not_there", None])
+def test_what_is_missing_within_an_installed_package_is_not_taken_for_the_extra(name, monkeypatch):
+    def failing() -> None:
+        raise ModuleNotFoundError("No module", name=name)
+
+    monkeypatch.setattr("mixture_of_tokens.cli.main", failing)
+    with pytest.raises(ModuleNotFoundError):
+        front_door.main()
