@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     conditions = surroundings(args.device) | {"steps": args.steps, "rounds": args.rounds}
     rows = []
     for (name, loop), own in milliseconds.items():
-        row = conditions | {"model": name, "loop": loop, "batch": turns[name, loop].run["batch_size"]}
+        row = conditions | {"model": name, "loop": loop, "batch": turns[name, loop].config.batch_size}
         figures = {"milliseconds": own, "share_of_first": own / milliseconds[args.models[0], loop]}
         if loop == "trainer":
             figures["overhead"] = own / milliseconds[name, "loop"] - 1

@@ -13,7 +13,7 @@ torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait 
 
 
 # Files whose tests train, or start processes: they go first, or one process would be busy with them long after others.
-LONG = ("transition", "train", "export", "compare", "resume", "readme", "evaluate", "generate", "companions", "switch")
+LONG = ("transition", "train", "export", "compare", "resume", "docs", "evaluate", "generate", "companions", "switch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
