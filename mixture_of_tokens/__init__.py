@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.reports.compare import compare
     from mixture_of_tokens.reports.report import report
     from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
+    from mixture_of_tokens.training.options import Options
     from mixture_of_tokens.training.sweep import sweep
     from mixture_of_tokens.training.train import train
 
@@ -38,6 +39,7 @@ _MODULES = {
     "model.companions": ("calibrate_companions",),
     "model.cost": ("plan",),
     "data.inspect": ("data_report",),
+    "training.options": ("Options",),
     "training.train": ("train",),
     "training.sweep": ("sweep",),
     "inference.generate": ("generate",),
@@ -57,6 +59,7 @@ __all__ = [
     "MixtureOfTokensConfig",
     "MixtureOfTokensForCausalLM",
     "MixtureOfTokensModel",
+    "Options",
     "Router",
     "TokenChoice",
     "audit",

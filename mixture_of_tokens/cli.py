@@ -51,6 +51,7 @@ COMMANDS = {
     ),
     "data-report": ("data.inspect:data_report", "Prepare a corpus and print what is in it."),
 }
+WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated
 
 
 def _flags(key: str, value: Any) -> Iterator[list[str]]:
@@ -107,7 +108,8 @@ def _app(words: list[str]) -> App:
     for name, (place, help) in COMMANDS.items():
         # The one that is given tells all of its docstring.
         about = {} if name in words[:1] else {"help": help}
-        app.command(f"{__package__}.{place}", name=name, **about)
+        on_by_default = {"default_parameter": Parameter(negative=None)} if name in WITH_NEGATIVE_FLAGS else {}
+        app.command(f"{__package__}.{place}", name=name, **about, **on_by_default)
     app.meta.default(_common)
     return app
 

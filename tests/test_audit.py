@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mixture_of_tokens import ExpertChoice
-from mixture_of_tokens.inference.audit import measure, texts, verdicts
+from mixture_of_tokens.inference.audit import Audit, leaks, texts
 from processes import mot
 from routings import randomized, small_model
 
@@ -19,26 +19,25 @@ def build(kind: str):
     return small_model(kind, max_position_embeddings=40)
 
 
-def audited(model) -> dict:
-    found = measure(model, texts(None, model, batches=3, seed=0)) | {"collisions": None}
-    return found | verdicts(found)
+def audited(model) -> Audit:
+    return Audit("model", 0, leaks(model, texts(None, model, batches=3, seed=0)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_routing_is_causal_and_those_that_mix_nothing_are_private(kind):
     found = audited(build(kind))
-    assert found["causal"]
-    assert found["private"] == (kind in PRIVATE)
-    assert found["noise"] < 1e-4 < found["moved"]
+    assert found.causal
+    assert found.private == (kind in PRIVATE)
+    assert found.leaks.noise < 1e-4 < found.leaks.moved
 
 
 def test_influence_is_measured_by_position_and_by_block():
     found = audited(build("mixture_of_tokens"))
-    assert all(value > 0 for value in found["kl_mean"])
-    assert all(a >= b for a, b in zip(found["kl_largest"], found["kl_mean"], strict=True))
-    assert found["layers"][0] == 0  # the first block is dense
-    assert found["layers"][1] > 0.01
-    assert audited(build("dense"))["top1_flips"] == [0, 0, 0, 0]
+    assert all(value > 0 for value in found.leaks.kl_mean)
+    assert all(a >= b for a, b in zip(found.leaks.kl_largest, found.leaks.kl_mean, strict=True))
+    assert found.leaks.layers[0] == 0  # the first block is dense
+    assert found.leaks.layers[1] > 0.01
+    assert audited(build("dense")).leaks.top1_flips == [0, 0, 0, 0]
 
 
 class SoftMoE(nn.Module):
@@ -93,9 +92,9 @@ def test_planted_leaks_are_found(fault, where):
     model = build("dense")
     model.model.layers[1].mlp = randomized(fault(model.config))
     found = audited(model)
-    assert not found["causal"]
-    assert not found["private"]
-    assert found["future"][where] > 100 * found["allowed"]
+    assert not found.causal
+    assert not found.private
+    assert found.leaks.future[where] > 100 * found.leaks.allowed
 
 
 def test_a_model_that_looks_at_nothing_passes_as_nothing():
@@ -103,8 +102,8 @@ def test_a_model_that_looks_at_nothing_passes_as_nothing():
     nn.init.zeros_(model.lm_head.weight)
     model.lm_head.register_forward_hook(lambda module, x, y: y + torch.arange(37.0))
     found = audited(model)
-    assert not found["causal"]
-    assert not found["private"]
+    assert not found.causal
+    assert not found.private
 
 
 def test_batch_mates_of_a_dense_model_that_reads_its_neighbour_are_found():
@@ -115,8 +114,8 @@ def test_batch_mates_of_a_dense_model_that_reads_its_neighbour_are_found():
     model = build("dense")
     model.model.layers[0].mlp = Neighbour()
     found = audited(model)
-    assert found["causal"]
-    assert not found["private"]
+    assert found.causal
+    assert not found.private
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -25,7 +25,7 @@ def flags(small_corpus):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, flags):
     out = tmp_path_factory.mktemp("compare") / "all"
-    mot("compare", *NAMES, *flags, "--lr", "1e-3,1e-2,1e-2", "--out", out)
+    mot("compare", *NAMES, *flags, "--learning-rate", "1e-3,1e-2,1e-2", "--out", out)
     return out
 
 
@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_the_runs(compared):
 
 def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, capsys):
     before = {file: file.stat().st_mtime_ns for file in compared.glob("*/*")}
-    words = ("compare", *NAMES, *flags, "--lr", "1e-3,1e-2,1e-2", "--out", compared)
+    words = ("compare", *NAMES, *flags, "--learning-rate", "1e-3,1e-2,1e-2", "--out", compared)
     mot(*words, "--json")
     assert json.loads(capsys.readouterr().out) == json.loads((compared / "compare.json").read_text())
     mot(*words)
@@ -93,7 +93,7 @@ def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, cap
 def test_another_configuration_in_the_same_place_is_refused_before_anything_is_trained(compared, flags, capsys):
     before = {file: file.stat().st_mtime_ns for file in compared.glob("*/*")}
     with pytest.raises(SystemExit) as stopped:
-        mot("compare", "EC-Nano/4E", *NAMES, *flags, "--lr", "3e-3", "--out", compared)
+        mot("compare", "EC-Nano/4E", *NAMES, *flags, "--learning-rate", "3e-3", "--out", compared)
     assert stopped.value.code == 2
     err = capsys.readouterr().err
     assert "was started with --learning-rate 0.001, now it is 0.003" in err
@@ -136,7 +136,7 @@ def test_models_that_saw_other_text_are_refused(compared, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         mot("report", compared / "Transformer-Nano-seed0", other, "--out", tmp_path / "x.html")
     assert stopped.value.code == 2
-    assert "saw different corpora" in capsys.readouterr().err
+    assert "cannot be compared, they differ in their text" in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()
 
 

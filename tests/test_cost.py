@@ -5,6 +5,7 @@ Models run on fake tensors: shapes without values or memory, on a device that, u
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, m
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import BY_PREFIX, ROUTINGS
+from processes import mot
 from test_names import PAPER
 
 KINDS = list(ROUTINGS)
@@ -181,8 +183,8 @@ def test_the_floor_is_what_routing_costs(name, floor):
     That is 6 * 32 / (4 * 2048) = 2.3 % and 6 * 256 / (4 * 2048) = 18.8 %; without a router 12.5 %.
     """
     planned = plan_of(config_from_name(name, gated=False), batch=256)
-    assert planned["floor"]["feed_forward"] == pytest.approx(floor, abs=5e-4)
-    assert planned["floor"]["model"] == pytest.approx(1 / planned["flops_per_token"]["share_of_dense"]["total"])
+    assert planned.floor["feed_forward"] == pytest.approx(floor, abs=5e-4)
+    assert planned.floor["model"] == pytest.approx(1 / planned.flops_per_token["share_of_dense"]["total"])
 
 
 @pytest.mark.parametrize(
@@ -223,14 +225,16 @@ def test_legal_micro_batches_are_whole_groups_and_divide_the_batch():
 
 
 def test_plan_prints_what_json_holds(capsys):
-    plan("MoT-Medium/32E/8", json=True, micro_batch=64, dtype="bfloat16", gated=False)
+    flags = ("plan", "MoT-Medium/32E/8", "--micro-batch", 64, "--dtype", "bfloat16", "--no-gated")
+    mot(*flags, "--json")
     planned = json.loads(capsys.readouterr().out)
+    assert planned == asdict(plan("MoT-Medium/32E/8", micro_batch=64, dtype="bfloat16", gated=False))
     assert planned["matched"][0] == "Transformer-Medium"
     assert planned["legal_micro_batches"] == [32, 64, 128, 256]
     for parts in (*planned["flops_per_token"].values(), planned["memory_bytes"]):
         assert parts["total"] == pytest.approx(sum(parts.values()) - parts["total"])
 
-    plan("MoT-Medium/32E/8", micro_batch=64, dtype="bfloat16", gated=False)
+    mot(*flags)
     text = capsys.readouterr().out
     for part, flops in planned["flops_per_token"]["forward"].items():
         backward = planned["flops_per_token"]["backward"][part]
@@ -241,14 +245,13 @@ def test_plan_prints_what_json_holds(capsys):
     assert "64 sequences at once" in text
 
 
-def test_plan_takes_a_batch_that_the_group_divides(capsys):
-    plan("MoT-Nano/24E", json=True)
-    planned = json.loads(capsys.readouterr().out)
-    assert (planned["batch"], planned["micro_batch"]) == (144, 48)  # 128 is no multiple of 24
+def test_plan_takes_a_batch_that_the_group_divides():
+    planned = plan("MoT-Nano/24E")
+    assert (planned.batch, planned.micro_batch) == (144, 48)  # 128 is no multiple of 24
 
 
 def test_a_model_without_a_name_has_a_plan():
-    assert plan_of(odd_config("mixture_of_tokens"), batch=14)["matched"] == []
+    assert plan_of(odd_config("mixture_of_tokens"), batch=14).matched == []
 
 
 def test_plan_refuses_what_it_cannot_plan():

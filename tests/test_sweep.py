@@ -11,7 +11,7 @@ from processes import mot
 @pytest.fixture(scope="module")
 def flags(small_corpus):
     short = ("--steps", 4, "--batch-size", 32, "--device", "cpu", "--data", small_corpus)
-    return ("MoT-Nano/4E/2", "--lr", "1e-30,1e-2", "--seeds", "0,1", *short)
+    return ("MoT-Nano/4E/2", "--learning-rate", "1e-30,1e-2", "--seeds", "0,1", *short)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_the_best_has_the_lowest_mean_over_seeds_on_text_kept_for_tuning(swept):
     written = json.loads((swept / "sweep.json").read_text())
     assert written["evaluated_on"] == "tuning"
     best, worst = written["cells"]
-    assert best["settings"] == {"--learning-rate": "1e-2"}
+    assert best["settings"] == {"--learning-rate": "0.01"}
     assert best["loss"] < worst["loss"]
     for cell in written["cells"]:
         facts = [json.loads((swept.parent / run["directory"] / "run.json").read_text()) for run in cell["runs"]]
@@ -41,7 +41,7 @@ def test_called_again_it_trains_nothing_and_prints_the_same(swept, flags, capsys
     mot("sweep", *flags, "--out", swept)
     out = capsys.readouterr().out
     best = next(line for line in out.splitlines() if line.startswith("Best: "))
-    assert best.startswith("Best: mot train MoT-Nano/4E/2 --learning-rate 1e-2 --steps ")
+    assert best.startswith("Best: mot train MoT-Nano/4E/2 --learning-rate 0.01 --steps ")
     mot(*shlex.split(best.removeprefix("Best: mot ")), "--dry-run")
     capsys.readouterr()
     assert "Its rate is at the edge of the grid" in out
@@ -58,7 +58,7 @@ def test_a_larger_grid_keeps_what_is_finished(swept, flags, capsys):
     assert finished.stat().st_mtime_ns == before
     out = capsys.readouterr().out
     assert "diverged" in out
-    assert "Best: mot train MoT-Nano/4E/2 --learning-rate 1e-2" in out
+    assert "Best: mot train MoT-Nano/4E/2 --learning-rate 0.01" in out
     assert "edge of the grid" not in out
 
 
@@ -67,7 +67,8 @@ def test_fields_of_the_model_are_settings_too(flags, tmp_path, capsys):
     mot("sweep", *flags, "--out", tmp_path / "grid", *words)
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 2 * 2 * 2
-    assert str(tmp_path / "grid" / "learning-rate=1e-2-router_temperature=0.25-seed=1") in shown
+    directory = tmp_path / "grid" / "learning-rate=0.01-router_temperature=0.25-seed=1"
+    assert any(line.startswith(f"{directory}: 4 steps, learning rate 0.01, ") for line in shown)
     assert not (tmp_path / "grid").exists()
 
 
@@ -92,9 +93,9 @@ def test_several_processes_are_for_training_alone(swept, flags, monkeypatch, cap
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lr", "1e-3,fast"], "--lr: 'fast' is no float"),
+        (["--learning-rate", "1e-3,fast"], "--learning-rate: 'fast' is no float"),
         (["--seeds", "0,one"], "--seeds: 'one' is no int"),
-        (["--lr", "1e-3,-1"], "--learning-rate must be positive, not -1"),
+        (["--learning-rate", "1e-3,-1"], "--learning-rate must be positive, not -1"),
         (["--model.vocab_size", "300,512"], "losses a token of different vocabularies cannot be compared"),
         (["--model.router_temperature", "1,0"], "router_temperature must be positive"),
     ],

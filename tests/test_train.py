@@ -190,7 +190,10 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
             "--anneal-temperature-to would set the temperature that --model.learnable_temperature learns",
         ),
         (["compare", "MoT-Nano/32E", "--training.eval_strategy", "no"], "eval_strategy no leaves no curves to compare"),
-        (["compare", "Transformer-Nano", "MoT-Nano/64E"], "--model.group_size N gives all groups of N"),
+        (
+            ["compare", "Transformer-Nano", "MoT-Nano/64E"],
+            "the size of their groups, which --model.group_size N sets for all: 32 and 64",
+        ),
         (["train", "MoT-Nano/32E", "--learning-rate", "nan"], "--learning-rate must be positive, not nan"),
         (["train", "MoT-Nano/32E", "--model.router_temprature", 1], "did you mean router_temperature?"),
         (["train", "MoT-Nano/32E", "--training.wight_decay", 1], "did you mean weight_decay?"),
@@ -249,9 +252,15 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["compare"], "name at least one model"),
         (["compare", "MoT-Nano/32E", "MoT-Nano/32E"], "named twice"),
         (["compare", "Transformer-Nano", "MoT-Nan/32E"], "'Nan' is none of Nano, Mini, Medium, Base"),
-        (["compare", "Transformer-Nano", "Transformer-Mini"], "--batch-size: 128 in Transformer-Nano and 256 in"),
-        (["compare", "Transformer-Nano", "MoT-Nano/32E", "--lr", "1,2,3"], "3 rates for 2 models"),
-        (["compare", "Transformer-Nano", "MoT-Nano/32E", "--lr", "1e-2,fast"], "--lr: 'fast' is no float"),
+        (
+            ["compare", "Transformer-Nano", "Transformer-Mini"],
+            "they differ in --model.max_position_embeddings: 64 and 256",
+        ),
+        (["compare", "Transformer-Nano", "MoT-Nano/32E", "--learning-rate", "1,2,3"], "3 rates for 2 models"),
+        (
+            ["compare", "Transformer-Nano", "MoT-Nano/32E", "--learning-rate", "1e-2,fast"],
+            "--learning-rate: 'fast' is no float",
+        ),
         (["compare", "Transformer-Nano", "MoT-Nano/32E", "--seeds", "0;1"], "--seeds: '0;1' is no int"),
         (["trian", "MoT-Nano/32E"], 'Did you mean "train"?'),
     ],
@@ -312,10 +321,10 @@ def test_a_given_tokenizer_sets_the_vocabulary(runs, directory, small_corpus, ca
 
 
 def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):
-    def command() -> None:
+    def run(words: list[str]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
 
-    monkeypatch.setitem(cli.COMMANDS, "train", command)
+    monkeypatch.setattr(cli, "_run", run)
     with pytest.raises(SystemExit, match="2"):
         mot("train")
     way = "in training, --training.gradient_accumulation_steps N takes less"

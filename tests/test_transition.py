@@ -73,7 +73,7 @@ def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned)
     assert (model.config.num_experts_per_tok, model.config.capacity_factor) == (2, None)
     assert model.config.router_temperature == 1
     assert not model.mixes_examples
-    assert read(transitioned[0]).config.capacity_factor is None  # config.yaml says so too
+    assert read(transitioned[0]).model_config.capacity_factor is None  # config.yaml says so too
 
 
 @pytest.mark.usefixtures("tiny_cache")
@@ -99,12 +99,13 @@ def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tin
     assert plain["branch_errors"] == {}
     mot("transition", tiny_runs[MIXED], "--steps", 5, "--json", "--out", tmp_path / "calibrated")
     result = json.loads(capsys.readouterr().out)
-    assert result["at_the_switch"] < result["plain_switch"] == pytest.approx(plain["plain_switch"], abs=1e-6)
-    assert result["at_the_end"] < result["at_the_switch"]
-    assert result["routers"]["last"]["dropped"] == 0
+    switch, stages = result["switch"], result["stages"]
+    assert switch["at_the_switch"] < switch["plain_switch"] == pytest.approx(plain["plain_switch"], abs=1e-6)
+    assert stages["end_loss"] < switch["at_the_switch"]
+    assert stages["last"]["dropped"] == 0
     words = ["--steps", 5, "--capacity", 1.25, "--calibrate", "none", "--optimizer", "fresh", "--json"]
     mot("transition", tiny_runs[MIXED], *words, "--out", tmp_path / "capacity")
-    assert json.loads(capsys.readouterr().out)["routers"]["first"]["dropped"] > 0
+    assert json.loads(capsys.readouterr().out)["stages"]["first"]["dropped"] > 0
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_the_control_from_scratch_is_the_same_model_from_nothing(tiny_runs, tmp_
     assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", SOURCE_STEPS + 2)
     assert rows_of(tmp_path / "scratch")[0]["train_loss"] > 5  # near ln 512
     run = read(tmp_path / "scratch")
-    assert (run.config.capacity_factor, run.config.router_temperature) == (None, 1)
+    assert (run.model_config.capacity_factor, run.model_config.router_temperature) == (None, 1)
     other = copy_of(tiny_runs[MIXED], tmp_path / "other", model={"rms_norm_eps": 1e-3}, training={"weight_decay": 0.7})
     mot("transition", other, "--control", "scratch", "--learning-rate", 0.5, "--dry-run")
     shown = yaml.safe_load(capsys.readouterr().out)
@@ -186,10 +187,10 @@ def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_pa
     mot("transition", ".", *words)
     run = read(tmp_path / "source-transition")
     last = [row["learning_rate"] for row in rows_of(tiny_runs[MIXED]) if "learning_rate" in row][-1]
-    rates = [row["learning_rate"] for row in run.rows if row["step"] > SOURCE_STEPS and "learning_rate" in row]
+    rates = [row.learning_rate for row in run.rows if row.step > SOURCE_STEPS and row.learning_rate is not None]
     assert rates == pytest.approx([last] * len(rates))
     assert len(rates) == 4
-    assert run.config.num_experts_per_tok == 1
+    assert run.model_config.num_experts_per_tok == 1
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -189,8 +189,8 @@ def check_comparable(conditions: dict[str, dict[str, Any]]) -> None:
     for who, own in conditions.items():
         for what, value in own.items():
             if value != conditions[first][what]:
-                before = conditions[first][what]
-                raise ValueError(f"{first} and {who} cannot be compared, they differ in {what}: {before} and {value}")
+                apart = f"{conditions[first][what]} and {value}"
+                raise ValueError(f"{first} and {who} cannot be compared, they differ in {what}: {apart}")
 
 
 def _listed(values: Iterable[Any]) -> str:

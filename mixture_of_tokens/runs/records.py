@@ -120,7 +120,7 @@ class RunConfig:
             "--model.max_position_embeddings": self.model_config.max_position_embeddings,
             "--batch-size": self.batch_size,
             "--steps": self.last_step,
-            "--model.group_size, by which the rows of all are grouped": self.group_size,
+            "the size of their groups, which --model.group_size N sets for all": self.group_size,
         }
 
     def prepare(self) -> Prepared:

@@ -1,0 +1,90 @@
+"""The command line over the functions: help, what is printed, and that a notebook gets the same."""
+
+import importlib
+import inspect
+import json
+from dataclasses import asdict
+
+import pytest
+
+import mixture_of_tokens
+from mixture_of_tokens import cli
+from mixture_of_tokens.runs.records import RunConfig
+from mixture_of_tokens.runs.run import Run
+from processes import mot
+
+
+def function(name: str):
+    module, _, attribute = cli.COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(f"mixture_of_tokens.{module}"), attribute)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_is_a_public_function_whose_docstring_is_its_help(name, capsys):
+    command = function(name)
+    assert getattr(mixture_of_tokens, name.replace("-", "_")) is command
+    doc = inspect.getdoc(command) or ""
+    assert doc.partition("\n")[0] == cli.COMMANDS[name][1]
+    mot(name, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--json" in shown
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in ("stream", "options"):
+            assert f"--{parameter.name.replace('_', '-')}" in shown or parameter.name.upper() in shown
+
+
+def test_the_list_of_commands_has_a_line_for_each(capsys):
+    mot("--help")
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f" {name} {line}" in shown for name, (_, line) in cli.COMMANDS.items())
+
+
+@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("evaluate", {"regroupings": 1}, ["--regroupings", "1"]),
+        ("audit", {"batches": 1}, ["--batches", "1"]),
+        (
+            "generate",
+            {"prompt": ["a", "b"], "temperature": 0},
+            ["--prompt", "a", "--prompt", "b", "--temperature", "0"],
+        ),
+    ],
+)
+def test_what_a_function_returns_is_what_the_command_prints(name, arguments, words, tiny_runs, capsys):
+    run = str(tiny_runs["TC-Nano/4E"])
+    result = function(name)(run, **arguments)
+    assert capsys.readouterr().out == ""
+    mot(name, run, *words, "--json")
+    printed = capsys.readouterr().out
+    timed = ("seconds_per_group", "tokens_per_second")
+    written = [json.loads(line) for line in (printed.splitlines() if name == "generate" else [printed])]
+    expected = [
+        json.loads(line) for line in (result.to_json().splitlines() if name == "generate" else [result.to_json()])
+    ]
+    for each in (*written, *expected):
+        for line in each.get("lines", []):
+            assert all(line.pop(key) > 0 for key in timed)
+    assert written == expected
+    mot(name, run, *words)
+    assert capsys.readouterr().out.split()[:2] == str(result).split()[:2]
+
+
+def test_a_dry_run_returns_the_configuration_and_a_finished_run_itself(tiny_runs, small_corpus):
+    directory = tiny_runs["MoT-Nano/4E/2"]
+    options = mixture_of_tokens.Options(steps=30, batch_size=32, device="cpu", data=[str(small_corpus)])
+    planned = mixture_of_tokens.train("MoT-Nano/4E/2", options=options, dry_run=True)
+    assert isinstance(planned, RunConfig)
+    assert planned == RunConfig.read(directory / "config.yaml")
+    run = mixture_of_tokens.train("MoT-Nano/4E/2", options=options, out=str(directory), resume=True)
+    assert isinstance(run, Run)
+    facts = json.loads((directory / "run.json").read_text())
+    assert facts == {"format": 1} | asdict(run.facts)
+    assert f"loss {run.facts.final_loss:.4f} nats a token" in str(run)
+
+
+def test_a_run_s_configuration_is_a_file_of_flags(tiny_runs, tmp_path, capsys):
+    config = tiny_runs["MoT-Nano/4E/2"] / "config.yaml"
+    mot("train", "--config", config, "--out", tmp_path / "again", "--dry-run")
+    assert capsys.readouterr().out == config.read_text()
