@@ -107,9 +107,10 @@ def _app(words: list[str]) -> App:
     )
     for name, (place, help) in COMMANDS.items():
         # The one that is given tells all of its docstring.
-        about = {} if name in words[:1] else {"help": help}
-        on_by_default = {"default_parameter": Parameter(negative=None)} if name in WITH_NEGATIVE_FLAGS else {}
-        app.command(f"{__package__}.{place}", name=name, **about, **on_by_default)
+        settings: dict[str, Any] = {} if name in words[:1] else {"help": help}
+        if name in WITH_NEGATIVE_FLAGS:
+            settings["default_parameter"] = Parameter(negative=None)
+        app.command(f"{__package__}.{place}", name=name, **settings)
     app.meta.default(_common)
     return app
 

@@ -45,11 +45,7 @@ def test_the_list_of_commands_has_a_line_for_each(capsys):
     [
         ("evaluate", {"regroupings": 1}, ["--regroupings", "1"]),
         ("audit", {"batches": 1}, ["--batches", "1"]),
-        (
-            "generate",
-            {"prompt": ["a", "b"], "temperature": 0},
-            ["--prompt", "a", "--prompt", "b", "--temperature", "0"],
-        ),
+        ("generate", {"prompt": ["a", "b"], "temperature": 0}, ["--prompt=a", "--prompt=b", "--temperature=0"]),
     ],
 )
 def test_what_a_function_returns_is_what_the_command_prints(name, arguments, words, tiny_runs, capsys):
@@ -59,10 +55,8 @@ def test_what_a_function_returns_is_what_the_command_prints(name, arguments, wor
     mot(name, run, *words, "--json")
     printed = capsys.readouterr().out
     timed = ("seconds_per_group", "tokens_per_second")
-    written = [json.loads(line) for line in (printed.splitlines() if name == "generate" else [printed])]
-    expected = [
-        json.loads(line) for line in (result.to_json().splitlines() if name == "generate" else [result.to_json()])
-    ]
+    lines = (text.splitlines() if name == "generate" else [text] for text in (printed, result.to_json()))
+    written, expected = (list(map(json.loads, own)) for own in lines)
     for each in (*written, *expected):
         for line in each.get("lines", []):
             assert all(line.pop(key) > 0 for key in timed)
