@@ -14,7 +14,7 @@ import pytest
 
 from mixture_of_tokens.data import duplicates
 from mixture_of_tokens.data.sources import documents, fingerprint
-from mixture_of_tokens.data.splits import opened, split, spool, text_of
+from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
 from texts import sentences, texts
 
 ODD = "naïve  \t<|x|> 漢字\r\n\rend of a line\x0b, 🙂\u2028 and no line end"
@@ -282,7 +282,7 @@ def test_text_is_cut_into_pieces_of_whole_characters(tmp_path, largest):
     text = (ODD * 30).encode()
     (tmp_path / "text").write_bytes(b"before" + text + b"after")
     with opened(tmp_path / "text") as file:
-        pieces = list(text_of(file, 6, len(text), largest))
+        pieces = list(pieces_of(file, 6, len(text), largest))
     assert b"".join(pieces) == text
     assert all(0 < len(piece) <= largest for piece in pieces)
     assert "".join(piece.decode() for piece in pieces) == ODD * 30

@@ -203,8 +203,8 @@ import sys, time
 from mixture_of_tokens.data import prepare, tokens
 if sys.argv[2] == "slow":  # so slow that it is not done before it is killed
     prepare.TRAINING_BYTES, tokens.BATCH = 10**5, 1
-    encoded = tokens._encoded
-    tokens._encoded = lambda *arguments: (time.sleep(0.05), encoded(*arguments))[1]
+    encoded = tokens.encoded
+    tokens.encoded = lambda *arguments: (time.sleep(0.05), encoded(*arguments))[1]
 prepared = prepare.prepare([sys.argv[1]], vocab_size=300, context=16)
 print(prepared.facts["hash"])
 """

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.groups import Blocks, segmented
-from mixture_of_tokens.data.splits import SPLITS, opened, split, spool, text_of
-from mixture_of_tokens.data.tokenizer import check_vocab_size, fingerprint, load_tokenizer, train_tokenizer
-from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, _encoded, _progress, tokenize
+from mixture_of_tokens.data.splits import SPLITS, opened, pieces_of, split, spool
+from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tokenizer, train_tokenizer
+from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, encoded, progress_bar, tokenize
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
 SMALLEST_GROUP = 32  # documents are cut as for groups of this size or more, so that models of smaller ones share data
@@ -83,9 +83,9 @@ def prepare(
     # Of the files; the text in them is somewhat less, or where they are compressed more.
     sizes = [corpus.raw_bytes(source) for source in sources or [None]]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    with _progress("Looking for the data in the cache", total) as bar:
+    with progress_bar("Looking for the data in the cache", total) as bar:
         content = [corpus.fingerprint(source, bar.update) for source in sources or [None]]
-    options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else fingerprint(given)]
+    options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else hash_of(given)]
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
     directory = corpus.cache_directory() / f"tokens-{key}"
     manifest = _whole(directory)
@@ -131,10 +131,10 @@ def whole_text(
     Raises ValueError for bad sources.
     """
     rows, ends, length, count = [], [], 0, 0
-    with _progress("Tokenizing") as bar:
+    with progress_bar("Tokenizing") as bar:
         for document in corpus.documents(sources, field):
             text = b"".join(document)
-            (tokens, _), *_ = _encoded(tokenizer, [(text, True)])
+            (tokens, _), *_ = encoded(tokenizer, [(text, True)])
             rows.append(np.array(tokens, dtype=np.int64))
             length += len(tokens)
             ends.append(length)
@@ -193,9 +193,9 @@ def _make(
     beside.mkdir()
     try:
         text = beside / "text"
-        with _progress("Reading", total) as bar:
+        with progress_bar("Reading", total) as bar:
             places, digests = spool(documents, text, max_bytes, bar.update)
-        with _progress("Looking for duplicates", int(places[:, 1].sum())) as bar:
+        with progress_bar("Looking for duplicates", int(places[:, 1].sum())) as bar:
             parts = split(text, places, digests, group_size=group_size, work=beside, read=bar.update)
         with _parallel_tokenizers():
             if tokenizer is None:
@@ -235,7 +235,7 @@ def _training_text(text: Path, places: np.ndarray) -> Iterator[str]:
     left = TRAINING_BYTES
     with opened(text) as file:
         for offset, length in places:
-            for piece in text_of(file, int(offset), int(length), TRAINING_PIECE):
+            for piece in pieces_of(file, int(offset), int(length), TRAINING_PIECE):
                 yield piece.decode()
                 left -= len(piece)
                 if left < 0:

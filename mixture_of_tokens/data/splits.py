@@ -187,7 +187,7 @@ def opened(path: Path) -> Iterator[int]:
         os.close(file)
 
 
-def text_of(file: int, offset: int, length: int, largest: int) -> Iterator[bytes]:
+def pieces_of(file: int, offset: int, length: int, largest: int) -> Iterator[bytes]:
     """The text of a document in pieces of at most `largest` bytes that end at a line's end, or at a character's."""
     end = offset + length
     while offset < end:

@@ -71,7 +71,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+def hash_of(tokenizer: PreTrainedTokenizerFast) -> str:
     """A hash of what a tokenizer makes of text."""
     content = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]

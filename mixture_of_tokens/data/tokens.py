@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, text_of
-from mixture_of_tokens.data.tokenizer import fingerprint
+from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
+from mixture_of_tokens.data.tokenizer import hash_of
 
 FORMAT = 3  # of the files in the cache; a change makes new ones
 SHARD_TOKENS = 2**27  # in a file
@@ -20,7 +20,7 @@ SHARD_TOKENS = 2**27  # in a file
 BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16
 
 
-def _progress(what: str, total: int | None = None) -> tqdm:
+def progress_bar(what: str, total: int | None = None) -> tqdm:
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, dynamic_ncols=True, file=sys.stderr)
 
 
@@ -40,10 +40,10 @@ def tokenize(
     Returns a manifest without `files`.
     """
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
-    facts: dict[str, Any] = {"dtype": dtype, "tokenizer": fingerprint(tokenizer)}
+    facts: dict[str, Any] = {"dtype": dtype, "tokenizer": hash_of(tokenizer)}
     shards, cut, digest = {}, 0, hashlib.sha256()
     with (
-        _progress("Tokenizing", sum(int(part[:, 1].sum()) for part in splits.places.values())) as bar,
+        progress_bar("Tokenizing", sum(int(part[:, 1].sum()) for part in splits.places.values())) as bar,
         opened(text) as file,
     ):
         for name, part in splits.places.items():
@@ -86,7 +86,7 @@ def _write(
     ends = np.zeros(len(places), dtype=np.int64)
     document = 0
     for batch in _batches(file, places):
-        for tokens, closes in _encoded(tokenizer, batch):
+        for tokens, closes in encoded(tokenizer, batch):
             writer.append(np.array(tokens, dtype=dtype))
             if closes:
                 ends[document] = writer.total
@@ -103,7 +103,7 @@ def _batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]
     batch, size = [], 0
     for offset, length in places:
         left = int(length)
-        for piece in text_of(file, int(offset), int(length), PIECE):
+        for piece in pieces_of(file, int(offset), int(length), PIECE):
             left -= len(piece)
             batch.append((piece, left == 0))
             size += len(piece)
@@ -114,7 +114,7 @@ def _batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]
         yield batch
 
 
-def _encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]]) -> Iterator[tuple[list, bool]]:
+def encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]]) -> Iterator[tuple[list, bool]]:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"a {type(tokenizer).__name__} cannot be used: it has no fast version, of tokenizers")
     backend = tokenizer.backend_tokenizer
