@@ -52,7 +52,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         elif path.is_dir() or path.suffix == ".json":
             raise FileNotFoundError(f"there is no {file}")
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError:
         raise
     except Exception as error:  # tokenizers raises the bare class

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of
+from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, weights_hash
+from mixture_of_tokens.runs.ownership import owned_file
 from mixture_of_tokens.runs.run import check_seed
 
 BATCH_SIZE = 32
@@ -162,7 +163,9 @@ def generate(
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size, "alone": alone}
         out = prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl") if out is None else out
-        result = Generated(_to_file(out, settings | sampling._asdict(), batches, write), str(out))
+        settings |= {"weights": weights_hash(run), **sampling._asdict()}
+        with owned_file(out):
+            result = Generated(_to_file(out, settings, batches, write), str(out))
     else:
         result = Generated(_to_screen(batches, write, prompts, tokenizer, stream))
     return result

@@ -49,9 +49,13 @@ class GroupedGeneration:
                 raise ValueError(
                     "prompts must be padded on the left: a group is a column, and a new token's is the last"
                 )
-            if setting("stop_strings"):
-                raise ValueError("rows that end by stop_strings would stay in the mixture; use eos_token_id")
+            if setting("stop_strings") or kwargs.get("stopping_criteria"):
+                raise ValueError("rows that end by other criteria would stay in the mixture; use eos_token_id")
             stop, prompt = setting("eos_token_id"), kwargs.get("input_ids") if inputs is None else inputs
+            pad = setting("pad_token_id")
+            if mask is None and prompt is not None and pad is not None and pad not in torch.as_tensor(stop or []):
+                if bool((prompt[:, -1] == pad).any()):  # upstream would infer a mask of it, later
+                    raise ValueError("prompts must be padded on the left, and one ends with the padding token")
             kwargs["stop_ids"] = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
             if prompt is not None:
                 kwargs["prompt_length"] = prompt.shape[1]

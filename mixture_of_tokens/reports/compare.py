@@ -11,6 +11,7 @@ from mixture_of_tokens.formatting import duration
 from mixture_of_tokens.reports.comparison import by_model, check_comparable, comparison, write
 from mixture_of_tokens.reports.report import Report, write_page
 from mixture_of_tokens.runs import records
+from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run, check_one_process, check_resumed
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags
@@ -61,6 +62,13 @@ def compare(
     plans = _plans(names, list(dict.fromkeys(seeds)), _rates(learning_rate, len(names)), options, out)
     if dry_run:
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
+    with owned(out):
+        return _compared(names, seeds, learning_rate, plans, out, options)
+
+
+def _compared(
+    names: tuple[str, ...], seeds: list[int], rates: list[float] | None, plans: list[Plan], out: Path, options: Options
+) -> Report:
     runs: list[Run] = []
     try:
         for done, plan in enumerate(plans):
@@ -74,7 +82,7 @@ def compare(
         print("mot: the same command goes on with the comparison", file=sys.stderr)
         raise
     models = by_model(runs)
-    command = _command(names, seeds, learning_rate, out, options)
+    command = _command(names, seeds, rates, out, options)
     result = comparison(models, command)
     write(result, out)
     return write_page(result.relative(out), models, [command], out / "report.html")

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
+from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
 
 TEMPERATURE = 0.8
 # Short, and as different as group-mates in training; the first few are shown.
@@ -25,11 +23,9 @@ def continued(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
     """
     if not all((directory / "model").is_dir() for directory in directories.values()):
         return {}
-    transformers.logging.disable_progress_bar()
     written = {prompt: {} for prompt in SHOWN}
     for label, directory in directories.items():
-        model = AutoModelForCausalLM.from_pretrained(directory / "model")
-        tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+        model, tokenizer = load_model(str(directory)), load_tokenizer_of(str(directory))
         texts = continue_prompts(model, tokenizer, PROMPTS, Sampling(temperature=TEMPERATURE))
         for prompt, text in zip(SHOWN, texts, strict=False):
             written[prompt][label] = text

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 MANIFEST = "manifest.json"
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -77,7 +77,7 @@ def publish(beside: Path, final: Path) -> None:
 def describe(checkpoint: Path, **facts: Any) -> None:
     """Write the manifest: the hash of every file, and `facts`."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    hashes = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
+    hashes = {path.relative_to(checkpoint).as_posix(): digest(path) for path in files}
     (checkpoint / MANIFEST).write_text(json.dumps({"files": hashes} | facts, indent=2))
 
 
@@ -110,7 +110,7 @@ def fault(checkpoint: Path) -> str | None:
     for name, expected in hashes.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if _digest(checkpoint / name) != expected:
+        if digest(checkpoint / name) != expected:
             return f"{name} is not what was written"
     return None
 

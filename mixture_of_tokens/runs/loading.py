@@ -1,5 +1,6 @@
 """A trained model, its tokenizer and its text, by run directory, checkpoint or Hub name; and memory that it keeps."""
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,24 @@ def load_model(run: str, *, alone: bool = False) -> Any:
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if type(config) not in AutoModelForCausalLM._model_mapping:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(f"a {config.model_type} model is no causal language model")
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         raise ValueError(f"{run} cannot be loaded: {_first_line(error)}") from None
     if alone and hasattr(model, "serve_alone"):  # of other models each row is by itself already
         model.serve_alone()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def weights_hash(run: str) -> str | None:
+    """A hash of what the weights of a local model are; None of a name on the Hub, whose revision is in the cache."""
+    directory = Path(_located(run))
+    files = sorted(directory.glob("*.safetensors")) + sorted(directory.glob("*.bin"))
+    if not files:
+        return None
+    return hashlib.sha256("".join(checkpoints.digest(file) for file in files).encode()).hexdigest()
 
 
 def group_size_of(model: Any) -> int | None:
@@ -78,7 +88,7 @@ def context_of(model: Any) -> int:
 def load_tokenizer_of(run: str) -> Any:
     """The tokenizer beside a model that `load_model` has found whole. Raises ValueError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(_located(run), padding_side="left")
+        return AutoTokenizer.from_pretrained(_located(run), padding_side="left", trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run} has no tokenizer beside the model: {_first_line(error)}") from None
 

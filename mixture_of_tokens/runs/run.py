@@ -18,6 +18,7 @@ from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.checkpoints import write_text
+from mixture_of_tokens.runs.ownership import LOCK
 from mixture_of_tokens.runs.records import FORMAT, SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
 
 
@@ -46,7 +47,9 @@ def check_free(out: Path) -> None:
 
 def _is_empty(out: Path) -> bool:
     """Whether nothing is there, or no more than a kill can leave of a first file."""
-    return not out.exists() or (out.is_dir() and all(path.suffix == ".partial" for path in out.iterdir()))
+    return not out.exists() or (
+        out.is_dir() and all(path.suffix == ".partial" or path.name == LOCK for path in out.iterdir())
+    )
 
 
 def check_resumed(out: Path, config: RunConfig) -> None:

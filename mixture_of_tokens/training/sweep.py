@@ -7,13 +7,14 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
 from mixture_of_tokens.formatting import Result, aligned, short
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import Run, check_one_process, check_resumed
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags
 from mixture_of_tokens.training.recipes import Merged, merge
@@ -112,6 +113,15 @@ class Sweep(Result):
 RATE = "--learning-rate"
 
 
+class _Planned(NamedTuple):
+    """A run of the sweep, before it is trained."""
+
+    settings: dict[str, str]
+    seed: int
+    merged: Merged
+    directory: Path
+
+
 def sweep(
     name: str,
     *,
@@ -144,15 +154,20 @@ def sweep(
     cells = _grid(learning_rate, options)
     if any("--model.vocab_size" in settings for settings in cells):
         raise ValueError("--model.vocab_size: losses a token of different vocabularies cannot be compared; give one")
-    planned: list[tuple[dict[str, str], int, Merged, Path]] = []
+    planned: list[_Planned] = []
     for settings in cells:
         for seed in dict.fromkeys(seeds):
             chosen, rate = _apply(options, settings)
             merged, directory = merge(name, seed, rate, chosen), out / _directory(settings, seed)
             check_resumed(directory, merged.config)
-            planned.append((settings, seed, merged, directory))
+            planned.append(_Planned(settings, seed, merged, directory))
     if dry_run:
         return Plans([PlannedRun.of(directory, merged) for _, _, merged, directory in planned])
+    with owned(out):
+        return _swept(name, options, cells, planned, out)
+
+
+def _swept(name: str, options: Options, cells: list[dict[str, str]], planned: list[_Planned], out: Path) -> Sweep:
     runs: dict[str, list[Outcome]] = {}
     result = Sweep(name, options.evaluate_on or "tuning", [], None)
     for done, (settings, seed, merged, directory) in enumerate(planned):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs import checkpoints, provenance, records
+from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, check_free, check_resumed, is_main, read
 from mixture_of_tokens.training.callbacks import AnnealTemperature, StopOnSignal
@@ -72,21 +74,23 @@ def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None =
         begin: called before the first step, unless there is a checkpoint to go on from. Of a run with a `first_step` it
             is for `begin` to give the trainer the weights, rows and clock of that step.
     """
-    if resume:
+    if resume and (out / records.FACTS).exists():
         check_resumed(out, merged.config)
-        if (out / records.FACTS).exists():
-            print(f"{out} is finished already", file=sys.stderr)
-            return read(out) if is_main() else None
-    else:
-        check_free(out)
+        print(f"{out} is finished already", file=sys.stderr)
+        return read(out) if is_main() else None
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
-    taken = TrainingArguments(output_dir=str(out), **merged.arguments)
-    taken.run_name = taken.run_name or out.name
-    # Several GPUs of one process would each take all the rows; they are for torchrun.
-    taken._n_gpu = min(1, taken.n_gpu)
-    return _run(merged.config, taken, out, begin)
+    with owned(out) if is_main() else nullcontext():
+        if resume:
+            check_resumed(out, merged.config)
+        else:
+            check_free(out)
+        taken = TrainingArguments(output_dir=str(out), **merged.arguments)
+        taken.run_name = taken.run_name or out.name
+        # Several GPUs of one process would each take all the rows; they are for torchrun.
+        taken._n_gpu = min(1, taken.n_gpu)
+        return _run(merged.config, taken, out, begin)
 
 
 def build(run: RunConfig, arguments: TrainingArguments) -> tuple[GroupedTrainer, Prepared]:
