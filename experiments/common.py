@@ -103,7 +103,7 @@ def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = ()) -> list[R
 
 
 def thinned(run: Run) -> Run:
-    """All evaluations, and of the rows with telemetry up to MEASURED in even steps, the last and the one after a switch.
+    """All evaluations, and up to MEASURED of the rows with telemetry: in even steps to the last, and after a switch.
 
     A row's `train_loss` still is the mean since the row that stood before it.
     """

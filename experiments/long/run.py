@@ -18,7 +18,7 @@ from common import Experiment, asked, compared, reached_table
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/8", "TC-Nano/32E")
 SEEDS = [1]
-OPTIONS = Options(steps=12_000, training={"eval_steps": "300"})
+OPTIONS = Options(steps=12_000, device="cpu", training={"eval_steps": "300"})
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from common import Experiment, asked, compared, comparison_of, reached_table
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/8", "TC-Nano/32E")
 SEEDS = [1, 2, 3]
-OPTIONS = Options(steps=1200)
+OPTIONS = Options(steps=1200, device="cpu")
 
 COLORS = ("#808890", "#2f81d6", "#d9632a", "#2a9d6f", "#a45bb0", "#b08a00")
 GREY = "#858585"

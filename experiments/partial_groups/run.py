@@ -40,8 +40,8 @@ from common import Experiment, asked, read_csv, trained, write_csv
 
 NAMES = ("MoT-Nano/32E", "MoT-Nano/32E/8")
 SEEDS = (1, 2, 3)
-OPTIONS = Options(steps=1200)  # as in nano
-NORMALIZED = Options(steps=1200, model={"normalize_mixture": "true"})  # of the first name and seed
+OPTIONS = Options(steps=1200, device="cpu")  # as in nano
+NORMALIZED = Options(steps=1200, device="cpu", model={"normalize_mixture": "true"})  # of the first name and seed
 TOKENS = 100_000
 COLUMNS = ("name", "normalize_mixture", "seed", "treatment", "rows", "loss")
 
@@ -82,7 +82,7 @@ TREATMENTS = {"companions": Treated, "zeros": Zeros, "scaled": Scaled, "softmax"
 @torch.no_grad()
 def losses(run: Path, most: int = TOKENS) -> list[dict[str, object]]:
     """Rows of losses.csv, over about so many tokens."""
-    model, prepared, facts = load_model(str(run)), text_of(str(run)), read(run).facts
+    model, prepared, facts = load_model(str(run)).cpu(), text_of(str(run)), read(run).facts
     text = prepared.validation
     calibrate_companions(model, training_groups(prepared.train, model.config.group_size))
     blocks = [block for block in model.model.layers if isinstance(block.mlp, MixtureOfTokens)]

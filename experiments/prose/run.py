@@ -21,7 +21,7 @@ from common import Experiment, compared, reached_table
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/8", "TC-Nano/32E")
 SEEDS = [1]
-OPTIONS = Options(steps=1200)
+OPTIONS = Options(steps=1200, device="cpu")
 TEXT = "**/*.rst.gz"
 
 

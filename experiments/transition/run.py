@@ -28,7 +28,7 @@ from common import Experiment, asked, directory_of, keep, kept_runs, trained
 
 NAMES = ("MoT-Nano/32E", "MoT-Nano/32E/8")
 SEEDS = [1, 2, 3]
-OPTIONS = Options(steps=1200)  # of the sources, as in nano
+OPTIONS = Options(steps=1200, device="cpu")  # of the sources, as in nano
 SCRATCH = "Token Choice from scratch"
 
 

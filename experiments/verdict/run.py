@@ -86,7 +86,7 @@ def mot(*words: object) -> None:
 
 
 def train(system: str, steps: int, seed: int, out: Path, *flags: str) -> None:
-    mot("train", system, "--steps", steps, "--seed", seed, *row_flags(steps), "--out", out, *flags)
+    mot("train", system, "--steps", steps, "--seed", seed, *row_flags(steps), "--device", "cpu", "--out", out, *flags)
 
 
 def row_flags(steps: int) -> list[str]:
@@ -96,7 +96,7 @@ def row_flags(steps: int) -> list[str]:
 
 def switched(source: Path, steps: int, *flags: str) -> Path:
     out = source.with_name(f"{source.name}-switched")
-    mot("transition", source, "--steps", steps, "--out", out, *flags)
+    mot("transition", source, "--steps", steps, "--device", "cpu", "--out", out, *flags)
     return out
 
 
