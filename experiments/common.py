@@ -9,13 +9,13 @@ import csv
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from mixture_of_tokens import compare, train
-from mixture_of_tokens.formatting import loss, markdown, ratio, with_span
+from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
 from mixture_of_tokens.reports import comparison
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_model, runs_of
 from mixture_of_tokens.reports.prose import seeds_of
@@ -119,6 +119,12 @@ def after_switch(run: Run, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
 
 def kept_runs(experiment: Experiment) -> list[Run]:
     return [read(file) for file in sorted(experiment.kept.glob("*-seed*.json"))]
+
+
+def spread(values: Iterable[str | float], shown: Callable[[float], str] = loss) -> str:
+    """The mean and, of several, the least and the greatest; nothing of none."""
+    summary = Summary.of(map(float, values))
+    return "" if summary is None else with_span(summary, shown)
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

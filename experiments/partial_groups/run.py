@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mixture_of_tokens.data.groups import grouped_order, training_groups
-from mixture_of_tokens.formatting import Summary, loss, markdown, with_span
+from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.inference.evaluate import cross_entropy
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.companions import calibrate_companions
@@ -36,7 +36,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, read_csv, trained, write_csv
+from common import Experiment, asked, read_csv, spread, trained, write_csv
 
 NAMES = ("MoT-Nano/32E", "MoT-Nano/32E/8")
 SEEDS = (1, 2, 3)
@@ -131,9 +131,7 @@ def table(kept: Path) -> str:
         cells = []
         for n in sizes:
             none_missing = n == sizes[-1]  # where all treatments are the same
-            summary = Summary.of(of[name, normalized, "companions" if none_missing else treatment, str(n)])
-            assert summary is not None
-            cells.append(with_span(summary, loss))
+            cells.append(spread(of[name, normalized, "companions" if none_missing else treatment, str(n)]))
         rows.append([name, "yes" if normalized == "True" else "no", treatment, *cells])
     return markdown(rows, left=3)
 

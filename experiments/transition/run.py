@@ -13,23 +13,23 @@ and of the part that training is evaluated on before; means over the seeds, from
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixture_of_tokens import transition
-from mixture_of_tokens.formatting import Summary, loss, markdown, with_span
+from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.runs.records import Switch
 from mixture_of_tokens.runs.run import Run, read
 from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, directory_of, keep, kept_runs, trained
+from common import Experiment, asked, directory_of, keep, kept_runs, spread, trained
 
 NAMES = ("MoT-Nano/32E", "MoT-Nano/32E/8")
 SEEDS = [1, 2, 3]
 OPTIONS = Options(steps=1200, device="cpu")  # of the sources, as in nano
-SCRATCH = "Token Choice from scratch"
 
 
 class Way(NamedTuple):
@@ -44,19 +44,11 @@ WAYS = {  # by what a run's name ends in
     "capacity": Way("calibrated, capacity 1.25", {"capacity": 1.25}),
     "anneal": Way("calibrated, annealed before", {"anneal": 0.1}),
     "router": Way("new router", {"control": "router"}),
-    "scratch": Way(SCRATCH, {"control": "scratch"}),
-}
-COLUMNS: dict[str, Callable[[Run], float]] = {
-    "in groups, before": lambda run: switch_of(run).source_in_groups,
-    "at the switch": lambda run: switch_of(run).at_the_switch,
-    "share of the plain jump": lambda run: share_of_the_jump(run),
-    "after a tenth": lambda run: run.stages.tenth_loss,
-    "at the end": lambda run: run.stages.end_loss,
-    "at the end, whole split": lambda run: run.facts.final_loss,
+    "scratch": Way("Token Choice from scratch", {"control": "scratch"}),
 }
 
 
-def switch_of(run: Run) -> Any:
+def switch_of(run: Run) -> Switch:
     assert run.switch is not None
     return run.switch
 
@@ -64,6 +56,15 @@ def switch_of(run: Run) -> Any:
 def share_of_the_jump(run: Run) -> float:
     switch = switch_of(run)
     return (switch.at_the_switch - switch.source_in_groups) / (switch.plain_switch - switch.source_in_groups)
+
+
+OF_A_SWITCH: dict[str, Callable[[Run], float]] = {
+    "in groups, before": lambda run: switch_of(run).source_in_groups,
+    "at the switch": lambda run: switch_of(run).at_the_switch,
+    "share of the plain jump": share_of_the_jump,
+    "after a tenth": lambda run: run.stages.tenth_loss,
+    "at the end": lambda run: run.stages.end_loss,
+}
 
 
 def make(sources: Experiment, experiment: Experiment, names=NAMES, seeds=SEEDS, options=OPTIONS, ways=WAYS) -> None:
@@ -80,24 +81,15 @@ def make(sources: Experiment, experiment: Experiment, names=NAMES, seeds=SEEDS, 
 
 
 def table(experiment: Experiment) -> str:
-    rows = [["source", "way", *COLUMNS]]
-    runs = kept_runs(experiment)
-    for name, (end, way) in ((name, item) for name in NAMES for item in WAYS.items()):
-        found = [run for run in runs if run.directory.name in _names(name, end)]
-        cells = [
-            with_span(Summary.of(map(of, found)), loss) if known(what, way) else "" for what, of in COLUMNS.items()
-        ]
-        rows.append([directory_of(name), way.label, *cells])
+    rows = [["source", "way", *OF_A_SWITCH, "at the end, whole split"]]
+    runs = {run.directory.name: run for run in kept_runs(experiment)}
+    for name in NAMES:
+        for end, way in WAYS.items():
+            found = [runs[directory_of(name, f"seed{seed}", *filter(None, [end]))] for seed in SEEDS]
+            switched = [run for run in found if run.switch is not None]
+            cells = [spread(map(of, switched)) for of in OF_A_SWITCH.values()]
+            rows.append([directory_of(name), way.label, *cells, spread(run.facts.final_loss for run in found)])
     return markdown(rows, left=2)
-
-
-def _names(name: str, end: str) -> Iterator[str]:
-    return (directory_of(name, f"seed{seed}", *filter(None, [end])) for seed in SEEDS)
-
-
-def known(what: str, way: Way) -> bool:
-    """Without a switch there is no jump."""
-    return way.label != SCRATCH or what == [*COLUMNS][-1]
 
 
 def main() -> None:

@@ -24,21 +24,21 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import save_file
 
 from mixture_of_tokens.convert.export import in_plain_transformers
-from mixture_of_tokens.formatting import Summary, loss, markdown, with_span
+from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import Run, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, after_switch, asked, directory_of, keep, read_csv, write_csv
+from common import Experiment, after_switch, asked, directory_of, keep, read_csv, spread, write_csv
 
 TIMED = ("Transformer-Nano", "TC-Nano/32E", "MoT-Nano/32E", "MoT-Nano/32E/8")
 SYSTEMS = ("Transformer-Nano", "TC-Nano/32E", "MoT-Nano/32E/8")
@@ -211,11 +211,6 @@ def table(kept: Path) -> str:
         rows.append(["", "in training", *cells[1], "", ""])
         rows.append(["", "steps (times the text)", *cells[2], "", ""])
     return markdown(rows, left=2)
-
-
-def spread(values: Iterable[str | float], shown) -> str:
-    summary = Summary.of(map(float, values))
-    return "" if summary is None else with_span(summary, shown)
 
 
 def steps_of(kept: Path, own: Sequence[dict[str, str]]) -> str:
