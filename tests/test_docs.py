@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.formatting import loss, with_spread
+from mixture_of_tokens.formatting import Summary, loss, with_span
 from mixture_of_tokens.model.names import SIZES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-LINKING = [*PAGES, *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "experiments/LOG.md"))]
+LINKING = [
+    *PAGES,
+    *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "experiments/LOG.md", "experiments/README.md")),
+]
 DRY = ("train", "sweep", "compare")
 READING = dict.fromkeys(("generate", "evaluate", "audit", "transition"), "MoT-Nano/4E/2") | {"export": "TC-Nano/4E"}
 
@@ -105,8 +108,8 @@ def test_the_four_rows_are_of_the_committed_comparison():
 
     def cells(model: dict) -> list[str]:
         reached = [model["reached"][baseline][share] for share in ("of_steps", "of_flops", "of_time")]
-        shares = ["1"] * 3 if model["label"] == baseline else map(with_spread, reached)
-        return [model["label"], with_spread(model["final_loss"], loss), *shares]
+        shares = ["1"] * 3 if model["label"] == baseline else [with_span(Summary(**found)) for found in reached]
+        return [model["label"], with_span(Summary(**model["final_loss"]), loss), *shares]
 
     assert rows_under("1,200 steps") == [cells(model) for model in written["models"]]
     assert (written["steps"], len(written["seeds"])) == (1200, 3)
@@ -120,21 +123,23 @@ def test_the_sizes_are_those_that_names_stand_for():
     assert rows_under("size") == expected
 
 
-TABLES = {  # by script: where it runs, its words, its lines, and the page that shows what it prints
-    "reached.py": ("experiments", "nano prose long", 11, "results"),
-    "transition.py": ("experiments", "transition", 16, "conversion"),
-    "verdict.py": ("experiments", "--table --out verdict", 11, "conversion"),
-    "partial_groups.py": ("experiments", "--table partial_groups.csv", 14, "serving"),
-    "generate.py": ("benchmarks", "--table", 8, "speed"),
+TABLES = {  # by script: its lines, and the page that shows what it prints with --table
+    "experiments/nano/run.py": (11, "results"),
+    "experiments/prose/run.py": (11, "results"),
+    "experiments/long/run.py": (11, "results"),
+    "experiments/transition/run.py": (16, "conversion"),
+    "experiments/verdict/run.py": (11, "conversion"),
+    "experiments/partial_groups/run.py": (14, "serving"),
+    "benchmarks/generate.py": (8, "speed"),
 }
 
 
 @pytest.mark.parametrize("script", TABLES)
 def test_tables_are_what_their_scripts_make_of_the_committed_runs(script, monkeypatch, capsys):
-    folder, words, lines, page = TABLES[script]
-    monkeypatch.chdir(ROOT / folder)
-    monkeypatch.syspath_prepend(str(ROOT / folder))
-    monkeypatch.setattr(sys, "argv", [script, *words.split()])
+    lines, page = TABLES[script]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    monkeypatch.setattr(sys, "argv", [script, "--table"])
     runpy.run_path(script, run_name="__main__")
     table = capsys.readouterr().out
     assert table.count("\n") == lines

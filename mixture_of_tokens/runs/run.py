@@ -193,7 +193,7 @@ def read(directory: Path) -> Run:
 
     Raises ValueError for a run that is not finished or damaged.
     """
-    packed = directory if directory.suffix == ".json" else directory.with_name(f"{directory.name}.json")
+    packed = directory if directory.suffix == ".json" else directory.parent / f"{directory.name}.json"  # also of "."
     if packed.is_file() and not (directory / records.FACTS).is_file():
         return _unpacked(packed)
     if not (directory / records.FACTS).is_file():
@@ -224,13 +224,19 @@ def pack(run: Run, file: Path, *, telemetry: bool) -> None:
 def _unpacked(file: Path) -> Run:
     kinds = {"config": RunConfig, "facts": RunFacts, "switch": Switch}
     written = records.as_fields(file)
-    if not isinstance(written, dict) or not all(isinstance(written.get(key), dict) for key in ("config", "facts")):
-        raise ValueError(f"{file} is no run: it lacks config or facts")
+    if not isinstance(written, dict):
+        raise ValueError(f"{file} holds no fields")
     number = {"format": written.get("format", 0)}
-    parts = {
-        key: records.record(kind, written[key] | number, file)
-        for key, kind in kinds.items()
-        if written.get(key) is not None
-    }
-    rows = [records.record(MetricsRow, row, file) for row in written.get("metrics", [])]
-    return Run(file.with_suffix(""), parts["config"], parts["facts"], rows, parts.get("switch"))
+    parts = {}
+    for key, kind in kinds.items():
+        if key == "switch" and written.get(key) is None:
+            continue
+        if not isinstance(part := written.get(key), dict):
+            raise ValueError(f"{file} is no run: {key} cannot be {part!r}")
+        parts[key] = records.record(kind, part | number, file)
+    if not isinstance(rows := written.get("metrics"), list):
+        raise ValueError(f"{file} is no run: metrics cannot be {rows!r}")
+    if unknown := [key for key in written if key not in (*kinds, "format", "metrics")]:
+        raise ValueError(f"{file} has an unknown field, {unknown[0]!r}")
+    metrics = [records.record(MetricsRow, row, file) for row in rows]
+    return Run(file.with_suffix(""), parts["config"], parts["facts"], metrics, parts.get("switch"))

@@ -1,0 +1,173 @@
+"""What the scripts of the folders here share.
+
+Runs are trained into runs/experiments/NAME, which git ignores, and kept in experiments/NAME without their weights, a
+file a run (`mixture_of_tokens.runs.run.pack`): evaluations of all seeds, and of the first one the telemetry too.
+"""
+
+import argparse
+import csv
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from mixture_of_tokens import compare, train
+from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
+from mixture_of_tokens.reports import comparison
+from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_model, runs_of
+from mixture_of_tokens.reports.prose import seeds_of
+from mixture_of_tokens.runs.records import MetricsRow
+from mixture_of_tokens.runs.run import Run, pack, read
+from mixture_of_tokens.training.options import Options
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE.parent / "runs"
+COMPARISONS = ("nano", "prose", "long")
+MEASURED = 60  # rows of telemetry that are kept of a run, beside its evaluations
+
+
+class Experiment(NamedTuple):
+    """kept: its folder here; trained: where its run directories are."""
+
+    kept: Path
+    trained: Path
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """As seen from the current directory, since commands that runs record have these paths."""
+        return cls(Path(os.path.relpath(HERE / name)), Path(os.path.relpath(RUNS / "experiments" / name)))
+
+
+def asked(doc: str | None, **flags: str) -> argparse.Namespace:
+    """What stands on the command line, of flags by what they do."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    for name, meaning in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
+    return parser.parse_args()
+
+
+def directory_of(name: str, *parts: object) -> str:
+    return "-".join([name.replace("/", "-"), *map(str, parts)])
+
+
+def trained(experiment: Experiment, name: str, seed: int, options: Options) -> Path:
+    """The run directory that `compare` would make."""
+    out = experiment.trained / directory_of(name, f"seed{seed}")
+    train(name, out=out, seed=seed, options=options, resume=True)
+    return out
+
+
+def compared(
+    experiment: Experiment, names: Sequence[str], seeds: list[int], options: Options, without: Sequence[str] = ()
+) -> None:
+    """Train what is missing of a comparison, and keep its runs and its compare.json.
+
+    Args:
+        without: as `keep` takes it.
+    """
+    made = compare(*names, seeds=seeds, out=experiment.trained, options=options)
+    runs, command = runs_of([experiment.trained])
+    write_comparison(experiment, keep(runs, experiment.kept, without), command, without)
+    print(made, file=sys.stderr)
+
+
+def write_comparison(experiment: Experiment, runs: list[Run], command: str | None, without: Sequence[str] = ()) -> None:
+    if command is not None:
+        for prefix in without:
+            command = command.replace(prefix, "")
+    comparison.write(comparison.comparison(by_model(runs), command), experiment.kept)
+
+
+def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = ()) -> list[Run]:
+    """Write a file of each run, and read it again.
+
+    Args:
+        without: Beginnings of paths on this machine, which are cut off wherever they stand.
+    """
+    kept.mkdir(parents=True, exist_ok=True)
+    first, again = min(run.seed for run in runs), []
+    for run in runs:
+        file = kept / f"{run.directory.name}.json"
+        if file.is_file() and read(file).facts.text != run.facts.text:
+            print(f"{file} was of another text: its losses are not comparable with the new ones", file=sys.stderr)
+        pack(thinned(run), file, telemetry=run.seed == first)
+        text = file.read_text()
+        for prefix in (*without, f"{RUNS}/"):
+            text = text.replace(prefix, "")
+        file.write_text(text)
+        again.append(read(file))
+    return again
+
+
+def thinned(run: Run) -> Run:
+    """All evaluations, and up to MEASURED of the rows with telemetry: in even steps to the last, and after a switch.
+
+    A row's `train_loss` still is the mean since the row that stood before it.
+    """
+    measured = [row for row in run.rows if row.layers is not None]
+    kept = {row.step for row in measured[:: -max(1, math.ceil(len(measured) / MEASURED))]}
+    kept |= {row.step for row in after_switch(run, measured)[:1]}
+    return replace(run, rows=[row for row in run.rows if row.step in kept or row.eval_loss is not None])
+
+
+def after_switch(run: Run, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
+    return [] if run.switch is None else [row for row in rows if row.step > run.switch.step]
+
+
+def kept_runs(experiment: Experiment) -> list[Run]:
+    return [read(file) for file in sorted(experiment.kept.glob("*-seed*.json"))]
+
+
+def spread(values: Iterable[str | float], shown: Callable[[float], str] = loss) -> str:
+    """The mean and, of several, the least and the greatest; nothing of none."""
+    summary = Summary.of(map(float, values))
+    return "" if summary is None else with_span(summary, shown)
+
+
+def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    with file.open("w") as opened:
+        writer = csv.DictWriter(opened, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open() as opened:
+        return list(csv.DictReader(opened))
+
+
+def comparison_of(experiment: Experiment) -> Comparison:
+    return comparison.comparison(by_model(runs_of([experiment.kept])[0]))
+
+
+def reached_table(names: Iterable[str] = COMPARISONS) -> str:
+    """How early models reach each other's final losses, in several comparisons.
+
+    Rows are a comparison's losses and two targets, its first model and its last one; a cell the share of the target's
+    steps after which a model is at the target's last loss, and the share of its time.
+    """
+    comparisons = {name: comparison_of(Experiment.named(name)) for name in names}
+    labels = list(dict.fromkeys(model.label for found in comparisons.values() for model in found.models))
+    rows = [["", "", *labels]]
+    for name, found in comparisons.items():
+        models = {model.label: model for model in found.models}
+        first, *_, last = models
+        losses = [with_span(models[label].final_loss, loss) if label in models else "" for label in labels]
+        rows.append([f"{name}, {found.steps:,} steps, {seeds_of(found)}", "loss", *losses])
+        for target in (first, last):
+            cells = [_reaching(models[label], target, found) if label in models else "" for label in labels]
+            rows.append(["", f"reaches {target}'s in", *cells])
+    return markdown(rows, left=2)
+
+
+def _reaching(model: ComparedModel, target: str, found: Comparison) -> str:
+    if model.label == target:
+        return "1"
+    steps, time = model.reached[target].of_steps, model.reached[target].of_time
+    if steps is None or time is None:
+        return "never"
+    some = f" on {steps.seeds} of {len(found.seeds)}" if steps.seeds < len(found.seeds) else ""
+    return f"{with_span(steps)}, time {ratio(time.mean)}{some}"

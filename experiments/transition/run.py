@@ -1,0 +1,103 @@
+"""The jump at the switch to Token Choice, and what comes after it, three seeds (docs/conversion.md).
+
+    python experiments/transition/run.py            # 100 minutes of one core, as measured beside other runs
+    python experiments/transition/run.py --table    # Markdown
+
+The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more). Each is
+switched in six ways, and trained on for 120 steps (`WAYS`); a seventh is Token Choice for all of the steps. It goes on
+where it was stopped.
+
+Calibration leaves 0.20 to 0.36 of the plain jump; Token Choice from scratch ends lower. Where it was annealed before,
+"in groups, before" and the plain jump are of the annealed source. Losses are of the whole validation split at the end,
+and of the part that training is evaluated on before; means over the seeds, from the least to the greatest.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixture_of_tokens import transition
+from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.runs.records import Switch
+from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.training.options import Options
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Experiment, asked, directory_of, keep, kept_runs, spread, trained
+
+NAMES = ("MoT-Nano/32E", "MoT-Nano/32E/8")
+SEEDS = [1, 2, 3]
+OPTIONS = Options(steps=1200, device="cpu")  # of the sources, as in nano
+
+
+class Way(NamedTuple):
+    label: str
+    options: dict[str, Any]  # of `mot transition`
+
+
+WAYS = {  # by what a run's name ends in
+    "": Way("calibrated", {}),
+    "plain": Way("plain", {"calibrate": "none"}),
+    "fresh": Way("calibrated, fresh optimizer", {"optimizer": "fresh"}),
+    "capacity": Way("calibrated, capacity 1.25", {"capacity": 1.25}),
+    "anneal": Way("calibrated, annealed before", {"anneal": 0.1}),
+    "router": Way("new router", {"control": "router"}),
+    "scratch": Way("Token Choice from scratch", {"control": "scratch"}),
+}
+
+
+def switch_of(run: Run) -> Switch:
+    assert run.switch is not None
+    return run.switch
+
+
+def share_of_the_jump(run: Run) -> float:
+    switch = switch_of(run)
+    return (switch.at_the_switch - switch.source_in_groups) / (switch.plain_switch - switch.source_in_groups)
+
+
+OF_A_SWITCH: dict[str, Callable[[Run], float]] = {
+    "in groups, before": lambda run: switch_of(run).source_in_groups,
+    "at the switch": lambda run: switch_of(run).at_the_switch,
+    "share of the plain jump": share_of_the_jump,
+    "after a tenth": lambda run: run.stages.tenth_loss,
+    "at the end": lambda run: run.stages.end_loss,
+}
+
+
+def make(sources: Experiment, experiment: Experiment, names=NAMES, seeds=SEEDS, options=OPTIONS, ways=WAYS) -> None:
+    """Train what is missing, seed by seed, and keep it."""
+    runs = []
+    for seed in seeds:
+        for name in names:
+            source = trained(sources, name, seed, options)
+            for end, way in ways.items():
+                out = experiment.trained / directory_of(source.name, *filter(None, [end]))
+                transition(source, out=out, device=options.device, resume=True, **way.options)
+                runs.append(read(out))
+    keep(runs, experiment.kept)
+
+
+def table(experiment: Experiment) -> str:
+    rows = [["source", "way", *OF_A_SWITCH, "at the end, whole split"]]
+    runs = {run.directory.name: run for run in kept_runs(experiment)}
+    for name in NAMES:
+        for end, way in WAYS.items():
+            found = [runs[directory_of(name, f"seed{seed}", *filter(None, [end]))] for seed in SEEDS]
+            switched = [run for run in found if run.switch is not None]
+            cells = [spread(map(of, switched)) for of in OF_A_SWITCH.values()]
+            rows.append([directory_of(name), way.label, *cells, spread(run.facts.final_loss for run in found)])
+    return markdown(rows, left=2)
+
+
+def main() -> None:
+    experiment = Experiment.named("transition")
+    if not asked(__doc__, table="print the table, and stop").table:
+        make(Experiment.named("nano"), experiment)
+    print(table(experiment))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""What is kept of runs: old run directories are read, packed and unpacked; the scripts make what is committed."""
+
+import json
+import runpy
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mixture_of_tokens import transition
+from mixture_of_tokens.reports.report import report
+from mixture_of_tokens.runs.records import FORMAT
+from mixture_of_tokens.runs.run import pack, read
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = ROOT / "experiments"
+FORMAT_0 = Path(__file__).parent / "data" / "format0"
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """A run directory of format 0, to be damaged."""
+    return Path(shutil.copytree(FORMAT_0, tmp_path / "old"))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The names of an experiment's script, which puts what all of them share on the path."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    return lambda name: runpy.run_path(str(EXPERIMENTS / name / "run.py"))
+
+
+def test_a_run_directory_of_format_0_is_read():
+    run = read(FORMAT_0)
+    assert (run.name, run.seed, run.facts.steps, run.facts.evaluated_on) == ("TC-Nano/32E", 1, 1320, "validation")
+    assert (run.facts.final_loss, run.facts.seconds, run.facts.threads) == (2.647028327033094, 132.6, 1)
+    assert run.facts.text == ("91203739bc4ce4c6", "596bf9ff3c9db30c")
+    config = run.config
+    assert (config.steps, config.first_step, config.last_step, config.learning_rate) == (120, 1200, 1320, 0.005)
+    assert (config.data, config.tokenizer, config.anneal_temperature_to) == ([], None, None)
+    assert config.training["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
+    assert config.transition is not None
+    assert asdict(config.transition) == {
+        "source": "experiments/nano/MoT-Nano-32E-seed1",
+        "calibrate": "full",
+        "optimizer": "carried",
+        "control": None,
+        "anneal": None,
+    }
+    assert run.model_config.num_experts == 32
+    assert run.model_config.capacity_factor is None
+    assert run.switch is not None
+    assert (run.switch.step, run.switch.at_the_switch, run.switch.fit_seconds) == (1200, 2.755923569202423, None)
+    assert [row.step for row in run.rows] == [20, 100, 1200, 1206, 1212, 1320]
+    assert [row.step for row in run.evaluations] == [100, 1200, 1212, 1320]
+    assert run.rows[0].train_loss == 6.073265075683594
+    assert run.rows[0].layers is not None
+    assert run.rows[0].layers["0"] == {"branch_to_residual": 0.32274}
+    assert run.stages.tenth_step == 1212
+    assert [point.step for point in run.curve] == [100, 1200, 1200, 1212, 1320]
+
+
+def test_a_run_is_the_same_when_it_was_packed(tmp_path):
+    run = read(FORMAT_0)
+    pack(run, tmp_path / "whole.json", telemetry=True)
+    pack(run, tmp_path / "slim.json", telemetry=False)
+    assert json.loads((tmp_path / "whole.json").read_text())["format"] == FORMAT
+    for named in (tmp_path / "whole", tmp_path / "whole.json"):
+        assert read(named) == replace(run, directory=tmp_path / "whole")
+    slim = read(tmp_path / "slim")
+    assert slim.rows == [replace(row, layers=None) for row in run.evaluations]
+    assert slim.curve == run.curve
+    pack(read(tmp_path / "whole"), tmp_path / "again.json", telemetry=True)
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
+def test_a_directory_goes_before_a_file_of_its_name(old, monkeypatch):
+    run = read(old)
+    pack(replace(run, rows=run.evaluations), old.with_name("old.json"), telemetry=False)
+    assert read(old) == run
+    monkeypatch.chdir(old)
+    assert read(Path()) == replace(run, directory=Path())
+
+
+DAMAGES = {
+    "a newer format": (lambda fields: fields | {"format": FORMAT + 1}, "format"),
+    "no number as format": (lambda fields: fields | {"format": "new"}, "format"),
+    "an unknown field": (lambda fields: fields | {"flavour": 1}, "flavour"),
+    "a missing field": (lambda fields: dict([*fields.items()][1:]), "lacks the field"),
+    "another type": (lambda fields: fields | {[*fields][1]: [[]]}, "cannot be"),
+    "no fields": (lambda fields: 3, "holds no fields"),
+}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "switch.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_is_one_error_that_names_its_file(old, name, damage):
+    file = old / name
+    change, told = DAMAGES[damage]
+    file.write_text(json.dumps(change(yaml.safe_load(file.read_text()))))  # JSON is YAML too
+    with pytest.raises(ValueError, match=told) as error:
+        read(old)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "switch.json", "metrics.jsonl"])
+@pytest.mark.parametrize("text", ["{", '{"name": [}', "\0", "[" * 100_000])
+def test_a_file_that_cannot_be_parsed_is_one_error_that_names_it(old, name, text):
+    (old / name).write_text(text)
+    with pytest.raises(ValueError, match=r"be read|damaged") as error:
+        read(old)
+    assert str(old / name) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": None}, {"step": "1"}, {"steps": 1}, {"train_loss": "nan"}, {"layers": []}, {"format": FORMAT + 1}],
+)
+def test_a_damaged_row_is_one_error_that_names_the_file_and_the_line(old, change):
+    file = old / "metrics.jsonl"
+    first, second, *rest = file.read_text().splitlines()
+    file.write_text("\n".join([first, json.dumps(json.loads(second) | change), *rest]))
+    with pytest.raises(ValueError, match="line 2") as error:
+        read(old)
+    assert str(file) in str(error.value)
+
+
+PACKED_DAMAGES = {
+    "a newer format": lambda fields: fields | {"format": FORMAT + 1},
+    "an unknown field": lambda fields: fields | {"flavour": 1},
+    "an unknown field of a part": lambda fields: fields | {"facts": fields["facts"] | {"flavour": 1}},
+    "a missing part": lambda fields: {key: value for key, value in fields.items() if key != "config"},
+    "a missing field": lambda fields: fields | {"config": {"name": "TC-Nano/32E"}},
+    "no rows": lambda fields: {key: value for key, value in fields.items() if key != "metrics"},
+    "rows that are none": lambda fields: fields | {"metrics": [1]},
+    "a part of another type": lambda fields: fields | {"facts": [1]},
+    "a switch of another type": lambda fields: fields | {"switch": 3},
+    "rows of another type": lambda fields: fields | {"metrics": 5},
+    "no fields": lambda fields: [],
+}
+
+
+@pytest.mark.parametrize("damage", PACKED_DAMAGES)
+def test_a_damaged_packed_run_is_one_error_that_names_its_file(tmp_path, damage):
+    file = tmp_path / "packed.json"
+    pack(read(FORMAT_0), file, telemetry=True)
+    file.write_text(json.dumps(PACKED_DAMAGES[damage](json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=r"packed\.json"):
+        read(tmp_path / "packed")
+
+
+def test_a_packed_run_that_cannot_be_parsed_is_one_error(tmp_path):
+    (tmp_path / "packed.json").write_text('{"format": 1')
+    with pytest.raises(ValueError, match=r"packed\.json cannot be read"):
+        read(tmp_path / "packed")
+
+
+def kept() -> list[Path]:
+    return sorted(EXPERIMENTS.glob("*/*-seed*.json"))
+
+
+def test_all_runs_are_kept_with_evaluations_and_one_seed_with_telemetry():
+    folders = [file.parent.name for file in kept()]
+    assert {name: folders.count(name) for name in folders} == {
+        "nano": 12, "prose": 3, "long": 3, "transition": 42, "verdict": 27
+    }  # fmt: skip
+    for file in kept():
+        run = read(file)
+        assert json.loads(file.read_text())["format"] == FORMAT
+        assert len(run.evaluations) >= 10
+        assert any(row.layers for row in run.rows) == (run.seed == 1)
+        assert "/home/" not in file.read_text()
+    assert not list(EXPERIMENTS.glob("*/*/"))  # no run directories
+
+
+def test_scripts_train_what_is_committed(script):
+    """All that decides what a run computes is the same, of the command and of the file."""
+    for folder in ("nano", "prose", "long"):
+        made = script(folder)
+        for name in made["NAMES"]:
+            for seed in made["SEEDS"]:
+                config = read(EXPERIMENTS / folder / f"{name.replace('/', '-')}-seed{seed}").config
+                data = config.data if folder == "prose" else []
+                assert (
+                    merge(name, seed, None, replace(made["OPTIONS"], data=data)).config.identity() == config.identity()
+                )
+
+
+def test_the_scripts_ways_to_switch_are_those_committed(script, tmp_path):
+    made = script("transition")
+    for name in made["NAMES"]:
+        source = EXPERIMENTS / "nano" / f"{name.replace('/', '-')}-seed2"
+        for end, way in made["WAYS"].items():
+            asked = transition(source, out=tmp_path / "new", dry_run=True, **way.options).identity()
+            before = read(EXPERIMENTS / "transition" / "-".join(filter(None, [source.name, end]))).config.identity()
+            if "transition.source" in asked:
+                assert asked.pop("transition.source").endswith(before.pop("transition.source"))
+            if end == "anneal":  # whose first part comes before
+                assert (asked.pop("first_step"), before.pop("first_step")) == (1200, 1260)
+            assert asked == before
+
+
+def test_the_steps_of_a_budget_are_those_that_were_trained(script):
+    verdict = script("verdict")
+    timings = verdict["timings"](EXPERIMENTS / "verdict")
+    rows = verdict["read_csv"](EXPERIMENTS / "verdict" / "results.csv")
+    assert len(rows) == len(verdict["SYSTEMS"]) * len(verdict["BUDGETS"]) * len(verdict["SEEDS"])
+    for row in rows:
+        assert verdict["steps_within"](int(row["budget"]), timings[row["system"]]) == (
+            int(row["steps"]),
+            int(row["after"]),
+        )
+        run = read(EXPERIMENTS / "verdict" / verdict["name_of"](row))
+        assert (run.seed, run.facts.steps) == (int(row["seed"]), int(row["steps"]) + int(row["after"]))
+        if run.switch is None:
+            words = verdict["row_flags"](int(row["steps"]))
+            flags = {
+                field.removeprefix("--training."): every for field, every in zip(words[::2], words[1::2], strict=True)
+            }
+            options = Options(steps=int(row["steps"]), training=flags)
+            assert merge(row["system"], run.seed, None, options).config.identity() == run.config.identity()
+        else:
+            assert (run.switch.step, run.config.steps) == (int(row["steps"]), int(row["after"]))
+        # The export, scored by plain transformers, has the loss that training had found of the whole text.
+        assert run.facts.final_loss == pytest.approx(float(row["loss"]), abs=5e-4)
+
+
+def test_the_page_of_the_committed_runs_has_their_telemetry(tmp_path):
+    found = report(EXPERIMENTS / "nano", out=tmp_path / "report.html")
+    assert found.comparison.seeds == [1, 2, 3]
+    page = (tmp_path / "report.html").read_text()
+    assert "Mixture entropy of MoT-Nano/32E/8 over training" in page
+    assert "mot compare Transformer-Nano" in page
+
+
+def test_telemetry_is_thinned_evenly_and_evaluations_stay(script):
+    common = script("nano")["compared"].__globals__
+    run = read(FORMAT_0)
+    rows = [replace(run.rows[0], step=step, eval_loss=2.0 if step % 50 == 0 else None) for step in range(1, 1321)]
+    steps = [row.step for row in common["thinned"](replace(run, rows=rows)).rows]
+    assert steps == sorted({*range(1320, 0, -22), *range(50, 1321, 50), 1201})
+    assert common["thinned"](replace(run, rows=rows[:60])).rows == rows[:60]
+
+
+@pytest.fixture
+def tiny(small_corpus) -> Options:
+    training = {"logging_steps": "1", "eval_steps": "5"}
+    return Options(steps=10, batch_size=32, device="cpu", data=[str(small_corpus)], training=training)
+
+
+def test_a_comparison_s_script_trains_keeps_and_goes_on(script, tiny, tmp_path, monkeypatch, small_corpus):
+    monkeypatch.chdir(tmp_path)
+    nano = script("nano")
+    experiment = nano["Experiment"](tmp_path / "kept", tmp_path / "trained")
+    without = [f"{small_corpus.parent}/"]
+    nano["compared"](experiment, ("MoT-Nano/4E",), [1, 2], tiny, without)
+    files = ["MoT-Nano-4E-seed1.json", "MoT-Nano-4E-seed2.json", "compare.json"]
+    assert sorted(file.name for file in experiment.kept.iterdir()) == files
+    texts = [(experiment.kept / name).read_text() for name in files]
+    assert not any(str(small_corpus.parent) in text for text in texts)
+    (first, second), (whole, other) = (
+        [read(place / f"MoT-Nano-4E-seed{seed}") for seed in (1, 2)] for place in (experiment.kept, experiment.trained)
+    )
+    assert (first.config.data, len(first.rows)) == (["texts"], 10)
+    assert first.rows == whole.rows
+    assert second.rows == [replace(row, layers=None) for row in other.evaluations]
+    written = json.loads(texts[-1])
+    assert written["command"].endswith("--data texts --device cpu --training.logging_steps 1 --training.eval_steps 5")
+    assert [run["directory"] for run in written["models"][0]["runs"]] == ["MoT-Nano-4E-seed1", "MoT-Nano-4E-seed2"]
+    before = {path: path.stat().st_mtime_ns for path in experiment.trained.glob("*/run.json")}
+    (experiment.kept / files[1]).unlink()
+    nano["compared"](experiment, ("MoT-Nano/4E",), [1, 2], tiny, without)  # nothing is trained again
+    assert {path: path.stat().st_mtime_ns for path in experiment.trained.glob("*/run.json")} == before
+    assert [(experiment.kept / name).read_text() for name in files] == texts
+    nano["draw"](experiment)
+    assert "<svg" in (experiment.kept / "curves.svg").read_text()
+
+
+@pytest.mark.slow
+def test_the_transition_s_script_trains_and_keeps(script, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = script("transition")
+    experiment = made["Experiment"](tmp_path / "kept", tmp_path / "trained")
+    sources = made["Experiment"](tmp_path / "no", tmp_path / "sources")
+    ways = {end: way for end, way in made["WAYS"].items() if end in ("", "anneal", "scratch")}
+    made["make"](sources, experiment, ("MoT-Nano/4E",), [1], replace(tiny, steps=20), ways)
+    names = {f"MoT-Nano-4E-seed1{end and '-'}{end}.json" for end in ways}
+    assert {file.name for file in experiment.kept.iterdir()} == names
+    for name in names:
+        run = read(experiment.kept / name)
+        assert (run.switch is None) == name.endswith("scratch.json")
+        assert run.facts.steps == 22
+
+
+@pytest.mark.slow
+def test_the_verdict_s_script_times_trains_and_scores(script, tmp_path, monkeypatch):
+    """By processes of their own, which read a part of the embedded corpus here."""
+    monkeypatch.chdir(tmp_path)
+    verdict = script("verdict")
+    mot = verdict["mot"]
+
+    def short(*words: object) -> None:
+        mot(*words, *(["--max-bytes", 3_000_000] if words[0] == "train" else []))
+
+    systems = ("TC-Nano/4E", "MoT-Nano/4E")
+    budget = {"SYSTEMS": systems, "BUDGETS": (1,), "SEEDS": (1,)}
+    patched = budget | {"mot": short, "steps_within": lambda _, rounds: (30, 3 if any(rounds["step_after_ms"]) else 0)}
+    for name, value in patched.items():
+        monkeypatch.setitem(verdict["make"].__globals__, name, value)
+    kept, trained = tmp_path / "kept", tmp_path / "trained"
+    kept.mkdir()
+    rows = [verdict["time_system"](system, 0, trained, 40) for system in systems]
+    assert [bool(row["step_after_ms"]) for row in rows] == [False, True]
+    assert all(row["row_ms"] > 0 and row["token_ms"] > 0 for row in rows)
+    verdict["write_csv"](kept / "timings.csv", verdict["TIMINGS"], rows)
+    verdict["make"](verdict["Experiment"](kept, trained))
+    table = verdict["table"](kept)
+    assert "| MoT-Nano/4E, switched | loss |" in table
+    assert "| 30 + 3 (" in table
+    for row in verdict["read_csv"](kept / "results.csv"):
+        assert float(row["loss"]) == pytest.approx(read(kept / verdict["name_of"](row)).facts.final_loss, abs=1e-3)
+        assert bool(row["in_groups"]) == row["system"].startswith("MoT")
+
+
+@pytest.mark.slow
+def test_the_losses_of_partial_groups_are_measured(script, tiny_runs, tiny_cache):
+    made = script("partial_groups")
+    rows = made["losses"](tiny_runs["MoT-Nano/4E/2"], 5_000)
+    by = {(row["treatment"], row["rows"]): row["loss"] for row in rows}
+    assert len(by) == 2 * 4 + 1  # one and two rows, four treatments; a full group
+    full = by["companions", 4]
+    assert all(loss >= full - 1 for loss in by.values())
