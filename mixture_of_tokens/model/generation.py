@@ -20,6 +20,13 @@ def real_tokens(attention_mask: Any, current: Any) -> Any:
     return attention_mask[:, -current.shape[1] :].bool().to(current.device)
 
 
+def _ends_in_padding(prompt: Tensor, pad: int | None, stop: Any) -> bool:
+    """Whether upstream would infer a mask with padding on the right: only where the token is no end of text."""
+    if pad is None or (stop is not None and pad in torch.as_tensor(stop).flatten().tolist()):
+        return False
+    return bool((prompt[:, -1] == pad).any())
+
+
 class GroupedGeneration:
     """`generate` of a model whose rows may influence each other, as `mixes_examples` says."""
 
@@ -52,10 +59,8 @@ class GroupedGeneration:
             if setting("stop_strings") or kwargs.get("stopping_criteria"):
                 raise ValueError("rows that end by other criteria would stay in the mixture; use eos_token_id")
             stop, prompt = setting("eos_token_id"), kwargs.get("input_ids") if inputs is None else inputs
-            pad = setting("pad_token_id")
-            if mask is None and prompt is not None and pad is not None and pad not in torch.as_tensor(stop or []):
-                if bool((prompt[:, -1] == pad).any()):  # upstream would infer a mask of it, later
-                    raise ValueError("prompts must be padded on the left, and one ends with the padding token")
+            if mask is None and prompt is not None and _ends_in_padding(prompt, setting("pad_token_id"), stop):
+                raise ValueError("prompts must be padded on the left, and one ends with the padding token")
             kwargs["stop_ids"] = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
             if prompt is not None:
                 kwargs["prompt_length"] = prompt.shape[1]
