@@ -1,0 +1,83 @@
+"""One writer at a time: the second is refused, and a lock dies with its process."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from mixture_of_tokens.runs.ownership import LOCK, owned, owned_file
+from processes import finish, mot, start
+
+NOW = 0.0
+
+
+def hold(directory, seconds: float) -> None:
+    with owned(directory):
+        (directory / "held").touch()
+        time.sleep(seconds)
+
+
+def wait_for(path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_second_writer_of_a_directory_is_refused_until_the_first_is_done(tmp_path):
+    directory = tmp_path / "run"
+    with owned(directory):
+        (directory / "metrics.jsonl").touch()
+        with pytest.raises(ValueError, match="run is being written by another process"), owned(directory, patience=NOW):
+            pass
+        with owned(tmp_path / "other", patience=NOW):
+            (tmp_path / "other" / "metrics.jsonl").touch()
+    with owned(directory, patience=NOW):
+        pass
+    assert (directory / "metrics.jsonl").exists()
+
+
+def test_a_directory_to_which_nothing_was_written_is_gone_again(tmp_path):
+    with pytest.raises(ZeroDivisionError), owned(tmp_path / "a" / "b"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "was" / "there").mkdir(parents=True)
+    with owned(tmp_path / "was" / "there" / "before"):
+        pass
+    assert (tmp_path / "was" / "there").is_dir()
+    with owned_file(tmp_path / "texts.jsonl"):
+        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [f".texts.jsonl{LOCK}"]
+    assert not any(path.is_file() for path in tmp_path.iterdir())
+
+
+def test_a_lock_dies_with_its_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    process = start(hold, tmp_path / "run", 600, log=tmp_path / "log")
+    wait_for(tmp_path / "run" / "held")
+    with pytest.raises(ValueError, match="another process"), owned(tmp_path / "run", patience=NOW):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    assert finish(process) == -signal.SIGKILL
+    with owned(tmp_path / "run", patience=NOW):
+        pass
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_of_two_trainings_in_one_run_directory_one_trains_and_one_says_why_not(tmp_path, small_corpus, capsys):
+    words = ["train", "Transformer-Nano", "--steps", "4", "--batch-size", "32", "--device", "cpu"]
+    words += ["--data", str(small_corpus), "--out", str(tmp_path / "run"), "--resume"]
+    process = start(hold, tmp_path / "run", 600, log=tmp_path / "log")
+    wait_for(tmp_path / "run" / "held")
+    (tmp_path / "run" / "held").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        mot(*words)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "is being written by another process: wait for it, or name another --out" in error
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    mot(*words)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
