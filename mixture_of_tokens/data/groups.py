@@ -66,7 +66,7 @@ def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarr
     Two blocks of a group have at least `reach` tokens between the last target of one and the first token of the other.
     A segment is at most half as long, so two blocks of one document never touch the same segment or adjacent ones.
 
-    Returns the new `ends` and how many of them are of segments; no token is added.
+    Returns the new `ends` and how many of them end segments; no token is added.
     """
     lengths = np.diff(ends, prepend=0)
     reach = max(1, (int(lengths.sum()) - 1) // context // group_size // 2) * context

@@ -33,7 +33,7 @@ SMALLEST_GROUP = 32  # documents are cut for groups of this size or more, so tha
 class Prepared:
     """A tokenized corpus: its splits, its tokenizer, and what is known of it.
 
-    Settings are chosen on `tuning`, as `validation` is what is reported. `tuning` may be shorter than a block.
+    Settings are chosen on `tuning`, results reported on `validation`. `tuning` may be shorter than a block.
     facts: `hash` (of the kept text), `source`, `duplicates_dropped`, `documents_cut`, `segments` (how many far-apart
     parts of documents count as documents), `dtype`, `tokenizer` (a hash) and, by split, documents, tokens and bytes.
     """

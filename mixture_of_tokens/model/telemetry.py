@@ -7,7 +7,7 @@ Elsewhere they are zero. A group is the n real tokens at one position of `group_
 that tokens per expert mean the same for all routings. Masked tokens do not count.
 
     mixture_entropy     entropy of an expert's weights over the tokens of a group / log n. 1: the group is averaged,
-                        0: one token has all. Mean over groups and the experts used in them (0 if no group has two tokens)
+                        0: one token has all. Mean over groups and the experts they use (0 if no group has two tokens)
     effective_tokens    tokens per mixture: exp of that entropy, before division by log n; 1 to n, mean
     effective_experts   experts per token: exp of the entropy of a token's weights over experts; 1 to E, mean over the
                         tokens that have any
