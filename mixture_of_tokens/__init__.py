@@ -1,7 +1,7 @@
 """Mixture of Tokens (arXiv 2310.15961): a continuous mixture of experts for autoregressive language models.
 
-Everything below is imported at its first use: the layers need torch alone, the models transformers, and the functions
-that train, evaluate and compare what the extra `train` installs.
+Each name below is imported at its first use. The layers need torch alone, the models transformers too. The functions
+that train, evaluate and compare need the packages of the extra `train`.
 """
 
 import importlib
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.training.sweep import sweep
     from mixture_of_tokens.training.train import train
 
-# Where each public name is.
+# The module of each public name.
 _MODULES = {
     "layers": ("Experts", "MixtureOfTokens", "Router"),
     "sparse": ("ExpertChoice", "TokenChoice"),

@@ -1,6 +1,6 @@
-"""The command `mot`: a name for each function, whose signature and docstring are the command's help.
+"""The command line `mot`: each command is a function, whose signature and docstring are the command's help.
 
-A function is imported when its command is given, so that help and version come at once.
+A function is imported only when its command is given, so `mot --help` and `mot --version` answer at once.
 """
 
 import os
@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from mixture_of_tokens import __version__
 
-# Where each command's function is, and the first line of its docstring.
+# Each command's function, as module:name, and the first line of its docstring.
 COMMANDS = {
     "train": ("training.train:train", "Train one model and write a run directory."),
     "sweep": ("training.sweep:sweep", "Train one model with every combination of settings, and print the best."),
@@ -55,7 +55,7 @@ WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, a
 
 
 def _flags(key: str, value: Any) -> Iterator[list[str]]:
-    """An entry of a configuration file as the words that say the same on the command line."""
+    """An entry of a configuration file as the equivalent words of the command line."""
     if isinstance(value, dict):  # --model and --training, whose fields take any YAML
         yield from (
             [f"{key}.{name}", inner if isinstance(inner, str) else dumps(inner, default=str)]
@@ -75,7 +75,7 @@ def _common(
     """Any command.
 
     Args:
-        config: A YAML file of the command's flags; flags that are given win over it.
+        config: A YAML file of the command's flags; flags on the command line override it.
         json: Print the result as JSON.
     """
     if config is None:
@@ -84,10 +84,10 @@ def _common(
         raise ValueError(f"--config {config}: there is no such file")
     entries = yaml.safe_load(config.read_text())
     if not isinstance(entries, dict):
-        raise ValueError(f"--config {config} does not hold flags, as in `steps: 100`")
+        raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
     if "transition" in entries:
-        raise ValueError(f"--config {config} is of a run after a switch; mot transition makes it again")
-    entries.pop("format", None)  # of a run directory's config.yaml
+        raise ValueError(f"--config {config} is of a converted run: repeat it with mot transition")
+    entries.pop("format", None)  # a run directory's config.yaml has it beside the flags
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
     if len(words) > 1 and not words[1].startswith("-"):  # a positional word is the model's name
         given.add("--name")
@@ -98,7 +98,7 @@ def _common(
 def _app(words: list[str]) -> App:
     app = App(
         name="mot",
-        help="Mixture of Tokens: train it, weigh it against dense and sparse models.",
+        help="Mixture of Tokens: train it and compare it with dense and sparse models.",
         version=__version__,
         default_parameter=Parameter(negative=()),
         result_action="return_value",
@@ -106,7 +106,7 @@ def _app(words: list[str]) -> App:
         print_error=False,
     )
     for name, (place, help) in COMMANDS.items():
-        # The one that is given tells all of its docstring.
+        # The help of the given command is its whole docstring, that of the others one line.
         settings: dict[str, Any] = {} if name in words[:1] else {"help": help}
         if name in WITH_NEGATIVE_FLAGS:
             settings["default_parameter"] = Parameter(negative=None)
@@ -134,10 +134,13 @@ def _run(words: list[str]) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run the command line. One line on standard error and exit status 2 for bad use, 1 for training that diverges."""
+    """Run the command line. Errors are one line on standard error.
+
+    The exit status is 2 for bad use, 1 for training that diverges and for a failed check.
+    """
     try:
         _run(sys.argv[1:] if words is None else words)
-    except BrokenPipeError:  # whoever read the output has enough, as in `mot generate ... | head`
+    except BrokenPipeError:  # the reader of the output has closed it, as in `mot generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
@@ -147,7 +150,7 @@ def main(words: list[str] | None = None) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
             raise
         first = str(error).partition(". ")[0]
-        print(f"mot: error: {first}; in training, --training.gradient_accumulation_steps N takes less", file=sys.stderr)
+        print(f"mot: error: {first}; in training, --training.gradient_accumulation_steps N needs less", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:  # training that diverged
         print("mot: error:", error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Results as text: what commands return, and numbers, ranges and tables, for the terminal and for the page."""
+"""Results as text: the base class of what commands return, and the format of numbers, ranges and tables."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import Any, Self
 
 
 class Result:
-    """What a command returns, a dataclass: `str` is what the command line prints, `to_json` what --json prints."""
+    """Base of the dataclasses that commands return. The command line prints `str`, and with --json `to_json`."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)  # pyright: ignore[reportArgumentType]
@@ -18,7 +18,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Summary:
-    """Over seeds or rounds."""
+    """Mean and range of a number over seeds or rounds."""
 
     mean: float
     least: float
@@ -27,7 +27,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Self | None:
-        """Of those that have a value; None if none has."""
+        """Of the values that are not None; None if there are none."""
         known = [value for value in values if value is not None]
         return cls(sum(known) / len(known), min(known), max(known), len(known)) if known else None
 
@@ -51,7 +51,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """As in 221 k, with the letters of the International System."""
+    """Three digits and an SI prefix, such as 221 k."""
     for letter, power in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * power:
             return f"{number / power:.3g} {letter}"
@@ -63,7 +63,7 @@ def listed(words: list[str]) -> str:
 
 
 def span(summary: Summary, shown=ratio) -> str:
-    """The least and the greatest, if there is more than one."""
+    """The least and the greatest value; empty if there is only one."""
     return f"{shown(summary.least)} to {shown(summary.greatest)}" if summary.seeds > 1 else ""
 
 
@@ -83,7 +83,7 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """The same as a table of Markdown, whose first row is the head."""
+    """Rows as a Markdown table; the first row is its header."""
     head, *body = rows
     rule = ["---" if i < left else "---:" for i in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))

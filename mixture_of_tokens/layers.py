@@ -1,4 +1,4 @@
-"""Mixture of Tokens, and the routings it is compared with, over one set of experts.
+"""Mixture of Tokens, and the experts and router that sparse routings share.
 
 The layer (Antoniak et al., arXiv 2310.15961). A group is the G tokens x_1 .. x_G that stand at one position of
 G different examples. With a linear router c and experts FFN_1 .. FFN_E, for every group:
@@ -7,7 +7,7 @@ G different examples. With a linear router c and experts FFN_1 .. FFN_E, for eve
     w[g, e]     = exp(logit[g, e]) / sum_h exp(logit[h, e])     softmax over the group, one for each expert
     mix[e]      = sum_g w[g, e] * x_g                           what expert e reads
     y[e]        = FFN_e(mix[e])
-    out[g]      = sum_e w[g, e] * y[e]                          given back with the same weights
+    out[g]      = sum_e w[g, e] * y[e]                          returned to the tokens with the same weights
 
 Shape letters, carried by names as a suffix (`x_BTD`):
 
@@ -19,11 +19,11 @@ Weights: the router's `gate.weight` (E, D); gated experts `experts.gate_up_proj`
 (E, D, F); plain experts `experts.up_proj` (E, F, D) and `experts.down_proj` (E, D, F). There are no biases.
 
 Every layer is called as `y = layer(x, token_mask=None)` with x and y (B, T, D) and the mask (B, T), true where a token
-is real. Examples in consecutive rows form a group: rows 0 .. G-1, G .. 2G-1 and so on. They must be independent
-texts, or they hold each other's future. What stands in a masked row, NaN included, reaches nothing.
+is real. Examples in consecutive rows form a group: rows 0 .. G-1, G .. 2G-1 and so on. They must be independent texts;
+otherwise one may contain another's future. Masked values, NaN included, affect no output and no gradient.
 
-Beyond the paper: masked and partial groups, where each expert's companion (see `MixtureOfTokens`) stands for every
-token that is missing, the option `normalize_mixture`, and a softmax in fp32 or better whatever the input's precision.
+Beyond the paper: masked and incomplete groups, in which each expert's companion (see `MixtureOfTokens`) replaces every
+missing token; the option `normalize_mixture`; a softmax in fp32 or better, whatever the input's precision.
 """
 
 import math
@@ -40,7 +40,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.
 
 
 def truncated_normal_(weight: Tensor, scale: float) -> None:
-    """Fill with a normal of std = scale / sqrt(last dimension), cut at two std: the authors' initialisation."""
+    """Fill with a normal of std = scale / sqrt(last dimension), cut at two std, so that 0.88 of the std remains.
+
+    The std before the cut is the authors'. Their code cuts at 0.2 instead, which removes next to nothing.
+    """
     std = scale / math.sqrt(weight.shape[-1])
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
@@ -88,10 +91,10 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """Logits x . c_e / temperature, computed in `router_dtype` or, if that is more precise, in the input's type.
+    """Logits x . c_e / temperature, computed in `router_dtype` or in the input's type, whichever is more precise.
 
-    The temperature is a setting, not in the state dict, that a schedule may change between steps (`set_temperature`),
-    or, with `learnable_temperature`, exp of the parameter `log_temperature`.
+    The temperature is a setting outside the state dict; a schedule may change it between steps (`set_temperature`).
+    With `learnable_temperature` it is exp of the parameter `log_temperature`.
     """
 
     fixed_temperature: Tensor
@@ -137,7 +140,7 @@ class Router(nn.Module):
 
 
 class Routed(nn.Module):
-    """What every routing below shares: experts and their router.
+    """What Mixture of Tokens and the sparse routings share: experts and a router.
 
     Args:
         hidden_size, expert_size, num_experts: D, F and E.
@@ -145,7 +148,7 @@ class Routed(nn.Module):
         temperature, learnable_temperature, router_dtype: see `Router`.
         initializer_scale: see `truncated_normal_`.
 
-    Raises ValueError for a size below 1, a temperature that is not positive, an unknown activation.
+    Raises ValueError for a size below 1, a temperature that is not positive and finite, or an unknown activation.
     """
 
     def __init__(
@@ -176,19 +179,19 @@ class Routed(nn.Module):
 
 
 class MixtureOfTokens(Routed):
-    """The layer of the module's docstring. Any batch, any group size, any number and width of experts.
+    """The layer of the module's docstring, for any batch, group size, number and width of experts.
 
-    In a group with n < G real tokens each of the G - n missing ones is, for expert e, the token `companion[e]` with the
-    logit `companion_logit[e]`. As initialised both are 0, and missing tokens are zeros; `calibrate_companions` makes
-    them each expert's mean over real groups, with which a token alone fares about as in a full group.
+    In a group with n < G real tokens, expert e gets for each of the G - n missing tokens the token `companion[e]` with
+    the logit `companion_logit[e]`. Both are initialised to 0, so missing tokens are zeros. `calibrate_companions` sets
+    them to the expert's averages over full groups; a token alone is then predicted about as well as in a full group.
 
-    Set `alone` to have every token in a group of its own, with G - 1 companions: no row of a batch then influences
-    another, and every expert runs for every token, G times the FLOPs.
+    With `alone` set, every token forms a group with G - 1 companions. No row of a batch then influences another, and
+    every expert runs for every token, at G times the FLOPs.
 
     Args beyond those of `Routed`:
-        group_size: G. A token costs the FLOPs of a dense feed-forward of width E * F / G; `matched` solves for it.
-        normalize_mixture: divide a mixture by the 2-norm of its weights. A mean of n tokens is smaller than a token
-            by up to sqrt(n); this gives an expert inputs of one scale however many tokens it mixes.
+        group_size: G. Per token, experts cost the FLOPs of a dense feed-forward of width E * F / G; see `matched`.
+        normalize_mixture: divide a mixture by the 2-norm of its weights. A mean of n tokens is up to sqrt(n) times
+            smaller than one token; with the division, an expert's inputs have one scale for any number of tokens.
         uniform: the paper's ablation (Fig. 4): every weight is 1 / G and there is no router.
     """
 
@@ -271,22 +274,22 @@ class MixtureOfTokens(Routed):
         )
 
     def logits(self, x_MGD: Tensor) -> Tensor:
-        """(M, G, E), of the router; zeros where mixing is uniform."""
+        """The router's logits (M, G, E); zeros for uniform mixing."""
         return x_MGD.new_zeros(*x_MGD.shape[:2], self.num_experts) if self.gate is None else self.gate(x_MGD)
 
     def weights(self, x_MGD: Tensor, mask_MG1: Tensor | None = None, missing_M11: Tensor | None = None) -> Tensor:
-        """w (M, G, E): every expert's weights over the real tokens of a group; missing ones have the rest to one."""
+        """w (M, G, E). Where tokens are missing, weights sum to less than one; companions hold the remainder."""
         logits_MGE = self.logits(x_MGD)
-        if mask_MG1 is not None:  # the lowest finite number, not -inf: a group with nothing real must not become NaN
+        if mask_MG1 is not None:  # the lowest finite number, not -inf: a group without real tokens must not become NaN
             logits_MGE = logits_MGE.masked_fill(~mask_MG1, torch.finfo(logits_MGE.dtype).min)
-        if missing_M11 is not None:  # one more row for all of them; -inf where none is missing
+        if missing_M11 is not None:  # one more row for all missing tokens; -inf where none is missing
             companions_M1E = (self.companion_logit + missing_M11.log()).to(logits_MGE.dtype)
             logits_MGE = torch.cat([logits_MGE, companions_M1E], dim=1)
         weights_MGE = softmax(logits_MGE, dim=1)
         return weights_MGE if missing_M11 is None else weights_MGE[:, :-1]
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        if self.alone and len(x_BTD) > 1:  # tokens as positions of one example, some at a time: E mixtures for each
+        if self.alone and len(x_BTD) > 1:  # each token is a position of a single example
             mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
             x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)
             parts = zip(x_1SD.split(self.alone_at_once, dim=1), mask_1S.split(self.alone_at_once, dim=1), strict=True)

@@ -1,15 +1,14 @@
 """Rows to groups and back, and the layers' matrix products in the memory layouts that make them fast.
 
-Shape letters as in `layers.py`. The products are one einsum each; what stands here instead is why the layer runs at
-the speed of its matrices:
+Shape letters as in `layers.py`. Each product could be one einsum. They are autograd functions for speed:
 
-- torch returns the weight gradient of `bmm(x, weight.mT)` transposed, and the accumulation into `.grad` then copies
-  it, 134 MB a matrix and step at Medium size. `expert_linear` computes it in the weight's own layout.
+- torch returns the weight gradient of `bmm(x, weight.mT)` transposed. Its accumulation into `.grad` then copies it:
+  134 MB per matrix and step at Medium size. `expert_linear` computes it in the weight's own layout.
 - Mixtures are made group by group and read expert by expert. In between they are a transposed view: matrix products
-  read it as fast as a copy, and the copy would be as large as all mixtures. Writing each product straight into its
-  place (`out=`) is no faster, and many times slower as soon as another process wants a core.
+  read it as fast as a copy, and a copy would be as large as all mixtures. Writing each product straight into its
+  place (`out=`) is no faster, and many times slower when another process uses a core.
 
-Autograd functions do not take part in autocast, so each public function casts first.
+Autocast does not reach into autograd functions, so each public function casts first.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,14 +19,14 @@ from torch.nn import functional as F
 
 
 def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows -> groups: x (M, G, D) with masked rows zeroed, the mask (M, G, 1), how many tokens a group lacks (M, 1, 1).
+    """Rows -> groups: x (M, G, D) with masked rows zeroed, the mask (M, G, 1), the number of missing tokens (M, 1, 1).
 
-    A last group that the batch does not fill is padded with masked rows; a batch smaller than a group is one group of
-    its own size. Without anything masked the mask is None, and without anything lacking the count too.
+    An incomplete last group is padded with masked rows; a batch smaller than a group is one group of B rows. The mask
+    is None without `token_mask` and padding, and so is the number if then no token is missing.
     """
     if x_BTD.dim() != 3 or not x_BTD.shape[0]:
         raise ValueError(
-            f"x must be (examples, positions, hidden size) with an example at least, not {tuple(x_BTD.shape)}"
+            f"x must be (examples, positions, hidden size) with at least one example, not {tuple(x_BTD.shape)}"
         )
     if token_mask is not None and token_mask.shape != x_BTD.shape[:2]:
         raise ValueError(f"token_mask must be {tuple(x_BTD.shape[:2])}, not {tuple(token_mask.shape)}")
@@ -53,7 +52,7 @@ def ungrouped(y_MGD: Tensor, mask_MG1: Tensor | None, B: int, T: int) -> Tensor:
 
 
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast would give them to a matrix product."""
+    """The tensors, cast as autocast would for a matrix product."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -61,7 +60,7 @@ def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Full precision inside; the meta device has no autocast to leave."""
+    """A context without autocast; the meta device has none to turn off."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
@@ -133,7 +132,7 @@ def ragged_linear(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return _ragged_mm(*autocast_to(x_AI, weight_EOI), ends_E)
 
 
-WAITS = (torch.Tag.cudagraph_unsafe,)  # for the device, to know the sizes
+WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know the sizes
 
 
 # A custom operator, since `torch.compile` cannot look into a loop whose sizes depend on the data.

@@ -1,4 +1,4 @@
-"""Cross-entropy without the logits in memory, and the load-balancing loss of Token Choice."""
+"""Cross-entropy without all logits in memory, and the load-balancing loss of Token Choice."""
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of softmax(hidden @ head.T), in nats, in fp32 (float64 for float64).
 
-    Only one chunk of tokens has its logits in memory at a time. Gradients are computed in the same pass, since the
-    logits they need are at hand, so nothing is computed twice. Double backward is not supported.
+    Only one chunk of tokens has its logits in memory at a time. Gradients are computed in the same pass,
+    while these logits are in memory, so nothing is computed twice. Double backward is not supported.
 
     Args:
         hidden: (S, D); head: (V, D); labels: (S,), `IGNORE` where nothing is predicted.
-        logits_at_once: how many logits are in memory at most, but always those of one token.
+        logits_at_once: the most logits in memory at a time; never fewer than those of one token.
     """
     hidden, head = autocast_to(hidden, head)
     chunk = max(1, logits_at_once // head.shape[0])
@@ -63,7 +63,7 @@ def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -
     """Switch Transformer's loss (arXiv 2101.03961, eq. 4-6) of one layer, over real tokens: 1 when balanced, at most E.
 
     E * sum_e f_e * P_e, where f_e is the share of the assignments (tokens times choices) that name expert e and P_e
-    the mean probability of e. Capacity plays no part: what is dropped later still counts as asked for.
+    the mean probability of e. Capacity plays no part: assignments that are dropped later still count.
 
     Args:
         logits: (..., E), before the softmax; token_mask: (...), true where a token is real, or None.

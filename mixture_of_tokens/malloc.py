@@ -1,4 +1,4 @@
-"""Memory that is kept: glibc told not to return large blocks to the system at every step."""
+"""Memory allocation on the CPU: keep large blocks from one step to the next."""
 
 import ctypes
 import platform
@@ -8,8 +8,8 @@ import sys
 def keep_large_blocks() -> bool:
     """Keep glibc from returning large blocks to the system. Returns whether it could be set.
 
-    Gradients and mixtures of a granular layer are hundreds of megabytes, which glibc maps and unmaps at every step: a
-    third of a training step on the CPU was page faults.
+    At high granularity, gradients and mixtures take hundreds of megabytes, which glibc maps and unmaps at every step.
+    Page faults were a third of a training step on the CPU.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

@@ -13,9 +13,9 @@ from mixture_of_tokens.layout import grouped, ragged_linear, ungrouped
 class ExpertChoice(Routed):
     """Each expert takes its top tokens of a group (Zhou et al., arXiv 2202.09368), at one position of G examples.
 
-    Choosing along the sequence would leak the future, so the choice is across the batch, as with the authors.
-    An expert takes C = max(1, round(G * num_experts_per_tok / E)) tokens: a token gets `num_experts_per_tok` experts
-    on average, and may get none; in a group of n < G tokens more. Gates are the tokens' softmax over experts.
+    Choosing along the sequence would leak the future, so experts choose across the batch, as in the code of the MoT
+    authors. An expert takes C = max(1, round(G * num_experts_per_tok / E)) tokens. A token gets `num_experts_per_tok`
+    experts on average, possibly none, and more in a group of n < G tokens. Gates are each token's softmax over experts.
     """
 
     def __init__(
@@ -66,9 +66,8 @@ class TokenChoice(Routed):
     """Each token takes its top-k experts (Switch, arXiv 2101.03961); its gates are their probabilities.
 
     In training an expert takes at most max(1, ceil(capacity_factor * n * k / E)) of the n real tokens; the rest are
-    dropped: they get no update from it. Earlier positions go first, within one position first choices, within those
-    earlier rows, so what is dropped never depends on a later token. In evaluation, and with `capacity_factor=None`,
-    nothing is dropped.
+    dropped: they get no update from it. Earlier positions have priority, then first choices, then earlier rows, so
+    dropping never depends on a later token. In evaluation, and with `capacity_factor=None`, nothing is dropped.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class TokenChoice(Routed):
         return y_TBD.transpose(0, 1).to(x_BTD.dtype)
 
     def _with_capacity(self, factor: float, x_AD: Tensor, expert_A: Tensor, ends_E: Tensor) -> Tensor:
-        """Experts on their first R assignments each, those within the capacity; zero for the others."""
+        """Each expert's output on its assignments within the capacity (R slots an expert); zero for the others."""
         (A, D), E = x_AD.shape, self.num_experts
         R = max(1, math.ceil(factor * A / E))
         capacity = (factor * ends_E[-1].double() / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked

@@ -99,7 +99,7 @@ def test_collisions_are_seen():
 
 
 def test_a_document_with_more_than_its_share_is_refused():
-    with pytest.raises(ValueError, match="could meet itself"):
+    with pytest.raises(ValueError, match="could be in a group twice"):
         grouped_order(blocks_of([400, 50, 50], context=8), 4)
     with pytest.raises(ValueError, match="do not fill two groups of 64"):
         grouped_order(blocks_of([97] * 5, context=8), 64)

@@ -327,7 +327,7 @@ def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", run)
     with pytest.raises(SystemExit, match="2"):
         mot("train")
-    way = "in training, --training.gradient_accumulation_steps N takes less"
+    way = "in training, --training.gradient_accumulation_steps N needs less"
     assert capsys.readouterr().err == f"mot: error: CUDA out of memory; {way}\n"
 
 

@@ -1,7 +1,7 @@
 """Near-duplicate documents, found by MinHash: documents that share about half of their lines.
 
-In a group a near-duplicate would hand a model its own future. Sketches are made by several processes where there is
-much text; a process runs this file as a script, and so imports neither torch nor the rest of the package.
+In a group, a near-duplicate would show the model its own future. For large texts several processes make the sketches.
+Each runs this file as a script, so that it imports neither torch nor the rest of the package.
 """
 
 import os
@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 from datasketch import MinHash
 
-# Documents are alike that agree in one of 16 bands of 4 hashes: at a share of s common lines with the probability
-# 1 - (1 - s^4)^16, which is 0.12 for 0.3, 0.64 for 0.5 and 0.99 for 0.7.
+# Two documents are duplicates if they agree in one of 16 bands of 4 hashes. With a share s of common lines they do so
+# with the probability 1 - (1 - s^4)^16, which is 0.12 for 0.3, 0.64 for 0.5 and 0.99 for 0.7.
 BANDS, ROWS = 16, 4
-# Odd, and random otherwise: the hashes of a band times these, added up modulo 2^64, are one number for the band.
+# Random odd numbers: the hashes of a band times these, added up modulo 2^64, are one number for the band.
 FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], dtype=np.uint64)
-SHORTEST_LINE = 9  # bytes; shorter lines (`else:`) say nothing, unless a document has no others
-CHUNK = 2**26  # bytes that a process is given; it takes half a second to start and a second or two to sketch them
+SHORTEST_LINE = 9  # bytes; shorter lines (`else:`) do not count, unless a document has no others
+CHUNK = 2**26  # bytes per process, which takes half a second to start and a second or two to sketch them
 PART = 2**20  # bytes held at once
 
 
 def sketch(file: int, offset: int, length: int, minhash: MinHash, *, part: int = PART) -> np.ndarray:
     """Hashes of the bands (BANDS,) of a text: `length` bytes from `offset` of an open file. Zeros if it is blank.
 
-    The text is read in parts of so many bytes, which changes nothing.
+    The text is read in parts of `part` bytes; the result does not depend on it.
     """
     for shortest in (SHORTEST_LINE, 1):
         minhash.clear()
@@ -62,7 +62,7 @@ def _sketches(text: Path, places: np.ndarray, *, part: int = PART) -> np.ndarray
 
 
 def _sketches_elsewhere(text: Path, places: np.ndarray) -> np.ndarray:
-    command = [sys.executable, "-P", __file__, str(text)]  # -P: modules of this package are no modules of their own
+    command = [sys.executable, "-P", __file__, str(text)]  # -P: our inspect.py is not the standard library's
     done = subprocess.run(command, input=places.tobytes(), stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise OSError(f"looking for duplicates, a process ended with status {done.returncode}: out of memory?")
@@ -85,18 +85,19 @@ def _chunks(text: Path, places: np.ndarray, chunk: int) -> Iterator[tuple[slice,
 def unlike(
     text: Path, places: np.ndarray, digests: np.ndarray, work: Path, read: Callable[[int], Any], *, chunk: int = CHUNK
 ) -> tuple[np.ndarray, int]:
-    """Which documents to keep, by number, in an order set by their content alone, and how many duplicates are left out.
+    """The numbers of the documents to keep, in an order set by their content alone, and the number of duplicates.
 
-    A document goes that agrees in a band with an earlier one, be that one kept or not. Blank ones go uncounted.
+    A document is a duplicate if it agrees in a band with an earlier one, whether that one is kept or not. Blank
+    documents are left out too, but not counted.
 
     Args:
         text, places: A file and the offset and length (documents, 2), int64, of each document in it.
         digests: (documents,), uint64, hashes of their content.
         work: A folder for the bands, which take 128 bytes a document.
-        read: Told of the bytes sketched.
-        chunk: Bytes for a process; where there are no more than that, no other process is started.
+        read: Called with the number of bytes sketched.
+        chunk: Bytes per process; for a shorter text no other process is started.
     """
-    # In a file, mapped for a moment only: memory does not grow by what would be most of a short document.
+    # In a file that is mapped only briefly: in memory, the bands of short documents would be as large as their text.
     file, shape = work / "bands", (BANDS, len(places))
     with file.open("wb") as made:
         made.truncate(BANDS * len(places) * 8)
@@ -119,6 +120,6 @@ def unlike(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the parent too, which stops asking
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the parent too, which then stops
     asked = np.frombuffer(sys.stdin.buffer.read(), dtype=np.int64).reshape(-1, 2)
     sys.stdout.buffer.write(_sketches(Path(sys.argv[1]), asked).tobytes())

@@ -1,10 +1,10 @@
 """Tokens -> blocks that know their documents -> batches in groups.
 
-A group is a promise: the G rows of a group are blocks of different documents. It is kept by construction. Blocks stand
-in the order of the text, so the blocks of one document are neighbours; they are divided into G stripes, and a group
-takes one block of every stripe, at random, but either all from the first halves of their stripes or all from the
-second. So group-mates are more than half a stripe apart, and a document cannot meet itself unless it has more than
-1 / (2 G) of the blocks. Such a document counts as several, its segments: see `segmented`.
+The G rows of a group are blocks of different documents, by construction. Blocks are in the order of the text, so the
+blocks of one document are neighbours. They are divided into G stripes. A group takes one random block of every stripe,
+all from the first halves of the stripes or all from the second. The blocks of a group are therefore more than half a
+stripe apart, and a document can be in a group twice only if it has more than 1 / (2 G) of the blocks. Such a document
+is divided into segments, which count as documents: see `segmented`.
 """
 
 from collections.abc import Iterator
@@ -33,12 +33,12 @@ class Blocks:
     bytes: int
 
     def __len__(self) -> int:
-        """Whole blocks; what is left at the end is only evaluated (`padded=True`), not trained on."""
+        """Complete blocks. The incomplete one at the end is evaluated (`padded=True`) but not trained on."""
         return max(0, len(self.tokens) - 1) // self.context
 
     @property
     def total(self) -> int:
-        """Blocks with the incomplete one at the end."""
+        """Blocks, including the incomplete one at the end."""
         return -(-max(0, len(self.tokens) - 1) // self.context)
 
     def documents(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -61,12 +61,12 @@ class Blocks:
 
 
 def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarray, int]:
-    """Documents (`ends` as in `Blocks`) that could meet themselves in a group, divided into segments that cannot.
+    """Divide documents (`ends` as in `Blocks`) that could be in a group twice into segments that cannot.
 
-    Two mates have at least `reach` tokens between the last target of one and the first token of the other. A segment is
-    at most half as long, so that mates from one document never touch the same segment, nor adjacent ones.
+    Two blocks of a group have at least `reach` tokens between the last target of one and the first token of the other.
+    A segment is at most half as long, so two blocks of one document never touch the same segment or adjacent ones.
 
-    Returns the new `ends`, no token added, and how many of them are segments.
+    Returns the new `ends` and how many of them end segments; no token is added.
     """
     lengths = np.diff(ends, prepend=0)
     reach = max(1, (int(lengths.sum()) - 1) // context // group_size // 2) * context
@@ -80,7 +80,7 @@ def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, ever
     """`grouped_order` without its check."""
     count = blocks.total if everything else len(blocks)
     groups = -(-count // group_size) if everything else count // group_size
-    fewest = min(2, group_size)  # in a single group neighbours would be mates
+    fewest = min(2, group_size)  # a single group would hold neighbouring blocks
     if everything and count:
         groups = max(groups, fewest)
     if groups < fewest:
@@ -91,7 +91,7 @@ def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, ever
     rng = np.random.default_rng((seed, epoch))
     places = groups * group_size
     circle = max(places, count)
-    # In place and in 32 bits where they do: there may be many millions of blocks.
+    # In place, and in 32 bits if they suffice, as there may be many millions of blocks.
     order = np.arange(places, dtype=np.int32 if 2 * circle < 2**31 else np.int64)
     order += int(rng.integers(count))
     order %= circle
@@ -107,30 +107,30 @@ def grouped_order(
 ) -> np.ndarray:
     """Block numbers (groups, G) of one epoch: a pure function of its arguments.
 
-    Every whole block stands once, but for the remainder that does not fill a group, which changes from epoch to epoch.
-    With `everything` none is left out, the incomplete last block included, and -1 stands where a group is not full.
+    Every complete block is used once, except the remainder that does not fill a group, which changes with the epoch.
+    With `everything` all blocks are used, the incomplete last one too, and -1 fills up the incomplete groups.
 
-    Raises ValueError where there is no such order: fewer blocks than two groups (with `everything`, none at all), or a
-    document with more than its share.
+    Raises ValueError for fewer blocks than two groups need (with `everything`, for none at all), and for a document
+    that has more than 1 / (2 G) of the blocks.
     """
     order = deal(blocks, group_size, seed=seed, epoch=epoch, everything=everything)
     if len(collisions(blocks, order)[0]):
         raise ValueError(
-            f"a document has more than 1 / {2 * group_size} of the {order.size} blocks and could meet itself in a "
-            "group: give more text, smaller groups or shorter documents"
+            f"a document has more than 1 / {2 * group_size} of the {order.size} blocks and could be in a group "
+            "twice: give more text, smaller groups or shorter documents"
         )
     return order
 
 
 def collisions(blocks: Blocks, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where blocks of one group (groups, G) touch one document: numbers of the groups and of the places in them."""
+    """Blocks that touch a document of another block of their group (groups, G): their groups and places in them."""
     found = []
     rows = max(1, 2**18 // groups.shape[1])  # at once, to save memory
     for start in range(0, len(groups), rows):
         part = groups[start : start + rows]
         empty = part < 0
         first, last = blocks.documents(np.where(empty, 0, part))
-        nobody = np.broadcast_to(-1 - np.arange(part.shape[1]), part.shape)  # a document of its own for an empty place
+        nobody = np.broadcast_to(-1 - np.arange(part.shape[1]), part.shape)  # an empty place is a document of its own
         first, last = np.where(empty, nobody, first), np.where(empty, nobody, last)
         order = np.argsort(first, axis=1)
         first, last = np.take_along_axis(first, order, axis=1), np.take_along_axis(last, order, axis=1)
@@ -142,9 +142,9 @@ def collisions(blocks: Blocks, groups: np.ndarray) -> tuple[np.ndarray, np.ndarr
 class GroupedBatches(Dataset):
     """Training rows in order: row i is of step i // batch_size, and the rows of a step depend on (seed, step) alone.
 
-    Consecutive rows form groups, so however a step's rows are dealt out in order (processes, accumulation), a
-    micro-batch that is a multiple of the group size holds whole groups. `first_step` steps have gone before, in the run
-    that this one goes on from.
+    Consecutive rows form groups. So a micro-batch whose size is a multiple of the group size holds complete groups,
+    however processes and accumulation divide a step's rows in order. `first_step` is the number of steps of the run
+    that this one continues.
     """
 
     def __init__(self, blocks: Blocks, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
@@ -170,10 +170,10 @@ class GroupedBatches(Dataset):
         return self.blocks.batch(self.block_numbers(rows))
 
 
-GROUPS = 32  # of rows of training text that `mot train` measures on
+GROUPS = 32  # groups of training text that `mot train` measures companions on
 
 
 def training_groups(text: Blocks, group_size: int) -> Iterator[dict[str, Tensor]]:
-    """The first groups of a text, a group at a time: what a run's companions are measured on."""
+    """The first groups of a text, one at a time; a run's companions are measured on them."""
     for rows in grouped_order(text, group_size)[:GROUPS]:
         yield text.batch(rows)

@@ -1,4 +1,4 @@
-"""How a corpus was prepared, and how far the promise holds that group-mates come from different documents."""
+"""How a corpus was prepared, and whether the blocks of every group come from different documents."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,12 @@ from mixture_of_tokens.data.groups import Blocks, collisions, deal
 from mixture_of_tokens.data.prepare import SPLITS, prepare
 from mixture_of_tokens.formatting import Result, aligned
 
-EPOCHS = 3  # of training order that are searched for collisions
+EPOCHS = 3  # epochs of training order that are searched for collisions
 
 
 @dataclass(frozen=True)
 class DataReport(Result):
-    """What is in a prepared corpus: numbers by split, and facts of the whole."""
+    """What is in a prepared corpus: numbers by split, and facts about the corpus."""
 
     splits: dict[str, dict[str, Any]]
     whole: dict[str, Any]
@@ -44,8 +44,8 @@ def data_report(
 ) -> DataReport:
     """Prepare a corpus and print what is in it.
 
-    A collision is a block that stands in a group beside a block of the same document (or of the same segment, where
-    segments count as documents), in three epochs of training or in evaluation. There should be none.
+    A collision is a block in a group with another block of the same document (or of the same segment, where segments
+    count as documents). Three epochs of training and an evaluation are searched; there should be none.
 
     Args:
         data: Files, folders or globs of text, .jsonl or .parquet, each also .gz, or hf:NAME[:CONFIG] for a data set of
@@ -53,7 +53,7 @@ def data_report(
         field: The field of .jsonl, .parquet and Hub rows that holds the text.
         max_bytes: Bytes of text to read at most; by default all.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
-        vocab_size: Of the tokenizer that is trained.
+        vocab_size: Size of the tokenizer that is trained.
         context: Tokens in a block.
         group_size: Blocks in a group.
 

@@ -1,7 +1,7 @@
 """Text -> token files with a manifest, made once, kept in a cache under a hash of content and options.
 
-A cache entry is made in a folder beside it, under a lock, and renamed when it is whole and on the disk. What a killed
-process has left there is thrown away by the next one.
+A cache entry is made in a folder beside it, under a lock, and renamed when it is complete and on the disk. The next
+process deletes what a killed one has left there.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tok
 from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, encoded, progress_bar, tokenize
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
-SMALLEST_GROUP = 32  # documents are cut as for groups of this size or more, so that models of smaller ones share data
+SMALLEST_GROUP = 32  # documents are cut for groups of this size or more, so that models with smaller ones share data
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A tokenized corpus: its splits, its tokenizer, and what is known of it.
 
-    `tuning` is for choosing settings, so that nothing is chosen on what is reported; it may be shorter than a block.
+    Settings are chosen on `tuning`, results reported on `validation`. `tuning` may be shorter than a block.
     facts: `hash` (of the kept text), `source`, `duplicates_dropped`, `documents_cut`, `segments` (how many far-apart
     parts of documents count as documents), `dtype`, `tokenizer` (a hash) and, by split, documents, tokens and bytes.
     """
@@ -59,10 +59,10 @@ def prepare(
     """Text without near-duplicates, split by document and tokenized; read from the cache if it is there.
 
     Args:
-        sources: See `corpus.documents`; none stands for the source text of Python's standard library.
-        field: Of a row of .jsonl, .parquet or a Hub data set, the one that holds its text.
-        max_bytes: Of text to read at most.
-        vocab_size: Of the tokenizer to be trained. With `tokenizer`, at least its length, or None.
+        sources: See `documents` in `sources.py`; by default the source text of Python's standard library.
+        field: The field of .jsonl, .parquet and Hub rows that holds the text.
+        max_bytes: Bytes of text to read at most.
+        vocab_size: Size of the tokenizer to be trained. With `tokenizer`, at least its length, or None.
         context: Tokens in a block.
         tokenizer: A tokenizer.json, a folder with one or a Hub name.
         group_size: Documents are cut, or divided into segments, such that groups of this size, or smaller ones, can
@@ -80,7 +80,7 @@ def prepare(
     elif vocab_size is not None and vocab_size < len(given):
         raise ValueError(f"vocab_size {vocab_size} is less than the {len(given)} tokens of {tokenizer}")
     group_size = max(SMALLEST_GROUP, group_size)
-    # Of the files; the text in them is somewhat less, or where they are compressed more.
+    # Sizes of files: their text is somewhat shorter, or longer if they are compressed.
     sizes = [corpus.raw_bytes(source) for source in sources or [None]]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     with progress_bar("Looking for the data in the cache", total) as bar:
@@ -126,7 +126,7 @@ def whole_text(
     context: int = 64,
     group_size: int = 32,
 ) -> Blocks:
-    """All text of some sources in memory: nothing is dropped, cut or split off, and all of its bytes are counted.
+    """All text of the sources, in memory: no document is dropped, cut or split off, and all bytes are counted.
 
     Raises ValueError for bad sources.
     """
@@ -157,7 +157,7 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print("Another process prepares the same data: waiting for it.", file=sys.stderr)
+        print("Another process is preparing the same data: waiting for it.", file=sys.stderr)
         lock.acquire()
     try:
         yield
@@ -166,11 +166,11 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
 
 
 def _whole(directory: Path) -> dict | None:
-    """The manifest of a cache entry that has all of its files at their full length."""
+    """The manifest of a complete cache entry: every file is there at its full length. Otherwise None."""
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
         sizes = {name: (directory / name).stat().st_size for name in manifest["files"]}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # or it cannot be read: then all is made again
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or unreadable: the entry is made again
         return None
     return manifest if sizes == manifest["files"] else None
 
@@ -184,7 +184,7 @@ def _make(
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int | None,
 ) -> None:
-    """Make a cache entry. total: bytes to read, about; vocab_size: of the tokenizer to be trained, if none is given."""
+    """Make a cache entry. total: approximate bytes to read; vocab_size: of the tokenizer to train if none is given."""
     if directory.exists():
         print(f"{directory} is damaged: a file is missing or of the wrong length. It is made again.", file=sys.stderr)
         shutil.rmtree(directory)
@@ -219,7 +219,7 @@ def _to_disk(path: Path) -> None:
 
 @contextmanager
 def _parallel_tokenizers() -> Iterator[None]:
-    """Let tokenizers use all cores, whatever the environment says for smaller work."""
+    """Let tokenizers use all cores, whatever the environment variable was."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "true"

@@ -1,6 +1,6 @@
 """Where text comes from: files, folders, globs, data sets of the Hub and, by default, Python's own standard library.
 
-Text is taken as its files hold it, byte for byte: bits per byte count a file's own bytes, line ends included.
+Text is read byte for byte, so that bits per byte count a file's own bytes, line ends included.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from typing import Any
 
 PART = 2**20  # bytes of a file held at once
 
-# What a folder is searched for; a file that is named itself may have any suffix.
+# Suffixes that a folder is searched for; a file that is named directly may have any suffix.
 PROSE = ".txt .text .md .markdown .rst .tex .org .adoc .html .htm .xml .csv .tsv .log"
 CODE = (
     ".py .pyi .js .mjs .ts .jsx .tsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cu .cuh .cs .go .rs .rb .php "
@@ -36,14 +36,14 @@ Document = Iterable[bytes]  # its UTF-8 text in parts, in order, as it may not f
 def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]:
     """The documents of all sources in order: files, rows of .jsonl and .parquet files, rows of Hub data sets.
 
-    The parts of a document are to be read before the next document is asked for.
+    Read all parts of a document before taking the next document.
 
     Args:
         sources: Each a file, a folder (searched for known suffixes, hidden files left out), a glob or
-            hf:NAME[:CONFIG]; none stands for the standard library. Every file may be gzipped, parquet aside.
-        field: Of a row, the one that holds its text.
+            hf:NAME[:CONFIG]; empty for the standard library. All files but .parquet may be gzipped.
+        field: The field of a row that holds its text.
 
-    Raises ValueError, naming file and line, for what is missing or empty or is no UTF-8 text.
+    Raises ValueError, with file and line, if a source is missing, empty or not UTF-8 text.
     """
     if not sources:
         yield from _standard_library()
@@ -105,14 +105,14 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
 
     Args:
         source: None is the standard library.
-        read: Told of the bytes read.
+        read: Called with the number of bytes read.
     """
     paths = _paths(source)
     if paths is None:
         assert source is not None
         name, config = _hub_name(source)
         return [name, config, _hub_commit(name)]
-    # A data set's files are read otherwise than a folder's, and its configuration says which of them.
+    # A data set's files are read differently from a folder's, and its configuration selects them.
     result = ["hf", _hub_name(source)[1]] if source is not None and source.startswith("hf:") else []
     for path in paths:
         digest = hashlib.sha256()
@@ -136,7 +136,7 @@ def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    def stop(error: OSError) -> None:  # unlike os.walk on its own, which passes over a folder that it cannot read
+    def stop(error: OSError) -> None:  # os.walk alone skips a folder that it cannot read
         raise error
 
     for root, folders, names in os.walk(folder, onerror=stop):
@@ -171,7 +171,7 @@ def _opened(path: Path) -> Iterator[BufferedIOBase]:
         try:
             yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no whole gzip file: {error}") from error
+            raise ValueError(f"{path} is not a complete gzip file: {error}") from error
 
 
 def _text(path: Path) -> Iterator[bytes]:
@@ -242,18 +242,18 @@ def _hub_name(source: str) -> tuple[str, str]:
 
 
 def _hub_note(name: str) -> Path:
-    """Where the commit of a Hub data set is noted, so that what was prepared is found without a network too."""
+    """The file of the last known commit of a Hub data set, by which prepared data is found without a network."""
     return cache_directory() / "hub" / name.replace("/", "--")
 
 
 def _hub_commit(name: str) -> str:
-    """The newest commit of a Hub data set; without a network the one of last time, or none."""
+    """The newest commit of a Hub data set; without a network the last known one, or an empty string."""
     from huggingface_hub import dataset_info
 
     note = _hub_note(name)
     try:
         commit = dataset_info(name, timeout=10).sha or ""
-    except Exception:  # of the network, of many kinds; what is wrong with the data set is said where it is read
+    except Exception:  # network errors of many kinds; errors of the data set are reported when it is read
         return note.read_text() if note.exists() else ""
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(commit)
@@ -275,7 +275,7 @@ def _hub_rows(source: str, field: str) -> Iterator[Document]:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # of the network, of the file's format, of many kinds
+        except Exception as error:  # errors of the network or of the file's format, of many kinds
             raise ValueError(f"{source} cannot be read beyond row {number - 1}: {error}") from error
         yield _row(f"{source}: row {number}", row, field)
 

@@ -1,8 +1,8 @@
 """Documents -> one file of their text -> training, tuning and validation documents that are fit for grouping.
 
-No document may stand beside itself in a group, so none may be more than a share of its split. Where there are many
-documents, longer ones are cut. Where there are too few, or cutting would leave too little, nothing is cut, and segments
-of a document that are far apart count as documents (`data.segmented`).
+No document may be in a group twice, so none may have more than a share of its split. If there are many documents,
+longer ones are cut. If there are too few, or cutting would leave too little text, nothing is cut, and far-apart
+segments of a document count as documents (`groups.segmented`).
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from mixture_of_tokens.data.sources import Document
 
 SPLITS = ("train", "tuning", "validation")
 VALIDATION, TUNING = 0.1, 0.05  # of the documents; with few documents, of each document
-HELD_OUT = 10**7  # bytes, about, at most: all of a split is evaluated, for minutes if it were a tenth of a large corpus
-FEW = 20  # documents, below which each is divided among the splits; so are huge ones
+HELD_OUT = 10**7  # about the most bytes: a split is evaluated in full, and a tenth of a large corpus would take minutes
+FEW = 20  # if there are fewer documents, each is divided among the splits; so are huge ones
 
 
 @dataclass(frozen=True)
 class Splits:
-    """By split, offset and length (documents, 2), int64, of documents in the file of the text, and which are cut."""
+    """By split: offset and length (documents, 2), int64, of its documents in the text file, and which ones are cut."""
 
     places: dict[str, np.ndarray]
     cut: dict[str, np.ndarray]
@@ -40,7 +40,7 @@ def spool(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write the text of all documents, or its first `max_bytes`, to a file.
 
-    Returns offset and length (documents, 2), int64, of each in the file, and hashes (documents,), uint64, of them.
+    Returns each document's offset and length in the file (documents, 2), int64, and hash (documents,), uint64.
     """
     lengths, digests, total = array("q"), array("Q"), 0
     with file.open("wb") as out:
@@ -77,14 +77,14 @@ def split(
     read: Callable[[int], Any],
     held_out: int = HELD_OUT,
 ) -> Splits:
-    """Leave out duplicates, deal documents to the splits in an order set by their content, cut those that are too long.
+    """Leave out duplicates, assign documents to splits in an order set by their content, cut those that are too long.
 
     Args:
         file, places, digests: what `spool` wrote and returned.
         group_size: no document may have more than 1 / (2.5 * group_size) of its split's bytes.
-        work: A folder for what does not go into memory.
-        read: Told of the bytes sketched.
-        held_out: no split but training's gets more bytes than about this.
+        work: a folder for temporary files.
+        read: called with the number of bytes sketched.
+        held_out: about the most bytes for tuning, and for validation.
 
     Raises ValueError if there is no text.
     """
@@ -94,44 +94,44 @@ def split(
     documents = places[kept]
     shares = [min(share, held_out / int(documents[:, 1].sum())) for share in (VALIDATION, TUNING)]
     with opened(file) as text:
-        # Few, or so large that one of them is more than is held out.
+        # Few documents, or such large ones that a single one exceeds what is held out.
         if len(documents) < FEW or round(min(shares) * len(documents)) < 1:
             divided = np.array([_divided(text, offset, length, *shares) for offset, length in documents.tolist()])
-            parts = whole = list(divided.swapaxes(0, 1))  # each (documents, 2)
+            parts = uncut = list(divided.swapaxes(0, 1))  # each (documents, 2)
         else:
             counts = [_count(len(documents), share, group_size) for share in shares]
-            whole = np.split(documents, np.cumsum(counts))[::-1]
-            # Text to train on is worth more than the promise of whole documents; text to evaluate on is not.
+            uncut = np.split(documents, np.cumsum(counts))[::-1]
+            # Training divides documents into segments rather than lose half of its text; evaluation loses text.
             parts = [
-                _cut(text, p, group_size, 0.5 if s == "train" else 0.125) for s, p in zip(SPLITS, whole, strict=True)
+                _cut(text, p, group_size, 0.5 if s == "train" else 0.125) for s, p in zip(SPLITS, uncut, strict=True)
             ]
     result, cut = {}, {}
-    for name, part, before in zip(SPLITS, parts, whole, strict=True):
+    for name, part, before in zip(SPLITS, parts, uncut, strict=True):
         some = part[:, 1] > 0
         result[name], cut[name] = part[some], (part != before).any(axis=1)[some]
     return Splits(result, cut, duplicates)
 
 
 def _enough(documents: int, group_size: int) -> bool:
-    """Whether there are so many documents that each can have less than 1 / (2 * group_size) of all text."""
+    """Whether there are enough documents for each to have less than 1 / (2 * group_size) of all text."""
     return documents >= 3.125 * group_size
 
 
 def _count(documents: int, share: float, group_size: int) -> int:
-    """A split's documents: its share of all, or up to twice that where it then has enough to need no segments."""
+    """The number of a split's documents: its share of all, or up to twice that if it then needs no segments."""
     usual, more = round(share * documents), min(round(2 * share * documents), 5 * group_size)
     return more if more > usual and _enough(more, group_size) else usual
 
 
 def _cut(text: int, places: np.ndarray, group_size: int, least: float) -> np.ndarray:
-    """Documents cut to their share; as they are if there are too few, or if less than `least` of the text were left."""
+    """Documents cut to their share; unchanged if there are too few or if less than `least` of the text remained."""
     if not _enough(len(places), group_size):
         return places
     share = 1 / (2.5 * group_size)
     lengths = places[:, 1]
     longest, total = int(lengths.max()), int(lengths.sum())
     while longest > share * total and total >= least * lengths.sum():
-        longest = int(share * total)  # cutting lowers the total, and so what a share of it is
+        longest = int(share * total)  # cutting lowers the total, and with it the share
         total = int(np.minimum(lengths, longest).sum())
     if total < least * lengths.sum():
         return places
@@ -139,10 +139,10 @@ def _cut(text: int, places: np.ndarray, group_size: int, least: float) -> np.nda
 
 
 def cut_by_tokens(text: int, places: np.ndarray, tokens: np.ndarray, group_size: int) -> np.ndarray:
-    """Documents that are within their share of the bytes, cut where they are beyond it in tokens (documents,).
+    """Documents within their share of the bytes, cut if they exceed their share of the `tokens` (documents,).
 
-    Tables of numbers may have twice as many tokens as prose of that length. Nothing is cut where there are too few
-    documents, or where that would take more than a tenth of the text.
+    Tables of numbers may have twice as many tokens as prose of that length. Nothing is cut if there are too few
+    documents, or if that would remove more than a tenth of the text.
     """
     most = tokens.sum() / (2.2 * group_size)
     if not _enough(len(places), group_size) or (tokens - np.minimum(tokens, most)).sum() > tokens.sum() / 10:

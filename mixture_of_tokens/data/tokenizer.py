@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-level BPE trained on the corpus, or one that there is already; as transformers tokenizers."""
+"""Tokenizers: a byte-level BPE trained on the corpus, or an existing one; as transformers tokenizers."""
 
 import hashlib
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedT
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A tokenizer from a tokenizer.json, from a folder that holds one, or from the Hub; it pads on the left.
 
-    Raises ValueError if it is none, or names no end-of-text token; OSError if the Hub does not have it.
+    Raises ValueError if it is not a tokenizer or names no end-of-text token; OSError if the Hub does not have it.
     """
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -72,6 +72,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def hash_of(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of what a tokenizer makes of text."""
+    """A hash of all that determines how a tokenizer encodes text."""
     content = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]

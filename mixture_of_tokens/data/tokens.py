@@ -1,4 +1,4 @@
-"""Token files: written once, a split at a time, and read as an array is."""
+"""Token files: written once, one split after the other, and read like an array."""
 
 import hashlib
 import sys
@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of
 
-FORMAT = 3  # of the files in the cache; a change makes new ones
-SHARD_TOKENS = 2**27  # in a file
-# Tokenizers take some hundred bytes a token while they encode, so text goes to them in small batches of small pieces.
+FORMAT = 3  # of the files in the cache; after a change they are made anew
+SHARD_TOKENS = 2**27  # per file
+# Encoding takes some hundred bytes of memory per token, so tokenizers get small batches of small pieces of text.
 BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16
 
 
@@ -32,7 +32,7 @@ def tokenize(
     group_size: int,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict:
-    """Write the tokens of all documents, each closed by the end of text, where they end, and the tokenizer.
+    """Write the tokenizer, the tokens of all documents, each closed by the end-of-text token, and where they end.
 
     Args:
         text: The file that holds the text of the documents.
@@ -99,7 +99,7 @@ def _write(
 
 
 def _batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]]:
-    """Pieces of documents, and whether they are the last of theirs, a few megabytes at a time."""
+    """Batches of a few megabytes of pieces of documents, each with whether it is the last of its document."""
     batch, size = [], 0
     for offset, length in places:
         left = int(length)
@@ -116,7 +116,7 @@ def _batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]
 
 def encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]]) -> Iterator[tuple[list, bool]]:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"a {type(tokenizer).__name__} cannot be used: it has no fast version, of tokenizers")
+        raise ValueError(f"a {type(tokenizer).__name__} cannot be used: it is not a fast tokenizer")
     backend = tokenizer.backend_tokenizer
     before, backend.encode_special_tokens = backend.encode_special_tokens, True  # `<|endoftext|>` in a text is text
     try:
@@ -157,12 +157,12 @@ class _Writer:
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """A token stream in files, read as an array is: `len`, and an array of positions in square brackets.
+    """A token stream in files, read like an array: by `len` and by an array of positions in square brackets.
 
-    A file is mapped anew for each reading. Pages of a lasting map would stay and count as this process's memory, until
-    it holds the whole corpus; a new map costs some 30 microseconds.
+    Every reading maps its files anew, which costs some 30 microseconds. A lasting map would keep its pages, and this
+    process's memory would grow to the size of the corpus.
 
-    shard_tokens: in each file; the last one may hold fewer.
+    shard_tokens: the number in each file; the last one may hold fewer.
     """
 
     paths: Sequence[Path]

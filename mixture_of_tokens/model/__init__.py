@@ -1,4 +1,4 @@
-"""The models. Importing this room makes their saved checkpoints known to transformers' AutoModelForCausalLM."""
+"""The models. Importing this package registers them, so that AutoModelForCausalLM loads their checkpoints."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -1,15 +1,14 @@
-"""What stands for the tokens that a group lacks: each expert's typical companions, measured in full groups.
+"""Companions: for each expert, averages over full groups that replace the tokens which a group lacks.
 
-A Mixture of Tokens is trained in full groups, and is served in groups of any size, down to a prompt alone. Of what
-G - 1 companions do to a token x with logit l, an expert e sees two things: the sum of their e^logit, which sets the
-weight w = e^l / sum of the group, and what they add to the mixture. Over full groups of training text we take the mean
-of both,
+A Mixture of Tokens is trained in full groups and served in groups of any size, down to a single prompt. Other tokens
+affect an expert through the softmax denominator and through the mixture. Both are averaged over full groups of
+training text:
 
-    companion_logit[e] = -log(mean over groups of G / sum_g e^logit[g, e])    so that e^l gets the weight it mostly gets
+    companion_logit[e] = -log(mean over groups of G / sum_g e^logit[g, e])    so that a logit gets its mean weight
     companion[e]       = mean over groups of sum_g w[g, e] x_g                the mean mixture
 
-and put them in the place of every token that is missing. A token alone is then nearly a function of itself: no other
-text enters, and the noise that chance companions bring is gone.
+These averages replace every missing token. The output for a token alone then depends on no other text, and has none
+of the noise that the other tokens of a random group bring.
 """
 
 import math
@@ -50,13 +49,13 @@ class _Means:
 
 @torch.no_grad()
 def calibrate_companions(model: MixtureOfTokensForCausalLM, batches: Iterable[dict[str, Tensor]]) -> None:
-    """Set the companions of every Mixture of Tokens layer to their means over `batches`; nothing without such layers.
+    """Set the companions of every Mixture of Tokens layer to their means over `batches`, if there are such layers.
 
     Args:
-        model: uncompiled and unwrapped. Full groups are computed as before, so calibrating twice gives the same.
-        batches: what the model takes, rows in whole groups of different texts; groups that lack a token do not count.
+        model: uncompiled and unwrapped. Full groups use no companions, so calibrating twice gives the same.
+        batches: inputs of the model, whose rows form full groups of different texts; incomplete groups are ignored.
 
-    Raises ValueError where no batch has a full group.
+    Raises ValueError if no batch has a full group.
     """
     layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
     if not layers:

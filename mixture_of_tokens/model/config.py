@@ -1,4 +1,4 @@
-"""The configuration of a model: transformers' Qwen3-MoE's fields, and ours."""
+"""The configuration of a model: the fields of transformers' Qwen3-MoE, and ours."""
 
 import math
 
@@ -17,9 +17,9 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     """Qwen3-MoE's fields (`num_experts`, `moe_intermediate_size`, `num_experts_per_tok`, ...) and ours.
 
     Fields:
-        mlp_layer_types: the kind of each block's feed-forward, of the table in `routings.py`: "dense",
+        mlp_layer_types: the kind of each block's feed-forward, from the table in `routings.py`: "dense",
             "mixture_of_tokens", ... None: Mixture of Tokens in the later half of the blocks, as in the paper.
-        group_size: tokens that are mixed, each of another example; a training batch is a multiple of it.
+        group_size: tokens mixed together, each from a different example; training batches are multiples of it.
         gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
         router_temperature, learnable_temperature, router_dtype, normalize_mixture: see `layers.py`.
         capacity_factor: see `TokenChoice`.
@@ -28,7 +28,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     """
 
     model_type = "mixture_of_tokens"
-    # Upstream's plans split experts in ways that know nothing of groups.
+    # Upstream's parallel plans split experts without regard to groups.
     base_model_tp_plan = None
     base_model_ep_plan = None
     base_model_pp_plan = None
@@ -64,7 +64,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             dense = self.num_hidden_layers // 2
             self.mlp_layer_types = [DENSE.kind] * dense + [MIXTURE.kind] * (self.num_hidden_layers - dense)
         if not isinstance(self.mlp_layer_types, list | tuple):
-            raise ValueError(f"mlp_layer_types must name the {self.num_hidden_layers} blocks' kinds in a list")
+            raise ValueError(f"mlp_layer_types must be a list of the kinds of the {self.num_hidden_layers} blocks")
         unknown = set(map(str, self.mlp_layer_types)) - set(ROUTINGS)
         if unknown:
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(ROUTINGS)}")
@@ -89,7 +89,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.router_dtype not in ROUTER_DTYPES:
             raise ValueError(f"router_dtype {self.router_dtype!r} is unknown; legal are {', '.join(ROUTER_DTYPES)}")
-        # Upstream's way of saying the same, for the export.
+        # The same in upstream's fields, for the export.
         self.mlp_only_layers = [i for i, kind in enumerate(self.mlp_layer_types) if kind == DENSE.kind]
         self.decoder_sparse_step = 1
         super().__post_init__(**kwargs)
@@ -101,15 +101,15 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
 
     @property
     def routings(self) -> list[Routing]:
-        """The row of each block in the table of routings."""
+        """Each block's row of the table of routings."""
         return [ROUTINGS[kind] for kind in self.feed_forwards]
 
     @property
     def sparse_routings(self) -> list[Routing]:
-        """Of the blocks that have experts."""
+        """The rows of the blocks that have experts."""
         return [routing for routing in self.routings if routing.sparse]
 
     @property
     def mixes_examples(self) -> bool:
-        """Whether what one example gets depends on the others of its batch."""
+        """Whether an example's output depends on the other examples of its batch."""
         return any(routing.shares_batch for routing in self.routings)

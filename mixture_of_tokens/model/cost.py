@@ -1,8 +1,8 @@
 """What a configuration costs: parameters, FLOPs per token, memory; the command `mot plan`.
 
 Letters as in `layers.py`; B sequences of T tokens are computed at once. A multiply-add is 2 FLOPs, and only matrix
-products count, as in `torch.utils.flop_counter`. Causal attention counts as the whole T x T square, that counter's
-convention; kernels that skip the masked half do half of it.
+products count, as in `torch.utils.flop_counter`. Causal attention counts as the full T x T square, as in that
+counter; kernels that skip the masked half do half of it.
 """
 
 import math
@@ -21,7 +21,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def _attention_widths(config: MixtureOfTokensConfig) -> tuple[int, int, int]:
-    """Of a head, of all queries, of all keys."""
+    """The widths of a head, of all queries and of all keys of a token."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return head, head * config.num_attention_heads, head * config.num_key_value_heads
 
@@ -29,14 +29,14 @@ def _attention_widths(config: MixtureOfTokensConfig) -> tuple[int, int, int]:
 def parameters(config: MixtureOfTokensConfig) -> dict[str, int]:
     """Number of parameters: total, active, and the total by component.
 
-    Active is what a token's computation uses: of the experts, its share of the rows that they read. A Mixture of
-    Tokens uses every expert, each once for G tokens, so a token's share is E / G experts.
+    Active parameters are those that one token uses. Experts count in proportion to the rows they read per token: in a
+    Mixture of Tokens all E experts read one row for G tokens, so E / G experts are active.
     """
     D, blocks, routings = config.hidden_size, config.num_hidden_layers, config.sparse_routings
     head, queries, keys = _attention_widths(config)
     router = config.num_experts * D + config.learnable_temperature
     biases = config.attention_bias * (queries + 2 * keys + D)
-    column = (3 if config.gated else 2) * D  # of a feed-forward: what one unit of its width has
+    column = (3 if config.gated else 2) * D  # parameters per unit of a feed-forward's width
     expert = column * config.moe_intermediate_size
     parts = {
         "embedding": config.vocab_size * D,
@@ -47,14 +47,14 @@ def parameters(config: MixtureOfTokensConfig) -> dict[str, int]:
         "router": sum(routing.routed for routing in routings) * router,
         "head": 0 if config.tie_word_embeddings else config.vocab_size * D,
     }
-    # One group at one position, without the spare room of a capacity.
+    # One group at one position, without spare capacity.
     rows = sum(routing.rows(config, config.group_size, 1, False) for routing in routings)
     total = sum(parts.values())
     return {"total": total, "active": total - parts["experts"] + round(expert * rows / config.group_size)} | parts
 
 
 class Flops(NamedTuple):
-    """By component, per token."""
+    """FLOPs per token, by component."""
 
     forward: dict[str, float]
     backward: dict[str, float]
@@ -65,19 +65,19 @@ def flops_per_token(
 ) -> Flops:
     """FLOPs of a forward and a backward pass, by component.
 
-    attention is its projections, attention_scores both T x T products, feed_forward that of dense blocks, collect
-    makes mixtures, spread gives outputs back to tokens, head makes the logits of every token.
+    The components are attention (its projections), attention_scores (both T x T products), feed_forward (of dense
+    blocks), experts, router, collect (makes mixtures), spread (distributes outputs to tokens) and head (all logits).
 
     Args:
-        batch: sequences at once, by default one group; it matters where they do not fill their groups.
+        batch: sequences at once, by default one group; it matters if the last group is incomplete.
         context: positions, by default the configuration's.
-        training: Token Choice's experts then compute on their whole capacity, filled or not: capacity_factor times
-            the matched FLOPs. In evaluation they compute on what is theirs.
+        training: Token Choice's experts then compute on their full capacity, filled or not: capacity_factor times
+            the matched FLOPs. In evaluation they compute on their tokens only.
     """
     B, T = batch or config.group_size, context or config.max_position_embeddings
     D, E, blocks, routings = config.hidden_size, config.num_experts, config.num_hidden_layers, config.sparse_routings
     _, queries, keys = _attention_widths(config)
-    column = (6 if config.gated else 4) * D  # of a feed-forward: what one unit of its width costs
+    column = (6 if config.gated else 4) * D  # FLOPs per unit of a feed-forward's width
     filled = math.prod(groups_of(config, B, T)) / (B * T)
     routed = sum(filled if routing.grouped else 1 for routing in routings if routing.routed)
     mixed = sum(filled for routing in routings if routing.mixes)
@@ -106,9 +106,9 @@ def memory(config: MixtureOfTokensConfig, batch: int, context: int | None = None
     """An estimate of the bytes held when training on `batch` sequences at once, by part.
 
     weights, gradients, optimizer (AdamW's two moments); activations: what autograd keeps for the backward pass, with
-    fused attention (no T x T scores) and nothing recomputed; logits: one chunk and its gradient. All are in `dtype`;
-    mixed precision holds what float32 does, but 0.63 to 0.84 of the activations (measured at Nano and Medium).
-    Not counted: gradients of activations, work space, what the allocator loses.
+    fused attention (no T x T scores) and nothing recomputed; logits: one chunk and its gradient, in fp32. All else is
+    in `dtype`. Mixed precision needs as much as float32, but for activations 0.63 to 0.84 of it (measured at Nano and
+    Medium). Not counted: gradients of activations, work space, fragmentation.
 
     Raises ValueError for an unknown dtype.
     """
@@ -128,9 +128,9 @@ def memory(config: MixtureOfTokensConfig, batch: int, context: int | None = None
 
 
 def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, size: int) -> int:
-    """Bytes that autograd keeps of the blocks; an element has `size`, but RMSNorm and routing work in fp32.
+    """Bytes that autograd keeps for the blocks: `size` an element, but 4 in RMSNorm and routing, which work in fp32.
 
-    A norm keeps its input, and what it has before the learned scale; a linear layer its input; attention its queries,
+    A norm keeps its input and its output before the learned scale; a linear layer its input; attention its queries,
     keys, values and output; a gated feed-forward four of its width (gate, up, silu(gate), their product).
     """
     tokens, D, blocks, routings = batch * context, config.hidden_size, config.num_hidden_layers, config.sparse_routings
@@ -151,7 +151,7 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, siz
 
 
 def legal_micro_batches(config: MixtureOfTokensConfig, batch: int) -> list[int]:
-    """Sequences that one device may take at once: whole groups, and a whole number of times in the step's batch.
+    """Legal numbers of sequences per device at once: multiples of the group size that divide the step's batch.
 
     Raises ValueError if the batch does not divide into groups.
     """
@@ -166,8 +166,8 @@ def legal_micro_batches(config: MixtureOfTokensConfig, batch: int) -> list[int]:
 class Plan(Result):
     """Everything that `plan` prints; memory in bytes.
 
-    The floors are the dense model's FLOPs over this one's, the speed that a perfect implementation has: of the whole
-    model, and of the sparse blocks' feed-forwards alone.
+    `floor` is the dense model's FLOPs divided by this one's, which is the relative speed of a perfect implementation:
+    for the model, and for the feed-forwards of the sparse blocks alone.
     """
 
     name: str | None
@@ -218,7 +218,7 @@ def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None =
     """What a configuration costs.
 
     Args:
-        batch: sequences a step; micro_batch: sequences at once, by default the smallest legal number from 32 on.
+        batch: sequences a step; micro_batch: sequences at once, by default the smallest legal number of at least 32.
 
     Raises ValueError for a batch or micro_batch that is not legal, or an unknown dtype.
     """
@@ -266,12 +266,12 @@ def plan(
 ) -> Plan:
     """Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.
 
-    Nothing is built. FLOPs are of matrix products in training, a multiply-add counting as two; memory is an estimate.
+    No model is built. FLOPs are those of matrix products in training; a multiply-add is two. Memory is an estimate.
 
     Args:
         name: The model, such as MoT-Medium/32E/8.
-        micro_batch: Sequences that a device takes at once. By default the smallest legal number from 32 on.
-        dtype: What weights, gradients, optimizer and activations are held in.
+        micro_batch: Sequences per device at once. By default the smallest legal number that is at least 32.
+        dtype: The type of weights, gradients, optimizer state and activations.
         gated: SwiGLU feed-forwards. Otherwise the paper's plain ones with ReLU.
 
     Raises ValueError for an unknown name, or a micro-batch that is not legal.

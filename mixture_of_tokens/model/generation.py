@@ -1,4 +1,4 @@
-"""What `generate` needs besides upstream's: rows that pad or have ended stay out of the mixture."""
+"""`generate` for models that mix rows: padding and finished rows stay out of the mixtures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 
 def real_tokens(attention_mask: Any, current: Any) -> Any:
-    """The token mask (B, T) of the newest T tokens, `current`, by an attention mask; None where there is none.
+    """The token mask (B, T) of `current`, the newest T tokens, from an attention mask; None without one.
 
-    Raises ValueError for an attention mask of another shape, which says nothing of padding.
+    Raises ValueError for an attention mask that is not two-dimensional, from which padding cannot be read.
     """
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        raise ValueError("an attention mask that is not (B, T) says nothing of padding: give token_mask too")
+        raise ValueError("padding cannot be read from an attention mask that is not (B, T): give token_mask too")
     return attention_mask[:, -current.shape[1] :].bool().to(current.device)
 
 
@@ -28,21 +28,21 @@ def _ends_in_padding(prompt: Tensor, pad: int | None, stop: Any) -> bool:
 
 
 class GroupedGeneration:
-    """`generate` of a model whose rows may influence each other, as `mixes_examples` says."""
+    """`generate` for a model whose rows may influence each other (`mixes_examples`)."""
 
     mixes_examples: Any
     generation_config: Any
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
-        """As upstream's. Rows that have finished leave the mixture; a group is one column of the batch.
+        """Upstream's `generate`, but finished rows leave the mixture. A group is one column of the batch.
 
-        The samples of num_return_sequences are rows like others: those of one prompt are mixed with each other.
+        The samples of num_return_sequences are rows like any others: samples of one prompt are mixed with each other.
 
-        Raises ValueError where a mixture would be wrong: prompts padded on the right, beam search, stop strings.
+        Raises ValueError where mixtures would be wrong: prompts padded on the right, beam search, stop strings.
         """
 
         def setting(name: str) -> Any:
-            """As upstream takes it: what is given, of the configuration given, of the model's own."""
+            """Upstream's order: the argument, else the given configuration's value, else the model's."""
             own = getattr(generation_config, name, None)
             return kwargs.get(name, getattr(self.generation_config, name) if own is None else own)
 
@@ -54,7 +54,7 @@ class GroupedGeneration:
             mask = kwargs.get("attention_mask")
             if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
                 raise ValueError(
-                    "prompts must be padded on the left: a group is a column, and a new token's is the last"
+                    "prompts must be padded on the left, so that the new tokens of all rows share the last column"
                 )
             if setting("stop_strings") or kwargs.get("stopping_criteria"):
                 raise ValueError("rows that end by other criteria would stay in the mixture; use eos_token_id")
@@ -64,7 +64,7 @@ class GroupedGeneration:
             kwargs["stop_ids"] = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
             if prompt is not None:
                 kwargs["prompt_length"] = prompt.shape[1]
-            else:  # without one it starts from a token; embeddings have no place among the ids
+            else:  # without ids it starts from one token, or from embeddings, which are not among the ids
                 kwargs["prompt_length"] = 1 if kwargs.get("inputs_embeds") is None else 0
         return super().generate(inputs, generation_config=generation_config, **kwargs)  # pyright: ignore
 
@@ -79,18 +79,18 @@ class GroupedGeneration:
         prompt_length: int = 0,
         **kwargs,
     ):
-        """Upstream's inputs and the token mask: padding is not real, nor is what follows a row's stop token.
+        """Upstream's inputs and the token mask: padding and what follows a row's stop token are not real.
 
         Args beyond upstream's:
-            stop_ids: tokens that end a row; prompt_length: ids that are there before the first is written.
+            stop_ids: tokens that end a row; prompt_length: number of ids before the first new one.
         """
-        # Named because `generate` refuses arguments that are not; the cache's name depends on transformers' version.
+        # Named because `generate` refuses unnamed arguments; the cache's name depends on transformers' version.
         named = {"inputs_embeds": inputs_embeds, "cache": cache, "past_key_values": past_key_values}
         kwargs |= {name: value for name, value in named.items() if value is not None}
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore
             input_ids, attention_mask=attention_mask, **kwargs
         )
-        # Upstream drops the mask of prompts that are all equally long; a static cache has one of its own shape.
+        # Upstream drops the mask if all prompts have one length; with a static cache the mask has another shape.
         if attention_mask is None and not stop_ids and inputs.get("attention_mask") is None:
             return inputs
         current = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]

@@ -60,13 +60,13 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
             truncated_normal_(module.weight, scale)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding) and self.config.tie_word_embeddings:  # it is the head as well
+        elif isinstance(module, nn.Embedding) and self.config.tie_word_embeddings:  # it is the head too
             truncated_normal_(module.weight, scale)
         elif isinstance(module, nn.Embedding):
             nn.init.trunc_normal_(module.weight, std=scale, a=-2 * scale, b=2 * scale)
         elif isinstance(module, Experts | Router):
             module.reset_parameters(scale)
-        elif isinstance(module, MixtureOfTokens):  # of a checkpoint without them
+        elif isinstance(module, MixtureOfTokens):  # for a checkpoint without companions
             nn.init.zeros_(module.companion)
             nn.init.zeros_(module.companion_logit)
         else:
@@ -113,9 +113,9 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 module.set_temperature(temperature)
 
     def serve_alone(self, alone: bool = True) -> None:
-        """Have every row by itself, as `MixtureOfTokens.alone` says, until told otherwise; it is not saved.
+        """Serve every row alone (see `MixtureOfTokens.alone`), until called with False. This is not saved.
 
-        Raises ValueError for a routing that has nothing to put in the place of the other rows, as Expert Choice.
+        Raises ValueError for a routing that cannot do without the other rows, such as Expert Choice.
         """
         for routing in self.config.routings:
             if not routing.serves_alone:
@@ -126,7 +126,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
 
     @property
     def mixes_examples(self) -> bool:
-        """Whether what one row gets depends on the others of its batch, as the model is now."""
+        """Whether a row's output depends on the other rows of its batch, which `serve_alone` changes."""
         blocks = zip(self.config.routings, self.model.layers, strict=True)
         return any(routing.shares_batch and not getattr(block.mlp, "alone", False) for routing, block in blocks)
 
@@ -144,14 +144,14 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         output_router_logits: bool | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits, or the loss without them: the (B, T, V) logits exist only where they are asked for.
+        """Logits, or with labels the loss; the (B, T, V) logits are then computed only on request.
 
         Args beyond upstream's:
             token_mask: (B, T), true where a token is real and takes part in groups; by default the attention mask.
             labels: (B, T), predicted from the position before; `shift_labels`: the same, shifted already.
-            num_items_in_batch: what the summed loss is divided by; by default the number of labels here. Under
-                gradient accumulation the labels of the whole step; the auxiliary loss is then weighted by this
-                micro-batch's share of them, so that it counts once a step.
+            num_items_in_batch: divisor of the summed loss, by default the number of labels in this call. With gradient
+                accumulation it is the number of labels in the step; the auxiliary loss is then weighted by this
+                micro-batch's share of them, so that it counts once per step.
             return_logits: by default only when there are no labels.
 
         Returns `loss` (cross-entropy in nats, in training plus router_aux_loss_coef times `aux_loss`), `aux_loss`

@@ -8,8 +8,8 @@
 
 G is the group size and k the granularity, 1 where it is left out. The sparse blocks have E = G * k experts of width
 d_ff / k: G times the parameters of the dense feed-forward at its FLOPs (Antoniak et al., arXiv 2310.15961). The later
-half of the blocks is sparse, in Mini all of them. So one k costs the same in every system: an expert sees a whole group
-at once in MoT, k experts see a token in Token Choice and, on average, in Expert Choice.
+half of the blocks is sparse, in Mini all of them. Systems with equal G and k cost the same: in MoT every expert reads
+one mixture per group; in Token Choice, and on average in Expert Choice, a token goes to k experts.
 """
 
 import re
@@ -24,7 +24,7 @@ from mixture_of_tokens.model.routings import BY_PREFIX, DENSE, Routing
 
 @dataclass(frozen=True)
 class Size:
-    """A dense model and its training batch; the widths of gated and of plain feed-forwards, at about equal FLOPs."""
+    """A dense model and its training batch. The widths of gated and plain feed-forwards give about equal FLOPs."""
 
     hidden_size: int
     blocks: int
@@ -60,8 +60,8 @@ SIZES = {
 # Upstream reads these two without declaring them.
 FIELDS = sorted({field.name for field in fields(MixtureOfTokensConfig)} | {"head_dim", "attn_implementation"})
 
-# A name says these of a configuration, the second line only where there are experts; not the vocabulary, the context
-# and what training sets (temperature, capacity, ...).
+# The fields that a name determines; NAMED_OF_EXPERTS only where there are experts. A name leaves open the vocabulary,
+# the context and training settings (temperature, capacity, ...).
 NAMED = (
     "hidden_size",
     "intermediate_size",
@@ -76,7 +76,7 @@ NAMED_OF_EXPERTS = ("num_experts", "moe_intermediate_size", "num_experts_per_tok
 
 @dataclass(frozen=True)
 class Name:
-    """A parsed name; `str` gives it back. `system` is a routing's prefix; a dense model has G = k = 1."""
+    """A parsed name; `str` returns it as text. `system` is a routing's prefix; a dense model has G = k = 1."""
 
     system: str
     size: str
@@ -107,7 +107,7 @@ def nearest(word: str, legal: Iterable[str]) -> str:
 
 
 def parse_name(name: str) -> Name:
-    """The parts of a name. Raises ValueError, which says what is legal, if it does not follow the grammar."""
+    """The parts of a name. Raises ValueError, with the legal values, if it does not follow the grammar."""
     head, *parts = name.split("/")
     system, _, size = head.partition("-")
     for what, word, legal in (("system", system, BY_PREFIX), ("size", size, SIZES)):
@@ -135,9 +135,9 @@ def config_from_name(
 
     Args:
         name: see the grammar above.
-        gated: SwiGLU feed-forwards; False: the paper's, plain ones with ReLU, half as wide again at equal FLOPs.
+        gated: SwiGLU feed-forwards; False: the paper's plain ones with ReLU, 1.5 times as wide at equal FLOPs.
         vocab_size: the tokenizer's; by default the size's.
-        overrides: any field of the configuration. What the name derives from an overridden field follows it: expert
+        overrides: any field of the configuration. Values derived from an overridden field follow it: expert
             widths from `intermediate_size`, the sparse half from `num_hidden_layers`, key and value heads from
             `num_attention_heads`.
 
@@ -168,7 +168,7 @@ def config_from_name(
         "mlp_layer_types": [DENSE.kind] * dense + [parsed.routing.kind] * (blocks - dense),
         "num_experts": parsed.group_size * k,
         "moe_intermediate_size": width // k,
-        "num_experts_per_tok": k,  # the transition from MoT to Token Choice needs it too
+        "num_experts_per_tok": k,  # conversion from MoT to Token Choice needs it too
         "group_size": parsed.group_size,
         "router_temperature": size.mixture_temperature if parsed.routing.mixes and parsed.routing.routed else 1.0,
     }
@@ -176,7 +176,7 @@ def config_from_name(
 
 
 def name_of(config: MixtureOfTokensConfig) -> str | None:
-    """The name whose configuration this is, whatever its vocabulary, context and training settings; None if none is."""
+    """The name of a configuration, whatever its vocabulary, context and training settings; None if it has no name."""
     used = {routing.prefix for routing in config.sparse_routings or config.routings}
     if len(used) > 1:
         return None
@@ -189,7 +189,7 @@ def name_of(config: MixtureOfTokensConfig) -> str | None:
             named = config_from_name(str(name), gated=config.gated)
         except ValueError:  # this granularity does not divide this size's width
             continue
-        told = NAMED + NAMED_OF_EXPERTS if groups else NAMED
-        if all(getattr(named, field, None) == getattr(config, field, None) for field in told):
+        named_fields = NAMED + NAMED_OF_EXPERTS if groups else NAMED
+        if all(getattr(named, field, None) == getattr(config, field, None) for field in named_fields):
             return str(name)
     return None

@@ -1,7 +1,7 @@
-"""The table of routings: a row for each kind of feed-forward, with all that the rest of the library asks of it.
+"""The table of routings: a row for each kind of feed-forward, with all that the rest of the library needs to know.
 
-Names, costs, evaluation, generation, audit, transition, export and the report read this table, and no list of kinds
-stands anywhere else. A new routing is a layer (`layers.py`, `sparse.py`), a row here, and its literal reference in
+Names, costs, evaluation, generation, audit, conversion, export and the report read this table; there is no other list
+of kinds. A new routing is a layer (`layers.py`, `sparse.py`), a row here, and its literal reference in
 `tests/reference.py`; the property tests run over the table.
 """
 
@@ -27,24 +27,24 @@ class Routing:
 
     What it is:
         kind: its name in a configuration's `mlp_layer_types`; prefix: what its models' names begin with.
-        title, meaning: for people: a name, and a sentence or two.
+        title, meaning: its name and a sentence or two, for people.
         build: makes the feed-forward of one block.
 
     What it promises:
         shares_batch: rows of a batch influence each other, unless they are served alone.
         serves_alone: a row can be served by itself.
-        exports_as: the architecture of transformers that computes the same; None where there is none.
-        converts_to: the kind that `mot transition` turns it into; None where it stays what it is.
+        exports_as: the architecture of transformers that computes the same; None if there is none.
+        converts_to: the kind that `mot transition` converts it to; None if it cannot be converted.
         balanced: it is trained with the load-balancing loss.
 
     What it costs beside its experts' matrices, which `cost.py` adds up:
-        sparse: it has experts. Of a dense block nothing below applies.
-        rows: what all experts together read of B x T tokens, from (configuration, B, T, training).
-        routed: it has a router; grouped: it works on whole groups, and masked rows fill the last one up.
+        sparse: it has experts. Nothing below applies to a dense block.
+        rows: the number of rows that all experts read for B x T tokens, from (configuration, B, T, training).
+        routed: it has a router; grouped: it works on groups, and the last one is padded with masked rows.
         mixes: tokens are collected into mixtures, and the outputs are spread over the tokens.
-        kept_weights, kept_outputs: what is kept for the backward pass, how often in fp32 and how often in the model's
-            precision: a number for every token and expert; a vector for every row of an expert, or for every choice of
-            a token where it is not grouped.
+        kept_weights, kept_outputs: how many copies the backward pass keeps, in fp32 and in the model's precision. Of
+            the weights a copy is a number per token and expert; of the outputs a vector per row of an expert, or,
+            where it is not grouped, per choice of a token.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Routing:
 
 
 def groups_of(config: "MixtureOfTokensConfig", batch: int, context: int) -> tuple[int, int]:
-    """How many groups, of how many rows; a batch below a group is one group of its own size."""
+    """The number of groups and of rows in each; a batch smaller than a group is one group of B rows."""
     size = min(config.group_size, batch)
     return -(-batch // size) * context, size
 
@@ -158,7 +158,8 @@ ROWS = (
         prefix="MoT",
         title="Mixture of Tokens",
         meaning="Tokens at the same position of different texts form a group. Each expert reads one mixture of the "
-        "group, weighted by a router, and its output goes back to the tokens by the same weights. No token is dropped.",
+        "group, weighted by a router, and its output goes back to the tokens with the same weights. No token is "
+        "dropped.",
         build=_mixture_of_tokens,
         shares_batch=True,
         converts_to="token_choice",
@@ -183,8 +184,8 @@ ROWS = (
         prefix="TC",
         title="Token Choice",
         meaning="Sparse mixture of experts: each token goes to the experts that its router rates highest. In training "
-        "an expert takes 1.25 times its even share, if no other capacity was set, and drops the rest; after a switch "
-        "from Mixture of Tokens it takes all.",
+        "an expert takes at most 1.25 times an even share of the tokens, unless another capacity was set, and the rest "
+        "are dropped. After conversion from Mixture of Tokens none are dropped by default.",
         build=_token_choice,
         exports_as="Qwen3MoeForCausalLM",
         balanced=True,
@@ -211,10 +212,10 @@ BY_PREFIX = {row.prefix: row for row in ROWS}
 
 
 def routings_of(model: Any) -> list[Routing]:
-    """The row of each block of a model's, or a configuration's; none of models of other software."""
+    """Each block's row, for a model or a configuration; empty for models of other libraries."""
     return getattr(getattr(model, "config", model), "routings", [])
 
 
 def converted_from(kind: str) -> Routing:
-    """The routing that `mot transition` turns into this kind."""
+    """The routing that `mot transition` converts to this kind."""
     return next(row for row in ROWS if row.converts_to == kind)

@@ -1,14 +1,14 @@
-"""What routers do, by one yardstick for every routing: measured on a probe batch, outside the training step.
+"""Router telemetry: the same measures for every routing, taken on a probe batch outside the training step.
 
-All but the last measure are of the combine weights w[t, e], by which the output of expert e is multiplied before it
-is added to token t's: in Mixture of Tokens the softmax over the group, in its uniform form 1 / G; in Expert
-Choice the gates of the chosen, in Token Choice those of the choices that were not dropped; zero elsewhere.
-A group is the n real tokens at one position of `group_size` rows, in Token Choice too: so "how many tokens does an
-expert serve at a position" is one question for all. Masked tokens count nowhere.
+All measures but the last are computed from the combine weights w[t, e]: the output of expert e is multiplied by
+w[t, e] and added to token t's output. In Mixture of Tokens they are the softmax over the group, in its uniform form
+1 / G; in Expert Choice the gates of the chosen tokens; in Token Choice the gates of the choices that were not dropped.
+Elsewhere they are zero. A group is the n real tokens at one position of `group_size` rows, in Token Choice too, so
+that tokens per expert mean the same for all routings. Masked tokens do not count.
 
     mixture_entropy     entropy of an expert's weights over the tokens of a group / log n. 1: the group is averaged,
-                        0: one token has all. Mean over groups and experts that serve it (0 if no group has two tokens)
-    effective_tokens    tokens per mixture: exp of that entropy, before it is normalised; 1 to n, mean
+                        0: one token has all. Mean over groups and the experts they use (0 if no group has two tokens)
+    effective_tokens    tokens per mixture: exp of that entropy, before division by log n; 1 to n, mean
     effective_experts   experts per token: exp of the entropy of a token's weights over experts; 1 to E, mean over the
                         tokens that have any
     dead_experts        share of the experts whose total weight is negligible: under 1 % of the mean expert's
@@ -16,8 +16,8 @@ expert serve at a position" is one question for all. Masked tokens count nowhere
     largest_load        the largest total weight of an expert / the mean expert's: 1 when balanced, at most E
     branch_to_residual  RMS of what the feed-forward adds / RMS of the residual stream that it is added to
 
-In Mixture of Tokens every expert has a total weight of one a group, so that none is dead and the load is even by
-construction; a sharp router may still leave tokens without any. Shape letters are those of `layers.py`.
+In Mixture of Tokens every expert's weights sum to one in a full group, so no expert is dead and the load is even by
+construction. A sharp router may still leave tokens with almost no weight. Shape letters are those of `layers.py`.
 """
 
 import copy
@@ -41,9 +41,9 @@ INPUTS = ("input_ids", "attention_mask", "token_mask")
 def measure(model: MixtureOfTokensForCausalLM, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """The measures above of every block, by its index as a string; a dense block has `branch_to_residual` alone.
 
-    One forward pass, of the head at one position only, under the autocast of training where the model has been prepared
-    for it. Token Choice drops as in training; dropout is off, so that no random number is drawn and equal weights give
-    equal measures. The model is left as it was. Where parameters are sharded, every process must call it.
+    This runs one forward pass, under the autocast of training if the model was prepared for it; the head computes one
+    position only. Token Choice drops as in training. Dropout is off, so no random number is drawn and equal weights
+    give equal measures. The model is left unchanged. If parameters are sharded, every process must call it.
 
     Args:
         model: uncompiled and unwrapped.
@@ -69,7 +69,7 @@ def measure(model: MixtureOfTokensForCausalLM, batch: dict[str, Tensor]) -> dict
 
 
 def router_gradient_norms(model: MixtureOfTokensForCausalLM) -> dict[str, float]:
-    """The 2-norm of each router's gradient as it stands, by the block's index; of blocks that have one."""
+    """The 2-norm of each router's current gradient, by the block's index; blocks without one are left out."""
     norms = {}
     for i, block in enumerate(model.model.layers):
         gate = getattr(block.mlp, "gate", None)
@@ -80,11 +80,11 @@ def router_gradient_norms(model: MixtureOfTokensForCausalLM) -> dict[str, float]
 
 
 def combine_weights(layer: Routed, logits: Tensor | None, token_mask: Tensor) -> Tensor:
-    """w (B, T, E), in fp32 or better, where the layer's router has returned these logits (None for uniform).
+    """w (B, T, E), in fp32 or better, of a layer whose router has returned these logits (None for uniform).
 
-    The layer's own methods make it, on a copy whose router returns the logits, so that the two do not drift apart. A
-    routing that gives experts single tokens need not say its weights: w[t, e] is the derivative of t's output by what
-    expert e answered for t. The copy runs on numbered tokens, with experts that note which they were given.
+    The layer's own methods compute it, on a copy whose router returns the logits, so that the two cannot drift apart.
+    For sparse routings we recover weights by autograd: run a copy on token numbers with experts that output ones, and
+    differentiate.
 
     Args:
         logits: as the router returned them, in the layer's own order of tokens.
@@ -107,13 +107,13 @@ def combine_weights(layer: Routed, logits: Tensor | None, token_mask: Tensor) ->
     with torch.enable_grad(), full_precision(device):
         y_BT1 = _stand_in(layer, logits, answers).forward(numbers_BT1, token_mask)
     number, expert, ones = noted
-    weights = numbers_BT1.new_zeros(1 + B * T, E, dtype=dtype)  # row 0: masked tokens, and places that none took
+    weights = numbers_BT1.new_zeros(1 + B * T, E, dtype=dtype)  # row 0: masked tokens and empty slots of experts
     weights[number, expert] = torch.autograd.grad(y_BT1, ones, torch.ones_like(y_BT1))[0].to(dtype)
     return weights[1:].view(B, T, E)
 
 
 def _stand_in(layer: Routed, logits: Tensor | None, experts: Callable[..., Tensor] | None = None) -> Any:
-    """A copy of the layer with other parts, to call by its methods: hooks are the layer's own."""
+    """A copy of the layer with another router and experts. Call its methods, not the copy: hooks are the layer's."""
     copied = copy.copy(layer)
     vars(copied)["_modules"] = {"gate": None if logits is None else lambda x: logits, "experts": experts}
     return copied
@@ -138,7 +138,7 @@ def routing_measures(weights_BTE: Tensor, token_mask: Tensor, group_size: int) -
 
 
 def _watch(block: Any, group_size: int, measures: dict[str, Tensor]) -> list[RemovableHandle]:
-    """Hooks that fill in a block's measures at its next forward pass, before the next block's."""
+    """Hooks that fill in a block's measures at its next forward pass."""
     seen: dict[str, Tensor] = {}
 
     def residual(module, args, output):
@@ -167,7 +167,7 @@ def _entropy(weights: Tensor, dim: int) -> Tensor:
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """0 over nothing."""
+    """The mean of the values where true; 0 if there are none."""
     return values.where(where, 0).sum() / where.sum().clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""All that this library uses of transformers' internals, in one place: what a new version may move."""
+"""All of transformers' internals that this library uses, in one place, as a new version may move them."""
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
