@@ -306,4 +306,5 @@ class MixtureOfTokens(Routed):
             if missing_M11 is not None and rest_ME is not None:
                 squares_ME = squares_ME + rest_ME.square() / missing_M11[:, 0].clamp(min=1)
             mixtures_EMD = mixtures_EMD / squares_ME.sqrt().T[..., None].to(mixtures_EMD.dtype)
-        return ungrouped(spread(cast_MGE, self.experts(mixtures_EMD)), mask_MG1, *x_BTD.shape[:2])
+        y_MGD = spread(cast_MGE, self.experts(mixtures_EMD))
+        return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])

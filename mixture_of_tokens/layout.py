@@ -18,18 +18,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def check_shapes(x_BTD: Tensor, token_mask: Tensor | None) -> None:
+    """Raises ValueError for what no layer takes."""
+    if x_BTD.dim() != 3 or not x_BTD.numel():
+        raise ValueError(
+            "x must be (examples, positions, hidden size) with at least one example and position, not "
+            f"{tuple(x_BTD.shape)}"
+        )
+    if token_mask is not None and token_mask.shape != x_BTD.shape[:2]:
+        raise ValueError(f"token_mask must be {tuple(x_BTD.shape[:2])}, not {tuple(token_mask.shape)}")
+
+
 def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows -> groups: x (M, G, D) with masked rows zeroed, the mask (M, G, 1), the number of missing tokens (M, 1, 1).
 
     An incomplete last group is padded with masked rows; a batch smaller than a group is one group of B rows. The mask
     is None without `token_mask` and padding, and so is the number if then no token is missing.
     """
-    if x_BTD.dim() != 3 or not x_BTD.shape[0]:
-        raise ValueError(
-            f"x must be (examples, positions, hidden size) with at least one example, not {tuple(x_BTD.shape)}"
-        )
-    if token_mask is not None and token_mask.shape != x_BTD.shape[:2]:
-        raise ValueError(f"token_mask must be {tuple(x_BTD.shape[:2])}, not {tuple(token_mask.shape)}")
+    check_shapes(x_BTD, token_mask)
     B, T, _ = x_BTD.shape
     rows = min(group_size, B)
     dtype = torch.promote_types(x_BTD.dtype, torch.float32)
@@ -38,9 +44,10 @@ def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[
         lacking = group_size - rows
         return x_MGD, None, x_MGD.new_full((len(x_MGD), 1, 1), lacking, dtype=dtype) if lacking else None
     mask_BT1 = x_BTD.new_ones((B, T, 1), dtype=torch.bool) if token_mask is None else token_mask.bool()[..., None]
-    padding = (0, 0, 0, 0, 0, -B % rows)
-    x_MGD, _, _ = grouped(F.pad(x_BTD.masked_fill(~mask_BT1, 0), padding), None, rows)
-    mask_MG1, _, _ = grouped(F.pad(mask_BT1, padding), None, rows)
+    missing = -B % rows
+    x_MGD, _, _ = grouped(F.pad(x_BTD.masked_fill(~mask_BT1, 0), (0, 0, 0, 0, 0, missing)), None, rows)
+    # Not F.pad: of a bool with sizes that vary, torch 2.13 compiles C++ that does not compile.
+    mask_MG1, _, _ = grouped(torch.cat([mask_BT1, mask_BT1.new_zeros(missing, T, 1)]), None, rows)
     return x_MGD, mask_MG1, group_size - mask_MG1.sum(1, keepdim=True, dtype=dtype)
 
 

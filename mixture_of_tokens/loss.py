@@ -38,7 +38,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             chunk, label = hidden[start : start + size], labels[start : start + size, None]
             real = label != IGNORE
-            label = label.clamp(min=0)
+            label = label.where(real, 0)  # another negative label is an error, as one beyond the vocabulary
             logits = F.linear(chunk, head).to(at_least_fp32)
             log_z = logits.logsumexp(-1, keepdim=True)
             loss += ((log_z - logits.gather(1, label)) * real).sum()

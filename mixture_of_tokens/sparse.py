@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, softmax
-from mixture_of_tokens.layout import grouped, ragged_linear, ungrouped
+from mixture_of_tokens.layout import check_shapes, grouped, ragged_linear, ungrouped
 
 
 class ExpertChoice(Routed):
@@ -105,6 +105,7 @@ class TokenChoice(Routed):
         self.capacity_factor = capacity_factor
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        check_shapes(x_BTD, token_mask)
         (B, T, D), E, K = x_BTD.shape, self.num_experts, self.num_experts_per_tok
         mask_TB1 = x_BTD.new_ones(T, B, 1, dtype=torch.bool) if token_mask is None else token_mask.bool().T[..., None]
         x_TBD = x_BTD.transpose(0, 1).masked_fill(~mask_TB1, 0)
@@ -130,7 +131,8 @@ class TokenChoice(Routed):
     def _with_capacity(self, factor: float, x_AD: Tensor, expert_A: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert's output on its assignments within the capacity (R slots an expert); zero for the others."""
         (A, D), E = x_AD.shape, self.num_experts
-        R = max(1, math.ceil(factor * A / E))
+        most = A // self.num_experts_per_tok  # no expert is chosen twice by a token
+        R = min(most, max(1, math.ceil(factor * A / E)))
         capacity = (factor * ends_E[-1].double() / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
         rank_A = torch.arange(A, device=x_AD.device) - F.pad(ends_E, (1, 0))[expert_A]
         kept_A = (rank_A < capacity) & (expert_A < E)

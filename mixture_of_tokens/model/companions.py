@@ -62,9 +62,14 @@ def calibrate_companions(model: MixtureOfTokensForCausalLM, batches: Iterable[di
         return
     means = {layer: _Means(layer) for layer in layers}
     hooks = [layer.register_forward_hook(means[layer].add) for layer in layers]
-    training = model.training
+    training, alone = model.training, [layer.alone for layer in layers]
+    before = [(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers]
     try:
         model.eval()
+        for layer in layers:  # measured in groups, and as it was before the first time
+            layer.alone = False
+            layer.companion.zero_()
+            layer.companion_logit.zero_()
         for batch in batches:
             inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "token_mask") if k in batch}
             model(**inputs, logits_to_keep=1, use_cache=False)
@@ -72,6 +77,10 @@ def calibrate_companions(model: MixtureOfTokensForCausalLM, batches: Iterable[di
         model.train(training)
         for hook in hooks:
             hook.remove()
+        for layer, was, (companion, logit) in zip(layers, alone, before, strict=True):
+            layer.alone = was
+            layer.companion.copy_(companion)
+            layer.companion_logit.copy_(logit)
     if not all(mean.groups for mean in means.values()):
         raise ValueError(f"no batch has a group of {layers[0].group_size} real tokens to measure companions on")
     for layer, mean in means.items():

@@ -138,7 +138,8 @@ def _token_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int
     assignments = batch * context * config.num_experts_per_tok
     if not training or config.capacity_factor is None:
         return assignments
-    return config.num_experts * math.ceil(config.capacity_factor * assignments / config.num_experts)
+    capacity = math.ceil(config.capacity_factor * assignments / config.num_experts)
+    return config.num_experts * min(capacity, batch * context)
 
 
 ROWS = (
