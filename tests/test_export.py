@@ -201,7 +201,7 @@ def test_a_flipped_bit_in_a_run_is_one_line_and_leaves_nothing(command, tiny_run
         mot(command, tmp_path / "run", *out)
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
-    assert "model is not whole: model.safetensors is not what was written" in shown
+    assert "model is damaged: model.safetensors is not what was written" in shown
     assert not list(tmp_path.glob("out*"))
 
 
