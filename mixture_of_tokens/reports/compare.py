@@ -41,9 +41,9 @@ def compare(
 ) -> Report | Plans:
     """Train several models on the same text in the same order, and say when each reaches the first one's loss.
 
-    All models are trained with the first seed, then with the next, so that the seeds of an interrupted comparison are
-    complete. Called again, it skips what is finished and goes on with the rest. It writes compare.json, report.html and
-    the run directories.
+    All models are trained with the first seed, then with the next, so that an interrupted comparison is balanced.
+    Called again, it skips what is finished and goes on with the rest. It writes compare.json, report.html and the run
+    directories.
 
     Args:
         names: Models, such as Transformer-Nano MoT-Nano/32E/4; the first is the baseline.

@@ -203,10 +203,10 @@ def _ends(models: list[ComparedModel], key: str) -> str:
 def _caption(comparison: Comparison, key: str, head: str) -> Child:
     """The finding of one panel."""
     baseline, *others = comparison.models
-    whole = next(whole for whole, of in RATIOS.items() if of == key)
+    kind = next(kind for kind, of in RATIOS.items() if of == key)
     shares = []
     for model in others:
-        found = model.reached[baseline.label].share(whole)
+        found = model.reached[baseline.label].share(kind)
         if found is None:
             shares.append(f"{model.label} never reaches it")
         else:
