@@ -214,7 +214,7 @@ def _caption(comparison: Comparison, key: str, head: str) -> Child:
             shares.append(f"{model.label} {ratio(found.mean)}{few}")
     if not shares:
         return [html("b", f"{head}.")]
-    return [html("b", f"{head}."), f" To {baseline.label}'s last loss, as a share of what that took: {listed(shares)}."]
+    return [html("b", f"{head}."), f" To reach {baseline.label}'s last loss, as a share of its own: {listed(shares)}."]
 
 
 def _layers(models: dict[str, list[Run]]) -> Child:
