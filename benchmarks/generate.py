@@ -8,8 +8,8 @@ Cost at Nano on two CPU cores: half a minute. The machine must be quiet.
 Untrained models continue random prompts greedily, with the KV cache and without a stop token, so that all write the
 same number of tokens. A turn is one call of `generate`; models and batches take turns in an order that is shuffled
 every round. Columns: tokens_per_second of the whole batch, the median over the rounds (low, high: quartiles);
-share_of_first, that over the first model's at the same batch, taken within each round. Batches that are no multiple
-of a Mixture of Tokens' group size are partial groups: a lone row passes through all experts.
+share_of_first, that over the first model's at the same batch size, taken within each round. Batches that are no
+multiple of a Mixture of Tokens' group size have an incomplete group; a lone row passes through all experts.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         models[name] = MixtureOfTokensForCausalLM(config).to(args.device).eval()
     turns = [(name, batch) for name in models for batch in args.batches]
     for name, batch in turns:
-        seconds(models[name], batch, args)  # once for nothing: caches, threads, the allocator
+        seconds(models[name], batch, args)  # a warm-up: caches, threads, the allocator
     times: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)

@@ -5,24 +5,24 @@
     python benchmarks/layer.py --table     the latest results of benchmarks/results.csv as Markdown; measures nothing
 
 Cost at the default sizes on two CPU cores: about ten minutes and 10 GB of memory. The machine must be quiet: one busy
-process beside it and two threads wait for each other at every matrix. Wide quartiles tell.
+process beside it makes two threads wait for each other at every matrix product. Wide quartiles are the sign.
 
-All providers stand in one process and take turns, in an order that is shuffled every round: a layer that runs alone
+All providers run in one process and take turns, in an order that is shuffled every round: a layer that runs alone
 finds its tensors in the cache. A share is taken within each round, and the median over the rounds is reported.
 
 Providers, all with the dense layer's active FLOPs and, but for `dense`, with G times its parameters (G: group size):
 
     dense                  the feed-forward without experts
     mot/K                  MixtureOfTokens.matched of granularity K: G * K experts of width intermediate / K
-    token_choice           top-1 of G experts, capacity 1.25: what is beyond is dropped, room left is computed
+    token_choice           top-1 of G experts, capacity 1.25: tokens beyond it are dropped, empty places computed
     token_choice_dropless  top-1 of G experts, nothing is dropped
     expert_choice          G experts, each takes one token of a group
     qwen3_eager            transformers' Qwen3MoeSparseMoeBlock, top-1 of G experts, with its loop over experts
     qwen3_grouped_mm       the same through torch's grouped_mm. The block is always gated: among plain layers it has
-                           2/3 of their width, which is the same FLOPs, and the row's note says so
+                           2/3 of their width, for the same FLOPs, and the row has a note
     literal/K              the equations of mot/K as einsum and bmm under autograd, with the same router and result
-    matmuls/K              the floor of mot/K: its matrix products alone (router, collect, up, down, spread; two for
-                           each in the backward), in the row's dtype, contiguous, into existing buffers
+    matmuls/K              the floor of mot/K: its matrix products alone (router, dispatch, up, down, combine; two
+                           for each in the backward), in the row's dtype, contiguous, into existing buffers
 
 Columns (a row is a JSON line on stdout; progress and a summary go to stderr):
 
@@ -87,7 +87,7 @@ def resident(field: str) -> int:
 
 
 def peak_memory(name: str, sizes: Sizes, dtype: torch.dtype, device: str, keep: bool) -> float:
-    """MiB that forward + backward takes above what stood before. On the CPU to be called in a fresh process."""
+    """MiB that forward + backward adds. On the CPU it must be called in a fresh process."""
     # A tiny layer first, so that libraries loaded on first use do not count.
     tiny = replace(sizes, hidden=32, intermediate=96, tokens=sizes.group_size, context=1)
     build(name, tiny, dtype, device).forward_backward()

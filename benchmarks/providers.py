@@ -45,7 +45,7 @@ class Provider:
 
 
 class Literal(nn.Module):
-    """The equations of `MixtureOfTokens`, each as it is written. Router and activation are the layer's own."""
+    """The equations of `MixtureOfTokens`, computed literally. Router and activation are the layer's own."""
 
     def __init__(self, layer: MixtureOfTokens):
         super().__init__()
@@ -129,10 +129,10 @@ def matmuls(sizes: Sizes, granularity: int, dtype: torch.dtype, device: str) -> 
     M, E = S // G, G * granularity
     forward = [  # batch, rows, inner, columns
         ((), S, D, E),  # router
-        ((M,), E, G, D),  # collect
+        ((M,), E, G, D),  # dispatch
         ((E,), M, D, 2 * F if sizes.gated else F),  # up
         ((E,), M, F, D),  # down
-        ((M,), G, E, D),  # spread
+        ((M,), G, E, D),  # combine
     ]
     backward = [product for batch, n, k, m in forward for product in ((batch, n, m, k), (batch, k, n, m))]
     operand = functools.cache(lambda *shape: torch.randn(shape, dtype=dtype, device=device))
@@ -154,7 +154,7 @@ def build(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Provider:
     torch.manual_seed(0)
     if name in FLOORS:
         return matmuls(sizes, granularity(name), dtype, device)
-    # Without the layers' own initialisation: truncated normals take minutes here, and memory that would be measured.
+    # Not the layers' own initialisation: truncated normals take minutes here, and memory that would be measured.
     with torch.device("meta"):
         layer = LAYERS[name](sizes).to(dtype)
     layer.to_empty(device=device)

@@ -1,4 +1,4 @@
-"""What a benchmark writes down: where it ran, its rows in a CSV file, and these as tables."""
+"""Results of a benchmark: its conditions, its rows in a CSV file, and these as tables."""
 
 import argparse
 import csv

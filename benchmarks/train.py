@@ -8,11 +8,11 @@ Cost at Nano on two CPU cores: about six minutes. The machine must be quiet.
 Every model is trained in turns of `--steps` steps by two loops, in an order that is shuffled every round:
 
     trainer   what `mot train` runs: with logging, router telemetry, TensorBoard and progress bar, without evaluations
-              and checkpoints, which the clock of a run leaves out
+              and checkpoints, which a run's clock leaves out
     loop      forward, backward, clipping, fused AdamW and the schedule over the same batches, and nothing else
 
 Columns: milliseconds, the median over the rounds of a step's time (low, high: quartiles); share_of_first, the time of
-a step over that of the first model named by the same loop; overhead, of Trainer's step over the bare loop's, minus 1.
+a step over the first model's by the same loop; overhead, the time of Trainer's step over the bare loop's, minus 1.
 Both ratios are taken within each round, and their median is reported with its quartiles.
 """
 
@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         keys = [(name, loop) for name in args.models for loop in ("trainer", "loop")]
         turns = {key: Turn(*key, args, f"{out}/{i}") for i, key in enumerate(keys)}
         for turn in turns.values():
-            turn.seconds_per_step()  # once for nothing: caches, threads, the allocator
+            turn.seconds_per_step()  # a warm-up: caches, threads, the allocator
         times = {key: [] for key in keys}
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}", file=sys.stderr)

@@ -87,7 +87,8 @@ def _common(
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
     if "transition" in entries:
         raise ValueError(f"--config {config} is of a converted run: repeat it with mot transition")
-    entries.pop("format", None)  # a run directory's config.yaml has it beside the flags
+    for field in ("format", "micro_batch"):  # a run directory's config.yaml has them beside the flags
+        entries.pop(field, None)
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
     if len(words) > 1 and not words[1].startswith("-"):  # a positional word is the model's name
         given.add("--name")

@@ -123,7 +123,7 @@ def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path)
     (run / "metrics.jsonl").write_text("".join(json.dumps({**row, "layers": {}}) + "\n" for row in rows))
     mot("report", run)
     page = (run / "report.html").read_text()
-    assert "This is one seed" in page
+    assert "There is one seed" in page
     assert "no measurements of their layers" in page
 
 

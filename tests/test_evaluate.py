@@ -74,7 +74,7 @@ def test_alone_is_each_block_by_itself(tiny_runs, evaluated):
     assert line["tokens"] == 512
     assert line["loss"] == pytest.approx(float(torch.cat(nats).mean()), abs=1e-5)
     assert line["bits_per_byte"] is None  # the bytes of a part are not known
-    assert [other["label"] for other in result["lines"]][1] == "full groups, the part below"
+    assert [other["label"] for other in result["lines"]][1] == "full groups, same text as below"
 
 
 def test_rows_of_a_dense_model_do_not_matter(tiny_runs, evaluated):

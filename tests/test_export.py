@@ -152,7 +152,7 @@ def test_an_expert_perturbed_by_a_bit_fails_and_leaves_nothing(saved, tmp_path, 
     with pytest.raises(SystemExit, match="2"):
         mot("export", directory, tmp_path / "out")
     shown = capsys.readouterr().err
-    assert "is not the same model, and nothing is left of it" in shown
+    assert "is not the same model, and was removed" in shown
     assert "model.layers.2.mlp.experts.down_proj is not the run's" in shown
     assert not list(tmp_path.glob("out*"))
 
@@ -167,7 +167,7 @@ def test_the_right_weights_read_another_way_fail_and_leave_nothing(saved, tmp_pa
     monkeypatch.setattr(export_module, "to_plain", misread)
     with pytest.raises(SystemExit, match="2"):
         mot("export", directory, tmp_path / "out")
-    assert re.search(r"is not the same model.*: logits of random tokens differ by up to", capsys.readouterr().err)
+    assert re.search(r"is not the same model.*: logits on random tokens differ by up to", capsys.readouterr().err)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -201,7 +201,7 @@ def test_a_flipped_bit_in_a_run_is_one_line_and_leaves_nothing(command, tiny_run
         mot(command, tmp_path / "run", *out)
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
-    assert "model is not whole: model.safetensors is not what was written" in shown
+    assert "model is damaged: model.safetensors is not what was written" in shown
     assert not list(tmp_path.glob("out*"))
 
 
@@ -256,11 +256,11 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
             "mixture_of_tokens",
             "mixture_of_tokens layers are not in plain transformers: mot transition RUN turns them into Token Choice",
         ),
-        ("uniform", "uniform layers are not in plain transformers: they cannot be served so"),
-        ("expert_choice", "expert_choice layers are not in plain transformers: they cannot be served so"),
+        ("uniform", "uniform layers are not in plain transformers: they cannot be exported"),
+        ("expert_choice", "expert_choice layers are not in plain transformers: they cannot be exported"),
         ("plain", "plain feed-forwards (gated false) are not in Qwen3"),
         ("foreign tokenizer", "it is another model's"),
-        ("transformers' own", "is a Qwen3ForCausalLM, which transformers loads as it is"),
+        ("transformers' own", "is a Qwen3ForCausalLM, which transformers loads without an export"),
         ("truncated", "cannot be loaded"),
         ("no tokenizer", "has no tokenizer beside the model"),
         ("nowhere", "is no directory"),

@@ -126,7 +126,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_said(whole, tmp_path)
     data[-1] ^= 1
     weights.write_bytes(data)
     assert finish(begin(out, "--resume")) == 0
-    assert "checkpoint-48 is passed over: model.safetensors is not what was written" in (tmp_path / "log").read_text()
+    assert "checkpoint-48 is skipped: model.safetensors is not what was written" in (tmp_path / "log").read_text()
     assert_same(out, whole)
 
 

@@ -82,7 +82,7 @@ def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys)
     mot("report", transitioned[0], "--out", tmp_path / "page.html")
     assert "MoT-Nano/4E/2, switched" in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
-    assert "An upright line is where a Mixture of Tokens became Token Choice." in page
+    assert "A vertical line is where a Mixture of Tokens became Token Choice." in page
     stages = json.loads((transitioned[0] / "switch.json").read_text())
     for key in ("source_in_groups", "source_alone", "plain_switch", "at_the_switch"):
         assert f"<td>{stages[key]:.3f}</td>" in page.replace(' class="first"', "")

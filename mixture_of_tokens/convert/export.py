@@ -23,10 +23,10 @@ from mixture_of_tokens.runs.records import RunFacts, Switch
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.sparse import TokenChoice
 
-EXPORT = "export"  # what the manifest of one calls it
+EXPORT = "export"  # the fact `of` in the manifest of one
 TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
 ROWS = 4
-# Everything of our configuration that Qwen3 and Qwen3-MoE have under the same name.
+# Fields of our configuration that Qwen3 and Qwen3-MoE have under the same name.
 COMMON = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
@@ -50,7 +50,7 @@ with torch.no_grad():
 
 @dataclass(frozen=True)
 class Exported(Result):
-    """A checkpoint of plain transformers; difference: the largest of a logit from the run's, of `compared` text."""
+    """A checkpoint of plain transformers; difference: the largest of a logit from the run's, on `compared`."""
 
     directory: str
     architecture: str
@@ -59,22 +59,22 @@ class Exported(Result):
     difference: float
 
     def __str__(self) -> str:
-        differ = f"Its logits of {self.compared} differ from the run's by at most {self.difference:.1e}."
+        differ = f"Its logits on {self.compared} differ from the run's by at most {self.difference:.1e}."
         return f"{self.directory} is a {self.architecture}. {differ}"
 
 
 def export(run: str, out: Path, *, force: bool = False) -> Exported:
     """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
 
-    Every weight that was written is compared with the run's. Another process, in which this library cannot be imported,
-    loads the directory and computes logits of real text; where they differ by more than rounding, nothing is left.
+    Every weight that was written is compared with the run's. Another process, which cannot import this library, loads
+    the directory and computes logits. If they differ from the run's by more than rounding, the directory is removed.
 
     Args:
         run: A run directory or a checkpoint.
         out: The directory to write.
-        force: Replace an earlier export that is there.
+        force: Replace an earlier export.
 
-    Raises ValueError for what has no counterpart in plain transformers, and where the checkpoint is not the same model.
+    Raises ValueError for layers without a counterpart in plain transformers, and for a checkpoint of another model.
     """
     run, out = str(run), Path(out)
     if out.exists() and not force:
@@ -85,7 +85,7 @@ def export(run: str, out: Path, *, force: bool = False) -> Exported:
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
     model, tokenizer = load_model(run).float().cpu(), load_tokenizer_of(run)
     if not isinstance(model, MixtureOfTokensForCausalLM):
-        raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads as it is")
+        raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads without an export")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer beside {run} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
@@ -101,17 +101,17 @@ def export(run: str, out: Path, *, force: bool = False) -> Exported:
             plain.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
         _write_config(beside)
-        not_the_same = f"the checkpoint written from {run} is not the same model, and nothing is left of it"
+        not_the_same = f"the checkpoint written from {run} is not the same model, and was removed"
         written = type(plain).from_pretrained(beside, dtype=torch.float32)
         if (name := different_weight(model, written)) is not None:
             raise ValueError(f"{not_the_same}: {name} is not the run's")
         difference, scale = compare_logits(model, beside, ids)
         allowed = TOLERANCE * max(1.0, scale)
         if not difference <= allowed:
-            much = f"logits of {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
+            much = f"logits on {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
             raise ValueError(f"{not_the_same}: {much}")
         checkpoints.describe(beside, of=EXPORT)
-        (beside / "README.md").write_text(_card(run, model, plain, what, difference))  # which people write on
+        (beside / "README.md").write_text(_card(run, model, plain, what, difference))  # which people edit
         checkpoints.publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -121,12 +121,12 @@ def export(run: str, out: Path, *, force: bool = False) -> Exported:
 def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
     """The same model in transformers' own classes.
 
-    Raises ValueError, naming the way out, for what has no counterpart there.
+    Raises ValueError, naming an alternative, for what has no counterpart there.
     """
     config, routings = model.config, model.config.routings
     if ours := {routing.kind: routing for routing in routings if routing.exports_as is None}:
         targets = {ROUTINGS[routing.converts_to].title for routing in ours.values() if routing.converts_to}
-        way = f"mot transition RUN turns them into {', '.join(targets)}" if targets else "they cannot be served so"
+        way = f"mot transition RUN turns them into {', '.join(targets)}" if targets else "they cannot be exported"
         raise ValueError(f"{', '.join(sorted(ours))} layers are not in plain transformers: {way}")
     if not config.gated:
         raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
@@ -145,7 +145,7 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
 
 def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
     """The model's weights by transformers' names, which are its own; plain routers have no temperature."""
-    named = model.named_parameters(remove_duplicate=False)  # of tied embeddings both names
+    named = model.named_parameters(remove_duplicate=False)  # both names of tied embeddings
     weights = {name: value.detach().clone() for name, value in named if "log_temperature" not in name}
     for i, block in enumerate(model.model.layers):
         if isinstance(block.mlp, TokenChoice):
@@ -154,7 +154,7 @@ def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
 
 
 def different_weight(model: MixtureOfTokensForCausalLM, plain: Any) -> str | None:
-    """The name of a weight of a plain model that is not exactly the model's: few rows of text reach every expert."""
+    """The name of a weight that is not exactly the model's. Logits of a few rows do not involve every expert."""
     expected, found = plain_weights(model), plain.state_dict()
     names = sorted({*expected, *found})
     return next((name for name in names if not _equal(expected.get(name), found.get(name))), None)
@@ -187,9 +187,9 @@ def _text(run: str, model: MixtureOfTokensForCausalLM) -> tuple[Tensor, str]:
 
 
 def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, float]:
-    """The largest difference of logits from those that plain transformers finds, and the logits' standard deviation.
+    """The largest difference of a model's logits from plain transformers', and their standard deviation.
 
-    Raises ValueError where it cannot load the directory.
+    Raises ValueError where transformers cannot load the directory.
     """
     given, found = directory / "given.safetensors", directory / "found.safetensors"
     try:
@@ -205,7 +205,7 @@ def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, flo
 
 
 def in_plain_transformers(code: str, *words: str) -> str:
-    """What a program prints in another Python, in which this package cannot be imported.
+    """What a program prints in another process, which cannot import this package.
 
     Raises ValueError with the last line of its errors where it fails.
     """
@@ -252,7 +252,7 @@ def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str
     lines += ['inputs = tokenizer("def ", return_tensors="pt")']
     lines += ["written = model.generate(**inputs, max_new_tokens=40, do_sample=True)"]
     lines += ["print(tokenizer.decode(written[0]))", "```", ""]
-    lines.append("Each prompt is served by itself: no row of a batch influences another beyond rounding.")
-    lines.append(f"Logits in fp32 of {compared} are at most {difference:.1e} from the training library's.")
+    lines.append("Rows of a batch do not influence each other beyond rounding.")
+    lines.append(f"Logits in fp32 on {compared} are at most {difference:.1e} from the training library's.")
     versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
     return "\n".join([*lines, "", f"Written by mixture-of-tokens ({versions}).", ""])

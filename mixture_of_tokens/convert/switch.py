@@ -1,18 +1,18 @@
-"""From Mixture of Tokens to Token Choice: the same weights, and what makes the switch a small one.
+"""From Mixture of Tokens to Token Choice with the same weights, and a fit that makes the loss jump less.
 
-Experts and router carry over one to one (Antoniak et al., transition tuning). What changes is what the softmax runs
-over: the group, for each expert, becomes the experts, for each token. The first does not see what is common to all
-logits of an expert, the second routes by it; experts read a token in place of a mixture; of k outputs on average,
-weighed by the group, remain the top k, weighed by their probabilities. So the loss jumps, and training has to mend it.
+Experts and router carry over one to one (Antoniak et al., transition tuning). What changes is the softmax. A softmax
+over the group ignores a constant offset in an expert's logits; a softmax over experts routes by it. Experts now read
+single tokens, and only the top k answer, weighted by their probabilities. So the loss jumps, and training has to bring
+it down again.
 
-`calibrate` mends what scalars can before the first step. Layer by layer it fits, to what the Mixture of Tokens gave for
-a token alone, beside each expert's typical companions,
+`calibrate` takes away a part of the jump before the first step. Layer by layer it fits scalars to the output of the
+Mixture of Tokens for a token alone, beside each expert's typical companions:
 
-    router    beta * (c_e - b_e u)     u is the direction in which every x has about 1, so b_e is e's bias, from its
-                                       companions' logit on; beta is an inverse temperature
+    router    beta * (c_e - b_e u)     u is the direction in which every x has about 1, so b_e is e's bias; it starts at
+                                       its companions' logit. beta is an inverse temperature
     experts   s_e * FFN_e(a_e * x)     folded into gate_up_proj (or up_proj) and down_proj
 
-so that the architecture stays plain. Adam's moments follow what each weight was multiplied by.
+All are folded into the weights, so that the architecture stays plain. Adam's moments are rescaled with the weights.
 """
 
 import copy
@@ -30,13 +30,13 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import MIXTURE
 from mixture_of_tokens.sparse import TokenChoice
 
-TOKENS = 16_384  # that a layer is fitted on, at most
+TOKENS = 16_384  # to fit a layer on, at most
 STEPS, STEP_TOKENS = 400, 2048
-# Of Adam, falling to zero. Faster routers drift to a few experts, and fit worse than the biases that they began with.
+# Adam's rates, falling to zero. At a higher rate routers drift to a few experts, and fit worse than their first biases.
 SCALE_RATE, ROUTER_RATE = 0.1, 0.01
 
 Layer = TypeVar("Layer", MixtureOfTokens, TokenChoice)
-# What each weight, by its name, has been multiplied by; 1 where a name is missing.
+# By a weight's name, what it has been multiplied by; 1 where a name is missing.
 Scales = dict[str, Tensor]
 
 
@@ -63,13 +63,13 @@ def token_choice_config(
 
 @torch.no_grad()
 def to_token_choice(source: MixtureOfTokensForCausalLM, target: MixtureOfTokensForCausalLM) -> Scales:
-    """Give the weights of a Mixture of Tokens to a model of `token_choice_config`; temperatures go into the routers."""
+    """Copy a Mixture of Tokens' weights to a model of `token_choice_config`, temperatures folded into the routers."""
     scales: Scales = {}
-    named = source.named_parameters(remove_duplicate=False)  # of tied embeddings both names
+    named = source.named_parameters(remove_duplicate=False)  # both names of tied embeddings
     weights = {name: value.clone() for name, value in named if "log_temperature" not in name}
     for i, layer in _layers(source, MixtureOfTokens):
         name = f"model.layers.{i}.mlp.gate.weight"
-        assert layer.gate is not None  # uniform mixing has no counterpart: `token_choice_config`
+        assert layer.gate is not None  # `token_choice_config` refuses uniform mixing
         scales[name] = 1 / layer.gate.temperature.detach()
         weights[name] *= scales[name]
     target.load_state_dict(weights)
@@ -88,10 +88,10 @@ def calibrate(
 
     Args:
         batches: rows of training text; some 16,000 tokens are used.
-        scales: of `to_token_choice`; what is folded in is multiplied onto them.
+        scales: of `to_token_choice`; they are multiplied by the factors folded in.
         steps: of Adam, for each layer.
 
-    Returns, by layer, the distance from the source's branch as a share of its size, before and after.
+    Returns, by layer, the distance from the source's output as a share of its size, before and after.
     """
     seen = _branches(source, batches)
     errors = {}
@@ -121,7 +121,7 @@ def _layers(model: MixtureOfTokensForCausalLM, kind: type[Layer]) -> list[tuple[
 
 @torch.no_grad()
 def _branches(source: MixtureOfTokensForCausalLM, batches: Iterable[dict[str, Tensor]]) -> dict[int, list[Tensor]]:
-    """What every sparse layer reads and gives, each row alone: x and y (S, D)."""
+    """Input x and output y (S, D) of every sparse layer, each row served alone."""
     seen: dict[int, list[list[Tensor]]] = {i: [[], []] for i, _ in _layers(source, MixtureOfTokens)}
 
     def note(i: int):
@@ -193,7 +193,7 @@ def _fit(
 
 
 def rescale_moments(optimizer: torch.optim.Optimizer, names: dict[int, str], scales: Scales) -> None:
-    """Adam's moments of weights that were multiplied by s, whose gradients are divided by it.
+    """Rescale Adam's moments of weights that were multiplied by s: their gradients are divided by s.
 
     Args:
         names: a parameter's name by its `id`.

@@ -29,9 +29,9 @@ from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
-GIVEN = ("data", "field", "max_bytes", "tokenizer", "batch_size", "evaluate_on")  # taken from the source as they are
+GIVEN = ("data", "field", "max_bytes", "tokenizer", "batch_size", "evaluate_on")  # copied from the source
 HELD = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
-# Fields of TrainingArguments that belong to the source's own number of steps.
+# Fields of TrainingArguments that depend on the source's number of steps.
 OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
 ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
 
@@ -42,8 +42,8 @@ Device = Literal["cpu", "cuda"] | None
 class Transitioned(Result):
     """A run after a switch.
 
-    switch, stages: losses on the way, over the part of the text that training is evaluated on.
-    source_final_loss, final_loss: over all of it.
+    switch, stages: losses over the part of the text that training is evaluated on.
+    source_final_loss, final_loss: losses over all of it.
     """
 
     source: str
@@ -75,23 +75,23 @@ class Transitioned(Result):
         rows = [
             ("source, in full groups", before),
             ("source, each row alone", switch.source_alone),
-            ("switched, weights as they are", switch.plain_switch),
+            ("switched, unchanged weights", switch.plain_switch),
             ("switched, as training begins", switch.at_the_switch),
-            (f"step {stages.tenth_step}, a tenth of them on", stages.tenth_loss),
+            (f"step {stages.tenth_step}, after a tenth of them", stages.tenth_loss),
             (f"step {switch.step + self.steps}, the end", stages.end_loss),
         ]
         shown = [["", "loss", "vs source"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
         lines = [
             aligned(shown),
             "",
-            "Those are over the part of the text that training is evaluated on. Over all of it:",
-            f"the source's loss is {self.source_final_loss:.4f}, this run's {self.final_loss:.4f}.",
+            "These losses are over the part of the text that training is evaluated on.",
+            f"Over all of it the source's loss is {self.source_final_loss:.4f}, this run's {self.final_loss:.4f}.",
         ]
         if stages.first is not None and stages.last is not None:
             lines.append(
-                f"The fullest expert has {stages.first.largest_load:.1f} times its even share at first and "
-                f"{stages.last.largest_load:.1f} at the end; {stages.first.dropped:.1%} and {stages.last.dropped:.1%} "
-                "of tokens are dropped, in the worst layer."
+                f"In the worst layer, the busiest expert gets {stages.first.largest_load:.1f} times its even share at "
+                f"first and {stages.last.largest_load:.1f} times at the end; {stages.first.dropped:.1%} and "
+                f"{stages.last.dropped:.1%} of tokens are dropped."
             )
         times = f"{switch.fit_seconds or 0:.0f} s of fitting, {self.seconds_after:.0f} s of training after it."
         lines.append(f"{times} Everything is in {self.directory}; mot report {self.directory} draws the curve.")
@@ -117,16 +117,16 @@ def transition(
 ) -> Transitioned | Run | RunConfig | None:
     """Turn a finished Mixture of Tokens into Token Choice, which serves one prompt at a time, and train it on.
 
-    Experts, router and all else carry over, and the text goes on where the source's ended. The new run's metrics begin
-    with the source's, so that mot report shows one curve; its steps count on from there, its checkpoints from 0.
+    All weights carry over, and training goes on in the text where the source stopped. The new run inherits its source's
+    metrics, clock and step count, so that mot report plots one curve; its checkpoints count from 0.
 
     Args:
         run: The source, a finished run directory of mot train. It is only read.
         out: The new run directory; by default RUN-transition beside it, with the control's name where there is one.
         steps: Steps of training, by default a tenth of the source's; all come after the switch, unless with --anneal.
         top_k: Experts a token goes to; by default the granularity, at equal FLOPs.
-        capacity: Drop the tokens that an expert gets beyond this many times its even share, in training, as the paper
-            does with 1.25; by default nothing is dropped.
+        capacity: Capacity factor in training: an expert drops tokens beyond this many times its even share. The paper
+            has 1.25; by default nothing is dropped.
         calibrate: full fits biases and scales, folded into the weights, so that the loss jumps less at the switch.
         anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this.
             That run is written beside the new one, as OUT-annealed.
@@ -135,19 +135,19 @@ def transition(
             and falls to a tenth of that.
         learning_rate: The peak, or what is held; by default the source's last one if continued, else a quarter of its
             peak.
-        control: router starts from a new router, scratch trains Token Choice from scratch, for all steps of the source
-            and these, at its own rate; both for comparison.
+        control: For comparison. router starts with new routers; scratch trains Token Choice from scratch, for the
+            source's steps and these, at its own rate.
         device: cpu or cuda; by default cuda where there is one.
-        resume: Go on from the newest whole checkpoint of the new run.
+        resume: Go on from the newest valid checkpoint of the new run.
         dry_run: Print the merged configuration and stop.
 
-    Returns the run's stages; with `control` scratch the run, with `dry_run` its configuration, and None in all
-    processes of torchrun's but the first.
+    Returns the run's stages; with `control` scratch the run, with `dry_run` its configuration; None in all
+    processes of torchrun but the first.
 
-    Raises ValueError for a source that is none, or whose text or optimizer state is not there any more.
+    Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
     """
     run = Path(run)
-    run = run.resolve() if run.name in ("", "..") else run  # which have no name to call the new one by
+    run = run.resolve() if run.name in ("", "..") else run  # a new run needs a name
     source = read(run)
     label = f"{run.name}-{'transition' if control is None else control}"
     out = run.parent / label if out is None else Path(out)
@@ -174,12 +174,12 @@ def transition(
         return run_merged(merged, out, resume=resume)
     if not resume:
         check_free(out)
-    # What the source is needed for is done once there is a checkpoint to go on from.
+    # Once there is a checkpoint to go on from, the source is no longer needed.
     begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.newest(out) is not None)
     carried = _optimizer_file(source) if optimizer == "carried" and not begun else None
     if not begun:
         model_directory(str(run))
-        text_of(str(run))  # is as it was
+        text_of(str(run))  # raises ValueError if it has changed
     if anneal is not None:
         source = _annealed(source, asked, mixing, carried, device, out.with_name(f"{out.name}-annealed"), resume)
         merged = _merged(source, asked, steps - mixing, *chosen, merged.config.learning_rate)
@@ -189,7 +189,7 @@ def transition(
 
 
 def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> None:
-    """Raises ValueError for what --anneal is not for."""
+    """Raises ValueError where --anneal cannot be used."""
     before = source.config.anneal_temperature_to or source.model_config.router_temperature
     if steps < 2:
         raise ValueError(f"--steps must be at least 2 with --anneal, not {steps}")
@@ -211,7 +211,7 @@ def _merged(
     device: Device,
     learning_rate: float | None,
 ) -> Merged:
-    """The source's configuration, the settings of its routing and of its schedule replaced."""
+    """The source's configuration with the new routing and schedule."""
     target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity)
     model = {field: getattr(target, field) for field in source.config.model if field in FIELDS}
     model |= {field: getattr(target, field) for field in ("mlp_layer_types", "num_experts_per_tok", "capacity_factor")}
@@ -234,7 +234,7 @@ def _options(
 
 
 def _training(source: Run) -> dict[str, Any]:
-    """Fields of TrainingArguments that hold whatever the number of steps."""
+    """The source's fields of TrainingArguments that do not depend on its number of steps."""
     return {k: v for k, v in source.config.training.items() if not k.startswith(OF_THE_SOURCE)}
 
 
@@ -275,16 +275,14 @@ def _token_choice_name(source: Run) -> str:
 def _from_scratch(
     source: Run, model: dict[str, Any], steps: int, device: Device, learning_rate: float | None
 ) -> Merged:
-    """The control that never was a Mixture of Tokens: the same model and, by default, its own rate, all the steps."""
+    """The control that is Token Choice from the first step: the same model, all the steps, by default its own rate."""
     options = _options(source, source.facts.steps + steps, model, _training(source), device)
     return merge(_token_choice_name(source), source.seed, learning_rate, options)
 
 
 def _optimizer_file(source: Run) -> Path:
     if source.model_config.learnable_temperature:
-        raise ValueError(
-            "a learned temperature goes into the router, and its optimizer state nowhere: --optimizer fresh"
-        )
+        raise ValueError("the optimizer state of a learned temperature cannot be carried: --optimizer fresh")
     optim = source.config.training["optim"]
     if optim not in ADAM:
         raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
@@ -324,7 +322,7 @@ class _Beginning:
         new = []
         if self.asked.control == "router":
             for name, router in target.named_modules():
-                if isinstance(router, Router):  # drawn anew: those that the model was made with are the source's first
+                if isinstance(router, Router):  # drawn anew: the seed has made them as the source's were at first
                     router.reset_parameters(target.config.initializer_scale)
                     new.append(f"{name}.weight")
         losses["at_the_switch"] = trainer.loss_of(target)
@@ -346,14 +344,14 @@ class _Beginning:
 
 
 def _go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
-    """The clock and the rows of metrics.jsonl of a source, as what came before in the run at `out`."""
+    """Give the run at `out` the clock and metrics.jsonl of its source."""
     trainer.clock.before = source.facts.seconds
     if is_main():
         checkpoints.write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())
 
 
 def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:
-    """The source's optimizer state for a model with the same parameters in the same order."""
+    """Load the source's optimizer state, for a model with the same parameters in the same order."""
     optimizer = trainer.create_optimizer()
     kept = torch.load(file, map_location="cpu", weights_only=True)
     now = optimizer.state_dict()

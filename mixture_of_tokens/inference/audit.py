@@ -1,14 +1,14 @@
-"""What a causal language model lets through: from the future, and from the other texts of its batch. `mot audit`.
+"""What a causal language model leaks: from later tokens, and from the other rows of its batch. `mot audit`.
 
 The model is a black box: token ids (B, T) and a mask in, logits (B, T, V) out, in float32. Three questions in order:
 
-    noise   how far are logits from those of the same batch in float64? Batches of another shape, and experts that get
-            more or fewer tokens, round otherwise, by about as much
-    future  do logits up to position k move when all after k is replaced, in a row, in its batch-mates, or in both?
-    mates   do the logits of a row move when all other rows are replaced?
+    noise   how far are logits from float64 logits of the same batch? Other batch shapes, and experts that get more or
+            fewer tokens, change the rounding by about as much
+    future  do logits up to position k move when all later tokens are replaced: in a row, in the other rows, or in both?
+    mates   do the logits of a row move when all other rows of the batch are replaced?
 
-A change counts as a leak where it is more than MARGIN times the noise. That the replaced part itself moves is checked
-too, or a model that looks at nothing would pass, and so would an audit that replaces nothing.
+A change counts as a leak where it is more than MARGIN times the noise. The replaced part itself must move: otherwise a
+model that ignores its input would pass, and so would an audit that replaces nothing.
 """
 
 import sys
@@ -34,10 +34,10 @@ class Leaks:
     """The largest changes of logits over some batches, in absolute numbers; `logits_std` is their scale.
 
     noise: of rounding; future: by what was replaced; moved: the least that a replaced part itself moved; mates: of a
-        row whose batch-mates were replaced.
-    kl_mean, kl_largest, top1_flips: what that does to the distributions, by quarters of the positions:
+        row when all other rows were replaced.
+    kl_mean, kl_largest, top1_flips: how that changes the distributions, by quarters of the positions:
         Kullback-Leibler divergence in nats, and the share of positions with another likeliest token.
-    layers: of our models, how far the residual stream behind each block then moves, as a share of its size.
+    layers: how far it moves the residual stream after each block, as a share of its size; of our models only.
     """
 
     logits_std: float
@@ -57,16 +57,16 @@ class Leaks:
 
     @property
     def none_from_the_future(self) -> bool:
-        """False too where what was replaced did not itself move: then nothing was looked at."""
+        """False also where the replaced part itself did not move: then nothing was tested."""
         return self.moved > self.allowed and max(self.future.values()) <= self.allowed
 
 
 @dataclass(frozen=True)
 class Audit(Result):
-    """What a model lets through.
+    """What a model leaks.
 
-    length: of the texts, in tokens; collisions: groups of the run's own text in which a document meets itself, None
-        where that is not known; expect: what the model was expected to be.
+    length: of the texts, in tokens; collisions: groups of the run's own text with several rows of one document, None
+        where unknown; expect: what the model was expected to be.
     """
 
     run: str
@@ -98,25 +98,26 @@ class Audit(Result):
     def __str__(self) -> str:
         leaks = self.leaks
         rows = [("nothing: rounding in float32", leaks.noise)]
-        rows += [(f"later tokens, {what}", change) for what, change in leaks.future.items()]
-        rows += [("all batch-mates", leaks.mates)]
+        shown = {"its mates'": "the other rows'"}
+        rows += [(f"later tokens, {shown.get(what, what)}", change) for what, change in leaks.future.items()]
+        rows += [("all other rows of the batch", leaks.mates)]
         width = max(len(what) for what, _ in rows)
-        lines = [f"{'What changes':<{width}}  largest change of a logit, in what is not replaced"]
+        lines = [f"{'What is replaced':<{width}}  largest change of a logit in the rest"]
         lines += [f"{what:<{width}}  {value:.1e}" for what, value in rows]
         lines += ["", f"Logits have a standard deviation of {leaks.logits_std:.1f}.", ""]
         if leaks.mates > leaks.allowed:
             positions = f"by quarters of the {self.length} positions"
-            lines.append(f"When batch-mates change, the next token's distribution does too (nats, share), {positions}:")
+            lines.append(f"Other rows change the distribution of the next token by (nats, share), {positions}:")
             quarters = {"KL mean": leaks.kl_mean, "KL largest": leaks.kl_largest, "top 1 flips": leaks.top1_flips}
             for what, values in quarters.items():
                 lines.append(f"  {what:<12}" + "".join(f"{value:>10.4f}" for value in values))
             if leaks.layers:
                 shares = "".join(f"{value:>10.1%}" for value in leaks.layers)
-                where = f"behind blocks 1 to {len(leaks.layers)}"
-                lines.append(f"The residual stream moves by this share, {where}:\n  {'':<12}{shares}")
+                where = f"after blocks 1 to {len(leaks.layers)}"
+                lines.append(f"They move the residual stream by this share of its size, {where}:\n  {'':<12}{shares}")
             lines.append("")
         if self.collisions is not None:
-            lines.append(f"Groups of its text in which a document meets itself: {self.collisions}")
+            lines.append(f"Groups of its text with several rows of one document: {self.collisions}")
         lines.append(f"causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}")
         return "\n".join(lines)
 
@@ -131,17 +132,17 @@ def audit(
 ) -> Audit:
     """Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.
 
-    Causal: no logit moves when later tokens change, those of batch-mates included. Private: causal, and no logit moves
-    when batch-mates change. What is looked at is the text of the run where it is known, or else random tokens.
+    Causal: no logit moves when later tokens change, in its own row or in others. Private: causal, and no logit moves
+    when other rows of the batch change. The batches are text of the run where it is known, or else random tokens.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
-        expect: Exit with status 1 if the model is not that.
-        alone: Look at a Mixture of Tokens as `mot generate --alone` uses it.
-        batches: Batches to look at.
-        seed: Of what is put in place of tokens.
+        expect: Exit with status 1 unless the model is this.
+        alone: Audit a Mixture of Tokens as `mot generate --alone` serves it.
+        batches: Number of batches.
+        seed: Seed of the batches and of the replaced tokens.
 
-    Raises ValueError for bad options and for what is no model.
+    Raises ValueError for bad options and for a run without a model.
     """
     if batches < 1:
         raise ValueError(f"--batches must be at least 1, not {batches}")
@@ -151,7 +152,7 @@ def audit(
     try:
         text = text_of(run)
         seen = texts(text.validation, model, batches, seed)
-    except ValueError as error:  # not known, or not enough of it
+    except ValueError as error:  # unknown, or too short
         print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
         seen = texts(None, model, batches, seed)
     found = None
@@ -163,13 +164,13 @@ def audit(
 
 @torch.no_grad()
 def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
-    """Replace parts of some batches, and look how far everything else moves.
+    """Replace parts of some batches, and measure how far all other logits move.
 
     Args:
-        texts: For each batch token ids (B, T) to look at, and others, different everywhere, to put in their place.
+        texts: For each batch token ids (B, T), and others that replace them, different everywhere.
     """
     generator = torch.Generator().manual_seed(seed)
-    noise, std, moved, mates, layers = [], [], [], [], []
+    noise, std, moved, by_other_rows, layers = [], [], [], [], []
     future: dict[str, list[float]] = {"its own": [], "its mates'": [], "both": []}
     divergence, flips = [], []
     for ids, others in texts:
@@ -188,7 +189,7 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
                     moved.append(float(apart[where, k + 1 :].max()))
         with_others, states_with_others = _look(model, torch.where(own[:, None], ids, others))
         before, after = logits[own][0].log_softmax(-1), with_others[own][0].log_softmax(-1)
-        mates.append(float((logits[own] - with_others[own]).abs().max()))
+        by_other_rows.append(float((logits[own] - with_others[own]).abs().max()))
         divergence.append((before.exp() * (before - after)).sum(-1))
         flips.append((before.argmax(-1) != after.argmax(-1)).float())
         pairs = zip(states, states_with_others, strict=True)
@@ -200,7 +201,7 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         noise=max(noise),
         future={what: max(changes, default=0.0) for what, changes in future.items()},
         moved=min(moved),
-        mates=max(mates),
+        mates=max(by_other_rows),
         kl_mean=[float(quarter.mean()) for quarter in quarters],
         kl_largest=[float(quarter.max()) for quarter in quarters],
         top1_flips=[float(quarter.mean()) for quarter in flipped],
@@ -209,14 +210,14 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
 
 
 def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Logits (B, T, V) and the residual stream (B, T, D) behind each block."""
+    """Logits (B, T, V) and the residual stream (B, T, D) after each block."""
     ids = ids.to(model.device)
     outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True)
     return outputs.logits.cpu(), tuple(state.cpu() for state in (outputs.hidden_states or ())[1:])
 
 
 def _noise(model, ids: Tensor, logits: Tensor) -> float:
-    """Of the same batch once more, and in float64."""
+    """The largest change of logits when the batch is computed again, and in float64."""
     again = (_look(model, ids)[0] - logits).abs().max()
     fast = getattr(model.config, "_experts_implementation", None)
     if fast is not None:  # transformers' fast experts do not take float64
@@ -229,10 +230,10 @@ def _noise(model, ids: Tensor, logits: Tensor) -> float:
 
 
 def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of batches for `leaks`: two groups of text as in training, or without any text random tokens."""
+    """Pairs of batches for `leaks`: two groups of text as in training, or random tokens where there is no text."""
     rows = 2 * (group_size_of(model) or ROWS // 2)
     config = model.config
-    # All logits stand in memory a few times.
+    # Memory holds all logits several times.
     length = max(8, min(LONGEST, context_of(model), 2**27 // (rows * config.vocab_size)))
     if blocks is None:
         generator = torch.Generator().manual_seed(seed)

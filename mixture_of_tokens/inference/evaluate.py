@@ -24,14 +24,14 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import routings_of
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, text_of
 
-BATCH_SIZE = 32  # of models that mix nothing, beside a lone row
+BATCH_SIZE = 32  # of models that do not mix rows
 ARGMAX_TEMPERATURE = 1e-6
-LOGITS = 2**27  # at once, of models that have them all in memory; half a gigabyte in fp32
+LOGITS = 2**27  # in memory at once, for models that compute all logits; half a gigabyte in fp32
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationLine:
-    """The loss in groups of `rows` rows: nats a token, its spread over regroupings, and what a group costs."""
+    """The loss in groups of `rows` rows: nats a token, its spread over regroupings, and the time of a group."""
 
     label: str
     rows: int
@@ -46,7 +46,7 @@ class EvaluationLine:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Result):
-    """A model's loss over a text of so many bytes, in blocks of `context` tokens."""
+    """A model's loss over a text of `bytes` bytes, in blocks of `context` tokens."""
 
     run: str
     group_size: int | None
@@ -90,19 +90,20 @@ def evaluate(
 ) -> Evaluation:
     """Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.
 
-    In a group of n < G rows each expert's typical companions stand for the missing ones; alone, a text is served as
-    `mot generate --alone` serves it. Times are of one forward pass over one group, the median; tokens/s are from them.
+    In a group of n < G rows each expert's typical companions, averages measured after training, replace the missing
+    rows. Alone is what `mot generate --alone` does. Times are medians of a forward pass over one group; tokens/s are
+    from them.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
-        data: Files, folders, globs or hf:NAME[:CONFIG], all of whose text is taken; may be repeated. By default the
+        data: Files, folders, globs or hf:NAME[:CONFIG], of which all text is used; may be repeated. By default the
             validation text of the run.
-        field: Of rows of --data, the text.
+        field: The field of --data's rows that holds the text.
         context: Tokens in a block; by default the model's, at most 1,024.
-        regroupings: Ways to form full groups; the loss is their mean, the spread from the least to the greatest.
-        sweep_tokens: Groups that are not full are made of no more full ones than hold so many tokens.
+        regroupings: Ways to form full groups; the loss is their mean, the spread largest - least.
+        sweep_tokens: Smaller groups are made from the first full groups, which hold at most this many tokens.
 
-    Raises ValueError for bad options, for what is no model, and for a text that is not known.
+    Raises ValueError for bad options, a run without a model, and an unknown text.
     """
     for flag, value in {"--regroupings": regroupings, "--sweep-tokens": sweep_tokens, "--context": context}.items():
         if value is not None and value < 1:
@@ -128,12 +129,12 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
     seeds = range(regroupings if mixes else 1)
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
-    # What stands in front, and block numbers (groups, rows) of every regrouping; routing by argmax.
+    # Label, block numbers (groups, rows) of every regrouping, and whether routing is by argmax.
     real = float(np.mean([((order >= 0) & (order < len(blocks))).sum(1).mean() for order in full]))
     filled = "full groups" if real > 0.9 * group_size else f"groups of {real:.0f} of {group_size} rows"
     plan = [(filled if mixes else f"{group_size} rows", full, False)]
     if mixes and len(part) < len(full[0]):
-        plan.append((f"{filled}, the part below", [part], False))
+        plan.append((f"{filled}, same text as below", [part], False))
     if any(routing.mixes and routing.routed for routing in routings_of(model)):
         plan.append((f"{filled}, argmax routing", [part], True))
     sizes = [2**power for power in range(1, (group_size - 1).bit_length())] if mixes else []
@@ -149,7 +150,7 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
             losses, rows = [one.nats / one.tokens for one in found], orders[0].shape[1]
             loss, seconds = statistics.mean(losses), statistics.median(s for one in found for s in one.seconds)
             speed = statistics.median(speed for one in found for speed in one.speeds)
-            whole = found[0].tokens == len(blocks.tokens) - 1
+            complete = found[0].tokens == len(blocks.tokens) - 1
             lines.append(
                 EvaluationLine(
                     label=label,
@@ -157,7 +158,7 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
                     loss=loss,
                     spread=max(losses) - min(losses) if len(losses) > 1 else None,
                     perplexity=math.exp(loss),
-                    bits_per_byte=loss * found[0].tokens / math.log(2) / blocks.bytes if whole else None,
+                    bits_per_byte=loss * found[0].tokens / math.log(2) / blocks.bytes if complete else None,
                     tokens=found[0].tokens,
                     seconds_per_group=seconds,
                     tokens_per_second=speed,
@@ -167,7 +168,7 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
 
 
 def in_parts(groups: np.ndarray, n: int) -> np.ndarray:
-    """The same blocks (groups, G) in groups of n, each of one of those; -1 where one is not full, and none is empty."""
+    """Split groups of blocks (groups, G) into groups of n. Incomplete ones are padded with -1, empty ones left out."""
     padded = np.pad(groups, ((0, 0), (0, -groups.shape[1] % n)), constant_values=-1)
     parts = padded.reshape(-1, n)
     return parts[(parts >= 0).any(axis=1)]
@@ -175,7 +176,7 @@ def in_parts(groups: np.ndarray, n: int) -> np.ndarray:
 
 @contextmanager
 def argmax_routing(model) -> Iterator[None]:
-    """Every expert reads the one token of a group that it weighs most, and gives back to no other."""
+    """Every expert reads only the token of a group with the largest weight, and writes back to it alone."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     before = [float(router.temperature) for router in routers]
     try:
@@ -188,7 +189,7 @@ def argmax_routing(model) -> Iterator[None]:
 
 
 def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> _Measured:
-    """Summed cross-entropy of blocks by number (groups, n), a group at a time; the seconds that each took."""
+    """Summed cross-entropy of blocks by number (groups, n), one group at a time, and the seconds of each group."""
     nats, tokens, seconds, speeds = 0.0, 0, [], []
     for rows in groups:
         padded = bool((rows < 0).any() or rows.max() >= len(blocks))
@@ -204,16 +205,16 @@ def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> _Measured:
 
 @torch.no_grad()
 def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOGITS) -> tuple[float, int]:
-    """Summed over the tokens that have a label, and how many there are; of any causal language model.
+    """The sum over the tokens that have a label, and their number, for any causal language model.
 
-    Models of others are given as many rows at once as make so many logits.
+    A model of another library gets as many rows at once as make `logits_at_once` logits.
     """
     labels = inputs["shift_labels"]
     count = int((labels != IGNORE).sum())
     if not count:
         return 0.0, 0
     if isinstance(model, PreTrainedModel) and not isinstance(model, MixtureOfTokensForCausalLM):
-        rows = max(1, logits_at_once // (labels.shape[1] * model.config.vocab_size))  # whose logits stand in memory
+        rows = max(1, logits_at_once // (labels.shape[1] * model.config.vocab_size))  # whose logits fit in memory
         nats = 0.0
         for start in range(0, len(labels), rows):
             given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}
@@ -238,10 +239,10 @@ def evaluate_blocks(
 
     Args:
         batch_size: rows at a time, a multiple of the group size.
-        groups: how many groups to take. None, or more than there are, takes all of the text, each token once, in
-            groups that are filled up with masked rows where need be, and then counts bits per byte too.
+        groups: how many groups to take. None, or more than there are, takes all of the text, each token once, fills
+            incomplete groups with masked rows, and computes bits per byte too.
         seed: of the groups.
-        progress: what a bar on standard error says, if it takes longer than two seconds; None for no bar.
+        progress: title of a bar on standard error, which appears after two seconds; None for no bar.
 
     Returns `loss`, `tokens` and, over all of the text, `bits_per_byte`.
     """

@@ -104,26 +104,27 @@ def generate(
 ) -> Generated:
     """Continue prompts.
 
-    A single one is written as it comes. Several go in batches of similar lengths, and a Mixture of Tokens mixes the
-    prompts of a batch, unless --alone is given. Text goes to standard output, everything else to standard error.
+    The text after a single prompt is streamed. Several prompts form batches of similar lengths, and a Mixture of Tokens
+    mixes the prompts of a batch, unless --alone is given. Text goes to standard output, everything else to standard
+    error.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
         prompt: A text to continue; may be repeated.
         prompts_file: A file of prompts: one a line, or, if it ends in .jsonl, objects with the field "prompt".
-        out: The JSON lines that --prompts-file makes, in its order; by default NAME.continued.jsonl beside it. The
+        out: The file of JSON lines for --prompts-file, in its order; by default NAME.continued.jsonl beside it. The
             same command goes on where it was stopped.
         max_new_tokens: Tokens to write; fewer where a text ends or the context is full.
         temperature: Of sampling; 0 always takes the likeliest token.
         top_p: Sample among the likeliest tokens that together have this probability.
         samples: Continuations of each prompt. Those of one prompt are never in one batch.
-        batch_size: Prompts at a time; rounded up to whole groups.
-        alone: Take each prompt by itself, each expert's typical companions in the place of others, so that none
-            influences another; a Mixture of Tokens then computes all experts for every token.
+        batch_size: Prompts in a batch; rounded up to complete groups.
+        alone: Serve each prompt by itself: each expert's typical companions replace the other prompts. A Mixture of
+            Tokens then computes all experts for every token.
         seed: Of sampling.
         stream: Where the text goes as it is written.
 
-    Raises ValueError for bad options, prompts that are empty or too long, and for what is no model.
+    Raises ValueError for bad options, prompts that are empty or too long, and a run without a model.
     """
     if (prompts_file is None) == (prompt is None):
         raise ValueError("give either --prompt, which may be repeated, or --prompts-file")
@@ -137,7 +138,7 @@ def generate(
     prompts = list(prompt or []) if prompts_file is None else read_prompts(prompts_file)
     model, tokenizer = load_model(run, alone=alone), load_tokenizer_of(run)
     context = context_of(model)
-    # Runs are trained on text as it is; other models may want a token at its beginning.
+    # Our models are trained without special tokens; others may need one at the beginning of a text.
     special = not isinstance(model, MixtureOfTokensForCausalLM)
     encoded = encode(tokenizer, prompts, context, add_special_tokens=special)
     batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
@@ -213,7 +214,7 @@ def encode(
 
 
 def in_batches(lengths: Sequence[int], samples: int, batch_size: int, group_size: int) -> list[list[Row]]:
-    """Every sample of every prompt once, prompts of similar lengths together, in whole groups but for the last."""
+    """Every sample of every prompt once, prompts of similar lengths together, in complete groups but for the last."""
     size = -(-batch_size // group_size) * group_size
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     batches = []
@@ -266,9 +267,9 @@ def _continue(
 
 
 def _text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """Decoded with what goes before, as some tokenizers drop a space at the beginning of a text."""
-    before, whole = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (prompt, prompt + new))
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
+    """Decoded together with the prompt, as some tokenizers drop a space at the beginning of a text."""
+    before, both = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (prompt, prompt + new))
+    return both[len(before) :] if both.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
 
 
 def _to_screen(
@@ -287,7 +288,7 @@ def _to_screen(
 
 
 class _Streamer(TextStreamer):
-    """Upstream's, to a stream of ours."""
+    """Transformers' streamer, to a stream of our choice."""
 
     def __init__(self, tokenizer: Any, stream: TextIO):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -298,7 +299,7 @@ class _Streamer(TextStreamer):
 
 
 def _to_file(out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Writer) -> list[Continuation]:
-    """Write OUT.unfinished batch by batch, the settings first; once it is whole OUT, in the order of the prompts."""
+    """Write OUT.unfinished batch by batch, the settings first; when it is complete, OUT in the order of the prompts."""
     partial = out.with_name(f"{out.name}.unfinished")
     if out.exists():
         raise ValueError(f"{out} exists already; name another with --out, or remove it")
@@ -329,24 +330,24 @@ def _to_file(out: Path, settings: dict[str, Any], batches: list[list[Row]], writ
 
 
 def _resumed(partial: Path, settings: dict[str, Any]) -> dict[Row, Continuation]:
-    """What an interrupted command has written; a last line that it was in the middle of is cut off.
+    """The continuations that an interrupted command has written; an incomplete last line is cut off.
 
-    Raises ValueError where that was with other settings.
+    Raises ValueError if it had other settings.
     """
-    whole = b""
+    lines = b""
     if partial.exists():
-        whole = b"".join(partial.read_bytes().rpartition(b"\n")[:2])
-    if not whole:
+        lines = b"".join(partial.read_bytes().rpartition(b"\n")[:2])
+    if not lines:
         checkpoints.write_text(partial, json.dumps(settings, ensure_ascii=False) + "\n")
         return {}
-    before, *results = map(json.loads, whole.decode().rstrip("\n").split("\n"))
+    before, *results = map(json.loads, lines.decode().rstrip("\n").split("\n"))
     for key, value in settings.items():
         if before.get(key) != value:
             raise ValueError(
                 f"{partial} was begun with {key.replace('_', '-')} {before.get(key)}, now it is {value}; "
                 "give the same flags and prompts, name another --out, or remove it"
             )
-    checkpoints.write_text(partial, whole.decode())
+    checkpoints.write_text(partial, lines.decode())
     print(f"Going on from {partial}", file=sys.stderr)
     return {Row(result["index"], result["sample"]): Continuation(**result) for result in results}
 

@@ -42,8 +42,9 @@ def compare(
 ) -> Report | Plans:
     """Train several models on the same text in the same order, and say when each reaches the first one's loss.
 
-    All are trained with every seed, and seeds take turns, so that a comparison that is stopped is even. Called again,
-    it skips what is finished and goes on with the rest. It leaves compare.json, report.html and the run directories.
+    All models are trained with the first seed, then with the next, so that an interrupted comparison is balanced.
+    Called again, it skips what is finished and goes on with the rest. It writes compare.json, report.html and the run
+    directories.
 
     Args:
         names: Models, such as Transformer-Nano MoT-Nano/32E/4; the first is the baseline.
@@ -55,7 +56,7 @@ def compare(
 
     Returns the comparison with its page; with `dry_run` the runs that it would train.
 
-    Raises ValueError for whatever is wrong with any of the runs, before the first one.
+    Raises ValueError for invalid settings of any run, before the first one starts.
     """
     check_one_process("mot compare")
     out = Path("runs/compare") if out is None else Path(out)
@@ -77,7 +78,7 @@ def _compared(
             run = run_merged(plan.merged, plan.directory, resume=True)
             assert run is not None  # there is one process
             runs.append(run)
-            check_text([(str(run.directory), trained_on(run)) for run in runs])  # said now, not after the last run
+            check_text([(str(run.directory), trained_on(run)) for run in runs])  # reported now, not after the last run
     except (SystemExit, KeyboardInterrupt):
         print("mot: the same command goes on with the comparison", file=sys.stderr)
         raise
@@ -99,7 +100,7 @@ def _rates(rates: list[float] | None, models: int) -> list[float | None]:
 def _plans(
     names: tuple[str, ...], seeds: list[int], rates: list[float | None], options: Options, out: Path
 ) -> list[Plan]:
-    """The runs in their order. Raises ValueError for whatever is wrong with any of them."""
+    """The runs in their order. Raises ValueError for invalid settings of any of them."""
     if not names:
         raise ValueError("name at least one model, such as Transformer-Nano")
     if len(set(names)) < len(names):
@@ -119,7 +120,7 @@ def _plans(
 
 
 def _time_left(plans: list[Plan], done: int) -> str:
-    """Of the training time that is known so far: a model's own, or else by the FLOPs of the others."""
+    """An estimate from finished runs: the time of the same model, or else of the others, scaled by FLOPs."""
     known: dict[str, float] = {}
     for plan in plans:
         if (plan.directory / records.FACTS).is_file():
@@ -134,7 +135,7 @@ def _time_left(plans: list[Plan], done: int) -> str:
 
 
 def _command(names: tuple[str, ...], seeds: list[int], rates: list[float] | None, out: Path, options: Options) -> str:
-    """What makes the same comparison again."""
+    """The command that makes the same comparison again."""
     given = [] if rates is None else ["--learning-rate", ",".join(map(repr, rates))]
     words = ["mot", "compare", *names, "--seeds", ",".join(map(str, seeds)), *given, "--out", str(out)]
     return shlex.join([*words, *as_flags(options)])

@@ -1,15 +1,15 @@
-"""Finished runs beside each other: which model reaches which one's final loss, when, and at what cost.
+"""Finished runs compared: which model reaches which one's final loss, when, and at what cost.
 
-What is compared at equal steps is the final loss, over the whole split. Everything else is read off the evaluations
-during training, over one fixed part of the split that is the same for all:
+Models are compared at equal steps by their final loss, over the whole split. Everything else is read off the
+evaluations during training, over one fixed part of the split that is the same for all:
 
-    reached     where a run's evaluation loss first is no higher than another's at its last evaluation, on a straight
-                line between two evaluations; at its first evaluation if it is there already. None: never
-    of_steps    the step of that over the step of the other's last evaluation; so for time and FLOPs
+    reached     where a run's evaluation loss first falls to another's last one, on a straight line between two
+                evaluations; its first evaluation if that is low enough already. None: never
+    of_steps    that step over the step of the other's last evaluation; the same for time and FLOPs
     equal_time  the loss when the fastest run of the same seed ended, on a straight line between two evaluations
 
-Where loss falls ever more slowly the line lies above the curve, so `reached` comes late rather than early. All is
-computed seed by seed, against the other model's run of the same seed; a mean has the least and the greatest with it.
+Where the curve is convex the line lies above it, so `reached` is late rather than early. All is computed seed by seed,
+against the other model's run of the same seed; a mean comes with the least and the greatest.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from mixture_of_tokens.runs.run import Point, Run, read
 
 COMPARISON = "compare.json"
 ENVIRONMENT = ("hardware", "cores", "threads", "versions", "commit")
-# How a share is called, and what it is a share of: a field of `Point`.
+# The name of a share, and the field of `Point` that it is a share of.
 RATIOS = {"steps": "step", "time": "seconds", "flops": "flops"}
 
 
@@ -94,8 +94,8 @@ class ComparedRun:
 class ComparedModel:
     """A model in a comparison: what it is, and what came out, over the seeds.
 
-    Differences are to the baseline, seed by seed; memory is `cost.memory`'s estimate in bytes; of a switched model
-    speed and cost are of what came after the switch.
+    Differences are to the baseline, seed by seed; memory is `cost.memory`'s estimate in bytes; speed and
+    cost of a switched model are of the part after the switch.
     """
 
     label: str
@@ -152,7 +152,7 @@ class Comparison(Result):
 
 
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each model in the order of their seeds, by its name; where settings differ, with those that do.
+    """The runs of each model, by seed. The keys are names, with the settings in which models of one name differ.
 
     Raises ValueError for runs that cannot be compared: on other text, in other groups, for other steps, or where not
     every model has the same seeds.
@@ -184,7 +184,7 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def check_comparable(conditions: dict[str, dict[str, Any]]) -> None:
-    """Raises ValueError where what runs have to share to be compared, by who has it, is not the same for all."""
+    """Raises ValueError where the conditions of runs, by run, are not the same for all."""
     first, *_ = conditions
     for who, own in conditions.items():
         for what, value in own.items():
@@ -209,7 +209,7 @@ def _label(run: Run, others: Sequence[Run]) -> str:
 
 
 def _title(run: Run) -> str:
-    """A switched run's name is Token Choice's, of its configuration; it is called after its source."""
+    """A switched run is titled after its source; the name in its configuration is Token Choice's."""
     if run.switch is None:
         return run.name
     name = parse_name(run.name)
@@ -217,13 +217,13 @@ def _title(run: Run) -> str:
 
 
 def _setting(run: Run, key: str) -> Any:
-    """A configuration is written without its defaults."""
+    """A model's setting is read from its configuration, as `settings` omits defaults."""
     kind, _, field = key.rpartition(".")
     return getattr(run.model_config, field) if kind == "model" else run.settings.get(key)
 
 
 def reached(run: Run, other: Run) -> Reached | None:
-    """Where a run reaches another's last evaluation loss, as said at the top of this file."""
+    """Where a run reaches another's last evaluation loss, as defined at the top of this file."""
     end = other.curve[-1]
     index = next((i for i, point in enumerate(run.curve) if point.loss <= end.loss), None)
     if index is None:
@@ -236,7 +236,7 @@ def reached(run: Run, other: Run) -> Reached | None:
 
 
 def comparison(models: dict[str, list[Run]], command: str | None = None) -> Comparison:
-    """All numbers of what `by_model` returned; directories are as the runs have them."""
+    """All numbers of the runs that `by_model` returned."""
     baseline = next(iter(models.values()))
     ends = [min(model[i].curve[-1].seconds for model in models.values()) for i in range(len(baseline))]
     of_baseline = _runs(baseline, models, ends)
@@ -271,7 +271,7 @@ def _summary(values: Iterable[float]) -> Summary:
 def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> list[ComparedRun]:
     runs = []
     for i, (run, end) in enumerate(zip(model, ends, strict=True)):
-        # Speeds are of what came after a switch.
+        # Speeds are of the part after a switch.
         step, tokens, before = (run.switch.step, run.switch.tokens, run.switch.seconds) if run.switch else (0, 0, 0)
         seconds = run.facts.seconds - before
         curve = [[getattr(point, key) for point in run.curve] for key in ("seconds", "loss")]
@@ -346,7 +346,7 @@ def telemetry(model: list[Run]) -> dict[str, dict[str, tuple[list[int], list[flo
 
 
 def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
-    """The runs in run directories and comparisons' directories; the command of a comparison that is there alone.
+    """The runs in run directories and comparisons' directories; the command of a comparison, if no other is given.
 
     Raises ValueError for what is neither, and for what is damaged.
     """

@@ -1,7 +1,7 @@
-"""Curves as inline SVG for a page that has a light and a dark side.
+"""Curves as inline SVG for a page with a light and a dark theme.
 
-Text and axes take the page's text colour (currentColor), series the page's --series-0, --series-1, ...; matplotlib,
-which knows neither, draws with colours that stand for them. A series also has its own dashes and marker.
+Text and axes take the page's text colour (currentColor), series the page's --series-0, --series-1, ...; matplotlib
+knows neither: it draws with stand-in colours, which are then replaced. A series also has its own dashes and marker.
 """
 
 import io
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-SERIES = 6  # after which colours, dashes and markers come again
+SERIES = 6  # after which colours, dashes and markers repeat
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1)), (0, (8, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 TEXT = "#00ff01"
@@ -69,8 +69,8 @@ def panel(
 
     Args:
         label: What it shows, for those who do not see it.
-        level: A height marked all across; points: (series, x, y) of rings.
-        switches: (series, x) of upright lines.
+        level: The y of a dotted line; points: (series, x, y) of rings.
+        switches: (series, x) of vertical lines.
     """
 
     def draw(axes: Axes) -> None:
@@ -99,7 +99,7 @@ def panel(
 
 
 def swatch(series: int) -> ElementTree.Element:
-    """A bit of the series' line, for a legend whose words stand beside it."""
+    """A piece of the series' line, for a legend."""
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], **_style(series))
@@ -147,13 +147,13 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str | N
     text = file.getvalue().replace(TEXT, "currentColor")
     for number in range(SERIES):
         text = text.replace(_stand_in(number), f"var(--series-{number})")
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)  # a style is all the page's
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)  # would style the page
     root = ElementTree.fromstring(re.sub(r">\s+<", "><", text))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
         if element.tag == "g":
-            element.attrib.pop("id", None)  # names that every figure has
+            element.attrib.pop("id", None)  # ids that all figures share
         if element.tag == "text":  # in the page's font
             element.set("style", re.sub(r"font(-family)?: ?[^;]*;?", _font_size, element.get("style", "")))
     for key in ("width", "height", "version"):

@@ -10,7 +10,7 @@ from mixture_of_tokens.reports.figures import swatch
 
 NOTHING = "\N{EN DASH}"
 Child = Union[Element, str, Sequence["Child"], None]  # noqa: UP007, a name in quotes has no |
-Column = tuple[str, Callable[[Any], Child]]  # of a row, whatever it is
+Column = tuple[str, Callable[[Any], Child]]  # head, and cell of a row
 
 
 def html(tag: str, *children: Child, **attributes: Any) -> Element:
@@ -24,7 +24,7 @@ def _append(element: Element, child: Child) -> None:
     if isinstance(child, Element):
         element.append(child)
     elif isinstance(child, str):
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", child)  # HTML has no such
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", child)  # illegal in HTML
         if len(element):
             element[-1].tail = (element[-1].tail or "") + text
         else:
@@ -63,7 +63,7 @@ def table(
     *,
     corner: str = "Model",
 ) -> Element:
-    """A table in a box of its own to scroll in.
+    """A table in a box that scrolls.
 
     Args:
         groups: Columns under a common head, '' for none; a column is its head and what makes a cell of a row.
@@ -85,6 +85,6 @@ def table(
         body.append(html("tr", html("th", label, scope="row"), cells))
     first = html("th", corner, scope="col", rowspan=1 + grouped)
     top = [html("tr", first, over), html("tr", heads)] if grouped else [html("tr", first, heads)]
-    whole = html("table", html("caption", title), html("thead", top), html("tbody", body))
-    box = html("div", whole, class_="scroll", tabindex="0", role="region", aria_label=title)
+    full = html("table", html("caption", title), html("thead", top), html("tbody", body))
+    box = html("div", full, class_="scroll", tabindex="0", role="region", aria_label=title)
     return html("div", box, html("p", note, class_="quiet"), class_="table")

@@ -23,12 +23,12 @@ SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 def page(
     comparison: Comparison, models: dict[str, list[Run]], samples: dict[str, dict[str, str]], commands: list[str]
 ) -> str:
-    """The whole page.
+    """The page as HTML.
 
     Args:
-        comparison: of `results.comparison`; models: the runs that it is of.
+        comparison: of `comparison.comparison`; models: the runs that it compares.
         samples: Continuations by prompt and by the model's label; empty if there are none.
-        commands: That made this.
+        commands: Those that make it again.
     """
     labels, found = list(models), findings(comparison)
     title = f"{listed(labels)} compared" if len(labels) > 1 else labels[0]
@@ -47,7 +47,7 @@ def page(
             "header",
             html("p", "Mixture of Tokens: a comparison of language models", class_="kicker"),
             html("h1", title),
-            html("ul", [_finding(labels.index(label), told) for label, told in found.items()], class_="lead"),
+            html("ul", [_finding(labels.index(label), sentences) for label, sentences in found.items()], class_="lead"),
             html("p", _reservation(comparison), class_="quiet"),
             html(
                 "nav",
@@ -82,10 +82,10 @@ def _finding(series: int, sentences: list[str]) -> Element:
 
 
 def _reservation(comparison: Comparison) -> str:
-    what = f"Losses are of {comparison.evaluated_on} text, which no model was trained on."
+    what = f"Losses are on {comparison.evaluated_on} text, which no model was trained on."
     if len(comparison.seeds) == 1:
-        return f"{what} This is one seed: another would move each loss, by how much is not known here."
-    return f"{what} What stands in brackets is the least and the greatest of {seeds_of(comparison)}."
+        return f"{what} There is one seed: how far another would move each loss is not known."
+    return f"{what} In brackets are the least and the greatest of {seeds_of(comparison)}."
 
 
 def _switches(models: dict[str, list[Run]]) -> dict[int, Point]:
@@ -148,7 +148,7 @@ def _curves(comparison: Comparison, switches: dict[int, Point]) -> Child:
             "p",
             f"{note}The dotted line is {baseline.label}'s last evaluation loss, {loss(level.mean)}; a ring marks "
             "where another model reaches it. The steep start, above the frame, is left out."
-            + " An upright line is where a Mixture of Tokens became Token Choice."
+            + " A vertical line is where a Mixture of Tokens became Token Choice."
             * bool(switches),
             class_="quiet",
         ),
@@ -177,7 +177,7 @@ def _through_the_switch(models: dict[str, list[Run]]) -> Child:
         points=[(i, at[i].step, plain[i]) for i in at],
         switches=[(i, point.step) for i, point in at.items()],
     )
-    caption = "The last steps before the switch, and those after it. A ring: the loss with the weights as they were."
+    caption = "The steps before and after the switch. A ring marks the loss with unchanged weights."
     rows = [(with_swatch(i, labels[i]), models[labels[i]]) for i in at]
     return [html("div", html("figure", figure, html("figcaption", caption)), class_="panels"), switch_table(rows)]
 
@@ -203,18 +203,18 @@ def _ends(models: list[ComparedModel], key: str) -> str:
 def _caption(comparison: Comparison, key: str, head: str) -> Child:
     """The finding of one panel."""
     baseline, *others = comparison.models
-    whole = next(whole for whole, of in RATIOS.items() if of == key)
-    told = []
+    kind = next(kind for kind, of in RATIOS.items() if of == key)
+    shares = []
     for model in others:
-        found = model.reached[baseline.label].share(whole)
+        found = model.reached[baseline.label].share(kind)
         if found is None:
-            told.append(f"{model.label} never gets there")
+            shares.append(f"{model.label} never reaches it")
         else:
             few = f" on {found.seeds} of {seeds_of(comparison)}" * (found.seeds < len(comparison.seeds))
-            told.append(f"{model.label} {ratio(found.mean)}{few}")
-    if not told:
+            shares.append(f"{model.label} {ratio(found.mean)}{few}")
+    if not shares:
         return [html("b", f"{head}.")]
-    return [html("b", f"{head}."), f" To {baseline.label}'s last loss, as a share of its own: {listed(told)}."]
+    return [html("b", f"{head}."), f" To reach {baseline.label}'s last loss, as a share of its own: {listed(shares)}."]
 
 
 def _layers(models: dict[str, list[Run]]) -> Child:
@@ -228,9 +228,8 @@ def _layers(models: dict[str, list[Run]]) -> Child:
     if not content:
         return [html("p", "These runs have no measurements of their layers.")]
     intro = (
-        "Measured on one group of evaluation text while training, after the same steps in all models; means over the "
-        "seeds. The number at the end of a line is the layer's, counted from 0. Layers whose feed-forward is dense "
-        "have no routing to measure."
+        "Measured during training on one group of evaluation text, after the same steps in all models; means over the "
+        "seeds. The number at the end of a line is the layer, counted from 0. Dense layers have no routing to measure."
     )
     return [html("p", intro), content]
 
@@ -260,20 +259,20 @@ def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], s
             switches=[(series, switched[series])] if series in switched else (),
         )
         figures.append(html("figure", html("figcaption", with_swatch(series, label)), figure))
-    told = html("p", " ".join(constant), class_="quiet") if constant else None
+    unchanging = html("p", " ".join(constant), class_="quiet") if constant else None
     beside = {} if len(figures) < 3 else {"class_": "above"}
-    return [html("div", html("h3", title), html("p", meaning), told, **beside), figures]
+    return [html("div", html("h3", title), html("p", meaning), unchanging, **beside), figures]
 
 
 def _samples(comparison: Comparison, samples: dict[str, dict[str, str]]) -> Child:
     if not samples:
-        return [html("p", "There are no samples: not every run still has its model/ beside it.")]
+        return [html("p", "There are no samples: a run has no model/ any more.")]
     count, seed = len(PROMPTS), comparison.seeds[0]
     intro = (
-        f"Each model, as trained with seed {seed}, was given the same {count} beginnings as one batch; these are its "
-        f"first {len(samples)} continuations, drawn once at temperature {TEMPERATURE:g} and not picked. A "
-        "Mixture of Tokens mixes the texts of a group, so that a text alone is not what it was trained on: hence the "
-        f"{count}, though of unequal lengths, which the texts of a group in training were not."
+        f"Each model, trained with seed {seed}, continued the same {count} prompts as one batch. These are the first "
+        f"{len(samples)} continuations, sampled once at temperature {TEMPERATURE:g} and not selected. A Mixture of "
+        f"Tokens mixes the texts of a group and was trained in full groups: hence {count} prompts. They differ in "
+        "length, which the texts of a group in training did not."
     )
     content: list[Child] = [html("p", intro)]
     labels = [model.label for model in comparison.models]

@@ -1,32 +1,32 @@
-"""What a comparison comes to, in numbers that are rounded and sentences that are computed; what the words mean."""
+"""Sentences computed from a comparison, with rounded numbers, and the glossary of its page."""
 
 from mixture_of_tokens.formatting import Summary, difference, duration, loss, ratio, span, with_span
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import ROWS, converted_from
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison
 
-# Of telemetry.py, in the order of the page: a title and what it says.
+# Of telemetry.py, in the order of the page: title and meaning.
 MEASURES = {
     "mixture_entropy": (
         "Mixture entropy",
-        "How evenly an expert draws on the tokens of a group. 1: it averages them all; 0: it reads a single one. A "
-        "router that learns to tell tokens apart brings it down.",
+        "How evenly an expert weights the tokens of a group. 1: it averages them all; 0: it reads a single one. It "
+        "falls as the router learns to distinguish tokens.",
     ),
-    "effective_tokens": ("Tokens per mixture", "How many tokens of its group an expert in effect draws on."),
-    "effective_experts": ("Experts per token", "How many experts in effect share a token's output."),
+    "effective_tokens": ("Tokens per mixture", "The effective number of tokens in an expert's mixture."),
+    "effective_experts": ("Experts per token", "The effective number of experts in a token's output."),
     "largest_load": (
         "Largest load",
-        "The load of the busiest expert over the mean expert's; 1 is balance. In Mixture of Tokens every expert draws "
-        "a weight of one from each group, so that it is 1 by construction.",
+        "The load of the busiest expert over the mean expert's; 1 is balance. In Mixture of Tokens the weights of each "
+        "expert sum to one in each group, so it is 1 by construction.",
     ),
     "dead_experts": ("Dead experts", "The share of experts that get under 1 % of the mean expert's weight."),
     "dropped": (
         "Dropped tokens",
-        "The share of tokens that get under 1 % of the mean token's weight: dropped by a full expert, or passed over.",
+        "The share of tokens that get under 1 % of the mean token's weight: dropped by an expert or chosen by none.",
     ),
     "branch_to_residual": (
         "Branch to residual",
-        "The size of what the feed-forward adds over the size of what it is added to.",
+        "The size of the feed-forward's output over the size of the residual stream that it is added to.",
     ),
 }
 
@@ -41,27 +41,27 @@ def seeds_of(comparison: Comparison) -> str:
 def findings(comparison: Comparison) -> dict[str, list[str]]:
     """Sentences on each model by its label, the baseline last."""
     baseline, *others = comparison.models
-    told: dict[str, list[str]] = {}
+    sentences: dict[str, list[str]] = {}
     for model in others:
         found = model.reached[baseline.label].of_flops
-        told[model.label] = [
+        sentences[model.label] = [
             f"{model.label} {reaching(model, baseline.label, comparison)}.",
             *([] if found is None else [f"That is {_share(found, 'FLOPs')}."]),
             f"At equal steps {_beside(model.final_loss_difference)}.",
         ]
         apart, when = model.equal_time_loss_difference, duration(comparison.equal_time_seconds.mean)
         if apart is not None:
-            told[model.label].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")
+            sentences[model.label].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")
         if (regrouped := model.regrouping_spread) is not None:
-            told[model.label].append(f"Three ways to group the text differ by {regrouped.greatest:.4f} at most.")
+            sentences[model.label].append(f"Three ways to group the text differ by {regrouped.greatest:.4f} at most.")
     end = with_span(baseline.final_loss, loss)
     what = f"{baseline.label}, the baseline, ends at {end} nats a token"
-    told[baseline.label] = [f"{what} after {comparison.steps:,} steps ({seeds_of(comparison)})."]
-    return told
+    sentences[baseline.label] = [f"{what} after {comparison.steps:,} steps ({seeds_of(comparison)})."]
+    return sentences
 
 
 def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:
-    """When a model reaches another's final loss: what stands after its name in a sentence."""
+    """When a model reaches another's final loss: the rest of a sentence after the model's name."""
     found, seeds = model.reached[target], seeds_of(comparison)
     steps, time = found.of_steps, found.of_time
     if steps is None or time is None:
@@ -70,7 +70,7 @@ def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:
     took = f"{_share(steps, 'steps', seeds)} {joint} {_share(time, 'time')}"
     if steps.seeds < len(comparison.seeds):
         took = f"{_share(steps, 'steps')} {joint} {_share(time, 'time')}"
-        return f"reaches {target}'s final loss on {steps.seeds} of {seeds} only, there in {took}"
+        return f"reaches {target}'s final loss on only {steps.seeds} of {seeds}, in {took}"
     return f"reaches {target}'s final loss in {took}"
 
 
@@ -107,8 +107,8 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
         entries.append(
             (
                 "Switched",
-                "A trained Mixture of Tokens that goes on as Token Choice with the same experts and router, so that it "
-                "serves a text alone. Its curve is its source's up to the switch; its time and FLOPs have both parts.",
+                "A trained Mixture of Tokens, converted to Token Choice with the same experts and router and trained "
+                "on. It serves a text alone. Its curve, time and FLOPs include its source's up to the switch.",
             )
         )
     example = next((name for name in names if name.routing.sparse), None)
@@ -130,7 +130,10 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
             "The mean of -log p(next token), natural logarithm, in nats a token. 0.01 less is 1 % less perplexity.",
         ),
         ("Bits per byte", "The same loss in bits, over the bytes of the text: comparable between tokenizers."),
-        ("Seed", "Sets the initial weights and the order of the text. All models saw the same order, seed by seed."),
+        (
+            "Seed",
+            "Sets the initial weights and the order of the text. With the same seed all models saw the same order.",
+        ),
         (
             "Time",
             "Seconds of training on the hardware named below, without evaluations and saving. A larger model, or "
@@ -141,19 +144,22 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
             "Floating-point operations of matrix products, a multiply-add counting as two. Training is forward and "
             "backward pass.",
         ),
-        ("Active parameters", "Of the experts, a token's share: those it goes to or, mixed, a group's over its size."),
+        (
+            "Active parameters",
+            "Of the experts, those that a token goes to; in Mixture of Tokens, all experts over the group size.",
+        ),
     ]
 
 
 def method(comparison: Comparison) -> str:
-    """How the numbers came about."""
+    """How the numbers were computed."""
     evaluated, group = comparison.evaluated_on, comparison.group_size
     return (
         f"Final losses are over the whole {evaluated} split. Curves, and what is read off them, are over one fixed "
-        f"part of it, in fixed groups of {group}. A model reaches another's last loss where its own curve first comes "
-        "down to it, on a straight line between two evaluations; the curves bend upwards, so this is late rather than "
-        "early. Its share is of the step, time or FLOPs at which the other model was evaluated last, seed by seed. The "
-        "loss at equal time is taken on the same lines, when the fastest run of a seed ended; slower models are then "
-        "in the middle of their schedule, with a higher learning rate than at its end, and one made for that time "
-        "would have served them better."
+        f"part of it, in fixed groups of {group}. A model reaches another's last loss where its own curve first falls "
+        "to it, on a straight line between two evaluations. The curves are convex, so this is late rather than early. "
+        "Shares are of the step, time or FLOPs of the other model's last evaluation, seed by seed. The loss at equal "
+        "time is read off the same lines, when the fastest run of a seed ended. Slower models are then in the middle "
+        "of their schedule, with a higher learning rate than at its end; a schedule for that time would suit them "
+        "better."
     )

@@ -20,7 +20,7 @@ WIDTH = 110  # of sentences beside the table
 
 @dataclass(frozen=True)
 class Report(Result):
-    """A comparison, what its models write, by prompt and label, and where its page is. JSON has the first."""
+    """A comparison, samples by prompt and label, and the path of its page. JSON has the comparison alone."""
 
     comparison: Comparison
     samples: dict[str, dict[str, str]]
@@ -40,9 +40,9 @@ class Report(Result):
 def report(*runs: Path, out: Path | None = None) -> Report:
     """Print the runs' losses side by side, the first one as the baseline, and write a page about them.
 
-    Runs of one model with several seeds are one line, its means. "reached" is the step, and the seconds, at which the
-    evaluation loss comes down to the baseline's last one, on a straight line between two evaluations; evaluations
-    during training are over one fixed part of the text, the losses in the table over all of it.
+    Runs of one model with several seeds are one line of means. "reached" is the step, and the seconds, at which the
+    evaluation loss falls to the baseline's last one, on a straight line between two evaluations. Evaluations during
+    training are over one fixed part of the text, the losses in the table over all of it.
 
     Args:
         runs: Run directories of mot train, or a directory of mot compare.
@@ -65,7 +65,7 @@ def write_page(result: Comparison, models: dict[str, list[Run]], commands: list[
     """Write the page of a comparison, with samples of each model's first seed.
 
     Args:
-        models: The runs that `result` is of; commands: that made this.
+        models: The runs that `result` compares; commands: those that make it again.
     """
     samples = continued({label: model[0].directory for label, model in models.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,12 +74,12 @@ def write_page(result: Comparison, models: dict[str, list[Run]], commands: list[
 
 
 def _train_commands(run: Run) -> list[str]:
-    """What makes such a run again."""
+    """The commands that make such a run again."""
     after, config = run.config.transition, run.model_config
     if after is None:
         return [_train_again(run.directory)]
     source = Path(after.source)
-    if run.switch is None:  # the part before the switch, with --anneal, of which the rest has its own rate
+    if run.switch is None:  # of --anneal, before the switch; its rate is not the new run's
         return [_train_again(source), _annealed(run, after)]
     steps, rate = run.config.steps, run.config.learning_rate
     out = run.directory.name if run.directory.name != source.name else f"{source.name}-transition"
@@ -105,7 +105,7 @@ def _train_again(directory: Path) -> str:
 
 
 def summary_of(result: Comparison) -> str:
-    """The table, and what it comes to in sentences."""
+    """The table, and the findings in sentences."""
     columns = ["model", "loss", "vs first", "reached", "bits/byte", "parameters", "FLOPs/token", "s", "tokens/s"]
     count = len(result.seeds)
     table = []
@@ -131,6 +131,6 @@ def summary_of(result: Comparison) -> str:
         table.append(row)
     if count > 1:
         columns.insert(2, "spread")
-    told = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
-    told += [MIXED] if len(result.environments) > 1 else []
-    return "\n".join([aligned([columns, *table]), "", *told]) + "\n"
+    paragraphs = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
+    paragraphs += [MIXED] if len(result.environments) > 1 else []
+    return "\n".join([aligned([columns, *table]), "", *paragraphs]) + "\n"

@@ -1,4 +1,4 @@
-"""What trained models write, each after the same beginnings, in full groups."""
+"""Continuations of the same prompts by trained models, in full groups."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from mixture_of_tokens.inference.generate import Sampling, continue_prompts
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
 
 TEMPERATURE = 0.8
-# Short, and as different as group-mates in training; the first few are shown.
+# Short, and as different as the texts of a group in training; the first few are shown.
 SHOWN = ("def ", "class ", "The ", "import ")
 PROMPTS = (
     *SHOWN,
@@ -17,7 +17,7 @@ PROMPTS = (
 
 
 def continued(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
-    """Continuations of the first prompts by run directories' models, by prompt and label; always the same ones.
+    """Continuations of the first prompts by the models of run directories, by prompt and label, with a fixed seed.
 
     All prompts are one batch. Empty where a run has no model/ any more.
     """

@@ -59,7 +59,7 @@ def tables(comparison: Comparison) -> Child:
         "Cost",
         "Active parameters are those that a token's computation uses. Memory is an estimate of weights, gradients, "
         "optimizer and what is kept for the backward pass, not a measurement."
-        + " Of a switched model all are of what came after the switch."
+        + " For a switched model all are of the part after the switch."
         * any(model.switched for model in models),
         (
             ("", (("Learning rate", lambda model: f"{model.learning_rate:g}"),)),
@@ -100,8 +100,8 @@ def switch_table(rows: Sequence[tuple[Child, list[Run]]]) -> Element:
         return lambda runs: cell_of(Summary.of(of(run.switch, run.stages) for run in runs if run.switch), shown)
 
     def jump(switch: Switch, stages: Stages) -> float | None:
-        whole = switch.plain_switch - switch.source_in_groups
-        return (switch.at_the_switch - switch.source_in_groups) / whole if whole > 0 else None
+        plain = switch.plain_switch - switch.source_in_groups
+        return (switch.at_the_switch - switch.source_in_groups) / plain if plain > 0 else None
 
     def routed(key: str, shown: Callable[[float], str]) -> Callable[[list[Run]], Child]:
         def both(runs: list[Run]) -> Child:
@@ -115,23 +115,23 @@ def switch_table(rows: Sequence[tuple[Child, list[Run]]]) -> Element:
         return both
 
     note = (
-        "Losses over the part of the text that training is evaluated on. As they were: the same weights, the router "
-        "choosing. As training begins: what was fitted before the first step is in; the jump left is its loss over the "
-        "source's in groups, as a share of that with the weights as they were. Load and dropped tokens are the worst "
-        "layer's, soon after the switch and at the end. Seconds of training are without the fit."
+        "Losses are over the part of the text that training is evaluated on. Unchanged weights: Token Choice before "
+        "the fit. As training begins: after it. Jump left: how far that loss is above the source's in groups, as a "
+        "share of the jump with unchanged weights. Load and dropped tokens: in the worst layer, soon after the switch "
+        "and at the end. Training time is without the fit."
     )
     source = (
         ("In groups", cell(lambda switch, stages: switch.source_in_groups)),
         ("Each row alone", cell(lambda switch, stages: switch.source_alone)),
     )
     switched = (
-        ("As they were", cell(lambda switch, stages: switch.plain_switch)),
+        ("Unchanged weights", cell(lambda switch, stages: switch.plain_switch)),
         ("As training begins", cell(lambda switch, stages: switch.at_the_switch)),
         ("Jump left", cell(jump, ratio)),
         ("Fit", cell(lambda switch, stages: switch.fit_seconds, duration)),
     )
     recovery = (
-        ("A tenth on", cell(lambda switch, stages: stages.tenth_loss)),
+        ("After a tenth", cell(lambda switch, stages: stages.tenth_loss)),
         ("End", cell(lambda switch, stages: stages.end_loss)),
     )
     routers = (
@@ -151,7 +151,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _everyone(comparison: Comparison) -> Element:
-    """Each model against each."""
+    """Each model against each other one."""
 
     def cell(target: str) -> Callable[[ComparedModel], Child]:
         def shown(model: ComparedModel) -> Child:
@@ -167,7 +167,7 @@ def _everyone(comparison: Comparison) -> Element:
         return shown
 
     columns = [(f"{model.label}'s", cell(model.label)) for model in comparison.models]
-    note = "When the model of a row reaches the last loss of the model of a column, as a share of what that one took."
+    note = "When the model of a row reaches the last loss of the model of a column, as a share of what the latter took."
     return table("Each against each", note, (("", columns),), _rows(comparison))
 
 
@@ -192,5 +192,5 @@ def _seed_by_seed(comparison: Comparison) -> Element:
     )
     reach += tuple((f"Of the {whole}", at(f"of_{whole.lower()}", ratio)) for whole in ("steps", "time", "FLOPs"))
     note = "Each run beside the baseline's run of the same seed."
-    whole = table("Seed by seed", note, (("At the end", columns), (f"Reaches {baseline}'s last loss at", reach)), rows)
-    return html("details", html("summary", "Seed by seed"), whole)
+    body = table("Seed by seed", note, (("At the end", columns), (f"Reaches {baseline}'s last loss at", reach)), rows)
+    return html("details", html("summary", "Seed by seed"), body)

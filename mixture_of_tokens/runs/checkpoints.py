@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, described by a manifest, flushed to the disk, renamed."""
+"""Checkpoints that are complete or absent: written under another name, hashed, flushed to the disk, renamed."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def _flush(path: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """All of the text under its name, or what was there before."""
+    """Write a file in one step: a crash leaves the old text or the new one, never a part."""
     beside = file.with_name(f"{file.name}.partial")
     beside.write_text(text)
     _flush(beside)
@@ -39,19 +39,19 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def plain_errors(final: Path) -> Iterator[None]:
-    """What torch.save, safetensors and tokenizers raise on a full disk, as the OSError that it is."""
+    """Raise as OSError what torch.save, safetensors and tokenizers raise on a full disk."""
     try:
         yield
-    except Exception as error:  # itself is what tokenizers raises
+    except Exception as error:  # tokenizers raises Exception itself
         if not isinstance(error, RuntimeError | SafetensorError) and type(error) is not Exception:
             raise
         raise OSError(f"{final} could not be written: {error}") from error
 
 
 def publish(beside: Path, final: Path) -> None:
-    """Give a directory that was written beside its final name, when all of it is on the disk.
+    """Rename a directory to its final name once all of it is on the disk.
 
-    What had the name before is whole until then, for a moment as NAME.replaced.
+    Until then an earlier directory of that name stays complete, for a moment as NAME.replaced.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -82,7 +82,7 @@ def describe(checkpoint: Path, **facts: Any) -> None:
 
 
 def _hashes(directory: Path) -> dict[str, str] | None:
-    """The hash of every file, as the manifest has them; None where it is not of `describe`."""
+    """The hashes in the manifest; None where `describe` did not write it."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -92,17 +92,17 @@ def _hashes(directory: Path) -> dict[str, str] | None:
 
 
 def is_described(directory: Path, of: str) -> bool:
-    """Whether the manifest of a directory says `of` for the fact of that name."""
+    """Whether a directory's manifest has this value for the fact `of`."""
     return _hashes(directory) is not None and facts_of(directory).get("of") == of
 
 
 def damage(directory: Path) -> str | None:
-    """Why a directory is not as its manifest describes it; None where it is, or where no manifest of ours is there."""
+    """How a directory differs from its manifest; None where it does not, or has no manifest of ours."""
     return None if _hashes(directory) is None else fault(directory)
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None for a whole one."""
+    """Why a checkpoint cannot be resumed from; None for a valid one."""
     if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
     if (hashes := _hashes(checkpoint)) is None:
@@ -123,12 +123,12 @@ def _all(run: Path) -> Iterator[Path]:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; says on standard error which ones it passes over, and why."""
+    """The newest valid checkpoint of a run; reports on standard error which ones it skips, and why."""
     for checkpoint in _all(run):
         problem = fault(checkpoint)
         if problem is None:
             return checkpoint
-        print(f"{checkpoint} is passed over: {problem}", file=sys.stderr)
+        print(f"{checkpoint} is skipped: {problem}", file=sys.stderr)
     return None
 
 
@@ -139,10 +139,10 @@ def facts_of(checkpoint: Path) -> dict[str, Any]:
 def keep_newest(run: Path, step: int, count: int | None) -> None:
     """Remove all but the newest `count` checkpoints; None keeps all.
 
-    Those above `step`, which the run has come to, are damaged ones that it did not go on from.
+    Checkpoints above `step`, where the run is now, are damaged ones that it was not resumed from: they go too.
     """
     if count is not None:
-        passed = [checkpoint for checkpoint in _all(run) if int(checkpoint.name.partition("-")[2]) > step]
-        kept = [checkpoint for checkpoint in _all(run) if checkpoint not in passed]
-        for checkpoint in passed + kept[max(1, count) :]:
+        damaged = [checkpoint for checkpoint in _all(run) if int(checkpoint.name.partition("-")[2]) > step]
+        kept = [checkpoint for checkpoint in _all(run) if checkpoint not in damaged]
+        for checkpoint in damaged + kept[max(1, count) :]:
             shutil.rmtree(checkpoint)

@@ -1,4 +1,4 @@
-"""A trained model, its tokenizer and its text, by run directory, checkpoint or Hub name; and memory that it keeps."""
+"""A trained model, its tokenizer and its text, by run directory, checkpoint or Hub name."""
 
 import hashlib
 import sys
@@ -16,13 +16,13 @@ from mixture_of_tokens.runs.records import RunConfig, RunFacts
 
 
 def model_directory(run: str) -> str:
-    """Where the model of a run directory, a checkpoint or a transformers directory is; a Hub name stays as it is.
+    """The directory of the model in a run directory, a checkpoint or a transformers directory; a Hub name is returned.
 
-    Raises ValueError for a directory that holds no whole model, and for a path that is none.
+    Raises ValueError where the model is missing or damaged, and for a path that does not exist.
     """
     directory = Path(_located(run))
     if (damage := checkpoints.damage(directory)) is not None:
-        raise ValueError(f"{directory} is not whole: {damage}")
+        raise ValueError(f"{directory} is damaged: {damage}")
     return str(directory)
 
 
@@ -43,10 +43,10 @@ def _located(run: str) -> str:
 
 
 def load_model(run: str, *, alone: bool = False) -> Any:
-    """The causal language model of a run, in evaluation, on a CUDA device if there is one.
+    """The causal language model of a run, in evaluation mode, on a CUDA device if there is one.
 
     Args:
-        alone: take each row by itself, `MixtureOfTokensForCausalLM.serve_alone`.
+        alone: serve each row by itself, `MixtureOfTokensForCausalLM.serve_alone`.
 
     Raises ValueError as `model_directory` does, and for what transformers cannot load as a causal language model.
     """
@@ -60,7 +60,7 @@ def load_model(run: str, *, alone: bool = False) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         raise ValueError(f"{run} cannot be loaded: {_first_line(error)}") from None
-    if alone and hasattr(model, "serve_alone"):  # of other models each row is by itself already
+    if alone and hasattr(model, "serve_alone"):  # other models never mix rows
         model.serve_alone()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -75,18 +75,18 @@ def weights_hash(run: str) -> str | None:
 
 
 def group_size_of(model: Any) -> int | None:
-    """G where the rows of a batch influence each other; None of a model that takes each row by itself."""
+    """The group size where the rows of a batch influence each other; None where each row is computed by itself."""
     return model.config.group_size if getattr(model, "mixes_examples", False) else None
 
 
 def context_of(model: Any) -> int:
-    """The most tokens of a row that a model takes; a large number of one that says nothing."""
+    """The longest row that a model takes, in tokens; a large number where its configuration sets no limit."""
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return sys.maxsize if known is None else known
 
 
 def load_tokenizer_of(run: str) -> Any:
-    """The tokenizer beside a model that `load_model` has found whole. Raises ValueError where there is none."""
+    """The tokenizer beside a model that `load_model` has loaded. Raises ValueError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(_located(run), padding_side="left", trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,7 +104,7 @@ def _is_run_directory(path: Path) -> bool:
         return False
     try:
         RunConfig.read(path / records.CONFIG)
-    except ValueError:  # of other software, then
+    except ValueError:  # written by other software
         return False
     return True
 
@@ -112,7 +112,7 @@ def _is_run_directory(path: Path) -> bool:
 def text_of(run: str) -> Prepared:
     """The text that a run directory, or a checkpoint in one, was trained on.
 
-    Raises ValueError where it is not known, or not there any more as it was.
+    Raises ValueError where it is unknown, missing or changed.
     """
     directory = run_directory(run)
     if directory is None:

@@ -27,7 +27,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Of this checkout, with a "+" if files that git follows have changed since; None outside a checkout."""
+    """The commit of this checkout, with a "+" if tracked files have changed since; None outside a checkout."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -44,7 +44,7 @@ def commit() -> str | None:
 
 
 def hardware(device: str | None = None) -> dict[str, Any]:
-    """Name of the processor or, for "cuda" and where there is one, of the GPU; cores and the threads torch uses."""
+    """Name of the processor, or of the GPU where "cuda" is asked for or found; cores; the threads that torch uses."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.+)", cpuinfo)
     name = model[1] if model else platform.processor() or platform.machine()

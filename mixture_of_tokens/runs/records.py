@@ -1,7 +1,7 @@
-"""What stands in a run directory, as typed records: config.yaml, run.json, switch.json, the rows of metrics.jsonl.
+"""The files of a run directory as typed records: config.yaml, run.json, switch.json, the rows of metrics.jsonl.
 
-Each record has one reader and one writer. Files carry the number of their format; those of format 0, from before there
-was a number, lack fields that have defaults here.
+Each record has one reader and one writer. Files carry a format number. Files without one have format 0, and lack fields
+that have defaults here.
 """
 
 import json
@@ -25,14 +25,14 @@ FORMAT = 1
 SAMPLE_PROMPT = "def "  # what a run's sample continues
 CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metrics.jsonl"
 COMMON_GROUP = 32
-# Fields of TrainingArguments that say how a run is carried out, not what it computes; a resumed run may change them.
+# Fields of TrainingArguments that decide how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
 DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transition:
-    """How a run after a switch was asked for; `source` is the run that it goes on from."""
+    """Flags of the `mot transition` that made a run; `source` is the run that it continues."""
 
     source: str
     calibrate: str
@@ -43,10 +43,11 @@ class Transition:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What a run was asked to do: config.yaml. `str` gives the file's text.
+    """The configuration of a run: config.yaml. `str` gives the file's text.
 
     training, model: fields of transformers' TrainingArguments, and of the model's configuration.
-    first_step, transition: of a run that goes on from another one, whose steps are counted on.
+    micro_batch: rows that a device takes at once; None where it is not known.
+    first_step, transition: of a run that continues another one; its steps count on from there.
     """
 
     name: str
@@ -62,6 +63,7 @@ class RunConfig:
     evaluate_on: str
     training: dict[str, Any]
     model: dict[str, Any]
+    micro_batch: int | None = None
     first_step: int = 0
     transition: Transition | None = None
 
@@ -72,7 +74,7 @@ class RunConfig:
 
     def __str__(self) -> str:
         written: dict[str, Any] = {"format": FORMAT} | asdict(self)
-        for key in ("first_step", "transition"):
+        for key in ("micro_batch", "first_step", "transition"):
             if not written[key]:
                 del written[key]
         if self.transition is not None and self.transition.anneal is None:
@@ -84,14 +86,14 @@ class RunConfig:
 
     @cached_property
     def model_config(self) -> MixtureOfTokensConfig:
-        """The model's, before its vocabulary is fitted to a tokenizer."""
+        """The model's configuration, before its vocabulary is fitted to a tokenizer."""
         return config_from_name(self.name, **self.model)
 
     @property
     def group_size(self) -> int:
         """Rows in a group of the data.
 
-        COMMON_GROUP where it can be: systems that mix none or fewer see the same groups as the others.
+        COMMON_GROUP where possible, so that systems that mix fewer rows, or none, train on the same groups.
         """
         own = self.model_config.group_size
         return COMMON_GROUP if COMMON_GROUP % own == self.batch_size % COMMON_GROUP == 0 else own
@@ -101,12 +103,16 @@ class RunConfig:
         return self.first_step + self.steps
 
     def identity(self) -> dict[str, Any]:
-        """All that decides what the run computes, and nothing of how it is carried out.
+        """The fields that decide what the run computes, without those of how it is carried out.
 
-        A resumed run must have the same; the runs of one model differ in no more of it than the seed.
+        A resumed run must have the same ones; the runs of one model differ in the seed alone. Rows at once are one of
+        them where a load-balancing loss or a capacity is of those rows.
         """
         flat: dict[str, Any] = {}
+        balanced = any(routing.balanced for routing in self.model_config.routings)
         for key, value in yaml.safe_load(str(self)).items():  # as it would be read again: no tuples
+            if key == "micro_batch" and not balanced:
+                continue
             if key not in ("format", "training", "model", "transition"):
                 flat[key] = value
             elif key != "format":
@@ -143,13 +149,13 @@ def _carried_out(kind: str, field: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a finished run has come to: run.json, which is written last.
+    """The results of a finished run: run.json, which is written last.
 
-    steps, tokens, seconds: of training, with those of the run that it goes on from.
+    steps, tokens, seconds: of training, with those of the run that it continues.
     final_loss: nats a token over the whole split; regrouping_spread: between ways to group it, None where rows of a
         batch do not influence each other.
     parameters, forward_flops_per_token: of the model; corpus: `Prepared.facts`.
-    versions, commit, hardware, cores, threads: what it was made by and on; sample: how it continues `SAMPLE_PROMPT`.
+    versions, commit, hardware, cores, threads: software and machine; sample: a continuation of `SAMPLE_PROMPT`.
     """
 
     name: str
@@ -189,12 +195,13 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """A Mixture of Tokens' way to Token Choice: switch.json.
+    """The conversion of a Mixture of Tokens to Token Choice: switch.json.
 
     step, tokens, seconds, flops_per_token: of the source's training, both passes.
-    source_in_groups ... at_the_switch: losses over the part of the text that training is evaluated on: before the
-        switch in full groups and each row alone, after it with the weights as they were and as training begins.
-    branch_errors: by layer, the distance from the source's branch as a share of its size, before and after the fit.
+    source_in_groups, source_alone: losses before the switch, in full groups and each row alone; plain_switch,
+        at_the_switch: after it, with unchanged weights and as training begins. All over the text that training is
+        evaluated on.
+    branch_errors: by layer, the distance from the source's output as a share of its size, before and after the fit.
     fit_seconds: of the fit; None where it was not measured.
     """
 
@@ -220,7 +227,7 @@ class Switch:
 
 @dataclass(kw_only=True)
 class MetricsRow:
-    """What is known after a step: a line of metrics.jsonl. None: not measured at this step, or not finite.
+    """Measurements after a step: a line of metrics.jsonl. None: not measured at this step, or not finite.
 
     train_loss: mean cross-entropy since the last row; eval_loss: over a fixed part of the text; aux_loss: the
         load-balancing loss; layers: `telemetry.measure`, and the router's gradient norm, by layer.
@@ -238,7 +245,7 @@ class MetricsRow:
     layers: dict[str, dict[str, float]] | None = None
 
     def line(self) -> str:
-        """JSON knows no NaN: what is not finite is left out."""
+        """JSON has no NaN: values that are not finite are left out."""
         return json.dumps(_finite(asdict(self)), allow_nan=False) + "\n"
 
 

@@ -1,8 +1,8 @@
-"""Run directories: who may write one, what a finished one holds, and its one-file form.
+"""Run directories: checks before one is written, the contents of a finished one, and its one-file form.
 
 A finished run is a directory with config.yaml, metrics.jsonl, run.json and, after a switch, switch.json (`records.py`).
-The same in one file, without weights, is NAME.json in the place of the directory NAME: what `pack` makes, for results
-that are kept. `read` takes both.
+`pack` writes these, without weights, to one file: NAME.json in place of the directory NAME, for results that are kept.
+`read` takes both.
 """
 
 import json
@@ -34,22 +34,22 @@ def check_seed(seed: int) -> None:
 
 
 def check_one_process(what: str) -> None:
-    """Raises ValueError under torchrun for what trains more than once."""
+    """Raises ValueError under torchrun for a command that trains more than once."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(f"{what} trains more than once, and so in one process; torchrun is for mot train")
 
 
 def check_free(out: Path) -> None:
-    """Raises ValueError if something is there where a new run is to be."""
+    """Raises ValueError if the directory of a new run is not empty."""
     if is_main() and not _is_empty(out):
         raise ValueError(f"{out} exists already; go on with --resume, name another with --out, or remove it")
 
 
 def _is_empty(out: Path) -> bool:
-    """Whether nothing is there, or no more than a kill can leave of a first file."""
-    return not out.exists() or (
-        out.is_dir() and all(path.suffix == ".partial" or path.name == LOCK for path in out.iterdir())
-    )
+    """Whether nothing is there but parts of a first file, which a kill can leave, and a lock."""
+    if not out.is_dir():
+        return not out.exists()
+    return all(path.suffix == ".partial" or path.name == LOCK for path in out.iterdir())
 
 
 def check_resumed(out: Path, config: RunConfig) -> None:
@@ -60,6 +60,8 @@ def check_resumed(out: Path, config: RunConfig) -> None:
         raise ValueError(f"{out} is no run directory to go on with: it has no config.yaml; name another with --out")
     before, now = RunConfig.read(out / records.CONFIG).identity(), config.identity()
     for key in [*before, *now]:
+        if key == "micro_batch" and key not in before:  # not known of a run of format 0
+            continue
         if before.get(key) != now.get(key):
             flag = key if key.startswith(("model.", "training.")) else key.removeprefix("transition.").replace("_", "-")
             raise ValueError(
@@ -81,7 +83,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Load:
-    """Of the worst layer at some step."""
+    """The largest value over the layers at some step."""
 
     largest_load: float
     dropped: float
@@ -89,7 +91,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Stages:
-    """What came after a switch: losses a tenth of the steps on and at the end; the routing at first and at the end."""
+    """After a switch: losses after a tenth of the steps and at the end; loads when first and when last measured."""
 
     tenth_step: int
     tenth_loss: float
@@ -131,19 +133,19 @@ class Run:
 
     @cached_property
     def model_config(self) -> MixtureOfTokensConfig:
-        # The vocabulary is as large as the tokenizer turned out, whatever the configuration asked for.
+        # The tokenizer decides the size of the vocabulary, whatever the configuration asked for.
         fields: dict[str, Any] = self.config.model | {"vocab_size": self.facts.vocab_size}
         return config_from_name(self.name, **fields)
 
     @cached_property
     def flops(self) -> tuple[float, float]:
-        """Per token in training: of the forward pass, of both passes."""
+        """FLOPs per token in training: of the forward pass, of both passes."""
         forward, backward = flops_per_token(self.model_config, batch=self.config.batch_size)
         return sum(forward.values()), sum(forward.values()) + sum(backward.values())
 
     @cached_property
     def curve(self) -> list[Point]:
-        """The evaluations during training; after a switch the source's first, and the loss at the switch.
+        """The evaluations during training. Those of a switched run begin with its source's and include the switch.
 
         Raises ValueError for a run that was not evaluated while it trained.
         """
@@ -166,12 +168,12 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What identifies the run's model: its `identity` but for the seed, and the source, which differs by seed."""
+        """What identifies the run's model: its `identity` without the seed and the source, which differs by seed."""
         return {k: v for k, v in self.config.identity().items() if k not in ("seed", "transition.source")}
 
     @property
     def stages(self) -> Stages:
-        """Of a run after a switch that was evaluated after it."""
+        """Of a switched run that was evaluated after the switch."""
         assert self.switch is not None
         after = [row for row in self.rows if row.step > self.switch.step]
         evaluated = [(row.step, row.eval_loss) for row in after if row.eval_loss is not None]
@@ -189,7 +191,7 @@ def _worst(layers: Iterable[dict[str, float]]) -> Load:
 
 
 def read(directory: Path) -> Run:
-    """A finished run, of its directory or of its one-file form.
+    """A finished run, from its directory or its one-file form.
 
     Raises ValueError for a run that is not finished or damaged.
     """
@@ -207,7 +209,7 @@ def read(directory: Path) -> Run:
 
 
 def pack(run: Run, file: Path, *, telemetry: bool) -> None:
-    """Write a run as one file, without the rows between evaluations unless `telemetry`."""
+    """Write a run as one file: with `telemetry` all rows, else the evaluations without their layers."""
     rows = run.rows if telemetry else [replace(row, layers=None) for row in run.evaluations]
     written = {
         "format": FORMAT,

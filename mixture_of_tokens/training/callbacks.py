@@ -54,7 +54,7 @@ class RunLog(TrainerCallback):
         self.bar: tqdm | None = None
 
     def forget_after(self, step: int) -> None:
-        """Drop the rows that a resumed run writes again, and a last one that was cut off."""
+        """Drop the rows that a resumed run writes again, and an incomplete last one."""
         kept = []
         if self.path.exists():
             for line in self.path.read_text().splitlines(keepends=True):
@@ -64,8 +64,8 @@ class RunLog(TrainerCallback):
         checkpoints.write_text(self.path, "".join(kept))
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.compute_steps(args, state.max_steps)  # save_steps may be others than when the run was started
-        self.clock.start()  # as late as this: a resumed run loads its checkpoint first
+        state.compute_steps(args, state.max_steps)  # a resumed run may have another save_steps
+        self.clock.start()  # not earlier: a resumed run loads its checkpoint first
         if state.is_world_process_zero:
             every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a screen
             name, first = self.path.parent.name, state.global_step
@@ -129,7 +129,7 @@ class AnnealTemperature(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, and ^C once, end the run after the step at hand with a checkpoint; `received` says which it was."""
+    """SIGTERM or a first ^C ends the run after the current step, with a checkpoint; `received` is its number."""
 
     def __init__(self):
         self.received: int | None = None

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 
 def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
-    """The numbers of a flag that takes several, with commas between or given several times."""
+    """The numbers of a flag, separated by commas or given by several flags."""
     number = int if int in typing.get_args(kind) else float
     found = []
     for word in (word for token in tokens for word in token.value.split(",")):
@@ -28,20 +28,20 @@ Seeds = Annotated[list[int], Parameter(converter=_numbers, n_tokens=1)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is common to commands that train.
+    """Options of all commands that train.
 
     Args:
         steps: Optimizer steps; by default the size's own number.
         batch_size: Rows a step, a multiple of the group size; by default the size's own, 128 for Nano and 256 else.
         data: Files, folders or globs of text, .jsonl or .parquet, each also .gz, or hf:NAME[:CONFIG] for a data set of
             the Hub; may be given several times. By default the source text of Python's standard library.
-        field: Of a row of .jsonl, .parquet or the Hub, the text.
-        max_bytes: Read no more than so many bytes of text.
+        field: The field of a .jsonl, .parquet or Hub row that holds the text.
+        max_bytes: Read at most this many bytes of text.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
         anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
-            by default it stays.
-        evaluate_on: The split the losses are of: validation by default, and in mot sweep tuning, so that nothing is
-            chosen by what is reported.
+            by default the temperature is not annealed.
+        evaluate_on: The split for losses: by default validation, in mot sweep tuning, so that settings are not chosen
+            on the split that is reported.
         device: cpu or cuda; by default cuda where there is one.
         model: Fields of the model's configuration, as in --model.router_temperature 0.25.
         training: Fields of transformers' TrainingArguments, as in --training.weight_decay 0.05.
@@ -74,9 +74,9 @@ def _scalar(text: str) -> Any:
 
 
 def typed(flag: str, text: str, kind: Any) -> Any:
-    """A flag's text as what its field is declared to be. Raises ValueError for what is not of that type.
+    """A flag's text as the declared type of its field. Raises ValueError for text of another type.
 
-    Lists, dictionaries and fields that are not declared take any YAML, for their owner to check.
+    Lists, dictionaries and undeclared fields take any YAML, for their owner to check.
     """
     value = _scalar(text)
     kinds = set(typing.get_args(kind) or (kind,))

@@ -1,4 +1,4 @@
-"""How a run is configured: the sizes' recipes, the options of commands that train, and both merged and checked."""
+"""How a run is configured: the recipe of its size, overridden by options, and checked."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from mixture_of_tokens.runs.run import check_seed
 from mixture_of_tokens.training.options import Options, typed
 
 COUNTS = ("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps")
-# Fields of TrainingArguments that would do something else than they say here, and why.
+# Fields of TrainingArguments that do not work here, and why.
 REFUSED = {
     "auto_find_batch_size": "smaller batches would split the groups",
     "save_only_model": "a run is resumed from all of its state",
@@ -69,12 +69,12 @@ def merge(
     first_step: int = 0,
     transition: Transition | None = None,
 ) -> Merged:
-    """A name's recipe and what was given over it, checked.
+    """A name's recipe, overridden by the options and checked.
 
     Args:
-        first_step, transition: of a run that goes on from another.
+        first_step, transition: of a run that continues another.
 
-    Raises ValueError for whatever is wrong with them.
+    Raises ValueError for invalid settings.
     """
     parsed = parse_name(name)
     size = parsed.size
@@ -93,13 +93,13 @@ def merge(
     if learning_rate is None:
         learning_rate = LEARNING_RATES.get((size, parsed.system), recipe.learning_rate)
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or say cpu")
+        raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or give cpu")
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"anneal-temperature-to": options.anneal_temperature_to, "max-bytes": options.max_bytes}
     _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
     written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
     written = {field: value for field, value in written.items() if field in FIELDS and field not in DERIVED}
-    # Given as null, which means something: no capacity drops nothing. A vocabulary of null is the default.
+    # Null is a value here: with capacity null nothing is dropped. A null vocabulary is the default.
     nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
     if options.tokenizer is not None and "vocab_size" not in overrides:
         written["vocab_size"] = None  # the tokenizer's
@@ -118,15 +118,16 @@ def merge(
         evaluate_on=options.evaluate_on or "validation",
         training=training,
         model={field: value for field, value in written.items() if value is not None or field in nothing},
+        micro_batch=micro_batch,
         first_step=first_step,
         transition=transition,
     )
-    with _as_value_error("--model"), torch.device("meta"):  # whatever is wrong with it is said now
+    with _as_value_error("--model"), torch.device("meta"):  # invalid fields are reported before the run starts
         MixtureOfTokensForCausalLM(config)
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
     taken = {"max_steps": steps, "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
     taken |= {"per_device_train_batch_size": micro_batch}
-    with _as_value_error("--training"):  # the same
+    with _as_value_error("--training"):  # also before it starts
         TrainingArguments(output_dir=os.devnull, **taken, **training)
     return Merged(run, taken | training)
 
@@ -150,7 +151,7 @@ def _training_given(given: Mapping[str, str]) -> dict[str, Any]:
 
 @contextmanager
 def _as_value_error(flag: str) -> Iterator[None]:
-    """What a library raises for a field that it cannot take."""
+    """Raise as ValueError what a library raises for an invalid field."""
     try:
         yield
     except ValueError:
@@ -173,7 +174,7 @@ def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, gro
 def _training_fields(
     flags: Mapping[str, str], recipe: Recipe, steps: int, batch_size: int, group_size: int
 ) -> tuple[int, dict[str, Any]]:
-    """Rows at once, and fields of TrainingArguments: this project's, and over them what the user gave."""
+    """Rows of a micro-batch, and fields of TrainingArguments: our defaults, overridden by the user's."""
     given = _training_given(flags)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     taken = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}
@@ -192,8 +193,8 @@ def _training_fields(
     micro_batch, rest = divmod(batch_size, parts)
     if rest or micro_batch % group_size or not micro_batch:
         raise ValueError(
-            f"a batch of {batch_size} rows in {parts} parts (processes x accumulation) gives no parts that are "
-            f"multiples of the group size {group_size}; --batch-size {group_size * parts} would, and its multiples"
+            f"a batch of {batch_size} rows does not split into {parts} parts (processes x accumulation) that are "
+            f"multiples of the group size {group_size}; give a multiple of {group_size * parts} as --batch-size"
         )
     return micro_batch, {
         "per_device_eval_batch_size": micro_batch,

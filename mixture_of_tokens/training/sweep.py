@@ -1,4 +1,4 @@
-"""A grid of settings for one model, compared on text that no result is reported on."""
+"""A grid of settings for one model, compared on a split that no result is reported on."""
 
 import dataclasses
 import itertools
@@ -66,7 +66,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One setting, as flags and their values, with its runs; no loss where a seed diverged: it is never the best."""
+    """One setting (flags and values) and its runs. Where a seed diverged it has no loss, and is never the best."""
 
     settings: dict[str, str]
     runs: list[Outcome]
@@ -133,7 +133,7 @@ def sweep(
 ) -> Sweep | Plans:
     """Train one model with every combination of settings, and print the best.
 
-    A setting is a list with commas: --learning-rate, --seeds, and any field of --model and --training. Losses are of
+    A setting is a list with commas: --learning-rate, --seeds, and any field of --model and --training. Losses are on
     the tuning split. Called again, it skips what is finished and goes on with the rest.
 
     Args:
@@ -145,7 +145,7 @@ def sweep(
 
     Returns what sweep.json holds; with `dry_run` the runs that it would train.
 
-    Raises ValueError for whatever is wrong with any of the runs, before the first one.
+    Raises ValueError for invalid settings of any run, before the first one starts.
     """
     check_one_process("mot sweep")
     out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else Path(out)
@@ -219,7 +219,7 @@ def _directory(settings: dict[str, str], seed: int | None) -> str:
 
 
 def _outcome(seed: int, merged: Merged, directory: Path) -> Outcome:
-    """One that diverged is not tried again."""
+    """The outcome of a run, trained if need be. A run that diverged is not trained again."""
     diverged = directory / DIVERGED
     if not diverged.exists():
         try:
@@ -239,7 +239,7 @@ def trained_on(run: Run) -> str:
 
 
 def check_text(runs: list[tuple[str, str | None]]) -> None:
-    """Raises ValueError for losses on different texts, as when files have changed between two sittings.
+    """Raises ValueError for losses on different texts, as when files have changed between two calls.
 
     Args:
         runs: Directories, and the texts of those that ended.

@@ -53,10 +53,10 @@ def train(
         out: The run directory; by default runs/NAME-seedSEED.
         seed: Of the weights and of the order of the text.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the size's own.
-        resume: Go on from the newest whole checkpoint of the run directory, or start where there is none.
+        resume: Go on from the newest valid checkpoint of the run directory, or start where there is none.
         dry_run: Print the merged configuration and stop.
 
-    Returns the finished run; with `dry_run` its configuration; None in all processes of torchrun's but the first.
+    Returns the finished run; with `dry_run` its configuration; None in all processes of torchrun but the first.
 
     Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
     """
@@ -68,11 +68,11 @@ def train(
 
 
 def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None = None) -> Run | None:
-    """Train as `train` does, or find it done with `resume`.
+    """Train as `train` does; with `resume`, a run that is finished is only read.
 
     Args:
-        begin: called before the first step, unless there is a checkpoint to go on from. Of a run with a `first_step` it
-            is for `begin` to give the trainer the weights, rows and clock of that step.
+        begin: called before the first step, unless there is a checkpoint to go on from. In a run with a `first_step` it
+            gives the trainer the weights, rows and clock of that step.
     """
     if resume and (out / records.FACTS).exists():
         check_resumed(out, merged.config)
@@ -150,14 +150,14 @@ def _run(run: RunConfig, arguments: TrainingArguments, out: Path, begin: Begin |
 
 
 def _end_reports(arguments: TrainingArguments) -> None:
-    """W&B's run would stay open, and take what the next one of this process reports, as in a sweep."""
+    """Close W&B's run, or the next run of this process, as in a sweep, would report to it."""
     wandb = sys.modules.get("wandb")
     if "wandb" in (arguments.report_to or ()) and wandb is not None and wandb.run is not None:
         wandb.finish()
 
 
 def _finish(trainer: GroupedTrainer, prepared: Prepared, run: RunConfig, out: Path, made_by: dict[str, Any]) -> Run:
-    """Write `model/` and, last, `run.json`, which says that the run is finished."""
+    """Write `model/` and, last, `run.json`, which marks the run as finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run.last_step * trainer.run_log.tokens_per_step
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))

@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer with what it lacks: grouped batches, router telemetry, `metrics.jsonl`, whole checkpoints.
+"""Hugging Face's Trainer with grouped batches, router telemetry, `metrics.jsonl`, crash-safe checkpoints.
 
-The clock of a run goes on where a resumed run left off. It stands still during evaluations and while a checkpoint is
-written, which are the same for every system and no part of training.
+The clock of a resumed run goes on where it stopped. It leaves out evaluations and the writing of checkpoints, which are
+the same for every system and no part of training.
 """
 
 import math
@@ -35,14 +35,14 @@ class GroupedTrainer(Trainer):
 
     `train(checkpoint)` goes on from a checkpoint that `checkpoints.newest` gave; None starts anew.
 
-    Raises FloatingPointError, naming the step, at a loss or weights that are not finite: what it has saved before is
-    good. Raises OSError where a checkpoint cannot be written, and leaves nothing of it.
+    Raises FloatingPointError, naming the step, at losses or weights that are not finite; earlier checkpoints are valid.
+    Raises OSError where a checkpoint cannot be written, and leaves nothing of it.
     """
 
     def __init__(
         self, model: MixtureOfTokensForCausalLM, *args, rows: GroupedBatches, evaluated: Blocks, corpus: str, **kwargs
     ):
-        # The evaluation set is named so that Trainer evaluates at all; `evaluate` does not read it.
+        # Trainer evaluates only where it is given an evaluation set; `evaluate` does not read it.
         super().__init__(model, *args, train_dataset=rows, eval_dataset=rows, data_collator=_as_it_is, **kwargs)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -57,7 +57,7 @@ class GroupedTrainer(Trainer):
         probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
         self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
         self.gradient_norms: dict[str, float] = {}  # before clipping, as Trainer's own
-        self.total_norm: Any = None  # of all gradients before they were clipped; read at logged steps alone
+        self.total_norm: Any = None  # of all gradients before clipping; read only at logged steps
         # Cross-entropy and auxiliary loss of every micro-batch since the last row of metrics.jsonl.
         self._reported: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._output_dir: str | None = None  # where a checkpoint is written before it gets its name
@@ -72,7 +72,7 @@ class GroupedTrainer(Trainer):
                 )
             step = facts["step"]
             self.clock.before = facts["seconds"]
-            for loss, aux in facts["reported"]:  # beside the losses of steps to come, so where those are
+            for loss, aux in facts["reported"]:  # on the device of the losses that follow
                 pair = [None if each is None else torch.tensor(each, device=self.args.device) for each in (loss, aux)]
                 self._reported += [tuple(pair)] * self.args.gradient_accumulation_steps  # pyright: ignore
         if self.is_world_process_zero():
@@ -109,13 +109,13 @@ class GroupedTrainer(Trainer):
                 logs |= {f"layer/{layer}/{name}": float(f"{value:.5g}") for name, value in measured.items()}
             logs |= {f"layer/{layer}/router_gradient_norm": norm for layer, norm in self.gradient_norms.items()}
         super().log(logs, start_time)
-        self.state.log_history.clear()  # it stands in metrics.jsonl, and need not in every checkpoint
+        self.state.log_history.clear()  # metrics.jsonl has it; checkpoints need not
 
     def _mean(self, losses: tuple[torch.Tensor, ...]) -> float:
         return self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()  # pyright: ignore
 
     def _reported_by_step(self) -> list[tuple[float, float | None]]:
-        """Means over processes and micro-batches, so that another layout can go on with them."""
+        """Means over processes and micro-batches, so that a resumed run may split its batches otherwise."""
         parts = self.args.gradient_accumulation_steps
         steps = [self._reported[start : start + parts] for start in range(0, len(self._reported), parts)]
         pairs = [tuple(zip(*step, strict=True)) for step in steps]
@@ -145,11 +145,11 @@ class GroupedTrainer(Trainer):
         return metrics
 
     def loss_of(self, model: Any) -> float:
-        """A model's, over the part of the text that is evaluated in training."""
+        """A model's loss over the part of the text that is evaluated during training."""
         return self._evaluate_blocks(model, groups=max(1, EVALUATION_ROWS // self.rows.group_size))["loss"]
 
     def evaluate_all(self, seed: int) -> dict[str, float]:
-        """Over all of the text, in groups by a seed: as `evaluate.evaluate_blocks`."""
+        """The result of `evaluate_blocks` over all of the text, grouped by a seed."""
         return self._evaluate_blocks(self.causal_lm, seed=seed, progress="Evaluating all of the text")
 
     def _evaluate_blocks(self, model: Any, **options: Any) -> dict[str, float]:
@@ -179,7 +179,7 @@ class GroupedTrainer(Trainer):
                 if main:
                     facts = {"step": step, "seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
                     checkpoints.describe(beside / name, **facts)
-                    self.run_log.write()  # its rows are there before the checkpoint is
+                    self.run_log.write()  # the rows come before the checkpoint
                     checkpoints.publish(beside / name, self.run / name)
                     checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
             finally:
@@ -197,10 +197,10 @@ class _RouterGradients(TrainerCallback):
         if (state.global_step + 1) % state.logging_steps == 0:
             total, norms = self.trainer.total_norm, router_gradient_norms(self.trainer.causal_lm)
             kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
-            # Clipping brings gradients of which one is infinite to nothing.
+            # Clipping sets all gradients to zero if one is infinite.
             self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
 
 
 def _as_it_is(batch: Any) -> Any:
-    """`GroupedBatches` gives whole batches."""
+    """`GroupedBatches` gives complete batches."""
     return batch
