@@ -64,8 +64,9 @@ def check_resumed(out: Path, config: RunConfig) -> None:
             continue
         if before.get(key) != now.get(key):
             flag = key if key.startswith(("model.", "training.")) else key.removeprefix("transition.").replace("_", "-")
+            what = "a micro-batch of" if key == "micro_batch" else f"--{flag}"
             raise ValueError(
-                f"{out} was started with --{flag} {before.get(key)}, now it is {now.get(key)}; "
+                f"{out} was started with {what} {before.get(key)}, now it is {now.get(key)}; "
                 "give the same flags, or name another directory with --out"
             )
 
