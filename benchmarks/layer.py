@@ -109,7 +109,7 @@ def peak_memories(names: Sequence[str], sizes: Sizes, dtype: torch.dtype, device
     if device == "cuda":
         return {name: peak_memory(name, sizes, dtype, device, keep) for name in bar}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mixture_of_tokens.train"])
+    context.set_forkserver_preload(["mixture_of_tokens.training.train"])
     with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         return {name: pool.submit(peak_memory, name, sizes, dtype, device, keep).result() for name in bar}
 

@@ -58,18 +58,23 @@ def ungrouped(y_MGD: Tensor, mask_MG1: Tensor | None, B: int, T: int) -> Tensor:
     return y_MGD.unflatten(0, (-1, T)).transpose(1, 2).flatten(0, 1)[:B]
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    """A constant of a device; torch 2.10's compiler cannot trace the question."""
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, cast as autocast would for a matrix product."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """A context without autocast; the meta device has none to turn off."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
 def _swapped(x: Tensor) -> Tensor:

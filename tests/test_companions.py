@@ -152,3 +152,28 @@ def test_a_run_s_companions_make_a_row_alone_better(tiny_runs, tiny_cache):
         assert_close(layer.companion_logit, logit)
     assert calibrated < zeros
     assert math.isfinite(zeros)
+
+
+def test_calibrating_while_serving_alone_and_twice_with_padding_measures_the_same():
+    inputs = batch(rows=9) | {"token_mask": torch.ones(9, 7, dtype=torch.bool)}
+    inputs["token_mask"][4, :3] = False  # so one group is not full, and later positions see what it got
+    model = mixing(num_hidden_layers=3, mlp_layer_types=["dense", "mixture_of_tokens", "mixture_of_tokens"])
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
+    found = []
+    for alone in (False, False, True):
+        model.serve_alone(alone)
+        calibrate_companions(model, [inputs])
+        assert all(layer.alone == alone for layer in layers)
+        found.append([(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers])
+    for again in found[1:]:
+        for one, other in zip(found[0], again, strict=True):
+            assert_close(other, one, rtol=0, atol=0)
+
+
+def test_companions_that_cannot_be_measured_stay_as_they_were():
+    model = mixing()
+    calibrate_companions(model, [batch()])
+    before = layer_of(model).companion.clone()
+    with pytest.raises(ValueError, match="no batch has a group"):
+        calibrate_companions(model, [batch(rows=2)])
+    assert_close(layer_of(model).companion, before, rtol=0, atol=0)

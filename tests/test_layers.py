@@ -344,3 +344,37 @@ def test_compiles_without_a_break_to_the_same_numbers(name, case):
             y, found = gradients(compiled, x, mask, cotangent)
         prefix = "_orig_mod."
         assert_close((y, {name.removeprefix(prefix): grad for name, grad in found.items()}), expected)
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_shapes_that_no_layer_takes_are_refused_by_name(name):
+    layer = build(name)
+    for shape in ((0, T, D), (B, 0, D), (B, D)):
+        with pytest.raises(ValueError, match=r"x must be \(examples, positions, hidden size\) with at least one"):
+            layer(torch.zeros(shape, dtype=torch.float64))
+    for mask in (torch.ones(T, B), torch.ones(B, T + 1), torch.ones(B)):
+        with pytest.raises(ValueError, match=r"token_mask must be \(6, 4\)"):
+            layer(tokens(), mask.bool())
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_under_autocast_every_routing_returns_the_precision_that_it_was_given(name):
+    layer, x = build(name, dtype=torch.float32), tokens(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == layer(x, some_mask()).dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's inductor imports what torch has deprecated
+@pytest.mark.parametrize("name", ["mot", "uniform", "ec_takes_2", "tc_top1", "tc_top1_dropping"])
+def test_the_default_compiler_takes_masked_batches_of_changing_shapes(name):
+    torch._dynamo.reset()
+    layer = build(name, dtype=torch.float32)
+    compiled: Any = torch.compile(layer)
+    for rows, positions in ((6, 4), (9, 7), (7, 5)):  # the last one does not fill its groups
+        x, mask = tokens(rows, positions, D, dtype=torch.float32), some_mask(rows, positions)
+        cotangent = tokens(rows, positions, D, seed=3, dtype=torch.float32)
+        y, found = gradients(compiled, x, mask, cotangent)
+        expected, gradient = gradients(layer, x, mask, cotangent)
+        assert_close(y, expected)
+        assert_close(found["x"], gradient["x"])

@@ -89,6 +89,13 @@ def test_one_side_may_be_frozen(frozen):
     assert_close(found, torch.autograd.grad(plain_cross_entropy(hidden, head, labels), leaf))
 
 
+@pytest.mark.parametrize("label", [-5, -1, 11])
+def test_a_label_that_is_no_class_is_an_error(label):
+    hidden, head = torch.randn(3, 4), torch.randn(11, 4)
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
+        chunked_cross_entropy(hidden, head, torch.tensor([2, label, IGNORE]))
+
+
 def test_evaluation_gives_the_same_loss():
     hidden, head, labels = example(torch.float64)
     expected = chunked_cross_entropy(hidden, head, labels).detach()

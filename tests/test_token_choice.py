@@ -115,3 +115,13 @@ def test_capacity_counts_in_full_precision_whatever_the_padding():
     assert layer(x).any(-1).sum() == 6
     mask = (torch.arange(8) < 5)[:, None].expand(8, 5)
     assert layer(crowd(8, 5), mask).any(-1).sum() == 6
+
+
+def test_a_huge_capacity_computes_no_more_rows_than_there_are_tokens():
+    rows = []
+    layer, x = scaling_experts(3, num_experts_per_tok=2, capacity_factor=1e9).train(), crowd(4, 5)
+    layer.experts.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    y = layer(x)
+    assert rows == [4 * 5]  # no token chooses an expert twice
+    layer.capacity_factor = None
+    assert_close(layer(x), y)
