@@ -85,9 +85,16 @@ def _common(
     entries = yaml.safe_load(config.read_text())
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
-    if "transition" in entries:
+    if isinstance(entries.get("config"), dict):  # a run in one file
+        entries = entries["config"]
+    if entries.get("transition") is not None:
         raise ValueError(f"--config {config} is of a converted run: repeat it with mot transition")
-    for field in ("format", "micro_batch"):  # a run directory's config.yaml has them beside the flags
+    for field in (
+        "format",
+        "micro_batch",
+        "first_step",
+        "transition",
+    ):  # a run directory's config.yaml has them beside the flags
         entries.pop(field, None)
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
     if len(words) > 1 and not words[1].startswith("-"):  # a positional word is the model's name

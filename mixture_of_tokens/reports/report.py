@@ -101,7 +101,9 @@ def _annealed(run: Run, after: Transition) -> str:
 
 
 def _train_again(directory: Path) -> str:
-    return shlex.join(["mot", "train", "--config", str(directory / CONFIG), "--out", f"again/{directory.name}"])
+    packed = directory.with_name(f"{directory.name}.json")
+    config = packed if packed.is_file() else directory / CONFIG
+    return shlex.join(["mot", "train", "--config", str(config), "--out", f"again/{directory.name}"])
 
 
 def summary_of(result: Comparison) -> str:
