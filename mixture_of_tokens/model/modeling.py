@@ -147,7 +147,8 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         """Logits, or with labels the loss; the (B, T, V) logits are then computed only on request.
 
         Args beyond upstream's:
-            token_mask: (B, T), true where a token is real and takes part in groups; by default the attention mask.
+            token_mask: (B, T), true where a token is real and takes part in groups; by default the attention mask. It
+                does not mask attention: with it alone, real tokens still attend to padding.
             labels: (B, T), predicted from the position before; `shift_labels`: the same, shifted already.
             num_items_in_batch: divisor of the summed loss, by default the number of labels in this call. With gradient
                 accumulation it is the number of labels in the step; the auxiliary loss is then weighted by this

@@ -230,8 +230,8 @@ def _layers(models: dict[str, list[Run]]) -> Child:
     seeds = sorted({run.seed for model in models.values() for run in model if any(row.layers for row in run.rows)})
     intro = (
         "Measured during training on one group of evaluation text, after the same steps in all models; "
-        f"{'means over the seeds' if len(seeds) > 1 else 'seed'} {listed(list(map(str, seeds)))}. The number at the end "
-        "of a line is the layer, counted from 0. Dense layers have no routing to measure."
+        f"{'means over the seeds' if len(seeds) > 1 else 'seed'} {listed(list(map(str, seeds)))}. "
+        "The number at the end of a line is the layer, counted from 0. Dense layers have no routing to measure."
     )
     return [html("p", intro), content]
 
