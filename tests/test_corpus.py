@@ -140,7 +140,7 @@ BAD = {
     "list.jsonl": (lambda p: p.write_text("[1]"), "list.jsonl:1 is no object"),
     "field.jsonl": (lambda p: p.write_text('{"a": "x", "b": 1}'), "jsonl:1 has no field 'text'; it has 'a', 'b'"),
     "deep.jsonl": (lambda p: p.write_text('{"text": ' + "[" * 10**5), "deep.jsonl:1 is nested too deeply"),
-    "digits.jsonl": (lambda p: p.write_text('{"text": "a"}\n' + "1" * 5000), "jsonl:2 cannot be read: Exceeds the limit"),
+    "long.jsonl": (lambda p: p.write_text('{"text": "a"}\n' + "1" * 5000), "jsonl:2 cannot be read: Exceeds the limit"),
     "number.jsonl": (lambda p: p.write_text('{"text": 7}'), "number.jsonl:1: the field 'text' is no text but int"),
     "bytes.jsonl": (lambda p: p.write_bytes(b'{"text": "\xff"}'), "bytes.jsonl:1 is not UTF-8 at byte 10 of the line"),
     "half.jsonl": (lambda p: p.write_text('{"text": "a\\ud83d"}'), "half.jsonl:1: character 1 of the field 'text'"),

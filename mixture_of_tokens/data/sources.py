@@ -138,14 +138,21 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
         return [name, config, _hub_commit(name)]
     # A data set's files are read differently from a folder's, and its configuration selects them.
     result = ["hf", _hub_name(source)[1]] if source is not None and source.startswith("hf:") else []
-    for path in paths:
-        digest = hashlib.sha256()
+    result += [f"{''.join(path.suffixes[-2:])} {hash_of_file(path, read)}" for path in paths]
+    return result
+
+
+def hash_of_file(path: Path, read: Callable[[int], Any]) -> str:
+    """The SHA-256 of a file's content. read: called with the number of bytes read. Raises OSError with the name."""
+    digest = hashlib.sha256()
+    try:
         with path.open("rb") as file:
             while part := file.read(PART):
                 digest.update(part)
                 read(len(part))
-        result.append(f"{''.join(path.suffixes[-2:])} {digest.hexdigest()}")
-    return result
+    except OSError as error:
+        raise naming(error, path) from error
+    return digest.hexdigest()
 
 
 def _of_files(paths: list[Path], field: str) -> Iterator[Document]:

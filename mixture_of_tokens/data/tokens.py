@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of
 
-FORMAT = 3  # of the files in the cache; after a change they are made anew
+FORMAT = 4  # of the files in the cache; after a change they are made anew
 SHARD_TOKENS = 2**27  # per file
 # Encoding takes some hundred bytes of memory per token, so tokenizers get small batches of small pieces of text.
 BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16
@@ -37,7 +37,7 @@ def tokenize(
     Args:
         text: The file that holds the text of the documents.
 
-    Returns a manifest without `files`.
+    Returns a manifest without `files` and hashes.
     """
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
     facts: dict[str, Any] = {"dtype": dtype, "tokenizer": hash_of(tokenizer)}
