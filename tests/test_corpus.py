@@ -231,6 +231,17 @@ def test_a_sketch_sees_lines_and_not_where_parts_begin(tmp_path):
     assert (whole[0] != whole[1]).any()
 
 
+def test_sketches_are_the_same_for_ever(tmp_path):
+    # Computed by datasketch 2.0.0, before MinHash was written out here: runs are compared where corpus hashes agree.
+    (tmp_path / "text").write_bytes(sentences(0, 30).encode() + b"\nshort\n" + bytes(range(1, 256)))
+    size = (tmp_path / "text").stat().st_size
+    bands = duplicates._sketches(tmp_path / "text", np.array([[0, size], [size - 270, 16]]))
+    assert bands[:, [0, 7, 15]].tolist() == [
+        [0x40CE1D5D7A77C5AE, 0x9277B4C372A2FF98, 0x850F120D8548F974],
+        [0xC72FDC881B3F14A8, 0xF0F9F57BA9C70C7E, 0x2DE21CA6EBABAEEE],
+    ]
+
+
 def test_sketches_of_other_processes_are_the_same(work):
     given = [*texts(200), *texts(50)]
     places, digests = spool(([text.encode()] for text in given), work / "text", None, len_of)
