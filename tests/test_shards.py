@@ -332,13 +332,28 @@ def test_of_two_at_once_one_works_and_the_other_waits(source, fresh_cache):
     assert len(list(fresh_cache.glob("tokens-*/manifest.json"))) == 1
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(source, fresh_cache):
-    code = CHILD.replace(
-        "import sys, time", "import sys, time, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9**5,)*2)"
-    )
-    full = subprocess.run([sys.executable, "-c", code, source, ""], capture_output=True, text=True, check=False)
-    assert full.returncode == 1
-    assert "OSError: [Errno 27] File too large" in full.stderr
+FULL = """
+import os, resource, sys
+from pathlib import Path
+from mixture_of_tokens.data.prepare import prepare
+for size in (10, 1000, 10_000, 50_000, 60_000):  # too small for the text, and then for the tokenizer
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        prepare([sys.argv[1]], vocab_size=2000, context=16)
+        print("worked")
+    except OSError as error:
+        print(" ".join(str(error).split()))
+"""
+
+
+def test_a_full_disk_is_an_error_that_names_the_cache_and_leaves_nothing(tmp_path, fresh_cache):
+    source = write(tmp_path / "rows.jsonl", [sentences(0, 600)])
+    done = subprocess.run([sys.executable, "-c", FULL, source], capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 5
+    assert all(str(fresh_cache) in line for line in said), said
+    assert any("[Errno 27] File too large" in line for line in said)
+    assert any("the tokenizer cannot be written" in line for line in said)
     assert [path.suffix for path in fresh_cache.iterdir()] == [".lock"]
 
 
@@ -402,6 +417,16 @@ def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source):
     for name in ("empty", "missing.json"):
         with pytest.raises(OSError, match="there is no"):
             prepare([source], tokenizer=str(tmp_path / name))
+    with pytest.raises(ValueError, match="an empty name"):
+        load_tokenizer("")
+
+
+def test_a_tokenizer_that_cannot_encode_is_named(tmp_path, source):
+    bare = Tokenizer(models.WordLevel({END: 0}, "[UNK]"))  # its word for unknown ones is not in it
+    bare.save(str(tmp_path / "lacking.json"))
+    with pytest.raises(ValueError, match=r"the tokenizer .*lacking\.json cannot encode the text: ") as raised:
+        prepare([source], tokenizer=str(tmp_path / "lacking.json"), vocab_size=None)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("options", [{"context": 0}, {"group_size": 0}, {"max_bytes": -1}])

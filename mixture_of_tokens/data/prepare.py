@@ -120,7 +120,7 @@ def prepare(
     if segments:
         _say_segments(named, group_size, segments)
     facts |= {"source": named, "segments": segments}
-    kept = given or PreTrainedTokenizerFast.from_pretrained(directory)
+    kept = given or _tokenizer_in(directory)
     return Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
 
 
@@ -150,6 +150,13 @@ def whole_text(
     if segments:
         _say_segments(sources, group_size, segments)
     return Blocks(np.concatenate(rows), parts, context, count)
+
+
+def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # its file is as it was written, but perhaps by a newer version of tokenizers
+        raise ValueError(f"the tokenizer in {directory} cannot be read: {corpus.first_line(error)}") from error
 
 
 def _say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
@@ -266,6 +273,8 @@ def _make(
             _to_disk(path)
         beside.rename(directory)
         _to_disk(directory.parent)
+    except OSError as error:  # errors of reading name the file; those of a full disk name none
+        raise corpus.naming(error, directory.parent) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     for name, file in files.items():

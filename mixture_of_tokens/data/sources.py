@@ -311,7 +311,14 @@ def _hub_commit(name: str) -> str:
     except Exception:  # network errors of many kinds; errors of the data set are reported when it is read
         return note.read_text() if note.exists() else ""
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(commit)
+    written = note.with_name(f"{note.name}.{os.getpid()}")
+    try:
+        written.write_text(commit)
+        written.replace(note)  # never half of it
+    except OSError as error:
+        raise naming(error, note) from error
+    finally:
+        written.unlink(missing_ok=True)
     return commit
 
 
