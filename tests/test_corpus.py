@@ -114,6 +114,17 @@ def _parquet(path, **columns):
     pq.write_table(pa.table(columns), path)
 
 
+def _twice(path):
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path)
+
+
+def _damaged(path):
+    _parquet(path, text=["some words " * 1000 + str(i) for i in range(50)])
+    content = bytearray(path.read_bytes())
+    content[30:200] = bytes(170)
+    path.write_bytes(content)
+
+
 BAD = {
     "missing.txt": (None, "missing.txt: there is no such file or folder"),
     "none*.txt": (None, "none*.txt matches no file"),
@@ -128,6 +139,8 @@ BAD = {
     "bad.jsonl": (lambda p: p.write_text('{"text": "a"}\n\n{"text": '), "bad.jsonl:3 is no JSON: Expecting value"),
     "list.jsonl": (lambda p: p.write_text("[1]"), "list.jsonl:1 is no object"),
     "field.jsonl": (lambda p: p.write_text('{"a": "x", "b": 1}'), "jsonl:1 has no field 'text'; it has 'a', 'b'"),
+    "deep.jsonl": (lambda p: p.write_text('{"text": ' + "[" * 10**5), "deep.jsonl:1 is nested too deeply"),
+    "long.jsonl": (lambda p: p.write_text('{"text": "a"}\n' + "1" * 5000), "jsonl:2 cannot be read: Exceeds the limit"),
     "number.jsonl": (lambda p: p.write_text('{"text": 7}'), "number.jsonl:1: the field 'text' is no text but int"),
     "bytes.jsonl": (lambda p: p.write_bytes(b'{"text": "\xff"}'), "bytes.jsonl:1 is not UTF-8 at byte 10 of the line"),
     "half.jsonl": (lambda p: p.write_text('{"text": "a\\ud83d"}'), "half.jsonl:1: character 1 of the field 'text'"),
@@ -135,6 +148,11 @@ BAD = {
     "no.parquet": (lambda p: p.write_text("text"), "no.parquet is no parquet file"),
     "field.parquet": (lambda p: _parquet(p, a=["x"], b=[1]), "field.parquet has no field 'text'; it has 'a', 'b'"),
     "number.parquet": (lambda p: _parquet(p, text=[1]), "number.parquet: row 1: the field 'text' is no text but int"),
+    "struct.parquet": (lambda p: _parquet(p, text=[{"a": "x"}]), "row 1: the field 'text' is no text but dict"),
+    "nested.parquet": (lambda p: _parquet(p, text=[[["x"]]]), "row 1: the field 'text' is no text but list"),
+    "twice.parquet": (lambda p: _twice(p), "twice.parquet has 2 fields 'text'"),
+    "pages.parquet": (lambda p: _damaged(p), "pages.parquet is no parquet file with text after row 0"),
+    "pipe.txt": (lambda p: os.mkfifo(p), "pipe.txt is no regular file but a pipe"),
     "null.parquet": (lambda p: _parquet(p, text=["a", None]), "row 2: the field 'text' is no text but NoneType"),
 }  # fmt: skip
 
@@ -155,6 +173,32 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path):
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
     with pytest.raises(ValueError, match=r"latin\.py is not UTF-8 at byte 2"):
         read(tmp_path)
+
+
+def test_a_pipe_in_a_folder_is_named_and_not_waited_for(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "b.txt")
+    for source in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(ValueError, match=r"b\.txt is no regular file but a pipe"):
+            read(source)
+    with pytest.raises(ValueError, match=r"b\.txt is no regular file but a pipe"):
+        fingerprint(f"hf:{tmp_path}", len_of)
+    (tmp_path / "b.txt").rename(tmp_path / "image.png")  # of no known kind, and so not read
+    assert read(tmp_path) == ["text"]
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="an empty name"):
+        read("")
+    with pytest.raises(ValueError, match="~nobody-of-this-name: there is no such home"):
+        read("~nobody-of-this-name")
+
+
+def test_a_column_is_found_by_its_whole_name(tmp_path):
+    _parquet(tmp_path / "rows.parquet", **{"text.url": ["u", "v"], "text": ["a", "b"]})
+    assert read(tmp_path / "rows.parquet") == ["a", "b"]
 
 
 # Duplicates
@@ -185,6 +229,17 @@ def test_a_sketch_sees_lines_and_not_where_parts_begin(tmp_path):
     whole = duplicates._sketches(tmp_path / "text", places)
     assert (duplicates._sketches(tmp_path / "text", places, part=100) == whole).all()
     assert (whole[0] != whole[1]).any()
+
+
+def test_sketches_are_the_same_for_ever(tmp_path):
+    # Computed by datasketch 2.0.0, before MinHash was written out here: runs are compared where corpus hashes agree.
+    (tmp_path / "text").write_bytes(sentences(0, 30).encode() + b"\nshort\n" + bytes(range(1, 256)))
+    size = (tmp_path / "text").stat().st_size
+    bands = duplicates._sketches(tmp_path / "text", np.array([[0, size], [size - 270, 16]]))
+    assert bands[:, [0, 7, 15]].tolist() == [
+        [0x40CE1D5D7A77C5AE, 0x9277B4C372A2FF98, 0x850F120D8548F974],
+        [0xC72FDC881B3F14A8, 0xF0F9F57BA9C70C7E, 0x2DE21CA6EBABAEEE],
+    ]
 
 
 def test_sketches_of_other_processes_are_the_same(work):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from mixture_of_tokens.data import sources
 from mixture_of_tokens.data.groups import collisions, grouped_order
 from mixture_of_tokens.data.inspect import data_report
 from mixture_of_tokens.data.prepare import prepare
@@ -173,29 +174,115 @@ def test_another_text_or_option_is_prepared_anew(source, fresh_cache, tmp_path):
     base = {"vocab_size": 300, "context": 16}
     hashes = {prepare([source], **base).facts["hash"]}
     longer = write(tmp_path / "longer.jsonl", texts(101))
-    for sources, options in [([longer], {}), ([source, longer], {}), ([source], {"max_bytes": 90_000})]:
-        hashes.add(prepare(sources, **base | options).facts["hash"])
+    for given, options in [([longer], {}), ([source, longer], {}), ([source], {"max_bytes": 90_000})]:
+        hashes.add(prepare(given, **base | options).facts["hash"])
     prepare([source], **base | {"vocab_size": 301})
     prepare([source], **base | {"group_size": 48})
     assert len(hashes) == 3  # of `source` and `longer` together the duplicates go, and `longer` is left
     assert len(list(fresh_cache.glob("tokens-*/manifest.json"))) == 6
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
-def test_a_damaged_entry_is_made_again(source, fresh_cache, damage, capsys):
-    whole = prepare([source], vocab_size=300, context=16)
-    shard = whole.directory / "train-00000.tokens"
-    content = shard.read_bytes()
-    if damage == "missing":
-        shard.unlink()
-    elif damage == "short":
-        shard.write_bytes(content[:-2])
-    else:
-        (whole.directory / "manifest.json").unlink()
-    again = prepare([source], vocab_size=300, context=16)
-    assert "is damaged" in capsys.readouterr().err
-    assert shard.read_bytes() == content
-    assert again.facts == whole.facts
+def flip(path: Path, place: int = -1) -> None:
+    """Change a byte, and neither the size nor the time of change."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+DAMAGE = {
+    "a shard is missing": (Path.unlink, "train-00000.tokens", "is missing"),
+    "a shard is short": (lambda p: os.truncate(p, p.stat().st_size - 2), "train-00000.tokens", "is damaged: it has"),
+    "a token is another": (flip, "train-00000.tokens", "is damaged: its hash is another"),
+    "a document ends elsewhere": (flip, "tuning.ends.npy", "is damaged: its hash is another"),
+    "the head of an array is broken": (lambda p: flip(p, 3), "train.ends.npy", "is damaged: its hash is another"),
+    "a word of the tokenizer is another": (
+        lambda p: flip(p, 3000),
+        "tokenizer.json",
+        "is damaged: its hash is another",
+    ),
+    "no manifest": (Path.unlink, "manifest.json", "is missing"),
+    "an empty manifest": (lambda p: p.write_text(""), "manifest.json", "is damaged"),
+    "a manifest of another kind": (lambda p: p.write_text("[]"), "manifest.json", "is damaged"),
+    "a deep manifest": (lambda p: p.write_text("[" * 10**5), "manifest.json", "is damaged"),
+    "another count in the manifest": (
+        lambda p: p.write_text(p.read_text().replace('"documents_cut": 0', '"documents_cut": 1')),
+        "manifest.json",
+        "is damaged: its hash is another",
+    ),
+    "no files in the manifest": (
+        lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"files": {}})),
+        "manifest.json",
+        "is damaged: its hash is another",
+    ),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory) -> Path:
+    """A cache with one entry, and the text that it is made of beside it."""
+    base = tmp_path_factory.mktemp("entry")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(base / "cache"))
+        prepare([write(base / "rows.jsonl", texts(60))], vocab_size=300, context=16)
+    return base
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_named_and_made_again(entry, tmp_path, fresh_cache, monkeypatch, damage, capsys):
+    shutil.copytree(entry / "cache", fresh_cache)
+    monkeypatch.setattr("mixture_of_tokens.data.prepare._CHECKED", {})
+    (directory,) = fresh_cache.glob("tokens-*[0-9a-f]")
+    before = contents(directory)
+    harm, name, message = DAMAGE[damage]
+    harm(directory / name)
+    assert contents(directory) != before
+    prepare([str(entry / "rows.jsonl")], vocab_size=300, context=16)
+    error = capsys.readouterr().err
+    assert error.startswith(f"{directory / name} {message}")
+    assert "the prepared text is made again.\n" in error
+    assert contents(directory) == before
+
+
+def test_an_entry_is_checked_once_in_a_process_unless_it_changes(entry, fresh_cache, monkeypatch, capsys):
+    shutil.copytree(entry / "cache", fresh_cache)
+    hashed: list[str] = []
+    of_file = sources.hash_of_file
+    monkeypatch.setattr(sources, "hash_of_file", lambda path, read: hashed.append(path.name) or of_file(path, read))
+    monkeypatch.setattr("mixture_of_tokens.data.prepare._CHECKED", {})
+
+    def again() -> set[str]:
+        hashed.clear()
+        directory = prepare([str(entry / "rows.jsonl")], vocab_size=300, context=16).directory
+        assert set(hashed) - {"rows.jsonl"} <= {path.name for path in directory.iterdir()}
+        return set(hashed) - {"rows.jsonl"}
+
+    (directory,) = fresh_cache.glob("tokens-*[0-9a-f]")
+    assert again() == {path.name for path in directory.iterdir()} - {"manifest.json"}
+    assert again() == set()
+    os.utime(directory / "train-00000.tokens", ns=(1, 1))
+    assert again() == {"train-00000.tokens"}
+    assert "made again" not in capsys.readouterr().err
+    (directory / "train-00000.tokens").unlink()
+    assert again() == set(contents(directory)) - {"manifest.json"}  # hashed as they are made
+    assert again() == set()
+
+
+def test_what_killed_processes_leave_of_other_texts_goes_too(source, fresh_cache):
+    fresh_cache.mkdir()
+    for name in ("tokens-1.partial", "tokens-2.partial"):
+        (fresh_cache / name).mkdir()
+        (fresh_cache / name / "text").write_text("half")
+    code = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n  print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, fresh_cache / "tokens-2.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as busy:  # ends with its input
+        busy.stdout.readline()
+        prepare([source], vocab_size=300, context=16)
+        assert [path.name for path in fresh_cache.glob("*.partial")] == ["tokens-2.partial"]
 
 
 CHILD = """
@@ -245,13 +332,28 @@ def test_of_two_at_once_one_works_and_the_other_waits(source, fresh_cache):
     assert len(list(fresh_cache.glob("tokens-*/manifest.json"))) == 1
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(source, fresh_cache):
-    code = CHILD.replace(
-        "import sys, time", "import sys, time, resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9**5,)*2)"
-    )
-    full = subprocess.run([sys.executable, "-c", code, source, ""], capture_output=True, text=True, check=False)
-    assert full.returncode == 1
-    assert "OSError: [Errno 27] File too large" in full.stderr
+FULL = """
+import os, resource, sys
+from pathlib import Path
+from mixture_of_tokens.data.prepare import prepare
+for size in (10, 1000, 10_000, 50_000, 60_000):  # too small for the text, and then for the tokenizer
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        prepare([sys.argv[1]], vocab_size=2000, context=16)
+        print("worked")
+    except OSError as error:
+        print(" ".join(str(error).split()))
+"""
+
+
+def test_a_full_disk_is_an_error_that_names_the_cache_and_leaves_nothing(tmp_path, fresh_cache):
+    source = write(tmp_path / "rows.jsonl", [sentences(0, 600)])
+    done = subprocess.run([sys.executable, "-c", FULL, source], capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 5
+    assert all(str(fresh_cache) in line for line in said), said
+    assert any("[Errno 27] File too large" in line for line in said)
+    assert any("the tokenizer cannot be written" in line for line in said)
     assert [path.suffix for path in fresh_cache.iterdir()] == [".lock"]
 
 
@@ -315,6 +417,16 @@ def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source):
     for name in ("empty", "missing.json"):
         with pytest.raises(OSError, match="there is no"):
             prepare([source], tokenizer=str(tmp_path / name))
+    with pytest.raises(ValueError, match="an empty name"):
+        load_tokenizer("")
+
+
+def test_a_tokenizer_that_cannot_encode_is_named(tmp_path, source):
+    bare = Tokenizer(models.WordLevel({END: 0}, "[UNK]"))  # its word for unknown ones is not in it
+    bare.save(str(tmp_path / "lacking.json"))
+    with pytest.raises(ValueError, match=r"the tokenizer .*lacking\.json cannot encode the text: ") as raised:
+        prepare([source], tokenizer=str(tmp_path / "lacking.json"), vocab_size=None)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("options", [{"context": 0}, {"group_size": 0}, {"max_bytes": -1}])
@@ -345,20 +457,17 @@ def test_hub_data_in_a_local_folder_is_prepared_and_cached(tmp_path, fresh_cache
 # Report and memory
 
 
-def test_the_report_says_what_is_in_the_data(source, tmp_path, capsys):
+def test_the_report_says_what_is_in_the_data(source, tmp_path):
     given = [*texts(400), texts(1)[0], sentences(9999, 5000)]
     path = write(tmp_path / "rows.jsonl", given)
-    data_report(path, context=16, json=True)
-    report = json.loads(capsys.readouterr().out)
+    report = json.loads(data_report(path, context=16).to_json())
     facts = prepare([path], context=16).facts
     assert (report["hash"], report["duplicates_dropped"], report["documents_cut"]) == (facts["hash"], 1, 1)
     for name in SPLITS:
         shown = report["splits"][name]
         assert {key: shown[key] for key in ("documents", "tokens", "bytes")} == facts[name]
         assert shown["collisions"] == 0
-    capsys.readouterr()
-    data_report(path, context=16)
-    lines = capsys.readouterr().out.splitlines()
+    lines = str(data_report(path, context=16)).splitlines()
     assert lines[0].split() == list(SPLITS)
     assert ["collisions", "0", "0", "0"] in [line.split() for line in lines]
     assert "duplicates dropped: 1" in lines

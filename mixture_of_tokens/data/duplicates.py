@@ -2,6 +2,9 @@
 
 In a group, a near-duplicate would show the model its own future. For large texts several processes make the sketches.
 Each runs this file as a script, so that it imports neither torch nor the rest of the package.
+
+MinHash is written out here: which documents are dropped decides the hash of a corpus, and a library's next version may
+draw other permutations.
 """
 
 import os
@@ -9,14 +12,13 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasketch import MinHash
 
 # Two documents are duplicates if they agree in one of 16 bands of 4 hashes. With a share s of common lines they do so
 # with the probability 1 - (1 - s^4)^16, which is 0.12 for 0.3, 0.64 for 0.5 and 0.99 for 0.7.
@@ -28,35 +30,60 @@ CHUNK = 2**26  # bytes per process, which takes half a second to start and a sec
 PART = 2**20  # bytes held at once
 
 
-def sketch(file: int, offset: int, length: int, minhash: MinHash, *, part: int = PART) -> np.ndarray:
+def _permutations() -> tuple[np.ndarray, np.ndarray]:
+    """Factors, which are odd, and summands (BANDS * ROWS,), uint32, of permutations h -> factor * h + summand mod 2^32.
+
+    NumPy promises that this generator's stream never changes.
+    """
+    generator, count = np.random.RandomState(1), BANDS * ROWS
+    factors = generator.randint(0, 2**31, count, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+    return factors, generator.randint(0, 2**32, count, dtype=np.uint32)
+
+
+FACTOR, SUMMAND = _permutations()
+HIGHEST = np.full(BANDS * ROWS, 2**32 - 1, dtype=np.uint32)  # what no line has lowered
+
+
+def lowered(lowest: np.ndarray, lines: Iterable[bytes]) -> np.ndarray:
+    """The lowest permuted hash (BANDS * ROWS,), uint32, of these lines and of those that `lowest` was made of."""
+    hashes = np.array([zlib.crc32(line) for line in lines], dtype=np.uint32)
+    if not len(hashes):
+        return lowest
+    # CRC is linear: without this finalizer of MurmurHash3, lines that differ in a bit would stay near each other.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        hashes = (hashes ^ hashes >> np.uint32(shift)) * np.uint32(factor)
+    hashes = hashes ^ hashes >> np.uint32(16)
+    return np.minimum(lowest, (hashes[:, None] * FACTOR + SUMMAND).min(axis=0))
+
+
+def sketch(file: int, offset: int, length: int, *, part: int = PART) -> np.ndarray:
     """Hashes of the bands (BANDS,) of a text: `length` bytes from `offset` of an open file. Zeros if it is blank.
 
     The text is read in parts of `part` bytes; the result does not depend on it.
     """
     for shortest in (SHORTEST_LINE, 1):
-        minhash.clear()
-        rest = b""
+        lowest, rest = HIGHEST, b""
         for start in range(offset, offset + length, part):
             text = rest + os.pread(file, min(part, offset + length - start), start)
             last = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
             if last == 0 and len(text) > part:  # a very long line
                 last = len(text)
             rest = text[last:]
-            minhash.update_batch({line for line in map(bytes.strip, text[:last].splitlines()) if len(line) >= shortest})
+            lines = {line for line in map(bytes.strip, text[:last].splitlines()) if len(line) >= shortest}
+            lowest = lowered(lowest, lines)
         if len(rest.strip()) >= shortest:
-            minhash.update(rest.strip())
-        if not minhash.is_empty():
-            bands = minhash.hashvalues.astype(np.uint64).reshape(BANDS, ROWS) * FACTORS
+            lowest = lowered(lowest, [rest.strip()])
+        if (lowest < HIGHEST).any():
+            bands = lowest.astype(np.uint64).reshape(BANDS, ROWS) * FACTORS
             return np.maximum(bands.sum(axis=1, dtype=np.uint64), np.uint64(1))
     return np.zeros(BANDS, dtype=np.uint64)
 
 
 def _sketches(text: Path, places: np.ndarray, *, part: int = PART) -> np.ndarray:
     """Bands (documents, BANDS) of the documents at `places` (documents, 2), offset and length, of a file."""
-    minhash = MinHash(num_perm=BANDS * ROWS, hashfunc=zlib.crc32, seed=1)
     file = os.open(text, os.O_RDONLY)
     try:
-        return np.array([sketch(file, int(offset), int(length), minhash, part=part) for offset, length in places])
+        return np.array([sketch(file, int(offset), int(length), part=part) for offset, length in places])
     finally:
         os.close(file)
 
@@ -97,13 +124,15 @@ def unlike(
         read: Called with the number of bytes sketched.
         chunk: Bytes per process; for a shorter text no other process is started.
     """
-    # In a file that is mapped only briefly: in memory, the bands of short documents would be as large as their text.
-    file, shape = work / "bands", (BANDS, len(places))
+    # In a file: in memory, the bands of short documents would be as large as their text. Written, not mapped, as on a
+    # full disk writing is an error, and changing a mapped page ends the process.
+    file = work / "bands"
     with file.open("wb") as made:
-        made.truncate(BANDS * len(places) * 8)
-    for part, found in _chunks(text, places, chunk):
-        np.memmap(file, dtype=np.uint64, mode="r+", shape=shape)[:, part] = found.T
-        read(int(places[part, 1].sum()))
+        for part, found in _chunks(text, places, chunk):
+            for number in range(BANDS):
+                made.seek((number * len(places) + part.start) * 8)
+                made.write(found[:, number].tobytes())
+            read(int(places[part, 1].sum()))
 
     def band(number: int) -> np.ndarray:
         return np.fromfile(file, np.uint64, len(places), offset=number * len(places) * 8)

@@ -1,7 +1,11 @@
 """Text -> token files with a manifest, made once, kept in a cache under a hash of content and options.
 
 A cache entry is made in a folder beside it, under a lock, and renamed when it is complete and on the disk. The next
-process deletes what a killed one has left there.
+process that prepares data deletes what a killed one has left.
+
+The manifest holds the SHA-256 of every file and of itself. A process checks all of them when it first takes an entry
+from the cache. Token files are rarely larger than their text, so this takes no longer than hashing local sources, by
+which the entry is found. A damaged entry is made again. What is damaged after the check is not noticed.
 """
 
 import hashlib
@@ -10,10 +14,11 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -26,6 +31,7 @@ from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tok
 from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, encoded, progress_bar, tokenize
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
+MANIFEST, PARTIAL = "manifest.json", ".partial"
 SMALLEST_GROUP = 32  # documents are cut for groups of this size or more, so that models with smaller ones share data
 
 
@@ -88,17 +94,17 @@ def prepare(
     options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else hash_of(given)]
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
     directory = corpus.cache_directory() / f"tokens-{key}"
-    manifest = _whole(directory)
+    manifest, _ = _whole(directory)
     if manifest is None:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(directory):
-            manifest = _whole(directory)  # another process may have made it meanwhile
+            manifest, damage = _whole(directory)  # another process may have made it meanwhile
             if manifest is None:
                 documents = corpus.documents(sources, field)
                 total = max_bytes if total is None or max_bytes is None else min(total, max_bytes)
-                _make(directory, documents, max_bytes, total, group_size, given, vocab_size)
-                manifest = _whole(directory)
-    assert manifest is not None
+                if damage is not None:
+                    print(f"{damage}: the prepared text is made again.", file=sys.stderr)
+                manifest = _make(directory, documents, max_bytes, total, group_size, given, vocab_size)
     splits, facts, segments = {}, manifest["facts"], 0
     for name in SPLITS:
         paths = [directory / file for file in manifest["shards"][name]]
@@ -114,7 +120,7 @@ def prepare(
     if segments:
         _say_segments(named, group_size, segments)
     facts |= {"source": named, "segments": segments}
-    kept = given or PreTrainedTokenizerFast.from_pretrained(directory)
+    kept = given or _tokenizer_in(directory)
     return Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
 
 
@@ -146,6 +152,13 @@ def whole_text(
     return Blocks(np.concatenate(rows), parts, context, count)
 
 
+def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # its file is as it was written, but perhaps by a newer version of tokenizers
+        raise ValueError(f"the tokenizer in {directory} cannot be read: {corpus.first_line(error)}") from error
+
+
 def _say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
     what = f"{', '.join(map(str, sources))}: too few documents, or too long ones, for groups of {group_size}"
     print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
@@ -165,14 +178,56 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _whole(directory: Path) -> dict | None:
-    """The manifest of a complete cache entry: every file is there at its full length. Otherwise None."""
+# Files of the cache that this process has checked, each with its time of change, size and SHA-256: once is enough.
+_CHECKED: dict[Path, tuple[int, int, str]] = {}
+
+
+def _whole(directory: Path) -> tuple[dict | None, str | None]:
+    """The manifest of a cache entry whose every file is as it was written; or None, and what is damaged if it exists.
+
+    Raises OSError if a file cannot be read.
+    """
+    path = directory / MANIFEST
+    if not directory.exists():
+        return None, None
     try:
-        manifest = json.loads((directory / "manifest.json").read_text())
-        sizes = {name: (directory / name).stat().st_size for name in manifest["files"]}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or unreadable: the entry is made again
-        return None
-    return manifest if sizes == manifest["files"] else None
+        manifest = json.loads(path.read_text())
+        files, known = manifest["files"], manifest.pop("sha256")
+    except FileNotFoundError:
+        return None, f"{path} is missing"
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None, f"{path} is damaged"
+    if known != _hash_of_manifest(manifest):
+        return None, f"{path} is damaged: its hash is another"
+    try:
+        # Sizes of all files first: they cost nothing.
+        found = {name: (directory / name).stat() for name in files}
+        for name, status in found.items():
+            if status.st_size != files[name]["bytes"]:
+                return None, f"{directory / name} is damaged: it has {status.st_size} bytes, not {files[name]['bytes']}"
+        with progress_bar("Checking the cache", sum(status.st_size for status in found.values())) as bar:
+            for name in files:
+                if _hash_of_file(directory / name, bar.update) != files[name]["sha256"]:
+                    return None, f"{directory / name} is damaged: its hash is another"
+    except FileNotFoundError as error:
+        return None, f"{error.filename} is missing"
+    return manifest, None
+
+
+def _hash_of_manifest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of_file(path: Path, read: Callable[[int], Any]) -> str:
+    """The SHA-256 of a file of the cache, computed once per process unless the file has changed since."""
+    status = path.stat()
+    changed, size, digest = _CHECKED.get(path, (0, 0, ""))
+    if digest and (changed, size) == (status.st_mtime_ns, status.st_size):
+        read(size)
+        return digest
+    digest = corpus.hash_of_file(path, read)
+    _CHECKED[path] = status.st_mtime_ns, status.st_size, digest
+    return digest
 
 
 def _make(
@@ -183,13 +238,17 @@ def _make(
     group_size: int,
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int | None,
-) -> None:
-    """Make a cache entry. total: approximate bytes to read; vocab_size: of the tokenizer to train if none is given."""
+) -> dict:
+    """Make a cache entry; one that is there is damaged. Returns its manifest.
+
+    Args:
+        total: Approximate bytes to read.
+        vocab_size: Of the tokenizer to train if none is given.
+    """
     if directory.exists():
-        print(f"{directory} is damaged: a file is missing or of the wrong length. It is made again.", file=sys.stderr)
         shutil.rmtree(directory)
-    beside = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = directory.with_name(f"{directory.name}{PARTIAL}")
+    _clear(beside)
     beside.mkdir()
     try:
         text = beside / "text"
@@ -202,14 +261,38 @@ def _make(
                 tokenizer = train_tokenizer(_training_text(text, parts.places["train"]), vocab_size)
             manifest = tokenize(text, parts, tokenizer, beside, group_size)
         text.unlink()
-        manifest["files"] = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
-        (beside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        manifest = json.loads(json.dumps(manifest))  # as it will be read
+        manifest["files"] = files = {}
+        made = sorted(beside.iterdir())
+        with progress_bar("Hashing the tokens", sum(path.stat().st_size for path in made)) as bar:
+            for path in made:
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": corpus.hash_of_file(path, bar.update)}
+        content = manifest | {"sha256": _hash_of_manifest(manifest)}
+        (beside / MANIFEST).write_text(json.dumps(content, indent=2))
         for path in [*beside.iterdir(), beside]:
             _to_disk(path)
         beside.rename(directory)
         _to_disk(directory.parent)
+    except OSError as error:  # errors of reading name the file; those of a full disk name none
+        raise corpus.naming(error, directory.parent) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    for name, file in files.items():
+        _CHECKED[directory / name] = (directory / name).stat().st_mtime_ns, file["bytes"], file["sha256"]
+    return manifest
+
+
+def _clear(own: Path) -> None:
+    """Delete what killed processes have left in the cache: folders whose lock nobody holds, and `own`, as we hold its.
+
+    Without this, half of a text that nobody prepares again would stay for ever.
+    """
+    shutil.rmtree(own, ignore_errors=True)
+    for left in own.parent.glob(f"tokens-*{PARTIAL}"):
+        if left != own:
+            lock = FileLock(f"{str(left).removesuffix(PARTIAL)}.lock")
+            with suppress(Timeout, OSError), lock.acquire(timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,20 +69,43 @@ def files(source: str) -> list[Path]:
 
     Raises ValueError if there are none.
     """
-    path = Path(source).expanduser()
+    path = located(source)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [file for file in _walk(path) if _suffix(file) in KNOWN]
+        found = [_regular(file) for file in _walk(path) if _suffix(file) in KNOWN]
         if not found:
             raise ValueError(f"{source} holds no file of a known kind, such as .txt, .md, .py, .jsonl or .parquet")
         return found
     if glob.has_magic(source):
-        found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+        matches = sorted(glob.glob(str(path), recursive=True))
+        found = [_regular(Path(match)) for match in matches if not os.path.isdir(match)]
         if not found:
             raise ValueError(f"{source} matches no file")
         return found
-    raise ValueError(f"{source}: there is no such file or folder" if not path.exists() else f"{source} is no file")
+    if not path.exists():
+        raise ValueError(f"{source}: there is no such file or folder")
+    return [_regular(path)]
+
+
+def located(source: str) -> Path:
+    """The path that a user has named. Raises ValueError if the name is empty, or names a home that nobody has."""
+    if not source:  # as a path it would be the current folder
+        raise ValueError("an empty name ('') was given where a file or folder should be named")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{source}: there is no such home directory") from error
+
+
+def _regular(path: Path) -> Path:
+    """The path itself. Raises ValueError unless it is a regular file: opening a named pipe would wait forever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+        kind = kinds.get(stat.S_IFMT(mode), "something else")
+        raise ValueError(f"{path} is no regular file but {kind}; text is read more than once, so it must be in a file")
+    return path
 
 
 def _paths(source: str | None) -> list[Path] | None:
@@ -90,7 +114,7 @@ def _paths(source: str | None) -> list[Path] | None:
         return _library_files()
     if source.startswith("hf:"):
         folder = Path(_hub_name(source)[0])
-        return list(_walk(folder)) if folder.is_dir() else None
+        return [_regular(file) for file in _walk(folder)] if folder.is_dir() else None
     return files(source)
 
 
@@ -114,14 +138,21 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
         return [name, config, _hub_commit(name)]
     # A data set's files are read differently from a folder's, and its configuration selects them.
     result = ["hf", _hub_name(source)[1]] if source is not None and source.startswith("hf:") else []
-    for path in paths:
-        digest = hashlib.sha256()
+    result += [f"{''.join(path.suffixes[-2:])} {hash_of_file(path, read)}" for path in paths]
+    return result
+
+
+def hash_of_file(path: Path, read: Callable[[int], Any]) -> str:
+    """The SHA-256 of a file's content. read: called with the number of bytes read. Raises OSError with the name."""
+    digest = hashlib.sha256()
+    try:
         with path.open("rb") as file:
             while part := file.read(PART):
                 digest.update(part)
                 read(len(part))
-        result.append(f"{''.join(path.suffixes[-2:])} {digest.hexdigest()}")
-    return result
+    except OSError as error:
+        raise naming(error, path) from error
+    return digest.hexdigest()
 
 
 def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
@@ -172,6 +203,21 @@ def _opened(path: Path) -> Iterator[BufferedIOBase]:
             yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+        except OSError as error:
+            raise naming(error, path) from error
+
+
+def naming(error: OSError, path: Path) -> OSError:
+    """The error itself if it names a file, as errors of opening do, or else one like it that names `path`."""
+    if error.filename is not None:
+        return error
+    if error.errno is None:
+        return OSError(f"{path}: {first_line(error)}")
+    return OSError(error.errno, error.strerror, str(path))
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _text(path: Path) -> Iterator[bytes]:
@@ -205,6 +251,10 @@ def _json_rows(path: Path, field: str) -> Iterator[Document]:
                 raise ValueError(f"{name} is not UTF-8 at byte {error.start} of the line") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{name} is no JSON: {error.msg} at column {error.colno}") from error
+            except RecursionError as error:
+                raise ValueError(f"{name} is nested too deeply") from error
+            except ValueError as error:  # an integer of more digits than Python converts
+                raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{name} is no object with a field {field!r}")
             yield _row(name, row, field)
@@ -221,12 +271,17 @@ def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
             names = file.schema_arrow.names
             if field not in names:
                 raise ValueError(_without(str(path), field, names))
+            if names.count(field) > 1:
+                raise ValueError(f"{path} has {names.count(field)} fields {field!r}: which one holds the text?")
             for batch in file.iter_batches(batch_size=64, columns=[field], use_threads=False):
-                for value in batch.column(0).to_pylist():
+                # By name: asked for `text`, pyarrow reads a column `text.x` too, which may be the first.
+                for value in batch.column(field).to_pylist():
                     number += 1
                     yield _row(f"{path}: row {number}", {field: value}, field)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no parquet file with text after row {number}: {error}") from error
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # damaged pages are an OSError without a name
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(f"{path} is no parquet file with text after row {number}: {first_line(error)}") from error
 
 
 def cache_directory() -> Path:
@@ -256,7 +311,14 @@ def _hub_commit(name: str) -> str:
     except Exception:  # network errors of many kinds; errors of the data set are reported when it is read
         return note.read_text() if note.exists() else ""
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(commit)
+    written = note.with_name(f"{note.name}.{os.getpid()}")
+    try:
+        written.write_text(commit)
+        written.replace(note)  # never half of it
+    except OSError as error:
+        raise naming(error, note) from error
+    finally:
+        written.unlink(missing_ok=True)
     return commit
 
 
@@ -268,7 +330,7 @@ def _hub_rows(source: str, field: str) -> Iterator[Document]:
     try:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit or None)
     except Exception as error:
-        raise ValueError(f"{source} cannot be read: {error}") from error
+        raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
     rows = iter(rows)
     for number in itertools.count(1):
         try:
@@ -276,7 +338,7 @@ def _hub_rows(source: str, field: str) -> Iterator[Document]:
         except StopIteration:
             return
         except Exception as error:  # errors of the network or of the file's format, of many kinds
-            raise ValueError(f"{source} cannot be read beyond row {number - 1}: {error}") from error
+            raise ValueError(f"{source} cannot be read beyond row {number - 1}: {first_line(error)}") from error
         yield _row(f"{source}: row {number}", row, field)
 
 

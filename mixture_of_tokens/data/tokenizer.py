@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
+from typing import NoReturn
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mixture_of_tokens.data.sources import first_line, located, naming
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257  # 256 bytes and the end of text
@@ -42,7 +44,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
     Raises ValueError if it is not a tokenizer or names no end-of-text token; OSError if the Hub does not have it.
     """
-    path = Path(name).expanduser()
+    path = located(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         if (file.parent / "tokenizer_config.json").is_file() and file.name == "tokenizer.json":
@@ -53,10 +55,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             raise FileNotFoundError(f"there is no {file}")
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except OSError:
-        raise
-    except Exception as error:  # tokenizers raises the bare class
-        raise ValueError(f"{name} is no tokenizer: {error}") from error
+    except OSError as error:
+        raise naming(error, file) from error
+    except BaseException as error:  # of many kinds
+        refuse(error, f"{name} is no tokenizer")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{name} is no fast tokenizer: it has no tokenizer.json")
     if tokenizer.eos_token_id is None and END_OF_TEXT in tokenizer.get_vocab():
@@ -66,9 +68,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    tokenizer.name_or_path = name  # for messages; it is not saved
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def refuse(error: BaseException, what: str) -> NoReturn:
+    """Raise ValueError in place of an error of tokenizers: the bare class, or, where its Rust panics, no Exception."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        raise ValueError(f"{what}: {first_line(error)}") from error
+    raise error
 
 
 def hash_of(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -11,10 +11,11 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from mixture_of_tokens.data.sources import first_line
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
-from mixture_of_tokens.data.tokenizer import hash_of
+from mixture_of_tokens.data.tokenizer import hash_of, refuse
 
-FORMAT = 3  # of the files in the cache; after a change they are made anew
+FORMAT = 4  # of the files in the cache; after a change they are made anew
 SHARD_TOKENS = 2**27  # per file
 # Encoding takes some hundred bytes of memory per token, so tokenizers get small batches of small pieces of text.
 BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16
@@ -37,7 +38,7 @@ def tokenize(
     Args:
         text: The file that holds the text of the documents.
 
-    Returns a manifest without `files`.
+    Returns a manifest without `files` and hashes.
     """
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
     facts: dict[str, Any] = {"dtype": dtype, "tokenizer": hash_of(tokenizer)}
@@ -66,7 +67,10 @@ def tokenize(
             shards[name] = names
             tokens = int(ends[-1]) if len(ends) else 0
             facts[name] = {"documents": len(part), "tokens": tokens, "bytes": int(part[:, 1].sum())}
-    tokenizer.save_pretrained(directory)
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # on a full disk tokenizers raises the bare class
+        raise OSError(f"the tokenizer cannot be written to {directory}: {first_line(error)}") from error
     facts |= {"hash": digest.hexdigest()[:16], "duplicates_dropped": splits.duplicates, "documents_cut": cut}
     return {"format": FORMAT, "shard_tokens": shard_tokens, "shards": shards, "facts": facts}
 
@@ -121,8 +125,8 @@ def encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]])
     before, backend.encode_special_tokens = backend.encode_special_tokens, True  # `<|endoftext|>` in a text is text
     try:
         rows = backend.encode_batch_fast([piece.decode() for piece, _ in batch], add_special_tokens=False)
-    except Exception as error:  # tokenizers raises the bare class
-        raise ValueError(f"the tokenizer cannot encode the text: {error}") from error
+    except BaseException as error:
+        refuse(error, f"the tokenizer {tokenizer.name_or_path} cannot encode the text".replace("  ", " "))
     finally:
         backend.encode_special_tokens = before
     for row, (_, closes) in zip(rows, batch, strict=True):
