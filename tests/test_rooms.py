@@ -18,7 +18,7 @@ PACKAGE = Path(mixture_of_tokens.__file__).parent
 LEVELS = [{""}, {"model", "data"}, {"runs"}, {"inference"}, {"training"}, {"convert"}, {"reports"}, {"front door"}]
 FRONT_DOOR = {"__init__", "__main__", "cli"}
 # What `pip install mixture-of-tokens` does without, and what of the rest the layers do without.
-EXTRA = ("accelerate", "cyclopts", "datasets", "datasketch", "matplotlib", "pandas", "pyarrow", "tensorboard")
+EXTRA = ("accelerate", "cyclopts", "datasets", "matplotlib", "pandas", "pyarrow", "tensorboard")
 MODELS_ALONE = ("transformers", "huggingface_hub", "numpy", "safetensors", "tokenizers", "tqdm", "yaml")
 
 
