@@ -87,7 +87,7 @@ def test_a_flipped_bit_anywhere_in_a_manifest_is_a_fault_or_changes_nothing(tmp_
     before, noticed = manifest.read_bytes(), 0
     expected = json.loads(before)
     for place in range(len(before)):
-        for bit in range(8):
+        for bit in (place % 8, 5):  # of a letter the sixth bit is its case
             flipped = bytearray(before)
             flipped[place] ^= 1 << bit
             manifest.write_bytes(flipped)
@@ -96,7 +96,7 @@ def test_a_flipped_bit_anywhere_in_a_manifest_is_a_fault_or_changes_nothing(tmp_
             else:
                 assert checkpoints.damage(directory) is not None
                 noticed += 1
-    assert noticed > 6 * len(before)  # white space and the letters of escapes may change
+    assert noticed > 1.5 * len(before)  # white space may become other white space
     manifest.write_bytes(before)
     assert checkpoints.fault(directory) is None
 
