@@ -14,7 +14,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from mixture_of_tokens.inference.generate import _resumed  # noqa: E402
+from mixture_of_tokens.inference.generate import Continuation, Row, _resumed, _to_file  # noqa: E402
 from mixture_of_tokens.reports.comparison import runs_of  # noqa: E402
 from mixture_of_tokens.runs import checkpoints  # noqa: E402
 from mixture_of_tokens.runs.records import METRICS, MetricsRow, RunConfig, RunFacts, Switch, metrics  # noqa: E402
@@ -167,7 +167,7 @@ def test_an_unfinished_generation(tmp_path):
     def act(content):
         lines = content if isinstance(content, list) else [content]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        holds(file, lambda: _resumed(file, asked, [(0, 0), (1, 0)], prompts))
+        holds(file, lambda: _resumed(file, asked, [Row(0, 0), Row(1, 0)], prompts))
 
     fuzz([asked, line, line | {"index": 1, "prompt": "b"}], act)
 
@@ -187,3 +187,39 @@ def test_what_older_rows_have_for_values_that_were_not_finite_is_left_out(whole,
     (read_again,) = metrics(tmp_path / METRICS)
     assert isinstance(read_again, MetricsRow)
     assert read_again.layers == {"2": {"load": 1.5}}
+
+
+def test_a_file_of_prompts_that_is_finished_is_said_to_be_and_nothing_else_is_taken_for_it(tmp_path, capsys):
+    out, prompts, rows = tmp_path / "out.jsonl", ["a", "b\u2028"], [Row(0, 0), Row(1, 0), Row(0, 1), Row(1, 1)]
+    batches = [[rows[1], rows[0]], [rows[3], rows[2]]]
+
+    def write(number: int) -> list[Continuation]:
+        return [Continuation(row.prompt, row.sample, prompts[row.prompt], "x", 1) for row in batches[number]]
+
+    def refuse(number: int) -> list[Continuation]:
+        raise AssertionError
+
+    first = _to_file(out, {"seed": 0}, batches, write, prompts)
+    before = out.read_text()
+    capsys.readouterr()
+    assert _to_file(out, {"seed": 0}, batches, refuse, prompts) == first
+    assert capsys.readouterr().err.startswith(f"{out} is finished already, with a continuation of each of these")
+    lines = before.splitlines(keepends=True)
+    for other in ("", "mine", "[" * 10**5, before[:-9], before[:-1] + "{}", "".join(lines[::-1]), "".join(lines[1:])):
+        out.write_text(other)
+        with pytest.raises(ValueError, match="exists already"):
+            _to_file(out, {"seed": 0}, batches, refuse, prompts)
+    out.write_text(before)
+    with pytest.raises(ValueError, match="exists already"):
+        _to_file(out, {"seed": 0}, batches, refuse, ["a", "c"])
+    assert out.read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("first", ["", "\0", "[]", "3", "[" * 10**5])
+def test_an_unfinished_file_that_begins_with_no_settings_is_named_and_left(tmp_path, first):
+    file = tmp_path / "out.jsonl.unfinished"
+    file.write_text(first + "\nmore\n")
+    with pytest.raises(ValueError, match=r"out\.jsonl\.unfinished, line 1, is damaged"):
+        _resumed(file, {"seed": 0}, [Row(0, 0)], ["a"])
+    assert file.read_text() == first + "\nmore\n"

@@ -321,7 +321,7 @@ def record(kind: Any, written: Any, file: Path) -> Any:
         raise ValueError(f"{file}: the corpus has no hash")
     if kind is MetricsRow and not all(layer.isdecimal() for layer in values.get("layers") or ()):
         raise ValueError(f"{file}: layers are named by their numbers")
-    read = kind(**values)
+    read: Any = kind(**values)
     if kind is RunConfig:
         try:
             read.identity()
