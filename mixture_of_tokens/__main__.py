@@ -5,11 +5,17 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Without the packages of the extra `train`: one line on standard error, exit status 2."""
+    """Run the command line. Without the packages of the extra `train`: one line on standard error, exit status 2.
+
+    ^C while the command line itself is imported is answered as later on.
+    """
     try:
         from mixture_of_tokens import cli
 
         cli.main()
+    except KeyboardInterrupt:
+        print("mot: stopped", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if not package or importlib.util.find_spec(package):  # it is installed: a fault, or another version than ours

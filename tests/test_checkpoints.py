@@ -1,10 +1,15 @@
 """Directories that are whole or not there, and manifests."""
 
+import errno
+import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.loading import load_model
 
 
 def written(directory: Path, text: str) -> Path:
@@ -67,3 +72,107 @@ def test_a_manifest_of_other_software_says_nothing(foreign, tmp_path):
 def test_what_libraries_raise_on_a_full_disk_is_an_oserror(raised, seen, tmp_path):
     with pytest.raises(seen), checkpoints.plain_errors(tmp_path / "final"):
         raise raised
+
+
+def checkpoint(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "file").write_text("text")
+    facts = {"step": 8, "seconds": 12.25, "reported": [[1.5, None], [0.1, 1e-7]], "corpus": "5ca1ab1e feed"}
+    checkpoints.describe(directory, **facts)
+    return directory
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_a_fault_or_changes_nothing(tmp_path):
+    directory = checkpoint(tmp_path / "checkpoint-8")
+    manifest = directory / checkpoints.MANIFEST
+    before, noticed = manifest.read_bytes(), 0
+    expected = json.loads(before)
+    for place in range(len(before)):
+        for bit in (place % 8, 5):  # of a letter the sixth bit is its case
+            flipped = bytearray(before)
+            flipped[place] ^= 1 << bit
+            manifest.write_bytes(flipped)
+            if checkpoints.fault(directory) is None:
+                assert json.loads(manifest.read_bytes()) == expected
+            else:
+                assert checkpoints.damage(directory) is not None
+                noticed += 1
+    assert noticed > 1.5 * len(before)  # white space may become other white space
+    manifest.write_bytes(before)
+    assert checkpoints.fault(directory) is None
+
+
+def test_a_manifest_without_a_digest_is_still_read_and_one_that_has_lost_a_fact_is_passed_over(tmp_path, capsys):
+    older = checkpoint(tmp_path / "checkpoint-8")
+    content = json.loads((older / checkpoints.MANIFEST).read_text())
+    del content["digest"]
+    (older / checkpoints.MANIFEST).write_text(json.dumps(content))
+    assert checkpoints.newest(tmp_path) == older
+    newer = checkpoint(tmp_path / "checkpoint-16")
+    for lost in ("step", "seconds", "reported", "corpus"):
+        left = {key: value for key, value in (content | {"step": 16}).items() if key != lost}
+        (newer / checkpoints.MANIFEST).write_text(json.dumps(left))
+        assert checkpoints.newest(tmp_path) == older
+        assert f"checkpoint-16 is skipped: its manifest.json has no {lost}" in capsys.readouterr().err
+    (newer / checkpoints.MANIFEST).write_text(json.dumps(content))
+    assert checkpoints.newest(tmp_path) == older
+    assert "checkpoint-16 is skipped: its manifest.json is of step 8" in capsys.readouterr().err
+
+
+def test_a_manifest_of_no_files_is_refused(tmp_path):
+    directory = tmp_path / "checkpoint-8"
+    directory.mkdir()
+    checkpoints.describe(directory, step=8)
+    for problem in (checkpoints.fault(directory), checkpoints.damage(directory)):
+        assert problem == "its manifest.json lists no files"
+
+
+def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints, "_flush", full)
+    (tmp_path / "report.html").write_text("before")
+    with pytest.raises(OSError, match=r"report\.html could not be written: No space left on device"):
+        checkpoints.write_text(tmp_path / "report.html", "after")
+    with pytest.raises(OSError, match=r"final could not be written: No space left on device"):
+        checkpoints.publish(written(tmp_path / "beside", "new"), tmp_path / "final")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "report.html"]
+    assert (tmp_path / "report.html").read_text() == "before"
+    with pytest.raises(OSError, match=r"missing/a\.json could not be written: No such file or directory"):
+        checkpoints.write_text(tmp_path / "missing" / "a.json", "text")
+
+
+def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path):
+    class Full:
+        def write(self, data):
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+        def flush(self):
+            pass
+
+    internal = "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"
+    with (
+        pytest.raises(OSError, match="optimizer could not be written: File too large"),
+        checkpoints.plain_errors(tmp_path / "optimizer"),
+    ):
+        torch.save({"a": torch.zeros(9)}, Full())
+    with (
+        pytest.raises(OSError, match="optimizer could not be written: No space left on device"),
+        checkpoints.plain_errors(tmp_path / "optimizer"),
+    ):
+        raise RuntimeError(internal)
+
+
+def test_only_a_disk_s_errors_get_a_name(tmp_path):
+    with pytest.raises(BrokenPipeError), checkpoints.disk_errors(tmp_path):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_code_beside_a_model_is_not_run(tmp_path):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

@@ -125,13 +125,14 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
 def test_the_circle_from_training_to_plain_transformers(tiny_runs, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     mot("transition", tiny_runs[MIXED], "--steps", "3", "--calibrate", "none", "--out", run)
-    mot("export", run, out)
+    mot("export", run, out, "--license", "apache-2.0")
     assert "validation text" in capsys.readouterr().out
     ids = torch.tensor([AutoTokenizer.from_pretrained(out)("abc de fgh")["input_ids"]])
     model = MixtureOfTokensForCausalLM.from_pretrained(run / "model")
     found = elsewhere(out, ids, 20)
     assert found["text"] == model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)[0].tolist()
     card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\n")
     facts = json.loads((run / "run.json").read_text())
     for told in (f"{facts['final_loss']:.4f}", "33 steps", facts["corpus"]["hash"], "8 experts of width 48", "loss"):
         assert told in card

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mixture_of_tokens.runs.checkpoints import fault, keep_newest, newest
+from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import check_free, check_resumed
 from processes import finish, mot, mot_on_a_full_disk, start
 
@@ -114,6 +117,99 @@ def test_a_signal_saves_at_once_and_the_run_goes_on_from_that_step(whole, tmp_pa
     assert not (out / "run.json").exists()
     assert finish(begin(out, "--resume")) == 0
     assert_same(out, whole)
+
+
+WORKERS = ["--training.dataloader_num_workers", 2]
+
+
+def mot_in_a_group(*words: object) -> None:
+    """With its loader's workers, a process group of its own, as under systemd and batch systems."""
+    os.setpgid(0, 0)
+    mot(*words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_is_answered_by_the_main_process_alone(whole, tmp_path, number):
+    out = tmp_path / "run"
+    process = start(mot_in_a_group, *FLAGS, "--out", out, *WORKERS, log=tmp_path / "log")
+    assert wait_for(lambda: (out / "metrics.jsonl").exists() and lines(out) >= 3, process)
+    os.killpg(process.pid, number)
+    assert finish(process) == 128 + number
+    told = [line for line in (tmp_path / "log").read_text().splitlines() if "mot:" in line or "rror" in line]
+    (checkpoint,) = [path for path in out.glob("checkpoint-*") if str(path.name.partition("-")[2]) in told[-1]]
+    assert len(told) == 1
+    assert f"stopped by {number.name} after step {checkpoint.name.partition('-')[2]}, which is saved" in told[0]
+    assert fault(checkpoint) is None
+    if number == signal.SIGTERM:
+        assert finish(begin(out, "--resume", *WORKERS)) == 0
+        assert_same(out, whole)
+
+
+def test_workers_end_with_a_main_process_that_is_killed(tmp_path):
+    out = tmp_path / "run"
+    process = begin(out, *WORKERS)
+    assert wait_for(lambda: (out / "metrics.jsonl").exists() and lines(out) >= 3, process)
+    process.kill()
+    assert finish(process) == -signal.SIGKILL
+    with owned(out):  # workers inherit the lock
+        pass
+
+
+def test_workers_do_not_outlive_or_hold_up_a_run_that_fails(tmp_path):
+    words = [str(word) for word in (*FLAGS, "--out", tmp_path / "run", *WORKERS)]
+    process = start(mot_on_a_full_disk, 1_000_000, *words, log=tmp_path / "log")
+    assert finish(process) == 2
+    assert "checkpoint-8 could not be written: " in (tmp_path / "log").read_text().splitlines()[-1]
+
+
+def test_a_row_of_metrics_that_cannot_be_written_again_is_named(whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "run.json").unlink()
+    written = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    written[1] = "{}\n"
+    (out / "metrics.jsonl").write_text("".join(written))
+    with pytest.raises(SystemExit, match="2"):
+        mot(*FLAGS, "--out", out, "--resume")
+    assert "metrics.jsonl, line 2, is damaged" in capsys.readouterr().err.splitlines()[-1]
+    assert "".join(written) == (out / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_killed_thirty_times_at_any_moment_it_ends_as_if_uninterrupted(whole, tmp_path):
+    """Seconds from the start of a process to its kill are drawn up to those that the whole run takes."""
+    out, choose, kills, steps = tmp_path / "run", random.Random(1), 0, []
+    while kills < 30:
+        process = begin(out, "--resume", *(WORKERS if kills % 2 else []))
+        process.join(choose.uniform(0, 8))
+        if not process.is_alive():  # it has finished: from here on another one is killed
+            assert finish(process) == 0, (tmp_path / "log").read_text()
+            assert_same(out, whole)
+            shutil.rmtree(out)
+            continue
+        process.kill()
+        assert finish(process) == -signal.SIGKILL
+        kills += 1
+        found = newest(out) if out.exists() else None
+        steps.append(int(found.name.partition("-")[2]) if found is not None else 0)
+    print(f"steps that were saved at the {kills} kills: {steps}")
+    assert finish(begin(out, "--resume")) == 0, (tmp_path / "log").read_text()
+    assert_same(out, whole)
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_one_line():
+    program = """
+import sys
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == "cyclopts":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from mixture_of_tokens.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "mot: stopped\n")
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over_and_said(whole, tmp_path):

@@ -1,6 +1,7 @@
 """A trained model as a checkpoint of plain transformers, Qwen3-MoE or Qwen3: the command `mot export`."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ class Exported(Result):
         return f"{self.directory} is a {self.architecture}. {differ}"
 
 
-def export(run: str, out: Path, *, force: bool = False) -> Exported:
+def export(run: str, out: Path, *, license: str | None = None, force: bool = False) -> Exported:
     """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
 
     Every weight that was written is compared with the run's. Another process, which cannot import this library, loads
@@ -72,11 +73,14 @@ def export(run: str, out: Path, *, force: bool = False) -> Exported:
     Args:
         run: A run directory or a checkpoint.
         out: The directory to write.
+        license: The licence that the model card names, as the Hub abbreviates it, such as apache-2.0.
         force: Replace an earlier export.
 
     Raises ValueError for layers without a counterpart in plain transformers, and for a checkpoint of another model.
     """
     run, out = str(run), Path(out)
+    if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
+        raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
     if out.exists() and not force:
         raise ValueError(f"{out} exists already; name another directory, or replace an export with --force")
     if out.exists() and not checkpoints.is_described(out, EXPORT):
@@ -100,7 +104,7 @@ def export(run: str, out: Path, *, force: bool = False) -> Exported:
         with checkpoints.plain_errors(out):
             plain.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
-        _write_config(beside)
+            _write_config(beside)
         not_the_same = f"the checkpoint written from {run} is not the same model, and was removed"
         written = type(plain).from_pretrained(beside, dtype=torch.float32)
         if (name := different_weight(model, written)) is not None:
@@ -110,8 +114,10 @@ def export(run: str, out: Path, *, force: bool = False) -> Exported:
         if not difference <= allowed:
             much = f"logits on {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
             raise ValueError(f"{not_the_same}: {much}")
-        checkpoints.describe(beside, of=EXPORT)
-        (beside / "README.md").write_text(_card(run, model, plain, what, difference))  # which people edit
+        with checkpoints.disk_errors(out):
+            checkpoints.describe(beside, of=EXPORT)
+            card = _card(run, model, plain, what, difference, license)
+            (beside / "README.md").write_text(card, encoding="utf-8")  # which people edit
         checkpoints.publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -217,12 +223,16 @@ def in_plain_transformers(code: str, *words: str) -> str:
     return done.stdout
 
 
-def _card(run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str, difference: float) -> str:
+def _card(
+    run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str, difference: float, license: str | None
+) -> str:
     """The model card."""
     config, kind = model.config, type(plain).__name__
     path = run_directory(run) or Path(run).absolute()
     facts = RunFacts.read(path / records.FACTS) if (path / records.FACTS).is_file() else None
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {path.name}", ""]
+    licensed = [] if license is None else [f"license: {license}"]
+    lines = ["---", *licensed, "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
+    lines += [f"# {path.name}", ""]
     lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
     if blocks := len(config.sparse_routings):
         lines.append(

@@ -19,6 +19,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, weights_hash
 from mixture_of_tokens.runs.ownership import owned_file
+from mixture_of_tokens.runs.records import record
 from mixture_of_tokens.runs.run import check_seed
 
 BATCH_SIZE = 32
@@ -166,7 +167,7 @@ def generate(
         out = prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl") if out is None else out
         settings |= {"weights": weights_hash(run), **sampling._asdict()}
         with owned_file(out):
-            result = Generated(_to_file(out, settings, batches, write), str(out))
+            result = Generated(_to_file(out, settings, batches, write, prompts), str(out))
     else:
         result = Generated(_to_screen(batches, write, prompts, tokenizer, stream))
     return result
@@ -187,7 +188,7 @@ def read_prompts(file: Path) -> list[str]:
         if file.suffix == ".jsonl":
             try:
                 line = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 line = None
         if not isinstance(line, str) or not line:
             what = 'is no object with the text "prompt"' if file.suffix == ".jsonl" else "is empty"
@@ -298,15 +299,23 @@ class _Streamer(TextStreamer):
         print(text, flush=True, end="\n" if stream_end else "", file=self.stream)
 
 
-def _to_file(out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Writer) -> list[Continuation]:
+def _to_file(
+    out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Writer, prompts: list[str]
+) -> list[Continuation]:
     """Write OUT.unfinished batch by batch, the settings first; when it is complete, OUT in the order of the prompts."""
     partial = out.with_name(f"{out.name}.unfinished")
+    rows = sorted(row for batch in batches for row in batch)
     if out.exists():
-        raise ValueError(f"{out} exists already; name another with --out, or remove it")
-    done = _resumed(partial, settings)
+        if (finished := _finished(out, rows, prompts)) is None:
+            raise ValueError(f"{out} exists already; name another with --out, or remove it")
+        what = "with a continuation of each of these prompts; other flags or another model need another --out"
+        print(f"{out} is finished already, {what}", file=sys.stderr)
+        return finished
+    done = _resumed(partial, settings, rows, prompts)
     new: list[Continuation] = []
-    clock, total = time.perf_counter(), sum(map(len, batches))
+    clock, total = time.perf_counter(), len(rows)
     with (
+        checkpoints.disk_errors(out),
         partial.open("a", encoding="utf-8") as file,
         tqdm(desc="generate", total=total, initial=len(done), unit="text", dynamic_ncols=True) as bar,
     ):
@@ -329,10 +338,31 @@ def _to_file(out: Path, settings: dict[str, Any], batches: list[list[Row]], writ
     return [done[row] for row in sorted(done)]
 
 
-def _resumed(partial: Path, settings: dict[str, Any]) -> dict[Row, Continuation]:
+def _finished(out: Path, rows: list[Row], prompts: list[str]) -> list[Continuation] | None:
+    """What is in a file, if it is a continuation of every prompt in order. It does not say by which model."""
+    try:
+        lines = out.read_bytes().removesuffix(b"\n").split(b"\n")
+        found = [_continuation(line, number, out, prompts) for number, line in enumerate(lines, 1)]
+    except (ValueError, OSError):
+        return None
+    return found if [Row(each.index, each.sample) for each in found] == rows else None
+
+
+def _continuation(line: bytes, number: int, file: Path, prompts: list[str]) -> Continuation:
+    """Raises ValueError, naming file and line, for what is no continuation of one of the prompts."""
+    try:
+        found: Continuation = record(Continuation, json.loads(line), file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
+    if not 0 <= found.index < len(prompts) or prompts[found.index] != found.prompt:
+        raise ValueError(f"{file}, line {number}, is damaged: it continues none of the prompts")
+    return found
+
+
+def _resumed(partial: Path, settings: dict[str, Any], rows: list[Row], prompts: list[str]) -> dict[Row, Continuation]:
     """The continuations that an interrupted command has written; an incomplete last line is cut off.
 
-    Raises ValueError if it had other settings.
+    Raises ValueError if it had other settings, and, naming the line, if it is damaged.
     """
     lines = b""
     if partial.exists():
@@ -340,16 +370,26 @@ def _resumed(partial: Path, settings: dict[str, Any]) -> dict[Row, Continuation]
     if not lines:
         checkpoints.write_text(partial, json.dumps(settings, ensure_ascii=False) + "\n")
         return {}
-    before, *results = map(json.loads, lines.decode().rstrip("\n").split("\n"))
+    first, *written = lines.removesuffix(b"\n").split(b"\n")
+    try:
+        before = json.loads(first)
+    except (ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{partial}, line 1, is damaged: it holds no settings; remove the file to begin again")
     for key, value in settings.items():
         if before.get(key) != value:
             raise ValueError(
                 f"{partial} was begun with {key.replace('_', '-')} {before.get(key)}, now it is {value}; "
                 "give the same flags and prompts, name another --out, or remove it"
             )
+    found = [_continuation(line, number, partial, prompts) for number, line in enumerate(written, 2)]
+    done = {Row(each.index, each.sample): each for each in found}
+    if not done.keys() <= set(rows):
+        raise ValueError(f"{partial} is damaged: it has a sample that was not asked for; remove it to begin again")
     checkpoints.write_text(partial, lines.decode())
     print(f"Going on from {partial}", file=sys.stderr)
-    return {Row(result["index"], result["sample"]): Continuation(**result) for result in results}
+    return done
 
 
 def _say_speed(results: list[Continuation], seconds: float) -> None:

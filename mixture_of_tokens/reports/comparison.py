@@ -357,9 +357,11 @@ def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
             written = records.as_fields(file)
             try:
                 names = [run["directory"] for model in written["models"] for run in model["runs"]]
-                command = written["command"] if len(directories) == 1 else None
+                if not names or not all(isinstance(text, str) for text in (*names, written["command"])):
+                    raise TypeError
             except (KeyError, TypeError):
                 raise ValueError(f"{file} is no comparison of mot compare") from None
+            command = written["command"] if len(directories) == 1 else None
             runs += [read(directory / name) for name in names]
         elif directory.is_dir() and not any((directory / name).exists() for name in (records.FACTS, records.CONFIG)):
             raise ValueError(f"{directory} is no finished run or comparison: it has no run.json and no compare.json")

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent: written under another name, hashed, flushed to the disk, renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,13 +8,19 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
+DIGEST = "digest"  # the field of a manifest that is a hash of its other fields
+# The fields of manifests that were written before there was a digest.
+WITHOUT_DIGEST = {"files", "of", "step", "seconds", "reported", "corpus"}
+# What a training needs to go on, beside the files.
+TO_RESUME = {"step": int, "seconds": int | float, "reported": list, "corpus": str}
+OF_THE_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
 def digest(file: Path) -> str:
@@ -30,22 +37,47 @@ def _flush(path: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file in one step: a crash leaves the old text or the new one, never a part."""
+    """Write a file in one step: a crash leaves the old text or the new one, never a part.
+
+    Raises OSError, naming the file, where it cannot be written.
+    """
     beside = file.with_name(f"{file.name}.partial")
-    beside.write_text(text)
-    _flush(beside)
-    beside.replace(file)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        _flush(beside)
+        beside.replace(file)
+    except OSError as error:
+        raise OSError(f"{file} could not be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(final: Path) -> Iterator[None]:
+    """Name what was written where a disk is full or fails: such an error of the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        raise OSError(f"{final} could not be written: {error.strerror}") from error
 
 
 @contextmanager
 def plain_errors(final: Path) -> Iterator[None]:
-    """Raise as OSError what torch.save, safetensors and tokenizers raise on a full disk."""
+    """Raise as OSError what torch.save, safetensors and tokenizers raise on a full disk; `disk_errors` included."""
     try:
-        yield
+        with disk_errors(final):
+            yield
     except Exception as error:  # tokenizers raises Exception itself
         if not isinstance(error, RuntimeError | SafetensorError) and type(error) is not Exception:
             raise
-        raise OSError(f"{final} could not be written: {error}") from error
+        why = str(error)
+        if "enforce fail" in why or "PytorchStreamWriter" in why:  # torch.save names a line of its own source
+            said = error.__cause__ or error.__context__
+            why = said.strerror if isinstance(said, OSError) and said.strerror else os.strerror(errno.ENOSPC)
+        raise OSError(f"{final} could not be written: {why}") from error
 
 
 def publish(beside: Path, final: Path) -> None:
@@ -55,11 +87,12 @@ def publish(beside: Path, final: Path) -> None:
     """
     umask = os.umask(0)
     os.umask(umask)
-    for path in sorted(beside.rglob("*")):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
-        _flush(path)
-    _flush(beside)
+    with disk_errors(final):
+        for path in sorted(beside.rglob("*")):
+            if path.is_file():
+                path.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
+            _flush(path)
+        _flush(beside)
     before = final.with_name(f"{final.name}.replaced")
     if final.exists():
         shutil.rmtree(before, ignore_errors=True)
@@ -75,43 +108,74 @@ def publish(beside: Path, final: Path) -> None:
 
 
 def describe(checkpoint: Path, **facts: Any) -> None:
-    """Write the manifest: the hash of every file, and `facts`."""
+    """Write the manifest: the hash of every file, `facts`, and a digest of all this."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    hashes = {path.relative_to(checkpoint).as_posix(): digest(path) for path in files}
-    (checkpoint / MANIFEST).write_text(json.dumps({"files": hashes} | facts, indent=2))
+    content = {"files": {path.relative_to(checkpoint).as_posix(): digest(path) for path in files}} | facts
+    (checkpoint / MANIFEST).write_text(json.dumps(content | {DIGEST: _digest_of(content)}, indent=2))
 
 
-def _hashes(directory: Path) -> dict[str, str] | None:
-    """The hashes in the manifest; None where `describe` did not write it."""
+def _digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(directory: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The manifest of a directory, or what is wrong with it; neither where other software wrote it."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    hashes = manifest.get("files") if isinstance(manifest, dict) else None
-    return hashes if isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values()) else None
+        written = (directory / MANIFEST).read_bytes()
+    except OSError:
+        return None, None
+    try:
+        manifest = json.loads(written)
+    except (ValueError, RecursionError):
+        ours = b'"files"' in written or b'"digest"' in written
+        return None, f"its {MANIFEST} cannot be read" if ours else None
+    if not isinstance(manifest, dict):
+        return None, None
+    hashes = manifest.get("files")
+    listed = isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values())
+    if not listed and DIGEST not in manifest:
+        return None, None
+    content = {key: value for key, value in manifest.items() if key != DIGEST}
+    try:
+        as_written = manifest[DIGEST] == _digest_of(content) if DIGEST in manifest else content.keys() <= WITHOUT_DIGEST
+    except RecursionError:
+        as_written = False
+    if not listed or not as_written:
+        return None, f"its {MANIFEST} is not what was written"
+    return (manifest, None) if hashes else (None, f"its {MANIFEST} lists no files")
 
 
 def is_described(directory: Path, of: str) -> bool:
     """Whether a directory's manifest has this value for the fact `of`."""
-    return _hashes(directory) is not None and facts_of(directory).get("of") == of
+    manifest, _ = _manifest(directory)
+    return manifest is not None and manifest.get("of") == of
 
 
 def damage(directory: Path) -> str | None:
     """How a directory differs from its manifest; None where it does not, or has no manifest of ours."""
-    return None if _hashes(directory) is None else fault(directory)
+    manifest, problem = _manifest(directory)
+    return problem if manifest is None else _changed_file(directory, manifest["files"])
 
 
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None for a valid one."""
     if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
-    if (hashes := _hashes(checkpoint)) is None:
-        return f"its {MANIFEST} cannot be read"
+    manifest, problem = _manifest(checkpoint)
+    if manifest is None:
+        return problem or f"its {MANIFEST} cannot be read"
+    return _changed_file(checkpoint, manifest["files"])
+
+
+def _changed_file(directory: Path, hashes: dict[str, str]) -> str | None:
     for name, expected in hashes.items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if digest(checkpoint / name) != expected:
-            return f"{name} is not what was written"
+        try:
+            if not (directory / name).is_file():
+                return f"{name} is missing"
+            if digest(directory / name) != expected:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
@@ -125,15 +189,25 @@ def _all(run: Path) -> Iterator[Path]:
 def newest(run: Path) -> Path | None:
     """The newest valid checkpoint of a run; reports on standard error which ones it skips, and why."""
     for checkpoint in _all(run):
-        problem = fault(checkpoint)
+        problem = fault(checkpoint) or _lacks(checkpoint)
         if problem is None:
             return checkpoint
         print(f"{checkpoint} is skipped: {problem}", file=sys.stderr)
     return None
 
 
+def _lacks(checkpoint: Path) -> str | None:
+    """What a training cannot go on without; manifests without a digest may have lost it."""
+    facts, step = facts_of(checkpoint), int(checkpoint.name.partition("-")[2])
+    for key, kind in TO_RESUME.items():
+        if not isinstance(facts.get(key), kind):
+            return f"its {MANIFEST} has no {key}"
+    return None if facts["step"] == step else f"its {MANIFEST} is of step {facts['step']}"
+
+
 def facts_of(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / MANIFEST).read_text())
+    """The manifest of a checkpoint in which `fault` finds nothing."""
+    return json.loads((checkpoint / MANIFEST).read_bytes())
 
 
 def keep_newest(run: Path, step: int, count: int | None) -> None:

@@ -8,10 +8,10 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr  # of a part of what is long or nested
 from typing import Any, Self
 
 import yaml
@@ -252,16 +252,18 @@ class MetricsRow:
 def metrics(file: Path) -> list[MetricsRow]:
     """All rows. Raises ValueError, naming the file, for one that is damaged."""
     try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(record(MetricsRow, json.loads(line), file))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
-    return rows
+    return [row_of(line, number, file) for number, line in enumerate(lines, 1)]
+
+
+def row_of(line: bytes, number: int, file: Path) -> MetricsRow:
+    """Raises ValueError, naming file and line, for one that is damaged."""
+    try:
+        return record(MetricsRow, json.loads(line), file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
 
 
 def _finite(value: Any) -> Any:
@@ -277,26 +279,29 @@ def _write(record: Any, file: Path) -> None:
 def as_fields(file: Path) -> Any:
     """The content of a JSON file. Raises ValueError, naming the file, where it cannot be read."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
 
 
 def _yaml(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text())
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def record(kind: Any, written: Any, file: Path) -> Any:
-    """A record of this kind. Raises ValueError for missing, unknown or wrongly typed fields and a newer format."""
+    """A record of this kind. Raises ValueError for missing, unknown or wrongly typed fields and a newer format.
+
+    Layers of rows of format 0 have null for what was not finite; here it is left out.
+    """
     if not isinstance(written, dict):
         raise ValueError(f"{file} holds no fields")
     values = dict(written)
     number = values.pop("format", 0)
-    if not isinstance(number, int) or number > FORMAT:
-        raise ValueError(f"{file} has format {number!r}, and this version reads 0 to {FORMAT}")
+    if type(number) is not int or not 0 <= number <= FORMAT:
+        raise ValueError(f"{file} has format {repr(number)}, and this version reads 0 to {FORMAT}")
     hints = typing.get_type_hints(kind)
     known = {field.name: field for field in fields(kind)}
     for name in values:
@@ -307,21 +312,41 @@ def record(kind: Any, written: Any, file: Path) -> Any:
             raise ValueError(f"{file} lacks the field {name!r}")
     if kind is RunConfig and values.get("transition") is not None:
         values["transition"] = record(Transition, values["transition"], file)
+    if kind is MetricsRow and isinstance(layers := values.get("layers"), dict):
+        values["layers"] = {layer: _without_null(measured) for layer, measured in layers.items()}
     for name, value in values.items():
-        if not any(_is(value, legal) for legal in _alternatives(hints[name])):
-            raise ValueError(f"{file}: {name} cannot be {value!r}")
-    return kind(**values)
+        if not _is(value, hints[name]):
+            raise ValueError(f"{file}: {name} cannot be {repr(value)}")
+    if kind is RunFacts and not isinstance(values["corpus"].get("hash"), str):
+        raise ValueError(f"{file}: the corpus has no hash")
+    if kind is MetricsRow and not all(layer.isdecimal() for layer in values.get("layers") or ()):
+        raise ValueError(f"{file}: layers are named by their numbers")
+    read: Any = kind(**values)
+    if kind is RunConfig:
+        try:
+            read.identity()
+        except Exception as error:  # transformers has its own for wrong fields of a model
+            raise ValueError(f"{file} describes no model: {' '.join(str(error).split())}") from None
+    return read
 
 
-def _alternatives(hint: Any) -> Iterator[Any]:
+def _without_null(measured: Any) -> Any:
+    if not isinstance(measured, dict):
+        return measured
+    return {name: value for name, value in measured.items() if value is not None}
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of a file is of this type, with all that is in it."""
     if isinstance(hint, types.UnionType):
-        for each in typing.get_args(hint):
-            yield from _alternatives(each)
-    else:
-        yield typing.get_origin(hint) or hint
-
-
-def _is(value: Any, kind: Any) -> bool:
+        return any(_is(value, each) for each in typing.get_args(hint))
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Any:
+        return True
+    if kind is list:
+        return isinstance(value, list) and all(_is(each, inner[0]) for each in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is(k, inner[0]) and _is(v, inner[1]) for k, v in value.items())
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)

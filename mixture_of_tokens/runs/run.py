@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr
 from typing import Any
 
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -235,10 +236,10 @@ def _unpacked(file: Path) -> Run:
         if key == "switch" and written.get(key) is None:
             continue
         if not isinstance(part := written.get(key), dict):
-            raise ValueError(f"{file} is no run: {key} cannot be {part!r}")
+            raise ValueError(f"{file} is no run: {key} cannot be {repr(part)}")
         parts[key] = records.record(kind, part | number, file)
     if not isinstance(rows := written.get("metrics"), list):
-        raise ValueError(f"{file} is no run: metrics cannot be {rows!r}")
+        raise ValueError(f"{file} is no run: metrics cannot be {repr(rows)}")
     if unknown := [key for key in written if key not in (*kinds, "format", "metrics")]:
         raise ValueError(f"{file} has an unknown field, {unknown[0]!r}")
     metrics = [records.record(MetricsRow, row, file) for row in rows]

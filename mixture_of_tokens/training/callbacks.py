@@ -1,6 +1,5 @@
 """What happens around the steps of a training: the clock, metrics.jsonl, the temperature, signals, gradients."""
 
-import json
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from transformers import TrainerCallback
 
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.records import MetricsRow
+from mixture_of_tokens.runs.records import MetricsRow, row_of
 
 # What Trainer logs, by its name in a row of metrics.jsonl.
 OF_LOGS = {name: name for name in ("eval_loss", "learning_rate", "grad_norm", "aux_loss")} | {"loss": "train_loss"}
@@ -54,13 +53,16 @@ class RunLog(TrainerCallback):
         self.bar: tqdm | None = None
 
     def forget_after(self, step: int) -> None:
-        """Drop the rows that a resumed run writes again, and an incomplete last one."""
+        """Drop the rows that a resumed run writes again, and an incomplete last one.
+
+        Raises ValueError, naming file and line, for a damaged row, which cannot be written again.
+        """
         kept = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
+            for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
+                if not line.endswith(b"\n") or row_of(line, number, self.path).step > step:
                     break
-                kept.append(line)
+                kept.append(line.decode())
         checkpoints.write_text(self.path, "".join(kept))
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -105,7 +107,7 @@ class RunLog(TrainerCallback):
 
     def write(self) -> None:
         if self.row is not None:
-            with self.path.open("a") as file:
+            with checkpoints.disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(self.row.line())
         self.row = None
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -165,11 +166,14 @@ def _finish(trainer: GroupedTrainer, prepared: Prepared, run: RunConfig, out: Pa
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
     losses = [final["loss"], *(other["loss"] for other in others)]
     beside = out / "model.partial"
-    with checkpoints.plain_errors(out / "model"):
-        model.save_pretrained(beside)
-        prepared.tokenizer.save_pretrained(beside)
-    checkpoints.describe(beside)
-    checkpoints.publish(beside, out / "model")
+    try:
+        with checkpoints.plain_errors(out / "model"):
+            model.save_pretrained(beside)
+            prepared.tokenizer.save_pretrained(beside)
+            checkpoints.describe(beside)
+        checkpoints.publish(beside, out / "model")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     facts = RunFacts(
         name=run.name,
         seed=run.seed,

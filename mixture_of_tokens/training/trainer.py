@@ -5,7 +5,11 @@ the same for every system and no part of training.
 """
 
 import math
+import os
 import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +64,7 @@ class GroupedTrainer(Trainer):
         self.total_norm: Any = None  # of all gradients before clipping; read only at logged steps
         # Cross-entropy and auxiliary loss of every micro-batch since the last row of metrics.jsonl.
         self._reported: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._ending: Any = None  # an event for the loader's workers: from now on the main process may end them
         self._output_dir: str | None = None  # where a checkpoint is written before it gets its name
 
     def train(self, checkpoint: Path | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -84,11 +89,21 @@ class GroupedTrainer(Trainer):
         try:
             return super().train(None if checkpoint is None else str(checkpoint))
         finally:
+            if self._ending is not None:
+                self._ending.set()
             self.clock.stop()
             self.run_log.close()  # also of a run that stops in the middle
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.rows)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if loader.num_workers:
+            self._ending = (loader.multiprocessing_context or torch.multiprocessing).Event()
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate's loader passes on what is read, not set
+            inner.worker_init_fn = partial(_begin_worker, self._ending, inner.worker_init_fn)
+        return loader
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, use_cache=False)
@@ -178,7 +193,8 @@ class GroupedTrainer(Trainer):
                 reported = self._reported_by_step()
                 if main:
                     facts = {"step": step, "seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
-                    checkpoints.describe(beside / name, **facts)
+                    with checkpoints.disk_errors(self.run / name):
+                        checkpoints.describe(beside / name, **facts)
                     self.run_log.write()  # the rows come before the checkpoint
                     checkpoints.publish(beside / name, self.run / name)
                     checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
@@ -199,6 +215,18 @@ class _RouterGradients(TrainerCallback):
             kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
             # Clipping sets all gradients to zero if one is infinite.
             self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
+
+
+def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int) -> None:
+    """In a new worker of the loader: signals to the whole process group are the main process's to answer.
+
+    It needs its workers until it has saved. When it ends, the interpreter ends workers that are left by SIGTERM, and
+    waits for them; workers of a main process that is killed notice that themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
+    if begin is not None:
+        begin(number)
 
 
 def _as_it_is(batch: Any) -> Any:
