@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from mixture_of_tokens import cli
 from mixture_of_tokens.runs import loading
-from mixture_of_tokens.training import recipes
+from mixture_of_tokens.training import arguments
 from mixture_of_tokens.training.options import Options
 from processes import mot
 
@@ -202,24 +202,24 @@ OF_MODEL = [
 
 
 def test_every_field_of_training_arguments_is_decided_about():
-    """A new one in transformers goes into a table of recipes.py: does it work, and on groups?"""
-    tables = [set(recipes.TAKEN), set(recipes.REFUSED), recipes.WORKS]
+    """A new one in transformers goes into a table of training/arguments.py: does it work, and on groups?"""
+    tables = [set(arguments.TAKEN), set(arguments.REFUSED), arguments.WORKS]
     decided = {field: sum(field in table for table in tables) for field in FIELDS}
     assert decided == dict.fromkeys(FIELDS, 1)
 
 
 def test_a_field_without_effect_or_with_another_is_refused_with_the_reason(capsys):
     hints = typing.get_type_hints(TrainingArguments)
-    for field, reason in recipes.REFUSED.items():
-        before, kinds = recipes.unchanged(field), typing.get_args(hints[field]) or (hints[field],)
+    for field, reason in arguments.REFUSED.items():
+        before, kinds = arguments.unchanged(field), typing.get_args(hints[field]) or (hints[field],)
         value = json.dumps(not before) if bool in kinds else "7"
         assert refused((*TRAIN, f"--training.{field}", value), capsys) == f"mot: error: --training.{field}: {reason}"
-    for field, flag in recipes.TAKEN.items():
+    for field, flag in arguments.TAKEN.items():
         assert f"has a flag of its own: {flag}" in refused((*TRAIN, f"--training.{field}", "1"), capsys)
 
 
 def test_such_a_field_may_be_given_with_the_value_that_it_has(capsys):
-    words = [(f"--training.{field}", json.dumps(recipes.unchanged(field))) for field in recipes.REFUSED]
+    words = [(f"--training.{field}", json.dumps(arguments.unchanged(field))) for field in arguments.REFUSED]
     mot(*TRAIN)
     plain = capsys.readouterr().out
     mot(*TRAIN, *(word for pair in words if pair[1] != '""' for word in pair))
@@ -250,7 +250,7 @@ def test_other_schedules_need_no_arguments_and_bounds_are_legal(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", recipes.ENVIRONMENT)
+@pytest.mark.parametrize("name", arguments.ENVIRONMENT)
 def test_a_variable_that_changes_a_training_silently_is_refused(name, monkeypatch, capsys):
     for value in ("true", "2", "fp8", "inductor"):
         monkeypatch.setenv(name, value)
