@@ -3,16 +3,18 @@
 A function is imported only when its command is given, so `mot --help` and `mot --version` answer at once.
 """
 
+import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import UNSET, App, ArgumentCollection, CycloptsError, Parameter
 
 from mixture_of_tokens import __version__
 
@@ -52,6 +54,7 @@ COMMANDS = {
     "data-report": ("data.inspect:data_report", "Prepare a corpus and print what is in it."),
 }
 WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated
+WHOLE, DIGITS = re.compile(r"[+-]?[0-9]+"), 18  # whole numbers, and how long they may be to fit in 64 bits
 
 
 def _flags(key: str, value: Any) -> Iterator[list[str]]:
@@ -65,6 +68,47 @@ def _flags(key: str, value: Any) -> Iterator[list[str]]:
         yield from [[key]] if value else []
     elif value is not None:
         yield from ([key, str(item)] for item in (value if isinstance(value, list) else [value]))
+
+
+def _entries(config: Path) -> Any:
+    try:
+        with config.open(encoding="utf-8") as file:
+            return yaml.safe_load(file)
+    except RecursionError:
+        raise ValueError(f"--config {config} is nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {config} cannot be read: {error}") from None
+
+
+def _check_words(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Raises ValueError, naming the flag, for words that would be taken for something else.
+
+    No text is the working directory as a path, and no words as a prompt; cyclopts rounds 1.5 to a whole number.
+    """
+    if not commands:  # all the words of a command, before they are taken apart
+        return
+    for argument in arguments:
+        kinds = {argument.hint, *get_args(argument.hint)}
+        for token in argument.tokens:
+            flag, word = token.keyword or argument.name.lstrip("-").upper(), token.value
+            if not word and token.implicit_value is UNSET:  # no flag without a value, as --resume
+                raise ValueError(f"{flag} is empty")
+            if "\0" in word:
+                raise ValueError(f"{flag} holds a NUL byte")
+            if int in kinds and argument.parameter.converter is None:
+                if not WHOLE.fullmatch(word):
+                    raise ValueError(f"{flag} takes a whole number, not {word[:40]!r}")
+                if len(word) > DIGITS:
+                    raise ValueError(f"{flag} {word[:40]} is too large")
+            if float in kinds and argument.parameter.converter is None and not _is_finite(word):
+                raise ValueError(f"{flag} takes a finite number, not {word[:40]!r}")
+
+
+def _is_finite(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
 
 
 def _common(
@@ -82,7 +126,7 @@ def _common(
         return list(words), json
     if not config.is_file():
         raise ValueError(f"--config {config}: there is no such file")
-    entries = yaml.safe_load(config.read_text())
+    entries = _entries(config)
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
     if isinstance(entries.get("config"), dict):  # a run in one file
@@ -99,7 +143,10 @@ def _common(
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
     if len(words) > 1 and not words[1].startswith("-"):  # a positional word is the model's name
         given.add("--name")
-    flags = [flag for key, value in entries.items() for flag in _flags(f"--{str(key).replace('_', '-')}", value)]
+    try:
+        flags = [flag for key, value in entries.items() for flag in _flags(f"--{str(key).replace('_', '-')}", value)]
+    except (ValueError, TypeError, RecursionError) as error:  # an entry that holds itself, or a key that is a list
+        raise ValueError(f"--config {config} is no file of flags: {error}") from None
     return [*words, *(word for flag in flags if flag[0] not in given for word in flag)], json
 
 
@@ -112,6 +159,7 @@ def _app(words: list[str]) -> App:
         result_action="return_value",
         exit_on_error=False,
         print_error=False,
+        config=_check_words,
     )
     for name, (place, help) in COMMANDS.items():
         # The help of the given command is its whole docstring, that of the others one line.

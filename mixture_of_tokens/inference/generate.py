@@ -23,6 +23,7 @@ from mixture_of_tokens.runs.records import record
 from mixture_of_tokens.runs.run import check_seed
 
 BATCH_SIZE = 32
+SHARPEST, FLATTEST = 1e-6, 1e6  # temperatures: logits divided by them are finite in float32, and not 0
 
 
 class Sampling(NamedTuple):
@@ -37,8 +38,8 @@ class Sampling(NamedTuple):
         """Raises ValueError for what cannot be sampled with."""
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be 0 or more, and finite, not {self.temperature}")
+        if self.temperature != 0 and not SHARPEST <= self.temperature <= FLATTEST:
+            raise ValueError(f"--temperature must be 0 or {SHARPEST:g} to {FLATTEST:g}, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
         check_seed(self.seed)

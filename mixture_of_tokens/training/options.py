@@ -1,6 +1,7 @@
 """The options of commands that train, and their values as text."""
 
 import dataclasses
+import json
 import typing
 from collections.abc import Sequence
 from types import NoneType
@@ -78,8 +79,15 @@ def typed(flag: str, text: str, kind: Any) -> Any:
 
     Lists, dictionaries and undeclared fields take any YAML, for their owner to check.
     """
-    value = _scalar(text)
-    kinds = set(typing.get_args(kind) or (kind,))
+    try:
+        value = _scalar(text)
+        json.dumps(value, default=str)  # not of what holds itself
+    except RecursionError:
+        raise ValueError(f"{flag} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        what = getattr(error, "problem", None) or error  # a YAML error's own text says "<unicode string>"
+        raise ValueError(f"{flag}: {text[:40]!r} is no YAML: {what}") from None
+    kinds = {kind} if typing.get_origin(kind) in (list, dict) else set(typing.get_args(kind) or (kind,))
     if not kinds <= {bool, int, float, str, NoneType}:
         return value
     if str in kinds and not (value is None and NoneType in kinds):

@@ -10,24 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, nearest, parse_name
+from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
 from mixture_of_tokens.runs.run import check_seed
+from mixture_of_tokens.training.arguments import FIXED, check_environment, check_number, given_fields, in_words, try_out
 from mixture_of_tokens.training.options import Options, typed
-
-COUNTS = ("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps")
-# Fields of TrainingArguments that do not work here, and why.
-REFUSED = {
-    "auto_find_batch_size": "smaller batches would split the groups",
-    "save_only_model": "a run is resumed from all of its state",
-    "load_best_model_at_end": "a run ends with its last weights",
-    "label_smoothing_factor": "the loss is cross-entropy",
-    "fsdp": "a run's model is written by one process, which would have a shard of it",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +66,18 @@ def merge(
 
     Raises ValueError for invalid settings.
     """
+    check_environment()
     parsed = parse_name(name)
     size = parsed.size
     hints = typing.get_type_hints(MixtureOfTokensConfig, localns={"torch": torch}) | {"head_dim": int | None}
     overrides = {}
     for field, text in options.model.items():
         value = typed(f"--model.{field}", text, hints.get(field))
+        check_number(f"--model.{field}", value)
         overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
-    with _as_value_error("--model"):
+    with _names_the_flag(name, overrides):
         config = config_from_name(name, **overrides)
+    _check_model(config)
     if config.learnable_temperature and options.anneal_temperature_to is not None:
         raise ValueError("--anneal-temperature-to would set the temperature that --model.learnable_temperature learns")
     recipe = RECIPES[size]
@@ -122,42 +115,48 @@ def merge(
         first_step=first_step,
         transition=transition,
     )
-    with _as_value_error("--model"), torch.device("meta"):  # invalid fields are reported before the run starts
+    with _names_the_flag(name, overrides), torch.device("meta"):  # invalid fields are reported before the run starts
         MixtureOfTokensForCausalLM(config)
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
     taken = {"max_steps": steps, "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
     taken |= {"per_device_train_batch_size": micro_batch}
-    with _as_value_error("--training"):  # also before it starts
-        TrainingArguments(output_dir=os.devnull, **taken, **training)
+    try:  # also before it starts
+        arguments = TrainingArguments(output_dir=os.devnull, **taken, **training)
+    except Exception as error:
+        raise ValueError(f"--training: {in_words(error)}") from error
+    if arguments.fp16 and on_cpu:
+        raise ValueError("--training.fp16 needs a GPU; --training.bf16 does not")
+    try_out(arguments)
     return Merged(run, taken | training)
 
 
-def _training_given(given: Mapping[str, str]) -> dict[str, Any]:
-    hints = typing.get_type_hints(TrainingArguments)
-    values: dict[str, Any] = {
-        field: typed(f"--training.{field}", text, hints.get(field)) for field, text in given.items()
-    }
-    for field, value in values.items():
-        if field in REFUSED and value:
-            raise ValueError(f"--training.{field} is not for this: {REFUSED[field]}")
-        if field in COUNTS and value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--training.{field} must be positive, not {value}")
-    reporters, installed = values.get("report_to") or "none", get_available_reporting_integrations()
-    for reporter in [reporters] if isinstance(reporters, str) else reporters:
-        if reporter not in ("all", "none", *installed):
-            raise ValueError(f"--training.report_to {reporter}: it is not installed; there is {', '.join(installed)}")
-    return values
+def _check_model(config: MixtureOfTokensConfig) -> None:
+    """Raises ValueError for numbers with which a model computes NaN, or trains for something else."""
+    theta = (config.rope_parameters or {}).get("rope_theta", 1.0)
+    for field, value in {"rms_norm_eps": config.rms_norm_eps, "rope_parameters: its rope_theta": theta}.items():
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"--model.{field} must be positive and finite, not {value}")
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise ValueError(f"--model.dtype {config.dtype!r} is no type of torch")
+    if config.capacity_factor is not None and config.capacity_factor <= 0:
+        raise ValueError(f"--model.capacity_factor must be positive, not {config.capacity_factor}")
+    if config.router_aux_loss_coef < 0:
+        raise ValueError(f"--model.router_aux_loss_coef must be 0 or more, not {config.router_aux_loss_coef}")
 
 
 @contextmanager
-def _as_value_error(flag: str) -> Iterator[None]:
-    """Raise as ValueError what a library raises for an invalid field."""
+def _names_the_flag(name: str, overrides: Mapping[str, Any]) -> Iterator[None]:
+    """Raise as ValueError, with the flag, what a library raises for one of these fields of the model."""
+    flag = f"--model.{next(iter(overrides))}" if len(overrides) == 1 else "--model"
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
-        raise ValueError(f"{flag}: {type(error).__name__}: {error}") from error
+        what = in_words(error)
+        if what.partition(" ")[0] in overrides:
+            raise ValueError(f"--model.{what}") from error
+        if isinstance(error, ValueError) and (not overrides or name in what):
+            raise
+        raise ValueError(f"{flag}: {what}") from error
 
 
 def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, group_size: int) -> None:
@@ -165,6 +164,8 @@ def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, gro
     for what, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{what} must be positive, not {value}")
+        if what != "max-bytes":
+            check_number(f"--{what}", value)
     if batch_size % group_size:
         low = batch_size // group_size * group_size
         legal = " or ".join(str(n) for n in (low, low + group_size) if n)
@@ -175,20 +176,13 @@ def _training_fields(
     flags: Mapping[str, str], recipe: Recipe, steps: int, batch_size: int, group_size: int
 ) -> tuple[int, dict[str, Any]]:
     """Rows of a micro-batch, and fields of TrainingArguments: our defaults, overridden by the user's."""
-    given = _training_given(flags)
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    taken = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}
-    taken |= {"learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size"}
-    for field in given:
-        if field not in known:
-            raise ValueError(f"--training.{field} is no field of TrainingArguments{nearest(field, known)}")
-        if field in taken:
-            raise ValueError(f"--training.{field} has a flag of its own: {taken[field]}")
+    given = given_fields(flags)
     rows = given.get("per_device_eval_batch_size", group_size)
     if rows < 1 or rows % group_size:
         raise ValueError(
             f"--training.per_device_eval_batch_size {rows} must be a multiple of the group size, {group_size}"
         )
+    kind = given.get("lr_scheduler_type", "cosine_with_min_lr")
     parts = given.get("gradient_accumulation_steps", 1) * int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch, rest = divmod(batch_size, parts)
     if rest or micro_batch % group_size or not micro_batch:
@@ -199,7 +193,7 @@ def _training_fields(
     return micro_batch, {
         "per_device_eval_batch_size": micro_batch,
         "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1} if "min_lr" in kind or "constant" in kind else None,
         "warmup_steps": min(recipe.warmup_steps, steps // 10),
         "optim": "adamw_torch_fused",
         "adam_beta2": 0.999,
@@ -212,10 +206,7 @@ def _training_fields(
         "save_steps": recipe.save_every,
         "save_total_limit": 2,
         "report_to": "tensorboard",
-        "remove_unused_columns": False,
-        "label_names": ["shift_labels"],
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
+        **FIXED,
         "dataloader_pin_memory": False,
         "ddp_find_unused_parameters": False,
         **given,
