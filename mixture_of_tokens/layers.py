@@ -138,6 +138,10 @@ class Router(nn.Module):
         with full_precision(x.device):
             return F.linear(x.to(dtype), self.weight.to(dtype)) / self.temperature.to(dtype)
 
+    def extra_repr(self) -> str:
+        num_experts, hidden_size = self.weight.shape
+        return f"{hidden_size=}, {num_experts=}, temperature={float(self.temperature):g}, {self.router_dtype}"
+
 
 class Routed(nn.Module):
     """What Mixture of Tokens and the sparse routings share: experts and a router.
@@ -233,6 +237,9 @@ class MixtureOfTokens(Routed):
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
         self.register_buffer("companion", torch.zeros(num_experts, hidden_size))
         self.register_buffer("companion_logit", torch.zeros(num_experts))
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}, normalize_mixture={self.normalize_mixture}"
 
     @classmethod
     def matched(

@@ -82,3 +82,25 @@ def test_a_run_s_configuration_is_a_file_of_flags(tiny_runs, tmp_path, capsys):
     config = tiny_runs["MoT-Nano/4E/2"] / "config.yaml"
     mot("train", "--config", config, "--out", tmp_path / "again", "--dry-run")
     assert capsys.readouterr().out == config.read_text()
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_from_python_one_value_is_as_good_as_a_list_of_one(tiny_runs, small_corpus):
+    run = tiny_runs["TC-Nano/4E"]
+    one = mixture_of_tokens.generate(run, prompt="a b", temperature=0)
+    assert one == mixture_of_tokens.generate(str(run), prompt=["a b"], temperature=0)
+    assert [each.prompt for each in one.continuations] == ["a b"]
+    fields = {"model": {"router_temperature": 0.5}, "training": {"weight_decay": 0.05, "logging_steps": 3}}
+    options = mixture_of_tokens.Options(steps=4, data=str(small_corpus), **fields)
+    words = {"model": {"router_temperature": "0.5"}, "training": {"weight_decay": "0.05", "logging_steps": "3"}}
+    assert options == mixture_of_tokens.Options(steps=4, data=[str(small_corpus)], **words)
+    names = ["MoT-Nano/4E", "TC-Nano/4E"]
+    assert mixture_of_tokens.compare(names, seeds=1, learning_rate=0.01, options=options, dry_run=True) == (
+        mixture_of_tokens.compare(*names, seeds=[1], learning_rate=[0.01], options=options, dry_run=True)
+    )
+
+
+def test_a_layer_shows_what_it_is_made_of():
+    shown = repr(mixture_of_tokens.MixtureOfTokens(8, 7, 6, 5, temperature=0.25))
+    for part in ("group_size=5", "hidden_size=8", "num_experts=6", "temperature=0.25"):
+        assert part in shown

@@ -39,10 +39,10 @@ def watched_run(name: str, data: str, out: Path, accumulation: int, workers: int
     training = {"gradient_accumulation_steps": str(accumulation), "dataloader_num_workers": str(workers)}
     training |= {"logging_steps": "1", "eval_strategy": "no", "report_to": "none", "save_strategy": "no"}
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=training, data=[data])
-    config, run, arguments = merge(name, 0, 1e-2, options)
+    config, arguments = merge(name, 0, 1e-2, options)
     arguments = TrainingArguments(output_dir=str(out), **arguments)
     out.mkdir(parents=True, exist_ok=True)
-    trainer, _ = build(config, run, arguments)
+    trainer, _ = build(config, arguments)
     trainer.__class__ = Watched
     assert isinstance(trainer, Watched)
     trainer.seen, trainer.steps = [], []
@@ -96,8 +96,8 @@ def test_auxiliary_gradients_are_scaled_once(small_corpus, tmp_path):
     """The coefficient times the auxiliary loss is in the gradient: four parts give what one batch's sum over four."""
     rows, gradients, metrics = in_layout("TC-Nano/4E", "1x4", small_corpus, tmp_path)
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", data=[str(small_corpus)])
-    config, run, arguments = merge("TC-Nano/4E", 0, 1e-2, options)
-    trainer, _ = build(config, run, TrainingArguments(output_dir=str(tmp_path), **arguments))
+    config, arguments = merge("TC-Nano/4E", 0, 1e-2, options)
+    trainer, _ = build(config, TrainingArguments(output_dir=str(tmp_path), **arguments))
     model, coefficient = trainer.causal_lm, config.router_aux_loss_coef
     labels = [trainer.rows.blocks.batch(trainer.rows.block_numbers(list(range(8 * i, 8 * i + 8)))) for i in range(4)]
     outputs = [model(**batch, use_cache=False) for batch in labels]

@@ -147,6 +147,7 @@ def audit(
     if batches < 1:
         raise ValueError(f"--batches must be at least 1, not {batches}")
     check_seed(seed)
+    run = str(run)
     model = load_model(run, alone=alone).float()
     text = None
     try:

@@ -108,6 +108,7 @@ def evaluate(
     for flag, value in {"--regroupings": regroupings, "--sweep-tokens": sweep_tokens, "--context": context}.items():
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
+    run = str(run)
     model = load_model(run)
     longest = context_of(model)
     context = min(longest, 1024) if context is None else context

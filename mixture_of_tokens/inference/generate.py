@@ -137,7 +137,8 @@ def generate(
             raise ValueError(f"{flag} must be at least 1, not {value}")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
-    prompts = list(prompt or []) if prompts_file is None else read_prompts(prompts_file)
+    run, texts = str(run), [prompt] if isinstance(prompt, str) else prompt or []
+    prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     model, tokenizer = load_model(run, alone=alone), load_tokenizer_of(run)
     context = context_of(model)
     # Our models are trained without special tokens; others may need one at the beginning of a text.
@@ -156,16 +157,17 @@ def generate(
     def write(number: int, streamer: TextStreamer | None = None) -> list[Continuation]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)
         rows = batches[number]
-        texts = _continue(model, tokenizer, [encoded[row.prompt] for row in rows], drawn, streamer)
+        written = _continue(model, tokenizer, [encoded[row.prompt] for row in rows], drawn, streamer)
         return [
             Continuation(row.prompt, row.sample, prompts[row.prompt], text, count)
-            for row, (text, count) in zip(rows, texts, strict=True)
+            for row, (text, count) in zip(rows, written, strict=True)
         ]
 
     if prompts_file is not None:
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size, "alone": alone}
-        out = prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl") if out is None else out
+        file = Path(prompts_file)
+        out = file.with_name(f"{file.stem}.continued.jsonl") if out is None else Path(out)
         settings |= {"weights": weights_hash(run), **sampling._asdict()}
         with owned_file(out):
             result = Generated(_to_file(out, settings, batches, write, prompts), str(out))

@@ -14,7 +14,7 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run, check_one_process, check_resumed
-from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags
+from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_values
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.sweep import PlannedRun, Plans, check_text, trained_on
 from mixture_of_tokens.training.train import run_merged
@@ -59,6 +59,8 @@ def compare(
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
     check_one_process("mot compare")
+    names = tuple(name for given in names for name in listed_values(given))
+    seeds, learning_rate = listed_values(seeds), None if learning_rate is None else listed_values(learning_rate)
     out = Path("runs/compare") if out is None else Path(out)
     plans = _plans(names, list(dict.fromkeys(seeds)), _rates(learning_rate, len(names)), options, out)
     if dry_run:

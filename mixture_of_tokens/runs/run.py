@@ -126,7 +126,7 @@ class Run:
         lines = [f"{self.name}: loss {loss} of all {facts.evaluated_on} text, {bits}"]
         if facts.regrouping_spread is not None:
             lines.append(f"3 ways to group that text differ by {facts.regrouping_spread:.4f} nats")
-        speed = f"{facts.seconds:.0f} s, {facts.tokens_per_second} tokens/s"
+        speed = f"{facts.seconds:.0f} s of training, {facts.tokens_per_second} tokens/s"
         lines.append(f"{speed}. Everything is in {self.directory}.")
         return "\n".join([*lines, f"A lone prompt, continued:\n\n{SAMPLE_PROMPT}{facts.sample}"])
 

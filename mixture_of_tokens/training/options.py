@@ -23,6 +23,11 @@ def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
     return found
 
 
+def listed_values(given: Any) -> list[Any]:
+    """A list from Python, or one value of it."""
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+
+
 Rates = Annotated[list[float], Parameter(converter=_numbers, n_tokens=1)]
 Seeds = Annotated[list[int], Parameter(converter=_numbers, n_tokens=1)]
 
@@ -59,6 +64,13 @@ class Options:
     device: Literal["cpu", "cuda"] | None = None
     model: dict[str, str] = dataclasses.field(default_factory=dict)
     training: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        """From Python one source may be a word, and fields of the model and of training values of any type."""
+        object.__setattr__(self, "data", listed_values(self.data))
+        for name in ("model", "training"):
+            words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in getattr(self, name).items()}
+            object.__setattr__(self, name, words)
 
 
 DEFAULTS = Options()

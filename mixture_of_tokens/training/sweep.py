@@ -16,7 +16,7 @@ from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import Run, check_one_process, check_resumed
-from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags
+from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_values
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 
@@ -148,6 +148,7 @@ def sweep(
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
     check_one_process("mot sweep")
+    seeds, learning_rate = listed_values(seeds), None if learning_rate is None else listed_values(learning_rate)
     out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else Path(out)
     if options.evaluate_on is None:
         options = dataclasses.replace(options, evaluate_on="tuning")
