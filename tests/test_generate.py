@@ -172,14 +172,14 @@ def test_what_is_there_already_is_not_overwritten(run, prompts, tmp_path, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", ""], "prompt 1 is empty"),
+        (["--prompt", ""], "--prompt is empty"),
         (["--prompt", "caf\udce9"], "prompt 1 is no text"),
         (["--prompt", "ab " * 200], "leaves no room in the context of 64"),
         ([], "give either --prompt, which may be repeated, or --prompts-file"),
         (["--prompt", "a", "--prompts-file", "x"], "give either --prompt, which may be repeated, or --prompts-file"),
         (["--prompt", "a", "--out", "x"], "--out is for --prompts-file"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature must be 0 or more, and finite, not -1"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature must be 0 or 1e-06 to 1e+06, not -1"),
         (["--prompt", "a", "--top-p", "0"], "--top-p must be above 0 and at most 1, not 0"),
         (["--prompt", "a", "--samples", "0"], "must be at least 1, not 0"),
         (["--prompts-file", "missing.txt"], "missing.txt: there is no such file"),

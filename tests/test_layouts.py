@@ -98,7 +98,7 @@ def test_auxiliary_gradients_are_scaled_once(small_corpus, tmp_path):
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", data=[str(small_corpus)])
     config, arguments = merge("TC-Nano/4E", 0, 1e-2, options)
     trainer, _ = build(config, TrainingArguments(output_dir=str(tmp_path), **arguments))
-    model, coefficient = trainer.causal_lm, config.router_aux_loss_coef
+    model, coefficient = trainer.causal_lm, config.model_config.router_aux_loss_coef
     labels = [trainer.rows.blocks.batch(trainer.rows.block_numbers(list(range(8 * i, 8 * i + 8)))) for i in range(4)]
     outputs = [model(**batch, use_cache=False) for batch in labels]
     assert all(torch.equal(batch["input_ids"], part) for batch, part in zip(labels, rows[:4], strict=True))

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from mixture_of_tokens.runs.checkpoints import fault, keep_newest, newest
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import check_free, check_resumed
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
 from processes import finish, mot, mot_on_a_full_disk, start
 
 STEPS, SAVE = 48, 8
@@ -266,7 +268,7 @@ def test_a_kill_in_the_first_file_leaves_nothing_in_the_way(tmp_path):
     check_free(tmp_path / "run")
     check_resumed(tmp_path / "run", {})
     (tmp_path / "run" / "config.yaml").write_text("some: thing")
-    with pytest.raises(ValueError, match="is no run directory to go on with"):
+    with pytest.raises(ValueError, match=r"config\.yaml has an unknown field"):
         check_resumed(tmp_path / "run", {})
 
 
@@ -352,3 +354,23 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(whole, tmp_path):
 def test_config_says_what_was_run(whole):
     config = yaml.safe_load((whole / "config.yaml").read_text())
     assert (config["steps"], config["training"]["save_steps"]) == (STEPS, SAVE)
+
+
+def test_token_choice_keeps_its_micro_batch_and_others_need_not(tmp_path):
+    """The balancing loss and the capacity are of a micro-batch; groups are not."""
+    for name, refused in (("TC-Nano/4E", True), ("MoT-Nano/4E", False)):
+        out = tmp_path / name.replace("/", "-")
+        out.mkdir()
+        whole, parts = (
+            merge(name, 0, None, Options(steps=4, batch_size=32, training={"gradient_accumulation_steps": str(count)}))
+            for count in (1, 4)
+        )
+        (out / "config.yaml").write_text(str(whole.config))
+        check_resumed(out, whole.config)
+        if refused:
+            with pytest.raises(ValueError, match="micro-batches of 32 rows, now they have 8"):
+                check_resumed(out, parts.config)
+        else:
+            check_resumed(out, parts.config)
+        (out / "config.yaml").write_text(str(whole.config).replace("micro_batch: 32\n", ""))  # as in format 0
+        check_resumed(out, parts.config)

@@ -105,17 +105,13 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that decide what the run computes, without those of how it is carried out.
 
-        A resumed run must have the same ones; the runs of one model differ in the seed alone. Rows at once are one of
-        them where a load-balancing loss or a capacity is of those rows.
+        A resumed run must have the same ones; the runs of one model differ in the seed alone.
         """
         flat: dict[str, Any] = {}
-        balanced = any(routing.balanced for routing in self.model_config.routings)
         for key, value in yaml.safe_load(str(self)).items():  # as it would be read again: no tuples
-            if key == "micro_batch" and not balanced:
-                continue
-            if key not in ("format", "training", "model", "transition"):
+            if key not in ("format", "micro_batch", "training", "model", "transition"):
                 flat[key] = value
-            elif key != "format":
+            elif key not in ("format", "micro_batch"):
                 flat |= {f"{key}.{field}": inner for field, inner in value.items() if not _carried_out(key, field)}
         return flat
 

@@ -59,17 +59,22 @@ def check_resumed(out: Path, config: RunConfig) -> None:
         return
     if not (out / records.CONFIG).is_file():
         raise ValueError(f"{out} is no run directory to go on with: it has no config.yaml; name another with --out")
-    before, now = RunConfig.read(out / records.CONFIG).identity(), config.identity()
+    started = RunConfig.read(out / records.CONFIG)
+    before, now = started.identity(), config.identity()
     for key in [*before, *now]:
-        if key == "micro_batch" and key not in before:  # not known of a run of format 0
-            continue
         if before.get(key) != now.get(key):
             flag = key if key.startswith(("model.", "training.")) else key.removeprefix("transition.").replace("_", "-")
-            what = "a micro-batch of" if key == "micro_batch" else f"--{flag}"
             raise ValueError(
-                f"{out} was started with {what} {before.get(key)}, now it is {now.get(key)}; "
+                f"{out} was started with --{flag} {before.get(key)}, now it is {now.get(key)}; "
                 "give the same flags, or name another directory with --out"
             )
+    sizes = {started.micro_batch or config.micro_batch, config.micro_batch}  # not known of a run of format 0
+    balanced = [routing.title for routing in config.model_config.routings if routing.balanced]
+    if balanced and len(sizes) > 1 and not (out / records.FACTS).is_file():
+        raise ValueError(
+            f"{out} was started with micro-batches of {started.micro_batch} rows, now they have {config.micro_batch}: "
+            f"{balanced[0]}'s load-balancing loss and capacity are of a micro-batch; keep processes x accumulation"
+        )
 
 
 @dataclass(frozen=True)

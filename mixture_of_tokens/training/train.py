@@ -75,23 +75,27 @@ def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None =
         begin: called before the first step, unless there is a checkpoint to go on from. In a run with a `first_step` it
             gives the trainer the weights, rows and clock of that step.
     """
+    _check(out, merged, resume)
     if resume and (out / records.FACTS).exists():
-        check_resumed(out, merged.config)
         print(f"{out} is finished already", file=sys.stderr)
         return read(out) if is_main() else None
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
     with owned(out) if is_main() else nullcontext():
-        if resume:
-            check_resumed(out, merged.config)
-        else:
-            check_free(out)
+        _check(out, merged, resume)  # another process may have begun meanwhile
         taken = TrainingArguments(output_dir=str(out), **merged.arguments)
         taken.run_name = taken.run_name or out.name
         # Several GPUs of one process would each take all the rows; they are for torchrun.
         taken._n_gpu = min(1, taken.n_gpu)
         return _run(merged.config, taken, out, begin)
+
+
+def _check(out: Path, merged: Merged, resume: bool) -> None:
+    if resume:
+        check_resumed(out, merged.config)
+    else:
+        check_free(out)
 
 
 def build(run: RunConfig, arguments: TrainingArguments) -> tuple[GroupedTrainer, Prepared]:
