@@ -147,14 +147,27 @@ def test_a_signal_to_the_whole_group_is_answered_by_the_main_process_alone(whole
         assert_same(out, whole)
 
 
-def test_workers_end_with_a_main_process_that_is_killed(tmp_path):
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_end_with_a_main_process_that_is_killed(tmp_path, method):
     out = tmp_path / "run"
-    process = begin(out, *WORKERS)
-    assert wait_for(lambda: (out / "metrics.jsonl").exists() and lines(out) >= 3, process)
+    how = [*WORKERS, "--training.dataloader_multiprocessing_context", method]
+    process = start(mot_in_a_group, *FLAGS, "--out", out, *how, log=tmp_path / "log")
+    assert wait_for(lambda: (out / "metrics.jsonl").exists() and lines(out) >= 1, process)
+    assert len(alive_in(process.pid)) > 2
     process.kill()
     assert finish(process) == -signal.SIGKILL
-    with owned(out):  # workers inherit the lock
+    with owned(out):  # which workers that are forked inherit
         pass
+    deadline = time.monotonic() + 20
+    while left := alive_in(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def alive_in(group: int) -> list[str]:
+    """Processes of a group that have not ended."""
+    shown = subprocess.run(["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True, check=True).stdout
+    return [line for line in shown.splitlines() if line.split()[0] == str(group) and "Z" not in line]
 
 
 def test_workers_do_not_outlive_or_hold_up_a_run_that_fails(tmp_path):
@@ -179,24 +192,36 @@ def test_a_row_of_metrics_that_cannot_be_written_again_is_named(whole, tmp_path,
 
 @pytest.mark.slow
 def test_killed_thirty_times_at_any_moment_it_ends_as_if_uninterrupted(whole, tmp_path):
-    """Seconds from the start of a process to its kill are drawn up to those that the whole run takes."""
-    out, choose, kills, steps = tmp_path / "run", random.Random(1), 0, []
-    while kills < 30:
-        process = begin(out, "--resume", *(WORKERS if kills % 2 else []))
-        process.join(choose.uniform(0, 8))
-        if not process.is_alive():  # it has finished: from here on another one is killed
-            assert finish(process) == 0, (tmp_path / "log").read_text()
-            assert_same(out, whole)
-            shutil.rmtree(out)
-            continue
+    """Two of three kills fall into training, at a moment after a new checkpoint; the others fall at any time before.
+
+    A checkpoint is written after every step, so that many kills fall into one, and thirty do not undo all progress.
+    """
+    words = [1 if before == "--training.save_steps" else word for before, word in pairwise(["", *FLAGS])]
+    out, choose, saved, inside = tmp_path / "run", random.Random(1), [0], 0
+    for kill in range(30):
+        workers = WORKERS if kill % 2 else []
+        process = start(mot, *words, "--out", out, "--resume", *workers, log=tmp_path / "log")
+        if kill % 3:
+            begun = wait_for(lambda: out.exists() and last_step(out) > saved[-1], process)
+            assert begun, (tmp_path / "log").read_text()
+            time.sleep(choose.uniform(0, 0.1))
+        else:
+            process.join(choose.uniform(0, 3))
         process.kill()
         assert finish(process) == -signal.SIGKILL
-        kills += 1
-        found = newest(out) if out.exists() else None
-        steps.append(int(found.name.partition("-")[2]) if found is not None else 0)
-    print(f"steps that were saved at the {kills} kills: {steps}")
+        inside += (out / "checkpoint.partial").exists()
+        saved.append(last_step(out) if out.exists() else 0)
+    print(f"steps that were saved at the kills: {saved[1:]}; {inside} kills while a checkpoint was written")
+    assert saved == sorted(saved)
+    assert len(set(saved)) > 15
+    assert inside > 0
+    assert not (out / "run.json").exists()
     assert finish(begin(out, "--resume")) == 0, (tmp_path / "log").read_text()
     assert_same(out, whole)
+
+
+def last_step(run: Path) -> int:
+    return max((int(path.name.partition("-")[2]) for path in run.glob("checkpoint-*")), default=0)
 
 
 def test_an_interrupt_while_the_command_line_is_imported_is_one_line():

@@ -5,9 +5,11 @@ the same for every system and no part of training.
 """
 
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -221,12 +223,19 @@ def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int)
     """In a new worker of the loader: signals to the whole process group are the main process's to answer.
 
     It needs its workers until it has saved. When it ends, the interpreter ends workers that are left by SIGTERM, and
-    waits for them; workers of a main process that is killed notice that themselves.
+    waits for them. Workers end with a main process that is killed: torch's look at their parent, which is not enough
+    where that is a fork server.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     if begin is not None:
         begin(number)
+
+
+def _end_with(main: Any) -> None:
+    main.join()
+    os._exit(1)
 
 
 def _as_it_is(batch: Any) -> Any:
