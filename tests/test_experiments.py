@@ -254,6 +254,7 @@ def tiny(small_corpus) -> Options:
     return Options(steps=10, batch_size=32, device="cpu", data=[str(small_corpus)], training=training)
 
 
+@pytest.mark.slow
 def test_a_comparison_s_script_trains_keeps_and_goes_on(script, tiny, tmp_path, monkeypatch, small_corpus):
     monkeypatch.chdir(tmp_path)
     nano = script("nano")

@@ -64,6 +64,7 @@ def test_a_lock_dies_with_its_process(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_of_two_trainings_in_one_run_directory_one_trains_and_one_says_why_not(tmp_path, small_corpus, capsys):
     words = ["train", "Transformer-Nano", "--steps", "4", "--batch-size", "32", "--device", "cpu"]

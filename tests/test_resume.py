@@ -147,7 +147,10 @@ def test_a_signal_to_the_whole_group_is_answered_by_the_main_process_alone(whole
         assert_same(out, whole)
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param("fork", marks=pytest.mark.slow), "forkserver", pytest.param("spawn", marks=pytest.mark.slow)],
+)
 def test_workers_end_with_a_main_process_that_is_killed(tmp_path, method):
     out = tmp_path / "run"
     how = [*WORKERS, "--training.dataloader_multiprocessing_context", method]
