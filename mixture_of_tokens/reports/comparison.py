@@ -239,7 +239,8 @@ def comparison(models: dict[str, list[Run]], command: str | None = None) -> Comp
     """All numbers of the runs that `by_model` returned."""
     baseline = next(iter(models.values()))
     ends = [min(model[i].curve[-1].seconds for model in models.values()) for i in range(len(baseline))]
-    of_baseline = _runs(baseline, models, ends)
+    runs = {label: _runs(model, models, ends) for label, model in models.items()}
+    of_baseline = next(iter(runs.values()))
     environments: list[dict[str, Any]] = []
     for run in (run for model in models.values() for run in model):
         environment = {key: getattr(run.facts, key) for key in ENVIRONMENT}
@@ -257,7 +258,7 @@ def comparison(models: dict[str, list[Run]], command: str | None = None) -> Comp
         equal_time_seconds=_summary(ends),
         corpus=baseline[0].facts.corpus,
         environments=environments,
-        models=[_model(label, model, _runs(model, models, ends), of_baseline) for label, model in models.items()],
+        models=[_model(label, model, runs[label], of_baseline) for label, model in models.items()],
         command=command,
     )
 
