@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results import markdown, quartiles, run, surroundings
+from results import markdown, quartiles, run, surroundings, with_brief_spinning
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
-from mixture_of_tokens.malloc import keep_large_blocks
 from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.process import keep_large_blocks
 
 RESULTS = Path(__file__).with_name("generate.csv")
 SPREAD = ("tokens_per_second", "share_of_first")
@@ -102,4 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    with_brief_spinning()
     main()

@@ -54,10 +54,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from providers import FLOORS, LAYERS, Provider, Sizes, build, granularity, qwen3_width
-from results import append, check_columns, latest, markdown, read, surroundings
+from results import append, check_columns, latest, markdown, read, surroundings, with_brief_spinning
 from tqdm import tqdm
 
-from mixture_of_tokens.malloc import keep_large_blocks
+from mixture_of_tokens.process import keep_large_blocks
 
 PROVIDERS = (*LAYERS, *FLOORS)
 PASSES = ("forward", "forward+backward")
@@ -279,4 +279,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    with_brief_spinning()
     main()

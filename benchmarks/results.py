@@ -4,12 +4,20 @@ import argparse
 import csv
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mixture_of_tokens.process import spin_briefly
 from mixture_of_tokens.runs import provenance
+
+
+def with_brief_spinning() -> None:
+    """Start the script again with OpenMP's threads as in `mot`: torch, which reads how they wait, is loaded by now."""
+    if spin_briefly():
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def surroundings(device: str | None) -> dict:

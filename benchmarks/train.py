@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import markdown, quartiles, run, surroundings
+from results import markdown, quartiles, run, surroundings, with_brief_spinning
 from transformers import TrainingArguments, get_scheduler
 
-from mixture_of_tokens.malloc import keep_large_blocks
+from mixture_of_tokens.process import keep_large_blocks
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
@@ -157,4 +157,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    with_brief_spinning()
     main()

@@ -3,12 +3,15 @@
 import importlib.util
 import sys
 
+from mixture_of_tokens.process import spin_briefly
+
 
 def main() -> None:
     """Run the command line. Without the packages of the extra `train`: one line on standard error, exit status 2.
 
     ^C while the command line itself is imported is answered as later on.
     """
+    spin_briefly()  # before anything loads torch
     try:
         from mixture_of_tokens import cli
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from filelock import FileLock
 
+from mixture_of_tokens.process import spin_briefly
 from processes import mot
 
+spin_briefly()  # in all processes that are started from here on
 torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait for each other
 
 

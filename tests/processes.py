@@ -8,7 +8,8 @@ from pathlib import Path
 
 # The server imports the library once, and every process is forked from it before it has threads.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["mixture_of_tokens.cli"])
+COMMANDS = ("training.train", "training.sweep", "reports.compare", "inference.generate", "convert.transition")
+context.set_forkserver_preload([f"mixture_of_tokens.{module}" for module in ("cli", *COMMANDS)])
 
 
 def _run(function, words: tuple, environment: dict[str, str], log: Path) -> None:

@@ -110,6 +110,26 @@ def test_the_default_is_the_standard_library():
     assert any("class JSONDecoder" in text for text in library)
 
 
+def test_packages_are_the_modules_installed_beside_this_interpreter(tmp_path, monkeypatch):
+    pure, binary = tmp_path / "pure", tmp_path / "binary"
+    for file, text in {pure / "one" / "a.py": "a = 1", binary / "two.py": "b = 2", pure / "notes.txt": "no"}.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (pure / "latin.py").write_bytes(b"# caf\xe9")  # test data in another encoding
+    paths = {"purelib": str(pure), "platlib": str(binary)}
+    monkeypatch.setattr("mixture_of_tokens.data.sources.sysconfig.get_paths", lambda: paths)
+    assert sorted(read("packages")) == ["a = 1", "b = 2"]
+    assert len(fingerprint("packages", len_of)) == 3
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "mine.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    assert read("./packages") == ["mine"]
+    for file in [*pure.rglob("*.py"), *binary.rglob("*.py")]:
+        file.unlink()
+    with pytest.raises(ValueError, match="packages: no packages are installed in"):
+        read("packages")
+
+
 def _parquet(path, **columns):
     pq.write_table(pa.table(columns), path)
 

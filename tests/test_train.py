@@ -150,7 +150,7 @@ def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, ru
 
 
 def test_no_group_of_the_embedded_corpus_holds_a_document_twice():
-    prepared = prepare(vocab_size=512, context=64)
+    prepared = prepare(vocab_size=512, context=64, max_bytes=6_000_000)
     for epoch in range(3):
         assert len(collisions(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))[0]) == 0
     assert len(collisions(prepared.validation, grouped_order(prepared.validation, 32, everything=True))[0]) == 0

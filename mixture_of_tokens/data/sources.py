@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs, data sets of the Hub and, by default, Python's own standard library.
+"""Where text comes from: files, folders, globs, data sets of the Hub, and the Python source text of this machine.
 
 Text is read byte for byte, so that bits per byte count a file's own bytes, line ends included.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PART = 2**20  # bytes of a file held at once
+PACKAGES = "packages"  # the source that is all Python packages installed for this interpreter
 
 # Suffixes that a folder is searched for; a file that is named directly may have any suffix.
 PROSE = ".txt .text .md .markdown .rst .tex .org .adoc .html .htm .xml .csv .tsv .log"
@@ -40,14 +41,14 @@ def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]
     Read all parts of a document before taking the next document.
 
     Args:
-        sources: Each a file, a folder (searched for known suffixes, hidden files left out), a glob or
-            hf:NAME[:CONFIG]; empty for the standard library. All files but .parquet may be gzipped.
+        sources: Each a file, a folder (searched for known suffixes, hidden files left out), a glob,
+            hf:NAME[:CONFIG], or packages; empty for the standard library. All files but .parquet may be gzipped.
         field: The field of a row that holds its text.
 
     Raises ValueError, with file and line, if a source is missing, empty or not UTF-8 text.
     """
     if not sources:
-        yield from _standard_library()
+        yield from _decodable(_library_files())
     for source in sources:
         holds_text = False
 
@@ -57,7 +58,10 @@ def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]
                 holds_text = holds_text or bool(part.strip())
                 yield part
 
-        rows = _hub_rows(source, field) if source.startswith("hf:") else _of_files(files(source), field)
+        if source == PACKAGES:
+            rows = _decodable(_package_files())
+        else:
+            rows = _hub_rows(source, field) if source.startswith("hf:") else _of_files(files(source), field)
         for document in rows:
             yield noted(document)
         if not holds_text:
@@ -112,6 +116,8 @@ def _paths(source: str | None) -> list[Path] | None:
     """The files of a source (None is the standard library), or None for a data set that is not local."""
     if source is None:
         return _library_files()
+    if source == PACKAGES:
+        return _package_files()
     if source.startswith("hf:"):
         folder = Path(_hub_name(source)[0])
         return [_regular(file) for file in _walk(folder)] if folder.is_dir() else None
@@ -180,18 +186,28 @@ def _suffix(path: Path) -> str:
 
 
 def _library_files() -> list[Path]:
+    """The modules of this Python's standard library, as far as it is installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
     foreign = {"site-packages", "dist-packages"}
     return [p for p in _walk(root) if p.suffix == ".py" and foreign.isdisjoint(p.relative_to(root).parts)]
 
 
-def _standard_library() -> Iterator[Document]:
-    """The source text of this Python's standard library, as far as it is installed."""
-    for path in _library_files():
+def _package_files() -> list[Path]:
+    """The modules of all packages that are installed for this Python. Raises ValueError if there are none."""
+    roots = sorted({Path(sysconfig.get_paths()[kind]) for kind in ("purelib", "platlib")})
+    found = [p for root in roots if root.is_dir() for p in _walk(root) if p.suffix == ".py" and p.is_file()]
+    if not found:
+        raise ValueError(f"{PACKAGES}: no packages are installed in {' or '.join(map(str, roots))}")
+    return found
+
+
+def _decodable(paths: list[Path]) -> Iterator[Document]:
+    """Files of source text but for those in other encodings, such as test data."""
+    for path in paths:
         text = path.read_bytes()
         try:
             text.decode()
-        except UnicodeDecodeError:  # test data in other encodings
+        except UnicodeDecodeError:
             continue
         yield [text]
 

@@ -17,10 +17,10 @@ from transformers import TrainingArguments, set_seed
 from mixture_of_tokens.data.groups import GroupedBatches, training_groups
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.inference.generate import continue_prompts
-from mixture_of_tokens.malloc import keep_large_blocks
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.process import keep_large_blocks
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
