@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.model.names import config_from_name
     from mixture_of_tokens.reports.compare import compare
     from mixture_of_tokens.reports.report import report
-    from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
+    from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
     from mixture_of_tokens.training.options import Options
     from mixture_of_tokens.training.sweep import sweep
     from mixture_of_tokens.training.train import train
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # The module of each public name.
 _MODULES = {
     "layers": ("Experts", "MixtureOfTokens", "Router"),
-    "sparse": ("ExpertChoice", "TokenChoice"),
+    "sparse": ("ExpertChoice", "SigmoidChoice", "TokenChoice"),
     "model.config": ("MixtureOfTokensConfig",),
     "model.modeling": ("MixtureOfTokensForCausalLM", "MixtureOfTokensModel"),
     "model.names": ("config_from_name",),
@@ -61,6 +61,7 @@ __all__ = [
     "MixtureOfTokensModel",
     "Options",
     "Router",
+    "SigmoidChoice",
     "TokenChoice",
     "audit",
     "calibrate_companions",

@@ -104,12 +104,19 @@ class TokenChoice(Routed):
         self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
         self.capacity_factor = capacity_factor
 
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates and numbers of each token's K experts, by the router's logits (..., E)."""
+        return softmax(logits, dim=-1).topk(self.num_experts_per_tok, dim=-1)
+
+    def note_load(self, ends_E: Tensor) -> None:
+        """Called with the running number of choices, expert by expert."""
+
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         check_shapes(x_BTD, token_mask)
         (B, T, D), E, K = x_BTD.shape, self.num_experts, self.num_experts_per_tok
         mask_TB1 = x_BTD.new_ones(T, B, 1, dtype=torch.bool) if token_mask is None else token_mask.bool().T[..., None]
         x_TBD = x_BTD.transpose(0, 1).masked_fill(~mask_TB1, 0)
-        gate_TBK, expert_TBK = softmax(self.gate(x_TBD), dim=-1).topk(K, dim=-1)
+        gate_TBK, expert_TBK = self.choose(self.gate(x_TBD))
         if self.norm_topk_prob:
             gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
         expert_TBK = expert_TBK.masked_fill(~mask_TB1, E)  # masked tokens go to no expert: sorted last, never read
@@ -120,6 +127,7 @@ class TokenChoice(Routed):
         token_A = order_A // (K * B) * B + order_A % B
         x_AD = x_TBD.flatten(0, 1)[token_A]
         ends_E = torch.searchsorted(expert_A, torch.arange(E, device=x_AD.device), right=True)
+        self.note_load(ends_E)
         if self.training and self.capacity_factor is not None:
             y_AD = self._with_capacity(self.capacity_factor, x_AD, expert_A, ends_E)
         else:
@@ -139,3 +147,77 @@ class TokenChoice(Routed):
         slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)  # the last slot takes what is dropped
         x_ERD = x_AD.new_zeros(E * R + 1, D).index_copy(0, slot_A, x_AD)[:-1].view(E, R, D)
         return F.pad(self.experts(x_ERD).flatten(0, 1), (0, 0, 0, 1))[slot_A]
+
+
+class SigmoidChoice(TokenChoice):
+    """Token Choice with independent gates, balanced without a loss (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+        score[t, e] = sigmoid(x_t . c_e / temperature)
+        chosen      = the k experts of the highest score[t, e] + selection_bias[e]
+        gate[t, e]  = score[t, e]               the bias decides the choice alone
+
+    In training each step moves the bias towards the experts that are chosen less than others (Wang et al., arXiv
+    2408.15664, algorithm 1). `balance`, after the optimizer's step, adds
+
+        balance_rate * sign(mean number of choices - number of choices of e)
+
+    counted over all micro-batches and processes since the last call. Nothing is dropped.
+    """
+
+    selection_bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int = 1,
+        norm_topk_prob: bool = False,
+        balance_rate: float = 1e-3,
+        gated: bool = True,
+        activation: str = "silu",
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
+    ):
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            norm_topk_prob=norm_topk_prob,
+            capacity_factor=None,
+            gated=gated,
+            activation=activation,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+            initializer_scale=initializer_scale,
+        )
+        if not 0 <= balance_rate < math.inf:
+            raise ValueError(f"balance_rate must be 0 or more, and finite, not {balance_rate}")
+        self.balance_rate = balance_rate
+        self.register_buffer("selection_bias", torch.zeros(num_experts))
+        self.load_E: Tensor | None = None  # choices since the last `balance`; no buffer, which DDP would overwrite
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        expert = (scores.detach() + self.selection_bias).topk(self.num_experts_per_tok, dim=-1).indices
+        return scores.gather(-1, expert), expert
+
+    def note_load(self, ends_E: Tensor) -> None:
+        if self.training and torch.is_grad_enabled():  # not of telemetry
+            load_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+            self.load_E = load_E if self.load_E is None else self.load_E + load_E
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Move the selection bias by the choices since the last call. Processes that train together all call it."""
+        if self.load_E is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load_E)
+        load_E, self.load_E = self.load_E.to(self.selection_bias.dtype), None
+        self.selection_bias += self.balance_rate * (load_E.mean() - load_E).sign()

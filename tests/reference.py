@@ -139,6 +139,31 @@ def token_choice(
     return _stacked(out)
 
 
+def sigmoid_choice(
+    x: Tensor,
+    token_mask: Tensor | None,
+    gate_weight: Tensor,
+    expert_weights: tuple[Tensor, Tensor],
+    *,
+    selection_bias: Tensor,
+    num_experts_per_tok: int = 1,
+    norm_topk_prob: bool = False,
+    temperature: float | Tensor = 1.0,
+    gated: bool = True,
+    activation: str = "silu",
+) -> Tensor:
+    """A token takes the k experts of the highest sigmoid plus bias; its gates are the sigmoids, whatever the bias."""
+    (B, T, _), num_experts = x.shape, len(expert_weights[1])
+    out = _zeros(x)
+    for b, t in [(b, t) for b in range(B) for t in range(T) if token_mask is None or token_mask[b, t]]:
+        score = [1 / (1 + (-(x[b, t] @ row) / temperature).exp()) for row in gate_weight]
+        order = sorted(range(num_experts), key=lambda e, s=score: (s[e] + selection_bias[e]).item(), reverse=True)
+        total = sum(score[e] for e in order[:num_experts_per_tok]) if norm_topk_prob else 1
+        for e in order[:num_experts_per_tok]:
+            out[b][t] = out[b][t] + score[e] / total * expert(x[b, t], expert_weights, e, gated, activation)
+    return _stacked(out)
+
+
 def _groups(x: Tensor, token_mask: Tensor | None, group_size: int) -> list[list[tuple[int, int]]]:
     """The real tokens (b, t) of each group that has any: rows 0 .. G-1 at one position, rows G .. 2G-1, and so on."""
     groups = []

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from mixture_of_tokens.layers import MixtureOfTokens, Routed
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
+from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
 
 B, G, E, T, D, F = 6, 3, 5, 4, 8, 7
 
 Routings = dict[str, Callable[..., Routed]]
 tc = partial(TokenChoice, hidden_size=D, expert_size=F, num_experts=E)
+stc = partial(SigmoidChoice, hidden_size=D, expert_size=F, num_experts=E)
 ec = partial(ExpertChoice, group_size=G, **tc.keywords)
 mot = partial(MixtureOfTokens, group_size=G, **tc.keywords)
 
@@ -30,6 +31,9 @@ DROPLESS: Routings = {
     "tc_top1": partial(tc, capacity_factor=None),
     "tc_top2": partial(tc, num_experts_per_tok=2, capacity_factor=None),
     "tc_top2_norm": partial(tc, num_experts_per_tok=2, norm_topk_prob=True, capacity_factor=None),
+    "stc_top1": stc,
+    "stc_top2": partial(stc, num_experts_per_tok=2),
+    "stc_top2_norm": partial(stc, num_experts_per_tok=2, norm_topk_prob=True),
 }
 DROPPING: Routings = {
     "tc_top1_dropping": partial(tc, capacity_factor=0.5),
@@ -47,8 +51,8 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **option
 def randomized(layer: nn.Module, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        companions = [tensor for name, tensor in layer.named_buffers() if "companion" in name]
-        for tensor in (*layer.parameters(), *companions):
+        kept = [tensor for name, tensor in layer.named_buffers() if "companion" in name or "bias" in name]
+        for tensor in (*layer.parameters(), *kept):
             tensor.copy_(0.5 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
     return layer
 

@@ -11,8 +11,8 @@ from mixture_of_tokens.inference.audit import Audit, leaks, texts
 from processes import mot
 from routings import randomized, small_model
 
-KINDS = ("dense", "mixture_of_tokens", "uniform", "expert_choice", "token_choice")
-PRIVATE = ("dense", "token_choice")
+KINDS = ("dense", "mixture_of_tokens", "uniform", "expert_choice", "token_choice", "sigmoid_choice")
+PRIVATE = ("dense", "token_choice", "sigmoid_choice")
 
 
 def build(kind: str):

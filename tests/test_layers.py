@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import reference
 from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed
-from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
+from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
 from routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tokens
 
 EXPERTS = {"gated": {}, "plain": {"gated": False, "activation": "relu"}}
@@ -36,6 +36,8 @@ def literal(layer: Routed, x: Tensor, mask: Tensor | None, parameters: dict[str,
         return reference.expert_choice(x, mask, gate, experts, **options)
     assert isinstance(layer, TokenChoice)
     options |= {"num_experts_per_tok": layer.num_experts_per_tok, "norm_topk_prob": layer.norm_topk_prob}
+    if isinstance(layer, SigmoidChoice):
+        return reference.sigmoid_choice(x, mask, gate, experts, selection_bias=layer.selection_bias.double(), **options)
     options["capacity_factor"] = layer.capacity_factor if layer.training else None
     return reference.token_choice(x, mask, gate, experts, **options)
 

@@ -20,7 +20,7 @@ import routings
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router
 from mixture_of_tokens.loss import load_balancing_loss
 
-KINDS = ("dense", "mixture_of_tokens", "uniform", "token_choice", "expert_choice")
+KINDS = ("dense", "mixture_of_tokens", "uniform", "token_choice", "sigmoid_choice", "expert_choice")
 MIXING = ("mixture_of_tokens", "uniform", "expert_choice")
 END, PAD = 7, 0
 tiny = partial(routings.tiny, eos_token_id=END, pad_token_id=PAD)
@@ -43,9 +43,11 @@ def test_save_and_load_through_auto_classes_gives_identical_logits(kind, tmp_pat
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is MixtureOfTokensForCausalLM
-    assert torch.equal(again(x).logits, model(x).logits)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    # Where weights lie in memory changes the rounding of matrix products.
+    torch.testing.assert_close(again(x).logits, model(x).logits, rtol=1e-6, atol=1e-6)
     base = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(base(x).last_hidden_state, model.model(x).last_hidden_state)
+    torch.testing.assert_close(base(x).last_hidden_state, model.model(x).last_hidden_state, rtol=1e-6, atol=1e-6)
     assert AutoConfig.from_pretrained(tmp_path).mlp_layer_types == ["dense", kind, kind]
 
 

@@ -69,7 +69,7 @@ def test_granularity_1_may_be_written_and_is_left_out():
 
 def test_matched_names_differ_in_the_system_alone():
     names = parse_name("EC-Mini/8E/2").matched()
-    assert names == ["Transformer-Mini", "MoT-Mini/8E/2", "Uniform-Mini/8E/2", "TC-Mini/8E/2", "EC-Mini/8E/2"]
+    assert names == ["Transformer-Mini", "MoT-Mini/8E/2", "Uniform-Mini/8E/2", "TC-Mini/8E/2", "STC-Mini/8E/2", "EC-Mini/8E/2"]
     assert parse_name("Transformer-Mini").matched() == ["Transformer-Mini"]
 
 
@@ -113,7 +113,7 @@ def test_what_is_derived_follows_an_overridden_field():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("Mot-Nano/32E", "no legal system: 'Mot' is none of Transformer, MoT, Uniform, TC, EC; did you mean MoT?"),
+        ("Mot-Nano/32E", "no legal system: 'Mot' is none of Transformer, MoT, Uniform, TC, STC, EC; did you mean MoT?"),
         ("MoT-Meduim/32E", "no legal size: 'Meduim' is none of Nano, Mini, Medium, Base; did you mean Medium?"),
         ("MoT", "no legal size: '' is none of"),
         ("", "no legal system: '' is none of"),

@@ -16,7 +16,7 @@ from mixture_of_tokens.model.telemetry import combine_weights, measure, router_g
 from mixture_of_tokens.training.trainer import _RouterGradients
 from routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tiny, tokens
 
-KINDS = ("mixture_of_tokens", "uniform", "token_choice", "expert_choice")
+KINDS = ("mixture_of_tokens", "uniform", "token_choice", "sigmoid_choice", "expert_choice")
 EXPERTS, GROUP, ROWS, LENGTH = 5, 4, 8, 10
 
 
@@ -279,14 +279,15 @@ def test_masked_tokens_count_nowhere(kind):
 def test_measures_are_in_full_precision_under_low_precision(kind):
     model, batch = in_training(kind).bfloat16(), probe()
     for block in model.model.layers[1:]:
-        if kind in ("mixture_of_tokens", "token_choice"):
+        if kind in ("mixture_of_tokens", "token_choice", "sigmoid_choice"):
             torch.nn.init.zeros_(block.mlp.gate.weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = routed(measure(model, batch))
     for measures in found:
         assert all(math.isfinite(value) for value in measures.values())
         if kind != "expert_choice":  # equal weights, which a sum in bf16 would not get to within 1e-5
-            assert measures["largest_load"] == pytest.approx(1 if kind != "token_choice" else EXPERTS, rel=1e-5)
+            one_takes_all = kind in ("token_choice", "sigmoid_choice")
+            assert measures["largest_load"] == pytest.approx(EXPERTS if one_takes_all else 1, rel=1e-5)
 
 
 # What it leaves behind

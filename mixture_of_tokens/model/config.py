@@ -22,7 +22,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         group_size: tokens mixed together, each from a different example; training batches are multiples of it.
         gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
         router_temperature, learnable_temperature, router_dtype, normalize_mixture: see `layers.py`.
-        capacity_factor: see `TokenChoice`.
+        capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`.
         initializer_scale: weights are drawn with std = scale / sqrt(fan_in), cut at two std; embeddings have fan_in 1.
         router_aux_loss_coef: weight of Token Choice's load-balancing loss, in training.
     """
@@ -53,6 +53,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     router_dtype: str = "float32"
     normalize_mixture: bool = False
     capacity_factor: float | None = 1.25
+    balance_rate: float = 1e-3
     initializer_scale: float = 0.1**0.5
 
     def __post_init__(self, **kwargs):
@@ -74,6 +75,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"initializer_scale must be positive and finite, not {self.initializer_scale}")
         if not 0 < self.router_temperature < math.inf:
             raise ValueError(f"router_temperature must be positive and finite, not {self.router_temperature}")
+        if not 0 <= self.balance_rate < math.inf:
+            raise ValueError(f"balance_rate must be 0 or more, and finite, not {self.balance_rate}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
         heads, kv_heads = self.num_attention_heads, kwargs.get("num_key_value_heads", self.num_key_value_heads)

@@ -28,6 +28,7 @@ from mixture_of_tokens.model.upstream import (
     can_return_tuple,
     maybe_install_capturing_hooks,
 )
+from mixture_of_tokens.sparse import SigmoidChoice
 
 
 class MixtureOfTokensDecoderLayer(GradientCheckpointingLayer):
@@ -69,6 +70,8 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
         elif isinstance(module, MixtureOfTokens):  # for a checkpoint without companions
             nn.init.zeros_(module.companion)
             nn.init.zeros_(module.companion_logit)
+        elif isinstance(module, SigmoidChoice):
+            nn.init.zeros_(module.selection_bias)
         else:
             super()._init_weights(module)
 
@@ -123,6 +126,12 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         for module in self.modules():
             if isinstance(module, MixtureOfTokens):
                 module.alone = alone
+
+    def balance(self) -> None:
+        """After each step of training: see `SigmoidChoice.balance`. It does nothing for other routings."""
+        for module in self.modules():
+            if isinstance(module, SigmoidChoice):
+                module.balance()
 
     @property
     def mixes_examples(self) -> bool:

@@ -4,6 +4,7 @@
     MoT-SIZE/<G>E[/<k>]      Mixture of Tokens
     Uniform-SIZE/<G>E[/<k>]  Mixture of Tokens without a router
     TC-SIZE/<G>E[/<k>]       Token Choice
+    STC-SIZE/<G>E[/<k>]      Sigmoid Token Choice
     EC-SIZE/<G>E[/<k>]       Expert Choice
 
 G is the group size and k the granularity, 1 where it is left out. The sparse blocks have E = G * k experts of width

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mixture_of_tokens.layers import ACTIVATIONS, MixtureOfTokens
 from mixture_of_tokens.model.upstream import Qwen3MoeMLP
-from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
+from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
 
 if TYPE_CHECKING:  # the configuration checks its kinds against this table
     from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -129,13 +129,25 @@ def _expert_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: in
     return config.num_experts * groups * min(capacity, size)
 
 
-def _token_choice(config: "MixtureOfTokensConfig") -> nn.Module:
+def _choice(config: "MixtureOfTokensConfig") -> dict[str, Any]:
     choice = {"num_experts_per_tok": config.num_experts_per_tok, "norm_topk_prob": config.norm_topk_prob}
-    return TokenChoice(capacity_factor=config.capacity_factor, **choice, **_common(config))
+    return choice | _common(config)
+
+
+def _token_choice(config: "MixtureOfTokensConfig") -> nn.Module:
+    return TokenChoice(capacity_factor=config.capacity_factor, **_choice(config))
+
+
+def _sigmoid_choice(config: "MixtureOfTokensConfig") -> nn.Module:
+    return SigmoidChoice(balance_rate=config.balance_rate, **_choice(config))
+
+
+def _chosen_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
+    return batch * context * config.num_experts_per_tok
 
 
 def _token_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
-    assignments = batch * context * config.num_experts_per_tok
+    assignments = _chosen_rows(config, batch, context, training)
     if not training or config.capacity_factor is None:
         return assignments
     capacity = math.ceil(config.capacity_factor * assignments / config.num_experts)
@@ -194,6 +206,18 @@ ROWS = (
         grouped=False,
         kept_weights=(2, 0),
         kept_outputs=(1, 2),
+    ),
+    Routing(
+        kind="sigmoid_choice",
+        prefix="STC",
+        title="Sigmoid Token Choice",
+        meaning="Token Choice with independent gates, as in DeepSeek-V3: the sigmoid of a logit, for the experts whose "
+        "gate plus a bias is highest. The bias balances the load without a loss, and no token is dropped.",
+        build=_sigmoid_choice,
+        exports_as="Dots1ForCausalLM",
+        rows=_chosen_rows,
+        grouped=False,
+        kept_outputs=(1, 1),
     ),
     Routing(
         kind="expert_choice",

@@ -60,6 +60,7 @@ class GroupedTrainer(Trainer):
         self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock, rows.first_step)
         self.add_callback(self.run_log)
         self.add_callback(_RouterGradients(self))
+        self.add_callback(_Balance(model))
         probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
         self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
         self.gradient_norms: dict[str, float] = {}  # before clipping, as Trainer's own
@@ -217,6 +218,14 @@ class _RouterGradients(TrainerCallback):
             kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
             # Clipping sets all gradients to zero if one is infinite.
             self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
+
+
+class _Balance(TrainerCallback):
+    def __init__(self, model: MixtureOfTokensForCausalLM):
+        self.model = model
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.model.balance()
 
 
 def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int) -> None:
