@@ -201,7 +201,7 @@ class MixtureOfTokens(Routed):
 
     companion: Tensor
     companion_logit: Tensor
-    alone_at_once: int = 256  # tokens served alone at a time: each has E mixtures in memory
+    alone_at_once: int = 64  # tokens served alone at a time: each has E mixtures, which are to fit in a cache
 
     def __init__(
         self,
