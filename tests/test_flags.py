@@ -197,6 +197,7 @@ OF_MODEL = [
     *(("router_temperature", value) for value in ("0", "-1", "nan", "inf", "1e400")),
     *(("capacity_factor", value) for value in ("0", "-1", ".nan", "1e400")),
     *(("dtype", value) for value in ("nan", "[]", "x")),
+    ("num_hidden_layers", "1000000000"),
     *((field, "-1") for field in ("router_aux_loss_coef", "initializer_scale", "attention_dropout")),
 ]
 

@@ -92,6 +92,31 @@ def test_layouts_see_the_same_groups_and_give_the_same_gradients(name, small_cor
             assert [row[kind] for row in other_metrics] == pytest.approx([row[kind] for row in metrics], rel=1e-5)
 
 
+def evaluated_run(data: str, out: Path, accumulation: int) -> None:
+    """Saves what a process finds of an untrained model, and how many batches it evaluates."""
+    training = {"gradient_accumulation_steps": str(accumulation)}
+    options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=training, data=[data])
+    config, arguments = merge("MoT-Nano/4E/2", 0, 1e-2, options)
+    trainer, _ = build(config, TrainingArguments(output_dir=str(out), **arguments))
+    forward, batches = trainer.causal_lm.forward, []
+    trainer.causal_lm.forward = lambda *words, **inputs: batches.append(1) or forward(*words, **inputs)
+    found = {"part": trainer.loss_of(trainer.causal_lm), "all": trainer.evaluate_all(1)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"process{trainer.args.process_index}.json").write_text(json.dumps([found, len(batches)]))
+    if trainer.args.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_share_an_evaluation_and_find_what_one_does_bit_for_bit(small_corpus, tmp_path):
+    for count, accumulation in ((1, 2), (2, 1)):
+        out = tmp_path / f"in-{count}"
+        in_processes(evaluated_run, (str(small_corpus), out, accumulation), count, tmp_path / "log")
+    (alone, batches), *shared = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("in-*/*.json"))]
+    assert [found for found, _ in shared] == [alone, alone]
+    assert sum(each for _, each in shared) == batches
+    assert max(each for _, each in shared) <= batches // 2 + 2  # of two evaluations
+
+
 def test_auxiliary_gradients_are_scaled_once(small_corpus, tmp_path):
     """The coefficient times the auxiliary loss is in the gradient: four parts give what one batch's sum over four."""
     rows, gradients, metrics = in_layout("TC-Nano/4E", "1x4", small_corpus, tmp_path)

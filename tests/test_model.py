@@ -18,7 +18,7 @@ from transformers import (
 
 import routings
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router
-from mixture_of_tokens.loss import load_balancing_loss
+from mixture_of_tokens.loss import IGNORE, load_balancing_loss
 
 KINDS = ("dense", "mixture_of_tokens", "uniform", "token_choice", "sigmoid_choice", "expert_choice")
 MIXING = ("mixture_of_tokens", "uniform", "expert_choice")
@@ -400,6 +400,24 @@ def test_the_default_compiler_gives_the_same_loss(kind):
     torch.compiler.reset()
     model, x = tiny(kind, use_cache=False).train(), tokens(6, 9)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x, labels=x).loss, model(x, labels=x).loss)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["mixture_of_tokens", "uniform", "token_choice", "expert_choice"])
+def test_the_default_compiler_takes_two_blocks_and_masked_batches_of_changing_shapes(kind):
+    torch.compiler.reset()
+    model = tiny(kind, num_hidden_layers=2, mlp_layer_types=[kind] * 2, use_cache=False).train()
+    compiled = torch.compile(model)
+    for lengths in ([4, 9, 7, 9, 2, 1], [12, 5, 3, 12, 8, 1, 2, 9, 11], [3, 7, 7, 5]):  # the last group is incomplete
+        x, mask = left_padded(lengths)
+        found = []
+        for each in (model, compiled):
+            model.zero_grad()
+            loss = each(x, attention_mask=mask, labels=x.masked_fill(mask == 0, IGNORE)).loss
+            loss.backward()
+            found.append((loss.detach(), {name: weight.grad for name, weight in model.named_parameters()}))
+        torch.testing.assert_close(found[1], found[0])
 
 
 def test_autocast_and_bf16_weights_train(kind):

@@ -1,12 +1,17 @@
 """One writer at a time: the second is refused, and a lock dies with its process."""
 
+import fcntl
 import json
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
+from filelock import FileLock
 
+from mixture_of_tokens.data import prepare
+from mixture_of_tokens.runs import ownership
 from mixture_of_tokens.runs.ownership import LOCK, owned, owned_file
 from processes import finish, mot, start
 
@@ -36,7 +41,7 @@ def test_the_second_writer_of_a_directory_is_refused_until_the_first_is_done(tmp
             (tmp_path / "other" / "metrics.jsonl").touch()
     with owned(directory, patience=NOW):
         pass
-    assert (directory / "metrics.jsonl").exists()
+    assert [path.name for path in directory.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_directory_to_which_nothing_was_written_is_gone_again(tmp_path):
@@ -62,6 +67,45 @@ def test_a_lock_dies_with_its_process(tmp_path, monkeypatch):
     assert finish(process) == -signal.SIGKILL
     with owned(tmp_path / "run", patience=NOW):
         pass
+
+
+def test_a_lock_on_a_file_that_is_gone_by_then_is_taken_again(tmp_path, monkeypatch):
+    """Its last owner removes it after it was opened and before it is locked."""
+    lock, flock, locked = tmp_path / f".file{LOCK}", fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        if not locked:
+            lock.unlink()
+        locked.append(descriptor)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with owned_file(tmp_path / "file"):
+        assert lock.exists()
+    assert len(locked) > 1
+
+
+def contend(owner, path, seconds: float, seen) -> None:
+    """Take a lock again and again; the file `inside` stands as long as one process has it."""
+    for module in (ownership, prepare):
+        module.FileLock = partial(FileLock, poll_interval=1e-4)  # in this process alone
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with owner(path):
+            os.close(os.open(path.parent / "inside", os.O_CREAT | os.O_EXCL))
+            (path.parent / "inside").unlink()
+        seen.touch()
+        time.sleep(1e-4)
+
+
+@pytest.mark.parametrize("owner", [owned_file, prepare._one_at_a_time])
+def test_a_lock_that_is_removed_at_its_release_still_excludes(owner, tmp_path):
+    (tmp_path / "at").mkdir()
+    words = [(owner, tmp_path / "at" / "file", 1.0, tmp_path / f"seen-{i}") for i in range(3)]
+    processes = [start(contend, *each, log=tmp_path / "log") for each in words]
+    assert [finish(process) for process in processes] == [0, 0, 0], (tmp_path / "log").read_text()
+    assert all(seen.exists() for *_, seen in words)
+    assert list((tmp_path / "at").iterdir()) == []
 
 
 @pytest.mark.slow

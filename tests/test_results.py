@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
+from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig, RunFacts, Switch, Transition
 from mixture_of_tokens.runs.run import Load, Run, Stages, read
 
@@ -152,6 +153,48 @@ def test_one_name_with_two_settings_is_two_models_named_by_what_differs(tmp_path
         "MoT-Nano/32E (router_temperature 0.25)",
         "MoT-Nano/32E (router_temperature 0.5)",
     ]
+
+
+def continued(source: Run, to, losses, at_the_switch: float) -> Run:
+    """A run after a switch of `source`, of half as many steps."""
+    asked = Transition(source=str(source.directory), calibrate="full", optimizer="carried")
+    first = source.config.steps
+    before = [row.eval_loss or 0.0 for row in source.rows]
+    made = run(to, "TC-Nano/32E", source.seed, (*before, *losses), steps=5, first_step=first, transition=asked)
+    made = replace(made, facts=replace(made.facts, steps=first + 5))
+    return after_a_switch(made, first, at_the_switch)
+
+
+def test_a_run_is_compared_with_its_source_at_unequal_steps_which_are_told(tmp_path):
+    sources = [run(tmp_path / f"s{seed}", "MoT-Nano/32E", seed, (3.0, 2.0 + seed)) for seed in (0, 1)]
+    # After step 10: seed 0 at 2.5 and then 1.5, so back at 2.0 in step 12.5; seed 1 at 3.1 and never again at 3.0.
+    after = [continued(sources[0], tmp_path / "a0", [1.5], 2.5), continued(sources[1], tmp_path / "a1", [3.05], 3.1)]
+    result = comparison(by_model([*sources, *after]))
+    source, switched = result.models
+    assert (source.steps, switched.steps, result.at_equal_steps) == (10, 15, False)
+    back = [each.reached["MoT-Nano/32E"] for each in switched.runs]
+    assert back[1] is None
+    assert (back[0].step, back[0].of_steps) == (12.5, 1.25)
+    assert switched.equal_time_loss is None  # when the source ended, there was no switched model
+    assert source.equal_time_loss.mean == 2.5
+    said = summary_of(result)
+    assert "Not at equal steps, but after 15, 5 more than MoT-Nano/32E," in said
+    assert "At equal steps" not in said
+    assert said.split()[:4] == ["model", "steps", "loss", "spread"]
+    backwards = comparison(by_model([*after, *sources]))
+    assert "after 10, 5 fewer than MoT-Nano/32E, switched," in summary_of(backwards)
+
+
+def test_only_a_run_and_what_continues_it_may_have_unequal_steps(tmp_path):
+    source = run(tmp_path / "s", "MoT-Nano/32E")
+    after = continued(source, tmp_path / "a", [1.5], 2.5)
+    dense, longer = run(tmp_path / "d", losses=(3.0, 2.2)), run(tmp_path / "l", losses=(3.0, 2.0, 1.9))
+    assert len(by_model([dense, source, after])) == 3  # beside the source
+    assert len(by_model([longer, source, after])) == 3  # beside what continues it
+    other = run(tmp_path / "other", "MoT-Nano/32E", losses=(3.0, 2.1))
+    for refused in ([dense, after], [source, longer], [other, after], [dense, longer, source, after]):
+        with pytest.raises(ValueError, match=r"they differ in --steps: 1[05] and 1[05]"):
+            by_model(refused)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,17 @@ def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("tiny_cache")
+def test_a_report_has_the_source_beside_it(transitioned, tiny_runs, tmp_path, capsys):
+    mot("report", tiny_runs[MIXED], transitioned[0], "--out", tmp_path / "page.html")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Not at equal steps, but after 40, 10 more than MoT-Nano/4E/2, its loss is" in shown
+    assert "30 steps of MoT-Nano/4E/2 and 40 steps of MoT-Nano/4E/2, switched" in (tmp_path / "page.html").read_text()
+    with pytest.raises(SystemExit, match="2"):
+        mot("report", tiny_runs["TC-Nano/4E"], transitioned[0], "--out", tmp_path / "refused.html")
+    assert "they differ in --steps: 30 and 40" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_cache")
 def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tiny_runs, tmp_path, capsys):
     plain = json.loads((transitioned[0] / "switch.json").read_text())
     assert plain["source_in_groups"] < plain["at_the_switch"] == plain["plain_switch"]

@@ -31,7 +31,7 @@ from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tok
 from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, encoded, progress_bar, tokenize
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
-MANIFEST, PARTIAL = "manifest.json", ".partial"
+MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
 SMALLEST_GROUP = 32  # documents are cut for groups of this size or more, so that models with smaller ones share data
 
 
@@ -166,7 +166,8 @@ def _say_segments(sources: Sequence[str], group_size: int, segments: int) -> Non
 
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
-    lock = FileLock(f"{directory}.lock")
+    path = directory.with_suffix(LOCK)
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -175,6 +176,8 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # as in `runs/ownership.py`: before the release, after which it could be another's
+            path.unlink()
         lock.release()
 
 
@@ -247,7 +250,7 @@ def _make(
     """
     if directory.exists():
         shutil.rmtree(directory)
-    beside = directory.with_name(f"{directory.name}{PARTIAL}")
+    beside = directory.with_suffix(PARTIAL)
     _clear(beside)
     beside.mkdir()
     try:
@@ -283,16 +286,16 @@ def _make(
 
 
 def _clear(own: Path) -> None:
-    """Delete what killed processes have left in the cache: folders whose lock nobody holds, and `own`, as we hold its.
+    """Delete what killed processes have left in the cache: files whose lock nobody holds, and `own`, as we hold its.
 
     Without this, half of a text that nobody prepares again would stay for ever.
     """
     shutil.rmtree(own, ignore_errors=True)
-    for left in own.parent.glob(f"tokens-*{PARTIAL}"):
-        if left != own:
-            lock = FileLock(f"{str(left).removesuffix(PARTIAL)}.lock")
-            with suppress(Timeout, OSError), lock.acquire(timeout=0):
-                shutil.rmtree(left, ignore_errors=True)
+    for left in {path.stem for suffix in (PARTIAL, LOCK) for path in own.parent.glob(f"tokens-*{suffix}")} - {own.stem}:
+        path = own.with_name(f"{left}{LOCK}")
+        with suppress(Timeout, OSError), FileLock(path).acquire(timeout=0):
+            shutil.rmtree(path.with_suffix(PARTIAL), ignore_errors=True)
+            path.unlink()
 
 
 def _to_disk(path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -235,6 +236,7 @@ def evaluate_blocks(
     groups: int | None = None,
     seed: int = 0,
     progress: str | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """Mean cross-entropy in nats a token, in fixed groups of different documents.
 
@@ -244,6 +246,7 @@ def evaluate_blocks(
             incomplete groups with masked rows, and computes bits per byte too.
         seed: of the groups.
         progress: title of a bar on standard error, which appears after two seconds; None for no bar.
+        accelerator: of the processes that share the work; all of them must call, and all get one process's result.
 
     Returns `loss`, `tokens` and, over all of the text, `bits_per_byte`.
     """
@@ -251,12 +254,20 @@ def evaluate_blocks(
     order = grouped_order(blocks, group_size, seed=seed, everything=everything)[: None if everything else groups]
     training = model.training
     model.eval()
-    nats, tokens = 0.0, 0
     batches = np.split(order.ravel(), range(batch_size, order.size, batch_size))
-    for rows in tqdm(batches, progress, unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=not progress):
+    own = range(len(batches))
+    if accelerator is not None:
+        own = own[accelerator.process_index :: accelerator.num_processes]
+    found = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and tokens of each batch
+    for i in tqdm(own, progress, unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=not progress):
+        rows = batches[i]
         inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=everything).items()}
-        batch_nats, batch_tokens = cross_entropy(model, inputs)
-        nats, tokens = nats + batch_nats, tokens + batch_tokens
+        found[i, 0], found[i, 1] = cross_entropy(model, inputs)
+    if accelerator is not None:  # every batch is one process's and zero elsewhere: sums are exact in any order
+        found = accelerator.reduce(found.to(accelerator.device), "sum")
+    nats, tokens = 0.0, 0
+    for batch_nats, batch_tokens in found.tolist():  # pyright: ignore
+        nats, tokens = nats + batch_nats, tokens + int(batch_tokens)
     model.train(training)
     result = {"loss": nats / tokens, "tokens": tokens}
     if everything:

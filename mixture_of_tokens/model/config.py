@@ -12,6 +12,15 @@ POSITIVE += ("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_
 POSITIVE += ("max_position_embeddings",)
 FLAGS = ("gated", "learnable_temperature", "normalize_mixture")  # upstream checks its own
 
+MOST_BLOCKS = 1000
+
+
+def layer_types(blocks: int, *, dense: int, kind: str) -> list[str]:
+    """The kinds of a model's blocks, of which the first ones are dense. Raises ValueError for more than MOST_BLOCKS."""
+    if blocks > MOST_BLOCKS:
+        raise ValueError(f"num_hidden_layers must be at most {MOST_BLOCKS}, not {blocks}")
+    return [DENSE.kind] * dense + [kind] * (blocks - dense)
+
 
 class MixtureOfTokensConfig(Qwen3MoeConfig):
     """Qwen3-MoE's fields (`num_experts`, `moe_intermediate_size`, `num_experts_per_tok`, ...) and ours.
@@ -62,8 +71,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.mlp_layer_types is None:
-            dense = self.num_hidden_layers // 2
-            self.mlp_layer_types = [DENSE.kind] * dense + [MIXTURE.kind] * (self.num_hidden_layers - dense)
+            blocks = self.num_hidden_layers
+            self.mlp_layer_types = layer_types(blocks, dense=blocks // 2, kind=MIXTURE.kind)
         if not isinstance(self.mlp_layer_types, list | tuple):
             raise ValueError(f"mlp_layer_types must be a list of the kinds of the {self.num_hidden_layers} blocks")
         unknown = set(map(str, self.mlp_layer_types)) - set(ROUTINGS)

@@ -19,8 +19,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.routings import BY_PREFIX, DENSE, Routing
+from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
+from mixture_of_tokens.model.routings import BY_PREFIX, Routing
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def config_from_name(
         "max_position_embeddings": size.context,
         "hidden_act": "silu" if gated else "relu",
         "gated": gated,
-        "mlp_layer_types": [DENSE.kind] * dense + [parsed.routing.kind] * (blocks - dense),
+        "mlp_layer_types": layer_types(blocks, dense=dense, kind=parsed.routing.kind),
         "num_experts": parsed.group_size * k,
         "moe_intermediate_size": width // k,
         "num_experts_per_tok": k,  # conversion from MoT to Token Choice needs it too

@@ -1,15 +1,17 @@
 """Finished runs compared: which model reaches which one's final loss, when, and at what cost.
 
-Models are compared at equal steps by their final loss, over the whole split. Everything else is read off the
-evaluations during training, over one fixed part of the split that is the same for all:
+Models are compared at equal steps by their final loss, over the whole split. Only a run that continues another, as
+`mot transition` makes it, stands beside that one with more steps. Everything else is read off the evaluations during
+training, over one fixed part of the split that is the same for all:
 
     reached     where a run's evaluation loss first falls to another's last one, on a straight line between two
                 evaluations; its first evaluation if that is low enough already. None: never
     of_steps    that step over the step of the other's last evaluation; the same for time and FLOPs
     equal_time  the loss when the fastest run of the same seed ended, on a straight line between two evaluations
 
-Where the curve is convex the line lies above it, so `reached` is late rather than early. All is computed seed by seed,
-against the other model's run of the same seed; a mean comes with the least and the greatest.
+Where the curve is convex the line lies above it, so `reached` is late rather than early. Evaluations that a run has
+from the one that it continues do not count as its own, beside that one. All is computed seed by seed, against the other
+model's run of the same seed; a mean comes with the least and the greatest.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.run import Point, Run, read
 
 COMPARISON = "compare.json"
+STEPS = "--steps"  # of the conditions; a run that continues another has more
 ENVIRONMENT = ("hardware", "cores", "threads", "versions", "commit")
 # The name of a share, and the field of `Point` that it is a share of.
 RATIOS = {"steps": "step", "time": "seconds", "flops": "flops"}
@@ -94,12 +98,13 @@ class ComparedRun:
 class ComparedModel:
     """A model in a comparison: what it is, and what came out, over the seeds.
 
-    Differences are to the baseline, seed by seed; memory is `cost.memory`'s estimate in bytes; speed and
-    cost of a switched model are of the part after the switch.
+    steps: with those of the run that it continues. Differences are to the baseline, seed by seed; memory is
+    `cost.memory`'s estimate in bytes; speed and cost of a switched model are of the part after the switch.
     """
 
     label: str
     name: str
+    steps: int
     switched: bool
     learning_rate: float
     parameters: dict[str, int]
@@ -122,7 +127,7 @@ class ComparedModel:
 class Comparison(Result):
     """All numbers of a comparison: what compare.json holds. The first model is the baseline.
 
-    command: that made it, of `mot compare`. Losses are nats a token.
+    steps: the baseline's; command: that made it, of `mot compare`. Losses are nats a token.
     """
 
     baseline: str
@@ -137,6 +142,10 @@ class Comparison(Result):
     environments: list[dict[str, Any]]
     models: list[ComparedModel]
     command: str | None = None
+
+    @property
+    def at_equal_steps(self) -> bool:
+        return {model.steps for model in self.models} == {self.steps}
 
     def relative(self, to: Path) -> "Comparison":
         """The same, its directories relative to another, so that all of it can be moved."""
@@ -154,12 +163,14 @@ class Comparison(Result):
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of each model, by seed. The keys are names, with the settings in which models of one name differ.
 
-    Raises ValueError for runs that cannot be compared: on other text, in other groups, for other steps, or where not
-    every model has the same seeds.
+    Raises ValueError for runs that cannot be compared: on other text, in other groups, for other steps unless one
+    continues the other, or where not every model has the same seeds.
     """
     if not runs:
         raise ValueError("name at least one run directory")
-    check_comparable({str(run.directory): {"their text": run.facts.text} | run.config.conditions() for run in runs})
+    conditions = {str(run.directory): {"their text": run.facts.text} | run.config.conditions() for run in runs}
+    check_comparable({run: {what: own[what] for what in own if what != STEPS} for run, own in conditions.items()})
+    _check_steps(runs)
     models: list[list[Run]] = []
     for run in runs:
         model = next((model for model in models if model[0].settings == run.settings), None)
@@ -181,6 +192,19 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
     labelled = {_label(model[0], [other[0] for other in models]): model for model in models}
     assert len(labelled) == len(models)  # a label has all that differs
     return labelled
+
+
+def _check_steps(runs: Sequence[Run]) -> None:
+    """Raises ValueError for unequal steps, unless there is a run of equal ones that continues one of the two, or that
+    one of them continues.
+    """
+    ends = [
+        {each.config.last_step for each in runs if each is run or each.inherited(run) or run.inherited(each)}
+        for run in runs
+    ]
+    for (run, its), (other, theirs) in combinations(zip(runs, ends, strict=True), 2):
+        if not its & theirs:
+            check_comparable({str(each.directory): {STEPS: each.config.last_step} for each in (run, other)})
 
 
 def check_comparable(conditions: dict[str, dict[str, Any]]) -> None:
@@ -225,11 +249,12 @@ def _setting(run: Run, key: str) -> Any:
 def reached(run: Run, other: Run) -> Reached | None:
     """Where a run reaches another's last evaluation loss, as defined at the top of this file."""
     end = other.curve[-1]
-    index = next((i for i, point in enumerate(run.curve) if point.loss <= end.loss), None)
+    first = run.inherited(other)
+    index = next((i for i, point in enumerate(run.curve) if i >= first and point.loss <= end.loss), None)
     if index is None:
         return None
     after, before = run.curve[index], run.curve[max(0, index - 1)]
-    share = 1.0 if index == 0 else (before.loss - end.loss) / (before.loss - after.loss)
+    share = 1.0 if index == first else (before.loss - end.loss) / (before.loss - after.loss)
     keys = RATIOS.values()
     at = [getattr(before, key) + share * (getattr(after, key) - getattr(before, key)) for key in keys]
     return Reached(*at, *(value / getattr(end, key) for value, key in zip(at, keys, strict=True)))
@@ -275,8 +300,10 @@ def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> 
         # Speeds are of the part after a switch.
         step, tokens, before = (run.switch.step, run.switch.tokens, run.switch.seconds) if run.switch else (0, 0, 0)
         seconds = run.facts.seconds - before
-        curve = [[getattr(point, key) for point in run.curve] for key in ("seconds", "loss")]
-        at_end = float(np.interp(end, *curve, left=np.nan))  # nan: not evaluated so early
+        # Evaluations that it has from a run that it continues: beside that one its own count.
+        had = max(run.inherited(others[i]) for others in models.values())
+        seconds_of, losses = ([getattr(point, key) for point in run.curve] for key in ("seconds", "loss"))
+        so_early = end <= seconds_of[had - 1] if had else end < seconds_of[0]
         runs.append(
             ComparedRun(
                 seed=run.seed,
@@ -287,7 +314,7 @@ def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> 
                 regrouping_spread=run.facts.regrouping_spread,
                 seconds_per_step=seconds / (run.facts.steps - step),
                 tokens_per_second=(run.facts.tokens - tokens) / seconds,
-                equal_time_loss=None if np.isnan(at_end) else at_end,
+                equal_time_loss=None if so_early else float(np.interp(end, seconds_of, losses)),
                 reached={other: reached(run, theirs[i]) for other, theirs in models.items()},
                 curve=run.curve,
             )
@@ -308,6 +335,7 @@ def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list
     return ComparedModel(
         label=label,
         name=first.name,
+        steps=first.facts.steps,
         switched=first.switch is not None,
         learning_rate=first.config.learning_rate,
         parameters={"total": count["total"], "active": count["active"]},
@@ -325,25 +353,6 @@ def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list
         final_loss_difference=_summary(mine.final_loss - its.final_loss for mine, its in pairs),
         equal_time_loss_difference=apart,
     )
-
-
-def telemetry(model: list[Run]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """Steps and values, means over the seeds that have them, by measure and layer. Empty where nothing was measured."""
-    values: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for run in model:
-        for row in run.rows:
-            for layer, measured in (row.layers or {}).items():
-                for measure, value in measured.items():
-                    if value is not None:  # what was not finite, in rows of format 0
-                        at = values.setdefault(measure, {}).setdefault(layer, {})
-                        at.setdefault(row.step, []).append(value)
-    return {
-        measure: {
-            layer: (sorted(at), [sum(at[step]) / len(at[step]) for step in sorted(at)])
-            for layer, at in sorted(layers.items(), key=lambda item: int(item[0]))
-        }
-        for measure, layers in values.items()
-    }
 
 
 def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:

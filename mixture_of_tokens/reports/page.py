@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree.ElementTree import Element, tostring
 
 from mixture_of_tokens.formatting import Summary, duration, listed, loss, ratio, short
-from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison, telemetry
+from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel
 from mixture_of_tokens.reports.markup import Child, html, own_ids, table, with_swatch
 from mixture_of_tokens.reports.prose import MEASURES, MIXED, findings, glossary, method, seeds_of
@@ -36,7 +36,7 @@ def page(
         "curves": ("Loss while training", _curves(comparison, _switches(models))),
         **({"switch": ("The switch to Token Choice", _through_the_switch(models))} if _switches(models) else {}),
         "tables": ("In numbers", tables(comparison)),
-        "layers": ("Inside the layers", _layers(models)),
+        "layers": ("Inside the layers", _layers(comparison, models)),
         "samples": ("What they write", _samples(comparison, samples)),
         "words": ("What the words mean", _words(comparison)),
         "made": ("How this was made", _made(comparison, models, commands)),
@@ -217,8 +217,8 @@ def _caption(comparison: Comparison, key: str, head: str) -> Child:
     return [html("b", f"{head}."), f" To reach {baseline.label}'s last loss, as a share of its own: {listed(shares)}."]
 
 
-def _layers(models: dict[str, list[Run]]) -> Child:
-    measured = {label: telemetry(model) for label, model in models.items()}
+def _layers(comparison: Comparison, models: dict[str, list[Run]]) -> Child:
+    measured = {label: _telemetry(model) for label, model in models.items()}
     switched = {i: at.step for i, at in _switches(models).items()}
     content: list[Child] = []
     for measure, (title, meaning) in MEASURES.items():
@@ -229,11 +229,31 @@ def _layers(models: dict[str, list[Run]]) -> Child:
         return [html("p", "These runs have no measurements of their layers.")]
     seeds = sorted({run.seed for model in models.values() for run in model if any(row.layers for row in run.rows)})
     intro = (
-        "Measured during training on one group of evaluation text, after the same steps in all models; "
+        "Measured during training on one group of evaluation text"
+        f"{', after the same steps in all models' * comparison.at_equal_steps}; "
         f"{'means over the seeds' if len(seeds) > 1 else 'seed'} {listed(list(map(str, seeds)))}. "
         "The number at the end of a line is the layer, counted from 0. Dense layers have no routing to measure."
     )
     return [html("p", intro), content]
+
+
+def _telemetry(model: list[Run]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """Steps and values, means over the seeds that have them, by measure and layer. Empty where nothing was measured."""
+    values: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for run in model:
+        for row in run.rows:
+            for layer, measured in (row.layers or {}).items():
+                for measure, value in measured.items():
+                    if value is not None:  # what was not finite, in rows of format 0
+                        at = values.setdefault(measure, {}).setdefault(layer, {})
+                        at.setdefault(row.step, []).append(value)
+    return {
+        measure: {
+            layer: (sorted(at), [sum(at[step]) / len(at[step]) for step in sorted(at)])
+            for layer, at in sorted(layers.items(), key=lambda item: int(item[0]))
+        }
+        for measure, layers in values.items()
+    }
 
 
 def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], switched: dict[int, float]) -> Child:

@@ -1,6 +1,6 @@
 """Sentences computed from a comparison, with rounded numbers, and the glossary of its page."""
 
-from mixture_of_tokens.formatting import Summary, difference, duration, loss, ratio, span, with_span
+from mixture_of_tokens.formatting import Summary, difference, duration, listed, loss, ratio, span, with_span
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import ROWS, converted_from
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison
@@ -38,6 +38,13 @@ def seeds_of(comparison: Comparison) -> str:
     return "one seed" if count == 1 else f"{count} seeds"
 
 
+def steps_of(comparison: Comparison) -> str:
+    """The steps of all models, or of each where they are not equal."""
+    if comparison.at_equal_steps:
+        return f"{comparison.steps:,} steps"
+    return listed([f"{model.steps:,} steps of {model.label}" for model in comparison.models])
+
+
 def findings(comparison: Comparison) -> dict[str, list[str]]:
     """Sentences on each model by its label, the baseline last."""
     baseline, *others = comparison.models
@@ -47,7 +54,7 @@ def findings(comparison: Comparison) -> dict[str, list[str]]:
         sentences[model.label] = [
             f"{model.label} {reaching(model, baseline.label, comparison)}.",
             *([] if found is None else [f"That is {_share(found, 'FLOPs')}."]),
-            f"At equal steps {_beside(model.final_loss_difference)}.",
+            f"{_when(model, baseline)} {_beside(model.final_loss_difference)}.",
         ]
         apart, when = model.equal_time_loss_difference, duration(comparison.equal_time_seconds.mean)
         if apart is not None:
@@ -58,6 +65,13 @@ def findings(comparison: Comparison) -> dict[str, list[str]]:
     what = f"{baseline.label}, the baseline, ends at {end} nats a token"
     sentences[baseline.label] = [f"{what} after {comparison.steps:,} steps ({seeds_of(comparison)})."]
     return sentences
+
+
+def _when(model: ComparedModel, baseline: ComparedModel) -> str:
+    if model.steps == baseline.steps:
+        return "At equal steps"
+    apart = f"{abs(model.steps - baseline.steps):,} {'more' if model.steps > baseline.steps else 'fewer'}"
+    return f"Not at equal steps, but after {model.steps:,}, {apart} than {baseline.label},"
 
 
 def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:
@@ -162,4 +176,6 @@ def method(comparison: Comparison) -> str:
         "time is read off the same lines, when the fastest run of a seed ended. Slower models are then in the middle "
         "of their schedule, with a higher learning rate than at its end; a schedule for that time would suit them "
         "better."
+        + " Beside the run that another one continues, evaluations that this one has from it do not count."
+        * (not comparison.at_equal_steps)
     )

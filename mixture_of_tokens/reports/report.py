@@ -42,7 +42,8 @@ def report(*runs: Path, out: Path | None = None) -> Report:
 
     Runs of one model with several seeds are one line of means. "reached" is the step, and the seconds, at which the
     evaluation loss falls to the baseline's last one, on a straight line between two evaluations. Evaluations during
-    training are over one fixed part of the text, the losses in the table over all of it.
+    training are over one fixed part of the text, the losses in the table over all of it. A run of mot transition may
+    stand beside its source, though it has more steps.
 
     Args:
         runs: Run directories of mot train, or a directory of mot compare.
@@ -128,11 +129,15 @@ def summary_of(result: Comparison) -> str:
             f"{model.seconds.mean:.0f}",
             f"{model.tokens_per_second.mean:,.0f}",
         ]
+        if not result.at_equal_steps:
+            row.insert(1, f"{model.steps:,}")
         if count > 1:
-            row.insert(2, f"{model.final_loss.greatest - model.final_loss.least:.4f}")
+            row.insert(-7, f"{model.final_loss.greatest - model.final_loss.least:.4f}")
         table.append(row)
+    if not result.at_equal_steps:
+        columns.insert(1, "steps")
     if count > 1:
-        columns.insert(2, "spread")
+        columns.insert(-7, "spread")
     paragraphs = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
     paragraphs += [MIXED] if len(result.environments) > 1 else []
     return "\n".join([aligned([columns, *table]), "", *paragraphs]) + "\n"

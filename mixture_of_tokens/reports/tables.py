@@ -6,7 +6,7 @@ from xml.etree.ElementTree import Element
 from mixture_of_tokens.formatting import Summary, difference, duration, loss, ratio, short, with_span
 from mixture_of_tokens.reports.comparison import ComparedModel, ComparedRun, Comparison
 from mixture_of_tokens.reports.markup import NOTHING, Child, cell_of, html, table, with_swatch
-from mixture_of_tokens.reports.prose import seeds_of
+from mixture_of_tokens.reports.prose import seeds_of, steps_of
 from mixture_of_tokens.runs.records import Switch
 from mixture_of_tokens.runs.run import Run, Stages
 
@@ -30,15 +30,17 @@ def tables(comparison: Comparison) -> Child:
     def against(key: str) -> Callable[[ComparedModel], Child]:
         return lambda model: [NOTHING] if model.label == baseline else cell_of(getattr(model, key), difference)
 
+    steps = () if comparison.at_equal_steps else (("Steps", lambda model: f"{model.steps:,}"),)
     result = table(
         "Result",
-        f"Losses in nats a token; lower is better. {comparison.steps:,} steps of "
-        f"{comparison.batch_size * comparison.context:,} tokens, {seeds_of(comparison)}. Equal time: when the "
+        f"Losses in nats a token; lower is better. {comparison.batch_size * comparison.context:,} tokens a "
+        f"step, {steps_of(comparison)}, {seeds_of(comparison)}. Equal time: when the "
         f"fastest run ended, at {with_span(comparison.equal_time_seconds, duration)}.",
         (
             (
-                "At equal steps",
+                "At equal steps" if comparison.at_equal_steps else "At the end",
                 (
+                    *steps,
                     ("Final loss", lambda model: cell_of(model.final_loss, loss)),
                     ("Difference", against("final_loss_difference")),
                     ("Bits per byte", lambda model: cell_of(model.bits_per_byte, loss)),

@@ -20,26 +20,20 @@ def owned(directory: Path, *, patience: float = PATIENCE) -> Iterator[None]:
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    with _exclusive(directory / LOCK, str(directory), patience):
-        try:
+    try:
+        with _exclusive(directory / LOCK, str(directory), patience):
             yield
-        finally:
-            if missing and {path.name for path in directory.iterdir()} <= {LOCK}:
-                (directory / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):  # something else stands in a parent by now
-                    for path in missing:
-                        path.rmdir()
+    finally:
+        with suppress(OSError):  # something stands there by now
+            for path in missing:
+                path.rmdir()
 
 
 @contextmanager
 def owned_file(file: Path, *, patience: float = PATIENCE) -> Iterator[None]:
     """The same for a file, which need not be there."""
-    lock = file.with_name(f".{file.name}{LOCK}")
-    with _exclusive(lock, str(file), patience):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    with _exclusive(file.with_name(f".{file.name}{LOCK}"), str(file), patience):
+        yield
 
 
 @contextmanager
@@ -52,4 +46,7 @@ def _exclusive(lock: Path, what: str, patience: float) -> Iterator[None]:
     try:
         yield
     finally:
+        # Before the release, or it could be another's. Who waits on a removed file is made to begin again by filelock.
+        with suppress(OSError):  # where an open file cannot be removed, filelock does it at the release
+            lock.unlink()
         held.release()

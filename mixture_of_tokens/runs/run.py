@@ -173,6 +173,16 @@ class Run:
     def evaluations(self) -> list[MetricsRow]:
         return [row for row in self.rows if row.eval_loss is not None]
 
+    def inherited(self, other: "Run") -> int:
+        """How many evaluations it has from another run: all of that one's, if it continues it, else 0.
+
+        It has the other's rows. The directory in its configuration may be another by now, or on another machine.
+        """
+        if self.config.first_step < other.config.last_step:
+            return 0
+        mine, theirs = ([(row.step, row.seconds, row.eval_loss) for row in run.evaluations] for run in (self, other))
+        return len(theirs) if mine[: len(theirs)] == theirs else 0
+
     @property
     def settings(self) -> dict[str, Any]:
         """What identifies the run's model: its `identity` without the seed and the source, which differs by seed."""

@@ -151,7 +151,7 @@ def _run(run: RunConfig, arguments: TrainingArguments, out: Path, begin: Begin |
             step, name = trainer.state.global_step, signal.Signals(stop.received).name
             print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
         sys.exit(128 + stop.received)
-    return _finish(trainer, prepared, run, out, made_by) if is_main() else None
+    return _finish(trainer, prepared, run, out, made_by)
 
 
 def _end_reports(arguments: TrainingArguments) -> None:
@@ -161,13 +161,17 @@ def _end_reports(arguments: TrainingArguments) -> None:
         wandb.finish()
 
 
-def _finish(trainer: GroupedTrainer, prepared: Prepared, run: RunConfig, out: Path, made_by: dict[str, Any]) -> Run:
-    """Write `model/` and, last, `run.json`, which marks the run as finished."""
+def _finish(
+    trainer: GroupedTrainer, prepared: Prepared, run: RunConfig, out: Path, made_by: dict[str, Any]
+) -> Run | None:
+    """Evaluate, by all processes, and write `model/` and, last, `run.json`, which marks the run as finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run.last_step * trainer.run_log.tokens_per_step
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
     seeds = range(REGROUPINGS if model.mixes_examples else 1)
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
+    if not is_main():
+        return None
     losses = [final["loss"], *(other["loss"] for other in others)]
     beside = out / "model.partial"
     try:

@@ -168,11 +168,13 @@ class GroupedTrainer(Trainer):
 
     def evaluate_all(self, seed: int) -> dict[str, float]:
         """The result of `evaluate_blocks` over all of the text, grouped by a seed."""
-        return self._evaluate_blocks(self.causal_lm, seed=seed, progress="Evaluating all of the text")
+        progress = "Evaluating all of the text" if self.is_world_process_zero() else None
+        return self._evaluate_blocks(self.causal_lm, seed=seed, progress=progress)
 
     def _evaluate_blocks(self, model: Any, **options: Any) -> dict[str, float]:
-        rows = self.args.per_device_eval_batch_size
-        return evaluate_blocks(model, self.evaluated, group_size=self.rows.group_size, batch_size=rows, **options)
+        """By all processes together."""
+        sizes = {"group_size": self.rows.group_size, "batch_size": self.args.per_device_eval_batch_size}
+        return evaluate_blocks(model, self.evaluated, accelerator=self.accelerator, **sizes, **options)
 
     def _get_output_dir(self, trial) -> str:
         return self._output_dir or super()._get_output_dir(trial)
