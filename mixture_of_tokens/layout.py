@@ -152,7 +152,8 @@ WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know 
 def _ragged_mm(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_AO = x_AI.new_zeros(len(x_AI), weight_EOI.shape[1])
     for rows, weight_OI in zip(_row_slices(ends_E), weight_EOI, strict=True):
-        torch.mm(x_AI[rows], weight_OI.T, out=y_AO[rows])
+        if rows.start < rows.stop:  # most experts have none where a token is served alone
+            torch.mm(x_AI[rows], weight_OI.T, out=y_AO[rows])
     return y_AO
 
 

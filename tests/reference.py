@@ -74,6 +74,21 @@ def mixture_of_tokens(
     return _stacked(out)
 
 
+def alone(x_SD: Tensor, layer) -> Tensor:
+    """A Mixture of Tokens for a token alone, as a sparse layer: sigmoid gates over all experts, and a bias for each."""
+    out = []
+    first = layer.experts.gate_up_proj if layer.experts.gated else layer.experts.up_proj
+    weights, (gated, activation) = (first, layer.experts.down_proj), (layer.experts.gated, layer.experts.activation)
+    for x in x_SD:
+        y = torch.zeros_like(x)
+        for e in range(len(first)):
+            bias = layer.companion_logit[e] + math.log(layer.group_size - 1)
+            w = 1 / (1 + (bias - x @ layer.gate.weight[e] / layer.gate.temperature).exp())
+            y = y + w * expert(w * x + (1 - w) * layer.companion[e], weights, e, gated, activation)
+        out.append(y)
+    return torch.stack(out)
+
+
 def expert_choice(
     x: Tensor,
     token_mask: Tensor | None,

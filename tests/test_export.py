@@ -11,11 +11,20 @@ from importlib.metadata import requires
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Dots1Config,
+    Dots1ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.convert import export as export_module
 from mixture_of_tokens.convert.export import to_plain
+from mixture_of_tokens.convert.serving import serve
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from processes import finish, mot, mot_on_a_full_disk, start
 from routings import randomized
@@ -74,6 +83,8 @@ def check_keys_and_shapes(out, own) -> None:
     sizes = {key: value for key, value in config.items() if key not in ("architectures", "transformers_version")}
     if config["model_type"] == "qwen3":
         Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(own)
+    elif config["model_type"] == "dots1":
+        Dots1ForCausalLM(Dots1Config(**sizes)).save_pretrained(own)
     else:
         Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(own)
         assert config["num_experts"] == config["num_local_experts"] == 6
@@ -84,6 +95,7 @@ def check_keys_and_shapes(out, own) -> None:
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # Dots1's shared experts: there are none
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     [
@@ -93,9 +105,10 @@ def check_keys_and_shapes(out, own) -> None:
             {"capacity_factor": 0.5, "router_temperature": 0.5, "learnable_temperature": True},
             "Qwen3MoeForCausalLM",
         ),
+        ("sigmoid_choice", {"router_temperature": 0.5}, "Dots1ForCausalLM"),
         ("dense", {}, "Qwen3ForCausalLM"),
     ],
-    ids=["token_choice", "dense"],
+    ids=["token_choice", "sigmoid_choice", "dense"],
 )
 def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist(
     kind, options, expected, saved, tmp_path, capsys
@@ -119,6 +132,37 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
     written = model.generate(ids[:1], max_new_tokens=200, min_new_tokens=200, do_sample=False)
     assert found["text"] == written[0].tolist()
     assert found["kept"] == AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
+
+
+@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.parametrize("words", [(), ("--top-k", 3, "--scores", "sigmoid")], ids=["fewest", "sigmoid"])
+def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, tmp_path, capsys, monkeypatch):
+    """Train, export, plain transformers: the switched model's text to the last token, and the run untouched."""
+    monkeypatch.setattr("mixture_of_tokens.convert.serving.TOKENS", 4096)
+    monkeypatch.setattr("mixture_of_tokens.convert.serving.STEPS", 20)
+    made = []
+    monkeypatch.setattr(
+        export_module, "serve", lambda *args, **options: made.append(serve(*args, **options)) or made[0]
+    )
+    files = {path: path.read_bytes() for path in tiny_runs[MIXED].rglob("*") if path.is_file()}
+    mot("export", tiny_runs[MIXED], tmp_path / "out", *words)
+    shown = capsys.readouterr().out
+    model, served = made[0]
+    assert {path: path.read_bytes() for path in tiny_runs[MIXED].rglob("*") if path.is_file()} == files
+    assert [each.top_k for each in served.tried] == ([3] if words else [2, 1])
+    fewest = min((each for each in served.tried if each.loss <= served.source.loss + 0.01), key=lambda each: each.top_k)
+    assert served.chosen == fewest
+    assert f"Top {fewest.top_k} is written" in shown
+    flops = [each.flops_per_token for each in served.tried]
+    assert flops == sorted(flops, reverse=True)
+    assert all(each.ms > 0 for each in served.tried)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "out")("abc de fgh")["input_ids"]])
+    found = elsewhere(tmp_path / "out", ids, 200)
+    assert found["kind"] == ("Dots1ForCausalLM" if words else "Qwen3MoeForCausalLM")
+    assert found["text"] == model.generate(ids, max_new_tokens=200, min_new_tokens=200, do_sample=False)[0].tolist()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"the loss was {served.source.loss:.4f} before, with texts in groups, and is {fewest.loss:.4f} now" in card
+    assert "a sigmoid each" in card if words else "a softmax over all" in card
 
 
 @pytest.mark.usefixtures("tiny_cache")
@@ -255,11 +299,13 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     [
         (
             "mixture_of_tokens",
-            "mixture_of_tokens layers are not in plain transformers: mot transition RUN turns them into Token Choice",
+            "is no run directory, so its text is not known: a Mixture of Tokens is distilled on the text",
         ),
         ("uniform", "uniform layers are not in plain transformers: they cannot be exported"),
         ("expert_choice", "expert_choice layers are not in plain transformers: they cannot be exported"),
         ("plain", "plain feed-forwards (gated false) are not in Qwen3"),
+        ("another order", "in Dots1 the first blocks are dense and all others sparse"),
+        ("top k of a dense model", "--top-k and --scores are for a Mixture of Tokens, and"),
         ("foreign tokenizer", "it is another model's"),
         ("transformers' own", "is a Qwen3ForCausalLM, which transformers loads without an export"),
         ("truncated", "cannot be loaded"),
@@ -271,6 +317,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
     out = tmp_path / "out"
     if given == "plain":
         directory = saved("token_choice", gated=False, hidden_act="relu")
+    elif given == "another order":
+        directory = saved("sigmoid_choice", mlp_layer_types=["sigmoid_choice", "dense", "sigmoid_choice"])
     elif given == "foreign tokenizer":
         directory = saved("token_choice", vocab_size=200)
     elif given in ("mixture_of_tokens", "uniform", "expert_choice"):
@@ -288,8 +336,9 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
     elif given == "nowhere":
         out = tmp_path / "missing" / "out"
     capsys.readouterr()
+    words = ["--top-k", 2] if given.startswith("top k") else []
     with pytest.raises(SystemExit, match="2"):
-        mot("export", directory, out)
+        mot("export", directory, out, *words)
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
     assert message in shown.err

@@ -6,7 +6,9 @@ from torch.testing import assert_close
 
 import reference
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.convert.switch import calibrate, rescale_moments, to_token_choice, token_choice_config
+from mixture_of_tokens.convert.distil import distil
+from mixture_of_tokens.convert.scales import fit_scales
+from mixture_of_tokens.convert.switch import branches, rescale_moments, to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.evaluate import cross_entropy
 from mixture_of_tokens.runs.loading import load_model, text_of
@@ -57,14 +59,14 @@ def trained(tiny_runs):
         return load_model(str(tiny_runs[MIXED])), text_of(str(tiny_runs[MIXED]))
 
 
-def test_calibration_brings_branches_and_loss_nearer_and_knows_what_it_folded_in(trained):
+def test_fitted_scales_bring_branches_and_loss_nearer_and_are_known(trained):
     source, text = trained
     groups = list(training_groups(text.train, 32))[:3]
     calibrate_companions(source, groups)
     target, scales = switched(source)
     rows = text.validation.batch(range(64))
     plain = cross_entropy(target, rows)[0]
-    errors = calibrate(source, target, groups, scales, steps=80)
+    errors = fit_scales(source, target, groups, scales, steps=80)
     assert set(errors) == {"2", "3"}
     assert all(after < 0.9 * before for before, after in errors.values())
     assert cross_entropy(target, rows)[0] < plain
@@ -77,14 +79,72 @@ def test_calibration_brings_branches_and_loss_nearer_and_knows_what_it_folded_in
     assert source.mixes_examples  # the source is as it was
 
 
-def test_calibration_is_the_same_each_time(trained):
+def test_fitted_scales_are_the_same_each_time(trained):
     source, text = trained
     groups = list(training_groups(text.train, 32))[:2]
     first, second = switched(source), switched(source)
     for target, scales in (first, second):
-        calibrate(source, target, groups, scales, steps=80)
+        fit_scales(source, target, groups, scales, steps=80)
     for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def seen(trained):
+    source, text = trained
+    calibrate_companions(source, list(training_groups(text.train, 32))[:3])
+    return branches(source, training_groups(text.train, 32), 6000)
+
+
+def test_branches_are_what_each_layer_gives_a_text_alone(trained, seen):
+    source, text = trained
+    rows = next(iter(training_groups(text.train, 32)))["input_ids"]
+    with torch.no_grad():
+        source.serve_alone()
+        hidden = source(rows, output_hidden_states=True, use_cache=False).hidden_states
+        source.serve_alone(False)
+    block = source.model.layers[2]
+    (x_SD, y_SD), after = seen[2], hidden[3].flatten(0, 1)
+    assert set(seen) == {2, 3}
+    assert len(x_SD) == len(y_SD) == 93 * 64  # at most 6,000 tokens, in whole rows
+    residual = after - y_SD[: len(after)]  # what the feed-forward's output was added to
+    assert_close(block.post_attention_layernorm(residual), x_SD[: len(after)], rtol=1e-4, atol=1e-4)
+    # Alone a layer is a sparse one with sigmoid gates, a bias an expert, and all experts.
+    expected = reference.alone(x_SD[:5], block.mlp)
+    assert_close(y_SD[:5], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_distilled_layers_give_what_the_source_gives_alone(scores, trained, seen):
+    source, text = trained
+    target, _ = switched(source, scores=scores)
+    rows = text.validation.batch(range(64))
+    plain = cross_entropy(target, rows)[0]
+    before = [weight.clone() for weight in source.state_dict().values()]
+    errors = distil(source, target, seen, steps=60)
+    assert set(errors) == {"2", "3"}
+    assert all(after < 0.5 * at_first for at_first, after in errors.values())
+    assert cross_entropy(target, rows)[0] < plain
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), before, strict=True))
+    for name, weight in target.named_parameters():  # nothing but the sparse layers has changed
+        assert torch.equal(weight, source.get_parameter(name)) == (".2.mlp." not in name and ".3.mlp." not in name), (
+            name
+        )
+        assert weight.grad is None
+
+
+def test_distillation_is_the_same_each_time(trained, seen):
+    source, _ = trained
+    targets = [switched(source)[0] for _ in range(2)]
+    for target in targets:
+        distil(source, target, seen, steps=10)
+    for a, b in zip(*(target.parameters() for target in targets), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_training_text_there_is_nothing_to_distil(trained):
+    with pytest.raises(ValueError, match="there is too little to fit the switch to"):
+        branches(trained[0], [], 1000)
 
 
 def test_moments_are_those_of_training_the_scaled_weights():

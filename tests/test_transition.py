@@ -108,11 +108,15 @@ def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tin
     plain = json.loads((transitioned[0] / "switch.json").read_text())
     assert plain["source_in_groups"] < plain["at_the_switch"] == plain["plain_switch"]
     assert plain["branch_errors"] == {}
-    mot("transition", tiny_runs[MIXED], "--steps", 5, "--json", "--out", tmp_path / "calibrated")
+    mot("transition", tiny_runs[MIXED], "--steps", 5, "--json", "--out", tmp_path / "distilled")
     result = json.loads(capsys.readouterr().out)
     switch, stages = result["switch"], result["stages"]
     assert switch["at_the_switch"] < switch["plain_switch"] == pytest.approx(plain["plain_switch"], abs=1e-6)
     assert stages["end_loss"] < switch["at_the_switch"]
+    assert {layer: after < before for layer, (before, after) in switch["branch_errors"].items()} == {
+        "2": True,
+        "3": True,
+    }
     assert stages["last"]["dropped"] == 0
     words = ["--steps", 5, "--capacity", 1.25, "--calibrate", "none", "--optimizer", "fresh", "--json"]
     mot("transition", tiny_runs[MIXED], *words, "--out", tmp_path / "capacity")
@@ -132,8 +136,9 @@ def begun(tiny_cache, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(GroupedTrainer, "train", train)
+            plain = () if "--calibrate" in words else ("--calibrate", "none")
             with pytest.raises(Stopped) as stopped:
-                mot("transition", *words, "--calibrate", "none", "--out", tmp_path / "begun")
+                mot("transition", *words, *plain, "--out", tmp_path / "begun")
         shutil.rmtree(tmp_path / "begun")
         return stopped.value.args[0]
 
@@ -227,6 +232,33 @@ def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_run
 
 
 @pytest.mark.usefixtures("tiny_cache")
+def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mixture_of_tokens.convert.distil.STEPS", 5)
+    source, out = tiny_runs[MIXED], tmp_path / "new"
+    mot("transition", source, "--steps", 0, "--scores", "sigmoid", "--optimizer", "fresh", "--json", "--out", out)
+    result = json.loads(capsys.readouterr().out)
+    assert result["stages"]["end_loss"] == result["switch"]["at_the_switch"] < result["switch"]["plain_switch"]
+    assert rows_of(out) == rows_of(source)
+    facts, before = (json.loads((run / "run.json").read_text()) for run in (out, source))
+    assert (facts["name"], facts["steps"], facts["seconds"]) == ("STC-Nano/4E/2", SOURCE_STEPS, before["seconds"])
+    mot("report", source, out, "--out", tmp_path / "page.html")
+    assert "MoT-Nano/4E/2, switched" in capsys.readouterr().out
+    assert "--steps 0 --scores sigmoid" in (tmp_path / "page.html").read_text()
+    mot("audit", out, "--expect", "private")
+    mot("transition", source, "--steps", 0, "--scores", "sigmoid", "--optimizer", "fresh", "--resume", "--out", out)
+    assert "is finished already" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_distilled_weights_begin_with_fresh_moments(begun, tiny_runs, monkeypatch):
+    monkeypatch.setattr("mixture_of_tokens.convert.distil.STEPS", 1)
+    trainer = begun(tiny_runs[MIXED], "--calibrate", "distil")
+    names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
+    kept = {names[id(parameter)] for parameter in trainer.optimizer.state}
+    assert kept == {name for name in names.values() if ".2.mlp." not in name and ".3.mlp." not in name}
+
+
+@pytest.mark.usefixtures("tiny_cache")
 def test_rows_go_on_where_the_source_ended(tiny_runs):
     blocks = text_of(str(tiny_runs[MIXED])).train
     sizes = {"group_size": 32, "batch_size": 32, "seed": 3}
@@ -275,7 +307,10 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         ),
         (["missing"], "missing is no finished run: there is no such directory"),
         (["MIXED", "--top-k", "9"], "--top-k must be 1 to 8, the number of experts, not 9"),
-        (["MIXED", "--steps", "0"], "--steps must be positive, not 0"),
+        (["MIXED", "--steps", "-1"], "--steps must be 0 or more, not -1"),
+        (["MIXED", "--top-k", "0"], "--top-k must be 1 to 8, the number of experts, not 0"),
+        (["MIXED", "--scores", "softplus"], "softplus"),
+        (["MIXED", "--calibrate", "full"], "full"),
         (["MIXED", "--capacity", "-1"], "capacity_factor must be positive"),
         (["MIXED", "--anneal", "0.5"], "--anneal 0.5 must be above 0 and below the source's temperature, 0.25"),
         (["MIXED", "--out", "MIXED"], "is the source itself"),

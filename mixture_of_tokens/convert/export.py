@@ -5,6 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,25 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Dots1Config,
+    Dots1ForCausalLM,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from mixture_of_tokens.convert.serving import Served, serve
+from mixture_of_tokens.convert.switch import Scores
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.routings import ROUTINGS
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of
 from mixture_of_tokens.runs.records import RunFacts, Switch
 from mixture_of_tokens.runs.run import read
-from mixture_of_tokens.sparse import TokenChoice
+from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
 
 EXPORT = "export"  # the fact `of` in the manifest of one
 TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
@@ -51,21 +63,38 @@ with torch.no_grad():
 
 @dataclass(frozen=True)
 class Exported(Result):
-    """A checkpoint of plain transformers; difference: the largest of a logit from the run's, on `compared`."""
+    """A checkpoint of plain transformers.
+
+    difference: the largest of a logit from the run's, or the switched model's, on `compared`.
+    served: of a Mixture of Tokens, which was switched for the export.
+    """
 
     directory: str
     architecture: str
     parameters: int
     compared: str
     difference: float
+    served: Served | None = None
 
     def __str__(self) -> str:
         differ = f"Its logits on {self.compared} differ from the run's by at most {self.difference:.1e}."
-        return f"{self.directory} is a {self.architecture}. {differ}"
+        lines = [] if self.served is None else [str(self.served), ""]
+        return "\n".join([*lines, f"{self.directory} is a {self.architecture}. {differ}"])
 
 
-def export(run: str, out: Path, *, license: str | None = None, force: bool = False) -> Exported:
+def export(
+    run: str,
+    out: Path,
+    *,
+    top_k: int | None = None,
+    scores: Scores | None = None,
+    license: str | None = None,
+    force: bool = False,
+) -> Exported:
     """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
+
+    A Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled, on text that the run was
+    trained on, into one of which a token needs only a few experts. No training follows. It takes about a minute.
 
     Every weight that was written is compared with the run's. Another process, which cannot import this library, loads
     the directory and computes logits. If they differ from the run's by more than rounding, the directory is removed.
@@ -73,6 +102,10 @@ def export(run: str, out: Path, *, license: str | None = None, force: bool = Fal
     Args:
         run: A run directory or a checkpoint.
         out: The directory to write.
+        top_k: Of a Mixture of Tokens, experts that a token goes to. By default the granularity, half of it and a
+            quarter are tried, and the fewest with a loss at most 0.01 above the source's in full groups are taken.
+        scores: Of a Mixture of Tokens, gates of the exported model: softmax over the experts, the default (Qwen3-MoE),
+            or a sigmoid each (Dots1).
         license: The licence that the model card names, as the Hub abbreviates it, such as apache-2.0.
         force: Replace an earlier export.
 
@@ -87,7 +120,7 @@ def export(run: str, out: Path, *, license: str | None = None, force: bool = Fal
         raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
-    model, tokenizer = load_model(run).float().cpu(), load_tokenizer_of(run)
+    model, tokenizer = load_model(run).float(), load_tokenizer_of(run)
     if not isinstance(model, MixtureOfTokensForCausalLM):
         raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads without an export")
     if len(tokenizer) > model.config.vocab_size:
@@ -95,6 +128,15 @@ def export(run: str, out: Path, *, license: str | None = None, force: bool = Fal
             f"the tokenizer beside {run} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
             "another model's"
         )
+    served = None
+    if any(routing.converts_to for routing in model.config.routings):
+        if run_directory(run) is None:
+            what = "a Mixture of Tokens is distilled on the text that it was trained on"
+            raise ValueError(f"{run} is no run directory, so its text is not known: {what}")
+        model, served = serve(model, text_of(run), top_k=top_k, scores=scores or "softmax")
+    elif top_k is not None or scores is not None:
+        raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and {run} is none")
+    model = model.cpu()
     plain = to_plain(model)
     tokenizer.model_max_length = model.config.max_position_embeddings
     ids, what = _text(run, model)
@@ -106,7 +148,8 @@ def export(run: str, out: Path, *, license: str | None = None, force: bool = Fal
             tokenizer.save_pretrained(beside)
             _write_config(beside)
         not_the_same = f"the checkpoint written from {run} is not the same model, and was removed"
-        written = type(plain).from_pretrained(beside, dtype=torch.float32)
+        with _nothing_shared():
+            written = type(plain).from_pretrained(beside, dtype=torch.float32)
         if (name := different_weight(model, written)) is not None:
             raise ValueError(f"{not_the_same}: {name} is not the run's")
         difference, scale = compare_logits(model, beside, ids)
@@ -116,12 +159,12 @@ def export(run: str, out: Path, *, license: str | None = None, force: bool = Fal
             raise ValueError(f"{not_the_same}: {much}")
         with checkpoints.disk_errors(out):
             checkpoints.describe(beside, of=EXPORT)
-            card = _card(run, model, plain, what, difference, license)
+            card = _card(run, model, plain, what, difference, license, served)
             (beside / "README.md").write_text(card, encoding="utf-8")  # which people edit
         checkpoints.publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return Exported(str(out), type(plain).__name__, plain.num_parameters(), what, difference)
+    return Exported(str(out), type(plain).__name__, plain.num_parameters(), what, difference, served)
 
 
 def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
@@ -131,9 +174,7 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
     """
     config, routings = model.config, model.config.routings
     if ours := {routing.kind: routing for routing in routings if routing.exports_as is None}:
-        targets = {ROUTINGS[routing.converts_to].title for routing in ours.values() if routing.converts_to}
-        way = f"mot transition RUN turns them into {', '.join(targets)}" if targets else "they cannot be exported"
-        raise ValueError(f"{', '.join(sorted(ours))} layers are not in plain transformers: {way}")
+        raise ValueError(f"{', '.join(sorted(ours))} layers are not in plain transformers: they cannot be exported")
     if not config.gated:
         raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
@@ -144,9 +185,34 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
         return dense.eval()
     experts = {field: getattr(config, field) for field in OF_EXPERTS}
     experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
+    if config.sparse_routings[0].exports_as == "Dots1ForCausalLM":
+        return _to_dots1(model, common)
     sparse = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
     sparse.load_state_dict(plain_weights(model))
     return sparse.eval()
+
+
+def _to_dots1(model: MixtureOfTokensForCausalLM, common: dict[str, Any]) -> Any:
+    config = model.config
+    dense = len(config.routings) - len(config.sparse_routings)
+    if any(routing.sparse for routing in config.routings[:dense]):
+        raise ValueError("in Dots1 the first blocks are dense and all others sparse; this model has another order")
+    experts = {"n_routed_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    experts |= {"moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob}
+    alone = {"n_shared_experts": 0, "n_group": 1, "topk_group": 1, "sliding_window": None}
+    with _nothing_shared():
+        plain = Dots1ForCausalLM(Dots1Config(**common, **experts, **alone, first_k_dense_replace=dense))
+    empty = {name: value for name, value in plain.state_dict().items() if not value.numel()}
+    plain.load_state_dict(plain_weights(model) | empty)
+    return plain.eval()
+
+
+@contextmanager
+def _nothing_shared() -> Iterator[None]:
+    """Dots1 has shared experts; ours have no width, and torch warns that there is nothing to initialise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        yield
 
 
 def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
@@ -154,16 +220,26 @@ def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
     named = model.named_parameters(remove_duplicate=False)  # both names of tied embeddings
     weights = {name: value.detach().clone() for name, value in named if "log_temperature" not in name}
     for i, block in enumerate(model.model.layers):
+        gate = f"model.layers.{i}.mlp.gate"
         if isinstance(block.mlp, TokenChoice):
-            weights[f"model.layers.{i}.mlp.gate.weight"] /= block.mlp.gate.temperature.detach()
+            weights[f"{gate}.weight"] /= block.mlp.gate.temperature.detach()
+        if isinstance(block.mlp, SigmoidChoice):
+            weights[f"{gate}.e_score_correction_bias"] = block.mlp.selection_bias.detach().clone()
     return weights
 
 
 def different_weight(model: MixtureOfTokensForCausalLM, plain: Any) -> str | None:
     """The name of a weight that is not exactly the model's. Logits of a few rows do not involve every expert."""
-    expected, found = plain_weights(model), plain.state_dict()
+    expected = plain_weights(model)
+    found = {name: value for name, value in plain.state_dict().items() if value.numel()}
     names = sorted({*expected, *found})
     return next((name for name in names if not _equal(expected.get(name), found.get(name))), None)
+
+
+def _gates(model: MixtureOfTokensForCausalLM) -> str:
+    if model.config.sparse_routings[0].exports_as == "Dots1ForCausalLM":
+        return "a sigmoid each" + (", divided by their sum" if model.config.norm_topk_prob else "")
+    return f"a softmax over {'those' if model.config.norm_topk_prob else 'all'}"
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -224,7 +300,13 @@ def in_plain_transformers(code: str, *words: str) -> str:
 
 
 def _card(
-    run: str, model: MixtureOfTokensForCausalLM, plain: Any, compared: str, difference: float, license: str | None
+    run: str,
+    model: MixtureOfTokensForCausalLM,
+    plain: Any,
+    compared: str,
+    difference: float,
+    license: str | None,
+    served: Served | None,
 ) -> str:
     """The model card."""
     config, kind = model.config, type(plain).__name__
@@ -237,8 +319,8 @@ def _card(
     if blocks := len(config.sparse_routings):
         lines.append(
             f"{blocks} of its {config.num_hidden_layers} feed-forwards are sparse: {config.num_experts} experts of "
-            f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, weighted by a softmax "
-            f"over {'those' if config.norm_topk_prob else 'all'}. Nothing is dropped."
+            f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, weighted by "
+            f"{_gates(model)}. Nothing is dropped."
         )
     if facts is not None:
         source = ", ".join(facts.corpus.get("source") or ["text"])
@@ -252,8 +334,16 @@ def _card(
                 f"{switch.source_in_groups:.4f} before, with texts in groups, {switch.source_alone:.4f} with "
                 f"each alone, {switch.at_the_switch:.4f} at the switch, and {end:.4f} at the end."
             )
+        whose = "Loss"
+        if served is not None:
+            lines.append(
+                "It was trained as a Mixture of Tokens (arXiv 2310.15961) and distilled into a sparse model, without "
+                f"training it further. Over a part of the text the loss was {served.source.loss:.4f} before, with "
+                f"texts in groups, and is {served.chosen.loss:.4f} now."
+            )
+            whose = "The Mixture of Tokens' loss"
         lines.append(
-            f"Loss on all {facts.evaluated_on} text: {facts.final_loss:.4f} nats a token, "
+            f"{whose} on all {facts.evaluated_on} text: {facts.final_loss:.4f} nats a token, "
             f"{facts.bits_per_byte:.4f} bits a byte."
         )
     lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]

@@ -11,8 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.convert.switch import calibrate as calibrate_switch
-from mixture_of_tokens.convert.switch import rescale_moments, to_token_choice, token_choice_config
+from mixture_of_tokens.convert.distil import TOKENS, distil
+from mixture_of_tokens.convert.scales import fit_scales
+from mixture_of_tokens.convert.switch import (
+    Errors,
+    Scores,
+    branches,
+    kind_of,
+    rescale_moments,
+    sparse_layers,
+    to_token_choice,
+    token_choice_config,
+)
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result, aligned
@@ -24,6 +34,7 @@ from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
 from mixture_of_tokens.runs.run import Run, Stages, check_free, check_one_process, is_main, read
+from mixture_of_tokens.sparse import TokenChoice
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
@@ -76,10 +87,11 @@ class Transitioned(Result):
             ("source, in full groups", before),
             ("source, each row alone", switch.source_alone),
             ("switched, unchanged weights", switch.plain_switch),
-            ("switched, as training begins", switch.at_the_switch),
-            (f"step {stages.tenth_step}, after a tenth of them", stages.tenth_loss),
-            (f"step {switch.step + self.steps}, the end", stages.end_loss),
+            ("switched, as training begins" if self.steps else "switched", switch.at_the_switch),
         ]
+        if self.steps:
+            rows.append((f"step {stages.tenth_step}, after a tenth of them", stages.tenth_loss))
+            rows.append((f"step {switch.step + self.steps}, the end", stages.end_loss))
         shown = [["", "loss", "vs source"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
         lines = [
             aligned(shown),
@@ -105,7 +117,8 @@ def transition(
     steps: int | None = None,
     top_k: int | None = None,
     capacity: float | None = None,
-    calibrate: Literal["full", "none"] = "full",
+    scores: Scores = "softmax",
+    calibrate: Literal["distil", "scales", "none"] = "distil",
     anneal: float | None = None,
     optimizer: Literal["carried", "fresh"] = "carried",
     schedule: Literal["continued", "own"] = "own",
@@ -124,13 +137,16 @@ def transition(
         run: The source, a finished run directory of mot train. It is only read.
         out: The new run directory; by default RUN-transition beside it, with the control's name where there is one.
         steps: Steps of training, by default a tenth of the source's; all come after the switch, unless with --anneal.
+            0 switches and trains nothing.
         top_k: Experts a token goes to; by default the granularity, at equal FLOPs.
         capacity: Capacity factor in training: an expert drops tokens beyond this many times its even share. The paper
             has 1.25; by default nothing is dropped.
-        calibrate: full fits biases and scales, folded into the weights, so that the loss jumps less at the switch.
+        scores: Gates of the new model: softmax over the experts (exports as Qwen3-MoE), or a sigmoid each (Dots1).
+        calibrate: What is fitted at the switch, so that the loss does not jump. distil fits all weights of the sparse
+            layers to what these give for a text alone; scales fits biases and scales; none is the paper's plain switch.
         anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this.
             That run is written beside the new one, as OUT-annealed.
-        optimizer: carried takes the optimizer's moments from the source's last checkpoint.
+        optimizer: carried takes the optimizer's moments from the source's last checkpoint, but for distilled weights.
         schedule: continued holds the source's last learning rate; own warms up for a tenth of the steps to the peak,
             and falls to a tenth of that.
         learning_rate: The peak, or what is held; by default the source's last one if continued, else a quarter of its
@@ -164,10 +180,12 @@ def transition(
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
         _check_anneal(source, anneal, steps, control)
-    chosen = (top_k, capacity, schedule, device)
+    if steps < 0:
+        raise ValueError(f"--steps must be 0 or more, not {steps}")
+    chosen = (top_k, capacity, scores, schedule, device)
     merged = _merged(source, asked, steps - mixing, *chosen, learning_rate)
     if control == "scratch":
-        merged = _from_scratch(source, merged.config.model, steps, device, learning_rate)
+        merged = _from_scratch(source, merged.config, steps, device, learning_rate)
     if dry_run:
         return merged.config
     if control == "scratch":
@@ -207,12 +225,13 @@ def _merged(
     steps: int,
     top_k: int | None,
     capacity: float | None,
+    scores: Scores,
     schedule: str,
     device: Device,
     learning_rate: float | None,
 ) -> Merged:
     """The source's configuration with the new routing and schedule."""
-    target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity)
+    target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores)
     model = {field: getattr(target, field) for field in source.config.model if field in FIELDS}
     model |= {field: getattr(target, field) for field in ("mlp_layer_types", "num_experts_per_tok", "capacity_factor")}
     model["router_temperature"] = target.router_temperature
@@ -220,7 +239,7 @@ def _merged(
     if learning_rate is None:
         learning_rate = _last_rate(source) if schedule == "continued" else source.config.learning_rate / 4
     options = _options(source, steps, model, training, device)
-    name, first = _token_choice_name(source), source.facts.steps
+    name, first = _token_choice_name(source, kind_of(scores)), source.facts.steps
     return merge(name, source.seed, learning_rate, options, first_step=first, transition=asked)
 
 
@@ -267,17 +286,14 @@ def _annealed(
     return read(out)
 
 
-def _token_choice_name(source: Run) -> str:
-    parsed = parse_name(source.name)
-    return str(replace(parsed, system=ROUTINGS[parsed.routing.converts_to or parsed.routing.kind].prefix))
+def _token_choice_name(source: Run, kind: str) -> str:
+    return str(replace(parse_name(source.name), system=ROUTINGS[kind].prefix))
 
 
-def _from_scratch(
-    source: Run, model: dict[str, Any], steps: int, device: Device, learning_rate: float | None
-) -> Merged:
+def _from_scratch(source: Run, switched: RunConfig, steps: int, device: Device, learning_rate: float | None) -> Merged:
     """The control that is Token Choice from the first step: the same model, all the steps, by default its own rate."""
-    options = _options(source, source.facts.steps + steps, model, _training(source), device)
-    return merge(_token_choice_name(source), source.seed, learning_rate, options)
+    options = _options(source, source.facts.steps + steps, switched.model, _training(source), device)
+    return merge(switched.name, source.seed, learning_rate, options)
 
 
 def _optimizer_file(source: Run) -> Path:
@@ -314,12 +330,16 @@ class _Beginning:
         model.serve_alone(False)
         scales = to_token_choice(model, target)
         losses["plain_switch"] = trainer.loss_of(target)
-        errors: dict[str, tuple[float, float]] = {}
-        if self.asked.calibrate == "full":
-            started = time.perf_counter()
-            errors = calibrate_switch(model, target, groups, scales)
-            fit_seconds += time.perf_counter() - started
-        new = []
+        errors: Errors = {}
+        new: list[str] = []  # weights that Adam has to begin anew with
+        started = time.perf_counter()
+        if self.asked.calibrate == "scales":
+            errors = fit_scales(model, target, groups, scales)
+        elif self.asked.calibrate == "distil":
+            errors = distil(model, target, branches(model, groups, TOKENS))
+            layers = [f"model.layers.{i}.mlp." for i, _ in sparse_layers(target, TokenChoice)]
+            new += [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
+        fit_seconds += time.perf_counter() - started
         if self.asked.control == "router":
             for name, router in target.named_modules():
                 if isinstance(router, Router):  # drawn anew: the seed has made them as the source's were at first

@@ -34,7 +34,7 @@ class Routing:
         shares_batch: rows of a batch influence each other, unless they are served alone.
         serves_alone: a row can be served by itself.
         exports_as: the architecture of transformers that computes the same; None if there is none.
-        converts_to: the kind that `mot transition` converts it to; None if it cannot be converted.
+        converts_to: the kinds that it can be converted to, with softmax and with sigmoid gates; empty if to none.
         balanced: it is trained with the load-balancing loss.
 
     What it costs beside its experts' matrices, which `cost.py` adds up:
@@ -55,7 +55,7 @@ class Routing:
     shares_batch: bool = False
     serves_alone: bool = True
     exports_as: str | None = None
-    converts_to: str | None = None
+    converts_to: tuple[str, ...] = ()
     balanced: bool = False
     sparse: bool = True
     rows: Callable[["MixtureOfTokensConfig", int, int, bool], int] = lambda config, batch, context, training: 0
@@ -175,7 +175,7 @@ ROWS = (
         "dropped.",
         build=_mixture_of_tokens,
         shares_batch=True,
-        converts_to="token_choice",
+        converts_to=("token_choice", "sigmoid_choice"),
         rows=_mixture_rows,
         mixes=True,
         kept_weights=(1, 1),
@@ -242,5 +242,5 @@ def routings_of(model: Any) -> list[Routing]:
 
 
 def converted_from(kind: str) -> Routing:
-    """The routing that `mot transition` converts to this kind."""
-    return next(row for row in ROWS if row.converts_to == kind)
+    """The routing that can be converted to this kind."""
+    return next(row for row in ROWS if kind in row.converts_to)

@@ -297,8 +297,10 @@ def _summary(values: Iterable[float]) -> Summary:
 def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> list[ComparedRun]:
     runs = []
     for i, (run, end) in enumerate(zip(model, ends, strict=True)):
-        # Speeds are of the part after a switch.
-        step, tokens, before = (run.switch.step, run.switch.tokens, run.switch.seconds) if run.switch else (0, 0, 0)
+        # Speeds are of the part after a switch, if there is one.
+        step, tokens, before = 0, 0, 0.0
+        if run.switch is not None and run.config.steps:
+            step, tokens, before = run.switch.step, run.switch.tokens, run.switch.seconds
         seconds = run.facts.seconds - before
         # Evaluations that it has from a run that it continues: beside that one its own count.
         had = max(run.inherited(others[i]) for others in models.values())

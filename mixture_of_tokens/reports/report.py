@@ -88,6 +88,7 @@ def _train_commands(run: Run) -> list[str]:
     words += ["--top-k", str(config.num_experts_per_tok), "--learning-rate", f"{rate:g}"]
     words += ["--steps", str(steps if after.anneal is None else 2 * steps)]
     words += [] if config.capacity_factor is None else ["--capacity", f"{config.capacity_factor:g}"]
+    words += ["--scores", "sigmoid"] if "sigmoid_choice" in config.feed_forwards else []
     words += ["--schedule", "continued"] if run.config.training["lr_scheduler_type"] == "constant" else []
     given = {key: getattr(after, key) for key in ("calibrate", "optimizer", "control", "anneal")}
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]

@@ -306,6 +306,8 @@ def record(kind: Any, written: Any, file: Path) -> Any:
     for name, field in known.items():
         if name not in values and field.default is MISSING:
             raise ValueError(f"{file} lacks the field {name!r}")
+    if kind is Transition and values.get("calibrate") == "full":  # its name when there was no other fit
+        values["calibrate"] = "scales"
     if kind is RunConfig and values.get("transition") is not None:
         values["transition"] = record(Transition, values["transition"], file)
     if kind is MetricsRow and isinstance(layers := values.get("layers"), dict):

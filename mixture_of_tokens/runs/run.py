@@ -193,6 +193,8 @@ class Run:
         """Of a switched run that was evaluated after the switch."""
         assert self.switch is not None
         after = [row for row in self.rows if row.step > self.switch.step]
+        if not self.config.steps:
+            return Stages(self.switch.step, self.switch.at_the_switch, self.switch.at_the_switch, None, None)
         evaluated = [(row.step, row.eval_loss) for row in after if row.eval_loss is not None]
         tenth = self.switch.step + max(1, self.config.steps // 10)
         step, loss = next(((step, loss) for step, loss in evaluated if step >= tenth), evaluated[-1])

@@ -89,6 +89,8 @@ def merge(
         raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or give cpu")
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"anneal-temperature-to": options.anneal_temperature_to, "max-bytes": options.max_bytes}
+    if transition is not None and steps == 0:
+        del positive["steps"]
     _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
     written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
     written = {field: value for field, value in written.items() if field in FIELDS and field not in DERIVED}
@@ -118,7 +120,8 @@ def merge(
     with _names_the_flag(name, overrides), torch.device("meta"):  # invalid fields are reported before the run starts
         MixtureOfTokensForCausalLM(config)
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
-    taken = {"max_steps": steps, "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
+    # Of 0 steps, which are not trained, Trainer could make no schedule.
+    taken = {"max_steps": max(1, steps), "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
     taken |= {"per_device_train_batch_size": micro_batch}
     try:  # also before it starts
         arguments = TrainingArguments(output_dir=os.devnull, **taken, **training)

@@ -143,7 +143,8 @@ def _run(run: RunConfig, arguments: TrainingArguments, out: Path, begin: Begin |
     trainer.add_callback(stop)
     with stop.installed():
         try:
-            trainer.train(checkpoint)
+            if run.steps:  # none after a switch that is all
+                trainer.train(checkpoint)
         finally:
             _end_reports(arguments)
     if stop.received is not None:

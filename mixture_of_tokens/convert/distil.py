@@ -1,0 +1,92 @@
+"""Distillation: each layer of Token Choice learns what the same layer of the Mixture of Tokens gives alone.
+
+The formulas are in `switch.py`. All weights of a layer are fitted to the inputs and outputs that `branches` records, by
+Adam on the squared error; layers are fitted one by one, each to its own. No model is trained: the loss of a language
+model appears nowhere. A layer starts from
+
+    router    c_e / temperature - b_e u         u . x is about 1 for every x, so that b_e is a bias
+    experts   FFN_e(a_e x)                      a_e: e's mean gate where it is chosen, as x comes with it into a mixture
+"""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mixture_of_tokens.convert.switch import (
+    Branches,
+    Errors,
+    alone_bias,
+    constant_direction,
+    distance,
+    router_bias,
+    sparse_layers,
+)
+from mixture_of_tokens.layers import MixtureOfTokens
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.sparse import TokenChoice
+
+TOKENS = 65_536  # of training text
+STEPS, STEP_TOKENS = 500, 2048  # of Adam, for each layer
+RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
+
+
+def distil(
+    source: MixtureOfTokensForCausalLM,
+    target: MixtureOfTokensForCausalLM,
+    seen: Branches,
+    *,
+    steps: int = STEPS,
+    again: bool = False,
+) -> Errors:
+    """Fit the sparse layers of a model that was switched to those of its source served alone. They change in place.
+
+    Args:
+        target: of `to_token_choice`; or, `again`, distilled before, with another top k.
+        seen: of `branches`, for some TOKENS tokens of training text.
+        steps: of Adam, for each layer.
+
+    The same arguments give the same weights.
+    """
+    mixing, layers = dict(sparse_layers(source, MixtureOfTokens)), sparse_layers(target, TokenChoice)
+    errors: Errors = {}
+    bar = tqdm(desc="Distilling", total=len(layers) * steps, unit="step", delay=2, dynamic_ncols=True)
+    for i, layer in layers:
+        x_SD, y_SD = seen[i]
+        before = distance(layer, x_SD, y_SD)
+        if not again:
+            start(mixing[i], layer, x_SD[:STEP_TOKENS])
+        fit(layer, x_SD, y_SD, steps, bar)
+        errors[str(i)] = before, distance(layer, x_SD, y_SD)
+    bar.close()
+    return errors
+
+
+@torch.no_grad()
+def start(source: MixtureOfTokens, layer: TokenChoice, x_SD: Tensor) -> None:
+    """Fold biases into the router, and mean gates into the experts."""
+    gate_SE = (source.logits(x_SD[None])[0] - alone_bias(source)).sigmoid()
+    chosen_SE = torch.zeros_like(gate_SE).scatter(1, gate_SE.topk(layer.num_experts_per_tok).indices, 1)
+    answered_SE = chosen_SE * gate_SE.square()  # how much of e's output comes from a token, about
+    mean_E = (answered_SE * gate_SE).sum(0) / answered_SE.sum(0).clamp(min=1e-9)
+    layer.gate.weight.sub_(router_bias(source, layer)[:, None] * constant_direction(x_SD))
+    first = layer.experts.gate_up_proj if layer.experts.gated else layer.experts.up_proj
+    first.mul_(mean_E.clamp(0.05, 1)[:, None, None])  # an expert that nothing has chosen keeps a little
+
+
+def fit(layer: TokenChoice, x_SD: Tensor, y_SD: Tensor, steps: int, bar: tqdm) -> None:
+    """Minimise the squared distance of the layer's output from y, as a share of the size of y."""
+    layer.eval().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    groups = [{"params": [weight], "lr": RATE * float(weight.detach().abs().mean())} for weight in layer.parameters()]
+    adam = torch.optim.Adam(groups, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=max(1, steps))
+    for _ in range(steps):
+        rows = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=generator).to(x_SD.device)
+        y = y_SD[rows]
+        error = (layer(x_SD[rows][None])[0] - y).square().sum() / y.square().sum()
+        adam.zero_grad()
+        error.backward()
+        adam.step()
+        schedule.step()
+        bar.update()
+    layer.zero_grad()

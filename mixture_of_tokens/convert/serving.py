@@ -1,0 +1,111 @@
+"""A trained Mixture of Tokens as Token Choice, without any training, and how many experts a token needs then."""
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from mixture_of_tokens.convert.distil import STEPS, TOKENS, distil
+from mixture_of_tokens.convert.switch import Scores, branches, to_token_choice, token_choice_config
+from mixture_of_tokens.data.groups import Blocks, training_groups
+from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.formatting import aligned, loss
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.model.cost import flops_per_token
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+
+ROWS = 1024  # of text that losses are measured on
+WRITTEN, TIMES = 16, 3  # tokens that are written to time one, and how often
+ENOUGH = 0.01  # nats above the source in full groups, with which fewer experts are chosen
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A model with this many experts a token. ms: milliseconds of a token written at batch 1, by this library."""
+
+    top_k: int
+    loss: float
+    flops_per_token: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a switch without training gives. Losses are of the tuning text, or of the validation text where it is short.
+
+    source: its loss in full groups, its FLOPs, and its time alone, in which all experts serve a token.
+    """
+
+    source: TopK
+    tried: list[TopK]
+    chosen: TopK
+
+    def __str__(self) -> str:
+        named = [("Mixture of Tokens, in groups", self.source)]
+        named += [(f"top {each.top_k}", each) for each in self.tried]
+        rows = [[name, loss(row.loss), f"{row.flops_per_token:,.0f}", f"{row.ms:.1f}"] for name, row in named]
+        table = aligned([["", "loss", "FLOPs/token", "ms/token alone"], *rows])
+        if len(self.tried) == 1:
+            return f"{table}\n\nTop {self.chosen.top_k} is written."
+        within = f"at most {ENOUGH:g} nats above the source's in groups"
+        why = f"the fewest experts with a loss {within}"
+        if self.chosen.loss > self.source.loss + ENOUGH:
+            why = f"none has a loss {within}"
+        return f"{table}\n\nTop {self.chosen.top_k} is written: {why}. --top-k chooses another."
+
+
+def serve(
+    source: MixtureOfTokensForCausalLM, text: Prepared, *, top_k: int | None, scores: Scores
+) -> tuple[MixtureOfTokensForCausalLM, Served]:
+    """Switch and distil a trained Mixture of Tokens.
+
+    Args:
+        source: with calibrated companions, as `mot train` saves it.
+        text: that it was trained on.
+        top_k: experts a token; by default the fewest of k, k / 2 and k / 4, k being the granularity, that do.
+
+    Raises ValueError for what cannot be switched.
+    """
+    first = token_choice_config(source.config, top_k=top_k, scores=scores).num_experts_per_tok
+    fewer = [] if top_k is not None else [k for k in (first // 2, first // 4) if k]
+    blocks = text.tuning if len(text.tuning) >= source.config.group_size else text.validation
+    seen = branches(source, training_groups(text.train, source.config.group_size), TOKENS)
+    before = TopK(source.config.num_experts, _loss(source, blocks), _flops(source), _milliseconds(source))
+    made: list[tuple[TopK, MixtureOfTokensForCausalLM]] = []
+    for k in (first, *fewer):
+        config = token_choice_config(source.config, top_k=k, scores=scores)
+        target: Any = MixtureOfTokensForCausalLM(config).eval()
+        target.to(source.device)
+        if made:  # with a few experts less it is a short way
+            target.load_state_dict(made[-1][1].state_dict())
+            distil(source, target, seen, steps=STEPS // 2, again=True)
+        else:
+            to_token_choice(source, target)
+            distil(source, target, seen)
+        made.append((TopK(k, _loss(target, blocks), _flops(target), _milliseconds(target)), target))
+    enough = [place for place, (tried, _) in enumerate(made) if tried.loss <= before.loss + ENOUGH]
+    chosen, model = made[max(enough, default=0)]
+    return model, Served(before, [tried for tried, _ in made], chosen)
+
+
+def _loss(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:
+    size = model.config.group_size
+    return evaluate_blocks(model, blocks, group_size=size, batch_size=size, groups=max(1, ROWS // size))["loss"]
+
+
+def _flops(model: MixtureOfTokensForCausalLM) -> float:
+    return sum(flops_per_token(model.config, training=False).forward.values())
+
+
+def _milliseconds(model: MixtureOfTokensForCausalLM) -> float:
+    """Of a token of a lone text, written with the cache of keys and values; the median of some texts."""
+    prompt: Any = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    new = min(WRITTEN, model.config.max_position_embeddings - 1)
+    seconds = []
+    for _ in range(TIMES + 1):
+        begun = time.perf_counter()
+        model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        seconds.append(time.perf_counter() - begun)
+    return 1000 * median(seconds[1:]) / new
