@@ -24,7 +24,7 @@ LINKING = [
     *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "experiments/LOG.md", "experiments/README.md")),
 ]
 DRY = ("train", "sweep", "compare")
-READING = dict.fromkeys(("generate", "evaluate", "audit", "transition"), "MoT-Nano/4E/2") | {"export": "TC-Nano/4E"}
+WITH_A_RUN, READING = ("generate", "evaluate", "audit", "transition", "export"), "MoT-Nano/4E/2"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -75,9 +75,10 @@ def test_commands_are_legal(words, tiny_runs, tmp_path, monkeypatch, capsys):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
     command, *given = words
-    if command in READING:
+    if command in WITH_A_RUN:
         (tmp_path / given[0]).parent.mkdir()
-        (tmp_path / given[0]).symlink_to(tiny_runs[READING[command]])
+        switched = given[0].endswith("-transition")
+        (tmp_path / given[0]).symlink_to(tiny_runs["TC-Nano/4E" if switched else READING])
     if command == "report":
         shutil.copytree(ROOT / "experiments" / "nano", tmp_path / given[0])
     cli.main([*words, "--dry-run"] if command in DRY and "--help" not in words else list(words))
@@ -127,6 +128,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/nano/run.py": (11, "results"),
     "experiments/prose/run.py": (11, "results"),
     "experiments/long/run.py": (11, "results"),
+    "experiments/switch/run.py": (LINES, "conversion"),
     "experiments/transition/run.py": (16, "conversion"),
     "experiments/verdict/run.py": (11, "conversion"),
     "experiments/partial_groups/run.py": (14, "serving"),

@@ -48,10 +48,11 @@ def test_a_run_directory_of_format_0_is_read():
     assert config.transition is not None
     assert asdict(config.transition) == {
         "source": "experiments/nano/MoT-Nano-32E-seed1",
-        "calibrate": "full",
+        "calibrate": "scales",  # written as "full", when there was no other fit
         "optimizer": "carried",
         "control": None,
         "anneal": None,
+        "distil_steps": None,
     }
     assert run.model_config.num_experts == 32
     assert run.model_config.capacity_factor is None

@@ -138,14 +138,12 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
 @pytest.mark.parametrize("words", [(), ("--top-k", 3, "--scores", "sigmoid")], ids=["fewest", "sigmoid"])
 def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, tmp_path, capsys, monkeypatch):
     """Train, export, plain transformers: the switched model's text to the last token, and the run untouched."""
-    monkeypatch.setattr("mixture_of_tokens.convert.serving.TOKENS", 4096)
-    monkeypatch.setattr("mixture_of_tokens.convert.serving.STEPS", 20)
     made = []
     monkeypatch.setattr(
         export_module, "serve", lambda *args, **options: made.append(serve(*args, **options)) or made[0]
     )
     files = {path: path.read_bytes() for path in tiny_runs[MIXED].rglob("*") if path.is_file()}
-    mot("export", tiny_runs[MIXED], tmp_path / "out", *words)
+    mot("export", tiny_runs[MIXED], tmp_path / "out", "--distil-steps", 20, *words)
     shown = capsys.readouterr().out
     model, served = made[0]
     assert {path: path.read_bytes() for path in tiny_runs[MIXED].rglob("*") if path.is_file()} == files

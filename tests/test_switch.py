@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import reference
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.convert.distil import distil
+from mixture_of_tokens.convert.distil import distil, distillation_text
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import branches, rescale_moments, to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
@@ -93,7 +93,7 @@ def test_fitted_scales_are_the_same_each_time(trained):
 def seen(trained):
     source, text = trained
     calibrate_companions(source, list(training_groups(text.train, 32))[:3])
-    return branches(source, training_groups(text.train, 32), 6000)
+    return distillation_text(source, text.train, 47)  # 6016 tokens
 
 
 def test_branches_are_what_each_layer_gives_a_text_alone(trained, seen):
@@ -106,7 +106,7 @@ def test_branches_are_what_each_layer_gives_a_text_alone(trained, seen):
     block = source.model.layers[2]
     (x_SD, y_SD), after = seen[2], hidden[3].flatten(0, 1)
     assert set(seen) == {2, 3}
-    assert len(x_SD) == len(y_SD) == 93 * 64  # at most 6,000 tokens, in whole rows
+    assert len(x_SD) == len(y_SD) == 94 * 64
     residual = after - y_SD[: len(after)]  # what the feed-forward's output was added to
     assert_close(block.post_attention_layernorm(residual), x_SD[: len(after)], rtol=1e-4, atol=1e-4)
     # Alone a layer is a sparse one with sigmoid gates, a bias an expert, and all experts.

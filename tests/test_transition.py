@@ -108,7 +108,8 @@ def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tin
     plain = json.loads((transitioned[0] / "switch.json").read_text())
     assert plain["source_in_groups"] < plain["at_the_switch"] == plain["plain_switch"]
     assert plain["branch_errors"] == {}
-    mot("transition", tiny_runs[MIXED], "--steps", 5, "--json", "--out", tmp_path / "distilled")
+    words = ["--steps", 5, "--distil-steps", 60, "--json", "--out", tmp_path / "distilled"]
+    mot("transition", tiny_runs[MIXED], *words)
     result = json.loads(capsys.readouterr().out)
     switch, stages = result["switch"], result["stages"]
     assert switch["at_the_switch"] < switch["plain_switch"] == pytest.approx(plain["plain_switch"], abs=1e-6)
@@ -232,10 +233,10 @@ def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_run
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.convert.distil.STEPS", 5)
+def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, capsys):
     source, out = tiny_runs[MIXED], tmp_path / "new"
-    mot("transition", source, "--steps", 0, "--scores", "sigmoid", "--optimizer", "fresh", "--json", "--out", out)
+    words = ["--steps", 0, "--scores", "sigmoid", "--optimizer", "fresh", "--distil-steps", 50, "--out", out]
+    mot("transition", source, *words, "--json")
     result = json.loads(capsys.readouterr().out)
     assert result["stages"]["end_loss"] == result["switch"]["at_the_switch"] < result["switch"]["plain_switch"]
     assert rows_of(out) == rows_of(source)
@@ -245,14 +246,13 @@ def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, capsys, monkey
     assert "MoT-Nano/4E/2, switched" in capsys.readouterr().out
     assert "--steps 0 --scores sigmoid" in (tmp_path / "page.html").read_text()
     mot("audit", out, "--expect", "private")
-    mot("transition", source, "--steps", 0, "--scores", "sigmoid", "--optimizer", "fresh", "--resume", "--out", out)
+    mot("transition", source, *words, "--resume")
     assert "is finished already" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_distilled_weights_begin_with_fresh_moments(begun, tiny_runs, monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.convert.distil.STEPS", 1)
-    trainer = begun(tiny_runs[MIXED], "--calibrate", "distil")
+def test_distilled_weights_begin_with_fresh_moments(begun, tiny_runs):
+    trainer = begun(tiny_runs[MIXED], "--calibrate", "distil", "--distil-steps", 1)
     names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
     kept = {names[id(parameter)] for parameter in trainer.optimizer.state}
     assert kept == {name for name in names.values() if ".2.mlp." not in name and ".3.mlp." not in name}
@@ -311,6 +311,7 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         (["MIXED", "--top-k", "0"], "--top-k must be 1 to 8, the number of experts, not 0"),
         (["MIXED", "--scores", "softplus"], "softplus"),
         (["MIXED", "--calibrate", "full"], "full"),
+        (["MIXED", "--distil-steps", "-1"], "--distil-steps must be 0 or more, not -1"),
         (["MIXED", "--capacity", "-1"], "capacity_factor must be positive"),
         (["MIXED", "--anneal", "0.5"], "--anneal 0.5 must be above 0 and below the source's temperature, 0.25"),
         (["MIXED", "--out", "MIXED"], "is the source itself"),

@@ -96,7 +96,7 @@ def row_flags(steps: int) -> list[str]:
 
 def switched(source: Path, steps: int, *flags: str) -> Path:
     out = source.with_name(f"{source.name}-switched")
-    mot("transition", source, "--steps", steps, "--device", "cpu", "--out", out, *flags)
+    mot("transition", source, "--calibrate", "scales", "--steps", steps, "--device", "cpu", "--out", out, *flags)
     return out
 
 

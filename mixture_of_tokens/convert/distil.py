@@ -16,18 +16,31 @@ from mixture_of_tokens.convert.switch import (
     Branches,
     Errors,
     alone_bias,
+    branches,
     constant_direction,
     distance,
     router_bias,
     sparse_layers,
 )
+from mixture_of_tokens.data.groups import Blocks, training_groups
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.sparse import TokenChoice
 
-TOKENS = 65_536  # of training text
 STEPS, STEP_TOKENS = 500, 2048  # of Adam, for each layer
+READ = 16  # times that a token is read, on average: that the source serves tokens alone costs more than a step
 RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
+
+
+def distillation_text(source: MixtureOfTokensForCausalLM, text: Blocks, steps: int) -> Branches:
+    """What `steps` steps are to be fitted to: the source's branches on as much of the training text as is worth it.
+
+    Raises ValueError for a negative number of steps, and where the text has no group of different texts.
+    """
+    if steps < 0:
+        raise ValueError(f"--distil-steps must be 0 or more, not {steps}")
+    tokens = max(1, steps) * STEP_TOKENS // READ
+    return branches(source, training_groups(text, source.config.group_size, groups=None), tokens)
 
 
 def distil(
@@ -35,14 +48,14 @@ def distil(
     target: MixtureOfTokensForCausalLM,
     seen: Branches,
     *,
-    steps: int = STEPS,
+    steps: int,
     again: bool = False,
 ) -> Errors:
     """Fit the sparse layers of a model that was switched to those of its source served alone. They change in place.
 
     Args:
         target: of `to_token_choice`; or, `again`, distilled before, with another top k.
-        seen: of `branches`, for some TOKENS tokens of training text.
+        seen: of `distillation_text`.
         steps: of Adam, for each layer.
 
     The same arguments give the same weights.

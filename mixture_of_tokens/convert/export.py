@@ -26,6 +26,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores
 from mixture_of_tokens.formatting import Result
@@ -88,6 +89,7 @@ def export(
     *,
     top_k: int | None = None,
     scores: Scores | None = None,
+    distil_steps: int = STEPS,
     license: str | None = None,
     force: bool = False,
 ) -> Exported:
@@ -106,6 +108,8 @@ def export(
             quarter are tried, and the fewest with a loss at most 0.01 above the source's in full groups are taken.
         scores: Of a Mixture of Tokens, gates of the exported model: softmax over the experts, the default (Qwen3-MoE),
             or a sigmoid each (Dots1).
+        distil_steps: Of a Mixture of Tokens, steps of distillation for each layer; a model that was trained longer may
+            need more.
         license: The licence that the model card names, as the Hub abbreviates it, such as apache-2.0.
         force: Replace an earlier export.
 
@@ -133,7 +137,7 @@ def export(
         if run_directory(run) is None:
             what = "a Mixture of Tokens is distilled on the text that it was trained on"
             raise ValueError(f"{run} is no run directory, so its text is not known: {what}")
-        model, served = serve(model, text_of(run), top_k=top_k, scores=scores or "softmax")
+        model, served = serve(model, text_of(run), top_k=top_k, scores=scores or "softmax", distil_steps=distil_steps)
     elif top_k is not None or scores is not None:
         raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and {run} is none")
     model = model.cpu()

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from mixture_of_tokens.convert.distil import STEPS, TOKENS, distil
-from mixture_of_tokens.convert.switch import Scores, branches, to_token_choice, token_choice_config
-from mixture_of_tokens.data.groups import Blocks, training_groups
+from mixture_of_tokens.convert.distil import distil, distillation_text
+from mixture_of_tokens.convert.switch import Scores, to_token_choice, token_choice_config
+from mixture_of_tokens.data.groups import Blocks
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import aligned, loss
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
@@ -57,7 +57,7 @@ class Served:
 
 
 def serve(
-    source: MixtureOfTokensForCausalLM, text: Prepared, *, top_k: int | None, scores: Scores
+    source: MixtureOfTokensForCausalLM, text: Prepared, *, top_k: int | None, scores: Scores, distil_steps: int
 ) -> tuple[MixtureOfTokensForCausalLM, Served]:
     """Switch and distil a trained Mixture of Tokens.
 
@@ -65,13 +65,14 @@ def serve(
         source: with calibrated companions, as `mot train` saves it.
         text: that it was trained on.
         top_k: experts a token; by default the fewest of k, k / 2 and k / 4, k being the granularity, that do.
+        distil_steps: for the first k; for fewer experts half as many follow.
 
     Raises ValueError for what cannot be switched.
     """
     first = token_choice_config(source.config, top_k=top_k, scores=scores).num_experts_per_tok
     fewer = [] if top_k is not None else [k for k in (first // 2, first // 4) if k]
     blocks = text.tuning if len(text.tuning) >= source.config.group_size else text.validation
-    seen = branches(source, training_groups(text.train, source.config.group_size), TOKENS)
+    seen = distillation_text(source, text.train, distil_steps)
     before = TopK(source.config.num_experts, _loss(source, blocks), _flops(source), _milliseconds(source))
     made: list[tuple[TopK, MixtureOfTokensForCausalLM]] = []
     for k in (first, *fewer):
@@ -80,10 +81,10 @@ def serve(
         target.to(source.device)
         if made:  # with a few experts less it is a short way
             target.load_state_dict(made[-1][1].state_dict())
-            distil(source, target, seen, steps=STEPS // 2, again=True)
+            distil(source, target, seen, steps=distil_steps // 2, again=True)
         else:
             to_token_choice(source, target)
-            distil(source, target, seen)
+            distil(source, target, seen, steps=distil_steps)
         made.append((TopK(k, _loss(target, blocks), _flops(target), _milliseconds(target)), target))
     enough = [place for place, (tried, _) in enumerate(made) if tried.loss <= before.loss + ENOUGH]
     chosen, model = made[max(enough, default=0)]

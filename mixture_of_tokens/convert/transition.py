@@ -11,12 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.convert.distil import TOKENS, distil
+from mixture_of_tokens.convert.distil import STEPS, distil, distillation_text
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import (
     Errors,
     Scores,
-    branches,
     kind_of,
     rescale_moments,
     sparse_layers,
@@ -119,6 +118,7 @@ def transition(
     capacity: float | None = None,
     scores: Scores = "softmax",
     calibrate: Literal["distil", "scales", "none"] = "distil",
+    distil_steps: int = STEPS,
     anneal: float | None = None,
     optimizer: Literal["carried", "fresh"] = "carried",
     schedule: Literal["continued", "own"] = "own",
@@ -144,6 +144,7 @@ def transition(
         scores: Gates of the new model: softmax over the experts (exports as Qwen3-MoE), or a sigmoid each (Dots1).
         calibrate: What is fitted at the switch, so that the loss does not jump. distil fits all weights of the sparse
             layers to what these give for a text alone; scales fits biases and scales; none is the paper's plain switch.
+        distil_steps: Steps of distillation for each layer; a source that was trained longer may need more.
         anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this.
             That run is written beside the new one, as OUT-annealed.
         optimizer: carried takes the optimizer's moments from the source's last checkpoint, but for distilled weights.
@@ -176,12 +177,14 @@ def transition(
         optimizer=optimizer,
         control=control,
         anneal=anneal,
+        distil_steps=distil_steps if calibrate == "distil" and control is None else None,
     )
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
         _check_anneal(source, anneal, steps, control)
-    if steps < 0:
-        raise ValueError(f"--steps must be 0 or more, not {steps}")
+    for flag, number in {"steps": steps, "distil-steps": distil_steps}.items():
+        if number < 0:
+            raise ValueError(f"--{flag} must be 0 or more, not {number}")
     chosen = (top_k, capacity, scores, schedule, device)
     merged = _merged(source, asked, steps - mixing, *chosen, learning_rate)
     if control == "scratch":
@@ -335,8 +338,8 @@ class _Beginning:
         started = time.perf_counter()
         if self.asked.calibrate == "scales":
             errors = fit_scales(model, target, groups, scales)
-        elif self.asked.calibrate == "distil":
-            errors = distil(model, target, branches(model, groups, TOKENS))
+        elif (steps := self.asked.distil_steps) is not None:
+            errors = distil(model, target, distillation_text(model, prepared.train, steps), steps=steps)
             layers = [f"model.layers.{i}.mlp." for i, _ in sparse_layers(target, TokenChoice)]
             new += [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
         fit_seconds += time.perf_counter() - started

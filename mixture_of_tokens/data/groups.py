@@ -173,7 +173,7 @@ class GroupedBatches(Dataset):
 GROUPS = 32  # groups of training text that `mot train` measures companions on
 
 
-def training_groups(text: Blocks, group_size: int) -> Iterator[dict[str, Tensor]]:
-    """The first groups of a text, one at a time; a run's companions are measured on them."""
-    for rows in grouped_order(text, group_size)[:GROUPS]:
+def training_groups(text: Blocks, group_size: int, groups: int | None = GROUPS) -> Iterator[dict[str, Tensor]]:
+    """The first groups of a text, or all, one at a time; a run's companions are measured on the first ones."""
+    for rows in grouped_order(text, group_size)[:groups]:
         yield text.batch(rows)

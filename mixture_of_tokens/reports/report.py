@@ -90,8 +90,9 @@ def _train_commands(run: Run) -> list[str]:
     words += [] if config.capacity_factor is None else ["--capacity", f"{config.capacity_factor:g}"]
     words += ["--scores", "sigmoid"] if "sigmoid_choice" in config.feed_forwards else []
     words += ["--schedule", "continued"] if run.config.training["lr_scheduler_type"] == "constant" else []
-    given = {key: getattr(after, key) for key in ("calibrate", "optimizer", "control", "anneal")}
-    words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    given = {key: getattr(after, key) for key in ("calibrate", "distil_steps", "optimizer", "control", "anneal")}
+    flags = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}
+    words += [word for flag in flags.items() for word in flag]
     return [_train_again(source), shlex.join(words)]
 
 

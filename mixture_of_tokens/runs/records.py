@@ -27,6 +27,8 @@ CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metr
 COMMON_GROUP = 32
 # Fields of TrainingArguments that decide how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
+# Fields of a model's configuration that earlier runs do not have, which are as if they had the default.
+ADDED = {"balance_rate": 1e-3}
 DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
 
 
@@ -39,6 +41,7 @@ class Transition:
     optimizer: str
     control: str | None = None
     anneal: float | None = None
+    distil_steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,9 @@ class RunConfig:
         for key in ("micro_batch", "first_step", "transition"):
             if not written[key]:
                 del written[key]
-        if self.transition is not None and self.transition.anneal is None:
-            del written["transition"]["anneal"]
+        for key in ("anneal", "distil_steps"):
+            if self.transition is not None and written["transition"][key] is None:
+                del written["transition"][key]
         return yaml.safe_dump(written, sort_keys=False)
 
     def to_json(self) -> str:
@@ -113,6 +117,9 @@ class RunConfig:
                 flat[key] = value
             elif key not in ("format", "micro_batch"):
                 flat |= {f"{key}.{field}": inner for field, inner in value.items() if not _carried_out(key, field)}
+        for field, default in ADDED.items():
+            if flat.get(f"model.{field}") == default:
+                del flat[f"model.{field}"]
         return flat
 
     def conditions(self) -> dict[str, Any]:

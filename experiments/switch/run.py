@@ -1,0 +1,150 @@
+"""The switch to Token Choice without any step of training: how much of the loss it costs (docs/conversion.md).
+
+    python experiments/switch/run.py            # 3 minutes of one core a source, as measured beside other work
+    python experiments/switch/run.py --table    # Markdown
+
+The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and one of
+LONG steps on the source text of the installed packages (an hour of one core). Each is switched in the `WAYS` below, and
+scored over the whole validation text, after the switch each row alone. losses.csv has a row each; what is in it is not
+measured again.
+
+    loss       of the source in full groups and alone, and of the switched models
+    seconds    of what is fitted, by one thread beside other work, with the source's forward passes
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
+from mixture_of_tokens.convert.distil import STEPS, distil, distillation_text
+from mixture_of_tokens.convert.scales import fit_scales
+from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
+from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.training.options import Options
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Experiment, asked, read_csv, spread, trained, write_csv
+
+SHORT, LONG = 1200, 13_700
+COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds")
+
+
+class Source(NamedTuple):
+    name: str
+    options: Options
+    seeds: tuple[int, ...]
+    experiment: str  # whose run it is
+
+
+SOURCES = (
+    Source("MoT-Nano/32E", Options(steps=SHORT, device="cpu"), (1, 2, 3), "nano"),
+    Source("MoT-Nano/32E/8", Options(steps=SHORT, device="cpu"), (1, 2, 3), "nano"),
+    Source(
+        "MoT-Nano/32E/8",
+        Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"}),
+        (1,),
+        "switch",
+    ),
+)
+
+
+class Way(NamedTuple):
+    label: str
+    fit: str  # what is fitted, as --calibrate has it
+    scores: Any = "softmax"
+    of_top_k: int = 1  # the granularity is divided by this
+    steps: int = STEPS
+
+
+WAYS = {
+    "plain": Way("plain switch", "none"),
+    "scales": Way("scales", "scales"),
+    "distil": Way("distilled", "distil"),
+    "half": Way("distilled", "distil", of_top_k=2),
+    "quarter": Way("distilled", "distil", of_top_k=4),
+    "longer": Way("distilled, 4 times the steps", "distil", steps=4 * STEPS),
+    "sigmoid": Way("sigmoid gates, distilled", "distil", scores="sigmoid"),
+}
+OF_SOURCE = {"groups": "source, in full groups", "alone": "source, alone"}
+
+
+def measured(source: Source, directory: Path, known: Sequence[str]) -> list[dict[str, object]]:
+    """Rows of the ways that are not known."""
+    model, text = load_model(str(directory)), text_of(str(directory))
+    calibrate_companions(model, training_groups(text.train, model.config.group_size))
+    granularity, rows = model.config.num_experts_per_tok, []
+
+    def scored(way: str, top_k: int | str, scoring: Any, seconds: float | str) -> None:
+        size = model.config.group_size
+        found = evaluate_blocks(scoring, text.validation, group_size=size, batch_size=4 * size)["loss"]
+        rows.append({"way": way, "top_k": top_k, "loss": found, "seconds": seconds})
+        print(f"{directory.name}: {way} {found:.4f}", file=sys.stderr)
+
+    if "groups" not in known:
+        scored("groups", "", model, "")
+    if "alone" not in known:
+        model.serve_alone()
+        scored("alone", "", model, "")
+        model.serve_alone(False)
+    for name, way in WAYS.items():
+        if name in known or granularity % way.of_top_k:
+            continue
+        top_k = granularity // way.of_top_k
+        target = MixtureOfTokensForCausalLM(token_choice_config(model.config, top_k=top_k, scores=way.scores)).eval()
+        scales = to_token_choice(model, target)
+        begun = time.perf_counter()
+        if way.fit == "scales":
+            fit_scales(model, target, training_groups(text.train, model.config.group_size), scales)
+        elif way.fit == "distil":
+            distil(model, target, distillation_text(model, text.train, way.steps), steps=way.steps)
+        scored(name, top_k, target, round(time.perf_counter() - begun, 1))
+    return rows
+
+
+def make(kept: Path) -> None:
+    file = kept / "losses.csv"
+    for source in SOURCES:
+        for seed in source.seeds:
+            directory = trained(Experiment.named(source.experiment), source.name, seed, source.options)
+            rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+            this = {"source": source.name, "steps": str(source.options.steps), "seed": str(seed)}
+            known = [row["way"] for row in rows if this.items() <= row.items()]
+            write_csv(file, COLUMNS, [*rows, *(this | row for row in measured(source, directory, known))])
+
+
+def table(kept: Path) -> str:
+    found = read_csv(kept / "losses.csv")
+    shown = [["source", "switch", "top k", "loss", "above the source in groups", "seconds"]]
+    for source in SOURCES:
+        own = [row for row in found if (row["source"], row["steps"]) == (source.name, str(source.options.steps))]
+        in_groups = {row["seed"]: float(row["loss"]) for row in own if row["way"] == "groups"}
+        for way, label in (OF_SOURCE | {name: way.label for name, way in WAYS.items()}).items():
+            these = [row for row in own if row["way"] == way]
+            if not these:
+                continue
+            losses = spread((float(row["loss"]) for row in these), loss)
+            above = spread(
+                (float(row["loss"]) - in_groups[row["seed"]] for row in these), lambda value: f"{value:+.3f}"
+            )
+            seconds = "" if way in OF_SOURCE else spread((float(row["seconds"]) for row in these), lambda v: f"{v:.0f}")
+            title = f"{source.name}, {source.options.steps:,} steps"
+            shown.append([title, label, these[0]["top_k"], losses, "" if way == "groups" else above, seconds])
+    return markdown(shown, left=2)
+
+
+def main() -> None:
+    experiment = Experiment.named("switch")
+    if not asked(__doc__, table="print the table, and stop").table:
+        make(experiment.kept)
+    print(table(experiment.kept))
+
+
+if __name__ == "__main__":
+    main()
