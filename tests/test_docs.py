@@ -128,7 +128,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/nano/run.py": (11, "results"),
     "experiments/prose/run.py": (11, "results"),
     "experiments/long/run.py": (11, "results"),
-    "experiments/switch/run.py": (LINES, "conversion"),
+    "experiments/switch/run.py": (24, "conversion"),
     "experiments/transition/run.py": (16, "conversion"),
     "experiments/verdict/run.py": (11, "conversion"),
     "experiments/partial_groups/run.py": (14, "serving"),

@@ -117,6 +117,16 @@ def test_processes_share_an_evaluation_and_find_what_one_does_bit_for_bit(small_
     assert max(each for _, each in shared) <= batches // 2 + 2  # of two evaluations
 
 
+def test_the_selection_bias_counts_all_parts_of_a_step(small_corpus, tmp_path):
+    _, gradients, metrics = in_layout("STC-Nano/4E", "1x4", small_corpus, tmp_path)
+    _, others, other_metrics = in_layout("STC-Nano/4E", "2x2", small_corpus, tmp_path)
+    assert [row["train_loss"] for row in other_metrics] == pytest.approx(
+        [row["train_loss"] for row in metrics], rel=1e-5
+    )
+    for name, gradient in gradients[-1].items():  # of the third step, whose choices two moves of the bias have changed
+        assert (gradient - others[-1][name]).norm() <= 1e-3 * gradient.norm(), name
+
+
 def test_auxiliary_gradients_are_scaled_once(small_corpus, tmp_path):
     """The coefficient times the auxiliary loss is in the gradient: four parts give what one batch's sum over four."""
     rows, gradients, metrics = in_layout("TC-Nano/4E", "1x4", small_corpus, tmp_path)

@@ -1,4 +1,4 @@
-"""Token Choice's capacity: who is dropped, worked by hand.
+"""Token Choice's capacity and the bias that balances sigmoid gates: who is dropped, what moves, worked by hand.
 
 Every expert e returns its input times e + 1, so an output says which experts a token got.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from mixture_of_tokens.sparse import TokenChoice
+from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
 
 
 def scaling_experts(num_experts: int, **options) -> TokenChoice:
@@ -125,3 +125,53 @@ def test_a_huge_capacity_computes_no_more_rows_than_there_are_tokens():
     assert rows == [4 * 5]  # no token chooses an expert twice
     layer.capacity_factor = None
     assert_close(layer(x), y)
+
+
+def sigmoid_experts(**options) -> SigmoidChoice:
+    """Logits of a token (1, 0) are 2, 1 and -1 for the three experts."""
+    layer = SigmoidChoice(2, 2, 3, gated=False, activation="relu", **options).double()
+    with torch.no_grad():
+        layer.gate.weight.copy_(torch.tensor([[2.0, 0], [1, 0], [-1, 0]]))
+        layer.experts.up_proj.copy_(torch.eye(2))
+        layer.experts.down_proj.copy_(torch.arange(1.0, 4)[:, None, None] * torch.eye(2))
+    return layer
+
+
+def sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
+
+
+def test_the_bias_decides_the_choice_and_not_the_gate():
+    layer = sigmoid_experts()
+    assert_close(layer(crowd(1, 1))[0, 0, 0].item(), sigmoid(2))
+    layer.selection_bias[2] = 1  # sigmoid(-1) + 1 is more than sigmoid(2)
+    assert_close(layer(crowd(1, 1))[0, 0, 0].item(), 3 * sigmoid(-1))
+
+
+def test_the_bias_moves_against_the_load_of_all_micro_batches():
+    layer = sigmoid_experts(num_experts_per_tok=2, balance_rate=0.1)
+    layer(crowd(2, 3))  # 6 tokens for experts 0 and 1 each, none for expert 2: the mean is 4
+    layer(crowd(1, 2))
+    layer.balance()
+    assert layer.selection_bias.tolist() == pytest.approx([-0.1, -0.1, 0.1])
+    layer.balance()  # nothing was chosen since
+    assert layer.selection_bias.tolist() == pytest.approx([-0.1, -0.1, 0.1])
+    for _ in range(2):
+        layer(crowd(1, 2))
+        layer.balance()
+    assert layer.selection_bias.tolist() == pytest.approx([-0.3, -0.3, 0.3])  # sigmoid(1) - 0.3 < sigmoid(-1) + 0.3
+    layer(crowd(1, 2))
+    layer.balance()  # now experts 0 and 2 are chosen
+    assert layer.selection_bias.tolist() == pytest.approx([-0.4, -0.2, 0.2])
+
+
+def test_nothing_is_counted_but_training():
+    layer = sigmoid_experts()
+    layer.eval()(crowd(1, 1))
+    with torch.no_grad():
+        layer.train()(crowd(1, 1))
+    layer(crowd(1, 1), torch.zeros(1, 1, dtype=torch.bool))
+    layer.balance()
+    assert layer.selection_bias.tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="balance_rate must be 0 or more, and finite, not -1"):
+        sigmoid_experts(balance_rate=-1)
