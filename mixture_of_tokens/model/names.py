@@ -151,7 +151,7 @@ def config_from_name(
     size, k = SIZES[parsed.size], parsed.granularity
     width = overrides.get("intermediate_size", size.gated_width if gated else size.plain_width)
     if width % k:
-        legal = ", ".join(str(d) for d in range(1, width + 1) if width % d == 0)
+        legal = ", ".join(str(d) for d in range(1, min(width, 128) + 1) if width % d == 0)
         raise ValueError(f"{name!r}: granularity {k} does not divide the feed-forward width {width}; legal are {legal}")
     heads = overrides.get("num_attention_heads", size.heads)
     blocks = overrides.get("num_hidden_layers", size.blocks)
