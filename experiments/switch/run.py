@@ -5,8 +5,8 @@
 
 The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and one
 of LONG steps on the source text of the installed packages (an hour of one core). Each is switched in the `WAYS` below
-and scored over the whole validation text, after the switch each row alone. losses.csv has a row each; what is in it is
-not measured again.
+and scored over the validation text, after the switch each row alone; of the packages' text over GROUPS groups of it.
+losses.csv has a row each; what is in it is not measured again.
 
     loss       of the source in full groups and alone, and of the switched models
     seconds    of what is fitted, by one thread beside other work, with the source's forward passes
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Experiment, asked, read_csv, spread, trained, write_csv
 
 SHORT, LONG = 1200, 13_700
+GROUPS = 512  # of validation text at most
 COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds")
 
 
@@ -83,7 +84,8 @@ def measured(source: Source, directory: Path, known: Sequence[str]) -> list[dict
 
     def scored(way: str, top_k: int | str, scoring: Any, seconds: float | str) -> None:
         size = model.config.group_size
-        found = evaluate_blocks(scoring, text.validation, group_size=size, batch_size=4 * size)["loss"]
+        part = GROUPS if len(text.validation) > GROUPS * size else None
+        found = evaluate_blocks(scoring, text.validation, group_size=size, batch_size=4 * size, groups=part)["loss"]
         rows.append({"way": way, "top_k": top_k, "loss": found, "seconds": seconds})
         print(f"{directory.name}: {way} {found:.4f}", file=sys.stderr)
 
