@@ -31,7 +31,7 @@ START: dict[str, tuple[str, ...]] = {
     "generate": ("generate", "nowhere"),
     "evaluate": ("evaluate", "nowhere"),
     "audit": ("audit", "nowhere"),
-    "export": ("export", "nowhere"),
+    "export": ("export", "nowhere", "out"),
     "plan": ("plan", "MoT-Nano/32E"),
     "data-report": ("data-report", "nowhere"),
 }
@@ -44,8 +44,7 @@ BAD: dict[Any, tuple[str, ...]] = {
     str: ("", "a\0b"),
     bool: ("=maybe",),
 }
-# Whole numbers that a command would look at only after it has read a run.
-LATER = {("transition", "steps"), ("transition", "top_k")}
+NONE_IS_LEGAL = {("transition", "steps")}  # 0 of them
 NOT_POSITIVE = ("0", "-1", "-99")
 LISTS = {
     "seeds": ("", "x", "1.5", "1,x", "1;2", ",", "-1", "0,99999999999"),
@@ -85,8 +84,8 @@ def bad_values() -> Iterator[tuple[str, str, str]]:
             else:
                 names = [str] if list in origins else kinds
                 values = [value for kind in names for value in BAD.get(kind, ())]
-                if int in kinds and (command, name) not in LATER:
-                    values += NOT_POSITIVE[1:] if name == "seed" else NOT_POSITIVE
+                if int in kinds:
+                    values += NOT_POSITIVE[name == "seed" or (command, name) in NONE_IS_LEGAL :]
                 yield from ((command, name, value) for value in values)
 
 

@@ -32,14 +32,19 @@ READ = 16  # times that a token is read, on average: that the source serves toke
 RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
 
 
+def check_flags(top_k: int | None, distil_steps: int) -> None:
+    """Raises ValueError for numbers that are legal for no model."""
+    for flag, number in {"top-k": top_k, "distil-steps": distil_steps}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {number}")
+
+
 def distillation_text(source: MixtureOfTokensForCausalLM, text: Blocks, steps: int) -> Branches:
     """What `steps` steps are to be fitted to: the source's branches on as much of the training text as is worth it.
 
-    Raises ValueError for a negative number of steps, and where the text has no group of different texts.
+    Raises ValueError where the text has no group of different texts.
     """
-    if steps < 0:
-        raise ValueError(f"--distil-steps must be 0 or more, not {steps}")
-    tokens = max(1, steps) * STEP_TOKENS // READ
+    tokens = steps * STEP_TOKENS // READ
     return branches(source, training_groups(text, source.config.group_size, groups=None), tokens)
 
 
@@ -92,7 +97,7 @@ def fit(layer: TokenChoice, x_SD: Tensor, y_SD: Tensor, steps: int, bar: tqdm) -
     generator = torch.Generator().manual_seed(0)
     groups = [{"params": [weight], "lr": RATE * float(weight.detach().abs().mean())} for weight in layer.parameters()]
     adam = torch.optim.Adam(groups, betas=BETAS)
-    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=max(1, steps))
+    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):
         rows = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=generator).to(x_SD.device)
         y = y_SD[rows]

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mixture_of_tokens.convert.distil import STEPS
+from mixture_of_tokens.convert.distil import STEPS, check_flags
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores
 from mixture_of_tokens.formatting import Result
@@ -116,6 +116,7 @@ def export(
     Raises ValueError for layers without a counterpart in plain transformers, and for a checkpoint of another model.
     """
     run, out = str(run), Path(out)
+    check_flags(top_k, distil_steps)
     if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
     if out.exists() and not force:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.convert.distil import STEPS, distil, distillation_text
+from mixture_of_tokens.convert.distil import STEPS, check_flags, distil, distillation_text
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import (
     Errors,
@@ -163,6 +163,9 @@ def transition(
 
     Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
     """
+    check_flags(top_k, distil_steps)
+    if steps is not None and steps < 0:
+        raise ValueError(f"--steps must be 0 or more, not {steps}")
     run = Path(run)
     run = run.resolve() if run.name in ("", "..") else run  # a new run needs a name
     source = read(run)
@@ -182,9 +185,6 @@ def transition(
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
         _check_anneal(source, anneal, steps, control)
-    for flag, number in {"steps": steps, "distil-steps": distil_steps}.items():
-        if number < 0:
-            raise ValueError(f"--{flag} must be 0 or more, not {number}")
     chosen = (top_k, capacity, scores, schedule, device)
     merged = _merged(source, asked, steps - mixing, *chosen, learning_rate)
     if control == "scratch":
