@@ -74,13 +74,15 @@ def test_commands_are_legal(words, tiny_runs, tmp_path, monkeypatch, capsys):
     for name in ("README.md", "ARCHITECTURE.md"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
-    command, *given = words
+    (command, *given), switched = words, False
     if command in WITH_A_RUN:
         (tmp_path / given[0]).parent.mkdir()
         switched = given[0].endswith("-transition")
         (tmp_path / given[0]).symlink_to(tiny_runs["TC-Nano/4E" if switched else READING])
     if command == "report":
         shutil.copytree(ROOT / "experiments" / "nano", tmp_path / given[0])
+    if command in ("transition", "export") and not switched:
+        words = (*words, "--distil-steps", "40")
     cli.main([*words, "--dry-run"] if command in DRY and "--help" not in words else list(words))
     shown = capsys.readouterr()
     assert shown.out or shown.err
@@ -128,7 +130,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/nano/run.py": (11, "results"),
     "experiments/prose/run.py": (11, "results"),
     "experiments/long/run.py": (11, "results"),
-    "experiments/switch/run.py": (24, "conversion"),
+    "experiments/switch/run.py": (27, "conversion"),
     "experiments/transition/run.py": (16, "conversion"),
     "experiments/verdict/run.py": (11, "conversion"),
     "experiments/partial_groups/run.py": (14, "serving"),

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Experiment, asked, read_csv, spread, trained, write_csv
 
 SHORT, LONG = 1200, 13_700
+FEW = 500  # steps of distillation
 GROUPS = 512  # of validation text at most
 COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds")
 
@@ -67,11 +68,11 @@ class Way(NamedTuple):
 WAYS = {
     "plain": Way("plain switch", "none"),
     "scales": Way("scales", "scales"),
-    "distil": Way("distilled", "distil"),
-    "half": Way("distilled", "distil", of_top_k=2),
-    "quarter": Way("distilled", "distil", of_top_k=4),
-    "longer": Way("distilled, 4 times the steps", "distil", steps=4 * STEPS),
-    "sigmoid": Way("sigmoid gates, distilled", "distil", scores="sigmoid"),
+    "distil": Way(f"distilled, {FEW} steps", "distil", steps=FEW),
+    "half": Way(f"distilled, {FEW} steps", "distil", of_top_k=2, steps=FEW),
+    "quarter": Way(f"distilled, {FEW} steps", "distil", of_top_k=4, steps=FEW),
+    "longer": Way(f"distilled, {STEPS:,} steps", "distil"),
+    "sigmoid": Way(f"sigmoid gates, distilled, {FEW} steps", "distil", scores="sigmoid", steps=FEW),
 }
 OF_SOURCE = {"groups": "source, in full groups", "alone": "source, alone"}
 

@@ -27,7 +27,7 @@ from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.sparse import TokenChoice
 
-STEPS, STEP_TOKENS = 500, 2048  # of Adam, for each layer
+STEPS, STEP_TOKENS = 2000, 2048  # of Adam, for each layer
 READ = 16  # times that a token is read, on average: that the source serves tokens alone costs more than a step
 RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
 

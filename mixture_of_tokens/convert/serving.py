@@ -65,7 +65,7 @@ def serve(
         source: with calibrated companions, as `mot train` saves it.
         text: that it was trained on.
         top_k: experts a token; by default the fewest of k, k / 2 and k / 4, k being the granularity, that do.
-        distil_steps: for the first k; for fewer experts half as many follow.
+        distil_steps: for the first k; for fewer experts a quarter as many follow.
 
     Raises ValueError for what cannot be switched.
     """
@@ -81,7 +81,7 @@ def serve(
         target.to(source.device)
         if made:  # with a few experts less it is a short way
             target.load_state_dict(made[-1][1].state_dict())
-            distil(source, target, seen, steps=distil_steps // 2, again=True)
+            distil(source, target, seen, steps=distil_steps // 4, again=True)
         else:
             to_token_choice(source, target)
             distil(source, target, seen, steps=distil_steps)
