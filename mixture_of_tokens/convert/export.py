@@ -96,7 +96,8 @@ def export(
     """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
 
     A Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled, on text that the run was
-    trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes some three minutes of two cores.
+    trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes some three
+    minutes of two cores.
 
     Every weight that was written is compared with the run's. Another process, which cannot import this library, loads
     the directory and computes logits. If they differ from the run's by more than rounding, the directory is removed.
