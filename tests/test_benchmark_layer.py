@@ -23,6 +23,7 @@ def run(flags: str) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 def test_every_provider_is_measured_with_consistent_shares():
     done = run(f"{TINY} --no-memory --no-save")
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -10,6 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "train.py"
 
 
+@pytest.mark.slow
 def test_every_model_is_timed_in_both_loops_with_consistent_ratios(small_corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
     flags = ["--steps", "2", "--rounds", "1", "--batch-size", "32", "--data", small_corpus]

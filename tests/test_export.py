@@ -135,7 +135,11 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
 
 
 @pytest.mark.usefixtures("tiny_cache")
-@pytest.mark.parametrize("words", [(), ("--top-k", 3, "--scores", "sigmoid")], ids=["fewest", "sigmoid"])
+@pytest.mark.parametrize(
+    "words",
+    [(), pytest.param(("--top-k", 3, "--scores", "sigmoid"), marks=pytest.mark.slow)],
+    ids=["fewest", "sigmoid"],
+)
 def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, tmp_path, capsys, monkeypatch):
     """Train, export, plain transformers: the switched model's text to the last token, and the run untouched."""
     made = []
@@ -163,6 +167,7 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, tmp_
     assert "a sigmoid each" in card if words else "a softmax over all" in card
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_the_circle_from_training_to_plain_transformers(tiny_runs, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"

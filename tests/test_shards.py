@@ -325,6 +325,7 @@ def test_what_a_killed_process_leaves_is_thrown_away(source, fresh_cache, tmp_pa
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_of_two_at_once_one_works_and_the_other_waits(source, fresh_cache):
     both = [start(source, "slow"), start(source, "slow")]
     said = [process.communicate(timeout=120) for process in both]

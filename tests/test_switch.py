@@ -98,7 +98,7 @@ def seen(trained):
 
 def test_branches_are_what_each_layer_gives_a_text_alone(trained, seen):
     source, text = trained
-    rows = next(iter(training_groups(text.train, 32)))["input_ids"]
+    rows = next(iter(training_groups(text.train, source.config.group_size)))["input_ids"]
     with torch.no_grad():
         source.serve_alone()
         hidden = source(rows, output_hidden_states=True, use_cache=False).hidden_states

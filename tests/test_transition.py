@@ -278,6 +278,7 @@ def test_once_begun_it_goes_on_without_the_source_s_checkpoint(tiny_runs, tmp_pa
     assert "new is finished already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_runs, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))
     out = tmp_path / "stopped"
