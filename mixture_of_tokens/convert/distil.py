@@ -13,12 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixture_of_tokens.convert.switch import (
+    STEP_TOKENS,
     Branches,
     Errors,
     alone_bias,
     branches,
     constant_direction,
     distance,
+    fit,
     router_bias,
     sparse_layers,
 )
@@ -27,7 +29,7 @@ from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.sparse import TokenChoice
 
-STEPS, STEP_TOKENS = 2000, 2048  # of Adam, for each layer
+STEPS = 2000  # of Adam, for each layer
 READ = 16  # times that a token is read, on average: that the source serves tokens alone costs more than a step
 RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
 
@@ -73,7 +75,12 @@ def distil(
         before = distance(layer, x_SD, y_SD)
         if not again:
             start(mixing[i], layer, x_SD[:STEP_TOKENS])
-        fit(layer, x_SD, y_SD, steps, bar)
+        layer.eval().requires_grad_()
+        groups = [
+            {"params": [weight], "lr": RATE * float(weight.detach().abs().mean())} for weight in layer.parameters()
+        ]
+        fit(lambda x, layer=layer: layer(x[None])[0], x_SD, y_SD, groups, steps, bar, BETAS)
+        layer.zero_grad()
         errors[str(i)] = before, distance(layer, x_SD, y_SD)
     bar.close()
     return errors
@@ -89,22 +96,3 @@ def start(source: MixtureOfTokens, layer: TokenChoice, x_SD: Tensor) -> None:
     layer.gate.weight.sub_(router_bias(source, layer)[:, None] * constant_direction(x_SD))
     first = layer.experts.gate_up_proj if layer.experts.gated else layer.experts.up_proj
     first.mul_(mean_E.clamp(0.05, 1)[:, None, None])  # an expert that nothing has chosen keeps a little
-
-
-def fit(layer: TokenChoice, x_SD: Tensor, y_SD: Tensor, steps: int, bar: tqdm) -> None:
-    """Minimise the squared distance of the layer's output from y, as a share of the size of y."""
-    layer.eval().requires_grad_()
-    generator = torch.Generator().manual_seed(0)
-    groups = [{"params": [weight], "lr": RATE * float(weight.detach().abs().mean())} for weight in layer.parameters()]
-    adam = torch.optim.Adam(groups, betas=BETAS)
-    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
-    for _ in range(steps):
-        rows = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=generator).to(x_SD.device)
-        y = y_SD[rows]
-        error = (layer(x_SD[rows][None])[0] - y).square().sum() / y.square().sum()
-        adam.zero_grad()
-        error.backward()
-        adam.step()
-        schedule.step()
-        bar.update()
-    layer.zero_grad()

@@ -21,6 +21,7 @@ from mixture_of_tokens.convert.switch import (
     branches,
     constant_direction,
     distance,
+    fit,
     router_bias,
     sparse_layers,
 )
@@ -29,7 +30,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.sparse import TokenChoice
 
 TOKENS = 16_384  # to fit a layer on, at most
-STEPS, STEP_TOKENS = 400, 2048
+STEPS = 400  # of Adam, for each layer
 # Adam's rates, falling to zero. At a higher rate routers drift to a few experts, and fit worse than their first biases.
 SCALE_RATE, ROUTER_RATE = 0.1, 0.01
 
@@ -90,20 +91,10 @@ def _fit(
         biased_ED = before["gate.weight"] - free["bias"][:, None] * u_D
         return {name: (biased_ED if name == "gate.weight" else before[name]) * s for name, s in scales.items()}, scales
 
-    generator = torch.Generator().manual_seed(0)
     slow = {"params": [free["bias"], free["log_beta"]], "lr": ROUTER_RATE}
-    adam = torch.optim.Adam([{"params": [free["log_a"], free["log_s"]], "lr": SCALE_RATE}, slow])
-    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
-    for _ in range(steps):
-        rows = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=generator).to(x_SD.device)
-        error = (functional_call(layer.eval(), folded()[0], (x_SD[rows][None],))[0] - y_SD[rows]).square().sum() / y_SD[
-            rows
-        ].square().sum()
-        adam.zero_grad()
-        error.backward()
-        adam.step()
-        schedule.step()
-        bar.update()
+    groups = [{"params": [free["log_a"], free["log_s"]], "lr": SCALE_RATE}, slow]
+    layer.eval()
+    fit(lambda x: functional_call(layer, folded()[0], (x[None],))[0], x_SD, y_SD, groups, steps, bar)
     with torch.no_grad():
         weights, scales = folded()
     return {name: weight.detach() for name, weight in weights.items()}, {n: s.detach() for n, s in scales.items()}

@@ -15,7 +15,7 @@ It need not jump. Served alone, a Mixture of Tokens *is* a sparse layer, with a 
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import MIXTURE
 from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
 
+STEP_TOKENS = 2048  # of a step of a fit
 AT_ONCE = 8192  # tokens that a distance is computed on at a time
 
 Scores = Literal["softmax", "sigmoid"]  # the gates of Token Choice, in the order of `Routing.converts_to`
@@ -155,6 +156,34 @@ def distance(layer: TokenChoice, x_SD: Tensor, y_SD: Tensor) -> float:
     layer.eval()
     parts = zip(x_SD.split(AT_ONCE), y_SD.split(AT_ONCE), strict=True)
     return float(sum((layer(x[None])[0] - y).square().sum() for x, y in parts) / y_SD.square().sum()) ** 0.5
+
+
+def fit(
+    output: Callable[[Tensor], Tensor],
+    x_SD: Tensor,
+    y_SD: Tensor,
+    groups: list[dict[str, Any]],
+    steps: int,
+    bar: tqdm,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> None:
+    """Minimise the squared distance of output(x) from y, as a share of the size of y, by Adam.
+
+    Args:
+        groups: of Adam's parameters, each with its rate, which falls to zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    adam = torch.optim.Adam(groups, betas=betas)
+    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
+    for _ in range(steps):
+        rows = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=generator).to(x_SD.device)
+        y = y_SD[rows]
+        error = (output(x_SD[rows]) - y).square().sum() / y.square().sum()
+        adam.zero_grad()
+        error.backward()
+        adam.step()
+        schedule.step()
+        bar.update()
 
 
 def rescale_moments(optimizer: torch.optim.Optimizer, names: dict[int, str], scales: Scales) -> None:
