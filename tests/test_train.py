@@ -21,7 +21,7 @@ from processes import mot
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
 STEPS, ROWS = 12, 64
-BYTES = 3_000_000  # of the embedded corpus, an eighth
+BYTES = 1_500_000  # of the embedded corpus, a sixteenth
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, ru
 
 
 def test_no_group_of_the_embedded_corpus_holds_a_document_twice():
-    prepared = prepare(vocab_size=512, context=64, max_bytes=6_000_000)
+    prepared = prepare(vocab_size=512, context=64, max_bytes=3_000_000)
     for epoch in range(3):
         assert len(collisions(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))[0]) == 0
     assert len(collisions(prepared.validation, grouped_order(prepared.validation, 32, everything=True))[0]) == 0
@@ -351,6 +351,7 @@ def test_an_existing_run_is_not_overwritten(runs, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(directory, capsys):
     flags = ("--learning-rate", 1e30, "--training.max_grad_norm", 0, "--training.logging_steps", 1)
+    flags += ("--max-bytes", BYTES)
     with pytest.raises(SystemExit) as stopped:
         mot("train", "Transformer-Nano", "--out", directory / "nan", "--steps", 10, "--batch-size", ROWS, *flags)
     assert stopped.value.code == 1
