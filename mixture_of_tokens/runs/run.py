@@ -183,7 +183,7 @@ class Run:
         mine, theirs = ([(row.step, row.seconds, row.eval_loss) for row in run.evaluations] for run in (self, other))
         return len(theirs) if mine[: len(theirs)] == theirs else 0
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What identifies the run's model: its `identity` without the seed and the source, which differs by seed."""
         return {k: v for k, v in self.config.identity().items() if k not in ("seed", "transition.source")}
