@@ -6,7 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,21 +63,37 @@ import json, sys
 sys.modules["mixture_of_tokens"] = None
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-directory, ids, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(directory).eval()
-with torch.no_grad():
-    logits = model(torch.tensor(ids)).logits
-    written = model.generate(torch.tensor(ids)[:1], max_new_tokens=new, min_new_tokens=new, do_sample=False)
-kept = AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
-found = {"kind": type(model).__name__, "transformers": transformers.__version__, "kept": kept}
-print(json.dumps(found | {"logits": logits.tolist(), "text": written[0].tolist()}))
+for line in sys.stdin:
+    directory, ids, new = json.loads(line)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(ids)).logits
+        written = model.generate(torch.tensor(ids)[:1], max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    kept = AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
+    found = {"kind": type(model).__name__, "transformers": transformers.__version__, "kept": kept}
+    print(json.dumps(found | {"logits": logits.tolist(), "text": written[0].tolist()}), flush=True)
 """
+Answer = Callable[[Path, torch.Tensor, int], dict]
 
 
-def elsewhere(directory, ids: torch.Tensor, new: int, **environment: str) -> dict:
-    words = [sys.executable, "-c", ELSEWHERE, str(directory), json.dumps(ids.tolist()), str(new)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | environment)
-    return json.loads(done.stdout.splitlines()[-1])
+@contextmanager
+def another_python(**environment: str) -> Iterator[Answer]:
+    """A process that answers what plain transformers makes of a directory and of ids; it ends with its input."""
+    words, pipes = [sys.executable, "-c", ELSEWHERE], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, **pipes, text=True, env=os.environ | environment) as process:
+
+        def answer(directory: Path, ids: torch.Tensor, new: int) -> dict:
+            print(json.dumps([str(directory), ids.tolist(), new]), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield answer
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[Answer]:
+    """One process for all tests: its imports take longer than its answers."""
+    with another_python() as answer:
+        yield answer
 
 
 def check_keys_and_shapes(out, own) -> None:
@@ -111,7 +130,7 @@ def check_keys_and_shapes(out, own) -> None:
     ids=["token_choice", "sigmoid_choice", "dense"],
 )
 def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist(
-    kind, options, expected, saved, tmp_path, capsys
+    kind, options, expected, saved, elsewhere, tmp_path, capsys
 ):
     directory = saved(kind, **options)
     (tmp_path / "out.partial").mkdir()  # what a killed export may have left
@@ -140,7 +159,7 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
     [(), pytest.param(("--top-k", 3, "--scores", "sigmoid"), marks=pytest.mark.slow)],
     ids=["fewest", "sigmoid"],
 )
-def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, tmp_path, capsys, monkeypatch):
+def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, elsewhere, tmp_path, capsys, monkeypatch):
     """Train, export, plain transformers: the switched model's text to the last token, and the run untouched."""
     made = []
     monkeypatch.setattr(
@@ -169,7 +188,7 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, tmp_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
-def test_the_circle_from_training_to_plain_transformers(tiny_runs, tmp_path, capsys):
+def test_the_circle_from_training_to_plain_transformers(tiny_runs, elsewhere, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     mot("transition", tiny_runs[MIXED], "--steps", "3", "--calibrate", "none", "--out", run)
     mot("export", run, out, "--license", "apache-2.0")
@@ -255,7 +274,7 @@ def test_a_flipped_bit_in_a_run_is_one_line_and_leaves_nothing(command, tiny_run
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_the_oldest_transformers_we_support_opens_an_export(saved, tmp_path):
+def test_the_oldest_transformers_we_support_opens_an_export(saved, elsewhere, tmp_path):
     directory = saved("token_choice")
     mot("export", directory, tmp_path / "out")
     ids = torch.randint(512, (3, 17), generator=torch.Generator().manual_seed(1))
@@ -263,7 +282,8 @@ def test_the_oldest_transformers_we_support_opens_an_export(saved, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "old")]
     subprocess.run([*install, f"transformers=={oldest}"], check=True)
     now = elsewhere(tmp_path / "out", ids, 200)
-    then = elsewhere(tmp_path / "out", ids, 200, PYTHONPATH=str(tmp_path / "old"))
+    with another_python(PYTHONPATH=str(tmp_path / "old")) as answer:
+        then = answer(tmp_path / "out", ids, 200)
     assert then["transformers"].startswith(oldest)
     assert now["transformers"] != then["transformers"]
     torch.testing.assert_close(torch.tensor(then["logits"]), torch.tensor(now["logits"]), rtol=1e-5, atol=1e-5)
