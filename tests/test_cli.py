@@ -67,7 +67,8 @@ def test_what_a_function_returns_is_what_the_command_prints(name, arguments, wor
 
 def test_a_dry_run_returns_the_configuration_and_a_finished_run_itself(tiny_runs, small_corpus):
     directory = tiny_runs["MoT-Nano/4E/2"]
-    options = mixture_of_tokens.Options(steps=30, batch_size=32, device="cpu", data=[str(small_corpus)])
+    flags = {"steps": 30, "batch_size": 32, "device": "cpu", "training": {"eval_steps": "10"}}
+    options = mixture_of_tokens.Options(**flags, data=[str(small_corpus)])
     planned = mixture_of_tokens.train("MoT-Nano/4E/2", options=options, dry_run=True)
     assert isinstance(planned, RunConfig)
     assert planned == RunConfig.read(directory / "config.yaml")

@@ -19,7 +19,8 @@ VOID = ("meta", "br", "hr", "img", "link", "input", "path", "use")
 
 @pytest.fixture(scope="module")
 def flags(small_corpus):
-    return ("--seeds", "0,1", "--steps", 6, "--batch-size", 32, "--device", "cpu", "--data", small_corpus)
+    short = ("--steps", 6, "--batch-size", 32, "--training.eval_steps", 2, "--device", "cpu", "--data", small_corpus)
+    return ("--seeds", "0,1", *short)
 
 
 @pytest.fixture(scope="module")

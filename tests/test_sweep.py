@@ -10,7 +10,7 @@ from processes import mot
 
 @pytest.fixture(scope="module")
 def flags(small_corpus):
-    short = ("--steps", 4, "--batch-size", 32, "--device", "cpu", "--data", small_corpus)
+    short = ("--steps", 4, "--batch-size", 32, "--training.eval_steps", 2, "--device", "cpu", "--data", small_corpus)
     return ("MoT-Nano/4E/2", "--learning-rate", "1e-30,1e-2", "--seeds", "0,1", *short)
 
 

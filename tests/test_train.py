@@ -21,7 +21,7 @@ from processes import mot
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
 STEPS, ROWS = 12, 64
-BYTES = 1_500_000  # of the embedded corpus, a sixteenth
+BYTES = 1_000_000  # of the embedded corpus
 
 
 @pytest.fixture(scope="module")
