@@ -1,6 +1,7 @@
 """`mot` in this process, and in processes of its own for what has to be killed, signalled or run in several at once."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -15,7 +16,11 @@ context.set_forkserver_preload([f"mixture_of_tokens.{module}" for module in ("cl
 def _run(function, words: tuple, environment: dict[str, str], log: Path) -> None:
     import torch
 
+    gc.freeze()  # as in conftest.py, and the server's memory stays shared
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # a shell's: workers would start, and import, a server of their own
     os.environ.update(environment)
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         function(*words)

@@ -383,7 +383,8 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_whole_model_compiles_without_a_graph_break(kind, training):
     torch.compiler.reset()
-    model, x = tiny(kind, use_cache=False).train(training), tokens(6, 9)
+    model = tiny(kind, num_hidden_layers=2, mlp_layer_types=["dense", kind], use_cache=False).train(training)
+    x = tokens(6, 9)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled_loss = compiled(x, labels=x).loss  # before any call without the compiler, which could set things up for it
     loss, plain = model(x, labels=x).loss, gradients(model, x)

@@ -130,10 +130,11 @@ def mot_in_a_group(*words: object) -> None:
     mot(*words)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_is_answered_by_the_main_process_alone(whole, tmp_path, number):
+@pytest.mark.parametrize(("number", "method"), [(signal.SIGTERM, "forkserver"), (signal.SIGINT, "fork")])
+def test_a_signal_to_the_whole_group_is_answered_by_the_main_process_alone(whole, tmp_path, number, method):
     out = tmp_path / "run"
-    process = start(mot_in_a_group, *FLAGS, "--out", out, *WORKERS, log=tmp_path / "log")
+    how = [*WORKERS, "--training.dataloader_multiprocessing_context", method]
+    process = start(mot_in_a_group, *FLAGS, "--out", out, *how, log=tmp_path / "log")
     assert wait_for(lambda: (out / "metrics.jsonl").exists() and lines(out) >= 3, process)
     os.killpg(process.pid, number)
     assert finish(process) == 128 + number
