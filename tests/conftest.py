@@ -15,8 +15,10 @@ spin_briefly()  # in all processes that are started from here on
 torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait for each other
 
 
-# Files whose tests train, or start processes: they go first, or one process would be busy with them long after others.
-LONG = ("transition", "train", "export", "compare", "resume", "docs", "evaluate", "generate", "companions", "switch")
+# The files that take longest go first, or one process would be busy with them long after others. The second needs no
+# `tiny_runs`, which the first makes.
+LONG = ("transition", "train", "export", "resume", "model", "docs", "layouts", "layers", "compare", "cost", "process")
+LONG += ("rooms", "flags", "evaluate")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

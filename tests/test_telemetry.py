@@ -14,6 +14,7 @@ from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.telemetry import combine_weights, measure, router_gradient_norms, routing_measures
 from mixture_of_tokens.training.trainer import _RouterGradients
+from processes import finish, start
 from routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tiny, tokens
 
 KINDS = ("mixture_of_tokens", "uniform", "token_choice", "sigmoid_choice", "expert_choice")
@@ -61,8 +62,8 @@ def combined(layer, x: Tensor, mask: Tensor | None, weights: Tensor) -> Tensor:
         outputs = layer.experts(x.flatten(0, 1).expand(E, -1, -1))
         return torch.einsum("se,esd->sd", weights.flatten(0, 1), outputs).view_as(x)
     y = torch.zeros_like(x)
-    for start in range(0, len(x), layer.group_size):
-        rows = slice(start, start + layer.group_size)
+    for first in range(0, len(x), layer.group_size):
+        rows = slice(first, first + layer.group_size)
         for t in range(x.shape[1]):
             w = weights[rows, t].to(x.dtype)
             if mask is not None and not mask[rows, t].any():
@@ -367,7 +368,6 @@ def test_router_gradient_norms_are_autograds(kind):
 
 
 def sharded(rank: int, rendezvous: str, expected: tuple) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     model = in_training("token_choice")
     for block in model.model.layers:
@@ -395,4 +395,6 @@ def test_sharded_parameters_give_the_same_telemetry(tmp_path):
     model, batch = in_training("token_choice"), probe()
     model(**batch, labels=batch["input_ids"]).loss.backward()
     expected = (router_gradient_norms(model), measure(model, batch))
-    torch.multiprocessing.spawn(sharded, (str(tmp_path / "rendezvous"), expected), nprocs=2)
+    words = (str(tmp_path / "rendezvous"), expected)
+    processes = [start(sharded, rank, *words, log=tmp_path / "log") for rank in range(2)]
+    assert [finish(process) for process in processes] == [0, 0], (tmp_path / "log").read_text()
