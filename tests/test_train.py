@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mixture_of_tokens import cli
 from mixture_of_tokens.data.groups import collisions, grouped_order
 from mixture_of_tokens.data.prepare import prepare
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.inference.evaluate import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
 from mixture_of_tokens.runs import provenance
 from processes import mot
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
 STEPS, ROWS = 12, 64
-BYTES = 1_000_000  # of the embedded corpus
+BYTES = 1_500_000  # of the embedded corpus
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,13 @@ def runs(directory):
 @pytest.fixture(scope="module")
 def prepared(runs):
     return prepare(vocab_size=512, context=64, max_bytes=BYTES)
+
+
+def test_a_part_of_a_text_is_its_first_groups(runs, prepared):
+    model, text = AutoModelForCausalLM.from_pretrained(runs["MoT-Nano/32E/4"] / "model"), prepared.validation
+    nats, tokens = cross_entropy(model, text.batch(grouped_order(text, 32)[:2].ravel()))
+    part = evaluate_blocks(model, text, group_size=32, batch_size=32, groups=2)
+    assert part == {"loss": pytest.approx(nats / tokens), "tokens": 2 * 32 * 64}
 
 
 @pytest.fixture(params=NAMES)
