@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from mixture_of_tokens.model.names import config_from_name
     from mixture_of_tokens.reports.compare import compare
     from mixture_of_tokens.reports.report import report
+    from mixture_of_tokens.soft import SoftMoE
     from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
+    from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
     from mixture_of_tokens.training.options import Options
     from mixture_of_tokens.training.sweep import sweep
     from mixture_of_tokens.training.train import train
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "layers": ("Experts", "MixtureOfTokens", "Router"),
     "sparse": ("ExpertChoice", "SigmoidChoice", "TokenChoice"),
+    "thresholds": ("ExpertThreshold", "ReMoE"),
+    "soft": ("SoftMoE",),
     "model.config": ("MixtureOfTokensConfig",),
     "model.modeling": ("MixtureOfTokensForCausalLM", "MixtureOfTokensModel"),
     "model.names": ("config_from_name",),
@@ -54,14 +58,17 @@ _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ExpertChoice",
+    "ExpertThreshold",
     "Experts",
     "MixtureOfTokens",
     "MixtureOfTokensConfig",
     "MixtureOfTokensForCausalLM",
     "MixtureOfTokensModel",
     "Options",
+    "ReMoE",
     "Router",
     "SigmoidChoice",
+    "SoftMoE",
     "TokenChoice",
     "audit",
     "calibrate_companions",

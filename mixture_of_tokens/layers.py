@@ -27,7 +27,8 @@ missing token; the option `normalize_mixture`; a softmax in fp32 or better, what
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,13 @@ def truncated_normal_(weight: Tensor, scale: float) -> None:
 def softmax(logits: Tensor, dim: int) -> Tensor:
     """In fp32 or better, whatever the router's precision."""
     return logits.softmax(dim, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def summed_over_processes(counts: Tensor) -> Tensor:
+    """Over the processes that train together, which all call it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return counts
 
 
 class Experts(nn.Module):
@@ -181,6 +189,13 @@ class Routed(nn.Module):
         self.experts.reset_parameters(initializer_scale)
         self.gate.reset_parameters(initializer_scale)
 
+    def reset_state(self) -> None:
+        """Set what a layer keeps beside its weights as at the beginning of training."""
+
+    @staticmethod
+    def balance(layers: Sequence[Any]) -> None:
+        """To be called after each step of training with all layers of this class; some routings change their state."""
+
 
 class MixtureOfTokens(Routed):
     """The layer of the module's docstring, for any batch, group size, number and width of experts.
@@ -237,6 +252,10 @@ class MixtureOfTokens(Routed):
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
         self.register_buffer("companion", torch.zeros(num_experts, hidden_size))
         self.register_buffer("companion_logit", torch.zeros(num_experts))
+
+    def reset_state(self) -> None:
+        nn.init.zeros_(self.companion)
+        nn.init.zeros_(self.companion_logit)
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, normalize_mixture={self.normalize_mixture}"

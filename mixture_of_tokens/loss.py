@@ -1,4 +1,4 @@
-"""Cross-entropy without all logits in memory, and the load-balancing loss of Token Choice."""
+"""Cross-entropy without all logits in memory, and the auxiliary losses that balance sparse routings."""
 
 import torch
 from torch import Tensor
@@ -68,12 +68,26 @@ def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -
     Args:
         logits: (..., E), before the softmax; token_mask: (...), true where a token is real, or None.
     """
-    num_experts = logits.shape[-1]
-    probabilities = softmax(logits, dim=-1).reshape(-1, num_experts)
+    probabilities = softmax(logits, dim=-1).reshape(-1, logits.shape[-1])
     chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
-    real = torch.ones_like(probabilities[:, :1])
+    return _uneven(probabilities, chosen, top_k, token_mask)
+
+
+def l1_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
+    """ReMoE's penalty (arXiv 2412.14711, eq. 8 and 9) of one layer, over real tokens, of the gates relu(logits).
+
+    The mean L1 norm of a token's gates, in which expert e counts E * f_e / top_k times: f_e is the share of the tokens
+    with a gate above zero. Arguments as above.
+    """
+    gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).relu().reshape(-1, logits.shape[-1])
+    return _uneven(gates, (gates > 0).to(gates.dtype), top_k, token_mask)
+
+
+def _uneven(weights: Tensor, chosen: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
+    """E * sum_e f_e * P_e of weights and choices (S, E)."""
+    real = torch.ones_like(weights[:, :1])
     if token_mask is not None:
         real = token_mask.reshape(-1, 1).to(real.dtype)
     tokens = real.sum().clamp(min=1)
-    asked, mean_probability = (chosen * real).sum(0) / (tokens * top_k), (probabilities * real).sum(0) / tokens
-    return num_experts * (asked * mean_probability).sum()
+    asked, mean_weight = (chosen * real).sum(0) / (tokens * top_k), (weights * real).sum(0) / tokens
+    return weights.shape[-1] * (asked * mean_weight).sum()

@@ -1,12 +1,13 @@
 """The sparse routings that Mixture of Tokens is compared with, over the same experts. Letters as in `layers.py`."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, softmax
+from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, softmax, summed_over_processes
 from mixture_of_tokens.layout import check_shapes, grouped, ragged_linear, ungrouped
 
 
@@ -157,7 +158,7 @@ class SigmoidChoice(TokenChoice):
         gate[t, e]  = score[t, e]               the bias decides the choice alone
 
     In training each step moves the bias towards the experts that are chosen less than others (Wang et al., arXiv
-    2408.15664, algorithm 1). `balance`, after the optimizer's step, adds
+    2408.15664, algorithm 1). `balance`, after the optimizer's step, adds to each layer's
 
         balance_rate * sign(mean number of choices - number of choices of e)
 
@@ -212,12 +213,13 @@ class SigmoidChoice(TokenChoice):
             load_E = ends_E.diff(prepend=ends_E.new_zeros(1))
             self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
+    def reset_state(self) -> None:
+        torch.nn.init.zeros_(self.selection_bias)
+
+    @staticmethod
     @torch.no_grad()
-    def balance(self) -> None:
-        """Move the selection bias by the choices since the last call. Processes that train together all call it."""
-        if self.load_E is None:
-            return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.load_E)
-        load_E, self.load_E = self.load_E.to(self.selection_bias.dtype), None
-        self.selection_bias += self.balance_rate * (load_E.mean() - load_E).sign()
+    def balance(layers: "Sequence[SigmoidChoice]") -> None:
+        for layer in layers:
+            if layer.load_E is not None:
+                load_E, layer.load_E = summed_over_processes(layer.load_E).to(layer.selection_bias.dtype), None
+                layer.selection_bias += layer.balance_rate * (load_E.mean() - load_E).sign()

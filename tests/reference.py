@@ -133,7 +133,7 @@ def token_choice(
     earlier positions first, within one position first choices, within those earlier rows. None: nothing is dropped.
     """
     (B, T, _), num_experts = x.shape, len(expert_weights[1])
-    real = [(b, t) for b in range(B) for t in range(T) if token_mask is None or token_mask[b, t]]
+    real = _real(x, token_mask)
     gates = {(b, t): softmax([x[b, t] @ row / temperature for row in gate_weight]) for b, t in real}
     capacity = len(real) * num_experts_per_tok
     if capacity_factor is not None:
@@ -168,15 +168,92 @@ def sigmoid_choice(
     activation: str = "silu",
 ) -> Tensor:
     """A token takes the k experts of the highest sigmoid plus bias; its gates are the sigmoids, whatever the bias."""
-    (B, T, _), num_experts = x.shape, len(expert_weights[1])
+    num_experts = len(expert_weights[1])
     out = _zeros(x)
-    for b, t in [(b, t) for b in range(B) for t in range(T) if token_mask is None or token_mask[b, t]]:
+    for b, t in _real(x, token_mask):
         score = [1 / (1 + (-(x[b, t] @ row) / temperature).exp()) for row in gate_weight]
         order = sorted(range(num_experts), key=lambda e, s=score: (s[e] + selection_bias[e]).item(), reverse=True)
         total = sum(score[e] for e in order[:num_experts_per_tok]) if norm_topk_prob else 1
         for e in order[:num_experts_per_tok]:
             out[b][t] = out[b][t] + score[e] / total * expert(x[b, t], expert_weights, e, gated, activation)
     return _stacked(out)
+
+
+def expert_threshold(
+    x: Tensor,
+    token_mask: Tensor | None,
+    gate_weight: Tensor,
+    expert_weights: tuple[Tensor, Tensor],
+    *,
+    threshold: Tensor,
+    temperature: float | Tensor = 1.0,
+    gated: bool = True,
+    activation: str = "silu",
+) -> Tensor:
+    """Each expert takes the tokens whose logit is above its threshold (E,); gates are sigmoids."""
+    out = _zeros(x)
+    for b, t in _real(x, token_mask):
+        for e in range(len(gate_weight)):
+            logit = x[b, t] @ gate_weight[e] / temperature
+            if logit.item() > threshold[e].item():
+                y = expert(x[b, t], expert_weights, e, gated, activation)
+                out[b][t] = out[b][t] + 1 / (1 + (-logit).exp()) * y
+    return _stacked(out)
+
+
+def remoe(
+    x: Tensor,
+    token_mask: Tensor | None,
+    gate_weight: Tensor,
+    expert_weights: tuple[Tensor, Tensor],
+    *,
+    temperature: float | Tensor = 1.0,
+    gated: bool = True,
+    activation: str = "silu",
+) -> Tensor:
+    """The gate of an expert is its logit where that is positive, and else zero."""
+    out = _zeros(x)
+    for b, t in _real(x, token_mask):
+        for e in range(len(gate_weight)):
+            logit = x[b, t] @ gate_weight[e] / temperature
+            if logit.item() > 0:
+                out[b][t] = out[b][t] + logit * expert(x[b, t], expert_weights, e, gated, activation)
+    return _stacked(out)
+
+
+def soft_moe(
+    x: Tensor,
+    token_mask: Tensor | None,
+    gate_weight: Tensor,
+    expert_weights: tuple[Tensor, Tensor],
+    *,
+    num_slots: int,
+    temperature: float | Tensor = 1.0,
+    gated: bool = True,
+    activation: str = "silu",
+) -> Tensor:
+    """Each slot reads a mixture of all tokens of a text, and each token gets a mixture of all slots' outputs.
+
+    gate_weight is (E * num_slots, D), the slots of an expert one after the other.
+    """
+    out = _zeros(x)
+    for b in range(x.shape[0]):
+        text = [t for t in range(x.shape[1]) if token_mask is None or token_mask[b, t]]
+        logits = {(t, s): x[b, t] @ row / temperature for t in text for s, row in enumerate(gate_weight)}
+        outputs = []
+        for s in range(len(gate_weight)):
+            slot = torch.zeros_like(x[0, 0])
+            for weight, t in zip(softmax([logits[t, s] for t in text]) if text else [], text, strict=True):
+                slot = slot + weight * x[b, t]
+            outputs.append(expert(slot, expert_weights, s // num_slots, gated, activation))
+        for t in text:
+            for weight, y in zip(softmax([logits[t, s] for s in range(len(gate_weight))]), outputs, strict=True):
+                out[b][t] = out[b][t] + weight * y
+    return _stacked(out)
+
+
+def _real(x: Tensor, token_mask: Tensor | None) -> list[tuple[int, int]]:
+    return [(b, t) for b in range(x.shape[0]) for t in range(x.shape[1]) if token_mask is None or token_mask[b, t]]
 
 
 def _groups(x: Tensor, token_mask: Tensor | None, group_size: int) -> list[list[tuple[int, int]]]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from mixture_of_tokens.layers import MixtureOfTokens, Routed
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
+from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
 
 B, G, E, T, D, F = 6, 3, 5, 4, 8, 7
 
@@ -35,11 +37,22 @@ DROPLESS: Routings = {
     "stc_top2": partial(stc, num_experts_per_tok=2),
     "stc_top2_norm": partial(stc, num_experts_per_tok=2, norm_topk_prob=True),
 }
+# Private too; how many experts a token gets varies, and may be none.
+THRESHOLDS: Routings = {
+    "et_top1": partial(ExpertThreshold, **tc.keywords),
+    "et_top2": partial(ExpertThreshold, num_experts_per_tok=2, **tc.keywords),
+    "remoe_top1": partial(ReMoE, **tc.keywords),
+}
 DROPPING: Routings = {
     "tc_top1_dropping": partial(tc, capacity_factor=0.5),
     "tc_top2_dropping": partial(tc, num_experts_per_tok=2, capacity_factor=0.75),
 }
-ROUTINGS: Routings = MIXTURES | EXPERT_CHOICES | DROPLESS | DROPPING
+CAUSAL: Routings = MIXTURES | EXPERT_CHOICES | DROPLESS | THRESHOLDS | DROPPING
+SOFT: Routings = {"soft": partial(SoftMoE, **tc.keywords), "soft_2_slots": partial(SoftMoE, num_slots=2, **tc.keywords)}
+ROUTINGS: Routings = CAUSAL | SOFT
+
+
+STATE = ("companion", "bias", "threshold")  # of buffers that decide what a layer gives
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> Any:
@@ -51,7 +64,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **option
 def randomized(layer: nn.Module, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        kept = [tensor for name, tensor in layer.named_buffers() if "companion" in name or "bias" in name]
+        kept = [tensor for name, tensor in layer.named_buffers() if any(word in name for word in STATE)]
         for tensor in (*layer.parameters(), *kept):
             tensor.copy_(0.5 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
     return layer

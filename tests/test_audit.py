@@ -8,11 +8,9 @@ from torch import nn
 
 from mixture_of_tokens import ExpertChoice
 from mixture_of_tokens.inference.audit import Audit, leaks, texts
+from mixture_of_tokens.model.routings import ROWS
 from processes import mot
 from routings import randomized, small_model
-
-KINDS = ("dense", "mixture_of_tokens", "uniform", "expert_choice", "token_choice", "sigmoid_choice")
-PRIVATE = ("dense", "token_choice", "sigmoid_choice")
 
 
 def build(kind: str):
@@ -23,12 +21,15 @@ def audited(model) -> Audit:
     return Audit("model", 0, leaks(model, texts(None, model, batches=3, seed=0)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_routing_is_causal_and_those_that_mix_nothing_are_private(kind):
-    found = audited(build(kind))
-    assert found.causal
-    assert found.private == (kind in PRIVATE)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.kind)
+def test_every_routing_keeps_the_promises_of_its_row(row):
+    found = audited(build(row.kind))
+    assert found.causal == row.causal
+    assert found.private == row.private
     assert found.leaks.noise < 1e-4 < found.leaks.moved
+    if not row.causal:
+        assert found.leaks.future["its own"] > 100 * found.leaks.allowed
+        assert found.leaks.mates <= found.leaks.allowed
 
 
 def test_influence_is_measured_by_position_and_by_block():
@@ -38,20 +39,6 @@ def test_influence_is_measured_by_position_and_by_block():
     assert found.leaks.layers[0] == 0  # the first block is dense
     assert found.leaks.layers[1] > 0.01
     assert audited(build("dense")).leaks.top1_flips == [0, 0, 0, 0]
-
-
-class SoftMoE(nn.Module):
-    """Each slot reads a mixture of all positions of a text: the continuous design that cannot be autoregressive."""
-
-    def __init__(self, hidden_size: int, slots: int = 5):
-        super().__init__()
-        self.router = nn.Linear(hidden_size, slots, bias=False)
-        self.expert = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, x, token_mask=None):
-        logits = self.router(x).masked_fill(~token_mask[..., None], torch.finfo(x.dtype).min)
-        dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=-1)
-        return combine @ self.expert(dispatch.transpose(1, 2) @ x).relu()
 
 
 class AlongTheSequence(nn.Module):
@@ -81,12 +68,11 @@ class Peeks(nn.Module):
 @pytest.mark.parametrize(
     ("fault", "where"),
     [
-        (lambda config: SoftMoE(config.hidden_size), "its own"),
         (AlongTheSequence, "its own"),
         (lambda config: Peeks(mate=False), "its own"),
         (lambda config: Peeks(mate=True), "its mates'"),
     ],
-    ids=["Soft MoE", "Expert Choice along the sequence", "next position", "next position of a mate"],
+    ids=["Expert Choice along the sequence", "next position", "next position of a mate"],
 )
 def test_planted_leaks_are_found(fault, where):
     model = build("dense")

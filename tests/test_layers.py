@@ -11,7 +11,9 @@ from torch.testing import assert_close
 
 import reference
 from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed
+from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
+from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
 from routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tokens
 
 EXPERTS = {"gated": {}, "plain": {"gated": False, "activation": "relu"}}
@@ -34,6 +36,12 @@ def literal(layer: Routed, x: Tensor, mask: Tensor | None, parameters: dict[str,
     if isinstance(layer, ExpertChoice):
         options |= {"group_size": layer.group_size, "num_experts_per_tok": per_token}
         return reference.expert_choice(x, mask, gate, experts, **options)
+    if isinstance(layer, ExpertThreshold):
+        return reference.expert_threshold(x, mask, gate, experts, threshold=layer.threshold.double(), **options)
+    if isinstance(layer, ReMoE):
+        return reference.remoe(x, mask, gate, experts, **options)
+    if isinstance(layer, SoftMoE):
+        return reference.soft_moe(x, mask, gate, experts, num_slots=layer.num_slots, **options)
     assert isinstance(layer, TokenChoice)
     options |= {"num_experts_per_tok": layer.num_experts_per_tok, "norm_topk_prob": layer.norm_topk_prob}
     if isinstance(layer, SigmoidChoice):
@@ -119,10 +127,10 @@ EDGES = {  # experts, group size, batch size, positions
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("kind", [MixtureOfTokens, ExpertChoice, TokenChoice])
+@pytest.mark.parametrize("kind", [MixtureOfTokens, ExpertChoice, TokenChoice, ExpertThreshold, ReMoE, SoftMoE])
 def test_equals_the_literal_loops_at(edge, kind):
     experts, group, rows, positions = EDGES[edge]
-    sizes = (D, F, experts) if kind is TokenChoice else (D, F, experts, group)
+    sizes = (D, F, experts, group) if kind in (MixtureOfTokens, ExpertChoice) else (D, F, experts)
     compare_with_literal(randomized(kind(*sizes)).double(), tokens(rows, positions, D))
 
 

@@ -70,7 +70,7 @@ def test_granularity_1_may_be_written_and_is_left_out():
 def test_matched_names_differ_in_the_system_alone():
     dense, *sparse = parse_name("EC-Mini/8E/2").matched()
     assert dense == "Transformer-Mini"
-    assert sparse == [f"{system}-Mini/8E/2" for system in ("MoT", "Uniform", "TC", "STC", "EC")]
+    assert sparse == [f"{prefix}-Mini/8E/2" for prefix, row in BY_PREFIX.items() if row.sparse]
     assert parse_name("Transformer-Mini").matched() == ["Transformer-Mini"]
 
 
@@ -114,7 +114,10 @@ def test_what_is_derived_follows_an_overridden_field():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("Mot-Nano/32E", "no legal system: 'Mot' is none of Transformer, MoT, Uniform, TC, STC, EC; did you mean MoT?"),
+        (
+            "Mot-Nano/32E",
+            "no legal system: 'Mot' is none of Transformer, MoT, Uniform, TC, STC, EC, ET, ReMoE, SoftMoE; did",
+        ),
         ("MoT-Meduim/32E", "no legal size: 'Meduim' is none of Nano, Mini, Medium, Base; did you mean Medium?"),
         ("MoT", "no legal size: '' is none of"),
         ("", "no legal system: '' is none of"),
@@ -134,6 +137,20 @@ def test_an_illegal_name_is_told_in_one_line_what_is_legal(name, says):
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
         config_from_name(name)
     assert "\n" not in str(caught.value)
+
+
+def test_shared_experts_are_some_of_the_granularity():
+    config = config_from_name("TC-Nano/8E/4", shared_experts=1)
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (24, 3, 24)
+    assert name_of(config) == "TC-Nano/8E/4"
+    with pytest.raises(ValueError, match="shared_experts must be below the granularity 4, not 4: some must be routed"):
+        config_from_name("TC-Nano/8E/4", shared_experts=4)
+    with pytest.raises(
+        ValueError, match="below the granularity 1, not 1: a name with a granularity, as in MoT-Nano/32E/8"
+    ):
+        config_from_name("MoT-Nano/8E", shared_experts=1)
+    with pytest.raises(ValueError, match="shared_experts must be 0 or more, not -1"):
+        config_from_name("MoT-Nano/8E/2", shared_experts=-1)
 
 
 def test_an_unknown_field_is_told_the_nearest():

@@ -11,11 +11,14 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.testing import assert_close
 
 from routings import (
+    CAUSAL,
     DROPLESS,
     DROPPING,
     EXPERT_CHOICES,
     MIXTURES,
     ROUTINGS,
+    SOFT,
+    THRESHOLDS,
     B,
     D,
     E,
@@ -61,9 +64,15 @@ def check_causal(layer: nn.Module, mask: Tensor | None, *, bitwise: bool) -> Non
 
 
 @pytest.mark.parametrize("mask", [None, some_mask()], ids=["unmasked", "masked"])
-@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_no_output_depends_on_a_later_token(name, mask):
     check_causal(build(name), mask, bitwise=name in GROUPED)
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_soft_moe_depends_on_later_tokens_of_its_own_text(name):
+    with pytest.raises(AssertionError, match="not close"):
+        check_causal(build(name), None, bitwise=False)
 
 
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="experts that take the best of a sequence know its end")
@@ -106,9 +115,22 @@ def test_groups_in_the_wrong_rows_are_caught(name):
         check_isolated(Faulty(build(name), with_shifted_groups), G, None, B)
 
 
-@pytest.mark.parametrize("name", DROPLESS)
-def test_token_choice_without_dropping_moves_only_the_example_itself(name):
+@pytest.mark.parametrize("name", DROPLESS | SOFT)
+def test_what_is_private_moves_only_the_example_itself(name):
     check_isolated(build(name), 1, some_mask(), B)
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_with_thresholds_an_example_moves_no_other(name):
+    """Its own tokens may have no expert before and after."""
+    layer, x, mask = build(name), tokens(), some_mask()
+    y = layer(x, mask)
+    for j in range(B):
+        changed = x.clone()
+        changed[j] = 3 * tokens(T, D, seed=5)
+        moved = ((layer(changed, mask) - y).abs() > 1e-12).any(-1)
+        assert moved[j].any()
+        assert not moved[torch.arange(B) != j].any()
 
 
 def test_expert_choice_moves_within_the_group_only():
@@ -147,8 +169,8 @@ def test_outputs_follow_a_permutation(name, permutation, mask):
         check_equivariant(build(name), torch.tensor(ACROSS_GROUPS), mask)
 
 
-@pytest.mark.parametrize("name", DROPLESS)
-def test_outputs_of_token_choice_follow_any_permutation(name):
+@pytest.mark.parametrize("name", DROPLESS | THRESHOLDS | SOFT)
+def test_outputs_of_what_is_private_follow_any_permutation(name):
     check_equivariant(build(name), torch.tensor(ACROSS_GROUPS), some_mask())
 
 
@@ -163,9 +185,11 @@ def test_experts_may_be_renumbered_with_their_router_rows(name):
     if renumbered.gate is not None:
         assert not torch.allclose(renumbered(x), layer(x))  # the control: the rows alone are not enough
         with torch.no_grad():
-            renumbered.gate.weight.copy_(renumbered.gate.weight[order])
-            if hasattr(renumbered, "selection_bias"):
-                renumbered.selection_bias.copy_(renumbered.selection_bias[order])
+            slots = renumbered.gate.weight.unflatten(0, (E, -1))  # one, but in Soft MoE
+            renumbered.gate.weight.copy_(slots[order].flatten(0, 1))
+            for name in ("selection_bias", "threshold"):
+                if hasattr(renumbered, name):
+                    getattr(renumbered, name).copy_(getattr(renumbered, name)[order])
     assert_close(renumbered(x), layer(x))
 
 
@@ -214,7 +238,7 @@ def test_every_parameter_gets_a_finite_gradient(name, mask):
     check_gradients(build(name), mask)
 
 
-@pytest.mark.parametrize("name", EXPERT_CHOICES | DROPLESS)
+@pytest.mark.parametrize("name", EXPERT_CHOICES | DROPLESS | THRESHOLDS | SOFT)
 def test_a_learnable_temperature_gets_a_finite_gradient(name):
     check_gradients(build(name, learnable_temperature=True), None)
 

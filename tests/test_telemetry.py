@@ -12,12 +12,14 @@ from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers import MixtureOfTokens
+from mixture_of_tokens.model.routings import ROWS as TABLE
 from mixture_of_tokens.model.telemetry import combine_weights, measure, router_gradient_norms, routing_measures
+from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.training.trainer import _RouterGradients
 from processes import finish, start
 from routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tiny, tokens
 
-KINDS = ("mixture_of_tokens", "uniform", "token_choice", "sigmoid_choice", "expert_choice")
+KINDS = [row.kind for row in TABLE if row.sparse]
 EXPERTS, GROUP, ROWS, LENGTH = 5, 4, 8, 10
 
 
@@ -58,6 +60,13 @@ def weights_of(layer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def combined(layer, x: Tensor, mask: Tensor | None, weights: Tensor) -> Tensor:
     """What the weights say that the layer's output is."""
+    if isinstance(layer, SoftMoE):  # all weights of an expert's slots are known together, so only for one slot
+        logits = layer.gate(x if mask is None else x.masked_fill(~mask[..., None], 0))
+        dispatch, combine = layer.weights(logits, None if mask is None else mask[..., None])
+        assert_close(combine.unflatten(-1, (E, -1)).sum(-1), weights)
+        x = x if mask is None else x.masked_fill(~mask[..., None], 0)
+        slots = torch.einsum("bts,btd->sbd", dispatch, x).unflatten(0, (E, -1)).flatten(1, 2)
+        return torch.einsum("bts,sbd->btd", combine, layer.experts(slots).unflatten(1, (-1, len(x))).flatten(0, 1))
     if not isinstance(layer, MixtureOfTokens):
         outputs = layer.experts(x.flatten(0, 1).expand(E, -1, -1))
         return torch.einsum("se,esd->sd", weights.flatten(0, 1), outputs).view_as(x)
@@ -124,6 +133,7 @@ def test_measures_of_a_group_worked_by_hand():
         "mixture_entropy": (1 + 0) / 2,
         "effective_tokens": (2 + 1) / 2,
         "effective_experts": (math.exp(entropy_of_a) + 1) / 2,
+        "experts_per_token": (2 + 1) / 2,
         "dead_experts": 1 / 3,
         "dropped": 0.0,
         "largest_load": 1 / (2 / 3),
@@ -181,6 +191,7 @@ def test_a_router_of_zeros_mixes_evenly(kind):
         if kind == "mixture_of_tokens":
             torch.nn.init.zeros_(block.mlp.gate.weight)
     even = {"mixture_entropy": 1, "effective_tokens": GROUP, "effective_experts": EXPERTS}
+    even["experts_per_token"] = EXPERTS
     even |= {"dead_experts": 0, "dropped": 0, "largest_load": 1}
     for measures in routed(measure(model, batch)):
         assert measures.pop("branch_to_residual") > 0
@@ -216,6 +227,7 @@ def test_token_choice_forced_to_one_expert():
         "mixture_entropy": 1,
         "effective_tokens": GROUP,
         "effective_experts": 1,
+        "experts_per_token": capacity / n,
         "dead_experts": (EXPERTS - 1) / EXPERTS,
         "dropped": 1 - capacity / n,
         "largest_load": EXPERTS,
@@ -279,14 +291,15 @@ def test_masked_tokens_count_nowhere(kind):
 
 def test_measures_are_in_full_precision_under_low_precision(kind):
     model, batch = in_training(kind).bfloat16(), probe()
+    even = kind not in ("uniform", "expert_choice", "expert_threshold", "remoe")
     for block in model.model.layers[1:]:
-        if kind in ("mixture_of_tokens", "token_choice", "sigmoid_choice"):
+        if even:
             torch.nn.init.zeros_(block.mlp.gate.weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = routed(measure(model, batch))
     for measures in found:
         assert all(math.isfinite(value) for value in measures.values())
-        if kind != "expert_choice":  # equal weights, which a sum in bf16 would not get to within 1e-5
+        if even or kind == "uniform":  # equal weights, which a sum in bf16 would not get to within 1e-5
             one_takes_all = kind in ("token_choice", "sigmoid_choice")
             assert measures["largest_load"] == pytest.approx(EXPERTS if one_takes_all else 1, rel=1e-5)
 

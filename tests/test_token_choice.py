@@ -152,16 +152,16 @@ def test_the_bias_moves_against_the_load_of_all_micro_batches():
     layer = sigmoid_experts(num_experts_per_tok=2, balance_rate=0.1)
     layer(crowd(2, 3))  # 6 tokens for experts 0 and 1 each, none for expert 2: the mean is 4
     layer(crowd(1, 2))
-    layer.balance()
+    layer.balance([layer])
     assert layer.selection_bias.tolist() == pytest.approx([-0.1, -0.1, 0.1])
-    layer.balance()  # nothing was chosen since
+    layer.balance([layer])  # nothing was chosen since
     assert layer.selection_bias.tolist() == pytest.approx([-0.1, -0.1, 0.1])
     for _ in range(2):
         layer(crowd(1, 2))
-        layer.balance()
+        layer.balance([layer])
     assert layer.selection_bias.tolist() == pytest.approx([-0.3, -0.3, 0.3])  # sigmoid(1) - 0.3 < sigmoid(-1) + 0.3
     layer(crowd(1, 2))
-    layer.balance()  # now experts 0 and 2 are chosen
+    layer.balance([layer])  # now experts 0 and 2 are chosen
     assert layer.selection_bias.tolist() == pytest.approx([-0.4, -0.2, 0.2])
 
 
@@ -171,7 +171,7 @@ def test_nothing_is_counted_but_training():
     with torch.no_grad():
         layer.train()(crowd(1, 1))
     layer(crowd(1, 1), torch.zeros(1, 1, dtype=torch.bool))
-    layer.balance()
+    layer.balance([layer])
     assert layer.selection_bias.tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="balance_rate must be 0 or more, and finite, not -1"):
         sigmoid_experts(balance_rate=-1)

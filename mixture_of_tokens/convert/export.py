@@ -31,6 +31,7 @@ from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of
 from mixture_of_tokens.runs.records import RunFacts, Switch
@@ -48,6 +49,7 @@ COMMON = (
     "pad_token_id",
 )
 OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob", "router_aux_loss_coef")
+NONE_SHARED = "Qwen3-MoE, with softmax gates, has no shared experts"
 
 # Run by `in_plain_transformers` on the directory and the files of ids and of logits.
 CHECK = """
@@ -108,7 +110,7 @@ def export(
         top_k: Of a Mixture of Tokens, experts that a token goes to. By default the granularity, half of it and a
             quarter are tried, and the fewest with a loss at most 0.01 above the source's in full groups are taken.
         scores: Of a Mixture of Tokens, gates of the exported model: softmax over the experts, the default (Qwen3-MoE),
-            or a sigmoid each (Dots1).
+            or a sigmoid each (Dots1), the default for a model with shared experts.
         distil_steps: Of a Mixture of Tokens, steps of distillation for each layer; a model that was trained longer may
             need more.
         license: The licence that the model card names, as the Hub abbreviates it, such as apache-2.0.
@@ -139,7 +141,11 @@ def export(
         if run_directory(run) is None:
             what = "a Mixture of Tokens is distilled on the text that it was trained on"
             raise ValueError(f"{run} is no run directory, so its text is not known: {what}")
-        model, served = serve(model, text_of(run), top_k=top_k, scores=scores or "softmax", distil_steps=distil_steps)
+        shared = model.config.shared_experts
+        if shared and scores == "softmax":  # known before the distillation
+            raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
+        scores = scores or ("sigmoid" if shared else "softmax")
+        model, served = serve(model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps)
     elif top_k is not None or scores is not None:
         raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and {run} is none")
     model = model.cpu()
@@ -180,7 +186,11 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
     """
     config, routings = model.config, model.config.routings
     if ours := {routing.kind: routing for routing in routings if routing.exports_as is None}:
-        raise ValueError(f"{', '.join(sorted(ours))} layers are not in plain transformers: they cannot be exported")
+        can = [*(f"{prefix}-" for prefix, row in BY_PREFIX.items() if row.exports_as), f"{MIXTURE.prefix}-"]
+        raise ValueError(
+            f"{', '.join(sorted(ours))} layers are not in plain transformers: they cannot be exported; models that can "
+            f"are {', '.join(can)}"
+        )
     if not config.gated:
         raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
@@ -193,6 +203,8 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
     experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
     if config.sparse_routings[0].exports_as == "Dots1ForCausalLM":
         return _to_dots1(model, common)
+    if config.shared_experts:
+        raise ValueError(f"{NONE_SHARED}: this model cannot be exported; with sigmoid gates (STC-) it could, as Dots1")
     sparse = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
     sparse.load_state_dict(plain_weights(model))
     return sparse.eval()
@@ -205,7 +217,7 @@ def _to_dots1(model: MixtureOfTokensForCausalLM, common: dict[str, Any]) -> Any:
         raise ValueError("in Dots1 the first blocks are dense and all others sparse; this model has another order")
     experts = {"n_routed_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
     experts |= {"moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob}
-    alone = {"n_shared_experts": 0, "n_group": 1, "topk_group": 1, "sliding_window": None}
+    alone = {"n_shared_experts": config.shared_experts, "n_group": 1, "topk_group": 1, "sliding_window": None}
     with _nothing_shared():
         plain = Dots1ForCausalLM(Dots1Config(**common, **experts, **alone, first_k_dense_replace=dense))
     empty = {name: value for name, value in plain.state_dict().items() if not value.numel()}
@@ -215,7 +227,7 @@ def _to_dots1(model: MixtureOfTokensForCausalLM, common: dict[str, Any]) -> Any:
 
 @contextmanager
 def _nothing_shared() -> Iterator[None]:
-    """Dots1 has shared experts; ours have no width, and torch warns that there is nothing to initialise."""
+    """Dots1 has shared experts; where we have none, torch warns that there is nothing to initialise."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         yield
@@ -224,7 +236,11 @@ def _nothing_shared() -> Iterator[None]:
 def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
     """The model's weights by transformers' names, which are its own; plain routers have no temperature."""
     named = model.named_parameters(remove_duplicate=False)  # both names of tied embeddings
-    weights = {name: value.detach().clone() for name, value in named if "log_temperature" not in name}
+    weights = {
+        name.replace(".shared_experts.", ".mlp.shared_experts."): value.detach().clone()
+        for name, value in named
+        if "log_temperature" not in name
+    }
     for i, block in enumerate(model.model.layers):
         gate = f"model.layers.{i}.mlp.gate"
         if isinstance(block.mlp, TokenChoice):

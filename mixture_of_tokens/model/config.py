@@ -31,9 +31,13 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         group_size: tokens mixed together, each from a different example; training batches are multiples of it.
         gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
         router_temperature, learnable_temperature, router_dtype, normalize_mixture: see `layers.py`.
-        capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`.
+        capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`; threshold_decay: see `ExpertThreshold`.
+        shared_experts: experts of a sparse block that every token goes to, with gate 1, beside the routed ones
+            (DeepSeekMoE, arXiv 2401.06066): one dense feed-forward of their width.
         initializer_scale: weights are drawn with std = scale / sqrt(fan_in), cut at two std; embeddings have fan_in 1.
         router_aux_loss_coef: weight of Token Choice's load-balancing loss, in training.
+
+    Raises ValueError, naming the field, for what makes no model.
     """
 
     model_type = "mixture_of_tokens"
@@ -63,6 +67,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     normalize_mixture: bool = False
     capacity_factor: float | None = 1.25
     balance_rate: float = 1e-3
+    threshold_decay: float = 0.9
+    shared_experts: int = 0
     initializer_scale: float = 0.1**0.5
 
     def __post_init__(self, **kwargs):
@@ -86,6 +92,10 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"router_temperature must be positive and finite, not {self.router_temperature}")
         if not 0 <= self.balance_rate < math.inf:
             raise ValueError(f"balance_rate must be 0 or more, and finite, not {self.balance_rate}")
+        if not 0 <= self.threshold_decay < 1:
+            raise ValueError(f"threshold_decay must be at least 0 and below 1, not {self.threshold_decay}")
+        if not (isinstance(self.shared_experts, int) and self.shared_experts >= 0):
+            raise ValueError(f"shared_experts must be 0 or more, not {self.shared_experts}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
         heads, kv_heads = self.num_attention_heads, kwargs.get("num_key_value_heads", self.num_key_value_heads)
@@ -120,6 +130,11 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     def sparse_routings(self) -> list[Routing]:
         """The rows of the blocks that have experts."""
         return [routing for routing in self.routings if routing.sparse]
+
+    @property
+    def causal(self) -> bool:
+        """Whether no output depends on a later token."""
+        return all(routing.causal for routing in self.routings)
 
     @property
     def mixes_examples(self) -> bool:

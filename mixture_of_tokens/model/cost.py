@@ -34,23 +34,26 @@ def parameters(config: MixtureOfTokensConfig) -> dict[str, int]:
     """
     D, blocks, routings = config.hidden_size, config.num_hidden_layers, config.sparse_routings
     head, queries, keys = _attention_widths(config)
-    router = config.num_experts * D + config.learnable_temperature
     biases = config.attention_bias * (queries + 2 * keys + D)
     column = (3 if config.gated else 2) * D  # parameters per unit of a feed-forward's width
     expert = column * config.moe_intermediate_size
+    shared = len(routings) * config.shared_experts * expert
     parts = {
         "embedding": config.vocab_size * D,
         "attention": blocks * (2 * D * (queries + keys) + biases),
         "norms": blocks * 2 * (D + head) + D,  # a head's queries and keys have one each
-        "feed_forward": (blocks - len(routings)) * column * config.intermediate_size,
+        "feed_forward": column * (blocks - len(routings)) * config.intermediate_size + shared,
         "experts": len(routings) * config.num_experts * expert,
-        "router": sum(routing.routed for routing in routings) * router,
+        "router": sum(
+            routing.logits(config) * D + config.learnable_temperature for routing in routings if routing.routed
+        ),
         "head": 0 if config.tie_word_embeddings else config.vocab_size * D,
     }
-    # One group at one position, without spare capacity.
-    rows = sum(routing.rows(config, config.group_size, 1, False) for routing in routings)
+    # One group, without spare capacity.
+    tokens = config.group_size * config.max_position_embeddings
+    rows = sum(routing.rows(config, config.group_size, config.max_position_embeddings, False) for routing in routings)
     total = sum(parts.values())
-    return {"total": total, "active": total - parts["experts"] + round(expert * rows / config.group_size)} | parts
+    return {"total": total, "active": total - parts["experts"] + round(expert * rows / tokens)} | parts
 
 
 class Flops(NamedTuple):
@@ -61,35 +64,48 @@ class Flops(NamedTuple):
 
 
 def flops_per_token(
-    config: MixtureOfTokensConfig, *, batch: int | None = None, context: int | None = None, training: bool = True
+    config: MixtureOfTokensConfig,
+    *,
+    batch: int | None = None,
+    context: int | None = None,
+    training: bool = True,
+    experts_per_token: float | None = None,
 ) -> Flops:
     """FLOPs of a forward and a backward pass, by component.
 
     The components are attention (its projections), attention_scores (both T x T products), feed_forward (of dense
-    blocks), experts, router, collect (makes mixtures), spread (distributes outputs to tokens) and head (all logits).
+    blocks, and shared experts), experts, router, collect (makes mixtures), spread (distributes outputs to tokens) and
+    head (all logits).
 
     Args:
         batch: sequences at once, by default one group; it matters if the last group is incomplete.
         context: positions, by default the configuration's.
         training: Token Choice's experts then compute on their full capacity, filled or not: capacity_factor times
             the matched FLOPs. In evaluation they compute on their tokens only.
+        experts_per_token: in routings where it varies, as it was measured; by default what it is to become.
     """
     B, T = batch or config.group_size, context or config.max_position_embeddings
-    D, E, blocks, routings = config.hidden_size, config.num_experts, config.num_hidden_layers, config.sparse_routings
+    D, blocks, routings = config.hidden_size, config.num_hidden_layers, config.sparse_routings
     _, queries, keys = _attention_widths(config)
     column = (6 if config.gated else 4) * D  # FLOPs per unit of a feed-forward's width
+    shared = len(routings) * config.shared_experts * config.moe_intermediate_size
     filled = math.prod(groups_of(config, B, T)) / (B * T)
-    routed = sum(filled if routing.grouped else 1 for routing in routings if routing.routed)
-    mixed = sum(filled for routing in routings if routing.mixes)
-    rows = sum(routing.rows(config, B, T, training) for routing in routings)
+    logits = {routing: routing.logits(config) * (filled if routing.grouped else 1) for routing in routings}
+    routed = sum(logits[routing] for routing in routings if routing.routed)
+    mixed = sum(logits[routing] for routing in routings if routing.mixes)
+    as_measured = {routing: routing.varies and experts_per_token is not None for routing in routings}
+    rows = sum(
+        B * T * experts_per_token if as_measured[routing] else routing.rows(config, B, T, training)  # pyright: ignore
+        for routing in routings
+    )
     forward = {
         "attention": blocks * 4 * D * (queries + keys),
         "attention_scores": blocks * 4 * T * queries,
-        "feed_forward": (blocks - len(routings)) * column * config.intermediate_size,
+        "feed_forward": column * ((blocks - len(routings)) * config.intermediate_size + shared),
         "experts": column * config.moe_intermediate_size * rows / (B * T),
-        "router": 2 * D * E * routed,
-        "collect": 2 * D * E * mixed,
-        "spread": 2 * D * E * mixed,
+        "router": 2 * D * routed,
+        "collect": 2 * D * mixed,
+        "spread": 2 * D * mixed,
         "head": 2 * D * config.vocab_size,
     }
     # The gradient of a product is two products of its size, one for each factor.
@@ -141,11 +157,13 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, siz
     kept = tokens * (blocks * norms_and_attention + (blocks - len(routings)) * dense)
     for routing in routings:
         rows = routing.rows(config, batch, context, True)
-        outputs = rows if routing.grouped else tokens * config.num_experts_per_tok
+        outputs = rows if routing.grouped or routing.mixes else tokens * config.num_experts_per_tok
+        shared = config.shared_experts * config.moe_intermediate_size
+        kept += tokens * size * hidden * shared
         (fp32, own), vectors = routing.kept_weights, 4 * routing.kept_outputs[0] + size * routing.kept_outputs[1]
         weights = 4 * fp32 + size * own * (size < 4 or not fp32)  # in float32 a cast is no copy
         cast = 4 * D if routing.routed and size < 4 else 0  # the router's input
-        kept += tokens * (size * D + cast + weights * config.num_experts)
+        kept += tokens * (size * D + cast + weights * routing.logits(config))
         kept += rows * size * (D + hidden * config.moe_intermediate_size) + outputs * vectors * D
     return kept
 

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CANNOT_WRITE = (
+    "this model mixes all positions of a text, later ones included; a text that is being written has no later ones, so "
+    "it cannot write. To write, train a causal routing, such as MoT-; mot evaluate and mot audit take this one"
+)
+
 
 def real_tokens(attention_mask: Any, current: Any) -> Any:
     """The token mask (B, T) of `current`, the newest T tokens, from an attention mask; None without one.
@@ -30,6 +35,7 @@ def _ends_in_padding(prompt: Tensor, pad: int | None, stop: Any) -> bool:
 class GroupedGeneration:
     """`generate` for a model whose rows may influence each other (`mixes_examples`)."""
 
+    config: Any
     mixes_examples: Any
     generation_config: Any
 
@@ -38,8 +44,11 @@ class GroupedGeneration:
 
         The samples of num_return_sequences are rows like any others: samples of one prompt are mixed with each other.
 
-        Raises ValueError where mixtures would be wrong: prompts padded on the right, beam search, stop strings.
+        Raises ValueError where mixtures would be wrong: prompts padded on the right, beam search, stop strings; and
+        for a model that is not causal.
         """
+        if not self.config.causal:
+            raise ValueError(CANNOT_WRITE)
 
         def setting(name: str) -> Any:
             """Upstream's order: the argument, else the given configuration's value, else the model's."""

@@ -4,17 +4,18 @@ Attention, norms, rotary positions, KV cache, `generate`, checkpoints and parame
 holds the differences, and `generation.py` those of `generate`.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layers import Experts, MixtureOfTokens, Router, truncated_normal_
-from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy, load_balancing_loss
+from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed, Router, truncated_normal_
+from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.generation import GroupedGeneration, real_tokens
-from mixture_of_tokens.model.routings import ROUTINGS
+from mixture_of_tokens.model.routings import ROUTINGS, Routing, dense_feed_forward
 from mixture_of_tokens.model.upstream import (
     GradientCheckpointingLayer,
     MoeCausalLMOutputWithPast,
@@ -28,7 +29,13 @@ from mixture_of_tokens.model.upstream import (
     can_return_tuple,
     maybe_install_capturing_hooks,
 )
-from mixture_of_tokens.sparse import SigmoidChoice
+
+
+@dataclass
+class CausalLMOutput(MoeCausalLMOutputWithPast):
+    """Upstream's, with the loss without what auxiliary losses add."""
+
+    cross_entropy: Tensor | None = None
 
 
 class MixtureOfTokensDecoderLayer(GradientCheckpointingLayer):
@@ -36,13 +43,18 @@ class MixtureOfTokensDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = Qwen3MoeAttention(config, layer_idx)
         self.mlp = ROUTINGS[config.feed_forwards[layer_idx]].build(config)
+        self.shared_experts = None
+        if config.shared_experts and ROUTINGS[config.feed_forwards[layer_idx]].sparse:
+            self.shared_experts = dense_feed_forward(config, config.shared_experts * config.moe_intermediate_size)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, **attention_kwargs) -> Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
+        normed = self.post_attention_layernorm(hidden_states)
+        hidden_states = hidden_states + self.mlp(normed, token_mask)
+        return hidden_states if self.shared_experts is None else hidden_states + self.shared_experts(normed)
 
 
 class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
@@ -67,11 +79,8 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
             nn.init.trunc_normal_(module.weight, std=scale, a=-2 * scale, b=2 * scale)
         elif isinstance(module, Experts | Router):
             module.reset_parameters(scale)
-        elif isinstance(module, MixtureOfTokens):  # for a checkpoint without companions
-            nn.init.zeros_(module.companion)
-            nn.init.zeros_(module.companion_logit)
-        elif isinstance(module, SigmoidChoice):
-            nn.init.zeros_(module.selection_bias)
+        elif isinstance(module, Routed):  # for a checkpoint without, such as one without companions
+            module.reset_state()
         else:
             super()._init_weights(module)
 
@@ -128,10 +137,19 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 module.alone = alone
 
     def balance(self) -> None:
-        """After each step of training: see `SigmoidChoice.balance`. It does nothing for other routings."""
-        for module in self.modules():
-            if isinstance(module, SigmoidChoice):
-                module.balance()
+        """To be called after each step of training: routings without a balancing loss then balance their load."""
+        layers = [module for module in self.modules() if isinstance(module, Routed)]
+        for kind in dict.fromkeys(map(type, layers)):
+            kind.balance([layer for layer in layers if type(layer) is kind])
+
+    def _auxiliary_weights(self) -> dict[Routing, float | Tensor]:
+        """The weights of auxiliary losses, without those of weight zero."""
+        weights = {}
+        for routing, block in zip(self.config.routings, self.model.layers, strict=True):
+            weight = routing.auxiliary_weight(self.config, block.mlp)
+            if isinstance(weight, Tensor) or weight > 0:
+                weights.setdefault(routing, weight)  # the same in all blocks of a kind
+        return weights
 
     @property
     def mixes_examples(self) -> bool:
@@ -152,7 +170,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """Logits, or with labels the loss; the (B, T, V) logits are then computed only on request.
 
         Args beyond upstream's:
@@ -164,45 +182,50 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 micro-batch's share of them, so that it counts once per step.
             return_logits: by default only when there are no labels.
 
-        Returns `loss` (cross-entropy in nats, in training plus router_aux_loss_coef times `aux_loss`), `aux_loss`
-        (Token Choice's load-balancing loss, mean over its blocks), `logits`, and upstream's other outputs.
+        Returns `loss` (`cross_entropy`, in nats, in training plus `aux_loss` times its weight), `aux_loss` (of the
+        routing, such as Token Choice's load-balancing loss; the mean over its blocks), `logits`, and upstream's others.
         """
         if token_mask is None:
             token_mask = real_tokens(attention_mask, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
-        balanced = [i for i, routing in enumerate(self.config.routings) if routing.balanced]
-        with_aux = bool(balanced) and self.training and self.config.router_aux_loss_coef > 0
+        weights = self._auxiliary_weights() if self.training else {}
         with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_mask=token_mask,
-            output_router_logits=with_routers or with_aux,
+            output_router_logits=with_routers or bool(weights),
             return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss = aux_loss = logits = None
+        loss = cross_entropy = aux_loss = logits = None
+        weighted: Any = 0.0
         has_labels = labels is not None or shift_labels is not None
         if return_logits or (return_logits is None and not has_labels):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
-        if with_aux:
+        if weights:
             mask_TB = None if token_mask is None else token_mask.T.to(hidden.device)
-            routed = [i for i, block in enumerate(self.model.layers) if getattr(block.mlp, "gate", None) is not None]
-            logits_of = dict(zip(routed, outputs.router_logits, strict=True))
-            top_k = self.config.num_experts_per_tok
-            losses = [load_balancing_loss(logits_of[i], top_k, mask_TB) for i in balanced]
-            aux_loss = torch.stack(losses).mean()
+            routed = [routing for routing in self.config.routings if routing.routed]
+            means = []
+            for routing, weight in weights.items():
+                assert routing.auxiliary is not None
+                recorded = [x for of, x in zip(routed, outputs.router_logits, strict=True) if of is routing]
+                losses = [routing.auxiliary(x, self.config.num_experts_per_tok, mask_TB) for x in recorded]
+                means.append(torch.stack(losses).mean())
+                weighted = weighted + weight * means[-1]
+            aux_loss = torch.stack(means).mean()
         if has_labels:
             if shift_labels is None:
                 assert labels is not None
                 shift_labels = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
             shift_labels = shift_labels.to(hidden.device)
             count = (shift_labels != IGNORE).sum()
-            loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
-            if aux_loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss * count
-            loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            total = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
+            divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            cross_entropy = total / divisor
+            loss = cross_entropy if aux_loss is None else (total + weighted * count) / divisor
         inner = ("last_hidden_state", *(() if with_routers else ("router_logits",)))
         others = {name: value for name, value in outputs.items() if name not in inner}
-        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)
+        others |= {"loss": loss, "aux_loss": aux_loss, "logits": logits, "cross_entropy": cross_entropy}
+        return CausalLMOutput(**others)

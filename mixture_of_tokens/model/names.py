@@ -6,11 +6,17 @@
     TC-SIZE/<G>E[/<k>]       Token Choice
     STC-SIZE/<G>E[/<k>]      Sigmoid Token Choice
     EC-SIZE/<G>E[/<k>]       Expert Choice
+    ET-SIZE/<G>E[/<k>]       Expert Threshold
+    ReMoE-SIZE/<G>E[/<k>]    ReMoE
+    SoftMoE-SIZE/<G>E[/<k>]  Soft MoE, which is not causal
 
 G is the group size and k the granularity, 1 where it is left out. The sparse blocks have E = G * k experts of width
 d_ff / k: G times the parameters of the dense feed-forward at its FLOPs (Antoniak et al., arXiv 2310.15961). The later
 half of the blocks is sparse, in Mini all of them. Systems with equal G and k cost the same: in MoT every expert reads
-one mixture per group; in Token Choice, and on average in Expert Choice, a token goes to k experts.
+one mixture per group; in Token Choice, and on average in the others, a token goes to k experts.
+
+With `shared_experts` = n below k, n of the k experts are the same for every token: there are G * (k - n) others, of
+which a token goes to k - n. The cost is the same again.
 """
 
 import re
@@ -20,7 +26,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
-from mixture_of_tokens.model.routings import BY_PREFIX, Routing
+from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE, Routing
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,7 @@ def config_from_name(
             raise ValueError(f"the configuration has no field {field!r}{nearest(field, FIELDS)}")
     parsed = parse_name(name)
     size, k = SIZES[parsed.size], parsed.granularity
+    routed = k - _shared(name, k, overrides.get("shared_experts", 0)) if parsed.routing.sparse else k
     width = overrides.get("intermediate_size", size.gated_width if gated else size.plain_width)
     if width % k:
         legal = ", ".join(str(d) for d in range(1, min(width, 128) + 1) if width % d == 0)
@@ -167,13 +174,22 @@ def config_from_name(
         "hidden_act": "silu" if gated else "relu",
         "gated": gated,
         "mlp_layer_types": layer_types(blocks, dense=dense, kind=parsed.routing.kind),
-        "num_experts": parsed.group_size * k,
+        "num_experts": parsed.group_size * routed,
         "moe_intermediate_size": width // k,
-        "num_experts_per_tok": k,  # conversion from MoT to Token Choice needs it too
+        "num_experts_per_tok": routed,  # conversion from MoT to Token Choice needs it too
         "group_size": parsed.group_size,
-        "router_temperature": size.mixture_temperature if parsed.routing.mixes and parsed.routing.routed else 1.0,
+        "router_temperature": size.mixture_temperature if parsed.routing.kind == MIXTURE.kind else 1.0,
     }
     return MixtureOfTokensConfig(**values | overrides)
+
+
+def _shared(name: str, granularity: int, count: int) -> int:
+    if isinstance(count, int) and count >= granularity:
+        more = (
+            "a name with a granularity, as in MoT-Nano/32E/8, has more" if granularity == 1 else "some must be routed"
+        )
+        raise ValueError(f"{name!r}: shared_experts must be below the granularity {granularity}, not {count}: {more}")
+    return count if isinstance(count, int) else 0  # what is no number is the configuration's to refuse
 
 
 def name_of(config: MixtureOfTokensConfig) -> str | None:
@@ -187,7 +203,7 @@ def name_of(config: MixtureOfTokensConfig) -> str | None:
     for size in SIZES:
         name = Name(system, size, *groups)
         try:
-            named = config_from_name(str(name), gated=config.gated)
+            named = config_from_name(str(name), gated=config.gated, shared_experts=config.shared_experts)
         except ValueError:  # this granularity does not divide this size's width
             continue
         named_fields = NAMED + NAMED_OF_EXPERTS if groups else NAMED

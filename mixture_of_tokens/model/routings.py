@@ -1,7 +1,7 @@
 """The table of routings: a row for each kind of feed-forward, with all that the rest of the library needs to know.
 
 Names, costs, evaluation, generation, audit, conversion, export and the report read this table; there is no other list
-of kinds. A new routing is a layer (`layers.py`, `sparse.py`), a row here, and its literal reference in
+of kinds. A new routing is a layer (such as those of `sparse.py`), a row here, and its literal reference in
 `tests/reference.py`; the property tests run over the table.
 """
 
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_tokens.layers import ACTIVATIONS, MixtureOfTokens
+from mixture_of_tokens.loss import l1_loss, load_balancing_loss
 from mixture_of_tokens.model.upstream import Qwen3MoeMLP
+from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
+from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
 
 if TYPE_CHECKING:  # the configuration checks its kinds against this table
     from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -31,16 +34,23 @@ class Routing:
         build: makes the feed-forward of one block.
 
     What it promises:
-        shares_batch: rows of a batch influence each other, unless they are served alone.
+        causal: a token's output does not depend on later tokens.
+        shares_batch: rows of a batch influence each other, unless they are served alone. In evaluation: where Token
+            Choice drops in training, they do.
         serves_alone: a row can be served by itself.
+        differentiable: outputs are continuous in the weights: no token's choice of experts jumps.
+        balance: what keeps the load of the experts even; "" where there is nothing to balance.
         exports_as: the architecture of transformers that computes the same; None if there is none.
         converts_to: the kinds that it can be converted to, with softmax and with sigmoid gates; empty if to none.
-        balanced: it is trained with the load-balancing loss.
+        auxiliary: its auxiliary loss of one layer in training, from the router's logits, the number of experts per
+            token and the token mask; auxiliary_weight: what the loss of the model adds it with.
 
     What it costs beside its experts' matrices, which `cost.py` adds up:
         sparse: it has experts. Nothing below applies to a dense block.
-        rows: the number of rows that all experts read for B x T tokens, from (configuration, B, T, training).
-        routed: it has a router; grouped: it works on groups, and the last one is padded with masked rows.
+        rows: the number of rows that all experts read for B x T tokens, from (configuration, B, T, training);
+            varies: it is only so on average, and only once training has settled.
+        routed: it has a router; logits: the number of its logits for a token.
+        grouped: it works on groups, and the last one is padded with masked rows.
         mixes: tokens are collected into mixtures, and the outputs are spread over the tokens.
         kept_weights, kept_outputs: how many copies the backward pass keeps, in fp32 and in the model's precision. Of
             the weights a copy is a number per token and expert; of the outputs a vector per row of an expert, or,
@@ -52,18 +62,29 @@ class Routing:
     title: str
     meaning: str
     build: Callable[["MixtureOfTokensConfig"], nn.Module]
+    causal: bool = True
     shares_batch: bool = False
     serves_alone: bool = True
+    differentiable: bool = False
+    balance: str = ""
     exports_as: str | None = None
     converts_to: tuple[str, ...] = ()
-    balanced: bool = False
+    auxiliary: Callable[[Tensor, int, Tensor | None], Tensor] | None = None
+    auxiliary_weight: Callable[["MixtureOfTokensConfig", Any], float | Tensor] = lambda config, layer: 0.0
     sparse: bool = True
     rows: Callable[["MixtureOfTokensConfig", int, int, bool], int] = lambda config, batch, context, training: 0
+    varies: bool = False
     routed: bool = True
+    logits: Callable[["MixtureOfTokensConfig"], int] = lambda config: config.num_experts
     grouped: bool = True
     mixes: bool = False
     kept_weights: tuple[int, int] = (1, 0)
     kept_outputs: tuple[int, int] = (0, 1)
+
+    @property
+    def private(self) -> bool:
+        """Nothing of another text, and nothing of the text's own future, reaches a token in evaluation."""
+        return self.causal and not self.shares_batch
 
 
 def groups_of(config: "MixtureOfTokensConfig", batch: int, context: int) -> tuple[int, int]:
@@ -80,18 +101,20 @@ class DenseMLP(Qwen3MoeMLP):
 class PlainMLP(nn.Module):
     """The paper's dense feed-forward: no gate, no biases."""
 
-    def __init__(self, config: "MixtureOfTokensConfig"):
+    def __init__(self, config: "MixtureOfTokensConfig", intermediate_size: int | None = None):
         super().__init__()
+        width = intermediate_size or config.intermediate_size
         self.act = ACTIVATIONS[config.hidden_act]
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         return self.down_proj(self.act(self.up_proj(x)))
 
 
-def _dense(config: "MixtureOfTokensConfig") -> nn.Module:
-    return DenseMLP(config) if config.gated else PlainMLP(config)
+def dense_feed_forward(config: "MixtureOfTokensConfig", width: int | None = None) -> nn.Module:
+    """Of the configuration's width, or of another."""
+    return (DenseMLP if config.gated else PlainMLP)(config, width)
 
 
 def _common(config: "MixtureOfTokensConfig") -> dict[str, Any]:
@@ -146,6 +169,16 @@ def _chosen_rows(config: "MixtureOfTokensConfig", batch: int, context: int, trai
     return batch * context * config.num_experts_per_tok
 
 
+def _expert_threshold(config: "MixtureOfTokensConfig") -> nn.Module:
+    decay, k = config.threshold_decay, config.num_experts_per_tok
+    return ExpertThreshold(num_experts_per_tok=k, threshold_decay=decay, **_common(config))
+
+
+def num_slots(config: "MixtureOfTokensConfig") -> int:
+    """Of an expert of Soft MoE, so that experts read as many rows as in Token Choice, in texts of full length."""
+    return max(1, round(config.max_position_embeddings * config.num_experts_per_tok / config.num_experts))
+
+
 def _token_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
     assignments = _chosen_rows(config, batch, context, training)
     if not training or config.capacity_factor is None:
@@ -160,7 +193,8 @@ ROWS = (
         prefix="Transformer",
         title="Transformer",
         meaning="The dense model: each token goes through the one feed-forward of a layer.",
-        build=_dense,
+        build=dense_feed_forward,
+        differentiable=True,
         exports_as="Qwen3ForCausalLM",
         sparse=False,
         routed=False,
@@ -175,6 +209,8 @@ ROWS = (
         "dropped.",
         build=_mixture_of_tokens,
         shares_batch=True,
+        differentiable=True,
+        balance="by construction",
         converts_to=("token_choice", "sigmoid_choice"),
         rows=_mixture_rows,
         mixes=True,
@@ -187,6 +223,8 @@ ROWS = (
         meaning="Mixture of Tokens without a router: every mixture is the plain mean of the group.",
         build=lambda config: _mixture_of_tokens(config, uniform=True),
         shares_batch=True,
+        differentiable=True,
+        balance="by construction",
         rows=_mixture_rows,
         routed=False,
         mixes=True,
@@ -201,7 +239,9 @@ ROWS = (
         "are dropped. After conversion from Mixture of Tokens none are dropped by default.",
         build=_token_choice,
         exports_as="Qwen3MoeForCausalLM",
-        balanced=True,
+        balance="by a loss",
+        auxiliary=load_balancing_loss,
+        auxiliary_weight=lambda config, layer: config.router_aux_loss_coef,
         rows=_token_choice_rows,
         grouped=False,
         kept_weights=(2, 0),
@@ -214,6 +254,7 @@ ROWS = (
         meaning="Token Choice with independent gates, as in DeepSeek-V3: the sigmoid of a logit, for the experts whose "
         "gate plus a bias is highest. The bias balances the load without a loss, and no token is dropped.",
         build=_sigmoid_choice,
+        balance="by biases",
         exports_as="Dots1ForCausalLM",
         rows=_chosen_rows,
         grouped=False,
@@ -227,10 +268,59 @@ ROWS = (
         build=_expert_choice,
         shares_batch=True,
         serves_alone=False,
+        balance="by construction",
         rows=_expert_choice_rows,
         kept_outputs=(1, 1),
     ),
+    Routing(
+        kind="expert_threshold",
+        prefix="ET",
+        title="Expert Threshold",
+        meaning="Each expert takes the tokens whose score is above its threshold, which follows the score that an even "
+        "share of the tokens is above. Tokens get more experts or fewer, as many on average as in Token Choice.",
+        build=_expert_threshold,
+        balance="by thresholds",
+        rows=_chosen_rows,
+        varies=True,
+        grouped=False,
+        kept_weights=(2, 0),
+        kept_outputs=(1, 1),
+    ),
+    Routing(
+        kind="remoe",
+        prefix="ReMoE",
+        title="ReMoE",
+        meaning="Each token goes to all experts with a positive logit, which is the gate. A penalty on the gates grows "
+        "until tokens have as many experts on average as in Token Choice; before that they have more.",
+        build=lambda config: ReMoE(num_experts_per_tok=config.num_experts_per_tok, **_common(config)),
+        differentiable=True,
+        balance="by a loss",
+        auxiliary=l1_loss,
+        auxiliary_weight=lambda config, layer: layer.l1_weight,
+        rows=_chosen_rows,
+        varies=True,
+        grouped=False,
+        kept_weights=(2, 0),
+        kept_outputs=(1, 1),
+    ),
+    Routing(
+        kind="soft_moe",
+        prefix="SoftMoE",
+        title="Soft MoE",
+        meaning="Experts read mixtures of all positions of a text, later ones included. It is no language model: its "
+        "loss is low because it sees what it is to predict, and it cannot write text.",
+        build=lambda config: SoftMoE(num_slots=num_slots(config), **_common(config)),
+        causal=False,
+        differentiable=True,
+        balance="by construction",
+        rows=lambda config, batch, context, training: batch * config.num_experts * num_slots(config),
+        logits=lambda config: config.num_experts * num_slots(config),
+        grouped=False,
+        mixes=True,
+        kept_weights=(2, 2),
+    ),
 )
+PROPERTIES = ("causal", "private", "balanced", "differentiable")
 ROUTINGS = {row.kind: row for row in ROWS}
 DENSE, MIXTURE = ROWS[:2]
 BY_PREFIX = {row.prefix: row for row in ROWS}
@@ -244,3 +334,22 @@ def routings_of(model: Any) -> list[Routing]:
 def converted_from(kind: str) -> Routing:
     """The routing that can be converted to this kind."""
     return next(row for row in ROWS if kind in row.converts_to)
+
+
+def properties(routings: list[Routing]) -> dict[str, str]:
+    """What the routings of a model's blocks promise, for people: "yes", "no", or how.
+
+    causal: nothing depends on later tokens; private: nor on other texts of a batch, in evaluation; balanced: what keeps
+    the experts' load even; differentiable: no choice of experts jumps.
+    """
+    rows = [row for row in routings if row.sparse] or routings
+
+    def all_are(promise: str) -> str:
+        return "yes" if all(getattr(row, promise) for row in rows) else "no"
+
+    private = all_are("private")
+    if private == "no" and all(row.causal and row.serves_alone for row in rows):
+        private = "when served alone"
+    balanced = ", ".join(dict.fromkeys(row.balance for row in rows if row.balance)) or "no experts"
+    found = (all_are("causal"), private, balanced, all_are("differentiable"))
+    return dict(zip(PROPERTIES, found, strict=True))

@@ -2,15 +2,16 @@
 
 All measures but the last are computed from the combine weights w[t, e]: the output of expert e is multiplied by
 w[t, e] and added to token t's output. In Mixture of Tokens they are the softmax over the group, in its uniform form
-1 / G; in Expert Choice the gates of the chosen tokens; in Token Choice the gates of the choices that were not dropped.
-Elsewhere they are zero. A group is the n real tokens at one position of `group_size` rows, in Token Choice too, so
-that tokens per expert mean the same for all routings. Masked tokens do not count.
+1 / G; in sparse routings the gates of the choices that were not dropped; in Soft MoE the combine weights of an expert's
+slots, summed. Elsewhere they are zero. A group is the n real tokens at one position of `group_size` rows, in all
+routings, so that tokens per expert mean the same. Masked tokens do not count.
 
     mixture_entropy     entropy of an expert's weights over the tokens of a group / log n. 1: the group is averaged,
                         0: one token has all. Mean over groups and the experts they use (0 if no group has two tokens)
     effective_tokens    tokens per mixture: exp of that entropy, before division by log n; 1 to n, mean
     effective_experts   experts per token: exp of the entropy of a token's weights over experts; 1 to E, mean over the
                         tokens that have any
+    experts_per_token   experts with any weight for a token, mean
     dead_experts        share of the experts whose total weight is negligible: under 1 % of the mean expert's
     dropped             share of the tokens whose total weight is negligible: under 1 % of the mean token's
     largest_load        the largest total weight of an expert / the mean expert's: 1 when balanced, at most E
@@ -32,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from mixture_of_tokens.layers import MixtureOfTokens, Routed
 from mixture_of_tokens.layout import expert_linear, full_precision, grouped, ungrouped
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.soft import SoftMoE
 
 NEGLIGIBLE = 0.01
 INPUTS = ("input_ids", "attention_mask", "token_mask")
@@ -95,6 +97,9 @@ def combine_weights(layer: Routed, logits: Tensor | None, token_mask: Tensor) ->
     if isinstance(layer, MixtureOfTokens):
         x_MG1, *missing = grouped(torch.zeros(B, T, 1, dtype=dtype, device=device), token_mask, layer.group_size)
         return ungrouped(_stand_in(layer, logits).weights(x_MG1, *missing), missing[0], B, T)
+    if isinstance(layer, SoftMoE):
+        assert logits is not None
+        return layer.weights(logits, token_mask[..., None])[1].unflatten(-1, (E, -1)).sum(-1)
     noted: list[Tensor] = []
 
     def answers(number: Tensor, linear=expert_linear) -> Tensor:
@@ -131,6 +136,7 @@ def routing_measures(weights_BTE: Tensor, token_mask: Tensor, group_size: int) -
         "mixture_entropy": _mean(entropy_ME / tokens_M1.log(), serves_ME & (tokens_M1 > 1)),
         "effective_tokens": _mean(entropy_ME.exp(), serves_ME),
         "effective_experts": _mean(_entropy(weights_SE, 1).exp(), token_S > 0),
+        "experts_per_token": (weights_SE > 0).sum(1, dtype=weights_SE.dtype).mean(),
         "dead_experts": (expert_E < NEGLIGIBLE * expert_E.mean()).to(expert_E.dtype).mean(),
         "dropped": (token_S < NEGLIGIBLE * token_S.mean()).to(token_S.dtype).mean(),
         "largest_load": expert_E.max() / expert_E.mean(),

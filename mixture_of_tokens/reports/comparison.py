@@ -28,7 +28,7 @@ import numpy as np
 from mixture_of_tokens.formatting import Result, Summary
 from mixture_of_tokens.model.cost import memory, parameters
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.routings import converted_from
+from mixture_of_tokens.model.routings import converted_from, properties
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.run import Point, Run, read
@@ -98,14 +98,16 @@ class ComparedRun:
 class ComparedModel:
     """A model in a comparison: what it is, and what came out, over the seeds.
 
-    steps: with those of the run that it continues. Differences are to the baseline, seed by seed; memory is
-    `cost.memory`'s estimate in bytes; speed and cost of a switched model are of the part after the switch.
+    steps: with those of the run that it continues; properties: see `routings.properties`. Differences are to the
+        baseline, seed by seed; memory is `cost.memory`'s estimate in bytes; speed and cost of a switched model are of
+        the part after the switch.
     """
 
     label: str
     name: str
     steps: int
     switched: bool
+    properties: dict[str, str]
     learning_rate: float
     parameters: dict[str, int]
     flops_per_token: dict[str, float]
@@ -339,6 +341,7 @@ def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list
         name=first.name,
         steps=first.facts.steps,
         switched=first.switch is not None,
+        properties=properties(first.model_config.routings),
         learning_rate=first.config.learning_rate,
         parameters={"total": count["total"], "active": count["active"]},
         flops_per_token={"forward": first.flops[0], "training": first.flops[1]},

@@ -14,6 +14,7 @@ MEASURES = {
     ),
     "effective_tokens": ("Tokens per mixture", "The effective number of tokens in an expert's mixture."),
     "effective_experts": ("Experts per token", "The effective number of experts in a token's output."),
+    "experts_per_token": ("Experts chosen", "The experts that have any weight for a token, on average."),
     "largest_load": (
         "Largest load",
         "The load of the busiest expert over the mean expert's; 1 is balance. In Mixture of Tokens the weights of each "
@@ -56,6 +57,9 @@ def findings(comparison: Comparison) -> dict[str, list[str]]:
             *([] if found is None else [f"That is {_share(found, 'FLOPs')}."]),
             f"{_when(model, baseline)} {_beside(model.final_loss_difference)}.",
         ]
+        if model.properties["causal"] == "no":
+            sees = "it sees the tokens that it is to predict, so its loss says nothing beside the others'"
+            sentences[model.label].insert(0, f"{model.label} is not causal: {sees}.")
         apart, when = model.equal_time_loss_difference, duration(comparison.equal_time_seconds.mean)
         if apart is not None:
             sentences[model.label].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")

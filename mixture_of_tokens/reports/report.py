@@ -7,6 +7,7 @@ from textwrap import fill, indent
 from typing import Any
 
 from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.reports.comparison import Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.page import page
 from mixture_of_tokens.reports.prose import MIXED, findings
@@ -140,6 +141,8 @@ def summary_of(result: Comparison) -> str:
         columns.insert(1, "steps")
     if count > 1:
         columns.insert(-7, "spread")
+    kinds = [[model.label, *model.properties.values()] for model in result.models]
     paragraphs = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
     paragraphs += [MIXED] if len(result.environments) > 1 else []
-    return "\n".join([aligned([columns, *table]), "", *paragraphs]) + "\n"
+    properties = aligned([["model", *PROPERTIES], *kinds])
+    return "\n".join([aligned([columns, *table]), "", properties, "", *paragraphs]) + "\n"

@@ -19,13 +19,15 @@ PROMPTS = (
 def continued(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
     """Continuations of the first prompts by the models of run directories, by prompt and label, with a fixed seed.
 
-    All prompts are one batch. Empty where a run has no model/ any more.
+    All prompts are one batch. Empty where a run has no model/ any more; a model that is not causal has none.
     """
     if not all((directory / "model").is_dir() for directory in directories.values()):
         return {}
     written = {prompt: {} for prompt in SHOWN}
     for label, directory in directories.items():
         model, tokenizer = load_model(str(directory)), load_tokenizer_of(str(directory))
+        if not model.config.causal:
+            continue
         texts = continue_prompts(model, tokenizer, PROMPTS, Sampling(temperature=TEMPERATURE))
         for prompt, text in zip(SHOWN, texts, strict=False):
             written[prompt][label] = text

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from xml.etree.ElementTree import Element
 
 from mixture_of_tokens.formatting import Summary, difference, duration, loss, ratio, short, with_span
+from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.reports.comparison import ComparedModel, ComparedRun, Comparison
 from mixture_of_tokens.reports.markup import NOTHING, Child, cell_of, html, table, with_swatch
 from mixture_of_tokens.reports.prose import seeds_of, steps_of
@@ -90,7 +91,14 @@ def tables(comparison: Comparison) -> Child:
         ),
         _rows(comparison),
     )
-    return [result, cost, _everyone(comparison) if len(models) > 2 else None, _seed_by_seed(comparison)]
+    promises = table(
+        "Properties",
+        "Of the routing. Causal: no output depends on later tokens. Private: none depends on other texts of the batch, "
+        "in evaluation. Balanced: what keeps the load of the experts even. Differentiable: no choice of experts jumps.",
+        (("", tuple((key.capitalize(), _property(key)) for key in PROPERTIES)),),
+        _rows(comparison),
+    )
+    return [result, cost, promises, _everyone(comparison) if len(models) > 2 else None, _seed_by_seed(comparison)]
 
 
 def switch_table(rows: Sequence[tuple[Child, list[Run]]]) -> Element:
@@ -146,6 +154,10 @@ def switch_table(rows: Sequence[tuple[Child, list[Run]]]) -> Element:
 
 def _rows(comparison: Comparison) -> list[tuple[Child, ComparedModel]]:
     return [(with_swatch(i, model.label), model) for i, model in enumerate(comparison.models)]
+
+
+def _property(key: str) -> Callable[[ComparedModel], Child]:
+    return lambda model: model.properties[key]
 
 
 def _milliseconds(seconds: float) -> str:

@@ -28,7 +28,7 @@ COMMON_GROUP = 32
 # Fields of TrainingArguments that decide how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
 # Fields of a model's configuration that earlier runs do not have, which are as if they had the default.
-ADDED = {"balance_rate": 1e-3}
+ADDED = {"balance_rate": 1e-3, "threshold_decay": 0.9, "shared_experts": 0}
 DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
 
 
@@ -158,7 +158,8 @@ class RunFacts:
     final_loss: nats a token over the whole split; regrouping_spread: between ways to group it, None where rows of a
         batch do not influence each other.
     parameters, forward_flops_per_token: of the model; corpus: `Prepared.facts`.
-    versions, commit, hardware, cores, threads: software and machine; sample: a continuation of `SAMPLE_PROMPT`.
+    versions, commit, hardware, cores, threads: software and machine; sample: a continuation of `SAMPLE_PROMPT`, None
+        of a model that is not causal.
     """
 
     name: str
@@ -177,7 +178,7 @@ class RunFacts:
     corpus: dict[str, Any]
     versions: dict[str, str | None]
     commit: str | None
-    sample: str
+    sample: str | None = None
     hardware: str
     cores: int | None
     threads: int

@@ -7,12 +7,14 @@ A finished run is a directory with config.yaml, metrics.jsonl, run.json and, aft
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from reprlib import repr
 from typing import Any
+
+import numpy as np
 
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
@@ -69,11 +71,11 @@ def check_resumed(out: Path, config: RunConfig) -> None:
                 "give the same flags, or name another directory with --out"
             )
     sizes = {started.micro_batch or config.micro_batch, config.micro_batch}  # not known of a run of format 0
-    balanced = [routing.title for routing in config.model_config.routings if routing.balanced]
+    balanced = [routing.title for routing in config.model_config.routings if routing.auxiliary]
     if balanced and len(sizes) > 1 and not (out / records.FACTS).is_file():
         raise ValueError(
             f"{out} was started with micro-batches of {started.micro_batch} rows, now they have {config.micro_batch}: "
-            f"{balanced[0]}'s load-balancing loss and capacity are of a micro-batch; keep processes x accumulation"
+            f"{balanced[0]}'s auxiliary loss is of a micro-batch; keep processes x accumulation"
         )
 
 
@@ -133,6 +135,9 @@ class Run:
             lines.append(f"3 ways to group that text differ by {facts.regrouping_spread:.4f} nats")
         speed = f"{facts.seconds:.0f} s of training, {facts.tokens_per_second} tokens/s"
         lines.append(f"{speed}. Everything is in {self.directory}.")
+        if facts.sample is None:
+            lines.append("It is not causal: its loss is low because it sees what follows, and it cannot write.")
+            return "\n".join(lines)
         return "\n".join([*lines, f"A lone prompt, continued:\n\n{SAMPLE_PROMPT}{facts.sample}"])
 
     def to_json(self) -> str:
@@ -147,8 +152,26 @@ class Run:
     @cached_property
     def flops(self) -> tuple[float, float]:
         """FLOPs per token in training: of the forward pass, of both passes."""
-        forward, backward = flops_per_token(self.model_config, batch=self.config.batch_size)
+        return self._flops()
+
+    def _flops(self, experts_per_token: float | None = None) -> tuple[float, float]:
+        sizes = {"batch": self.config.batch_size, "experts_per_token": experts_per_token}
+        forward, backward = flops_per_token(self.model_config, **sizes)
         return sum(forward.values()), sum(forward.values()) + sum(backward.values())
+
+    def flops_at(self, tokens: Sequence[float]) -> list[float]:
+        """FLOPs of training until so many tokens. Where the experts of a token vary, as telemetry has measured them."""
+        nominal = [count * self.flops[1] for count in tokens]
+        config = self.model_config
+        if not any(routing.varies for routing in config.routings):
+            return nominal
+        known = [(row.tokens, _experts_per_token(row)) for row in self.rows]
+        costs = [(at, self._flops(experts)[1]) for at, experts in known if experts is not None]
+        if not costs:
+            return nominal
+        at, cost = np.array([(0, costs[0][1]), *costs, (max(*tokens, costs[-1][0]), costs[-1][1])]).T
+        spent = np.concatenate([[0.0], np.cumsum(np.diff(at) * (cost[1:] + cost[:-1]) / 2)])
+        return np.interp(tokens, at, spent).tolist()
 
     @cached_property
     def curve(self) -> list[Point]:
@@ -160,10 +183,10 @@ class Run:
             raise ValueError(f"{self.directory} was not evaluated while it trained: its metrics.jsonl has no eval_loss")
         tokens, flops = (self.switch.tokens, self.switch.flops_per_token) if self.switch is not None else (0, 0.0)
         points = []
-        for row in self.evaluations:
-            before = min(row.tokens, tokens)
-            spent = before * flops + (row.tokens - before) * self.flops[1]
-            points.append(Point(row.step, row.tokens, row.seconds, spent, row.eval_loss))  # pyright: ignore
+        before = [min(row.tokens, tokens) for row in self.evaluations]
+        after = self.flops_at([row.tokens - had for row, had in zip(self.evaluations, before, strict=True)])
+        for row, had, own in zip(self.evaluations, before, after, strict=True):
+            points.append(Point(row.step, row.tokens, row.seconds, had * flops + own, row.eval_loss))  # pyright: ignore
         if (at := self.switch) is not None:
             place = sum(point.step <= at.step for point in points)
             points.insert(place, Point(at.step, at.tokens, at.seconds, at.tokens * flops, at.at_the_switch))
@@ -203,6 +226,12 @@ class Run:
         return Stages(step, loss, evaluated[-1][1], first, last)
 
 
+def _experts_per_token(row: MetricsRow) -> float | None:
+    """Mean over the layers where it was measured."""
+    known = [layer["experts_per_token"] for layer in (row.layers or {}).values() if "experts_per_token" in layer]
+    return sum(known) / len(known) if known else None
+
+
 def _worst(layers: Iterable[dict[str, float]]) -> Load:
     known = [layer for layer in layers if "largest_load" in layer]
     largest_load, dropped = (max(layer[key] for layer in known) for key in ("largest_load", "dropped"))
@@ -228,8 +257,15 @@ def read(directory: Path) -> Run:
 
 
 def pack(run: Run, file: Path, *, telemetry: bool) -> None:
-    """Write a run as one file: with `telemetry` all rows, else the evaluations without their layers."""
-    rows = run.rows if telemetry else [replace(row, layers=None) for row in run.evaluations]
+    """Write a run as one file: with `telemetry` all rows, else the evaluations without their layers.
+
+    Where the experts of a token vary, the number of them stays: FLOPs are counted by it.
+    """
+    rows = run.rows
+    if not telemetry and any(routing.varies for routing in run.model_config.routings):
+        rows = [replace(row, layers=_alone(row, "experts_per_token")) for row in rows]
+    elif not telemetry:
+        rows = [replace(row, layers=None) for row in run.evaluations]
     written = {
         "format": FORMAT,
         "config": asdict(run.config),
@@ -240,6 +276,11 @@ def pack(run: Run, file: Path, *, telemetry: bool) -> None:
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in written.items() if key != "metrics"]
     metrics = ",\n".join(f"    {json.dumps(row)}" for row in written["metrics"])
     write_text(file, "{\n" + ",\n".join(lines) + f',\n  "metrics": [\n{metrics}\n  ]\n}}\n')
+
+
+def _alone(row: MetricsRow, measure: str) -> dict[str, dict[str, float]] | None:
+    kept = {i: {measure: layer[measure]} for i, layer in (row.layers or {}).items() if measure in layer}
+    return kept or None
 
 
 def _unpacked(file: Path) -> Run:

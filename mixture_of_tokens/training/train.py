@@ -199,7 +199,7 @@ def _finish(
         forward_flops_per_token=round(sum(flops_per_token(config, batch=run.batch_size).forward.values())),
         corpus=prepared.facts,
         **made_by,
-        sample=continue_prompts(model, prepared.tokenizer, [SAMPLE_PROMPT])[0],
+        sample=continue_prompts(model, prepared.tokenizer, [SAMPLE_PROMPT])[0] if config.causal else None,
         **provenance.hardware("cpu" if trainer.args.use_cpu else None),
     )
     facts.write(out / records.FACTS)

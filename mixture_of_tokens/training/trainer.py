@@ -110,10 +110,9 @@ class GroupedTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, use_cache=False)
-        loss, aux_loss = outputs.loss, outputs.aux_loss
-        cross_entropy = loss if aux_loss is None else loss - self.causal_lm.config.router_aux_loss_coef * aux_loss
-        self._reported.append((cross_entropy.detach(), None if aux_loss is None else aux_loss.detach()))
-        return (loss, outputs) if return_outputs else loss
+        aux_loss = outputs.aux_loss
+        self._reported.append((outputs.cross_entropy.detach(), None if aux_loss is None else aux_loss.detach()))
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._reported:

@@ -1,0 +1,84 @@
+"""Soft MoE, which mixes the positions of one text and so is not causal: for comparison. Letters as in `layers.py`."""
+
+import torch
+from torch import Tensor
+
+from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, Router, softmax
+from mixture_of_tokens.layout import check_shapes, collect, spread
+
+
+class SoftMoE(Routed):
+    """Experts read mixtures of all positions of a text, later ones included (Puigcerver et al., arXiv 2308.00951).
+
+    Each expert has P slots, which the router tells apart. With logits of a text's token t for slot s, their eq. 1 to 3:
+
+        dispatch[t, s] = exp(logit[t, s]) / sum_u exp(logit[u, s])      softmax over the positions
+        combine[t, s]  = exp(logit[t, s]) / sum_r exp(logit[t, r])      softmax over the slots
+        y[s]           = FFN_e(sum_t dispatch[t, s] * x_t)              e is the expert of the slot
+        out[t]         = sum_s combine[t, s] * y[s]
+
+    A token's output depends on the text that follows it. Such a model can be trained, and its loss is low for that
+    reason; it cannot write text. Their normalisation of inputs, for wide models, is left out.
+
+    Args beyond those of `Routed`:
+        num_slots: P. Per token of T positions, experts cost E * P / T rows.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        num_slots: int = 1,
+        *,
+        gated: bool = True,
+        activation: str = "silu",
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
+    ):
+        if num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, not {num_slots}")
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            gated=gated,
+            activation=activation,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+            initializer_scale=initializer_scale,
+        )
+        self.num_slots = num_slots
+        self.gate = Router(
+            hidden_size,
+            num_experts * num_slots,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+        )
+        self.gate.reset_parameters(initializer_scale)
+
+    def weights(self, logits_BTS: Tensor, mask_BT1: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Dispatch and combine weights (B, T, E * P); the slots of an expert are neighbours."""
+        combine_BTS = softmax(logits_BTS, dim=2)
+        if mask_BT1 is not None:
+            combine_BTS = combine_BTS.masked_fill(~mask_BT1, 0)
+            # Not -inf: a text without real tokens must not become NaN.
+            logits_BTS = logits_BTS.masked_fill(~mask_BT1, torch.finfo(logits_BTS.dtype).min)
+        return softmax(logits_BTS, dim=1), combine_BTS
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        check_shapes(x_BTD, token_mask)
+        mask_BT1 = None
+        if token_mask is not None:
+            mask_BT1 = token_mask.bool()[..., None]
+            x_BTD = x_BTD.masked_fill(~mask_BT1, 0)
+        dispatch_BTS, combine_BTS = self.weights(self.gate(x_BTD), mask_BT1)
+        slots_SBD = collect(dispatch_BTS.to(x_BTD.dtype), x_BTD.contiguous())
+        y_ERD = self.experts(slots_SBD.unflatten(0, (self.num_experts, self.num_slots)).flatten(1, 2))
+        y_SBD = y_ERD.unflatten(1, (self.num_slots, -1)).flatten(0, 1)
+        y_BTD = spread(combine_BTS.to(x_BTD.dtype), y_SBD).to(x_BTD.dtype)
+        return y_BTD if mask_BT1 is None else y_BTD.masked_fill(~mask_BT1, 0)

@@ -1,0 +1,225 @@
+"""Sparse routings in which a token goes to every expert whose score is above a threshold. Letters as in `layers.py`.
+
+How many experts a token gets varies; on average it is to be `num_experts_per_tok`, K. Nothing is dropped, a token's
+experts depend on that token alone, and the rule of training is that of evaluation. After each step of training
+`balance` moves what decides how many there are.
+"""
+
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, summed_over_processes
+from mixture_of_tokens.layout import check_shapes, ragged_linear
+
+
+class _Above(Routed):
+    """What the two share: K, and experts on the pairs of a token and an expert whose gate is above zero."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int = 1,
+        gated: bool = True,
+        activation: str = "silu",
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
+    ):
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            gated=gated,
+            activation=activation,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+            initializer_scale=initializer_scale,
+        )
+        if not 1 <= num_experts_per_tok <= num_experts:
+            raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
+        self.num_experts_per_tok = num_experts_per_tok
+
+    def gates(self, logits_SE: Tensor) -> Tensor:
+        """The gates (S, E) by the router's logits, zero for the experts that a token does not go to."""
+        raise NotImplementedError
+
+    def note(self, logits_SE: Tensor, real_S: Tensor, ends_E: Tensor) -> None:
+        """Called with the logits of a training batch, where tokens are real, and the running number of choices."""
+        raise NotImplementedError
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        check_shapes(x_BTD, token_mask)
+        B, T, D = x_BTD.shape
+        mask_BT = x_BTD.new_ones(B, T, dtype=torch.bool) if token_mask is None else token_mask.bool()
+        real_S = mask_BT.T.flatten()  # positions first, as in `TokenChoice`
+        x_SD = x_BTD.transpose(0, 1).flatten(0, 1).masked_fill(~real_S[:, None], 0)
+        logits_SE = self.gate(x_SD.view(T, B, D)).flatten(0, 1)
+        gate_SE = self.gates(logits_SE).masked_fill(~real_S[:, None], 0)
+        expert_A, token_A = (gate_SE > 0).T.nonzero(as_tuple=True)  # expert by expert, and in each in order
+        ends_E = torch.searchsorted(expert_A, torch.arange(self.num_experts, device=x_SD.device), right=True)
+        if self.training and torch.is_grad_enabled():  # not of telemetry
+            self.note(logits_SE.detach(), real_S, ends_E)
+        y_AD = self.experts(x_SD[token_A], lambda x, weight: ragged_linear(x, weight, ends_E))
+        y_AD = gate_SE[token_A, expert_A, None] * y_AD
+        y_SD = y_AD.new_zeros(B * T, D).index_add(0, token_A, y_AD)
+        return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
+
+
+class ReMoE(_Above):
+    """Gates are the positive logits, and a penalty on them makes them few (Wang et al., arXiv 2412.14711, ICLR 2025).
+
+        gate[t, e] = relu(x_t . c_e / temperature)
+
+    The gates are continuous: an expert comes in and goes out with weight zero. The loss adds `l1_weight` times the mean
+    over layers of `loss.load_balancing_loss` of the gates, their L1 norm in which each expert counts by its load (their
+    equation 9). After each step `balance` multiplies the weight, the same in all layers, by `l1_factor` where tokens go
+    to more than K experts on average, over all layers, and divides it where they go to fewer (their equation 7). It
+    starts at `l1_start`, at which half of the experts are active, so the first steps cost more than the others.
+    """
+
+    l1_weight: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int = 1,
+        l1_start: float = 1e-8,
+        l1_factor: float = 1.2,
+        gated: bool = True,
+        activation: str = "silu",
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
+    ):
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            gated=gated,
+            activation=activation,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+            initializer_scale=initializer_scale,
+        )
+        if not (l1_start > 0 and l1_factor > 1):
+            raise ValueError(f"l1_start must be above 0 and l1_factor above 1, not {l1_start} and {l1_factor}")
+        self.l1_start, self.l1_factor = l1_start, l1_factor
+        self.register_buffer("l1_weight", torch.empty(()))
+        self.reset_state()
+        self.noted: Tensor | None = None  # choices and tokens since the last `balance`; no buffer: DDP would overwrite
+
+    def reset_state(self) -> None:
+        torch.nn.init.constant_(self.l1_weight, self.l1_start)
+
+    def gates(self, logits_SE: Tensor) -> Tensor:
+        return logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32)).relu()
+
+    def note(self, logits_SE: Tensor, real_S: Tensor, ends_E: Tensor) -> None:
+        noted = torch.stack([ends_E[-1], real_S.sum()])
+        self.noted = noted if self.noted is None else self.noted + noted
+
+    @staticmethod
+    @torch.no_grad()
+    def balance(layers: "Sequence[ReMoE]") -> None:
+        noting = [layer for layer in layers if layer.noted is not None]
+        if not noting:
+            return
+        counts = [layer.noted for layer in noting if layer.noted is not None]
+        choices, tokens = summed_over_processes(torch.stack(counts).sum(0))
+        for layer in noting:
+            layer.noted = None
+            more = choices > layer.num_experts_per_tok * tokens
+            layer.l1_weight *= torch.where(more, layer.l1_factor, 1 / layer.l1_factor)
+
+
+class ExpertThreshold(_Above):
+    """Each expert takes the tokens whose logit is above its running threshold (Sun et al., arXiv 2603.11535).
+
+        gate[t, e] = sigmoid(logit[t, e]) where logit[t, e] > threshold[e], else 0
+
+    The threshold follows the logit that the expert's even share of tokens, K / E of them, is above. After each step
+    `balance` moves it there, by an exponential average over steps with the factor `threshold_decay`. So the load is
+    even without a loss. As in Expert Choice, experts choose the tokens; but nothing depends on the other tokens of the
+    batch. At first it is the threshold for inputs whose elements are normal with variance one. Their runs begin with
+    Expert Choice over the whole batch, which is not causal; this does not.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int = 1,
+        threshold_decay: float = 0.9,
+        gated: bool = True,
+        activation: str = "silu",
+        temperature: float = 1.0,
+        learnable_temperature: bool = False,
+        router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
+    ):
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            gated=gated,
+            activation=activation,
+            temperature=temperature,
+            learnable_temperature=learnable_temperature,
+            router_dtype=router_dtype,
+            initializer_scale=initializer_scale,
+        )
+        if not 0 <= threshold_decay < 1:
+            raise ValueError(f"threshold_decay must be at least 0 and below 1, not {threshold_decay}")
+        self.threshold_decay = threshold_decay
+        self.register_buffer("threshold", torch.empty(num_experts))
+        self.reset_state()
+        # The sum of the thresholds of batches, and their number, since the last `balance`; no buffer, as above.
+        self.noted: Tensor | None = None
+
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        share = self.num_experts_per_tok / self.num_experts
+        quantile = NormalDist().inv_cdf(1 - share) if share < 1 else -torch.inf
+        self.threshold.copy_(self.gate.weight.norm(dim=1) / self.gate.temperature * quantile)
+
+    def gates(self, logits_SE: Tensor) -> Tensor:
+        logits_SE = logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32))
+        return logits_SE.sigmoid() * (logits_SE > self.threshold)
+
+    def note(self, logits_SE: Tensor, real_S: Tensor, ends_E: Tensor) -> None:
+        count = int(real_S.sum())
+        share = round(count * self.num_experts_per_tok / self.num_experts)
+        noted = self.threshold.new_zeros(self.num_experts + 1)  # all processes note something
+        if 0 < share < count:  # else too few tokens, or an even share is all of them
+            noted[:-1] = logits_SE[real_S].kthvalue(count - share, dim=0).values
+            noted[-1] = 1
+        self.noted = noted if self.noted is None else self.noted + noted
+
+    @staticmethod
+    @torch.no_grad()
+    def balance(layers: "Sequence[ExpertThreshold]") -> None:
+        for layer in layers:
+            if layer.noted is None:
+                continue
+            noted, layer.noted = summed_over_processes(layer.noted), None
+            if noted[-1] > 0:
+                layer.threshold.lerp_(noted[:-1] / noted[-1], 1 - layer.threshold_decay)
