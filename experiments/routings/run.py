@@ -1,8 +1,8 @@
 """Routings side by side, three seeds: the losses of docs/results.md, and when each reaches the dense model's.
 
     python experiments/routings/run.py            # some three hours of one core; goes on where it was stopped
-    python experiments/routings/run.py --sweep    # peak rates and settings on the tuning split; some two hours of one core
-    python experiments/routings/run.py --time     # milliseconds of a step of the trained models: four minutes, idle machine
+    python experiments/routings/run.py --sweep    # peak rates and settings on the tuning split; two hours of one core
+    python experiments/routings/run.py --time     # a step of the trained models; four minutes of an idle machine
     python experiments/routings/run.py --table    # the tables: Markdown
 
 1,200 steps of 8,192 tokens of the standard library's source (of Python 3.11.7, for the text that is committed). Every

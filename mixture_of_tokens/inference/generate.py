@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from mixture_of_tokens.formatting import Result
+from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, weights_hash
@@ -140,6 +141,8 @@ def generate(
     run, texts = str(run), [prompt] if isinstance(prompt, str) else prompt or []
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     model, tokenizer = load_model(run, alone=alone), load_tokenizer_of(run)
+    if not getattr(model.config, "causal", True):
+        raise ValueError(CANNOT_WRITE)
     context = context_of(model)
     # Our models are trained without special tokens; others may need one at the beginning of a text.
     special = not isinstance(model, MixtureOfTokensForCausalLM)

@@ -1,0 +1,201 @@
+"""Expert Threshold and ReMoE: what brings load and number of experts to where they are to be. Soft MoE, as a model."""
+
+import json
+import shutil
+from statistics import NormalDist
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from mixture_of_tokens import train
+from mixture_of_tokens.layers import Routed
+from mixture_of_tokens.loss import l1_loss, load_balancing_loss
+from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
+from mixture_of_tokens.training.options import Options
+from processes import mot
+from routings import tokens
+
+D, F, E, K = 6, 5, 8, 2
+
+
+class Count:
+    """How many of the tokens that a layer gets go to each expert."""
+
+    def __init__(self, layer: Routed):
+        self.layer = layer
+        self.share_E = torch.zeros(0)
+
+    @torch.no_grad()
+    def of(self, x: Tensor) -> "Count":
+        chosen_SE = self.layer.gates(self.layer.gate(x).flatten(0, 1)) > 0  # pyright: ignore
+        self.share_E = chosen_SE.double().mean(0)
+        return self
+
+
+def uneven(seed: int, rows: int = 64) -> Tensor:
+    """Tokens with a mean and other scales in each direction, so that experts' logits have other distributions."""
+    return tokens(rows, 32, D, seed=seed, dtype=torch.float32) * torch.arange(1, D + 1) + 1
+
+
+def thresholds(**options) -> ExpertThreshold:
+    torch.manual_seed(0)
+    return ExpertThreshold(D, F, E, num_experts_per_tok=K, initializer_scale=1.0, **options)
+
+
+def test_every_expert_gets_its_even_share_of_tokens_that_it_has_not_seen():
+    layer = thresholds(threshold_decay=0.8)
+    fresh = uneven(99, rows=512)
+    assert not ((Count(layer).of(fresh).share_E / (K / E) - 1).abs() < 0.1).all()  # the control: before any step
+    for step in range(40):
+        layer(uneven(step))
+        ExpertThreshold.balance([layer])
+    assert_close(Count(layer).of(fresh).share_E, torch.full((E,), K / E, dtype=torch.float64), rtol=0.1, atol=0)
+
+
+def test_before_the_first_step_the_load_is_even_for_normal_inputs():
+    layer = thresholds(temperature=0.25)
+    assert_close(
+        Count(layer).of(tokens(512, 32, D, dtype=torch.float32)).share_E.mean().item(), K / E, rtol=0.05, atol=0
+    )
+    quantile = NormalDist().inv_cdf(1 - K / E)
+    assert_close(layer.threshold, 4 * layer.gate.weight.norm(dim=1) * quantile)
+    assert ExpertThreshold(D, F, 2, num_experts_per_tok=2).threshold.tolist() == [-torch.inf] * 2  # all take all
+
+
+def by_number(layer: ExpertThreshold) -> ExpertThreshold:
+    """Whose logit for an expert is the first number of a token."""
+    with torch.no_grad():
+        layer.gate.weight.copy_(torch.eye(D)[:1].expand(E, D))
+        layer.threshold.zero_()
+    return layer
+
+
+def numbered(*numbers: float) -> Tensor:
+    return torch.tensor(numbers)[:, None, None] * torch.eye(D)[:1]
+
+
+def test_the_threshold_goes_part_of_the_way_to_the_mean_over_micro_batches():
+    """Of 8 tokens an even share, K / E = 1 / 4, is two: the third largest is what they are above."""
+    layer, mask = by_number(thresholds(threshold_decay=0.75)), torch.ones(8, 1, dtype=torch.bool)
+    layer(numbered(1, 2, 3, 4, 5, 6, 7, 8))  # 6
+    mask[6:] = False
+    layer(numbered(11, 12, 13, 14, 15, 16, 99, 99), mask)  # of six real tokens a share of 1.5, as two: 14
+    ExpertThreshold.balance([layer])
+    assert layer.threshold.tolist() == pytest.approx([0.25 * 10] * E)
+    ExpertThreshold.balance([layer])  # nothing was seen since
+    assert layer.threshold.tolist() == pytest.approx([2.5] * E)
+
+
+@pytest.mark.parametrize("kind", [ExpertThreshold, ReMoE])
+def test_nothing_is_noted_but_training_on_real_tokens(kind):
+    layer, x = kind(D, F, E, num_experts_per_tok=K), uneven(0)
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    layer.eval()(x)
+    with torch.no_grad():
+        layer.train()(x)
+    kind.balance([layer])
+    assert all(value.equal(before[name]) for name, value in layer.named_buffers())
+    layer(x[:1, :1], torch.zeros(1, 1, dtype=torch.bool))
+    kind.balance([layer])
+    assert all(value.isfinite().all() for value in layer.buffers())
+
+
+def remoe(**options) -> ReMoE:
+    torch.manual_seed(0)
+    return ReMoE(D, F, E, num_experts_per_tok=K, initializer_scale=1.0, **options)
+
+
+def test_the_penalty_weighs_more_while_the_layers_together_have_too_many_experts():
+    many, few = remoe(l1_start=1e-4, l1_factor=1.5), remoe(l1_start=1e-4, l1_factor=1.5)
+    x = tokens(4, 3, D, dtype=torch.float32).abs()
+    with torch.no_grad():
+        many.gate.weight.fill_(1)  # all experts for every token
+        few.gate.weight.fill_(-1)  # none
+    many(x), few(x)
+    ReMoE.balance([many, few])  # 8 and 0: 4 on average, and 2 are asked
+    assert [float(layer.l1_weight) for layer in (many, few)] == pytest.approx([1.5e-4] * 2)
+    many(x[:1]), few(x)  # 8 for a quarter as many: 1.6 on average
+    ReMoE.balance([many, few])
+    assert [float(layer.l1_weight) for layer in (many, few)] == pytest.approx([1e-4] * 2)
+
+
+def test_the_penalty_brings_the_number_of_experts_to_the_target():
+    layer, found = remoe(), []
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    logits: list[Tensor] = []
+    layer.gate.register_forward_hook(lambda module, args, output: logits.append(output))
+    target = nn.Linear(D, D, bias=False).requires_grad_(False)
+    for step in range(400):
+        x = uneven(step, rows=8)
+        loss = (layer(x) - target(x)).square().mean() + layer.l1_weight * l1_loss(logits.pop(), K, None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ReMoE.balance([layer])
+        found.append(Count(layer).of(x).share_E.sum().item())
+    logits.clear()
+    assert found[0] > 1.5 * K
+    assert sum(found[-100:]) / 100 == pytest.approx(K, rel=0.05)
+
+
+def test_the_penalty_is_the_l1_norm_with_busy_experts_counted_more():
+    # Gates of two tokens for three experts: (2, 0, 4) and (0, 0, 1). Shares of tokens: 1/2, 0, 1; over k = 2 and times
+    # E = 3: 3/4, 0, 3/2. Mean gates: 1, 0, 5/2.
+    logits = torch.tensor([[2.0, -1, 4], [-3, 0, 1]])
+    assert l1_loss(logits, 2, None).item() == pytest.approx(3 / 4 * 1 + 3 / 2 * 5 / 2)
+    masked = torch.cat([logits, torch.full((1, 3), 9.0)])
+    assert l1_loss(masked, 2, torch.tensor([True, True, False])).item() == pytest.approx(4.5)
+    assert load_balancing_loss(logits, 2, None).item() != pytest.approx(4.5)
+
+
+def options(data, **training: str) -> Options:
+    training = {"logging_steps": "1", "save_steps": "4", "eval_steps": "4", "save_total_limit": "5"} | training
+    return Options(steps=8, batch_size=16, device="cpu", data=[str(data)], training=training)
+
+
+@pytest.mark.parametrize("system", ["STC", "ET", "ReMoE"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(system, small_corpus, tmp_path):
+    """What balances the load is part of a checkpoint."""
+    whole = train(f"{system}-Nano/4E", out=tmp_path / "whole", options=options(small_corpus))
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "whole", again)
+    for made_later in ("run.json", "model", "checkpoint-8"):
+        path = again / made_later
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resumed = train(f"{system}-Nano/4E", out=again, options=options(small_corpus), resume=True)
+    assert whole is not None
+    assert resumed is not None
+    assert resumed.facts.final_loss == whole.facts.final_loss
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (whole.directory, again)]
+    assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
+    state = [value for name, value in weights[0].items() if name.rpartition(".")[2] in STATE]
+    assert len(state) == 2  # of two sparse layers
+    assert not torch.equal(load_file(again / "checkpoint-4" / "model.safetensors")[name_of_state(weights[0])], state[0])
+
+
+STATE = ("selection_bias", "threshold", "l1_weight")
+
+
+def name_of_state(weights: dict[str, Tensor]) -> str:
+    return next(name for name in weights if name.rpartition(".")[2] in STATE)
+
+
+def test_soft_moe_can_be_trained_and_audited_and_does_not_write(small_corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = ("--steps", 2, "--batch-size", 16, "--device", "cpu", "--data", small_corpus, "--out", run)
+    mot("train", "SoftMoE-Nano/4E", *flags)
+    assert "It is not causal" in capsys.readouterr().out
+    assert json.loads((run / "run.json").read_text())["sample"] is None
+    with pytest.raises(SystemExit, match="1"):
+        mot("audit", run, "--expect", "causal")
+    assert "causal: NO; private: no" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        mot("generate", run, "--prompt", "abc")
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 1
+    assert "it cannot write. To write, train a causal routing, such as MoT-" in shown[0]
+    mot("report", run)
+    assert "SoftMoE-Nano/4E  no      no" in capsys.readouterr().out
