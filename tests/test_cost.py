@@ -24,6 +24,7 @@ from test_names import PAPER
 
 KINDS = list(ROUTINGS)
 GATED = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+SHARED = {"shared_experts": 3}
 SPARSE = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
 
 # Millions of parameters as in the paper's table (`PAPER` has the sizes).
@@ -144,7 +145,7 @@ def kept_bytes(config: MixtureOfTokensConfig, batch: int, dtype: torch.dtype) ->
 @GATED
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_are_those_of_the_model(kind, gated):
-    for changes in ({}, {"attention_bias": True, "learnable_temperature": True}, {"tie_word_embeddings": True}):
+    for changes in ({}, {"attention_bias": True, "learnable_temperature": True}, {"tie_word_embeddings": True}, SHARED):
         config = odd_config(kind, gated=gated, **changes)
         assert parameters(config)["total"] == sum(p.numel() for p in on_meta(config).parameters())
 
@@ -197,6 +198,19 @@ def test_flops_of_named_models(name):
     flops = flops_per_token(config)
     total = sum(flops.forward.values()) + sum(flops.backward.values())
     assert round(total * 32 * 256, 1) == counted_flops(config, 32, 256, training=True)
+
+
+@pytest.mark.parametrize("kind", ["mixture_of_tokens", "sigmoid_choice"])
+def test_shared_experts_are_counted(kind):
+    config = odd_config(kind, **SHARED)
+    forward, backward = (sum(f.values()) for f in flops_per_token(config, batch=14))
+    assert round((forward + backward) * 14 * 9, 3) == counted_flops(config, 14, 9, training=True)
+    named = config_from_name(f"{'MoT' if kind == 'mixture_of_tokens' else 'STC'}-Nano/16E/8", **SHARED)
+    assert memory(named, batch=32)["activations"] == pytest.approx(kept_bytes(named, 32, torch.float32), rel=0.06)
+    assert (
+        sum(plan_of(named, 128).flops_per_token["forward"][part] for part in ("feed_forward", "experts"))
+        == (flops_per_token(config_from_name("Transformer-Nano")).forward["feed_forward"])
+    )
 
 
 @SPARSE

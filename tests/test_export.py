@@ -125,9 +125,10 @@ def check_keys_and_shapes(out, own) -> None:
             "Qwen3MoeForCausalLM",
         ),
         ("sigmoid_choice", {"router_temperature": 0.5}, "Dots1ForCausalLM"),
+        ("sigmoid_choice", {"shared_experts": 2}, "Dots1ForCausalLM"),
         ("dense", {}, "Qwen3ForCausalLM"),
     ],
-    ids=["token_choice", "sigmoid_choice", "dense"],
+    ids=["token_choice", "sigmoid_choice", "shared_experts", "dense"],
 )
 def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist(
     kind, options, expected, saved, elsewhere, tmp_path, capsys
@@ -324,7 +325,8 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
             "mixture_of_tokens",
             "is no run directory, so its text is not known: a Mixture of Tokens is distilled on the text",
         ),
-        ("uniform", "uniform layers are not in plain transformers: they cannot be exported"),
+        ("uniform", "they cannot be exported; models that can are Transformer-, TC-, STC-, MoT-"),
+        ("shared", "Qwen3-MoE, with softmax gates, has no shared experts: this model cannot be exported"),
         ("expert_choice", "expert_choice layers are not in plain transformers: they cannot be exported"),
         ("plain", "plain feed-forwards (gated false) are not in Qwen3"),
         ("another order", "in Dots1 the first blocks are dense and all others sparse"),
@@ -344,6 +346,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
         directory = saved("sigmoid_choice", mlp_layer_types=["sigmoid_choice", "dense", "sigmoid_choice"])
     elif given == "foreign tokenizer":
         directory = saved("token_choice", vocab_size=200)
+    elif given == "shared":
+        directory = saved("token_choice", shared_experts=1)
     elif given in ("mixture_of_tokens", "uniform", "expert_choice"):
         directory = saved(given)
     else:

@@ -117,9 +117,10 @@ def test_processes_share_an_evaluation_and_find_what_one_does_bit_for_bit(small_
     assert max(each for _, each in shared) <= batches // 2 + 2  # of two evaluations
 
 
-def test_the_selection_bias_counts_all_parts_of_a_step(small_corpus, tmp_path):
-    _, gradients, metrics = in_layout("STC-Nano/4E", "1x4", small_corpus, tmp_path)
-    _, others, other_metrics = in_layout("STC-Nano/4E", "2x2", small_corpus, tmp_path)
+@pytest.mark.parametrize("system", ["STC", "ET", "ReMoE"])
+def test_what_balances_the_load_counts_all_parts_of_a_step(system, small_corpus, tmp_path):
+    _, gradients, metrics = in_layout(f"{system}-Nano/4E", "1x4", small_corpus, tmp_path)
+    _, others, other_metrics = in_layout(f"{system}-Nano/4E", "2x2", small_corpus, tmp_path)
     assert [row["train_loss"] for row in other_metrics] == pytest.approx(
         [row["train_loss"] for row in metrics], rel=1e-5
     )

@@ -46,6 +46,25 @@ def test_a_token_gets_its_top_experts_by_the_same_logits(learnable, top_k):
             assert torch.equal(target.get_parameter(name), value), name
 
 
+def test_shared_experts_stay_as_they_are():
+    source = small_model("mixture_of_tokens", shared_experts=2, num_experts_per_tok=2)
+    target, _ = switched(source, scores="sigmoid")
+    names = [name for name, _ in source.named_parameters() if "shared_experts" in name]
+    assert len(names) == 3
+    assert all(torch.equal(source.get_parameter(name), target.get_parameter(name)) for name in names)
+    # What a block gives is what its routed experts give and what the shared ones do.
+    block, x = source.model.layers[1], torch.randn(3, 4, 16)
+    noted = []
+    block.mlp.register_forward_hook(lambda module, args, output: noted.append((args[0], output)))
+    positions = source.model.rotary_emb(x, torch.arange(4)[None])
+    y = block(x, position_embeddings=positions, attention_mask=None)
+    (normed, routed), with_them = noted.pop(), y
+    shared, block.shared_experts = block.shared_experts, None
+    assert_close(with_them - block(x, position_embeddings=positions, attention_mask=None), shared(normed))
+    assert shared.down_proj.weight.shape == (16, 2 * 12)
+    assert routed.abs().max() > 0
+
+
 @pytest.mark.parametrize("kind", ["dense", "uniform", "token_choice", "expert_choice"])
 def test_only_a_mixture_with_a_router_becomes_token_choice(kind):
     with pytest.raises(ValueError, match="only a Mixture of Tokens with a router can become Token Choice"):

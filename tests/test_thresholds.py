@@ -1,6 +1,7 @@
 """Expert Threshold and ReMoE: what brings load and number of experts to where they are to be. Soft MoE, as a model."""
 
 import json
+import re
 import shutil
 from statistics import NormalDist
 
@@ -123,21 +124,20 @@ def test_the_penalty_weighs_more_while_the_layers_together_have_too_many_experts
 
 
 def test_the_penalty_brings_the_number_of_experts_to_the_target():
-    layer, found = remoe(), []
-    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    layer, found = remoe(l1_factor=1.1), []
+    optimizer = torch.optim.Adam(layer.parameters(), lr=3e-2)
     logits: list[Tensor] = []
     layer.gate.register_forward_hook(lambda module, args, output: logits.append(output))
     target = nn.Linear(D, D, bias=False).requires_grad_(False)
     for step in range(400):
-        x = uneven(step, rows=8)
+        x = tokens(16, 16, D, seed=step, dtype=torch.float32) + 2  # around zero, half of all logits are positive
         loss = (layer(x) - target(x)).square().mean() + layer.l1_weight * l1_loss(logits.pop(), K, None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ReMoE.balance([layer])
         found.append(Count(layer).of(x).share_E.sum().item())
-    logits.clear()
-    assert found[0] > 1.5 * K
+    assert found[0] > 1.2 * K
     assert sum(found[-100:]) / 100 == pytest.approx(K, rel=0.05)
 
 
@@ -198,4 +198,6 @@ def test_soft_moe_can_be_trained_and_audited_and_does_not_write(small_corpus, tm
     assert len(shown) == 1
     assert "it cannot write. To write, train a causal routing, such as MoT-" in shown[0]
     mot("report", run)
-    assert "SoftMoE-Nano/4E  no      no" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(r"SoftMoE-Nano/4E +no +no +by construction +yes", shown)
+    assert "SoftMoE-Nano/4E is not causal" in shown

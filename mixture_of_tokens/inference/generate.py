@@ -173,10 +173,8 @@ def generate(
         out = file.with_name(f"{file.stem}.continued.jsonl") if out is None else Path(out)
         settings |= {"weights": weights_hash(run), **sampling._asdict()}
         with owned_file(out):
-            result = Generated(_to_file(out, settings, batches, write, prompts), str(out))
-    else:
-        result = Generated(_to_screen(batches, write, prompts, tokenizer, stream))
-    return result
+            return Generated(_to_file(out, settings, batches, write, prompts), str(out))
+    return Generated(_to_screen(batches, write, prompts, tokenizer, stream))
 
 
 def read_prompts(file: Path) -> list[str]:

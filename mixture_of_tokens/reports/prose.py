@@ -57,9 +57,6 @@ def findings(comparison: Comparison) -> dict[str, list[str]]:
             *([] if found is None else [f"That is {_share(found, 'FLOPs')}."]),
             f"{_when(model, baseline)} {_beside(model.final_loss_difference)}.",
         ]
-        if model.properties["causal"] == "no":
-            sees = "it sees the tokens that it is to predict, so its loss says nothing beside the others'"
-            sentences[model.label].insert(0, f"{model.label} is not causal: {sees}.")
         apart, when = model.equal_time_loss_difference, duration(comparison.equal_time_seconds.mean)
         if apart is not None:
             sentences[model.label].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")
@@ -68,6 +65,10 @@ def findings(comparison: Comparison) -> dict[str, list[str]]:
     end = with_span(baseline.final_loss, loss)
     what = f"{baseline.label}, the baseline, ends at {end} nats a token"
     sentences[baseline.label] = [f"{what} after {comparison.steps:,} steps ({seeds_of(comparison)})."]
+    for model in comparison.models:
+        if model.properties["causal"] == "no":
+            sees = "it sees the tokens that it is to predict, so its loss says nothing beside others"
+            sentences[model.label].insert(0, f"{model.label} is not causal: {sees}.")
     return sentences
 
 
