@@ -144,7 +144,7 @@ class Router(nn.Module):
         """(..., D) -> (..., E)"""
         dtype = torch.promote_types(self.router_dtype, x.dtype)
         with full_precision(x.device):
-            return F.linear(x.to(dtype), self.weight.to(dtype)) / self.temperature.to(dtype)
+            return F.linear(x.to(dtype), self.weight.to(dtype) / self.temperature.to(dtype))
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape

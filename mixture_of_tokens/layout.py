@@ -150,8 +150,9 @@ WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know 
 # A custom operator, since `torch.compile` cannot look into a loop whose sizes depend on the data.
 @torch.library.custom_op("mixture_of_tokens::ragged_mm", mutates_args=(), tags=WAITS)
 def _ragged_mm(x_AI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    y_AO = x_AI.new_zeros(len(x_AI), weight_EOI.shape[1])
-    for rows, weight_OI in zip(_row_slices(ends_E), weight_EOI, strict=True):
+    y_AO, slices = x_AI.new_empty(len(x_AI), weight_EOI.shape[1]), _row_slices(ends_E)
+    y_AO[slices[-1].stop :] = 0
+    for rows, weight_OI in zip(slices, weight_EOI, strict=True):
         if rows.start < rows.stop:  # most experts have none where a token is served alone
             torch.mm(x_AI[rows], weight_OI.T, out=y_AO[rows])
     return y_AO

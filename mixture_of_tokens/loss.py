@@ -69,7 +69,8 @@ def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -
         logits: (..., E), before the softmax; token_mask: (...), true where a token is real, or None.
     """
     probabilities = softmax(logits, dim=-1).reshape(-1, logits.shape[-1])
-    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+    highest = probabilities.argmax(-1, keepdim=True) if top_k == 1 else probabilities.topk(top_k, dim=-1).indices
+    chosen = torch.zeros_like(probabilities).scatter(1, highest, 1.0)
     return _uneven(probabilities, chosen, top_k, token_mask)
 
 

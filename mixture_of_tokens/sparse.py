@@ -11,6 +11,11 @@ from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, softmax, summed_
 from mixture_of_tokens.layout import check_shapes, grouped, ragged_linear, ungrouped
 
 
+def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest of the last dimension, and where they are. A maximum is found six times as fast as a top 1."""
+    return scores.max(dim=-1, keepdim=True) if k == 1 else scores.topk(k, dim=-1)
+
+
 class ExpertChoice(Routed):
     """Each expert takes its top tokens of a group (Zhou et al., arXiv 2202.09368), at one position of G examples.
 
@@ -107,7 +112,7 @@ class TokenChoice(Routed):
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Gates and numbers of each token's K experts, by the router's logits (..., E)."""
-        return softmax(logits, dim=-1).topk(self.num_experts_per_tok, dim=-1)
+        return highest(softmax(logits, dim=-1), self.num_experts_per_tok)
 
     def note_load(self, ends_E: Tensor) -> None:
         """Called with the running number of choices, expert by expert."""
@@ -115,12 +120,15 @@ class TokenChoice(Routed):
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         check_shapes(x_BTD, token_mask)
         (B, T, D), E, K = x_BTD.shape, self.num_experts, self.num_experts_per_tok
-        mask_TB1 = x_BTD.new_ones(T, B, 1, dtype=torch.bool) if token_mask is None else token_mask.bool().T[..., None]
-        x_TBD = x_BTD.transpose(0, 1).masked_fill(~mask_TB1, 0)
+        x_TBD, masked_TB1 = x_BTD.transpose(0, 1), None
+        if token_mask is not None:
+            masked_TB1 = ~token_mask.bool().T[..., None]
+            x_TBD = x_TBD.masked_fill(masked_TB1, 0)
         gate_TBK, expert_TBK = self.choose(self.gate(x_TBD))
         if self.norm_topk_prob:
             gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
-        expert_TBK = expert_TBK.masked_fill(~mask_TB1, E)  # masked tokens go to no expert: sorted last, never read
+        if masked_TB1 is not None:
+            expert_TBK = expert_TBK.masked_fill(masked_TB1, E)  # masked tokens go to no expert: sorted last, never read
 
         # Assignments in order of priority (position, choice, row), then by expert with that order kept.
         expert_A, order_A = expert_TBK.transpose(1, 2).flatten().sort(stable=True)
@@ -133,7 +141,9 @@ class TokenChoice(Routed):
             y_AD = self._with_capacity(self.capacity_factor, x_AD, expert_A, ends_E)
         else:
             y_AD = self.experts(x_AD, lambda x, weight: ragged_linear(x, weight, ends_E))
-        y_AD = (gate_A1 * y_AD).masked_fill(expert_A[:, None] == E, 0)
+        y_AD = gate_A1 * y_AD
+        if masked_TB1 is not None:
+            y_AD = y_AD.masked_fill(expert_A[:, None] == E, 0)
         y_TBD = y_AD.new_zeros(T * B, D).index_add(0, token_A, y_AD).view(T, B, D)
         return y_TBD.transpose(0, 1).to(x_BTD.dtype)
 
@@ -205,7 +215,7 @@ class SigmoidChoice(TokenChoice):
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-        expert = (scores.detach() + self.selection_bias).topk(self.num_experts_per_tok, dim=-1).indices
+        _, expert = highest(scores.detach() + self.selection_bias, self.num_experts_per_tok)
         return scores.gather(-1, expert), expert
 
     def note_load(self, ends_E: Tensor) -> None:

@@ -15,6 +15,7 @@ import pytest
 from mixture_of_tokens import cli
 from mixture_of_tokens.formatting import Summary, loss, with_span
 from mixture_of_tokens.model.names import SIZES
+from mixture_of_tokens.model.routings import ROWS, properties
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -124,6 +125,12 @@ def test_the_sizes_are_those_that_names_stand_for():
         for name, size in SIZES.items()
     ]
     assert rows_under("size") == expected
+
+
+def test_the_properties_of_routings_are_those_of_the_table():
+    table = text_of("routings").split("| name | routing |")[1].split("\n\n")[0].splitlines()[2:]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")][:6] for line in table]
+    assert shown == [[f"`{row.prefix}-`", row.title, *properties([row]).values()] for row in ROWS]
 
 
 TABLES = {  # by script: its lines, and the page that shows what it prints with --table

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
 from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig, RunFacts, Switch, Transition
-from mixture_of_tokens.runs.run import Load, Run, Stages, read
+from mixture_of_tokens.runs.run import Load, Run, Stages, pack, read
 
 CORPUS = {"hash": "h", "train": {"documents": 1, "tokens": 2, "bytes": 3}}
 
@@ -95,6 +96,23 @@ def test_a_run_after_a_switch_counts_its_source_s_flops_and_has_the_loss_at_the_
     assert [(point.step, point.loss) for point in curve] == [(5, 3.0), (10, 2.0), (10, 2.5), (15, 1.8)]
     assert [point.flops / each for point in curve] == pytest.approx([15, 30, 30, 35])
     assert [point.seconds for point in curve] == [10, 20, 20, 30]
+
+
+def test_flops_are_counted_by_the_experts_that_tokens_had(tmp_path):
+    """Measured at tokens 5, 10 and 15: 3, 1 and 1 in one layer, 5, 3 and 1 in the other."""
+    made = run(tmp_path, "ReMoE-Nano/32E", losses=(3.0, 2.0, 1.8))
+    nominal = made.flops[1]
+    experts = 3 * flops_per_token(made.model_config, batch=128).forward["experts"]  # of one expert a token, both passes
+    for row, pair in zip(made.rows, ((3, 5), (1, 3), (1, 1)), strict=True):
+        row.layers = {str(i): {"experts_per_token": float(count)} for i, count in zip((2, 3), pair, strict=True)}
+        row.layers["0"] = {"branch_to_residual": 1.0}
+    extra = [5 * 3, 5 * 3 + 5 * (3 + 1) / 2, 5 * 3 + 5 * (3 + 1) / 2 + 5 * (1 + 0) / 2]  # beyond one, on straight lines
+    expected = [nominal * row.tokens + experts * more for row, more in zip(made.rows, extra, strict=True)]
+    assert [point.flops for point in made.curve] == pytest.approx(expected)
+    pack(made, tmp_path / "kept.json", telemetry=False)
+    kept = read(tmp_path / "kept")
+    assert kept.rows[0].layers == {"2": {"experts_per_token": 3.0}, "3": {"experts_per_token": 5.0}}
+    assert [point.flops for point in kept.curve] == [point.flops for point in made.curve]
 
 
 def test_the_stages_of_a_switch_are_read_off_the_rows_after_it(tmp_path):

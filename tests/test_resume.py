@@ -386,8 +386,8 @@ def test_config_says_what_was_run(whole):
 
 
 def test_token_choice_keeps_its_micro_batch_and_others_need_not(tmp_path):
-    """The balancing loss and the capacity are of a micro-batch; groups are not."""
-    for name, refused in (("TC-Nano/4E", True), ("MoT-Nano/4E", False)):
+    """The balancing loss, the capacity and thresholds are of a micro-batch; groups are not."""
+    for name, refused in (("TC-Nano/4E", True), ("ET-Nano/4E", True), ("MoT-Nano/4E", False)):
         out = tmp_path / name.replace("/", "-")
         out.mkdir()
         whole, parts = (

@@ -3,7 +3,8 @@
     python experiments/routings/run.py            # some three hours of one core; goes on where it was stopped
     python experiments/routings/run.py --sweep    # peak rates and settings on the tuning split; two hours of one core
     python experiments/routings/run.py --time     # a step of the trained models; four minutes of an idle machine
-    python experiments/routings/run.py --table    # the tables: Markdown
+    python experiments/routings/run.py --load     # how evenly the trained models' experts are used; some minutes
+    python experiments/routings/run.py --table    # the table: Markdown
 
 1,200 steps of 8,192 tokens of the standard library's source (of Python 3.11.7, for the text that is committed). Every
 system has the dense model's FLOPs in its experts, on average where the number of experts a token varies; FLOPs count it
@@ -24,13 +25,15 @@ import torch
 
 from mixture_of_tokens import sweep, train
 from mixture_of_tokens.data.groups import grouped_order
-from mixture_of_tokens.formatting import loss, markdown, ratio
-from mixture_of_tokens.model.routings import PROPERTIES, properties
+from mixture_of_tokens.formatting import markdown, ratio
+from mixture_of_tokens.layers import Routed
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.telemetry import combine_weights
 from mixture_of_tokens.process import keep_large_blocks
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.records import FACTS
-from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.runs.run import Run, experts_per_token, read
 from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,8 +41,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Experiment, asked, directory_of, keep, read_csv, spread, write_csv
 
 STEPS, SEEDS = 1200, [1, 2, 3]
+UNTRAINED = ", untrained"
 TIMES = ("share_of_dense", "share_low", "share_high")
 ROUNDS, TIMED = 7, 15  # of a timing, and steps of each model in a round
+LOAD_ROWS = 4096  # of 64 tokens each, by which the load of experts is measured
 
 
 class System(NamedTuple):
@@ -132,7 +137,10 @@ def timed(experiment: Experiment) -> None:
         folder = Experiment.named("nano").trained if system.nano else experiment.trained
         run = folder / system.directory(SEEDS[0])
         if (run / "model").is_dir():
-            steps[system.label] = _step_of(str(run))
+            model = load_model(str(run))
+            steps[system.label] = _step_of(model, run)
+            if system.name.startswith("ReMoE"):
+                steps[system.label + UNTRAINED] = _step_of(MixtureOfTokensForCausalLM(model.config), run)
     seconds: dict[str, list[float]] = {label: [] for label in steps}
     for number in range(1 + ROUNDS):  # the first one is a warm-up
         for label in random.sample(list(steps), len(steps)):
@@ -154,9 +162,9 @@ def timed(experiment: Experiment) -> None:
     write_csv(experiment.kept / "timings.csv", list(rows[0]), rows)
 
 
-def _step_of(run: str) -> Callable[[], None]:
-    model = load_model(run).train()
-    blocks, rows = text_of(run).train, read(Path(run)).config.batch_size
+def _step_of(model: MixtureOfTokensForCausalLM, run: Path) -> Callable[[], None]:
+    model.train()
+    blocks, rows = text_of(str(run)).train, read(run).config.batch_size
     order = grouped_order(blocks, model.config.group_size, seed=0).ravel()
     batches = [blocks.batch(part) for part in np.split(order[: 8 * rows], 8)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -172,6 +180,42 @@ def _step_of(run: str) -> Callable[[], None]:
     return step
 
 
+@torch.no_grad()
+def loaded(experiment: Experiment) -> None:
+    """How the choices of trained models are spread over their experts, on text of training and of validation."""
+    rows = []
+    for system in SYSTEMS:
+        for seed in SEEDS:
+            run = experiment.trained / system.directory(seed)
+            if not system.nano and (run / "model").is_dir():
+                rows += [{"system": system.label, "seed": seed, **row} for row in _loads(str(run))]
+                print(system.label, seed, file=sys.stderr)
+    write_csv(experiment.kept / "loads.csv", list(rows[0]), rows)
+
+
+def _loads(run: str) -> list[dict[str, object]]:
+    model, text, rows = load_model(run), text_of(run), []
+    layers = [(i, block.mlp) for i, block in enumerate(model.model.layers) if isinstance(block.mlp, Routed)]
+    logits: dict[int, torch.Tensor] = {}
+    for i, layer in layers:
+        layer.gate.register_forward_hook(lambda module, args, output, i=i: logits.__setitem__(i, output))
+    for split in ("train", "validation"):
+        blocks, chosen, tokens = getattr(text, split), {i: 0.0 for i, _ in layers}, 0
+        order = grouped_order(blocks, model.config.group_size, seed=0).ravel()
+        for part in np.array_split(order[:LOAD_ROWS], LOAD_ROWS // 128):
+            ids = blocks.batch(part)["input_ids"]
+            model(ids, logits_to_keep=1, use_cache=False)
+            tokens += ids.numel()
+            for i, layer in layers:
+                weights = combine_weights(layer, logits[i], torch.ones_like(ids, dtype=torch.bool))
+                chosen[i] = chosen[i] + (weights > 0).sum((0, 1)).double()
+        for i, count in chosen.items():
+            load = count / count.mean()
+            row = {"split": split, "layer": i, "experts_per_token": float(count.sum()) / tokens}
+            rows.append(row | {"least_load": float(load.min()), "greatest_load": float(load.max())})
+    return rows
+
+
 def table(experiment: Experiment) -> str:
     dense = {run.seed: run for run in runs_of(experiment, SYSTEMS[0])}
     times = {row["system"]: row for row in read_csv(experiment.kept / "timings.csv")}
@@ -183,16 +227,24 @@ def table(experiment: Experiment) -> str:
             continue
         found = [reached(run, dense[run.seed]) for run in runs]
         at = [each for each in found if each is not None]
-        time_of = times.get(system.label)
+        time_of, untrained = times.get(system.label), times.get(system.label + UNTRAINED)
         share, low, high = (float(time_of[key]) for key in TIMES) if time_of else (None, None, None)
         layers = _last_layers(runs[0])
+        took = []
+        if share is not None:
+            more = float(untrained["share_of_dense"]) - share if untrained else 0.0
+            took = [
+                _steps_of_dense(run, each.step, share, more) / STEPS
+                for run, each in zip(runs, found, strict=True)
+                if each
+            ]
         cells = [
             system.label,
             str(len(runs)),
             spread(run.facts.final_loss for run in runs),
             spread((each.of_steps for each in at), ratio) or "never",
             spread((each.of_flops for each in at), ratio) or "never",
-            "" if share is None or not at else spread((share * each.of_steps for each in at), ratio),
+            spread(took, ratio),
             "" if share is None else f"{share:.2f} ({low:.2f} to {high:.2f})",
         ]
         for measure, shown in (("experts_per_token", ".2f"), ("largest_load", ".2f"), ("dead_experts", ".0%")):
@@ -202,23 +254,24 @@ def table(experiment: Experiment) -> str:
     return markdown(rows, left=1)
 
 
+def _steps_of_dense(run: Run, step: float, share: float, more: float) -> float:
+    """The time of so many steps, in steps of the dense model.
+
+    A step takes `share` of the dense one's time once training has settled, and `more` on top with as many experts a
+    token as at the beginning; in between it is on a straight line in their number.
+    """
+    known = [(row.step, experts_per_token(row)) for row in run.rows]
+    known = [(at, experts) for at, experts in known if experts is not None]
+    if not more or not known:
+        return share * step
+    at, experts = np.array([(0, known[0][1]), *known]).T
+    extra = np.maximum(0.0, (experts - experts[-1]) / (experts[0] - experts[-1])) * more
+    return share * step + float(np.trapezoid(np.interp(np.arange(step), at, extra)))
+
+
 def _last_layers(run: Run) -> list[dict[str, float]]:
     measured = [row.layers for row in run.rows if row.layers is not None]
     return [layer for layer in measured[-1].values() if "largest_load" in layer] if measured else []
-
-
-def promises(experiment: Experiment) -> str:
-    rows = [["", *PROPERTIES]]
-    for system in SYSTEMS:
-        if runs := runs_of(experiment, system):
-            rows.append([system.label, *properties(runs[0].model_config.routings).values()])
-    return markdown(rows, left=5)
-
-
-def sweeps(experiment: Experiment) -> str:
-    rows = read_csv(experiment.kept / "sweeps.csv")
-    cells = [[row["name"], row["settings"], loss(float(row["tuning_loss"]))] for row in rows]
-    return markdown([["", "settings", "loss, tuning"], *cells], left=2)
 
 
 def main() -> None:
@@ -226,16 +279,19 @@ def main() -> None:
         __doc__,
         sweep="try rates and settings, and stop",
         time="time steps of the trained models, and stop",
-        table="print the tables, and stop",
+        load="measure the load of the trained models' experts, and stop",
+        table="print the table, and stop",
     )
     experiment = Experiment.named("routings")
     if given.sweep:
         swept(experiment)
     elif given.time:
         timed(experiment)
+    elif given.load:
+        loaded(experiment)
     elif not given.table:
         trained(experiment)
-    print("\n\n".join(part(experiment) for part in (table, promises, sweeps)))
+    print(table(experiment))
 
 
 if __name__ == "__main__":

@@ -71,11 +71,11 @@ def check_resumed(out: Path, config: RunConfig) -> None:
                 "give the same flags, or name another directory with --out"
             )
     sizes = {started.micro_batch or config.micro_batch, config.micro_batch}  # not known of a run of format 0
-    balanced = [routing.title for routing in config.model_config.routings if routing.auxiliary]
+    balanced = [routing.title for routing in config.model_config.routings if routing.auxiliary or routing.varies]
     if balanced and len(sizes) > 1 and not (out / records.FACTS).is_file():
         raise ValueError(
             f"{out} was started with micro-batches of {started.micro_batch} rows, now they have {config.micro_batch}: "
-            f"{balanced[0]}'s auxiliary loss is of a micro-batch; keep processes x accumulation"
+            f"{balanced[0]}'s balance is of a micro-batch; keep processes x accumulation"
         )
 
 
@@ -165,7 +165,7 @@ class Run:
         config = self.model_config
         if not any(routing.varies for routing in config.routings):
             return nominal
-        known = [(row.tokens, _experts_per_token(row)) for row in self.rows]
+        known = [(row.tokens, experts_per_token(row)) for row in self.rows]
         costs = [(at, self._flops(experts)[1]) for at, experts in known if experts is not None]
         if not costs:
             return nominal
@@ -226,7 +226,7 @@ class Run:
         return Stages(step, loss, evaluated[-1][1], first, last)
 
 
-def _experts_per_token(row: MetricsRow) -> float | None:
+def experts_per_token(row: MetricsRow) -> float | None:
     """Mean over the layers where it was measured."""
     known = [layer["experts_per_token"] for layer in (row.layers or {}).values() if "experts_per_token" in layer]
     return sum(known) / len(known) if known else None
