@@ -5,7 +5,7 @@
 
 About four minutes. Nothing else may run: the busy processes are the benchmark's own, each a loop in Python.
 
-Two processes train the same model on the same random tokens, forward, backward and fused AdamW. One has OpenMP's threads
+Two processes train the same model on the same random tokens: forward, backward, fused AdamW. One has OpenMP's threads
 as it sets them, one as `mot` does (`mixture_of_tokens.process.spin_briefly`). They take turns, in an order that is
 shuffled every round, and wait asleep in between.
 

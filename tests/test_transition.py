@@ -211,6 +211,20 @@ def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_pa
 
 
 @pytest.mark.usefixtures("tiny_cache")
+def test_the_rate_falls_from_the_source_s_last_one(tiny_runs, tmp_path, capsys):
+    out = tmp_path / "new"
+    mot("transition", tiny_runs[MIXED], "--steps", 10, "--schedule", "decay", "--calibrate", "none", "--out", out)
+    run = read(out)
+    last = [row["learning_rate"] for row in rows_of(tiny_runs[MIXED]) if "learning_rate" in row][-1]
+    rates = [row.learning_rate for row in run.rows if row.step > SOURCE_STEPS and row.learning_rate is not None]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(last)
+    assert last / 10 <= rates[-1] < last / 5
+    mot("report", out)
+    assert "--schedule decay" in (out / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("tiny_cache")
 def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_runs, tmp_path, capsys):
     out = tmp_path / "new"
     mot("transition", tiny_runs[MIXED], "--steps", 6, "--anneal", 0.05, "--calibrate", "none", "--json", "--out", out)

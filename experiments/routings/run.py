@@ -91,8 +91,12 @@ SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
     ("EC-Nano/32E", [5e-3, 1e-2, 2e-2, 4e-2], {}),
     ("ET-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
     ("ET-Nano/32E", [2e-2], {"threshold_decay": "0.5,0.99"}),
+    ("ET-Nano/32E", [2e-2], {"router_temperature": "0.25,4"}),
     ("ReMoE-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
+    ("ReMoE-Nano/32E", [2e-2], {"router_temperature": "0.25,4"}),
     ("SoftMoE-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
+    ("STC-Nano/32E", [1e-2], {"router_temperature": "0.25,4"}),
+    ("TC-Nano/32E", [1e-2], {"router_temperature": "0.25,4"}),
 )
 
 

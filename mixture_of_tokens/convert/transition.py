@@ -40,11 +40,21 @@ from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
 GIVEN = ("data", "field", "max_bytes", "tokenizer", "batch_size", "evaluate_on")  # copied from the source
-HELD = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+# By --schedule, fields of TrainingArguments; own has the defaults of a new run.
+SCHEDULES = {
+    "own": {},
+    "continued": {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0},
+    "decay": {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": 0,
+    },
+}
 # Fields of TrainingArguments that depend on the source's number of steps.
 OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
 ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
 
+Schedule = Literal["continued", "decay", "own"]
 Device = Literal["cpu", "cuda"] | None
 
 
@@ -121,7 +131,7 @@ def transition(
     distil_steps: int = STEPS,
     anneal: float | None = None,
     optimizer: Literal["carried", "fresh"] = "carried",
-    schedule: Literal["continued", "own"] = "own",
+    schedule: Schedule = "own",
     learning_rate: float | None = None,
     control: Literal["router", "scratch"] | None = None,
     device: Device = None,
@@ -148,10 +158,9 @@ def transition(
         anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this.
             That run is written beside the new one, as OUT-annealed.
         optimizer: carried takes the optimizer's moments from the source's last checkpoint, but for distilled weights.
-        schedule: continued holds the source's last learning rate; own warms up for a tenth of the steps to the peak,
-            and falls to a tenth of that.
-        learning_rate: The peak, or what is held; by default the source's last one if continued, else a quarter of its
-            peak.
+        schedule: continued holds the source's last learning rate; decay falls from there to a tenth of it, for sources
+            with a constant rate; own warms up for a tenth of the steps to the peak, and falls to a tenth of that.
+        learning_rate: The peak, or what is held; by default a quarter of the source's peak if own, else its last one.
         control: For comparison. router starts with new routers; scratch trains Token Choice from scratch, for the
             source's steps and these, at its own rate.
         device: cpu or cuda; by default cuda where there is one.
@@ -229,7 +238,7 @@ def _merged(
     top_k: int | None,
     capacity: float | None,
     scores: Scores,
-    schedule: str,
+    schedule: Schedule,
     device: Device,
     learning_rate: float | None,
 ) -> Merged:
@@ -238,9 +247,9 @@ def _merged(
     model = {field: getattr(target, field) for field in source.config.model if field in FIELDS}
     model |= {field: getattr(target, field) for field in ("mlp_layer_types", "num_experts_per_tok", "capacity_factor")}
     model["router_temperature"] = target.router_temperature
-    training = _training(source) | (HELD if schedule == "continued" else {})
+    training = _training(source) | SCHEDULES[schedule]
     if learning_rate is None:
-        learning_rate = _last_rate(source) if schedule == "continued" else source.config.learning_rate / 4
+        learning_rate = source.config.learning_rate / 4 if schedule == "own" else _last_rate(source)
     options = _options(source, steps, model, training, device)
     name, first = _token_choice_name(source, kind_of(scores)), source.facts.steps
     return merge(name, source.seed, learning_rate, options, first_step=first, transition=asked)
@@ -275,7 +284,9 @@ def _annealed(
     """The source trained on in groups, at its last learning rate, while the routers' temperature falls."""
     temperature = source.config.anneal_temperature_to or source.model_config.router_temperature
     model = source.config.model | {"router_temperature": temperature}
-    options = _options(source, steps, model, _training(source) | HELD, device, anneal_temperature_to=asked.anneal)
+    options = _options(
+        source, steps, model, _training(source) | SCHEDULES["continued"], device, anneal_temperature_to=asked.anneal
+    )
     first = source.facts.steps
     merged = merge(source.name, source.seed, _last_rate(source), options, first_step=first, transition=asked)
 

@@ -136,8 +136,7 @@ def generate(
     for flag, value in {"--samples": samples, "--batch-size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    sampling.check()
+    (sampling := Sampling(max_new_tokens, temperature, top_p, seed)).check()
     run, texts = str(run), [prompt] if isinstance(prompt, str) else prompt or []
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     model, tokenizer = load_model(run, alone=alone), load_tokenizer_of(run)

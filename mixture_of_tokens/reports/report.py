@@ -90,7 +90,10 @@ def _train_commands(run: Run) -> list[str]:
     words += ["--steps", str(steps if after.anneal is None else 2 * steps)]
     words += [] if config.capacity_factor is None else ["--capacity", f"{config.capacity_factor:g}"]
     words += ["--scores", "sigmoid"] if "sigmoid_choice" in config.feed_forwards else []
-    words += ["--schedule", "continued"] if run.config.training["lr_scheduler_type"] == "constant" else []
+    if run.config.training["lr_scheduler_type"] == "constant":
+        words += ["--schedule", "continued"]
+    elif run.config.training["warmup_steps"] == 0 and steps >= 10:  # own has a warm-up
+        words += ["--schedule", "decay"]
     given = {key: getattr(after, key) for key in ("calibrate", "distil_steps", "optimizer", "control", "anneal")}
     flags = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}
     words += [word for flag in flags.items() for word in flag]
