@@ -33,6 +33,21 @@ def test_every_model_is_timed_in_both_loops_with_consistent_ratios(small_corpus,
     assert "over the bare loop" in done.stdout
 
 
+@pytest.mark.slow
+def test_wider_models_are_timed_beside_their_flops(small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    flags = ["--widths", "32", "64", "--steps", "1", "--rounds", "1", "--batch-size", "32", "--data", small_corpus]
+    flags += ["--models", "Transformer-Nano", "MoT-Nano/4E/4", "--results", tmp_path / "train.csv"]
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, flags)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "train.csv").open(newline="") as file:
+        rows = {(row["width"], row["model"]): row for row in csv.DictReader(file)}
+    assert list(rows) == [(w, m) for w in ("32", "64") for m in ("Transformer-Nano", "MoT-Nano/4E/4")]
+    shares = [float(rows[width, "MoT-Nano/4E/4"]["flops_of_first"]) for width in ("32", "64")]
+    assert shares[0] > shares[1] > 1  # mixing costs less beside a wider feed-forward
+    assert "| 64 |" in done.stdout
+
+
 @pytest.mark.parametrize("script", ["train.py", "generate.py"])
 @pytest.mark.parametrize(
     ("flags", "message"),
