@@ -14,7 +14,7 @@ Every model is trained in turns of `--steps` steps by two loops, in an order tha
 
 Columns: width, the hidden size, with a feed-forward some 2.67 times as wide; flops_of_first, the FLOPs of a step over
 the first model's; milliseconds, the median over the rounds of a step's time (low, high: quartiles); share_of_first, the
-time of a step over the first model's by the same loop; overhead, the time of Trainer's step over the bare loop's, minus 1.
+time of a step over the first model's by the same loop; overhead, Trainer's time over the bare loop's, minus 1.
 Both ratios are taken within each round, and their median is reported with its quartiles.
 """
 

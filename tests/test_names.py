@@ -145,10 +145,10 @@ def test_shared_experts_are_some_of_the_granularity():
     assert name_of(config) == "TC-Nano/8E/4"
     with pytest.raises(ValueError, match="shared_experts must be below the granularity 4, not 4: some must be routed"):
         config_from_name("TC-Nano/8E/4", shared_experts=4)
-    with pytest.raises(
-        ValueError, match="below the granularity 1, not 1: a name with a granularity, as in MoT-Nano/32E/8"
-    ):
+    with pytest.raises(ValueError, match="below the granularity 1, not 1: a name like MoT-Nano/32E/8 has more"):
         config_from_name("MoT-Nano/8E", shared_experts=1)
+    with pytest.raises(ValueError, match="shared_experts must be 0, as a Transformer has no experts"):
+        config_from_name("Transformer-Nano", shared_experts=1)
     with pytest.raises(ValueError, match="shared_experts must be 0 or more, not -1"):
         config_from_name("MoT-Nano/8E/2", shared_experts=-1)
 

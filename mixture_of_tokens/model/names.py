@@ -155,7 +155,7 @@ def config_from_name(
             raise ValueError(f"the configuration has no field {field!r}{nearest(field, FIELDS)}")
     parsed = parse_name(name)
     size, k = SIZES[parsed.size], parsed.granularity
-    routed = k - _shared(name, k, overrides.get("shared_experts", 0)) if parsed.routing.sparse else k
+    routed = k - _shared(parsed, overrides.get("shared_experts", 0))
     width = overrides.get("intermediate_size", size.gated_width if gated else size.plain_width)
     if width % k:
         legal = ", ".join(str(d) for d in range(1, min(width, 128) + 1) if width % d == 0)
@@ -183,13 +183,17 @@ def config_from_name(
     return MixtureOfTokensConfig(**values | overrides)
 
 
-def _shared(name: str, granularity: int, count: int) -> int:
-    if isinstance(count, int) and count >= granularity:
-        more = (
-            "a name with a granularity, as in MoT-Nano/32E/8, has more" if granularity == 1 else "some must be routed"
+def _shared(name: Name, count: int) -> int:
+    if not isinstance(count, int) or not count:  # what is no number is the configuration's to refuse
+        return 0
+    if not name.routing.sparse:
+        raise ValueError(f"'{name}': shared_experts must be 0, as a {name.system} has no experts")
+    if count >= name.granularity:
+        more = "some must be routed" if name.granularity > 1 else "a name like MoT-Nano/32E/8 has more"
+        raise ValueError(
+            f"'{name}': shared_experts must be below the granularity {name.granularity}, not {count}: {more}"
         )
-        raise ValueError(f"{name!r}: shared_experts must be below the granularity {granularity}, not {count}: {more}")
-    return count if isinstance(count, int) else 0  # what is no number is the configuration's to refuse
+    return count
 
 
 def name_of(config: MixtureOfTokensConfig) -> str | None:
