@@ -59,6 +59,7 @@ class Trained:
     """A process that trains when it is asked to."""
 
     def __init__(self, waiting: str, args: argparse.Namespace):
+        self.model = args.model
         own = {name: value for name, value in os.environ.items() if name not in OWN_CHOICE}
         words = [sys.executable, __file__, "--train", "--model", args.model]
         words += ["--batch-size", str(args.batch_size), "--steps", str(args.steps)]
@@ -71,7 +72,10 @@ class Trained:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("\n")
-        return float(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise ValueError(f"--model {self.model}: the process that trains it ended")
+        return float(answer)
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -132,8 +136,8 @@ def main() -> None:
     args, _ = parser.parse_known_args()
     if args.train:
         train(args.model, args.batch_size, args.steps)
-    elif args.busy[0] != 0:
-        parser.error("--busy: the first number must be 0, what the others are compared with")
+    elif args.busy[0] != 0 or len(set(args.busy)) < len(args.busy):
+        parser.error("--busy: the first number must be 0, what the others are compared with, and none may come twice")
     else:
         run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "cores", "threads", "model", "torch"))
 

@@ -82,7 +82,8 @@ class ReMoE(_Above):
     over layers of `loss.load_balancing_loss` of the gates, their L1 norm in which each expert counts by its load (their
     equation 9). After each step `balance` multiplies the weight, the same in all layers, by `l1_factor` where tokens go
     to more than K experts on average, over all layers, and divides it where they go to fewer (their equation 7). It
-    starts at `l1_start`, at which half of the experts are active, so the first steps cost more than the others.
+    starts at `l1_start`, next to nothing: at first half of the experts are active and then most of them, so the first
+    steps cost more than the others.
     """
 
     l1_weight: Tensor
@@ -142,8 +143,7 @@ class ReMoE(_Above):
         choices, tokens = summed_over_processes(torch.stack(counts).sum(0))
         for layer in noting:
             layer.noted = None
-            more = choices > layer.num_experts_per_tok * tokens
-            layer.l1_weight *= torch.where(more, layer.l1_factor, 1 / layer.l1_factor)
+            layer.l1_weight *= layer.l1_factor ** torch.sign(choices - layer.num_experts_per_tok * tokens)
 
 
 class ExpertThreshold(_Above):
@@ -153,9 +153,10 @@ class ExpertThreshold(_Above):
 
     The threshold follows the logit that the expert's even share of tokens, K / E of them, is above. After each step
     `balance` moves it there, by an exponential average over steps with the factor `threshold_decay`. So the load is
-    even without a loss. As in Expert Choice, experts choose the tokens; but nothing depends on the other tokens of the
-    batch. At first it is the threshold for inputs whose elements are normal with variance one. Their runs begin with
-    Expert Choice over the whole batch, which is not causal; this does not.
+    even without a loss, once the logits have settled: while they grow, thresholds lag behind them. As in Expert Choice,
+    experts choose the tokens; but nothing depends on the other tokens of the batch. At first it is the threshold for
+    inputs whose elements are normal with variance one. Their runs begin with Expert Choice over the whole batch, which
+    is not causal; this does not.
     """
 
     threshold: Tensor
@@ -208,9 +209,9 @@ class ExpertThreshold(_Above):
     def note(self, logits_SE: Tensor, real_S: Tensor, ends_E: Tensor) -> None:
         count = int(real_S.sum())
         share = round(count * self.num_experts_per_tok / self.num_experts)
-        noted = self.threshold.new_zeros(self.num_experts + 1)  # all processes note something
+        noted = logits_SE.new_zeros(self.num_experts + 1)  # all processes note something
         if 0 < share < count:  # else too few tokens, or an even share is all of them
-            noted[:-1] = logits_SE[real_S].kthvalue(count - share, dim=0).values
+            noted[:-1] = logits_SE[real_S].topk(share + 1, dim=0).values[-1]
             noted[-1] = 1
         self.noted = noted if self.noted is None else self.noted + noted
 
@@ -222,4 +223,5 @@ class ExpertThreshold(_Above):
                 continue
             noted, layer.noted = summed_over_processes(layer.noted), None
             if noted[-1] > 0:
-                layer.threshold.lerp_(noted[:-1] / noted[-1], 1 - layer.threshold_decay)
+                mean_E = (noted[:-1] / noted[-1]).to(layer.threshold.dtype)
+                layer.threshold.lerp_(mean_E, 1 - layer.threshold_decay)

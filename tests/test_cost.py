@@ -263,11 +263,14 @@ def test_activations_are_what_autograd_keeps(system, size, groups, gated, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("system", "experts"), [("ET", 8), ("ReMoE", 64)])
+@pytest.mark.parametrize(("system", "experts"), [("ET", None), ("ReMoE", 64)])
 def test_activations_are_what_autograd_keeps_where_the_experts_of_a_token_vary(system, experts, dtype):
-    """At the beginning ET has about as many as it is to have, and ReMoE half of all."""
-    config = config_from_name(f"{system}-Nano/16E/8", attn_implementation="sdpa", num_experts_per_tok=experts)
-    estimate = memory(config, batch=32, dtype=str(dtype).removeprefix("torch."))["activations"]
+    """At the beginning ET has about as many as it is to have, and ReMoE half of all: then it may have more."""
+    config = config_from_name(f"{system}-Nano/16E/8", attn_implementation="sdpa")
+    name = str(dtype).removeprefix("torch.")
+    estimate = memory(config, batch=32, dtype=name, experts_per_token=experts)["activations"]
+    most = memory(config, batch=32, dtype=name)["activations"]
+    assert most == estimate if experts is None else 1.5 * estimate < most < 2 * estimate
     assert estimate == pytest.approx(kept_bytes(config, 32, dtype), rel=0.1)
 
 

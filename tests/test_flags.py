@@ -172,7 +172,10 @@ OF_TRAINING = [
         for value in ("x", "1")
     ),
     *((field, value) for field in ("ddp_timeout", "ddp_bucket_cap_mb") for value in ("0", "-1", "x")),
-    *(("gradient_checkpointing_kwargs", value) for value in ("{foo: 1}", "3", "{use_reentrant: false}")),
+    *(
+        ("gradient_checkpointing_kwargs", value)
+        for value in ("{foo: 1}", "3", "{use_reentrant: false}", "{use_reentrant: true}")
+    ),
     *(
         (field, "x")
         for field in ("bf16", "fp16", "tf32", "torch_compile", "full_determinism", "gradient_checkpointing")

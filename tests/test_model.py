@@ -18,7 +18,7 @@ from transformers import (
 
 import routings
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router
-from mixture_of_tokens.loss import IGNORE, load_balancing_loss
+from mixture_of_tokens.loss import IGNORE, l1_loss, load_balancing_loss
 from mixture_of_tokens.model.routings import ROUTINGS, ROWS
 
 KINDS = [row.kind for row in ROWS]
@@ -155,6 +155,26 @@ def test_auxiliary_loss_is_the_mean_over_blocks_and_only_in_training():
     expected = torch.stack([load_balancing_loss(logits, 1, None) for logits in out.router_logits]).mean()
     torch.testing.assert_close(out.aux_loss, expected)
     torch.testing.assert_close(out.loss, cross_entropy + model.config.router_aux_loss_coef * expected)
+
+
+def test_remoe_s_penalty_counts_with_its_weight_and_reaches_the_router_also_when_checkpointed():
+    model, x = tiny("remoe").train(), tokens(4, 9)
+    for block in model.model.layers[1:]:
+        block.mlp.l1_weight.fill_(0.5)
+    out = model(x, labels=x, output_router_logits=True)
+    expected = torch.stack([l1_loss(logits, 1, None) for logits in out.router_logits]).mean()
+    torch.testing.assert_close(out.aux_loss, expected)
+    torch.testing.assert_close(out.loss, out.cross_entropy + 0.5 * expected)
+    with_penalty = gradients(model, x)
+    enable_checkpointing(model)
+    for name, gradient in gradients(model, x).items():
+        torch.testing.assert_close(gradient, with_penalty[name])
+    for block in model.model.layers[1:]:
+        block.mlp.l1_weight.fill_(0)
+    without = gradients(model, x)
+    for i in (1, 2):
+        gate = f"model.layers.{i}.mlp.gate.weight"
+        assert (with_penalty[gate] - without[gate]).norm() > 0.1 * without[gate].norm()
 
 
 def test_auxiliary_loss_reaches_the_router():

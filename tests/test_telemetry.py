@@ -141,6 +141,12 @@ def test_measures_of_a_group_worked_by_hand():
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_layer_that_serves_nobody_is_all_dead():
+    found = routing_measures(torch.zeros(4, 2, 3), torch.ones(4, 2, dtype=torch.bool), 2)
+    measured = {name: found[name].item() for name in ("dead_experts", "dropped", "largest_load", "experts_per_token")}
+    assert measured == {"dead_experts": 1, "dropped": 1, "largest_load": 0, "experts_per_token": 0}
+
+
 def test_a_group_is_one_position_of_consecutive_rows():
     # Four rows and two positions in groups of two; the only expert gives row 2 everything at position 0, and rows 2 and
     # 3 halves at position 1. Over all eight tokens, or over rows, the entropy would be another.

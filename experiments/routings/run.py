@@ -28,7 +28,7 @@ from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.formatting import markdown, ratio
 from mixture_of_tokens.layers import Routed
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.telemetry import combine_weights
+from mixture_of_tokens.model.telemetry import combine_weights, measure
 from mixture_of_tokens.process import keep_large_blocks
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.runs.loading import load_model, text_of
@@ -137,15 +137,16 @@ def runs_of(experiment: Experiment, system: System) -> list[Run]:
 def timed(experiment: Experiment) -> None:
     """Forward, backward and a fused AdamW on the trained models, in an order that is shuffled every round."""
     keep_large_blocks()
-    steps = {}
+    steps, models = {}, {}
     for system in SYSTEMS:
         folder = Experiment.named("nano").trained if system.nano else experiment.trained
         run = folder / system.directory(SEEDS[0])
         if (run / "model").is_dir():
-            model = load_model(str(run))
-            steps[system.label] = _step_of(model, run)
+            models[system.label] = load_model(str(run))
             if system.name.startswith("ReMoE"):
-                steps[system.label + UNTRAINED] = _step_of(MixtureOfTokensForCausalLM(model.config), run)
+                models[system.label + UNTRAINED] = MixtureOfTokensForCausalLM(models[system.label].config)
+            steps |= {label: _step_of(model, run) for label, model in models.items() if label not in steps}
+    experts = {label: _experts_of(model) for label, model in models.items()}
     seconds: dict[str, list[float]] = {label: [] for label in steps}
     for number in range(1 + ROUNDS):  # the first one is a warm-up
         for label in random.sample(list(steps), len(steps)):
@@ -163,8 +164,16 @@ def timed(experiment: Experiment) -> None:
             "milliseconds": 1e3 * statistics.median(own),
             "share_of_dense": statistics.median(shares),
         }
-        rows.append(row | {"share_low": min(shares), "share_high": max(shares), "rounds": ROUNDS})
+        row |= {"share_low": min(shares), "share_high": max(shares), "rounds": ROUNDS}
+        rows.append(row | {"experts_per_token": experts[label]})
     write_csv(experiment.kept / "timings.csv", list(rows[0]), rows)
+
+
+def _experts_of(model: MixtureOfTokensForCausalLM) -> float:
+    """On random tokens, mean over the layers with experts; 0 without."""
+    measured = measure(model, {"input_ids": torch.randint(model.config.vocab_size, (128, 64))})
+    found = [layer["experts_per_token"] for layer in measured.values() if "experts_per_token" in layer]
+    return sum(found) / len(found) if found else 0.0
 
 
 def _step_of(model: MixtureOfTokensForCausalLM, run: Path) -> Callable[[], None]:
@@ -237,9 +246,12 @@ def table(experiment: Experiment) -> str:
         layers = _last_layers(runs[0])
         took = []
         if share is not None:
-            more = float(untrained["share_of_dense"]) - share if untrained else 0.0
+            each_more = 0.0
+            if untrained and time_of:
+                apart = [float(untrained[key]) - float(time_of[key]) for key in ("share_of_dense", "experts_per_token")]
+                each_more = apart[0] / apart[1]
             took = [
-                _steps_of_dense(run, each.step, share, more) / STEPS
+                _steps_of_dense(run, each.step, share, each_more) / STEPS
                 for run, each in zip(runs, found, strict=True)
                 if each
             ]
@@ -252,26 +264,26 @@ def table(experiment: Experiment) -> str:
             spread(took, ratio),
             "" if share is None else f"{share:.2f} ({low:.2f} to {high:.2f})",
         ]
-        for measure, shown in (("experts_per_token", ".2f"), ("largest_load", ".2f"), ("dead_experts", ".0%")):
-            values = [layer[measure] for layer in layers if measure in layer]
+        for key, shown in (("experts_per_token", ".2f"), ("largest_load", ".2f"), ("dead_experts", ".0%")):
+            values = [layer[key] for layer in layers if key in layer]
             cells.append(" and ".join(format(value, shown) for value in values))
         rows.append(cells)
     return markdown(rows, left=1)
 
 
-def _steps_of_dense(run: Run, step: float, share: float, more: float) -> float:
+def _steps_of_dense(run: Run, step: float, share: float, each_more: float) -> float:
     """The time of so many steps, in steps of the dense model.
 
-    A step takes `share` of the dense one's time once training has settled, and `more` on top with as many experts a
-    token as at the beginning; in between it is on a straight line in their number.
+    A step takes `share` of the dense one's time once training has settled, and `each_more` for each expert a token that
+    telemetry has measured beyond the last one.
     """
     known = [(row.step, experts_per_token(row)) for row in run.rows]
     known = [(at, experts) for at, experts in known if experts is not None]
-    if not more or not known:
+    if not each_more or not known:
         return share * step
     at, experts = np.array([(0, known[0][1]), *known]).T
-    extra = np.maximum(0.0, (experts - experts[-1]) / (experts[0] - experts[-1])) * more
-    return share * step + float(np.trapezoid(np.interp(np.arange(step), at, extra)))
+    beyond = np.interp(np.arange(step), at, experts - experts[-1])
+    return share * step + each_more * float(np.trapezoid(beyond))
 
 
 def _last_layers(run: Run) -> list[dict[str, float]]:

@@ -28,7 +28,7 @@ from transformers import (
 
 from mixture_of_tokens.convert.distil import STEPS, check_flags
 from mixture_of_tokens.convert.serving import Served, serve
-from mixture_of_tokens.convert.switch import Scores
+from mixture_of_tokens.convert.switch import Scores, default_scores
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE
@@ -141,10 +141,9 @@ def export(
         if run_directory(run) is None:
             what = "a Mixture of Tokens is distilled on the text that it was trained on"
             raise ValueError(f"{run} is no run directory, so its text is not known: {what}")
-        shared = model.config.shared_experts
-        if shared and scores == "softmax":  # known before the distillation
+        if model.config.shared_experts and scores == "softmax":  # known before the distillation
             raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
-        scores = scores or ("sigmoid" if shared else "softmax")
+        scores = scores or default_scores(model.config)
         model, served = serve(model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps)
     elif top_k is not None or scores is not None:
         raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and {run} is none")

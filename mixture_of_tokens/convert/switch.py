@@ -46,6 +46,11 @@ def kind_of(scores: Scores) -> str:
     return dict(zip(("softmax", "sigmoid"), MIXTURE.converts_to, strict=True))[scores]
 
 
+def default_scores(config: MixtureOfTokensConfig) -> Scores:
+    """Those with which the new model can be exported: no plain architecture has a softmax and shared experts."""
+    return "sigmoid" if config.shared_experts else "softmax"
+
+
 def token_choice_config(
     config: MixtureOfTokensConfig,
     *,
@@ -53,7 +58,7 @@ def token_choice_config(
     capacity_factor: float | None = None,
     scores: Scores = "softmax",
 ) -> MixtureOfTokensConfig:
-    """The configuration after the switch. Top k is the granularity by default: equal FLOPs.
+    """The configuration after the switch. Top k is by default the granularity, without shared experts: equal FLOPs.
 
     Raises ValueError where there is no Mixture of Tokens with a router, or for an impossible k.
     """

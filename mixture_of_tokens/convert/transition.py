@@ -16,6 +16,7 @@ from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import (
     Errors,
     Scores,
+    default_scores,
     kind_of,
     rescale_moments,
     sparse_layers,
@@ -126,7 +127,7 @@ def transition(
     steps: int | None = None,
     top_k: int | None = None,
     capacity: float | None = None,
-    scores: Scores = "softmax",
+    scores: Scores | None = None,
     calibrate: Literal["distil", "scales", "none"] = "distil",
     distil_steps: int = STEPS,
     anneal: float | None = None,
@@ -151,7 +152,8 @@ def transition(
         top_k: Experts a token goes to; by default the granularity, at equal FLOPs.
         capacity: Capacity factor in training: an expert drops tokens beyond this many times its even share. The paper
             has 1.25; by default nothing is dropped.
-        scores: Gates of the new model: softmax over the experts (exports as Qwen3-MoE), or a sigmoid each (Dots1).
+        scores: Gates of the new model: softmax over the experts, the default (exports as Qwen3-MoE), or a sigmoid each
+            (Dots1), the default where there are shared experts.
         calibrate: What is fitted at the switch, so that the loss does not jump. distil fits all weights of the sparse
             layers to what these give for a text alone; scales fits biases and scales; none is the paper's plain switch.
         distil_steps: Steps of distillation for each layer; a source that was trained longer may need more.
@@ -194,7 +196,7 @@ def transition(
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
         _check_anneal(source, anneal, steps, control)
-    chosen = (top_k, capacity, scores, schedule, device)
+    chosen = (top_k, capacity, scores or default_scores(source.model_config), schedule, device)
     merged = _merged(source, asked, steps - mixing, *chosen, learning_rate)
     if control == "scratch":
         merged = _from_scratch(source, merged.config, steps, device, learning_rate)

@@ -118,13 +118,24 @@ def training_flops(config: MixtureOfTokensConfig, batch: int) -> float:
     return sum(sum(parts.values()) for parts in passes) * batch * config.max_position_embeddings
 
 
-def memory(config: MixtureOfTokensConfig, batch: int, context: int | None = None, dtype="float32") -> dict[str, int]:
+def memory(
+    config: MixtureOfTokensConfig,
+    batch: int,
+    context: int | None = None,
+    dtype="float32",
+    *,
+    experts_per_token: int | None = None,
+) -> dict[str, int]:
     """An estimate of the bytes held when training on `batch` sequences at once, by part.
 
     weights, gradients, optimizer (AdamW's two moments); activations: what autograd keeps for the backward pass, with
     fused attention (no T x T scores) and nothing recomputed; logits: one chunk and its gradient, in fp32. All else is
     in `dtype`. Mixed precision needs as much as float32, but for activations 0.63 to 0.84 of it (measured at Nano and
     Medium). Not counted: gradients of activations, work space, fragmentation.
+
+    Args:
+        experts_per_token: in routings where it varies, by default the most that there may be: in ReMoE all, which its
+            first steps come near.
 
     Raises ValueError for an unknown dtype.
     """
@@ -138,12 +149,12 @@ def memory(config: MixtureOfTokensConfig, batch: int, context: int | None = None
         "weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights,
-        "activations": _kept_by_blocks(config, batch, T, size) + last_norm + loss,
+        "activations": _kept_by_blocks(config, batch, T, size, experts_per_token) + last_norm + loss,
         "logits": 2 * 4 * min(LOGITS_AT_ONCE, tokens * V),
     }
 
 
-def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, size: int) -> int:
+def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, size: int, experts: int | None) -> int:
     """Bytes that autograd keeps for the blocks: `size` an element, but 4 in RMSNorm and routing, which work in fp32.
 
     A norm keeps its input and its output before the learned scale; a linear layer its input; attention its queries,
@@ -157,7 +168,10 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, siz
     kept = tokens * (blocks * norms_and_attention + (blocks - len(routings)) * dense)
     for routing in routings:
         rows = routing.rows(config, batch, context, True)
-        outputs = rows if routing.grouped or routing.mixes else tokens * config.num_experts_per_tok
+        if routing.varies:
+            rows = tokens * (routing.most(config) if experts is None else experts)
+        choices = rows if routing.varies else tokens * config.num_experts_per_tok
+        outputs = rows if routing.grouped or routing.mixes else choices
         shared = config.shared_experts * config.moe_intermediate_size
         kept += tokens * size * hidden * shared
         (fp32, own), vectors = routing.kept_weights, 4 * routing.kept_outputs[0] + size * routing.kept_outputs[1]

@@ -48,7 +48,8 @@ class Routing:
     What it costs beside its experts' matrices, which `cost.py` adds up:
         sparse: it has experts. Nothing below applies to a dense block.
         rows: the number of rows that all experts read for B x T tokens, from (configuration, B, T, training);
-            varies: it is only so on average, and only once training has settled.
+            varies: it is only so on average, and only once training has settled; most: the experts that a token may
+            have until then, for which memory is needed.
         routed: it has a router; logits: the number of its logits for a token.
         grouped: it works on groups, and the last one is padded with masked rows.
         mixes: tokens are collected into mixtures, and the outputs are spread over the tokens.
@@ -74,6 +75,7 @@ class Routing:
     sparse: bool = True
     rows: Callable[["MixtureOfTokensConfig", int, int, bool], int] = lambda config, batch, context, training: 0
     varies: bool = False
+    most: Callable[["MixtureOfTokensConfig"], int] = lambda config: config.num_experts_per_tok
     routed: bool = True
     logits: Callable[["MixtureOfTokensConfig"], int] = lambda config: config.num_experts
     grouped: bool = True
@@ -175,7 +177,7 @@ def _expert_threshold(config: "MixtureOfTokensConfig") -> nn.Module:
 
 
 def num_slots(config: "MixtureOfTokensConfig") -> int:
-    """Of an expert of Soft MoE, so that experts read as many rows as in Token Choice, in texts of full length."""
+    """Of an expert of Soft MoE, at least one: in full texts experts read about as many rows as in Token Choice."""
     return max(1, round(config.max_position_embeddings * config.num_experts_per_tok / config.num_experts))
 
 
@@ -299,6 +301,7 @@ ROWS = (
         auxiliary_weight=lambda config, layer: layer.l1_weight,
         rows=_chosen_rows,
         varies=True,
+        most=lambda config: config.num_experts,
         grouped=False,
         kept_weights=(2, 0),
         kept_outputs=(1, 1),

@@ -15,7 +15,8 @@ routings, so that tokens per expert mean the same. Masked tokens do not count.
     dead_experts        share of the experts whose total weight is negligible: under 1 % of the mean expert's
     dropped             share of the tokens whose total weight is negligible: under 1 % of the mean token's
     largest_load        the largest total weight of an expert / the mean expert's: 1 when balanced, at most E
-    branch_to_residual  RMS of what the feed-forward adds / RMS of the residual stream that it is added to
+    branch_to_residual  RMS of what the feed-forward adds, without shared experts / RMS of the residual stream that it
+                        is added to
 
 In Mixture of Tokens every expert's weights sum to one in a full group, so no expert is dead and the load is even by
 construction. A sharp router may still leave tokens with almost no weight. Shape letters are those of `layers.py`.
@@ -137,9 +138,9 @@ def routing_measures(weights_BTE: Tensor, token_mask: Tensor, group_size: int) -
         "effective_tokens": _mean(entropy_ME.exp(), serves_ME),
         "effective_experts": _mean(_entropy(weights_SE, 1).exp(), token_S > 0),
         "experts_per_token": (weights_SE > 0).sum(1, dtype=weights_SE.dtype).mean(),
-        "dead_experts": (expert_E < NEGLIGIBLE * expert_E.mean()).to(expert_E.dtype).mean(),
-        "dropped": (token_S < NEGLIGIBLE * token_S.mean()).to(token_S.dtype).mean(),
-        "largest_load": expert_E.max() / expert_E.mean(),
+        "dead_experts": (expert_E <= NEGLIGIBLE * expert_E.mean()).to(expert_E.dtype).mean(),
+        "dropped": (token_S <= NEGLIGIBLE * token_S.mean()).to(token_S.dtype).mean(),
+        "largest_load": expert_E.max() / expert_E.mean().clamp(min=torch.finfo(expert_E.dtype).tiny),
     }
 
 

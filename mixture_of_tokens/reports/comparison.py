@@ -344,7 +344,7 @@ def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list
         properties=properties(first.model_config.routings),
         learning_rate=first.config.learning_rate,
         parameters={"total": count["total"], "active": count["active"]},
-        flops_per_token={"forward": first.flops[0], "training": first.flops[1]},
+        flops_per_token={"forward": first.flops[0], "training": first.training_flops_per_token},
         memory_estimate=sum(memory(first.model_config, first.config.batch_size // parts).values()),
         final_loss=_summary(run.final_loss for run in runs),
         bits_per_byte=_summary(run.bits_per_byte for run in runs),

@@ -93,8 +93,9 @@ def tables(comparison: Comparison) -> Child:
     )
     promises = table(
         "Properties",
-        "Of the routing. Causal: no output depends on later tokens. Private: none depends on other texts of the batch, "
-        "in evaluation. Balanced: what keeps the load of the experts even. Differentiable: no choice of experts jumps.",
+        "Of the routing. Causal: no output depends on later tokens. Private: causal, and none depends on other texts "
+        "of the batch, in evaluation. Balanced: what keeps the load of the experts even. Differentiable: no choice of "
+        "experts jumps.",
         (("", tuple((key.capitalize(), _property(key)) for key in PROPERTIES)),),
         _rows(comparison),
     )

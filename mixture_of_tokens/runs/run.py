@@ -159,6 +159,13 @@ class Run:
         forward, backward = flops_per_token(self.model_config, **sizes)
         return sum(forward.values()), sum(forward.values()) + sum(backward.values())
 
+    @property
+    def training_flops_per_token(self) -> float:
+        """Of both passes, over the whole run; after a switch, of the part that follows it."""
+        if not any(routing.varies for routing in self.model_config.routings):
+            return self.flops[1]
+        return self.flops_at([self.facts.tokens])[0] / self.facts.tokens
+
     def flops_at(self, tokens: Sequence[float]) -> list[float]:
         """FLOPs of training until so many tokens. Where the experts of a token vary, as telemetry has measured them."""
         nominal = [count * self.flops[1] for count in tokens]

@@ -131,6 +131,9 @@ def given_fields(given: Mapping[str, str]) -> dict[str, Any]:
         unknown = set(values.get(field) or ()) - set(CHECKPOINTING)
         if unknown:
             raise ValueError(f"--training.{field} {unknown.pop()!r} is unknown; legal are {', '.join(CHECKPOINTING)}")
+        if (values.get(field) or {}).get("use_reentrant"):
+            why = "losses that balance a routing would have no gradient"
+            raise ValueError(f"--training.{field} with use_reentrant true: {why}; false, the default, works")
         if values.get(field) and not checkpointing:
             raise ValueError(f"--training.{field}: it is for --training.gradient_checkpointing true")
     for field in OF_WORKERS:
