@@ -375,8 +375,22 @@ def test_under_autocast_every_routing_returns_the_precision_that_it_was_given(na
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch, where a graph breaks
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's inductor imports what torch has deprecated
-@pytest.mark.parametrize("name", ["mot", "uniform", "ec_takes_2", "tc_top1", "tc_top1_dropping"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mot",
+        "uniform",
+        "ec_takes_2",
+        "tc_top1",
+        "tc_top1_dropping",
+        "stc_top1",
+        "et_top1",
+        "remoe_top1",
+        "soft_2_slots",
+    ],
+)
 def test_the_default_compiler_takes_masked_batches_of_changing_shapes(name):
     torch._dynamo.reset()
     layer = build(name, dtype=torch.float32)

@@ -430,6 +430,7 @@ def test_the_whole_model_compiles_without_a_graph_break(kind, training):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's inductor imports what torch has deprecated
 def test_the_default_compiler_gives_the_same_loss(kind):
     torch.compiler.reset()
