@@ -7,12 +7,15 @@ experts depend on that token alone, and the rule of training is that of evaluati
 
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, summed_over_processes
 from mixture_of_tokens.layout import check_shapes, ragged_linear
+
+SCORES = ("softmax", "sigmoid")
 
 
 class _Above(Routed):
@@ -147,11 +150,12 @@ class ReMoE(_Above):
 
 
 class ExpertThreshold(_Above):
-    """Each expert takes the tokens whose logit is above its running threshold (Sun et al., arXiv 2603.11535).
+    """Each expert takes the tokens whose score is above its running threshold (Sun et al., arXiv 2603.11535).
 
-        gate[t, e] = sigmoid(logit[t, e]) where logit[t, e] > threshold[e], else 0
+        score[t, e] = log softmax over the experts of logit[t], or, with `scores="sigmoid"`, logit[t, e]
+        gate[t, e]  = exp(score[t, e]), or sigmoid(score[t, e]), where score[t, e] > threshold[e]; else 0
 
-    The threshold follows the logit that the expert's even share of tokens, K / E of them, is above. After each step
+    The threshold follows the score that the expert's even share of tokens, K / E of them, is above. After each step
     `balance` moves it there, by an exponential average over steps with the factor `threshold_decay`. So the load is
     even without a loss, once the logits have settled: while they grow, thresholds lag behind them. As in Expert Choice,
     experts choose the tokens; but nothing depends on the other tokens of the batch. At first it is the threshold for
@@ -169,6 +173,7 @@ class ExpertThreshold(_Above):
         *,
         num_experts_per_tok: int = 1,
         threshold_decay: float = 0.9,
+        scores: Literal["softmax", "sigmoid"] = "softmax",
         gated: bool = True,
         activation: str = "silu",
         temperature: float = 1.0,
@@ -190,7 +195,9 @@ class ExpertThreshold(_Above):
         )
         if not 0 <= threshold_decay < 1:
             raise ValueError(f"threshold_decay must be at least 0 and below 1, not {threshold_decay}")
-        self.threshold_decay = threshold_decay
+        if scores not in SCORES:
+            raise ValueError(f"scores {scores!r} is unknown; legal are {', '.join(SCORES)}")
+        self.threshold_decay, self.softmax = threshold_decay, scores == "softmax"
         self.register_buffer("threshold", torch.empty(num_experts))
         self.reset_state()
         # The sum of the thresholds of batches, and their number, since the last `balance`; no buffer, as above.
@@ -200,18 +207,24 @@ class ExpertThreshold(_Above):
     def reset_state(self) -> None:
         share = self.num_experts_per_tok / self.num_experts
         quantile = NormalDist().inv_cdf(1 - share) if share < 1 else -torch.inf
-        self.threshold.copy_(self.gate.weight.norm(dim=1) / self.gate.temperature * quantile)
+        deviation_E = self.gate.weight.norm(dim=1) / self.gate.temperature  # of the logits
+        total = (deviation_E**2 / 2).logsumexp(0) if self.softmax else 0.0  # the log of the mean of sum_e exp(logit[e])
+        self.threshold.copy_(quantile * deviation_E - total)
+
+    def scores(self, logits_SE: Tensor) -> Tensor:
+        logits_SE = logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32))
+        return logits_SE.log_softmax(-1) if self.softmax else logits_SE
 
     def gates(self, logits_SE: Tensor) -> Tensor:
-        logits_SE = logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32))
-        return logits_SE.sigmoid() * (logits_SE > self.threshold)
+        scores_SE = self.scores(logits_SE)
+        return (scores_SE.exp() if self.softmax else scores_SE.sigmoid()) * (scores_SE > self.threshold)
 
     def note(self, logits_SE: Tensor, real_S: Tensor, ends_E: Tensor) -> None:
         count = int(real_S.sum())
         share = round(count * self.num_experts_per_tok / self.num_experts)
         noted = logits_SE.new_zeros(self.num_experts + 1)  # all processes note something
         if 0 < share < count:  # else too few tokens, or an even share is all of them
-            noted[:-1] = logits_SE[real_S].topk(share + 1, dim=0).values[-1]
+            noted[:-1] = self.scores(logits_SE)[real_S].topk(share + 1, dim=0).values[-1]
             noted[-1] = 1
         self.noted = noted if self.noted is None else self.noted + noted
 

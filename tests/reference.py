@@ -186,18 +186,22 @@ def expert_threshold(
     expert_weights: tuple[Tensor, Tensor],
     *,
     threshold: Tensor,
+    scores: str = "sigmoid",
     temperature: float | Tensor = 1.0,
     gated: bool = True,
     activation: str = "silu",
 ) -> Tensor:
-    """Each expert takes the tokens whose logit is above its threshold (E,); gates are sigmoids."""
+    """Each expert takes the tokens whose score is above its threshold (E,).
+
+    The score is the logit, and its sigmoid the gate; or the logarithm of a softmax over the experts, which is the gate.
+    """
     out = _zeros(x)
     for b, t in _real(x, token_mask):
-        for e in range(len(gate_weight)):
-            logit = x[b, t] @ gate_weight[e] / temperature
-            if logit.item() > threshold[e].item():
-                y = expert(x[b, t], expert_weights, e, gated, activation)
-                out[b][t] = out[b][t] + 1 / (1 + (-logit).exp()) * y
+        logits = [x[b, t] @ row / temperature for row in gate_weight]
+        for e, (logit, share) in enumerate(zip(logits, softmax(logits), strict=True)):
+            score, gate = (logit, 1 / (1 + (-logit).exp())) if scores == "sigmoid" else (share.log(), share)
+            if score.item() > threshold[e].item():
+                out[b][t] = out[b][t] + gate * expert(x[b, t], expert_weights, e, gated, activation)
     return _stacked(out)
 
 

@@ -41,6 +41,7 @@ DROPLESS: Routings = {
 THRESHOLDS: Routings = {
     "et_top1": partial(ExpertThreshold, **tc.keywords),
     "et_top2": partial(ExpertThreshold, num_experts_per_tok=2, **tc.keywords),
+    "et_sigmoid": partial(ExpertThreshold, scores="sigmoid", **tc.keywords),
     "remoe_top1": partial(ReMoE, **tc.keywords),
 }
 DROPPING: Routings = {
@@ -67,6 +68,8 @@ def randomized(layer: nn.Module, seed: int = 0) -> Any:
         kept = [tensor for name, tensor in layer.named_buffers() if any(word in name for word in STATE)]
         for tensor in (*layer.parameters(), *kept):
             tensor.copy_(0.5 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+        if getattr(layer, "softmax", False):  # whose scores are logarithms of shares
+            layer.threshold -= 2  # pyright: ignore
     return layer
 
 

@@ -169,13 +169,17 @@ def kept() -> list[Path]:
 def test_all_runs_are_kept_with_evaluations_and_one_seed_with_telemetry():
     folders = [file.parent.name for file in kept()]
     assert {name: folders.count(name) for name in folders} == {
-        "nano": 12, "prose": 3, "long": 3, "transition": 42, "verdict": 27
+        "nano": 12, "prose": 3, "long": 3, "transition": 42, "verdict": 27, "routings": 23
     }  # fmt: skip
     for file in kept():
         run = read(file)
         assert json.loads(file.read_text())["format"] == FORMAT
         assert len(run.evaluations) >= 10
-        assert any(row.layers for row in run.rows) == (run.seed == 1)
+        measured = {key for row in run.rows for layer in (row.layers or {}).values() for key in layer}
+        if any(routing.varies for routing in run.model_config.routings) and run.seed != 1:
+            assert measured == {"experts_per_token"}
+        else:
+            assert bool(measured) == (run.seed == 1)
         assert "/home/" not in file.read_text()
     assert not list(EXPERIMENTS.glob("*/*/"))  # no run directories
 
@@ -191,6 +195,15 @@ def test_scripts_train_what_is_committed(script):
                 assert (
                     merge(name, seed, None, replace(made["OPTIONS"], data=data)).config.identity() == config.identity()
                 )
+
+
+def test_the_script_of_the_routings_trains_what_is_committed(script):
+    made = script("routings")
+    for system in made["SYSTEMS"]:
+        for seed in system.seeds:
+            folder = EXPERIMENTS / ("nano" if system.nano else "routings")
+            asked = merge(system.name, seed, None, system.options).config
+            assert asked.identity() == read(folder / system.directory(seed)).config.identity()
 
 
 def test_the_scripts_ways_to_switch_are_those_committed(script, tmp_path):

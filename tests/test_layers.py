@@ -37,7 +37,8 @@ def literal(layer: Routed, x: Tensor, mask: Tensor | None, parameters: dict[str,
         options |= {"group_size": layer.group_size, "num_experts_per_tok": per_token}
         return reference.expert_choice(x, mask, gate, experts, **options)
     if isinstance(layer, ExpertThreshold):
-        return reference.expert_threshold(x, mask, gate, experts, threshold=layer.threshold.double(), **options)
+        options |= {"threshold": layer.threshold.double(), "scores": "softmax" if layer.softmax else "sigmoid"}
+        return reference.expert_threshold(x, mask, gate, experts, **options)
     if isinstance(layer, ReMoE):
         return reference.remoe(x, mask, gate, experts, **options)
     if isinstance(layer, SoftMoE):

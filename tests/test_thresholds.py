@@ -43,11 +43,13 @@ def uneven(seed: int, rows: int = 64) -> Tensor:
 
 def thresholds(**options) -> ExpertThreshold:
     torch.manual_seed(0)
-    return ExpertThreshold(D, F, E, num_experts_per_tok=K, initializer_scale=1.0, **options)
+    given = {"scores": "sigmoid"} | options
+    return ExpertThreshold(D, F, E, num_experts_per_tok=K, initializer_scale=1.0, **given)
 
 
-def test_every_expert_gets_its_even_share_of_tokens_that_it_has_not_seen():
-    layer = thresholds(threshold_decay=0.8)
+@pytest.mark.parametrize("scores", ["sigmoid", "softmax"])
+def test_every_expert_gets_its_even_share_of_tokens_that_it_has_not_seen(scores):
+    layer = thresholds(threshold_decay=0.8, scores=scores)
     fresh = uneven(99, rows=512)
     assert not ((Count(layer).of(fresh).share_E / (K / E) - 1).abs() < 0.1).all()  # the control: before any step
     for step in range(40):
@@ -63,7 +65,14 @@ def test_before_the_first_step_the_load_is_even_for_normal_inputs():
     )
     quantile = NormalDist().inv_cdf(1 - K / E)
     assert_close(layer.threshold, 4 * layer.gate.weight.norm(dim=1) * quantile)
-    assert ExpertThreshold(D, F, 2, num_experts_per_tok=2).threshold.tolist() == [-torch.inf] * 2  # all take all
+    assert (
+        ExpertThreshold(D, F, 2, num_experts_per_tok=2, scores="sigmoid").threshold.tolist() == [-torch.inf] * 2
+    )  # all take all
+    layer = ExpertThreshold(D, F, E, num_experts_per_tok=K)
+    share_E = Count(layer).of(tokens(512, 32, D, dtype=torch.float32)).share_E
+    assert_close(share_E.mean().item(), K / E, rtol=0.1, atol=0)
+    with pytest.raises(ValueError, match="scores 'tanh' is unknown; legal are softmax, sigmoid"):
+        thresholds(scores="tanh")
 
 
 def by_number(layer: ExpertThreshold) -> ExpertThreshold:

@@ -5,6 +5,7 @@ import math
 from mixture_of_tokens.layers import ACTIVATIONS
 from mixture_of_tokens.model.routings import DENSE, MIXTURE, ROUTINGS, Routing
 from mixture_of_tokens.model.upstream import Qwen3MoeConfig
+from mixture_of_tokens.thresholds import SCORES
 
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 POSITIVE = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -31,7 +32,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         group_size: tokens mixed together, each from a different example; training batches are multiples of it.
         gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
         router_temperature, learnable_temperature, router_dtype, normalize_mixture: see `layers.py`.
-        capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`; threshold_decay: see `ExpertThreshold`.
+        capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`; threshold_decay and
+            threshold_scores ("softmax" or "sigmoid"): see `ExpertThreshold`.
         shared_experts: experts of a sparse block that every token goes to, with gate 1, beside the routed ones
             (DeepSeekMoE, arXiv 2401.06066): one dense feed-forward of their width.
         initializer_scale: weights are drawn with std = scale / sqrt(fan_in), cut at two std; embeddings have fan_in 1.
@@ -68,6 +70,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     capacity_factor: float | None = 1.25
     balance_rate: float = 1e-3
     threshold_decay: float = 0.9
+    threshold_scores: str = "softmax"
     shared_experts: int = 0
     initializer_scale: float = 0.1**0.5
 
@@ -94,6 +97,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"balance_rate must be 0 or more, and finite, not {self.balance_rate}")
         if not 0 <= self.threshold_decay < 1:
             raise ValueError(f"threshold_decay must be at least 0 and below 1, not {self.threshold_decay}")
+        if self.threshold_scores not in SCORES:
+            raise ValueError(f"threshold_scores {self.threshold_scores!r} is unknown; legal are {', '.join(SCORES)}")
         if not (isinstance(self.shared_experts, int) and self.shared_experts >= 0):
             raise ValueError(f"shared_experts must be 0 or more, not {self.shared_experts}")
         if self.hidden_act not in ACTIVATIONS:

@@ -173,7 +173,12 @@ def _chosen_rows(config: "MixtureOfTokensConfig", batch: int, context: int, trai
 
 def _expert_threshold(config: "MixtureOfTokensConfig") -> nn.Module:
     decay, k = config.threshold_decay, config.num_experts_per_tok
-    return ExpertThreshold(num_experts_per_tok=k, threshold_decay=decay, **_common(config))
+    return ExpertThreshold(
+        num_experts_per_tok=k,
+        threshold_decay=decay,
+        scores=config.threshold_scores,  # pyright: ignore[reportArgumentType]
+        **_common(config),
+    )
 
 
 def num_slots(config: "MixtureOfTokensConfig") -> int:

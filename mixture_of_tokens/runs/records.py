@@ -28,7 +28,7 @@ COMMON_GROUP = 32
 # Fields of TrainingArguments that decide how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
 # Fields of a model's configuration that earlier runs do not have, which are as if they had the default.
-ADDED = {"balance_rate": 1e-3, "threshold_decay": 0.9, "shared_experts": 0}
+ADDED = {"balance_rate": 1e-3, "threshold_decay": 0.9, "threshold_scores": "softmax", "shared_experts": 0}
 DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
 
 
