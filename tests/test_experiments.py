@@ -202,7 +202,7 @@ def test_the_script_of_the_routings_trains_what_is_committed(script):
     for system in made["SYSTEMS"]:
         for seed in system.seeds:
             folder = EXPERIMENTS / ("nano" if system.nano else "routings")
-            asked = merge(system.name, seed, None, system.options).config
+            asked = merge(system.name, seed, system.rate, system.options).config
             assert asked.identity() == read(folder / system.directory(seed)).config.identity()
 
 

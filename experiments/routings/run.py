@@ -53,6 +53,7 @@ class System(NamedTuple):
     name: str
     model: Mapping[str, str] = {}
     seeds: Sequence[int] = SEEDS
+    rate: float | None = None
     nano: bool = False
 
     @property
@@ -69,7 +70,7 @@ class System(NamedTuple):
         return directory_of(self.name, *(f"{field}={value}" for field, value in self.model.items()), f"seed{seed}")
 
 
-SHARED = {"shared_experts": "1"}
+SHARED, SIGMOID = {"shared_experts": "1"}, {"threshold_scores": "sigmoid"}
 SYSTEMS = (
     System("Transformer-Nano", nano=True),
     System("MoT-Nano/32E/8", nano=True),
@@ -78,6 +79,7 @@ SYSTEMS = (
     System("EC-Nano/32E"),
     System("EC-Nano/32E", {"group_size": "128"}),
     System("ET-Nano/32E"),
+    System("ET-Nano/32E", SIGMOID, rate=2e-2),
     System("ReMoE-Nano/32E"),
     System("SoftMoE-Nano/32E"),
     System("MoT-Nano/32E/2", SHARED, seeds=[1]),
@@ -90,13 +92,13 @@ SYSTEMS = (
 SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
     ("STC-Nano/32E", [5e-3, 1e-2, 2e-2, 4e-2], {}),
     ("EC-Nano/32E", [5e-3, 1e-2, 2e-2, 4e-2], {}),
-    ("ET-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
-    ("ET-Nano/32E", [2e-2], {"threshold_decay": "0.5,0.99"}),
-    ("ET-Nano/32E", [2e-2], {"router_temperature": "0.25,4"}),
+    ("ET-Nano/32E", [5e-3, 1e-2, 2e-2], {}),
+    ("ET-Nano/32E", [1e-2, 2e-2, 4e-2], SIGMOID),
+    ("ET-Nano/32E", [2e-2], SIGMOID | {"threshold_decay": "0.5,0.99"}),
+    ("ET-Nano/32E", [2e-2], SIGMOID | {"router_temperature": "0.25,4"}),
     ("ReMoE-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
     ("ReMoE-Nano/32E", [2e-2], {"router_temperature": "0.25,4"}),
     ("SoftMoE-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
-    ("STC-Nano/32E", [1e-2], {"router_temperature": "0.25,4"}),
     ("TC-Nano/32E", [1e-2], {"router_temperature": "0.25,4"}),
 )
 
@@ -108,6 +110,7 @@ def swept(experiment: Experiment) -> None:
         options = Options(steps=STEPS, device="cpu", model=model)
         for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
             settings = " ".join(f"{flag} {value}" for flag, value in cell["settings"].items())
+            settings += "".join(f" --model.{field} {value}" for field, value in model.items() if "," not in value)
             rows.append({"name": name, "settings": settings, "tuning_loss": cell["loss"]})
     write_csv(experiment.kept / "sweeps.csv", list(rows[0]), rows)
 
@@ -118,7 +121,7 @@ def trained(experiment: Experiment) -> None:
         for system in SYSTEMS:
             if seed in system.seeds and not system.nano:
                 out = experiment.trained / system.directory(seed)
-                train(system.name, out=out, seed=seed, options=system.options, resume=True)
+                train(system.name, out=out, seed=seed, learning_rate=system.rate, options=system.options, resume=True)
         keep(finished(experiment), experiment.kept)
 
 
@@ -233,7 +236,18 @@ def _loads(run: str) -> list[dict[str, object]]:
 def table(experiment: Experiment) -> str:
     dense = {run.seed: run for run in runs_of(experiment, SYSTEMS[0])}
     times = {row["system"]: row for row in read_csv(experiment.kept / "timings.csv")}
-    columns = ["seeds", "loss", "steps", "FLOPs", "time", "a step, of dense", "experts a token", "largest load", "dead"]
+    columns = [
+        "seeds",
+        "loss",
+        "alone",
+        "steps",
+        "FLOPs",
+        "time",
+        "a step, of dense",
+        "experts a token",
+        "largest load",
+        "dead",
+    ]
     rows = [["", *columns]]
     for system in SYSTEMS:
         runs = runs_of(experiment, system)
@@ -259,6 +273,7 @@ def table(experiment: Experiment) -> str:
             system.label,
             str(len(runs)),
             spread(run.facts.final_loss for run in runs),
+            _alone(system, runs[0]),
             spread((each.of_steps for each in at), ratio) or "never",
             spread((each.of_flops for each in at), ratio) or "never",
             spread(took, ratio),
@@ -269,6 +284,18 @@ def table(experiment: Experiment) -> str:
             cells.append(" and ".join(format(value, shown) for value in values))
         rows.append(cells)
     return markdown(rows, left=1)
+
+
+def _alone(system: System, run: Run) -> str:
+    """The loss of each row by itself, as `../partial_groups` has measured it where it is another one."""
+    routings = run.model_config.routings
+    if not any(routing.shares_batch for routing in routings):
+        return "the same"
+    if not all(routing.serves_alone for routing in routings):
+        return "cannot"
+    rows = read_csv(Experiment.named("partial_groups").kept / "losses.csv")
+    wanted = {"name": system.name, "normalize_mixture": "False", "treatment": "companions", "rows": "1"}
+    return spread(row["loss"] for row in rows if not system.model and all(row[key] == wanted[key] for key in wanted))
 
 
 def _steps_of_dense(run: Run, step: float, share: float, each_more: float) -> float:
