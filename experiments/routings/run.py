@@ -99,14 +99,15 @@ SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
     ("ReMoE-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
     ("ReMoE-Nano/32E", [2e-2], {"router_temperature": "0.25,4"}),
     ("SoftMoE-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
-    ("TC-Nano/32E", [1e-2], {"router_temperature": "0.25,4"}),
+    ("STC-Nano/32E", [1e-2], {"router_temperature": "0.25,4"}),
+    ("TC-Nano/32E", [1e-2], {"router_temperature": "0.25,1,4"}),
 )
 
 
 def swept(experiment: Experiment) -> None:
     rows = []
     for name, rates, model in SWEEPS:
-        out = experiment.trained / directory_of("sweep", name, *model)
+        out = experiment.trained / directory_of(f"sweep-{name}", *model)
         options = Options(steps=STEPS, device="cpu", model=model)
         for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
             settings = " ".join(f"{flag} {value}" for flag, value in cell["settings"].items())
