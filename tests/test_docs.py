@@ -137,14 +137,14 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/nano/run.py": (11, "results"),
     "experiments/prose/run.py": (11, "results"),
     "experiments/long/run.py": (11, "results"),
-    "experiments/routings/run.py": (16, "results"),
+    "experiments/routings/run.py": (17, "results"),
     "experiments/switch/run.py": (27, "conversion"),
     "experiments/transition/run.py": (16, "conversion"),
     "experiments/verdict/run.py": (11, "conversion"),
     "experiments/partial_groups/run.py": (14, "serving"),
     "benchmarks/generate.py": (8, "speed"),
     "benchmarks/neighbours.py": (7, "speed"),
-    "benchmarks/train.py": (21, "speed"),
+    "benchmarks/train.py": (12, "speed"),
 }
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from mixture_of_tokens import sweep, train
-from mixture_of_tokens.data.groups import grouped_order
+from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.formatting import markdown, ratio
 from mixture_of_tokens.layers import Routed
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -44,6 +44,7 @@ STEPS, SEEDS = 1200, [1, 2, 3]
 UNTRAINED = ", untrained"
 TIMES = ("share_of_dense", "share_low", "share_high")
 ROUNDS, TIMED = 7, 15  # of a timing, and steps of each model in a round
+ROWS, GROUP = 128, 32  # of a step
 LOAD_ROWS = 4096  # of 64 tokens each, by which the load of experts is measured
 
 
@@ -141,16 +142,19 @@ def runs_of(experiment: Experiment, system: System) -> list[Run]:
 def timed(experiment: Experiment) -> None:
     """Forward, backward and a fused AdamW on the trained models, in an order that is shuffled every round."""
     keep_large_blocks()
-    steps, models = {}, {}
+    models, known = {}, {}
     for system in SYSTEMS:
-        folder = Experiment.named("nano").trained if system.nano else experiment.trained
-        run = folder / system.directory(SEEDS[0])
-        if (run / "model").is_dir():
+        run = experiment.trained / system.directory(SEEDS[0])
+        if system.nano:  # whose weights are not kept; they do not decide what a step costs
+            models[system.label] = MixtureOfTokensForCausalLM(runs_of(experiment, system)[0].model_config)
+        elif (run / "model").is_dir() and "threshold_scores" not in system.model:  # those are timed once
             models[system.label] = load_model(str(run))
             if system.name.startswith("ReMoE"):
                 models[system.label + UNTRAINED] = MixtureOfTokensForCausalLM(models[system.label].config)
-            steps |= {label: _step_of(model, run) for label, model in models.items() if label not in steps}
-    experts = {label: _experts_of(model) for label, model in models.items()}
+            known[system.label] = run
+    blocks = text_of(str(next(iter(known.values())))).train
+    steps = {label: _step_of(model, blocks) for label, model in models.items()}
+    experts = {label: _experts_of(model, blocks) for label, model in models.items()}
     seconds: dict[str, list[float]] = {label: [] for label in steps}
     for number in range(1 + ROUNDS):  # the first one is a warm-up
         for label in random.sample(list(steps), len(steps)):
@@ -173,18 +177,17 @@ def timed(experiment: Experiment) -> None:
     write_csv(experiment.kept / "timings.csv", list(rows[0]), rows)
 
 
-def _experts_of(model: MixtureOfTokensForCausalLM) -> float:
-    """On random tokens, mean over the layers with experts; 0 without."""
-    measured = measure(model, {"input_ids": torch.randint(model.config.vocab_size, (128, 64))})
+def _experts_of(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:
+    """Experts a token, mean over the layers with experts; 0 without."""
+    measured = measure(model, blocks.batch(grouped_order(blocks, GROUP, seed=1).ravel()[:ROWS]))
     found = [layer["experts_per_token"] for layer in measured.values() if "experts_per_token" in layer]
     return sum(found) / len(found) if found else 0.0
 
 
-def _step_of(model: MixtureOfTokensForCausalLM, run: Path) -> Callable[[], None]:
+def _step_of(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> Callable[[], None]:
     model.train()
-    blocks, rows = text_of(str(run)).train, read(run).config.batch_size
-    order = grouped_order(blocks, model.config.group_size, seed=0).ravel()
-    batches = [blocks.batch(part) for part in np.split(order[: 8 * rows], 8)]
+    order = grouped_order(blocks, GROUP, seed=0).ravel()
+    batches = [blocks.batch(part) for part in np.split(order[: 8 * ROWS], 8)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
@@ -220,7 +223,7 @@ def _loads(run: str) -> list[dict[str, object]]:
     for split in ("train", "validation"):
         blocks, chosen, tokens = getattr(text, split), {i: 0.0 for i, _ in layers}, 0
         order = grouped_order(blocks, model.config.group_size, seed=0).ravel()
-        for part in np.array_split(order[:LOAD_ROWS], LOAD_ROWS // 128):
+        for part in np.array_split(order[:LOAD_ROWS], LOAD_ROWS // ROWS):
             ids = blocks.batch(part)["input_ids"]
             model(ids, logits_to_keep=1, use_cache=False)
             tokens += ids.numel()
@@ -336,7 +339,8 @@ def main() -> None:
         loaded(experiment)
     elif not given.table:
         trained(experiment)
-    print(table(experiment))
+    if (experiment.kept / "timings.csv").is_file():
+        print(table(experiment))
 
 
 if __name__ == "__main__":
