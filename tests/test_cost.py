@@ -70,6 +70,10 @@ def on_meta(config: MixtureOfTokensConfig, dtype: torch.dtype = torch.float32) -
         return MixtureOfTokensForCausalLM(config).to(dtype)  # pyright: ignore[reportArgumentType]
 
 
+def different(config: MixtureOfTokensConfig, batch: int, context: int) -> Tensor:
+    return torch.arange(batch * context).view(batch, context) % config.vocab_size
+
+
 def varies(config: MixtureOfTokensConfig) -> bool:
     """Whether the sizes of products depend on numbers, which fake tensors do not have."""
     return any(routing.varies for routing in config.routings)
@@ -96,8 +100,9 @@ def measured(config: MixtureOfTokensConfig, batch: int, context: int) -> float |
     model, rows = ready(config), []
     for block in model.model.layers[1:]:
         block.mlp.experts.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    model(torch.zeros(batch, context, dtype=torch.long))
-    assert len(set(rows)) == 2  # otherwise than as planned
+    model(different(config, batch, context))
+    assert min(rows) > 0
+    assert set(rows) != {config.num_experts_per_tok * batch * context}  # otherwise than as planned
     return sum(rows) / len(rows) / (batch * context)
 
 
@@ -114,7 +119,7 @@ def counted_flops(config: MixtureOfTokensConfig, batch: int, context: int, *, tr
     products[torch.ops.mixture_of_tokens.ragged_weight_gradient] = ragged_flops
     with faked(config), FlopCounterMode(display=False, custom_mapping=products) as counter:
         model.train(training)
-        tokens = torch.zeros(batch, context, dtype=torch.long)
+        tokens = different(config, batch, context)
         with torch.set_grad_enabled(training):
             loss = model(tokens, labels=tokens).loss
             if training:
@@ -137,7 +142,7 @@ def kept_bytes(config: MixtureOfTokensConfig, batch: int, dtype: torch.dtype) ->
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            tokens = torch.arange(batch * config.max_position_embeddings).view(batch, -1) % config.vocab_size
+            tokens = different(config, batch, config.max_position_embeddings)
             model(tokens, labels=tokens)
         return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
 
