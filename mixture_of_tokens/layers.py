@@ -54,6 +54,11 @@ def softmax(logits: Tensor, dim: int) -> Tensor:
     return logits.softmax(dim, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest of the last dimension, and where they are. A maximum is found six times as fast as a top 1."""
+    return scores.max(dim=-1, keepdim=True) if k == 1 else scores.topk(k, dim=-1)
+
+
 def summed_over_processes(counts: Tensor) -> Tensor:
     """Over the processes that train together, which all call it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

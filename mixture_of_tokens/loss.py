@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.layers import softmax
+from mixture_of_tokens.layers import highest, softmax
 from mixture_of_tokens.layout import autocast_to
 
 IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers
@@ -69,8 +69,7 @@ def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -
         logits: (..., E), before the softmax; token_mask: (...), true where a token is real, or None.
     """
     probabilities = softmax(logits, dim=-1).reshape(-1, logits.shape[-1])
-    highest = probabilities.argmax(-1, keepdim=True) if top_k == 1 else probabilities.topk(top_k, dim=-1).indices
-    chosen = torch.zeros_like(probabilities).scatter(1, highest, 1.0)
+    chosen = torch.zeros_like(probabilities).scatter(1, highest(probabilities, top_k)[1], 1.0)
     return _uneven(probabilities, chosen, top_k, token_mask)
 
 

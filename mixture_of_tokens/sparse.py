@@ -7,13 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, softmax, summed_over_processes
+from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, highest, softmax, summed_over_processes
 from mixture_of_tokens.layout import check_shapes, grouped, ragged_linear, ungrouped
-
-
-def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of the last dimension, and where they are. A maximum is found six times as fast as a top 1."""
-    return scores.max(dim=-1, keepdim=True) if k == 1 else scores.topk(k, dim=-1)
 
 
 class ExpertChoice(Routed):

@@ -170,8 +170,8 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, siz
         rows = routing.rows(config, batch, context, True)
         if routing.varies:
             rows = tokens * (routing.most(config) if experts is None else experts)
-        choices = rows if routing.varies else tokens * config.num_experts_per_tok
-        outputs = rows if routing.grouped or routing.mixes else choices
+        by_rows = routing.grouped or routing.mixes or routing.varies
+        outputs = rows if by_rows else tokens * config.num_experts_per_tok
         shared = config.shared_experts * config.moe_intermediate_size
         kept += tokens * size * hidden * shared
         (fp32, own), vectors = routing.kept_weights, 4 * routing.kept_outputs[0] + size * routing.kept_outputs[1]
