@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.inference.evaluate import evaluate
     from mixture_of_tokens.inference.generate import generate
     from mixture_of_tokens.layers import Experts, MixtureOfTokens, Router
+    from mixture_of_tokens.model.calibration import calibrate_thresholds
     from mixture_of_tokens.model.companions import calibrate_companions
     from mixture_of_tokens.model.config import MixtureOfTokensConfig
     from mixture_of_tokens.model.cost import plan
@@ -40,6 +41,7 @@ _MODULES = {
     "model.config": ("MixtureOfTokensConfig",),
     "model.modeling": ("MixtureOfTokensForCausalLM", "MixtureOfTokensModel"),
     "model.names": ("config_from_name",),
+    "model.calibration": ("calibrate_thresholds",),
     "model.companions": ("calibrate_companions",),
     "model.cost": ("plan",),
     "data.inspect": ("data_report",),
@@ -72,6 +74,7 @@ __all__ = [
     "TokenChoice",
     "audit",
     "calibrate_companions",
+    "calibrate_thresholds",
     "compare",
     "config_from_name",
     "data_report",

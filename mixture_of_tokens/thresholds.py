@@ -54,8 +54,8 @@ class _Above(Routed):
         """The gates (S, E) by the router's logits, zero for the experts that a token does not go to."""
         raise NotImplementedError
 
-    def note(self, logits_SE: Tensor, real_S: Tensor, ends_E: Tensor) -> None:
-        """Called with the logits of a training batch, where tokens are real, and the running number of choices."""
+    def note(self, logits_SE: Tensor, real_S: Tensor) -> None:
+        """Called with the logits of a training batch, and where tokens are real."""
         raise NotImplementedError
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -69,7 +69,7 @@ class _Above(Routed):
         expert_A, token_A = (gate_SE > 0).T.nonzero(as_tuple=True)  # expert by expert, and in each in order
         ends_E = torch.searchsorted(expert_A, torch.arange(self.num_experts, device=x_SD.device), right=True)
         if self.training and torch.is_grad_enabled():  # not of telemetry
-            self.note(logits_SE.detach(), real_S, ends_E)
+            self.note(logits_SE.detach(), real_S)
         y_AD = self.experts(x_SD[token_A], lambda x, weight: ragged_linear(x, weight, ends_E))
         y_AD = gate_SE[token_A, expert_A, None] * y_AD
         y_SD = y_AD.new_zeros(B * T, D).index_add(0, token_A, y_AD)
@@ -132,8 +132,8 @@ class ReMoE(_Above):
     def gates(self, logits_SE: Tensor) -> Tensor:
         return logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32)).relu()
 
-    def note(self, logits_SE: Tensor, real_S: Tensor, ends_E: Tensor) -> None:
-        noted = torch.stack([ends_E[-1], real_S.sum()])
+    def note(self, logits_SE: Tensor, real_S: Tensor) -> None:
+        noted = torch.stack([((logits_SE > 0) & real_S[:, None]).sum(), real_S.sum()])
         self.noted = noted if self.noted is None else self.noted + noted
 
     @staticmethod
@@ -219,7 +219,7 @@ class ExpertThreshold(_Above):
         scores_SE = self.scores(logits_SE)
         return (scores_SE.exp() if self.softmax else scores_SE.sigmoid()) * (scores_SE > self.threshold)
 
-    def note(self, logits_SE: Tensor, real_S: Tensor, ends_E: Tensor) -> None:
+    def note(self, logits_SE: Tensor, real_S: Tensor) -> None:
         count = int(real_S.sum())
         share = round(count * self.num_experts_per_tok / self.num_experts)
         noted = logits_SE.new_zeros(self.num_experts + 1)  # all processes note something
@@ -228,13 +228,16 @@ class ExpertThreshold(_Above):
             noted[-1] = 1
         self.noted = noted if self.noted is None else self.noted + noted
 
+    def noted_mean(self) -> Tensor | None:
+        """Over all processes, the mean of the thresholds that batches since the last call wanted, if there were any."""
+        if self.noted is None:
+            return None
+        noted, self.noted = summed_over_processes(self.noted), None
+        return (noted[:-1] / noted[-1]).to(self.threshold.dtype) if noted[-1] > 0 else None
+
     @staticmethod
     @torch.no_grad()
     def balance(layers: "Sequence[ExpertThreshold]") -> None:
         for layer in layers:
-            if layer.noted is None:
-                continue
-            noted, layer.noted = summed_over_processes(layer.noted), None
-            if noted[-1] > 0:
-                mean_E = (noted[:-1] / noted[-1]).to(layer.threshold.dtype)
+            if (mean_E := layer.noted_mean()) is not None:
                 layer.threshold.lerp_(mean_E, 1 - layer.threshold_decay)

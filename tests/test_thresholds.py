@@ -11,13 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mixture_of_tokens import train
+from mixture_of_tokens import MixtureOfTokensForCausalLM, train
+from mixture_of_tokens.data.groups import GROUPS, training_groups
 from mixture_of_tokens.layers import Routed
 from mixture_of_tokens.loss import l1_loss, load_balancing_loss
+from mixture_of_tokens.model.calibration import calibrate_thresholds
+from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
 from mixture_of_tokens.training.options import Options
 from processes import mot
-from routings import tokens
+from routings import tiny, tokens
 
 D, F, E, K = 6, 5, 8, 2
 
@@ -186,6 +189,52 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(system, small_co
     state = [value for name, value in weights[0].items() if name.rpartition(".")[2] in STATE]
     assert len(state) == 2  # of two sparse layers
     assert not torch.equal(load_file(again / "checkpoint-4" / "model.safetensors")[name_of_state(weights[0])], state[0])
+
+
+def thresholds_of(model: MixtureOfTokensForCausalLM) -> Tensor:
+    return torch.stack([module.threshold for module in model.modules() if isinstance(module, ExpertThreshold)])
+
+
+def test_calibrated_thresholds_are_the_means_over_batches_of_real_tokens():
+    model, wanted = tiny("expert_threshold").train(), []
+    layer = next(module for module in model.modules() if isinstance(module, ExpertThreshold))
+    batches = [{"input_ids": torch.randint(37, (6, 7), generator=torch.Generator().manual_seed(i))} for i in (0, 1)]
+    mask = torch.ones(6, 7, dtype=torch.bool)
+    mask[2:, 4:] = False
+    batches[1]["token_mask"] = mask
+    logits: list[Tensor] = []
+    hook = layer.gate.register_forward_hook(lambda module, args, output: logits.append(output.detach()))
+    for batch, real in zip(batches, (torch.ones_like(mask), mask), strict=True):
+        with torch.no_grad():
+            model.eval()(**batch)
+        scores = sorted(logits.pop().log_softmax(-1).flatten(0, 1)[real.T.flatten()].unbind(), key=lambda row: -row[0])
+        share = round(len(scores) * layer.num_experts_per_tok / layer.num_experts)
+        wanted.append(torch.stack(scores).sort(dim=0, descending=True).values[share])
+    hook.remove()
+    model.train()
+    before = thresholds_of(model)
+    calibrate_thresholds(model, batches)
+    assert model.training
+    assert_close(layer.threshold, torch.stack(wanted).mean(0))
+    assert not torch.allclose(thresholds_of(model), before)
+    once = thresholds_of(model)
+    ExpertThreshold.balance([layer])  # nothing is left over
+    assert torch.equal(thresholds_of(model), once)
+    calibrate_thresholds(model, [{"input_ids": batches[0]["input_ids"][:1, :1]}])  # too few tokens for a share
+    assert torch.equal(thresholds_of(model), once)
+    calibrate_thresholds(tiny("token_choice"), batches)  # which has none
+
+
+def test_a_run_ends_with_thresholds_of_its_last_weights(small_corpus, tmp_path):
+    run = train("ET-Nano/4E", out=tmp_path / "run", options=options(small_corpus))
+    assert run is not None
+    model = load_model(str(run.directory))
+    ended = thresholds_of(model)
+    last = load_file(run.directory / "checkpoint-8" / "model.safetensors")
+    moved = (last[name_of_state(last)] - ended[0]).abs().max()
+    calibrate_thresholds(model, training_groups(text_of(str(run.directory)).train, 4, 2 * GROUPS))
+    assert moved > 0  # and a second time they stay, but for what the layers before them now give
+    assert (thresholds_of(model) - ended).abs().max() < moved / 10
 
 
 STATE = ("selection_bias", "threshold", "l1_weight")

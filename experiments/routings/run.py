@@ -83,11 +83,11 @@ SYSTEMS = (
     System("ET-Nano/32E", SIGMOID, rate=2e-2),
     System("ReMoE-Nano/32E"),
     System("SoftMoE-Nano/32E"),
-    System("MoT-Nano/32E/2", SHARED, seeds=[1]),
-    System("TC-Nano/32E/2", SHARED, seeds=[1]),
-    System("STC-Nano/32E/2", SHARED, seeds=[1]),
-    System("ET-Nano/32E/2", SHARED, seeds=[1]),
-    System("ReMoE-Nano/32E/2", SHARED, seeds=[1]),
+    System("MoT-Nano/32E/2", SHARED),
+    System("TC-Nano/32E/2", SHARED),
+    System("STC-Nano/32E/2", SHARED),
+    System("ET-Nano/32E/2", SHARED),
+    System("ReMoE-Nano/32E/2", SHARED),
 )
 # Peak rates and settings that were tried, with seed 1.
 SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (

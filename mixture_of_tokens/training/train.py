@@ -14,9 +14,10 @@ import transformers
 from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
 
-from mixture_of_tokens.data.groups import GroupedBatches, training_groups
+from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.inference.generate import continue_prompts
+from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -169,6 +170,7 @@ def _finish(
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run.last_step * trainer.run_log.tokens_per_step
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
+    calibrate_thresholds(model, training_groups(prepared.train, trainer.rows.group_size, 2 * GROUPS))
     seeds = range(REGROUPINGS if model.mixes_examples else 1)
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
     if not is_main():
