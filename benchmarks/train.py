@@ -68,7 +68,7 @@ class Turn:
             training=training,
             model={} if width is None else {field: str(value) for field, value in sizes_of(width).items()},
         )
-        self.config, arguments = merge(name, 0, None, options)
+        self.config, arguments, _ = merge(name, 0, None, options)
         self.arguments, self.loop = TrainingArguments(output_dir=out, **arguments), loop
         self.flops = training_flops(self.config.model_config, self.config.batch_size)
         self.arguments._n_gpu = min(1, self.arguments.n_gpu)  # as `mot train` has it

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from mixture_of_tokens.model.calibration import calibrate_thresholds
     from mixture_of_tokens.model.companions import calibrate_companions
     from mixture_of_tokens.model.config import MixtureOfTokensConfig
-    from mixture_of_tokens.model.cost import plan
     from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM, MixtureOfTokensModel
     from mixture_of_tokens.model.names import config_from_name
+    from mixture_of_tokens.model.plan import plan
     from mixture_of_tokens.reports.compare import compare
     from mixture_of_tokens.reports.report import report
     from mixture_of_tokens.soft import SoftMoE
@@ -43,7 +43,7 @@ _MODULES = {
     "model.names": ("config_from_name",),
     "model.calibration": ("calibrate_thresholds",),
     "model.companions": ("calibrate_companions",),
-    "model.cost": ("plan",),
+    "model.plan": ("plan",),
     "data.inspect": ("data_report",),
     "training.options": ("Options",),
     "training.train": ("train",),

@@ -17,6 +17,7 @@ import yaml
 from cyclopts import UNSET, App, ArgumentCollection, CycloptsError, Parameter
 
 from mixture_of_tokens import __version__
+from mixture_of_tokens.process import is_main, is_told
 
 # Each command's function, as module:name, and the first line of its docstring.
 COMMANDS = {
@@ -48,7 +49,7 @@ COMMANDS = {
         "Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.",
     ),
     "plan": (
-        "model.cost:plan",
+        "model.plan:plan",
         "Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.",
     ),
     "data-report": ("data.inspect:data_report", "Prepare a corpus and print what is in it."),
@@ -180,7 +181,7 @@ def _run(words: list[str]) -> None:
     command, bound, unparsed = app.parse_args(merged)
     streamed = {"stream": sys.stdout} if "stream" in unparsed and not json else {}
     result = command(*bound.args, **bound.kwargs, **streamed)
-    if result is None or streamed:
+    if result is None or streamed or not is_main():
         return
     print(result.to_json() if json else str(result).removesuffix("\n"))
     failure = getattr(result, "failure", None)
@@ -200,7 +201,8 @@ def main(words: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
-        print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
+        if not is_told(error):
+            print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
@@ -209,7 +211,8 @@ def main(words: list[str] | None = None) -> None:
         print(f"mot: error: {first}; in training, --training.gradient_accumulation_steps N needs less", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:  # training that diverged
-        print("mot: error:", error, file=sys.stderr)
+        if not is_told(error):
+            print("mot: error:", error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("mot: stopped", file=sys.stderr)

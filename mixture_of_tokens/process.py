@@ -1,14 +1,38 @@
-"""Settings of a whole process that make it fast on a CPU: how its threads wait, and what it does with freed memory."""
+"""What belongs to a whole process: its place among those of torchrun; how its threads wait and what it does with freed
+memory, which make it fast on a CPU."""
 
 import ctypes
 import os
 import platform
 import sys
+from typing import TypeVar
 
 # How long a thread of OpenMP spins before it sleeps: of GNU's, turns of a loop (some 10 microseconds); of LLVM's and
 # Intel's, milliseconds.
 BRIEFLY = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
+Failure = TypeVar("Failure", bound=BaseException)
 OWN_CHOICE = ("OMP_WAIT_POLICY", *BRIEFLY)
+
+
+def process_count() -> int:
+    """Of those that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def of_all(error: Failure) -> Failure:
+    """Mark an error that all processes raise together, so that one of them tells it."""
+    vars(error)["of_all"] = True
+    return error
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether another process tells of this error."""
+    return getattr(error, "of_all", False) and not is_main()
 
 
 def spin_briefly() -> bool:

@@ -4,7 +4,9 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # The server imports the library once, and every process is forked from it before it has threads.
@@ -43,6 +45,18 @@ def finish(process, seconds: float = 120) -> int | None:
         process.join()
         sys.exit(f"no end after {seconds} s")
     return process.exitcode
+
+
+def in_processes(function, words: Sequence, count: int, log: Path, exits: int | tuple[int, ...] = 0) -> None:
+    """Calls `function` in so many processes, as torchrun would; `exits`: the exit status of all, or of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)] if count > 1 else [{}]
+    processes = [start(function, *words, log=log, **(world if count > 1 else {}), **rank) for rank in ranks]
+    expected = list(exits if isinstance(exits, tuple) else [exits] * count)
+    assert [finish(process) for process in processes] == expected, log.read_text()
 
 
 def mot(*words: object) -> None:

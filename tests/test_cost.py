@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, plan, plan_of
+from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.model.plan import plan, plan_of
 from mixture_of_tokens.model.routings import BY_PREFIX, ROUTINGS
 from processes import mot
 from test_names import PAPER

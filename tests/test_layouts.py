@@ -2,7 +2,6 @@
 resume."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import GroupedTrainer
-from processes import finish, mot, start
+from processes import in_processes, mot
 
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 2), "4x1": (4, 1)}  # processes x accumulation
 BATCH, GROUP, STEPS = 32, 4, 3
@@ -39,7 +38,7 @@ def watched_run(name: str, data: str, out: Path, accumulation: int, workers: int
     training = {"gradient_accumulation_steps": str(accumulation), "dataloader_num_workers": str(workers)}
     training |= {"logging_steps": "1", "eval_strategy": "no", "report_to": "none", "save_strategy": "no"}
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=training, data=[data])
-    config, arguments = merge(name, 0, 1e-2, options)
+    config, arguments, _ = merge(name, 0, 1e-2, options)
     arguments = TrainingArguments(output_dir=str(out), **arguments)
     out.mkdir(parents=True, exist_ok=True)
     trainer, _ = build(config, arguments)
@@ -51,16 +50,6 @@ def watched_run(name: str, data: str, out: Path, accumulation: int, workers: int
     torch.save(saved, out / f"process{arguments.process_index}.pt")
     if arguments.world_size > 1:
         torch.distributed.destroy_process_group()
-
-
-def in_processes(function, words: tuple, count: int, log: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)] if count > 1 else [{}]
-    processes = [start(function, *words, log=log, **(world if count > 1 else {}), **rank) for rank in ranks]
-    assert [finish(process) for process in processes] == [0] * count, log.read_text()
 
 
 def in_layout(name: str, layout: str, data: Path, directory: Path, workers: int = 0) -> tuple[list, list, list]:
@@ -96,7 +85,7 @@ def evaluated_run(data: str, out: Path, accumulation: int) -> None:
     """Saves what a process finds of an untrained model, and how many batches it evaluates."""
     training = {"gradient_accumulation_steps": str(accumulation)}
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=training, data=[data])
-    config, arguments = merge("MoT-Nano/4E/2", 0, 1e-2, options)
+    config, arguments, _ = merge("MoT-Nano/4E/2", 0, 1e-2, options)
     trainer, _ = build(config, TrainingArguments(output_dir=str(out), **arguments))
     forward, batches = trainer.causal_lm.forward, []
     trainer.causal_lm.forward = lambda *words, **inputs: batches.append(1) or forward(*words, **inputs)
@@ -132,7 +121,7 @@ def test_auxiliary_gradients_are_scaled_once(small_corpus, tmp_path):
     """The coefficient times the auxiliary loss is in the gradient: four parts give what one batch's sum over four."""
     rows, gradients, metrics = in_layout("TC-Nano/4E", "1x4", small_corpus, tmp_path)
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", data=[str(small_corpus)])
-    config, arguments = merge("TC-Nano/4E", 0, 1e-2, options)
+    config, arguments, _ = merge("TC-Nano/4E", 0, 1e-2, options)
     trainer, _ = build(config, TrainingArguments(output_dir=str(tmp_path), **arguments))
     model, coefficient = trainer.causal_lm, config.model_config.router_aux_loss_coef
     labels = [trainer.rows.blocks.batch(trainer.rows.block_numbers(list(range(8 * i, 8 * i + 8)))) for i in range(4)]

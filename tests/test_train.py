@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.data.groups import collisions, grouped_order
+from mixture_of_tokens.data.groups import Blocks, collisions, grouped_order
 from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.inference.evaluate import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
@@ -64,9 +65,25 @@ def test_metrics_have_every_logged_step_once(runs, name):
     assert [row["step"] for row in rows if "eval_loss" in row] == [6, 12]
     assert all(a["seconds"] < b["seconds"] for a, b in pairwise(rows))
     assert all(row["learning_rate"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert all(0 < row["data_wait"] < 0.5 for row in rows)
     assert rows[0]["train_loss"] == pytest.approx(math.log(512), abs=0.3)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert all(("aux_loss" in row) == name.startswith("TC") for row in rows)
+
+
+def test_time_in_which_training_waits_for_its_batches_is_told(small_corpus, tmp_path, monkeypatch):
+    batch = Blocks.batch
+
+    def slow(self, *arguments, **options):
+        time.sleep(0.5)
+        return batch(self, *arguments, **options)
+
+    monkeypatch.setattr(Blocks, "batch", slow)
+    flags = ["--steps", 4, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
+    mot("train", "MoT-Nano/4E", *flags, "--training.logging_steps", 2, "--training.eval_strategy", "no")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(0.7 < row["data_wait"] <= 1 for row in rows)
 
 
 def test_the_saved_model_has_the_loss_that_the_run_reports(runs, name, prepared):

@@ -5,10 +5,12 @@ import json
 import shutil
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, set_seed
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
@@ -146,25 +148,34 @@ def begun(tiny_cache, tmp_path, monkeypatch):
     return begin
 
 
+def moments_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """By the name of a weight and of a moment, of a folder of torch.distributed.checkpoint."""
+    file = checkpoint.parent / "moments.pt"
+    dcp_to_torch_save(checkpoint / "optimizer", file)
+    state = torch.load(file)["optimizer"]
+    file.unlink()
+    return {name.removeprefix("state."): value for name, value in state.items() if name.startswith("state.")}
+
+
 def test_adams_moments_go_with_the_weights_and_their_scales(begun, tiny_runs):
     source = tiny_runs[MIXED]
-    kept = torch.load(source / f"checkpoint-{SOURCE_STEPS}" / "optimizer.pt")["state"]
+    kept = moments_of(source / f"checkpoint-{SOURCE_STEPS}")
     routers = {f"model.layers.{i}.mlp.gate.weight" for i in (2, 3)}
     for control in ("none", "router"):
         trainer = begun(source, *(() if control == "none" else ("--control", control)))
         names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
         ordered = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         assert {names[id(parameter)] for parameter in ordered} == set(names.values())
-        for number, parameter in enumerate(ordered):
+        for parameter in ordered:
             name = names[id(parameter)]
             if name in routers and control == "router":
                 assert parameter not in trainer.optimizer.state
                 continue
             scale = 4.0 if name in routers else 1.0  # one over the temperature
-            assert kept[number]["exp_avg"].abs().sum() > 0
-            torch.testing.assert_close(trainer.optimizer.state[parameter]["exp_avg"], kept[number]["exp_avg"] / scale)
+            assert kept[f"{name}.exp_avg"].abs().sum() > 0
+            torch.testing.assert_close(trainer.optimizer.state[parameter]["exp_avg"], kept[f"{name}.exp_avg"] / scale)
             torch.testing.assert_close(
-                trainer.optimizer.state[parameter]["exp_avg_sq"], kept[number]["exp_avg_sq"] / scale**2
+                trainer.optimizer.state[parameter]["exp_avg_sq"], kept[f"{name}.exp_avg_sq"] / scale**2
             )
     fresh = begun(source, "--optimizer", "fresh")
     assert fresh.optimizer is None or not fresh.optimizer.state

@@ -26,6 +26,7 @@ from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import MIXTURE
+from mixture_of_tokens.model.sharding import beside
 from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
 
 STEP_TOKENS = 2048  # of a step of a fit
@@ -200,5 +201,5 @@ def rescale_moments(optimizer: torch.optim.Optimizer, names: dict[int, str], sca
     for parameter, state in optimizer.state.items():
         scale = scales.get(names[id(parameter)])
         if scale is not None:
-            state["exp_avg"] /= scale.to(state["exp_avg"])
-            state["exp_avg_sq"] /= scale.to(state["exp_avg_sq"]) ** 2
+            for name, power in {"exp_avg": 1, "exp_avg_sq": 2}.items():
+                state[name] /= beside(scale.to(state[name].device, state[name].dtype), state[name]) ** power

@@ -1,40 +1,24 @@
 """Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
 
 import json
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from mixture_of_tokens.convert.distil import STEPS, check_flags, distil, distillation_text
-from mixture_of_tokens.convert.scales import fit_scales
-from mixture_of_tokens.convert.switch import (
-    Errors,
-    Scores,
-    default_scores,
-    kind_of,
-    rescale_moments,
-    sparse_layers,
-    to_token_choice,
-    token_choice_config,
-)
-from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.convert.beginning import Beginning, carry_moments, go_on_from
+from mixture_of_tokens.convert.distil import STEPS, check_flags
+from mixture_of_tokens.convert.switch import Scores, default_scores, kind_of, token_choice_config
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result, aligned
-from mixture_of_tokens.layers import Router
-from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.names import FIELDS, parse_name
+from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.model.routings import ROUTINGS
+from mixture_of_tokens.model.sharding import has_optimizer
+from mixture_of_tokens.process import process_count
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
-from mixture_of_tokens.runs.run import Run, Stages, check_free, check_one_process, is_main, read
-from mixture_of_tokens.sparse import TokenChoice
+from mixture_of_tokens.runs.run import Run, Stages, check_free, check_one_process, read
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
@@ -56,7 +40,7 @@ OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "sav
 ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
 
 Schedule = Literal["continued", "decay", "own"]
-Device = Literal["cpu", "cuda"] | None
+Where = dict[str, Any]  # fields of Options: device, and how the model lies over processes
 
 
 @dataclass(frozen=True)
@@ -135,7 +119,10 @@ def transition(
     schedule: Schedule = "own",
     learning_rate: float | None = None,
     control: Literal["router", "scratch"] | None = None,
-    device: Device = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    shard: int | None = None,
+    replicate: int | None = None,
+    expert_parallel: int | None = None,
     resume: bool = False,
     dry_run: bool = False,
 ) -> Transitioned | Run | RunConfig | None:
@@ -166,6 +153,9 @@ def transition(
         control: For comparison. router starts with new routers; scratch trains Token Choice from scratch, for the
             source's steps and these, at its own rate.
         device: cpu or cuda; by default cuda where there is one.
+        shard: As in mot train, and the next two; each process makes the switch on a whole model before that.
+        replicate: Copies of a sharded model.
+        expert_parallel: Processes that divide the experts, where experts are balanced by construction.
         resume: Go on from the newest valid checkpoint of the new run.
         dry_run: Print the merged configuration and stop.
 
@@ -175,6 +165,7 @@ def transition(
     Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
     """
     check_flags(top_k, distil_steps)
+    Placement.of(shard, replicate, expert_parallel, process_count())
     if steps is not None and steps < 0:
         raise ValueError(f"--steps must be 0 or more, not {steps}")
     run = Path(run)
@@ -196,10 +187,11 @@ def transition(
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
         _check_anneal(source, anneal, steps, control)
-    chosen = (top_k, capacity, scores or default_scores(source.model_config), schedule, device)
+    where: Where = {"device": device, "shard": shard, "replicate": replicate, "expert_parallel": expert_parallel}
+    chosen = (top_k, capacity, scores or default_scores(source.model_config), schedule, where)
     merged = _merged(source, asked, steps - mixing, *chosen, learning_rate)
     if control == "scratch":
-        merged = _from_scratch(source, merged.config, steps, device, learning_rate)
+        merged = _from_scratch(source, merged.config, steps, where, learning_rate)
     if dry_run:
         return merged.config
     if control == "scratch":
@@ -208,15 +200,15 @@ def transition(
         check_free(out)
     # Once there is a checkpoint to go on from, the source is no longer needed.
     begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.newest(out) is not None)
-    carried = _optimizer_file(source) if optimizer == "carried" and not begun else None
+    carried = _moments_of(source) if optimizer == "carried" and not begun else None
     if not begun:
         model_directory(str(run))
         text_of(str(run))  # raises ValueError if it has changed
     if anneal is not None:
-        source = _annealed(source, asked, mixing, carried, device, out.with_name(f"{out.name}-annealed"), resume)
+        source = _annealed(source, asked, mixing, carried, where, out.with_name(f"{out.name}-annealed"), resume)
         merged = _merged(source, asked, steps - mixing, *chosen, merged.config.learning_rate)
-        carried = _optimizer_file(source) if optimizer == "carried" and not begun else None
-    made = run_merged(merged, out, resume=resume, begin=_Beginning(source, asked, carried, out))
+        carried = _moments_of(source) if optimizer == "carried" and not begun else None
+    made = run_merged(merged, out, resume=resume, begin=Beginning(source, asked, carried, out))
     return None if made is None else Transitioned.of(source, made)
 
 
@@ -241,7 +233,7 @@ def _merged(
     capacity: float | None,
     scores: Scores,
     schedule: Schedule,
-    device: Device,
+    where: Where,
     learning_rate: float | None,
 ) -> Merged:
     """The source's configuration with the new routing and schedule."""
@@ -252,18 +244,18 @@ def _merged(
     training = _training(source) | SCHEDULES[schedule]
     if learning_rate is None:
         learning_rate = source.config.learning_rate / 4 if schedule == "own" else _last_rate(source)
-    options = _options(source, steps, model, training, device)
+    options = _options(source, steps, model, training, where)
     name, first = _token_choice_name(source, kind_of(scores)), source.facts.steps
     return merge(name, source.seed, learning_rate, options, first_step=first, transition=asked)
 
 
 def _options(
-    source: Run, steps: int, model: dict[str, Any], training: dict[str, Any], device: Device, **others: Any
+    source: Run, steps: int, model: dict[str, Any], training: dict[str, Any], where: Where, **others: Any
 ) -> Options:
     """The source's text and batches, with these fields of the model and of TrainingArguments."""
     given = {key: getattr(source.config, key) for key in GIVEN}
     model = {field: value for field, value in model.items() if field not in DERIVED}
-    return Options(steps=steps, model=_words(model), training=_words(training), device=device, **given, **others)
+    return Options(steps=steps, model=_words(model), training=_words(training), **where, **given, **others)
 
 
 def _training(source: Run) -> dict[str, Any]:
@@ -281,13 +273,13 @@ def _words(fields: dict[str, Any]) -> dict[str, str]:
 
 
 def _annealed(
-    source: Run, asked: Transition, steps: int, optimizer: Path | None, device: Device, out: Path, resume: bool
+    source: Run, asked: Transition, steps: int, optimizer: Path | None, where: Where, out: Path, resume: bool
 ) -> Run:
     """The source trained on in groups, at its last learning rate, while the routers' temperature falls."""
     temperature = source.config.anneal_temperature_to or source.model_config.router_temperature
     model = source.config.model | {"router_temperature": temperature}
     options = _options(
-        source, steps, model, _training(source) | SCHEDULES["continued"], device, anneal_temperature_to=asked.anneal
+        source, steps, model, _training(source) | SCHEDULES["continued"], where, anneal_temperature_to=asked.anneal
     )
     first = source.facts.steps
     merged = merge(source.name, source.seed, _last_rate(source), options, first_step=first, transition=asked)
@@ -295,8 +287,8 @@ def _annealed(
     def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
         trainer.causal_lm.load_state_dict(load_model(str(source.directory)).state_dict())
         if optimizer is not None:
-            _carry_moments(trainer, optimizer, {}, without=())
-        _go_on_from(source, trainer, out)
+            carry_moments(trainer, optimizer, {}, without=())
+        go_on_from(source, trainer, out)
 
     run_merged(merged, out, resume=resume, begin=begin)
     return read(out)
@@ -306,13 +298,13 @@ def _token_choice_name(source: Run, kind: str) -> str:
     return str(replace(parse_name(source.name), system=ROUTINGS[kind].prefix))
 
 
-def _from_scratch(source: Run, switched: RunConfig, steps: int, device: Device, learning_rate: float | None) -> Merged:
+def _from_scratch(source: Run, switched: RunConfig, steps: int, where: Where, learning_rate: float | None) -> Merged:
     """The control that is Token Choice from the first step: the same model, all the steps, by default its own rate."""
-    options = _options(source, source.facts.steps + steps, switched.model, _training(source), device)
+    options = _options(source, source.facts.steps + steps, switched.model, _training(source), where)
     return merge(switched.name, source.seed, learning_rate, options)
 
 
-def _optimizer_file(source: Run) -> Path:
+def _moments_of(source: Run) -> Path:
     if source.model_config.learnable_temperature:
         raise ValueError("the optimizer state of a learned temperature cannot be carried: --optimizer fresh")
     optim = source.config.training["optim"]
@@ -320,81 +312,6 @@ def _optimizer_file(source: Run) -> Path:
         raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
     last = source.directory / f"checkpoint-{source.config.steps}"
     problem = checkpoints.fault(last) if last.is_dir() else "it is not there"
-    if problem is not None or not (last / "optimizer.pt").is_file():
-        raise ValueError(f"{last} has no optimizer state to carry: {problem or 'no optimizer.pt'}; --optimizer fresh")
-    return last / "optimizer.pt"
-
-
-class _Beginning:
-    """What a run after the switch begins with: weights, moments, the clock and the rows of the source."""
-
-    def __init__(self, source: Run, asked: Transition, optimizer: Path | None, out: Path):
-        self.source, self.asked, self.optimizer, self.out = source, asked, optimizer, out
-
-    def __call__(self, trainer: GroupedTrainer, prepared: Prepared) -> None:
-        if is_main():
-            print("Measuring losses before the switch and at it", file=sys.stderr)
-        target = trainer.causal_lm
-        model = load_model(str(self.source.directory)).to(target.device)
-        groups = list(training_groups(prepared.train, trainer.rows.group_size))
-        started = time.perf_counter()
-        calibrate_companions(model, groups)
-        fit_seconds = time.perf_counter() - started
-        losses = {"source_in_groups": trainer.loss_of(model)}
-        model.serve_alone()
-        losses["source_alone"] = trainer.loss_of(model)
-        model.serve_alone(False)
-        scales = to_token_choice(model, target)
-        losses["plain_switch"] = trainer.loss_of(target)
-        errors: Errors = {}
-        new: list[str] = []  # weights that Adam has to begin anew with
-        started = time.perf_counter()
-        if self.asked.calibrate == "scales":
-            errors = fit_scales(model, target, groups, scales)
-        elif (steps := self.asked.distil_steps) is not None:
-            errors = distil(model, target, distillation_text(model, prepared.train, steps), steps=steps)
-            layers = [f"model.layers.{i}.mlp." for i, _ in sparse_layers(target, TokenChoice)]
-            new += [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
-        fit_seconds += time.perf_counter() - started
-        if self.asked.control == "router":
-            for name, router in target.named_modules():
-                if isinstance(router, Router):  # drawn anew: the seed has made them as the source's were at first
-                    router.reset_parameters(target.config.initializer_scale)
-                    new.append(f"{name}.weight")
-        losses["at_the_switch"] = trainer.loss_of(target)
-        if self.optimizer is not None:
-            _carry_moments(trainer, self.optimizer, scales, without=new)
-        _go_on_from(self.source, trainer, self.out)
-        facts = self.source.facts
-        switch = Switch(
-            step=facts.steps,
-            tokens=facts.tokens,
-            seconds=facts.seconds,
-            flops_per_token=self.source.flops[1],
-            **losses,
-            branch_errors=errors,
-            fit_seconds=round(fit_seconds, 1),
-        )
-        if is_main():
-            switch.write(self.out / records.SWITCH)
-
-
-def _go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
-    """Give the run at `out` the clock and metrics.jsonl of its source."""
-    trainer.clock.before = source.facts.seconds
-    if is_main():
-        checkpoints.write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())
-
-
-def _carry_moments(trainer: GroupedTrainer, file: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:
-    """Load the source's optimizer state, for a model with the same parameters in the same order."""
-    optimizer = trainer.create_optimizer()
-    kept = torch.load(file, map_location="cpu", weights_only=True)
-    now = optimizer.state_dict()
-    sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (kept, now)]
-    assert sizes[0] == sizes[1]
-    optimizer.load_state_dict(now | {"state": kept["state"]})  # groups have the new learning rate
-    names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
-    rescale_moments(optimizer, names, scales)
-    for parameter in [p for p in optimizer.state if names[id(p)] in without]:
-        del optimizer.state[parameter]
+    if problem is not None or not has_optimizer(last):
+        raise ValueError(f"{last} has no optimizer state to carry: {problem or 'it was removed'}; --optimizer fresh")
+    return last

@@ -1,6 +1,7 @@
 """Loss of a model over text it was not trained on, always over the same blocks in the same groups: `mot evaluate`."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -23,6 +24,7 @@ from mixture_of_tokens.layers import Router
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import routings_of
+from mixture_of_tokens.model.sharding import is_sharded
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, text_of
 
 BATCH_SIZE = 32  # of models that do not mix rows
@@ -252,17 +254,21 @@ def evaluate_blocks(
     """
     everything = groups is None or groups * group_size > len(blocks)
     order = grouped_order(blocks, group_size, seed=seed, everything=everything)[: None if everything else groups]
-    training = model.training
+    training, device = model.training, model.device
     model.eval()
     batches = np.split(order.ravel(), range(batch_size, order.size, batch_size))
-    own = range(len(batches))
-    if accelerator is not None:
-        own = own[accelerator.process_index :: accelerator.num_processes]
+    rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    own, spare, padded = range(rank, len(batches), count), 0, everything
+    if is_sharded(model):  # its processes need each other for every batch, and those of equal sizes
+        batches[-1] = np.pad(batches[-1], (0, batch_size - len(batches[-1])), constant_values=-1)
+        spare, padded = math.ceil(len(batches) / count) - len(own), True
     found = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and tokens of each batch
-    for i in tqdm(own, progress, unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=not progress):
-        rows = batches[i]
-        inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=everything).items()}
-        found[i, 0], found[i, 1] = cross_entropy(model, inputs)
+    bar = tqdm(own, progress, unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=not progress)
+    for i in itertools.chain(bar, [0] * spare):
+        inputs = {name: tensor.to(device) for name, tensor in blocks.batch(batches[i], padded=padded).items()}
+        result = cross_entropy(model, inputs)
+        if i in own:
+            found[i, 0], found[i, 1] = result
     if accelerator is not None:  # every batch is one process's and zero elsewhere: sums are exact in any order
         found = accelerator.reduce(found.to(accelerator.device), "sum")
     nats, tokens = 0.0, 0

@@ -1,4 +1,4 @@
-"""What a configuration costs: parameters, FLOPs per token, memory; the command `mot plan`.
+"""What a configuration costs: parameters, FLOPs per token, memory.
 
 Letters as in `layers.py`; B sequences of T tokens are computed at once. A multiply-add is 2 FLOPs, and only matrix
 products count, as in `torch.utils.flop_counter`. Causal attention counts as the full T x T square, as in that
@@ -6,16 +6,11 @@ counter; kernels that skip the masked half do half of it.
 """
 
 import math
-from copy import copy
-from dataclasses import dataclass
-from textwrap import indent
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.loss import LOGITS_AT_ONCE
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.names import SIZES, config_from_name, name_of, parse_name
-from mixture_of_tokens.model.routings import DENSE, groups_of
+from mixture_of_tokens.model.routings import groups_of
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -192,122 +187,3 @@ def legal_micro_batches(config: MixtureOfTokensConfig, batch: int) -> list[int]:
         nearest = max(1, round(batch / group)) * group
         raise ValueError(f"a batch of {batch} sequences does not divide into groups of {group}; {nearest} would")
     return [size for size in range(group, batch + 1, group) if batch % size == 0]
-
-
-@dataclass(frozen=True)
-class Plan(Result):
-    """Everything that `plan` prints; memory in bytes.
-
-    `floor` is the dense model's FLOPs divided by this one's, which is the relative speed of a perfect implementation:
-    for the model, and for the feed-forwards of the sparse blocks alone.
-    """
-
-    name: str | None
-    matched: list[str]
-    context: int
-    vocab_size: int
-    batch: int
-    legal_micro_batches: list[int]
-    parameters: dict[str, int]
-    flops_per_token: dict[str, dict[str, float]]
-    floor: dict[str, float]
-    micro_batch: int
-    dtype: str
-    memory_bytes: dict[str, int]
-
-    def __str__(self) -> str:
-        forward, backward, share = self.flops_per_token.values()
-        tokens = f"{self.batch} sequences x {self.context} = {self.batch * self.context:,} tokens"
-        count = [[part, _short(count)] for part, count in self.parameters.items() if count]
-        flops = [[part, _short(n), _short(backward[part]), f"{share[part]:.1%}"] for part, n in forward.items() if n]
-        held = [[part, f"{size / 2**30:.3f}"] for part, size in self.memory_bytes.items()]
-        blocks = [
-            [["parameters", ""], *count],
-            [["FLOPs per token", "forward", "backward", "of dense"], *flops],
-            [[f"memory, {self.dtype}", "GiB"], *held],
-        ]
-        first, second, third = (indent(aligned(block), "  ") for block in blocks)
-        head, _, memory_rows = third.partition("\n")
-        return "\n".join(
-            [
-                f"{self.name or 'a model without a name'}: vocabulary {self.vocab_size:,}, a step of {tokens}",
-                f"matched: {', '.join(self.matched) or 'none'}",
-                f"legal micro-batches: {', '.join(map(str, self.legal_micro_batches))}",
-                "",
-                first,
-                "",
-                second,
-                f"A perfect implementation has {self.floor['model']:.3f} of the dense model's speed "
-                f"({self.floor['feed_forward']:.3f} in the sparse blocks' feed-forwards).",
-                "",
-                f"{head}   estimated, {self.micro_batch} sequences at once",
-                memory_rows,
-            ]
-        )
-
-
-def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None = None, dtype="float32") -> Plan:
-    """What a configuration costs.
-
-    Args:
-        batch: sequences a step; micro_batch: sequences at once, by default the smallest legal number of at least 32.
-
-    Raises ValueError for a batch or micro_batch that is not legal, or an unknown dtype.
-    """
-    legal = legal_micro_batches(config, batch)
-    if micro_batch is None:
-        micro_batch = next((size for size in legal if size >= 32), legal[-1])
-    if micro_batch not in legal:
-        raise ValueError(f"micro-batch {micro_batch} is not legal; legal are {', '.join(map(str, legal))}")
-    name, dense = name_of(config), copy(config)
-    dense.mlp_layer_types = [DENSE.kind] * config.num_hidden_layers
-    forward, backward = map(_with_total, flops_per_token(config, batch=micro_batch))
-    of_dense = _with_total(flops_per_token(dense, batch=micro_batch).forward)
-    matched = of_dense["feed_forward"] - forward["feed_forward"]
-    sparse = sum(forward[part] for part in ("experts", "router", "collect", "spread"))
-    share = {part: flops / of_dense["total"] for part, flops in forward.items()}
-    return Plan(
-        name=name,
-        matched=parse_name(name).matched() if name else [],
-        context=config.max_position_embeddings,
-        vocab_size=config.vocab_size,
-        batch=batch,
-        legal_micro_batches=legal,
-        parameters=parameters(config),
-        flops_per_token={"forward": forward, "backward": backward, "share_of_dense": share},
-        floor={"model": of_dense["total"] / forward["total"], "feed_forward": matched / sparse if sparse else 1.0},
-        micro_batch=micro_batch,
-        dtype=dtype,
-        memory_bytes=_with_total(memory(config, micro_batch, dtype=dtype)),
-    )
-
-
-def _with_total(parts: dict) -> dict:
-    return parts | {"total": sum(parts.values())}
-
-
-def _short(number: float) -> str:
-    for unit, power in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
-        if number >= power:
-            return f"{number / power:.1f}{unit}"
-    return f"{number:.0f}  "
-
-
-def plan(
-    name: str, *, micro_batch: int | None = None, dtype: Literal["float32", "bfloat16"] = "float32", gated: bool = True
-) -> Plan:
-    """Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.
-
-    No model is built. FLOPs are those of matrix products in training; a multiply-add is two. Memory is an estimate.
-
-    Args:
-        name: The model, such as MoT-Medium/32E/8.
-        micro_batch: Sequences per device at once. By default the smallest legal number that is at least 32.
-        dtype: The type of weights, gradients, optimizer state and activations.
-        gated: SwiGLU feed-forwards. Otherwise the paper's plain ones with ReLU.
-
-    Raises ValueError for an unknown name, or a micro-batch that is not legal.
-    """
-    parsed = parse_name(name)
-    batch = -(-SIZES[parsed.size].batch // parsed.group_size) * parsed.group_size
-    return plan_of(config_from_name(name, gated=gated), batch=batch, micro_batch=micro_batch, dtype=dtype)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # the configuration checks its kinds against this table
     from mixture_of_tokens.model.config import MixtureOfTokensConfig
 
 
+BY_CONSTRUCTION = "by construction"  # experts read equally many rows, whatever the router says
+
+
 @dataclass(frozen=True, kw_only=True)
 class Routing:
     """One kind of feed-forward.
@@ -217,7 +220,7 @@ ROWS = (
         build=_mixture_of_tokens,
         shares_batch=True,
         differentiable=True,
-        balance="by construction",
+        balance=BY_CONSTRUCTION,
         converts_to=("token_choice", "sigmoid_choice"),
         rows=_mixture_rows,
         mixes=True,
@@ -231,7 +234,7 @@ ROWS = (
         build=lambda config: _mixture_of_tokens(config, uniform=True),
         shares_batch=True,
         differentiable=True,
-        balance="by construction",
+        balance=BY_CONSTRUCTION,
         rows=_mixture_rows,
         routed=False,
         mixes=True,
@@ -275,7 +278,7 @@ ROWS = (
         build=_expert_choice,
         shares_batch=True,
         serves_alone=False,
-        balance="by construction",
+        balance=BY_CONSTRUCTION,
         rows=_expert_choice_rows,
         kept_outputs=(1, 1),
     ),
@@ -320,7 +323,7 @@ ROWS = (
         build=lambda config: SoftMoE(num_slots=num_slots(config), **_common(config)),
         causal=False,
         differentiable=True,
-        balance="by construction",
+        balance=BY_CONSTRUCTION,
         rows=lambda config, batch, context, training: batch * config.num_experts * num_slots(config),
         logits=lambda config: config.num_experts * num_slots(config),
         grouped=False,

@@ -2,18 +2,20 @@
 
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
 from mixture_of_tokens.formatting import duration
+from mixture_of_tokens.process import is_main
 from mixture_of_tokens.reports.comparison import by_model, check_comparable, comparison, write
 from mixture_of_tokens.reports.report import Report, write_page
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
-from mixture_of_tokens.runs.run import Run, check_one_process, check_resumed
+from mixture_of_tokens.runs.run import Run, check_resumed
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_values
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.sweep import PlannedRun, Plans, check_text, trained_on
@@ -39,7 +41,7 @@ def compare(
     out: Path | None = None,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
     dry_run: bool = False,
-) -> Report | Plans:
+) -> Report | Plans | None:
     """Train several models on the same text in the same order, and say when each reaches the first one's loss.
 
     All models are trained with the first seed, then with the next, so that an interrupted comparison is balanced.
@@ -54,36 +56,41 @@ def compare(
         out: Directory for all of it; by default runs/compare.
         dry_run: Print the runs and stop.
 
-    Returns the comparison with its page; with `dry_run` the runs that it would train.
+    Returns the comparison with its page; with `dry_run` the runs that it would train; None in all processes of torchrun
+    but the first. They train every run together.
 
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
-    check_one_process("mot compare")
     names = tuple(name for given in names for name in listed_values(given))
     seeds, learning_rate = listed_values(seeds), None if learning_rate is None else listed_values(learning_rate)
     out = Path("runs/compare") if out is None else Path(out)
     plans = _plans(names, list(dict.fromkeys(seeds)), _rates(learning_rate, len(names)), options, out)
     if dry_run:
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
-    with owned(out):
+    with owned(out) if is_main() else nullcontext():
         return _compared(names, seeds, learning_rate, plans, out, options)
 
 
 def _compared(
     names: tuple[str, ...], seeds: list[int], rates: list[float] | None, plans: list[Plan], out: Path, options: Options
-) -> Report:
+) -> Report | None:
     runs: list[Run] = []
     try:
         for done, plan in enumerate(plans):
-            what = f"{plan.name}, seed {plan.merged.config.seed}{_time_left(plans, done)}"
-            print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
+            if is_main():
+                what = f"{plan.name}, seed {plan.merged.config.seed}{_time_left(plans, done)}"
+                print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
             run = run_merged(plan.merged, plan.directory, resume=True)
-            assert run is not None  # there is one process
+            if run is None:  # in all processes but the first
+                continue
             runs.append(run)
             check_text([(str(run.directory), trained_on(run)) for run in runs])  # reported now, not after the last run
     except (SystemExit, KeyboardInterrupt):
-        print("mot: the same command goes on with the comparison", file=sys.stderr)
+        if is_main():
+            print("mot: the same command goes on with the comparison", file=sys.stderr)
         raise
+    if not is_main():
+        return None
     models = by_model(runs)
     command = _command(names, seeds, rates, out, options)
     result = comparison(models, command)

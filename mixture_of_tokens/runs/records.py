@@ -234,7 +234,8 @@ class MetricsRow:
     """Measurements after a step: a line of metrics.jsonl. None: not measured at this step, or not finite.
 
     train_loss: mean cross-entropy since the last row; eval_loss: over a fixed part of the text; aux_loss: the
-        load-balancing loss; layers: `telemetry.measure`, and the router's gradient norm, by layer.
+        load-balancing loss; data_wait: share of the time since the last row in which training waited for its batches;
+        layers: `telemetry.measure`, and the router's gradient norm, by layer.
     """
 
     step: int
@@ -246,6 +247,7 @@ class MetricsRow:
     learning_rate: float | None = None
     grad_norm: float | None = None
     aux_loss: float | None = None
+    data_wait: float | None = None
     layers: dict[str, dict[str, float]] | None = None
 
     def line(self) -> str:

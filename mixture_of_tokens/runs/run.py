@@ -6,7 +6,6 @@ A finished run is a directory with config.yaml, metrics.jsonl, run.json and, aft
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,15 +18,11 @@ import numpy as np
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.process import is_main, process_count
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.ownership import LOCK
 from mixture_of_tokens.runs.records import FORMAT, SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
-
-
-def is_main() -> bool:
-    """Whether this process is the first of those that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def check_seed(seed: int) -> None:
@@ -38,7 +33,7 @@ def check_seed(seed: int) -> None:
 
 def check_one_process(what: str) -> None:
     """Raises ValueError under torchrun for a command that trains more than once."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if process_count() > 1:
         raise ValueError(f"{what} trains more than once, and so in one process; torchrun is for mot train")
 
 

@@ -37,8 +37,7 @@ REFUSED_FOR = {
     "a run ends with its last weights": "load_best_model_at_end metric_for_best_model greater_is_better",
     "the loss is the mean cross-entropy of all tokens": "label_smoothing_factor label_names "
     "average_tokens_across_devices",
-    "a run's model is written by one process, which would have a shard of it": "fsdp fsdp_config deepspeed "
-    "parallelism_config",
+    "--shard N shards a model over the processes of torchrun": "fsdp fsdp_config deepspeed parallelism_config",
     "one process writes a run directory": "save_on_each_node",
     "torchrun gives each process its number": "local_rank",
     "a signal saves a checkpoint in any case": "enable_jit_checkpoint",

@@ -18,7 +18,8 @@ from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.records import MetricsRow, row_of
 
 # What Trainer logs, by its name in a row of metrics.jsonl.
-OF_LOGS = {name: name for name in ("eval_loss", "learning_rate", "grad_norm", "aux_loss")} | {"loss": "train_loss"}
+OF_LOGS = {name: name for name in ("eval_loss", "learning_rate", "grad_norm", "aux_loss", "data_wait")}
+OF_LOGS |= {"loss": "train_loss"}
 
 
 class Clock:
@@ -106,10 +107,10 @@ class RunLog(TrainerCallback):
             self.bar.close()
 
     def write(self) -> None:
-        if self.row is not None:
+        row, self.row = self.row, None  # once: a full disk would raise again when all is closed
+        if row is not None:
             with checkpoints.disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(self.row.line())
-        self.row = None
+                file.write(row.line())
 
 
 class AnnealTemperature(TrainerCallback):

@@ -50,6 +50,11 @@ class Options:
         evaluate_on: The split for losses: by default validation, in mot sweep tuning, so that settings are not chosen
             on the split that is reported.
         device: cpu or cuda; by default cuda where there is one.
+        shard: Processes of torchrun that hold one copy of the model together, a part of every weight each (FSDP2); by
+            default each process has a whole copy (DDP).
+        replicate: Copies of a sharded model; by default as many as there are processes for. A resumed run may have
+            another number of processes, shards and copies.
+        expert_parallel: Of the processes of a copy, so many divide the experts, and exchange what these read.
         model: Fields of the model's configuration, as in --model.router_temperature 0.25.
         training: Fields of transformers' TrainingArguments, as in --training.weight_decay 0.05.
     """
@@ -63,6 +68,9 @@ class Options:
     anneal_temperature_to: float | None = None
     evaluate_on: Literal["validation", "tuning"] | None = None
     device: Literal["cpu", "cuda"] | None = None
+    shard: int | None = None
+    replicate: int | None = None
+    expert_parallel: int | None = None
     model: dict[str, str] = dataclasses.field(default_factory=dict)
     training: dict[str, str] = dataclasses.field(default_factory=dict)
 

@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
+from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.process import process_count
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
 from mixture_of_tokens.runs.run import check_seed
 from mixture_of_tokens.training.arguments import FIXED, check_environment, check_number, given_fields, in_words, try_out
@@ -44,10 +46,11 @@ LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
 
 
 class Merged(NamedTuple):
-    """A run's configuration, and keywords of TrainingArguments."""
+    """A run's configuration, and how it is carried out: keywords of TrainingArguments, and where the weights lie."""
 
     config: RunConfig
     arguments: dict[str, Any]
+    placement: Placement
 
 
 def merge(
@@ -120,6 +123,8 @@ def merge(
     with _names_the_flag(name, overrides), torch.device("meta"):  # invalid fields are reported before the run starts
         MixtureOfTokensForCausalLM(config)
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
+    placement = Placement.of(options.shard, options.replicate, options.expert_parallel, process_count())
+    placement.check(config, on_cpu=on_cpu)
     # Of 0 steps, which are not trained, Trainer could make no schedule.
     taken = {"max_steps": max(1, steps), "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
     taken |= {"per_device_train_batch_size": micro_batch}
@@ -130,7 +135,7 @@ def merge(
     if arguments.fp16 and on_cpu:
         raise ValueError("--training.fp16 needs a GPU; --training.bf16 does not")
     try_out(arguments)
-    return Merged(run, taken | training)
+    return Merged(run, taken | training, placement)
 
 
 def _check_model(config: MixtureOfTokensConfig) -> None:
@@ -186,7 +191,7 @@ def _training_fields(
             f"--training.per_device_eval_batch_size {rows} must be a multiple of the group size, {group_size}"
         )
     kind = given.get("lr_scheduler_type", "cosine_with_min_lr")
-    parts = given.get("gradient_accumulation_steps", 1) * int(os.environ.get("WORLD_SIZE", "1"))
+    parts = given.get("gradient_accumulation_steps", 1) * process_count()
     micro_batch, rest = divmod(batch_size, parts)
     if rest or micro_batch % group_size or not micro_batch:
         raise ValueError(
@@ -212,5 +217,6 @@ def _training_fields(
         **FIXED,
         "dataloader_pin_memory": False,
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": 600,
         **given,
     }

@@ -6,6 +6,7 @@ import math
 import shlex
 import statistics
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -13,9 +14,10 @@ from cyclopts import Parameter
 
 from mixture_of_tokens.formatting import Result, aligned, short
 from mixture_of_tokens.model.cost import training_flops
+from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.ownership import owned
-from mixture_of_tokens.runs.run import Run, check_one_process, check_resumed
+from mixture_of_tokens.runs.run import Run, check_resumed
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_values
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
@@ -130,7 +132,7 @@ def sweep(
     out: Path | None = None,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
     dry_run: bool = False,
-) -> Sweep | Plans:
+) -> Sweep | Plans | None:
     """Train one model with every combination of settings, and print the best.
 
     A setting is a list with commas: --learning-rate, --seeds, and any field of --model and --training. Losses are on
@@ -143,11 +145,11 @@ def sweep(
         out: Directory of the run directories and of sweep.json; by default runs/sweep-NAME.
         dry_run: Print the runs and stop.
 
-    Returns what sweep.json holds; with `dry_run` the runs that it would train.
+    Returns what sweep.json holds; with `dry_run` the runs that it would train; None in all processes of torchrun but
+    the first. They train every run together.
 
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
-    check_one_process("mot sweep")
     seeds, learning_rate = listed_values(seeds), None if learning_rate is None else listed_values(learning_rate)
     out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else Path(out)
     if options.evaluate_on is None:
@@ -164,27 +166,33 @@ def sweep(
             planned.append(_Planned(settings, seed, merged, directory))
     if dry_run:
         return Plans([PlannedRun.of(directory, merged) for _, _, merged, directory in planned])
-    with owned(out):
+    with owned(out) if is_main() else nullcontext():
         return _swept(name, options, cells, planned, out)
 
 
-def _swept(name: str, options: Options, cells: list[dict[str, str]], planned: list[_Planned], out: Path) -> Sweep:
+def _swept(
+    name: str, options: Options, cells: list[dict[str, str]], planned: list[_Planned], out: Path
+) -> Sweep | None:
     runs: dict[str, list[Outcome]] = {}
     result = Sweep(name, options.evaluate_on or "tuning", [], None)
     for done, (settings, seed, merged, directory) in enumerate(planned):
-        print(f"run {done + 1} of {len(planned)}: {directory}", file=sys.stderr)
+        if is_main():
+            print(f"run {done + 1} of {len(planned)}: {directory}", file=sys.stderr)
         try:
             outcome = _outcome(seed, merged, directory)
         except (SystemExit, KeyboardInterrupt):
-            print("mot: the same command goes on with the sweep", file=sys.stderr)
+            if is_main():
+                print("mot: the same command goes on with the sweep", file=sys.stderr)
             raise
+        if outcome is None:
+            continue
         runs.setdefault(_directory(settings, None), []).append(outcome)
         check_text([(run.directory, run.text) for each in runs.values() for run in each])
         found = [Cell.of(settings, own) for settings in cells if (own := runs.get(_directory(settings, None)))]
         found.sort(key=lambda cell: math.inf if cell.loss is None else cell.loss)
         result = Sweep(name, result.evaluated_on, found, _train_command(name, found[0], options))
         checkpoints.write_text(out / "sweep.json", result.to_json() + "\n")
-    return result
+    return result if is_main() else None
 
 
 def _train_command(name: str, best: Cell, options: Options) -> str | None:
@@ -219,19 +227,22 @@ def _directory(settings: dict[str, str], seed: int | None) -> str:
     return "-".join([*names, *([] if seed is None else [f"seed={seed}"])]).replace("/", "_")
 
 
-def _outcome(seed: int, merged: Merged, directory: Path) -> Outcome:
-    """The outcome of a run, trained if need be. A run that diverged is not trained again."""
-    diverged = directory / DIVERGED
+def _outcome(seed: int, merged: Merged, directory: Path) -> Outcome | None:
+    """The outcome of a run, trained if need be; in the first process. A run that diverged is not trained again."""
+    diverged, said = directory / DIVERGED, None
     if not diverged.exists():
         try:
             run = run_merged(merged, directory, resume=True)
-        except FloatingPointError as error:
-            diverged.write_text(str(error))
+        except FloatingPointError as error:  # in all processes
+            said = str(error)
+            if is_main():
+                diverged.write_text(said)
         else:
-            assert run is not None  # there is one process
+            if run is None:
+                return None
             loss, seconds, text = run.facts.final_loss, run.facts.seconds, trained_on(run)
             return Outcome(seed=seed, directory=str(directory), loss=loss, seconds=seconds, text=text)
-    return Outcome(seed=seed, directory=str(directory), diverged=diverged.read_text())
+    return Outcome(seed=seed, directory=str(directory), diverged=said or diverged.read_text()) if is_main() else None
 
 
 def trained_on(run: Run) -> str:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
@@ -21,11 +22,13 @@ from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.process import keep_large_blocks
+from mixture_of_tokens.model.placement import COPIES, Placement
+from mixture_of_tokens.model.sharding import is_sharded, shard_model, unsharded, whole_state
+from mixture_of_tokens.process import is_main, keep_large_blocks, process_count
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
-from mixture_of_tokens.runs.run import Run, check_free, check_resumed, is_main, read
+from mixture_of_tokens.runs.run import Run, check_free, check_resumed, read
 from mixture_of_tokens.training.callbacks import AnnealTemperature, StopOnSignal
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, merge
@@ -89,7 +92,13 @@ def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None =
         taken.run_name = taken.run_name or out.name
         # Several GPUs of one process would each take all the rows; they are for torchrun.
         taken._n_gpu = min(1, taken.n_gpu)
-        return _run(merged.config, taken, out, begin)
+        try:
+            return _run(merged.config, taken, merged.placement, out, begin)
+        except RuntimeError as error:
+            if process_count() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+                raise
+            what = "another process of this training has ended, or has not answered in time"
+            raise ConnectionError(f"{what}: --resume goes on from the last checkpoint") from error
 
 
 def _check(out: Path, merged: Merged, resume: bool) -> None:
@@ -99,8 +108,10 @@ def _check(out: Path, merged: Merged, resume: bool) -> None:
         check_free(out)
 
 
-def build(run: RunConfig, arguments: TrainingArguments) -> tuple[GroupedTrainer, Prepared]:
-    """The trainer of a run, its data prepared and its model initialised."""
+def build(
+    run: RunConfig, arguments: TrainingArguments, placement: Placement = COPIES
+) -> tuple[GroupedTrainer, Prepared]:
+    """The trainer of a run, its data prepared and its model initialised, the same in every placement."""
     prepared, config = run.prepare(), copy.deepcopy(run.model_config)
     vocabulary = prepared.tokenizer.get_vocab()
     if run.tokenizer is None or "vocab_size" not in run.model:
@@ -116,7 +127,7 @@ def build(run: RunConfig, arguments: TrainingArguments) -> tuple[GroupedTrainer,
         first_step=run.first_step,
     )
     set_seed(run.seed)
-    model = MixtureOfTokensForCausalLM(config)
+    model = shard_model(MixtureOfTokensForCausalLM(config), placement)
     evaluated = getattr(prepared, run.evaluate_on)
     corpus = f"{prepared.facts['hash']} {prepared.facts['tokenizer']}"
     trainer = GroupedTrainer(
@@ -127,11 +138,13 @@ def build(run: RunConfig, arguments: TrainingArguments) -> tuple[GroupedTrainer,
     return trainer, prepared
 
 
-def _run(run: RunConfig, arguments: TrainingArguments, out: Path, begin: Begin | None) -> Run | None:
+def _run(
+    run: RunConfig, arguments: TrainingArguments, placement: Placement, out: Path, begin: Begin | None
+) -> Run | None:
     made_by = {"versions": provenance.versions(), "commit": provenance.commit()}  # now, as they may change
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
-    trainer, prepared = build(run, arguments)
+    trainer, prepared = build(run, arguments, placement)
     checkpoint = checkpoints.newest(out) if out.exists() else None
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
@@ -173,6 +186,9 @@ def _finish(
     calibrate_thresholds(model, training_groups(prepared.train, trainer.rows.group_size, 2 * GROUPS))
     seeds = range(REGROUPINGS if model.mixes_examples else 1)
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
+    if is_sharded(model):
+        state = whole_state(model)
+        model = unsharded(model, state).eval() if is_main() else model
     if not is_main():
         return None
     losses = [final["loss"], *(other["loss"] for other in others)]

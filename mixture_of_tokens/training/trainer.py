@@ -10,26 +10,43 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import safetensors.torch
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import SequentialSampler
 from torch.utils.tensorboard import SummaryWriter
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.sharding import (
+    is_sharded,
+    load_optimizer,
+    load_whole,
+    local,
+    save_optimizer,
+    unsharded,
+    whole_state,
+)
 from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
+from mixture_of_tokens.process import of_all
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.training.callbacks import Clock, RunLog
 
 EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
+BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # what a schedule has for each of the optimizer's groups
 
 
 class GroupedTrainer(Trainer):
@@ -46,10 +63,20 @@ class GroupedTrainer(Trainer):
     """
 
     def __init__(
-        self, model: MixtureOfTokensForCausalLM, *args, rows: GroupedBatches, evaluated: Blocks, corpus: str, **kwargs
+        self,
+        model: MixtureOfTokensForCausalLM,
+        args: TrainingArguments,
+        *,
+        rows: GroupedBatches,
+        evaluated: Blocks,
+        corpus: str,
+        **kwargs,
     ):
+        # Trainer does not save the optimizer of a model that transformers has sharded, and says so here; we do below.
+        args.save_only_model = is_sharded(model)
         # Trainer evaluates only where it is given an evaluation set; `evaluate` does not read it.
-        super().__init__(model, *args, train_dataset=rows, eval_dataset=rows, data_collator=_as_it_is, **kwargs)
+        super().__init__(model, args, train_dataset=rows, eval_dataset=rows, data_collator=_as_it_is, **kwargs)
+        args.save_only_model = False
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
@@ -67,8 +94,10 @@ class GroupedTrainer(Trainer):
         self.total_norm: Any = None  # of all gradients before clipping; read only at logged steps
         # Cross-entropy and auxiliary loss of every micro-batch since the last row of metrics.jsonl.
         self._reported: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._waited, self._seconds = 0.0, 0.0  # for batches since the last row, and the clock's time then
         self._ending: Any = None  # an event for the loader's workers: from now on the main process may end them
         self._output_dir: str | None = None  # where a checkpoint is written before it gets its name
+        self._failure: OSError | None = None  # of this process, in writing one
 
     def train(self, checkpoint: Path | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         step = 0
@@ -83,6 +112,7 @@ class GroupedTrainer(Trainer):
             for loss, aux in facts["reported"]:  # on the device of the losses that follow
                 pair = [None if each is None else torch.tensor(each, device=self.args.device) for each in (loss, aux)]
                 self._reported += [tuple(pair)] * self.args.gradient_accumulation_steps  # pyright: ignore
+        self._seconds = self.clock.before
         if self.is_world_process_zero():
             self.run_log.forget_after(self.rows.first_step + step)
         if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
@@ -91,6 +121,10 @@ class GroupedTrainer(Trainer):
             self.add_callback(TensorBoardCallback(writer))
         try:
             return super().train(None if checkpoint is None else str(checkpoint))
+        except OSError:  # such as of a full disk, which `close` would meet too
+            with suppress(OSError):
+                self.run_log.close()
+            raise
         finally:
             if self._ending is not None:
                 self._ending.set()
@@ -108,6 +142,13 @@ class GroupedTrainer(Trainer):
             inner.worker_init_fn = partial(_begin_worker, self._ending, inner.worker_init_fn)
         return loader
 
+    def get_batch_samples(self, *args, **kwargs):
+        since = time.perf_counter()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self._waited += time.perf_counter() - since
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, use_cache=False)
         aux_loss = outputs.aux_loss
@@ -122,6 +163,10 @@ class GroupedTrainer(Trainer):
             if aux_losses[0] is not None:
                 logs["aux_loss"] = self._mean(aux_losses)
             self._reported.clear()
+            seconds = self.clock.seconds
+            if seconds > self._seconds:
+                logs["data_wait"] = float(f"{self._waited / (seconds - self._seconds):.3g}")
+            self._waited, self._seconds = 0.0, seconds
             for layer, measured in measure(self.causal_lm, self.probe).items():
                 logs |= {f"layer/{layer}/{name}": float(f"{value:.5g}") for name, value in measured.items()}
             logs |= {f"layer/{layer}/router_gradient_norm": norm for layer, norm in self.gradient_norms.items()}
@@ -143,19 +188,31 @@ class GroupedTrainer(Trainer):
         return self.total_norm
 
     def _check_finite(self) -> None:
-        bad = torch.stack([loss for loss, _ in self._reported]).isfinite().logical_not().nonzero()
+        """Raises FloatingPointError in all processes if one has a loss that is not finite."""
+        losses: Any = self.accelerator.reduce(torch.stack([loss for loss, _ in self._reported]), "sum")
+        bad = losses.isfinite().logical_not().nonzero()
         if len(bad):
-            after = len(self._reported) - int(bad[0])  # micro-batches since, the bad one included
+            after = len(losses) - int(bad[0])  # micro-batches since, the bad one included
             step = self.state.global_step - (after - 1) // self.args.gradient_accumulation_steps
-            loss = self._reported[int(bad[0])][0].item()
-            raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower learning rate")
+            loss = losses[int(bad[0])].item()
+            raise of_all(FloatingPointError(f"the loss is {loss} at step {step}: try a lower learning rate"))
+
+    def _check_weights(self) -> None:
+        """Raises FloatingPointError in all processes if one has weights that are not finite."""
+        finite = torch.stack([local(weight).isfinite().all() for weight in self.causal_lm.parameters()])
+        bad: Any = self.accelerator.reduce(finite.logical_not().sum(), "sum")
+        if bad:
+            step = self.state.global_step
+            raise of_all(FloatingPointError(f"weights are not finite after step {step}: try a lower learning rate"))
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         with self.clock.stopped():
             loss = self.loss_of(self.causal_lm)
         if not math.isfinite(loss):
             step = self.state.global_step
-            raise FloatingPointError(f"the evaluation loss is {loss} after step {step}: try a lower learning rate")
+            raise of_all(
+                FloatingPointError(f"the evaluation loss is {loss} after step {step}: try a lower learning rate")
+            )
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -183,30 +240,83 @@ class GroupedTrainer(Trainer):
         name, beside, main = f"checkpoint-{step}", self.run / "checkpoint.partial", self.args.should_save
         if self._reported:
             self._check_finite()
-        if not all(bool(weight.isfinite().all()) for weight in self.causal_lm.parameters()):
-            raise FloatingPointError(f"weights are not finite after step {step}: try a lower learning rate")
+        self._check_weights()
         with self.clock.stopped():
             if main:
                 shutil.rmtree(beside, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             self._output_dir = str(beside)
             try:
-                with checkpoints.plain_errors(self.run / name):
+                with self._failing_together(self.run / name):
                     super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
                 reported = self._reported_by_step()
-                if main:
-                    facts = {"step": step, "seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
-                    with checkpoints.disk_errors(self.run / name):
-                        checkpoints.describe(beside / name, **facts)
-                    self.run_log.write()  # the rows come before the checkpoint
-                    checkpoints.publish(beside / name, self.run / name)
-                    checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
+                with self._failing_together(self.run / name):
+                    if main:
+                        facts = {"seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
+                        checkpoints.describe(beside / name, step=step, **facts)
+                        self.run_log.write()  # the rows come before the checkpoint
+                        checkpoints.publish(beside / name, self.run / name)
+                        checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
             finally:
                 self._output_dir = None
                 if main:
                     shutil.rmtree(beside, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _failing_together(self, final: Path) -> Iterator[None]:
+        """Raise in all processes what one of them could not write: the others would wait for it."""
+        self._failure = None
+        with self._keeping_failure(final):
+            yield
+        said = [message for message in gather_object([self._failure and str(self._failure)]) if message]
+        if said:
+            raise of_all(OSError(said[0])) from self._failure
+
+    @contextmanager
+    def _keeping_failure(self, final: Path) -> Iterator[None]:
+        """Keep an error of the disk until all processes are ready to hear of it."""
+        try:
+            with checkpoints.plain_errors(final):
+                yield
+        except OSError as error:
+            self._failure = self._failure or error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        state = whole_state(self.causal_lm) if is_sharded(self.causal_lm) else None
+        with self._keeping_failure(Path(output_dir)):
+            if state is None:
+                super()._save(output_dir)
+            elif self.args.should_save:
+                with torch.device("meta"):
+                    plain = unsharded(self.causal_lm)
+                plain.save_pretrained(output_dir, state_dict=state)
+                self.processing_class.save_pretrained(output_dir)  # pyright: ignore
+                torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """By the names of weights, each process its part, so that a run may go on in any layout."""
+        optimizer = cast(Any, self.optimizer)
+        with self._keeping_failure(Path(output_dir)):
+            save_optimizer(self.causal_lm, optimizer.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # pyright: ignore
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        optimizer = cast(Any, self.optimizer)
+        load_optimizer(self.causal_lm, optimizer.optimizer, Path(checkpoint))
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        for name in BY_GROUP:  # with expert parallelism there are groups for experts
+            schedule[name] = schedule[name][:1] * len(optimizer.param_groups)
+        self.lr_scheduler.load_state_dict(schedule)  # pyright: ignore
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if is_sharded(self.causal_lm):
+            load_whole(self.causal_lm, safetensors.torch.load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class _RouterGradients(TrainerCallback):

@@ -1,0 +1,106 @@
+"""What a run after a switch begins with: weights, moments of Adam, the clock and the rows of its source."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from mixture_of_tokens.convert.distil import distil, distillation_text
+from mixture_of_tokens.convert.scales import fit_scales
+from mixture_of_tokens.convert.switch import Errors, Scales, rescale_moments, sparse_layers, to_token_choice
+from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.layers import Router
+from mixture_of_tokens.model.companions import calibrate_companions
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.sharding import load_optimizer, whole
+from mixture_of_tokens.process import is_main
+from mixture_of_tokens.runs import checkpoints, records
+from mixture_of_tokens.runs.loading import load_model
+from mixture_of_tokens.runs.records import Switch, Transition
+from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.sparse import TokenChoice
+from mixture_of_tokens.training.trainer import GroupedTrainer
+
+
+class Beginning:
+    """Called by `run_merged` with the trainer of the new run."""
+
+    def __init__(self, source: Run, asked: Transition, optimizer: Path | None, out: Path):
+        self.source, self.asked, self.optimizer, self.out = source, asked, optimizer, out
+
+    def __call__(self, trainer: GroupedTrainer, prepared: Prepared) -> None:
+        with whole(trainer.causal_lm) as target:
+            switch, scales, new = self._switched(trainer, prepared, target)
+        if self.optimizer is not None:
+            carry_moments(trainer, self.optimizer, scales, without=new)
+        go_on_from(self.source, trainer, self.out)
+        if is_main():
+            switch.write(self.out / records.SWITCH)
+
+    def _switched(
+        self, trainer: GroupedTrainer, prepared: Prepared, target: MixtureOfTokensForCausalLM
+    ) -> tuple[Switch, Scales, list[str]]:
+        """Give the target its weights. Also returns the weights that Adam has to begin anew with."""
+        if is_main():
+            print("Measuring losses before the switch and at it", file=sys.stderr)
+        model = load_model(str(self.source.directory)).to(target.device)
+        groups = list(training_groups(prepared.train, trainer.rows.group_size))
+        started = time.perf_counter()
+        calibrate_companions(model, groups)
+        fit_seconds = time.perf_counter() - started
+        losses = {"source_in_groups": trainer.loss_of(model)}
+        model.serve_alone()
+        losses["source_alone"] = trainer.loss_of(model)
+        model.serve_alone(False)
+        scales = to_token_choice(model, target)
+        losses["plain_switch"] = trainer.loss_of(target)
+        errors: Errors = {}
+        new: list[str] = []
+        started = time.perf_counter()
+        if self.asked.calibrate == "scales":
+            errors = fit_scales(model, target, groups, scales)
+        elif (steps := self.asked.distil_steps) is not None:
+            errors = distil(model, target, distillation_text(model, prepared.train, steps), steps=steps)
+            layers = [f"model.layers.{i}.mlp." for i, _ in sparse_layers(target, TokenChoice)]
+            new += [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
+        fit_seconds += time.perf_counter() - started
+        if self.asked.control == "router":
+            for name, router in target.named_modules():
+                if isinstance(router, Router):  # drawn anew: the seed has made them as the source's were at first
+                    router.reset_parameters(target.config.initializer_scale)
+                    new.append(f"{name}.weight")
+        losses["at_the_switch"] = trainer.loss_of(target)
+        facts = self.source.facts
+        switch = Switch(
+            step=facts.steps,
+            tokens=facts.tokens,
+            seconds=facts.seconds,
+            flops_per_token=self.source.flops[1],
+            **losses,
+            branch_errors=errors,
+            fit_seconds=round(fit_seconds, 1),
+        )
+        return switch, scales, new
+
+
+def go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
+    """Give the run at `out` the clock and metrics.jsonl of its source."""
+    trainer.clock.before = source.facts.seconds
+    if is_main():
+        checkpoints.write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())
+
+
+def carry_moments(trainer: GroupedTrainer, moments: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:
+    """Load the source's optimizer state, for a model with parameters of the same names."""
+    optimizer = trainer.create_optimizer()
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    load_optimizer(trainer.causal_lm, optimizer, moments)
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(own)  # such as the new learning rate
+    names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
+    rescale_moments(optimizer, names, scales)
+    for parameter in [p for p in optimizer.state if names[id(p)] in without]:
+        del optimizer.state[parameter]

@@ -1,0 +1,99 @@
+"""How a model lies over the processes that train it together.
+
+shard            processes that hold one copy of the model together, each a part of every weight (FSDP2)
+replicate        such sets of processes, each with a copy (HSDP)
+expert_parallel  processes of a set that divide the experts: each owns E / P of them and computes these for all
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.routings import BY_CONSTRUCTION
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model lies over processes. The default, one shard, is a whole model in every process (DDP)."""
+
+    shard: int = 1
+    replicate: int = 1
+    expert_parallel: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        shard: int | None,
+        replicate: int | None,
+        expert_parallel: int | None,
+        count: int,
+        what: str = "processes (torchrun --nproc-per-node)",
+    ) -> "Placement":
+        """What the flags ask of so many processes; what is not given follows.
+
+        Raises ValueError, naming legal numbers, for what does not fit.
+        """
+        given = {"shard": shard, "replicate": replicate, "expert-parallel": expert_parallel}
+        for flag, number in given.items():
+            if number is not None and number < 1:
+                raise ValueError(f"--{flag} must be at least 1, not {number}")
+        if shard is None:
+            shard = 1
+            if replicate is not None or expert_parallel is not None:
+                shard = max(1, count // (replicate or 1))
+        if shard == 1 and replicate is None:
+            replicate = 1  # DDP has its own copies
+        replicate = max(1, count // shard) if replicate is None else replicate
+        if shard == 1 and replicate > 1:
+            raise ValueError(f"--replicate {replicate} is for --shard above 1; without shards every process has a copy")
+        if shard > 1 and shard * replicate != count:
+            legal = ", ".join(str(n) for n in range(2, count + 1) if count % n == 0) or "none"
+            raise ValueError(
+                f"--shard {shard} times --replicate {replicate} is {shard * replicate}, and there are {count} "
+                f"{what}; --shard can be {legal}"
+            )
+        expert_parallel = expert_parallel or 1
+        if shard % expert_parallel:
+            legal = ", ".join(str(n) for n in range(1, shard + 1) if shard % n == 0)
+            raise ValueError(f"--expert-parallel {expert_parallel} does not divide --shard {shard}; legal are {legal}")
+        return cls(shard, replicate, expert_parallel)
+
+    @property
+    def sharded(self) -> bool:
+        return self.shard > 1
+
+    def check(self, config: MixtureOfTokensConfig, *, on_cpu: bool = False) -> None:
+        """Raises ValueError for a model that cannot lie so."""
+        if not self.sharded:
+            return
+        flag = f"--shard {self.shard}"
+        if config.tie_word_embeddings:
+            raise ValueError(f"{flag}: embeddings that are the head too cannot be sharded; leave tie_word_embeddings")
+        if config.learnable_temperature:
+            raise ValueError(f"{flag}: a learnable temperature is one number, which cannot be sharded")
+        if on_cpu and torch.accelerator.is_available():
+            where = torch.accelerator.current_accelerator()
+            raise ValueError(f"{flag} uses the machine's {where}; leave out --device cpu")
+        if self.expert_parallel == 1:
+            return
+        flag = f"--expert-parallel {self.expert_parallel}"
+        for routing in config.sparse_routings:
+            if routing.balance != BY_CONSTRUCTION:
+                raise ValueError(
+                    f"{flag}: {routing.title} sends experts as many tokens as they are chosen by, which would differ "
+                    "from process to process; --shard works"
+                )
+        if not config.sparse_routings or config.num_experts % self.expert_parallel:
+            count = config.num_experts if config.sparse_routings else 0
+            legal = ", ".join(str(n) for n in range(1, self.shard + 1) if self.shard % n == 0 and count % n == 0)
+            raise ValueError(f"{flag} does not divide the {count} experts; legal are {legal}")
+
+    def __str__(self) -> str:
+        if not self.sharded:
+            return "copies"
+        words = [f"{self.shard} shards"] + [f"{self.replicate} times"] * (self.replicate > 1)
+        return ", ".join(words + [f"experts over {self.expert_parallel}"] * (self.expert_parallel > 1))
+
+
+COPIES = Placement()

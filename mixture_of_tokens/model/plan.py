@@ -1,0 +1,162 @@
+"""The command `mot plan`: what a model costs, on one device and on several, before it is trained."""
+
+from copy import copy
+from dataclasses import dataclass, replace
+from textwrap import indent
+from typing import Literal
+
+from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters
+from mixture_of_tokens.model.names import SIZES, config_from_name, name_of, parse_name
+from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.model.routings import DENSE
+from mixture_of_tokens.model.spread import Spread, spread_of
+
+
+@dataclass(frozen=True)
+class Plan(Result):
+    """Everything that `plan` prints; memory in bytes.
+
+    `floor` is the dense model's FLOPs divided by this one's, which is the relative speed of a perfect implementation:
+    for the model, and for the feed-forwards of the sparse blocks alone.
+    """
+
+    name: str | None
+    matched: list[str]
+    context: int
+    vocab_size: int
+    batch: int
+    legal_micro_batches: list[int]
+    parameters: dict[str, int]
+    flops_per_token: dict[str, dict[str, float]]
+    floor: dict[str, float]
+    micro_batch: int
+    dtype: str
+    memory_bytes: dict[str, int]
+    spread: Spread | None = None
+
+    def __str__(self) -> str:
+        forward, backward, share = self.flops_per_token.values()
+        tokens = f"{self.batch} sequences x {self.context} = {self.batch * self.context:,} tokens"
+        count = [[part, _short(count)] for part, count in self.parameters.items() if count]
+        flops = [[part, _short(n), _short(backward[part]), f"{share[part]:.1%}"] for part, n in forward.items() if n]
+        held = [[part, f"{size / 2**30:.3f}"] for part, size in self.memory_bytes.items()]
+        blocks = [
+            [["parameters", ""], *count],
+            [["FLOPs per token", "forward", "backward", "of dense"], *flops],
+            [[f"memory, {self.dtype}", "GiB"], *held],
+        ]
+        first, second, third = (indent(aligned(block), "  ") for block in blocks)
+        head, _, memory_rows = third.partition("\n")
+        return "\n".join(
+            [
+                f"{self.name or 'a model without a name'}: vocabulary {self.vocab_size:,}, a step of {tokens}",
+                f"matched: {', '.join(self.matched) or 'none'}",
+                f"legal micro-batches: {', '.join(map(str, self.legal_micro_batches))}",
+                "",
+                first,
+                "",
+                second,
+                f"A perfect implementation has {self.floor['model']:.3f} of the dense model's speed "
+                f"({self.floor['feed_forward']:.3f} in the sparse blocks' feed-forwards).",
+                "",
+                f"{head}   estimated, {self.micro_batch} sequences at once",
+                memory_rows,
+                *([] if self.spread is None else ["", str(self.spread)]),
+            ]
+        )
+
+
+def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None = None, dtype="float32") -> Plan:
+    """What a configuration costs.
+
+    Args:
+        batch: sequences a step; micro_batch: sequences at once, by default the smallest legal number of at least 32.
+
+    Raises ValueError for a batch or micro_batch that is not legal, or an unknown dtype.
+    """
+    legal = legal_micro_batches(config, batch)
+    if micro_batch is None:
+        micro_batch = next((size for size in legal if size >= 32), legal[-1])
+    if micro_batch not in legal:
+        raise ValueError(f"micro-batch {micro_batch} is not legal; legal are {', '.join(map(str, legal))}")
+    name, dense = name_of(config), copy(config)
+    dense.mlp_layer_types = [DENSE.kind] * config.num_hidden_layers
+    forward, backward = map(_with_total, flops_per_token(config, batch=micro_batch))
+    of_dense = _with_total(flops_per_token(dense, batch=micro_batch).forward)
+    matched = of_dense["feed_forward"] - forward["feed_forward"]
+    sparse = sum(forward[part] for part in ("experts", "router", "collect", "spread"))
+    share = {part: flops / of_dense["total"] for part, flops in forward.items()}
+    return Plan(
+        name=name,
+        matched=parse_name(name).matched() if name else [],
+        context=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        batch=batch,
+        legal_micro_batches=legal,
+        parameters=parameters(config),
+        flops_per_token={"forward": forward, "backward": backward, "share_of_dense": share},
+        floor={"model": of_dense["total"] / forward["total"], "feed_forward": matched / sparse if sparse else 1.0},
+        micro_batch=micro_batch,
+        dtype=dtype,
+        memory_bytes=_with_total(memory(config, micro_batch, dtype=dtype)),
+    )
+
+
+def _with_total(parts: dict) -> dict:
+    return parts | {"total": sum(parts.values())}
+
+
+def _short(number: float) -> str:
+    for unit, power in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
+        if number >= power:
+            return f"{number / power:.1f}{unit}"
+    return f"{number:.0f}  "
+
+
+def plan(
+    name: str,
+    *,
+    micro_batch: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    gated: bool = True,
+    batch_size: int | None = None,
+    devices: int | None = None,
+    shard: int | None = None,
+    replicate: int | None = None,
+    expert_parallel: int | None = None,
+) -> Plan:
+    """Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.
+
+    No model is built. FLOPs are those of matrix products in training; a multiply-add is two. Memory is an estimate.
+    With --devices also what each device holds and sends in a step, weights in fp32 and the rest in bf16 as with
+    --training.bf16 true: for the placement that the other flags describe, for others, and for Token Choice.
+
+    Args:
+        name: The model, such as MoT-Medium/32E/8.
+        micro_batch: Sequences per device at once. By default the smallest legal number that is at least 32; with
+            --devices a device's whole share of the batch.
+        dtype: The type of weights, gradients, optimizer state and activations.
+        gated: SwiGLU feed-forwards. Otherwise the paper's plain ones with ReLU.
+        batch_size: Sequences a step; by default the size's own number.
+        devices: Devices that train together.
+        shard: Devices that hold one copy of the model together, as in mot train.
+        replicate: Copies of a sharded model.
+        expert_parallel: Devices of a copy that divide the experts.
+
+    Raises ValueError for an unknown name, and for a micro-batch or a placement that is not legal.
+    """
+    for flag, value in {"batch-size": batch_size, "devices": devices}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {value}")
+    if devices is None and not shard == replicate == expert_parallel is None:
+        raise ValueError("--shard, --replicate and --expert-parallel are for --devices N")
+    parsed, config = parse_name(name), config_from_name(name, gated=gated)
+    batch = batch_size or -(-SIZES[parsed.size].batch // parsed.group_size) * parsed.group_size
+    if devices is None:
+        return plan_of(config, batch=batch, micro_batch=micro_batch, dtype=dtype)
+    placement = Placement.of(shard, replicate, expert_parallel, devices, "devices")
+    spread = spread_of(config, batch=batch, devices=devices, placement=placement, micro_batch=micro_batch)
+    planned = plan_of(config, batch=batch, micro_batch=spread.micro_batch, dtype=dtype)
+    return replace(planned, spread=spread)

@@ -1,0 +1,369 @@
+"""Runs over several processes: what they write, where they go on, and how they end when something fails."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.training import trainer as training
+from mixture_of_tokens.training.trainer import GroupedTrainer
+from processes import in_processes, mot
+
+NAME, STEPS, PARTS = "MoT-Nano/4E/2", 4, 4
+# Processes, and the flags of a layout.
+LAYOUTS = {
+    "one": (1, []),
+    "copies": (2, []),
+    "shards": (2, ["--shard", "2"]),
+    "experts": (2, ["--shard", "2", "--expert-parallel", "2"]),
+    "all": (4, ["--shard", "2", "--replicate", "2", "--expert-parallel", "2"]),
+}
+
+
+def words(layout: str, data: object, out: Path, *more: object) -> list[str]:
+    count, flags = LAYOUTS[layout]
+    given = ["train", NAME, "--steps", STEPS, "--batch-size", 32, "--device", "cpu", "--data", data, "--out", out]
+    given += ["--training.gradient_accumulation_steps", PARTS // count, "--training.save_steps", 2]
+    given += ["--training.logging_steps", 1, "--training.eval_steps", 2, "--training.report_to", "none"]
+    return [str(word) for word in [*given, *flags, *more]]
+
+
+def train_all(commands: list[list[str]]) -> None:
+    """In every process: one training after the other."""
+    for command in commands:
+        mot(*command)
+
+
+def losses(run: Path) -> dict[int, list[float]]:
+    return {row.step: [loss for loss in (row.train_loss, row.eval_loss) if loss is not None] for row in read(run).rows}
+
+
+@pytest.fixture(scope="module")
+def runs(small_corpus, tmp_path_factory) -> Path:
+    """An uninterrupted run of every layout."""
+    directory = tmp_path_factory.mktemp("runs")
+    for layout, (count, _) in LAYOUTS.items():
+        in_processes(train_all, ([words(layout, small_corpus, directory / layout)],), count, directory / "log")
+    return directory
+
+
+SOME = ("one", "copies", "experts")
+
+
+@pytest.mark.parametrize("layouts", [SOME, pytest.param(tuple(LAYOUTS), marks=pytest.mark.slow)], ids=len)
+def test_a_run_goes_on_in_any_layout_from_a_checkpoint_of_any(runs, small_corpus, tmp_path, layouts):
+    for layout in layouts:
+        commands, count = [], LAYOUTS[layout][0]
+        for source in layouts:
+            out = tmp_path / f"{source}-to-{layout}"
+            out.mkdir()
+            shutil.copytree(runs / source / "checkpoint-2", out / "checkpoint-2")
+            for file in ("config.yaml", "metrics.jsonl"):
+                shutil.copy(runs / source / file, out)
+            commands.append(words(layout, small_corpus, out, "--resume"))
+        in_processes(train_all, (commands,), count, tmp_path / "log")
+    expected = losses(runs / "one")
+    assert list(expected) == [1, 2, 3, 4]
+    for source in layouts:
+        for layout in layouts:
+            out = tmp_path / f"{source}-to-{layout}"
+            for step, found in losses(out).items():
+                assert found == pytest.approx(expected[step], rel=1e-5), (source, layout, step)
+            assert read(out).facts.final_loss == pytest.approx(read(runs / "one").facts.final_loss, rel=1e-5)
+            # What no layout could give by chance: the moments of Adam went along.
+            assert (tmp_path / "log").read_text().count(f"Going on from {out / 'checkpoint-2'}") == 1
+        own = tmp_path / f"{source}-to-{source}" / "model" / "model.safetensors"
+        assert own.read_bytes() == (runs / source / "model" / "model.safetensors").read_bytes()
+        assert losses(tmp_path / f"{source}-to-{source}") == losses(runs / source)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_ends_with_one_model_like_that_of_one_process(runs, layout):
+    run, alone = read(runs / layout), read(runs / "one")
+    files = sorted(path.name for path in (runs / layout / "model").iterdir())
+    assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
+    written = json.loads((runs / layout / "model" / "config.json").read_text())
+    assert written == json.loads((runs / "one" / "model" / "config.json").read_text())
+    assert "distributed_config" not in json.loads((runs / layout / "checkpoint-4" / "config.json").read_text())
+    weights, others = (load_file(runs / each / "model" / "model.safetensors") for each in (layout, "one"))
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-5)
+    companions = [value for name, value in weights.items() if name.endswith("companion")]
+    assert len(companions) == 2
+    assert all(value.abs().sum() > 0 for value in companions)
+    model = AutoModelForCausalLM.from_pretrained(runs / layout / "model")
+    assert run.facts.parameters == alone.facts.parameters == model.num_parameters()
+    assert run.facts.sample == alone.facts.sample
+    assert sorted(path.name for path in (runs / layout).iterdir()) == sorted(
+        path.name for path in (runs / "one").iterdir()
+    )
+
+
+def killed_while_saving(command: list[str]) -> None:
+    """The second process is killed while all write the second checkpoint."""
+    save, calls = training.save_optimizer, []
+
+    def save_and_die(*arguments) -> None:
+        calls.append(1)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(*arguments)
+
+    training.save_optimizer = save_and_die
+    mot(*command)
+
+
+def one_line(log: Path, *, of: int) -> str:
+    """What the processes said as they ended: one line each, and the same."""
+    text = log.read_text()
+    said = [line for line in text.splitlines() if line.startswith("mot:")]
+    assert len(said) == of, text
+    assert "Traceback" not in text, text
+    assert len(set(said)) == 1, said
+    return said[0]
+
+
+@pytest.mark.parametrize("layout", ["copies", "shards", "experts"])
+def test_a_process_that_is_lost_ends_the_others_and_leaves_the_last_checkpoint(runs, small_corpus, tmp_path, layout):
+    command, log = words(layout, small_corpus, tmp_path / "run"), tmp_path / "log"
+    in_processes(killed_while_saving, (command,), 2, log, exits=(2, -signal.SIGKILL))
+    assert "another process of this training has ended" in one_line(log, of=1)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-[0-9]*")] == ["checkpoint-2"]
+    in_processes(mot, [*command, "--resume"], 2, log)
+    assert losses(tmp_path / "run") == losses(runs / layout)
+
+
+def losing_sense(command: list[str]) -> None:
+    """The second process has a loss that is no number at the third step."""
+    compute, calls = GroupedTrainer.compute_loss, []
+
+    def compute_loss(self, *arguments, **others):
+        calls.append(1)
+        loss = compute(self, *arguments, **others)
+        if len(calls) == 2 * self.args.gradient_accumulation_steps + 1 and os.environ["RANK"] == "1":
+            cross_entropy, aux = self._reported[-1]
+            self._reported[-1] = cross_entropy * torch.nan, aux
+        return loss
+
+    GroupedTrainer.compute_loss = compute_loss
+    mot(*command)
+
+
+@pytest.mark.parametrize("layout", ["copies", "shards", "experts"])
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(small_corpus, tmp_path, layout):
+    command, log = words(layout, small_corpus, tmp_path / "run"), tmp_path / "log"
+    in_processes(losing_sense, (command,), 2, log, exits=1)
+    assert "the loss is nan at step 3: try a lower learning rate" in one_line(log, of=1)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def without_room(command: list[str], rank: str) -> None:
+    """One process cannot write its part of the second checkpoint."""
+    import resource
+
+    save, calls = training.save_optimizer, []
+
+    def save_optimizer(*arguments) -> None:
+        calls.append(1)
+        if len(calls) == 2 and os.environ["RANK"] == rank:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        save(*arguments)
+
+    training.save_optimizer = save_optimizer
+    mot(*command)
+
+
+@pytest.mark.parametrize(("layout", "rank"), [("copies", "0"), ("shards", "1"), ("experts", "0")])
+def test_a_process_without_room_on_its_disk_ends_all(runs, small_corpus, tmp_path, layout, rank):
+    command, log = words(layout, small_corpus, tmp_path / "run"), tmp_path / "log"
+    in_processes(without_room, (command, rank), 2, log, exits=2)
+    said = one_line(log, of=1)
+    assert "checkpoint-4 could not be written" in said
+    assert "File too large" in said
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-2"]
+    in_processes(mot, [*command, "--resume"], 2, log)
+    assert losses(tmp_path / "run") == losses(runs / layout)
+
+
+def signalled(command: list[str]) -> None:
+    """The second process, alone, gets SIGTERM in its third step."""
+    step, calls = GroupedTrainer.training_step, []
+
+    def training_step(self, *arguments, **others):
+        calls.append(1)
+        if len(calls) == 2 * self.args.gradient_accumulation_steps + 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **others)
+
+    GroupedTrainer.training_step = training_step
+    mot(*command)
+
+
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint(runs, small_corpus, tmp_path):
+    command, log = words("experts", small_corpus, tmp_path / "run"), tmp_path / "log"
+    in_processes(signalled, (command,), 2, log, exits=128 + signal.SIGTERM)
+    assert "stopped by SIGTERM after step 3, which is saved; --resume goes on" in one_line(log, of=1)
+    in_processes(mot, [*command, "--resume"], 2, log)
+    assert losses(tmp_path / "run") == losses(runs / "experts")
+
+
+def test_a_damaged_shard_is_passed_over(runs, small_corpus, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(runs / "shards", out)
+    (out / "run.json").unlink()
+    shards = sorted((out / "checkpoint-4" / "optimizer").glob("*.distcp"))
+    assert len(shards) == 2
+    data = bytearray(shards[1].read_bytes())
+    data[len(data) // 2] ^= 1
+    shards[1].write_bytes(data)
+    in_processes(mot, words("shards", small_corpus, out, "--resume"), 2, log)
+    assert "checkpoint-4 is skipped: optimizer/__1_0.distcp is not what was written" in log.read_text()
+    assert losses(out) == losses(runs / "shards")
+
+
+def test_a_checkpoint_of_an_earlier_version_has_its_moments_in_one_file(runs, small_corpus, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    in_processes(as_an_earlier_version, (words("one", small_corpus, out),), 1, log)
+    assert (out / "checkpoint-2" / "optimizer.pt").is_file()
+    assert not (out / "checkpoint-2" / "optimizer").exists()
+    for name in ("run.json", "checkpoint-4", "model"):
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(out, tmp_path / "again")
+    in_processes(mot, words("one", small_corpus, out, "--resume"), 1, log)
+    assert losses(out) == losses(runs / "one")
+    log = tmp_path / "sharded"
+    in_processes(mot, words("shards", small_corpus, tmp_path / "again", "--resume"), 2, log, exits=2)
+    assert "checkpoint-2 is of an earlier version: go on without --shard" in one_line(log, of=2)
+
+
+def as_an_earlier_version(command: list[str]) -> None:
+    training.save_optimizer = lambda model, optimizer, checkpoint: torch.save(
+        optimizer.state_dict(), checkpoint / "optimizer.pt"
+    )
+    mot(*command)
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "found"),
+    [
+        ((None, None, None), 8, Placement()),
+        ((1, None, None), 8, Placement()),
+        ((8, None, None), 8, Placement(8, 1, 1)),
+        ((4, None, None), 8, Placement(4, 2, 1)),
+        ((None, 2, None), 8, Placement(4, 2, 1)),
+        ((None, None, 4), 8, Placement(8, 1, 4)),
+        ((None, 2, 2), 8, Placement(4, 2, 2)),
+        ((4, 2, 4), 8, Placement(4, 2, 4)),
+    ],
+)
+def test_what_is_not_given_of_a_layout_follows(flags, processes, found):
+    assert Placement.of(*flags, processes) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "message"),
+    [
+        ((3, None, None), 8, "--shard 3 times --replicate 2 is 6, and there are 8 processes .*can be 2, 4, 8"),
+        ((2, None, None), 1, "--shard 2 times --replicate 1 is 2, and there are 1 processes .*can be none"),
+        ((8, 2, None), 8, "--shard 8 times --replicate 2 is 16"),
+        ((4, None, 3), 8, "--expert-parallel 3 does not divide --shard 4; legal are 1, 2, 4"),
+        ((1, 2, None), 8, "--replicate 2 is for --shard above 1"),
+        ((0, None, None), 8, "--shard must be at least 1, not 0"),
+        ((None, None, -1), 8, "--expert-parallel must be at least 1, not -1"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_with_legal_numbers(flags, processes, message):
+    with pytest.raises(ValueError, match=message):
+        Placement.of(*flags, processes)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "layout", "message"),
+    [
+        (NAME, {"tie_word_embeddings": True}, Placement(2), "--shard 2: embeddings that are the head too"),
+        (NAME, {"learnable_temperature": True}, Placement(2), "--shard 2: a learnable temperature is one number"),
+        ("TC-Nano/4E", {}, Placement(2, 1, 2), "--expert-parallel 2: Token Choice sends experts as many tokens as"),
+        ("ReMoE-Nano/4E", {}, Placement(2, 1, 2), "--expert-parallel 2: ReMoE sends"),
+        ("MoT-Nano/3E", {}, Placement(2, 1, 2), "--expert-parallel 2 does not divide the 3 experts; legal are 1"),
+        ("MoT-Nano/6E", {}, Placement(4, 1, 4), "--expert-parallel 4 does not divide the 6 experts; legal are 1, 2"),
+        ("Transformer-Nano", {}, Placement(2, 1, 2), "--expert-parallel 2 does not divide the 0 experts"),
+    ],
+)
+def test_a_model_that_cannot_lie_so_is_refused(name, fields, layout, message):
+    with pytest.raises(ValueError, match=message):
+        layout.check(config_from_name(name, **fields))
+    Placement().check(config_from_name(name, **fields))
+
+
+def test_beside_an_accelerator_the_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    with pytest.raises(ValueError, match="--shard 2 uses the machine's cuda; leave out --device cpu"):
+        Placement(2).check(config_from_name(NAME), on_cpu=True)
+    Placement(2).check(config_from_name(NAME))
+
+
+def test_the_command_says_so_in_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        mot("train", NAME, "--shard", "2", "--out", tmp_path / "run")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "there are 1 processes (torchrun --nproc-per-node)" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def rows_of(run: Path) -> list[dict]:
+    """What was measured, without times."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("step", "train_loss", "eval_loss", "grad_norm") if key in row} for row in rows]
+
+
+def test_commands_that_train_several_runs_train_each_with_all_processes(small_corpus, tmp_path):
+    given = ["--steps", 2, "--batch-size", 16, "--device", "cpu", "--data", small_corpus]
+    given += ["--training.logging_steps", 1, "--training.eval_steps", 1, "--training.report_to", "none"]
+    swept = ["sweep", "MoT-Nano/4E", "--learning-rate", "1e-2,1e9"]
+    compared = ["compare", "TC-Nano/4E", "MoT-Nano/4E", "--seeds", "0"]
+    parts = "--training.gradient_accumulation_steps"
+    for count, more in ((1, [parts, 2]), (2, ["--shard", 2])):
+        commands = [[*words, *given, *more, "--out", tmp_path / f"{words[0]}-{count}"] for words in (swept, compared)]
+        commands = [[str(word) for word in command] for command in commands]
+        in_processes(train_all, (commands,), count, tmp_path / f"log-{count}")
+    log = (tmp_path / "log-2").read_text()
+    for said in ("run 1 of 2:", "Run 2 of 2:", "learning-rate 0.01", "Everything is in"):
+        assert log.count(said) == (tmp_path / "log-1").read_text().count(said), said
+    cells = [json.loads((tmp_path / f"sweep-{count}" / "sweep.json").read_text())["cells"] for count in (1, 2)]
+    assert [cell["settings"] for cell in cells[1]] == [cell["settings"] for cell in cells[0]]
+    assert cells[1][0]["loss"] == pytest.approx(cells[0][0]["loss"], rel=1e-5)
+    assert cells[1][1]["loss"] is None  # diverged
+    for name in ("TC-Nano-4E-seed0", "MoT-Nano-4E-seed0"):
+        pairs = zip(*(rows_of(tmp_path / f"compare-{count}" / name) for count in (1, 2)), strict=True)
+        assert all(row == pytest.approx(other, rel=1e-5) for row, other in pairs)
+    assert (tmp_path / "compare-2" / "report.html").is_file()
+
+
+@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.parametrize("calibrate", ["scales", pytest.param("distil", marks=pytest.mark.slow)])
+def test_a_switch_of_shards_is_the_one_in_one_process(tiny_runs, tmp_path, calibrate):
+    given = ["transition", tiny_runs[NAME], "--steps", 2, "--device", "cpu", "--calibrate", calibrate]
+    given = [*given, "--distil-steps", 3]
+    for count, more in ((1, []), (2, ["--shard", 2])):
+        command = [str(word) for word in (*given, *more, "--out", tmp_path / f"in-{count}")]
+        in_processes(train_all, ([command],), count, tmp_path / "log")
+    alone, sharded = (rows_of(tmp_path / f"in-{count}") for count in (1, 2))
+    assert len(alone) == len(sharded)
+    assert all(row == pytest.approx(other, rel=1e-4) for row, other in zip(sharded, alone, strict=True))
+    switches = [json.loads((tmp_path / f"in-{count}" / "switch.json").read_text()) for count in (1, 2)]
+    for loss in ("source_in_groups", "source_alone", "plain_switch", "at_the_switch"):
+        assert switches[1][loss] == pytest.approx(switches[0][loss], rel=1e-6)

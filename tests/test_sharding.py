@@ -1,0 +1,253 @@
+"""Weights in shards, experts each in one process: every layout trains what one process does.
+
+All on gloo, with 2 and 4 processes on the CPU.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+
+from mixture_of_tokens.model import sharding
+from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.model.spread import spread_of
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.train import build
+from mixture_of_tokens.training.trainer import GroupedTrainer
+from processes import in_processes
+
+BATCH, STEPS, PARTS = 48, 3, 4  # rows and micro-batches of a step, in every layout
+MIXED = "MoT-Nano/4E/2"  # E = 8, G = 4, D = 32, M = 3 * 64
+BF16 = {"bf16": "true"}
+SHARDED, EXPERTS = {"shard": 2}, {"shard": 2, "expert_parallel": 2}
+
+
+class Case(NamedTuple):
+    """A training: of what model, on how many processes, with which flags."""
+
+    name: str
+    processes: int = 1
+    layout: dict[str, Any] = {}
+    training: dict[str, str] = {}
+    patch: str = ""
+
+    @property
+    def label(self) -> str:
+        words = [*self.layout.items(), *self.training.items()]
+        said = [
+            self.name.replace("/", "-"),
+            str(self.processes),
+            *(f"{key}{value}" for key, value in words),
+            self.patch,
+        ]
+        return "-".join(word for word in said if word)
+
+
+CASES = (
+    Case(MIXED, 2, SHARDED),
+    Case(MIXED, 2, EXPERTS),
+    Case(MIXED, 4, {"shard": 4}),
+    Case(MIXED, 4, {"shard": 2, "replicate": 2}),
+    Case(MIXED, 4, {"shard": 4, "expert_parallel": 2}),
+    Case(MIXED, 4, {"shard": 4, "expert_parallel": 4}),
+    Case(MIXED, 4, {"shard": 2, "replicate": 2, "expert_parallel": 2}),
+    Case("MoT-Nano/3E", 2, SHARDED),  # shards of two experts and of one
+    Case("Uniform-Nano/4E", 2, EXPERTS),
+    Case("EC-Nano/4E", 2, EXPERTS),
+    Case("TC-Nano/4E", 2, SHARDED),
+    Case("STC-Nano/4E", 2, SHARDED),
+    Case("ET-Nano/4E", 2, SHARDED),
+    Case("ReMoE-Nano/4E", 2, SHARDED),
+    Case("Transformer-Nano", 2, SHARDED),
+    Case(MIXED, 2, EXPERTS, {"gradient_checkpointing": "true"}),
+)
+
+
+class Watched(GroupedTrainer):
+    """Keeps the whole gradients and the norm of every step, and the model that is called."""
+
+    steps: list[dict[str, torch.Tensor]]
+    norms: list[float]
+    sharded: dict[str, bool]
+    local: dict[str, torch.Size]
+    called: Any
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.called = model
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model):
+        grads = {n: p.grad for n, p in self.causal_lm.named_parameters() if p.grad is not None}
+        self.steps.append({n: whole(g).clone() for n, g in grads.items()})
+        norm: Any = super()._clip_grad_norm(model)
+        self.norms.append(float(whole(norm)))
+        self.sharded = {n: isinstance(p, DTensor) for n, p in self.causal_lm.named_parameters()}
+        self.local = {n: sharding.local(p).shape for n, p in self.causal_lm.named_parameters()}
+        return norm
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else torch.as_tensor(tensor)
+
+
+@contextmanager
+def patched(what: str, seen: list) -> Iterator[None]:
+    """Notes the shapes that are exchanged; `divide`: averages experts' gradients over their own group alone."""
+    exchange, divide = sharding.all_to_all_single_autograd, FSDPModule.set_gradient_divide_factor
+    exchanging: Callable = lambda x, *words: seen.append(tuple(x.shape)) or exchange(x, *words)  # noqa: E731
+    sharding.all_to_all_single_autograd = exchanging
+    if what == "divide":
+        FSDPModule.set_gradient_divide_factor = lambda self, factor: None
+    try:
+        yield
+    finally:
+        sharding.all_to_all_single_autograd, FSDPModule.set_gradient_divide_factor = exchange, divide
+
+
+def train_cases(cases: list[Case], data: str, directory: Path) -> None:
+    """In every process: train each case and save what was seen."""
+    for case in cases:
+        fields = {"gradient_accumulation_steps": str(PARTS // case.processes), "logging_steps": "1"}
+        fields |= {"eval_steps": "2", "report_to": "none", "save_strategy": "no"} | case.training
+        options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=fields, data=[data], **case.layout)
+        config, arguments, placement = merge(case.name, 0, 1e-2, options)
+        out, shapes = directory / case.label, []
+        out.mkdir(parents=True, exist_ok=True)
+        taken = TrainingArguments(output_dir=str(out), **arguments)
+        with patched(case.patch, shapes):
+            trainer, _ = build(config, taken, placement)
+            trainer.__class__ = Watched
+            assert isinstance(trainer, Watched)
+            trainer.steps, trainer.norms = [], []
+            trainer.train()
+            found = {
+                "gradients": trainer.steps,
+                "norms": trainer.norms,
+                "final": trainer.evaluate_all(1),
+                "exchanged": shapes,
+                "wrapped": isinstance(trainer.called, DistributedDataParallel),
+                "sharded": trainer.sharded,
+                "local": trainer.local,
+            }
+        torch.save(found, out / f"process{taken.process_index}.pt")
+    if cases[0].processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+class Seen(NamedTuple):
+    found: list[dict[str, Any]]  # of each process
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+
+
+@pytest.fixture(scope="module")
+def seen(small_corpus, tmp_path_factory) -> dict[str, Seen]:
+    directory = tmp_path_factory.mktemp("sharding")
+    broken = Case(MIXED, 4, {"shard": 4, "expert_parallel": 2}, patch="divide")
+    alone = [Case(name) for name in dict.fromkeys(case.name for case in CASES)]
+    bf16 = [Case(MIXED, 1, {}, BF16), Case(MIXED, 2, EXPERTS, BF16)]
+    cases = [*CASES, *alone, *bf16, broken]
+    for count in (1, 2, 4):
+        own = [case for case in cases if case.processes == count]
+        in_processes(train_cases, (own, str(small_corpus), directory), count, directory / "log")
+    made = {}
+    for case in cases:
+        files = sorted((directory / case.label).glob("process*.pt"))
+        rows = [json.loads(line) for line in (directory / case.label / "metrics.jsonl").read_text().splitlines()]
+        made[case.label] = Seen([torch.load(file, weights_only=False) for file in files], rows)
+    return made
+
+
+def distance(gradients: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Of the gradients from the others, as a share of the others' norm; the largest over the weights."""
+    assert gradients.keys() == others.keys()
+    norm = torch.stack([g.norm() for g in others.values()]).norm()
+    return max(float((g - others[n]).norm() / norm) for n, g in gradients.items())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_a_layout_trains_what_accumulation_in_one_process_does(case, seen):
+    found, rows = seen[case.label]
+    (alone, *_), alone_rows = seen[Case(case.name).label]
+    assert distance(found[0]["gradients"][0], alone["gradients"][0]) < 1e-6
+    assert found[0]["norms"][0] == pytest.approx(alone["norms"][0], rel=1e-6)
+    for process in found:
+        assert process["norms"] == found[0]["norms"]
+        assert process["final"] == found[0]["final"]
+    assert found[0]["final"]["loss"] == pytest.approx(alone["final"]["loss"], rel=1e-5)
+    assert found[0]["final"]["tokens"] == alone["final"]["tokens"]
+    assert len(rows) == STEPS
+    for row, other in zip(rows, alone_rows, strict=True):
+        for key in ("train_loss", "aux_loss", "eval_loss", "grad_norm"):
+            assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-5), key
+        assert row["layers"].keys() == other["layers"].keys()
+        for layer, measures in row["layers"].items():  # telemetry has five digits
+            assert measures == pytest.approx(other["layers"][layer], rel=2e-3, abs=1e-6), layer
+
+
+def test_with_bf16_too(seen):
+    sharded, alone = seen[Case(MIXED, 2, EXPERTS, BF16).label], seen[Case(MIXED, 1, {}, BF16).label]
+    assert distance(sharded.found[0]["gradients"][0], alone.found[0]["gradients"][0]) < 2e-3
+    assert [row["train_loss"] for row in sharded.rows] == pytest.approx(
+        [row["train_loss"] for row in alone.rows], rel=1e-3
+    )
+    exact = seen[Case(MIXED).label].found[0]["gradients"][0]
+    assert distance(alone.found[0]["gradients"][0], exact) > 1e-4  # the control: bf16 it was
+
+
+def test_another_divisor_of_experts_gradients_would_be_noticed(seen):
+    wrong = seen[Case(MIXED, 4, {"shard": 4, "expert_parallel": 2}, patch="divide").label].found[0]
+    assert distance(wrong["gradients"][0], seen[Case(MIXED).label].found[0]["gradients"][0]) > 1e-2
+
+
+@pytest.mark.parametrize("case", CASES[:7], ids=lambda case: case.label)
+def test_every_process_holds_its_part_of_every_weight(case, seen):
+    found, whole_sizes = seen[case.label].found, seen[Case(MIXED).label].found[0]["local"]
+    for process in found:
+        assert not process["wrapped"]
+        assert all(process["sharded"].values())
+        for name, shape in process["local"].items():
+            assert shape[0] == whole_sizes[name][0] // case.layout["shard"], name
+            assert shape[1:] == whole_sizes[name][1:]
+
+
+OF_EXPERTS = [case for case in CASES if "expert_parallel" in case.layout]
+
+
+@pytest.mark.parametrize("case", OF_EXPERTS, ids=lambda case: case.label)
+def test_what_is_exchanged_has_one_shape_however_tokens_are_routed(case, seen):
+    config = config_from_name(case.name)
+    groups = BATCH // PARTS // config.group_size * config.max_position_embeddings
+    for process in seen[case.label].found:
+        shapes = set(process["exchanged"])
+        # Forward passes of training have one shape, those of evaluation another number of groups.
+        assert {(shape[0], shape[2]) for shape in shapes} == {(config.num_experts, config.hidden_size)}
+        training = [shape for shape in process["exchanged"] if shape[1] == groups * rows_of(config)]
+        forwards = 2 if "gradient_checkpointing" in case.training else 1
+        layers, parts = len(config.sparse_routings), PARTS // case.processes
+        assert len(training) >= 2 * layers * parts * STEPS * forwards
+        a_step = training[
+            : 2 * layers * parts
+        ]  # of its forward passes; backward sends as much, and in the plan is bf16
+        placement = Placement(case.layout["shard"], case.layout.get("replicate", 1), case.layout["expert_parallel"])
+        share, micro = (placement.expert_parallel - 1) / placement.expert_parallel, BATCH // PARTS
+        planned = spread_of(config, batch=BATCH, devices=case.processes, placement=placement, micro_batch=micro)
+        assert planned.sent["exchanged by experts"] == 2 * 2 * share * sum(math.prod(shape) for shape in a_step)
+        assert process["exchanged"] == seen[case.label].found[0]["exchanged"]
+
+
+def rows_of(config) -> int:
+    """Of an expert for a group: one mixture, or the tokens that it chooses."""
+    return (
+        1 if config.sparse_routings[0].mixes else config.group_size * config.num_experts_per_tok // config.num_experts
+    )

@@ -1,0 +1,142 @@
+"""`mot plan --devices`: what a device holds and sends."""
+
+import json
+
+import pytest
+
+from mixture_of_tokens.model.cost import memory, parameters
+from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.model.placement import COPIES, Placement
+from mixture_of_tokens.model.spread import Spread, spread_of
+from processes import mot
+
+ALL = Placement(8, 1, 8)
+
+
+def spread(
+    name: str, placement: Placement = ALL, *, devices: int = 8, micro: int | None = 32, batch: int = 256
+) -> Spread:
+    config = config_from_name(name, gated=False)
+    return spread_of(config, batch=batch, devices=devices, placement=placement, micro_batch=micro)
+
+
+@pytest.mark.parametrize(
+    ("name", "divided", "capacity", "copies", "shards"),
+    [
+        ("MoT-Medium/32E", 117, 147, 1880, 2820),
+        ("MoT-Medium/32E/16", 1880, 2350, 1880, 2820),
+        ("MoT-Base/32E", 264, 330, 6340, 9510),
+        ("MoT-Base/32E/16", 4230, 5290, 6340, 9510),
+    ],
+)
+def test_what_experts_send_at_8192_tokens_a_device(name, divided, capacity, copies, shards):
+    """By arithmetic of our own, apart from the code: megabytes, with plain feed-forwards."""
+    found = spread(name).experts_sent
+    assert found["divided"] / 1e6 == pytest.approx(divided, rel=5e-3)
+    assert found["divided, Token Choice, capacity 1.25"] / 1e6 == pytest.approx(capacity, rel=5e-3)
+    assert found["copies"] / 1e6 == pytest.approx(copies, rel=5e-3)
+    assert found["shards"] / 1e6 == pytest.approx(shards, rel=5e-3)
+    assert found["as here"] == found["divided"]
+    assert found["divided, Token Choice, dropless"] > found["divided"]
+
+
+def test_the_parts_of_what_is_sent():
+    counts = parameters(config_from_name("MoT-Medium/32E", gated=False))
+    others = counts["total"] - counts["experts"]
+    assert spread("MoT-Medium/32E", COPIES).sent["total"] == 2 * 7 / 8 * 4 * counts["total"]
+    divided = spread("MoT-Medium/32E").sent
+    assert divided["weights gathered"] == 2 * 7 / 8 * 4 * others
+    assert divided["gradients reduced"] == 7 / 8 * 4 * others
+    assert divided["total"] == pytest.approx(sum(divided.values()) / 2)
+    # Two micro-steps gather twice as often and reduce once.
+    twice = spread("MoT-Medium/32E", batch=512).sent
+    assert twice["weights gathered"] == 2 * divided["weights gathered"]
+    assert twice["gradients reduced"] == divided["gradients reduced"]
+    assert twice["exchanged by experts"] == 2 * divided["exchanged by experts"]
+    # Two copies of four: shards are reduced in every micro-step, and reduced over the copies once.
+    copies = spread("MoT-Medium/32E", Placement(4, 2, 4), batch=512).sent
+    assert copies["gradients reduced"] == 2 * 3 / 4 * 4 * others
+    assert copies["gradients of copies"] == pytest.approx(2 * 1 / 2 * 4 * (others / 4 + counts["experts"] / 4))
+    assert copies["exchanged by experts"] == pytest.approx(2 * divided["exchanged by experts"] * (3 / 4) / (7 / 8))
+    # Experts over two of four shards: halves, each a shard of two devices.
+    halves = spread("MoT-Medium/32E", Placement(4, 2, 2)).sent
+    gathered = 2 * 4 * (3 / 4 * others + 1 / 2 * counts["experts"] / 2)
+    assert halves["weights gathered"] == pytest.approx(gathered)
+
+
+def test_exchanging_and_gathering_are_even_at_the_number_that_is_named():
+    found = spread("MoT-Base/32E/16")
+    tokens = 32 * 256
+    assert found.even_at is not None
+    assert found.experts_sent["divided"] * found.even_at / tokens == pytest.approx(
+        found.experts_sent["shards"], rel=1e-3
+    )
+    assert spread("TC-Medium/32E", COPIES).even_at is None
+    assert "divided" not in spread("TC-Medium/32E", COPIES).experts_sent
+    assert spread("Transformer-Medium", COPIES).experts_sent == {}
+    assert spread("MoT-Medium/32E", COPIES, devices=1, micro=None).experts_sent == {}
+
+
+def test_what_a_device_holds():
+    config = config_from_name("MoT-Medium/32E", gated=False)
+    whole, counts = memory(config, 32), parameters(config)
+    assert spread("MoT-Medium/32E", COPIES).memory == whole | {"total": sum(whole.values())}
+    held = spread("MoT-Medium/32E", Placement(8)).memory
+    for part in ("weights", "gradients", "optimizer"):
+        assert held[part] == whole[part] / 8
+    assert held["activations"] == whole["activations"]
+    block = (counts["attention"] + counts["norms"]) // 8 + (counts["experts"] + counts["router"]) // 4
+    assert held["gathered"] == 4 * block
+    assert spread("MoT-Medium/32E").memory["gathered"] == 4 * counts["embedding"]
+    # Until the last micro-step the gradients of one sharded copy are whole, those of several are not.
+    assert spread("MoT-Medium/32E", Placement(8), batch=512).memory["gradients"] == whole["gradients"]
+    assert spread("MoT-Medium/32E", Placement(4, 2), batch=512).memory["gradients"] == whole["gradients"] / 4
+
+
+def test_only_legal_placements_are_named():
+    assert spread("MoT-Medium/4E", COPIES, devices=4).legal_placements == [
+        COPIES,
+        Placement(2, 2, 1),
+        Placement(2, 2, 2),
+        Placement(4, 1, 1),
+        Placement(4, 1, 2),
+        Placement(4, 1, 4),
+    ]
+    assert spread("TC-Medium/32E", COPIES, devices=4).legal_placements == [COPIES, Placement(2, 2), Placement(4)]
+    assert "Legal beside copies: --shard 2 (--expert-parallel 1, 2); --shard 4 (--expert-parallel 1, 2, 4)." in str(
+        spread("MoT-Medium/4E", COPIES, devices=4)
+    )
+
+
+def test_the_command(capsys):
+    flags = ("--devices", 64, "--batch-size", 2048, "--shard", 8, "--expert-parallel", 8)
+    mot("plan", "MoT-Medium/32E", *flags)
+    shown = capsys.readouterr().out
+    assert "64 devices, 8 shards, 8 times, experts over 8: 32 sequences at once, 1 times a step" in shown
+    mot("plan", "MoT-Medium/32E", *flags, "--json")
+    found = json.loads(capsys.readouterr().out)["spread"]
+    assert found["placement"] == {"shard": 8, "replicate": 8, "expert_parallel": 8}
+    assert found["sent"]["total"] > found["sent"]["gradients of copies"] > 0
+    mot("plan", "MoT-Medium/32E", "--json")
+    assert json.loads(capsys.readouterr().out)["spread"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--devices", 64),
+            "does not divide over 64 devices into groups of 32: at most 8 devices, or --batch-size 2048",
+        ),
+        (("--devices", 8, "--shard", 3), "--shard 3 times --replicate 2 is 6, and there are 8 devices; --shard can be"),
+        (("--devices", 8, "--micro-batch", 64), "micro-batch 64 is not legal for 256 sequences on 8 devices: 32"),
+        (("--devices", 0), "--devices must be at least 1, not 0"),
+        (("--shard", 2), "--shard, --replicate and --expert-parallel are for --devices N"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        mot("plan", "MoT-Medium/32E", *flags)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert message in said[0]
