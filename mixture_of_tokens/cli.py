@@ -17,7 +17,7 @@ import yaml
 from cyclopts import UNSET, App, ArgumentCollection, CycloptsError, Parameter
 
 from mixture_of_tokens import __version__
-from mixture_of_tokens.process import is_main, is_told
+from mixture_of_tokens.process import is_main, is_told, process_count
 
 # Each command's function, as module:name, and the first line of its docstring.
 COMMANDS = {
@@ -205,7 +205,12 @@ def main(words: list[str] | None = None) -> None:
             print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
+        kinds = {kind.__name__ for kind in type(error).__mro__}  # torch's, which is not imported for --help
+        if process_count() > 1 and ("DistError" in kinds or "gloo" in str(error)):
+            what = "another process has ended, or has not answered in time"
+            print(f"mot: error: {what}; training goes on from its last checkpoint with --resume", file=sys.stderr)
+            sys.exit(2)
+        if "OutOfMemoryError" not in kinds:
             raise
         first = str(error).partition(". ")[0]
         print(f"mot: error: {first}; in training, --training.gradient_accumulation_steps N needs less", file=sys.stderr)

@@ -14,7 +14,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from mixture_of_tokens.inference.generate import Continuation, Row, _resumed, _to_file  # noqa: E402
+from mixture_of_tokens.inference.continuations import Continuation, Row, _resumed, to_file  # noqa: E402
 from mixture_of_tokens.reports.comparison import runs_of  # noqa: E402
 from mixture_of_tokens.runs import checkpoints  # noqa: E402
 from mixture_of_tokens.runs.records import METRICS, MetricsRow, RunConfig, RunFacts, Switch, metrics  # noqa: E402
@@ -199,19 +199,19 @@ def test_a_file_of_prompts_that_is_finished_is_said_to_be_and_nothing_else_is_ta
     def refuse(number: int) -> list[Continuation]:
         raise AssertionError
 
-    first = _to_file(out, {"seed": 0}, batches, write, prompts)
+    first = to_file(out, {"seed": 0}, batches, write, prompts)
     before = out.read_text()
     capsys.readouterr()
-    assert _to_file(out, {"seed": 0}, batches, refuse, prompts) == first
+    assert to_file(out, {"seed": 0}, batches, refuse, prompts) == first
     assert capsys.readouterr().err.startswith(f"{out} is finished already, with a continuation of each of these")
     lines = before.splitlines(keepends=True)
     for other in ("", "mine", "[" * 10**5, before[:-9], before[:-1] + "{}", "".join(lines[::-1]), "".join(lines[1:])):
         out.write_text(other)
         with pytest.raises(ValueError, match="exists already"):
-            _to_file(out, {"seed": 0}, batches, refuse, prompts)
+            to_file(out, {"seed": 0}, batches, refuse, prompts)
     out.write_text(before)
     with pytest.raises(ValueError, match="exists already"):
-        _to_file(out, {"seed": 0}, batches, refuse, ["a", "c"])
+        to_file(out, {"seed": 0}, batches, refuse, ["a", "c"])
     assert out.read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 

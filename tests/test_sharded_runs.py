@@ -137,7 +137,7 @@ def one_line(log: Path, *, of: int) -> str:
 def test_a_process_that_is_lost_ends_the_others_and_leaves_the_last_checkpoint(runs, small_corpus, tmp_path, layout):
     command, log = words(layout, small_corpus, tmp_path / "run"), tmp_path / "log"
     in_processes(killed_while_saving, (command,), 2, log, exits=(2, -signal.SIGKILL))
-    assert "another process of this training has ended" in one_line(log, of=1)
+    assert "another process has ended, or has not answered in time" in one_line(log, of=1)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-[0-9]*")] == ["checkpoint-2"]
     in_processes(mot, [*command, "--resume"], 2, log)
     assert losses(tmp_path / "run") == losses(runs / layout)
@@ -322,6 +322,38 @@ def test_the_command_says_so_in_one_line(capsys, tmp_path):
     assert len(said) == 1
     assert "there are 1 processes (torchrun --nproc-per-node)" in said[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("layout", ["shards", "experts"])
+def test_a_sharded_model_is_evaluated_and_writes_as_in_one_process(runs, tmp_path, layout):
+    run, prompts = str(runs / "one"), tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"def f{i}(\n" for i in range(6)))
+    evaluate = ["evaluate", run, "--regroupings", "1", "--json"]
+    write = ["generate", run, "--prompt", "import", "--max-new-tokens", "8", "--temperature", "0"]
+    several = ["generate", run, "--prompts-file", str(prompts), "--max-new-tokens", "8", "--batch-size", "4", "--alone"]
+    found = []
+    for count, more in ((1, []), (2, LAYOUTS[layout][1])):
+        out, log = tmp_path / f"{count}.jsonl", tmp_path / f"log-{count}"
+        commands = [[*evaluate, *more], [*write, *more], [*several, "--out", str(out), *more]]
+        in_processes(train_all, (commands,), count, log)
+        said = log.read_text()
+        evaluation = json.loads(said[said.index('{\n  "run"') : said.index("\n}\n") + 2])
+        text = said[said.index("\n}\n") + 3 :].partition(" tokens in ")[0].rpartition("\n")[0]
+        found.append(([line["loss"] for line in evaluation["lines"]], text, out.read_text()))
+        assert said.count('"run"') == 1
+        assert said.count("import") == text.count("import")
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert len(found[0][0]) > 3
+    assert found[1][1] == found[0][1]
+    assert found[1][2] == found[0][2]
+    assert found[0][2].count("\n") == 6
+
+
+def test_processes_that_would_all_do_the_same_are_refused(runs, tmp_path):
+    for words in (["evaluate", str(runs / "one")], ["generate", str(runs / "one"), "--prompt", "a"]):
+        log = tmp_path / words[0]
+        in_processes(mot, words, 2, log, exits=2)
+        assert "2 processes would each do all of the work; give --shard, or leave out torchrun" in one_line(log, of=2)
 
 
 def rows_of(run: Path) -> list[dict]:

@@ -25,7 +25,8 @@ from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import routings_of
 from mixture_of_tokens.model.sharding import is_sharded
-from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, text_of
+from mixture_of_tokens.process import is_main
+from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, placed, text_of
 
 BATCH_SIZE = 32  # of models that do not mix rows
 ARGMAX_TEMPERATURE = 1e-6
@@ -90,6 +91,8 @@ def evaluate(
     context: int | None = None,
     regroupings: int = 3,
     sweep_tokens: int = 1_000_000,
+    shard: int | None = None,
+    expert_parallel: int | None = None,
 ) -> Evaluation:
     """Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.
 
@@ -105,6 +108,8 @@ def evaluate(
         context: Tokens in a block; by default the model's, at most 1,024.
         regroupings: Ways to form full groups; the loss is their mean, the spread largest - least.
         sweep_tokens: Smaller groups are made from the first full groups, which hold at most this many tokens.
+        shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
+        expert_parallel: Of these processes, so many divide the experts.
 
     Raises ValueError for bad options, a run without a model, and an unknown text.
     """
@@ -112,7 +117,7 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     run = str(run)
-    model = load_model(run)
+    model = load_model(run, placement=placed(shard, expert_parallel))
     longest = context_of(model)
     context = min(longest, 1024) if context is None else context
     if context > longest:
@@ -147,7 +152,7 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
         plan.append(("alone", [in_parts(part, 1)], False))
     lines = []
     total = sum(len(order) for _, orders, _ in plan for order in orders)
-    with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True) as bar:
+    with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:
         for label, orders, argmax in plan:
             with argmax_routing(model) if argmax else nullcontext():
                 found = [_measure(model, blocks, order, bar) for order in orders]

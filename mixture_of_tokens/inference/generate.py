@@ -4,23 +4,31 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TextIO
 
 import torch
 from cyclopts import Parameter
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from mixture_of_tokens.formatting import Result
+from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, say_speed, to_file
 from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, weights_hash
+from mixture_of_tokens.model.sharding import told
+from mixture_of_tokens.process import is_main, process_count
+from mixture_of_tokens.runs.loading import (
+    context_of,
+    group_size_of,
+    load_model,
+    load_tokenizer_of,
+    placed,
+    weights_hash,
+)
 from mixture_of_tokens.runs.ownership import owned_file
-from mixture_of_tokens.runs.records import record
 from mixture_of_tokens.runs.run import check_seed
 
 BATCH_SIZE = 32
@@ -49,27 +57,6 @@ class Sampling(NamedTuple):
 DEFAULT = Sampling()
 
 
-class Row(NamedTuple):
-    """A row of a batch: the number of its prompt and of the sample."""
-
-    prompt: int
-    sample: int
-
-
-@dataclass(frozen=True, order=True)
-class Continuation:
-    """What was written after a prompt: the numbers of the prompt and of the sample, the texts, how many tokens."""
-
-    index: int
-    sample: int
-    prompt: str
-    text: str
-    tokens: int
-
-    def line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-
 @dataclass(frozen=True)
 class Generated(Result):
     """Continuations in the order of the prompts, and the file that they are in. As JSON, a line for each."""
@@ -86,10 +73,6 @@ class Generated(Result):
         return "\n\n".join(each.prompt + each.text for each in self.continuations)
 
 
-# Makes the continuations of a batch by its number, streaming them if there is a streamer.
-Writer = Callable[..., list[Continuation]]
-
-
 def generate(
     run: str,
     *,
@@ -103,8 +86,10 @@ def generate(
     batch_size: int = BATCH_SIZE,
     alone: bool = False,
     seed: int = DEFAULT.seed,
+    shard: int | None = None,
+    expert_parallel: int | None = None,
     stream: Annotated[TextIO | None, Parameter(parse=False)] = None,
-) -> Generated:
+) -> Generated | None:
     """Continue prompts.
 
     The text after a single prompt is streamed. Several prompts form batches of similar lengths, and a Mixture of Tokens
@@ -125,7 +110,11 @@ def generate(
         alone: Serve each prompt by itself: each expert's typical companions replace the other prompts. A Mixture of
             Tokens then computes all experts for every token.
         seed: Of sampling.
+        shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
+        expert_parallel: Of these processes, so many divide the experts.
         stream: Where the text goes as it is written.
+
+    Returns the continuations; None in all processes of torchrun but the first.
 
     Raises ValueError for bad options, prompts that are empty or too long, and a run without a model.
     """
@@ -139,7 +128,8 @@ def generate(
     (sampling := Sampling(max_new_tokens, temperature, top_p, seed)).check()
     run, texts = str(run), [prompt] if isinstance(prompt, str) else prompt or []
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
-    model, tokenizer = load_model(run, alone=alone), load_tokenizer_of(run)
+    placement = placed(shard, expert_parallel)
+    model, tokenizer = load_model(run, alone=alone, placement=placement), load_tokenizer_of(run)
     if not getattr(model.config, "causal", True):
         raise ValueError(CANNOT_WRITE)
     context = context_of(model)
@@ -149,7 +139,7 @@ def generate(
     batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
     widths = [max(len(encoded[row.prompt]) for row in batch) for batch in batches]
     cut = sum(len(batch) for batch, width in zip(batches, widths, strict=True) if width + max_new_tokens > context)
-    if cut:
+    if cut and is_main():
         total = sum(map(len, batches))
         print(
             f"mot: the context of {context} tokens ends {cut} of {total} texts before {max_new_tokens} new tokens",
@@ -165,15 +155,35 @@ def generate(
             for row, (text, count) in zip(rows, written, strict=True)
         ]
 
+    if not is_main():
+        while (number := told(None)) is not None:  # the first process says which batch comes next
+            write(number)
+        return None
     if prompts_file is not None:
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size, "alone": alone}
         file = Path(prompts_file)
         out = file.with_name(f"{file.stem}.continued.jsonl") if out is None else Path(out)
         settings |= {"weights": weights_hash(run), **sampling._asdict()}
-        with owned_file(out):
-            return Generated(_to_file(out, settings, batches, write, prompts), str(out))
-    return Generated(_to_screen(batches, write, prompts, tokenizer, stream))
+        with owned_file(out), _leading(write) as led:
+            return Generated(to_file(out, settings, batches, led, prompts), str(out))
+    with _leading(write) as led:
+        return Generated(_to_screen(batches, led, prompts, tokenizer, stream))
+
+
+@contextmanager
+def _leading(write: Writer) -> Iterator[Writer]:
+    """A writer that has the other processes of a sharded model write the same batch, and at the end lets them go."""
+    if process_count() == 1:
+        yield write
+        return
+
+    def led(number: int, *streamer: Any) -> list[Continuation]:
+        told(number)
+        return write(number, *streamer)
+
+    yield led
+    told(None)
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -287,7 +297,7 @@ def _to_screen(
         results = sorted(result for number in range(len(batches)) for result in write(number))
         if stream is not None:
             print(Generated(results), file=stream)
-    _say_speed(results, time.perf_counter() - clock)
+    say_speed(results, time.perf_counter() - clock)
     return results
 
 
@@ -300,101 +310,3 @@ class _Streamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         print(text, flush=True, end="\n" if stream_end else "", file=self.stream)
-
-
-def _to_file(
-    out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Writer, prompts: list[str]
-) -> list[Continuation]:
-    """Write OUT.unfinished batch by batch, the settings first; when it is complete, OUT in the order of the prompts."""
-    partial = out.with_name(f"{out.name}.unfinished")
-    rows = sorted(row for batch in batches for row in batch)
-    if out.exists():
-        if (finished := _finished(out, rows, prompts)) is None:
-            raise ValueError(f"{out} exists already; name another with --out, or remove it")
-        what = "with a continuation of each of these prompts; other flags or another model need another --out"
-        print(f"{out} is finished already, {what}", file=sys.stderr)
-        return finished
-    done = _resumed(partial, settings, rows, prompts)
-    new: list[Continuation] = []
-    clock, total = time.perf_counter(), len(rows)
-    with (
-        checkpoints.disk_errors(out),
-        partial.open("a", encoding="utf-8") as file,
-        tqdm(desc="generate", total=total, initial=len(done), unit="text", dynamic_ncols=True) as bar,
-    ):
-        for number, batch in enumerate(batches):
-            if all(row in done for row in batch):
-                continue
-            for result in write(number):
-                row = Row(result.index, result.sample)
-                if row not in done:
-                    file.write(result.line() + "\n")
-                    new.append(result)
-                    done[row] = result
-                    bar.update()
-            file.flush()
-    checkpoints.write_text(out, "".join(done[row].line() + "\n" for row in sorted(done)))
-    partial.unlink()
-    if new:
-        _say_speed(new, time.perf_counter() - clock)
-    print(f"{len(done)} continuations are in {out}", file=sys.stderr)
-    return [done[row] for row in sorted(done)]
-
-
-def _finished(out: Path, rows: list[Row], prompts: list[str]) -> list[Continuation] | None:
-    """What is in a file, if it is a continuation of every prompt in order. It does not say by which model."""
-    try:
-        lines = out.read_bytes().removesuffix(b"\n").split(b"\n")
-        found = [_continuation(line, number, out, prompts) for number, line in enumerate(lines, 1)]
-    except (ValueError, OSError):
-        return None
-    return found if [Row(each.index, each.sample) for each in found] == rows else None
-
-
-def _continuation(line: bytes, number: int, file: Path, prompts: list[str]) -> Continuation:
-    """Raises ValueError, naming file and line, for what is no continuation of one of the prompts."""
-    try:
-        found: Continuation = record(Continuation, json.loads(line), file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
-    if not 0 <= found.index < len(prompts) or prompts[found.index] != found.prompt:
-        raise ValueError(f"{file}, line {number}, is damaged: it continues none of the prompts")
-    return found
-
-
-def _resumed(partial: Path, settings: dict[str, Any], rows: list[Row], prompts: list[str]) -> dict[Row, Continuation]:
-    """The continuations that an interrupted command has written; an incomplete last line is cut off.
-
-    Raises ValueError if it had other settings, and, naming the line, if it is damaged.
-    """
-    lines = b""
-    if partial.exists():
-        lines = b"".join(partial.read_bytes().rpartition(b"\n")[:2])
-    if not lines:
-        checkpoints.write_text(partial, json.dumps(settings, ensure_ascii=False) + "\n")
-        return {}
-    first, *written = lines.removesuffix(b"\n").split(b"\n")
-    try:
-        before = json.loads(first)
-    except (ValueError, RecursionError):
-        before = None
-    if not isinstance(before, dict):
-        raise ValueError(f"{partial}, line 1, is damaged: it holds no settings; remove the file to begin again")
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{partial} was begun with {key.replace('_', '-')} {before.get(key)}, now it is {value}; "
-                "give the same flags and prompts, name another --out, or remove it"
-            )
-    found = [_continuation(line, number, partial, prompts) for number, line in enumerate(written, 2)]
-    done = {Row(each.index, each.sample): each for each in found}
-    if not done.keys() <= set(rows):
-        raise ValueError(f"{partial} is damaged: it has a sample that was not asked for; remove it to begin again")
-    checkpoints.write_text(partial, lines.decode())
-    print(f"Going on from {partial}", file=sys.stderr)
-    return done
-
-
-def _say_speed(results: list[Continuation], seconds: float) -> None:
-    tokens = sum(result.tokens for result in results)
-    print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)

@@ -10,7 +10,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.process import keep_large_blocks
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.placement import COPIES, Placement
+from mixture_of_tokens.model.sharding import shard_model
+from mixture_of_tokens.process import keep_large_blocks, process_count
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.records import RunConfig, RunFacts
 
@@ -42,11 +45,12 @@ def _located(run: str) -> str:
     return str(path)
 
 
-def load_model(run: str, *, alone: bool = False) -> Any:
+def load_model(run: str, *, alone: bool = False, placement: Placement = COPIES) -> Any:
     """The causal language model of a run, in evaluation mode, on a CUDA device if there is one.
 
     Args:
         alone: serve each row by itself, `MixtureOfTokensForCausalLM.serve_alone`.
+        placement: over processes, which all call this, each with memory for the whole model on its CPU.
 
     Raises ValueError as `model_directory` does, and for what transformers cannot load as a causal language model.
     """
@@ -62,7 +66,25 @@ def load_model(run: str, *, alone: bool = False) -> Any:
         raise ValueError(f"{run} cannot be loaded: {_first_line(error)}") from None
     if alone and hasattr(model, "serve_alone"):  # other models never mix rows
         model.serve_alone()
+    if placement.sharded:
+        if not isinstance(model, MixtureOfTokensForCausalLM):
+            raise ValueError(f"{run} is a {type(model).__name__}: --shard is for models of this library")
+        placement.check(model.config)
+        return shard_model(model, placement).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def placed(shard: int | None, expert_parallel: int | None) -> Placement:
+    """How a model that is only read lies over the processes of torchrun, as flags say.
+
+    Raises ValueError where they do not fit, and for several processes that would each do all of the work.
+    """
+    placement = Placement.of(shard, None, expert_parallel, process_count())
+    if process_count() > 1 and not placement.sharded:
+        raise ValueError(
+            f"{process_count()} processes would each do all of the work; give --shard, or leave out torchrun"
+        )
+    return placement
 
 
 def weights_hash(run: str) -> str | None:

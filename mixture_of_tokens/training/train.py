@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import transformers
 from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
@@ -24,7 +23,7 @@ from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Placement
 from mixture_of_tokens.model.sharding import is_sharded, shard_model, unsharded, whole_state
-from mixture_of_tokens.process import is_main, keep_large_blocks, process_count
+from mixture_of_tokens.process import is_main, keep_large_blocks
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
@@ -92,13 +91,7 @@ def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None =
         taken.run_name = taken.run_name or out.name
         # Several GPUs of one process would each take all the rows; they are for torchrun.
         taken._n_gpu = min(1, taken.n_gpu)
-        try:
-            return _run(merged.config, taken, merged.placement, out, begin)
-        except RuntimeError as error:
-            if process_count() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-                raise
-            what = "another process of this training has ended, or has not answered in time"
-            raise ConnectionError(f"{what}: --resume goes on from the last checkpoint") from error
+        return _run(merged.config, taken, merged.placement, out, begin)
 
 
 def _check(out: Path, merged: Merged, resume: bool) -> None:

@@ -1,0 +1,137 @@
+"""Continuations of prompts, and the file that a stopped command goes on with."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.records import record
+
+
+class Row(NamedTuple):
+    """A row of a batch: the number of its prompt and of the sample."""
+
+    prompt: int
+    sample: int
+
+
+@dataclass(frozen=True, order=True)
+class Continuation:
+    """What was written after a prompt: the numbers of the prompt and of the sample, the texts, how many tokens."""
+
+    index: int
+    sample: int
+    prompt: str
+    text: str
+    tokens: int
+
+    def line(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+# Makes the continuations of a batch by its number, streaming them if there is a streamer.
+Writer = Callable[..., list[Continuation]]
+
+
+def to_file(
+    out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Writer, prompts: list[str]
+) -> list[Continuation]:
+    """Write OUT.unfinished batch by batch, the settings first; when it is complete, OUT in the order of the prompts."""
+    partial = out.with_name(f"{out.name}.unfinished")
+    rows = sorted(row for batch in batches for row in batch)
+    if out.exists():
+        if (finished := _finished(out, rows, prompts)) is None:
+            raise ValueError(f"{out} exists already; name another with --out, or remove it")
+        what = "with a continuation of each of these prompts; other flags or another model need another --out"
+        print(f"{out} is finished already, {what}", file=sys.stderr)
+        return finished
+    done = _resumed(partial, settings, rows, prompts)
+    new: list[Continuation] = []
+    clock, total = time.perf_counter(), len(rows)
+    with (
+        checkpoints.disk_errors(out),
+        partial.open("a", encoding="utf-8") as file,
+        tqdm(desc="generate", total=total, initial=len(done), unit="text", dynamic_ncols=True) as bar,
+    ):
+        for number, batch in enumerate(batches):
+            if all(row in done for row in batch):
+                continue
+            for result in write(number):
+                row = Row(result.index, result.sample)
+                if row not in done:
+                    file.write(result.line() + "\n")
+                    new.append(result)
+                    done[row] = result
+                    bar.update()
+            file.flush()
+    checkpoints.write_text(out, "".join(done[row].line() + "\n" for row in sorted(done)))
+    partial.unlink()
+    if new:
+        say_speed(new, time.perf_counter() - clock)
+    print(f"{len(done)} continuations are in {out}", file=sys.stderr)
+    return [done[row] for row in sorted(done)]
+
+
+def _finished(out: Path, rows: list[Row], prompts: list[str]) -> list[Continuation] | None:
+    """What is in a file, if it is a continuation of every prompt in order. It does not say by which model."""
+    try:
+        lines = out.read_bytes().removesuffix(b"\n").split(b"\n")
+        found = [_continuation(line, number, out, prompts) for number, line in enumerate(lines, 1)]
+    except (ValueError, OSError):
+        return None
+    return found if [Row(each.index, each.sample) for each in found] == rows else None
+
+
+def _continuation(line: bytes, number: int, file: Path, prompts: list[str]) -> Continuation:
+    """Raises ValueError, naming file and line, for what is no continuation of one of the prompts."""
+    try:
+        found: Continuation = record(Continuation, json.loads(line), file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
+    if not 0 <= found.index < len(prompts) or prompts[found.index] != found.prompt:
+        raise ValueError(f"{file}, line {number}, is damaged: it continues none of the prompts")
+    return found
+
+
+def _resumed(partial: Path, settings: dict[str, Any], rows: list[Row], prompts: list[str]) -> dict[Row, Continuation]:
+    """The continuations that an interrupted command has written; an incomplete last line is cut off.
+
+    Raises ValueError if it had other settings, and, naming the line, if it is damaged.
+    """
+    lines = b""
+    if partial.exists():
+        lines = b"".join(partial.read_bytes().rpartition(b"\n")[:2])
+    if not lines:
+        checkpoints.write_text(partial, json.dumps(settings, ensure_ascii=False) + "\n")
+        return {}
+    first, *written = lines.removesuffix(b"\n").split(b"\n")
+    try:
+        before = json.loads(first)
+    except (ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{partial}, line 1, is damaged: it holds no settings; remove the file to begin again")
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{partial} was begun with {key.replace('_', '-')} {before.get(key)}, now it is {value}; "
+                "give the same flags and prompts, name another --out, or remove it"
+            )
+    found = [_continuation(line, number, partial, prompts) for number, line in enumerate(written, 2)]
+    done = {Row(each.index, each.sample): each for each in found}
+    if not done.keys() <= set(rows):
+        raise ValueError(f"{partial} is damaged: it has a sample that was not asked for; remove it to begin again")
+    checkpoints.write_text(partial, lines.decode())
+    print(f"Going on from {partial}", file=sys.stderr)
+    return done
+
+
+def say_speed(results: list[Continuation], seconds: float) -> None:
+    tokens = sum(result.tokens for result in results)
+    print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)
