@@ -2,15 +2,20 @@
 
     python benchmarks/train.py             measure, print, append to benchmarks/train.csv
     python benchmarks/train.py --widths    wider models too, by the bare loop: a step's time beside its FLOPs
+    python benchmarks/train.py --processes 2    one process, and several that share its rows, by Trainer
     python benchmarks/train.py --table     the latest results of benchmarks/train.csv as Markdown; measures nothing
 
-Cost at Nano on two CPU cores: about six minutes, and ten with --widths. The machine must be quiet.
+Cost at Nano on two CPU cores: about six minutes, ten with --widths, eight with --processes. The machine must be quiet.
 
 Every model is trained in turns of `--steps` steps by two loops, in an order that is shuffled every round:
 
     trainer   what `mot train` runs: with logging, router telemetry, TensorBoard and progress bar, without evaluations
               and checkpoints, which a run's clock leaves out
     loop      forward, backward, clipping, fused AdamW and the schedule over the same batches, and nothing else
+
+With --processes the first row of a model is one process with all cores; the others are as many processes, each with its
+part of the cores and of the rows, as copies (DDP), as shards (FSDP2), and with the experts divided. Every turn has
+processes of its own, and its share is of the same model in one process.
 
 Columns: width, the hidden size, with a feed-forward some 2.67 times as wide; flops_of_first, the FLOPs of a step over
 the first model's; milliseconds, the median over the rounds of a step's time (low, high: quartiles); share_of_first, the
@@ -19,7 +24,9 @@ Both ratios are taken within each round, and their median is reported with its q
 """
 
 import argparse
+import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,13 +39,15 @@ from results import markdown, quartiles, run, surroundings, with_brief_spinning
 from transformers import TrainingArguments, get_scheduler
 
 from mixture_of_tokens.model.cost import training_flops
-from mixture_of_tokens.process import keep_large_blocks
+from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.process import is_main, keep_large_blocks
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
 
 RESULTS = Path(__file__).with_name("train.csv")
 WIDTHS = (32, 64, 128, 256)
+PLACEMENTS = {"copies": [], "shards": ["--shard"], "experts divided": ["--shard", "--expert-parallel"]}
 WARM_UP = 3  # steps of every turn before its clock starts
 SPREAD = ("milliseconds", "share_of_first", "overhead")
 COLUMNS = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa")
@@ -67,14 +76,16 @@ class Turn:
             device=args.device,
             training=training,
             model={} if width is None else {field: str(value) for field, value in sizes_of(width).items()},
+            shard=args.shard,
+            expert_parallel=args.expert_parallel,
         )
-        self.config, arguments, _ = merge(name, 0, None, options)
+        self.config, arguments, self.placement = merge(name, 0, None, options)
         self.arguments, self.loop = TrainingArguments(output_dir=out, **arguments), loop
         self.flops = training_flops(self.config.model_config, self.config.batch_size)
         self.arguments._n_gpu = min(1, self.arguments.n_gpu)  # as `mot train` has it
 
     def seconds_per_step(self) -> float:
-        trainer, _ = build(self.config, self.arguments)
+        trainer, _ = build(self.config, self.arguments, self.placement)
         return self._trainer(trainer) if self.loop == "trainer" else self._bare(trainer)
 
     def _trainer(self, trainer) -> float:
@@ -119,8 +130,10 @@ class Turn:
 
 def measure(args: argparse.Namespace) -> list[dict]:
     keep_large_blocks()
-    args.steps = args.steps or (40 if args.widths is None else 10)
+    args.steps = args.steps or (20 if args.processes else 40 if args.widths is None else 10)
     conditions = surroundings(args.device) | {"steps": args.steps, "rounds": args.rounds}
+    if args.processes:
+        return _over_processes(args, conditions)
     if args.widths is None:
         return _measured(args, None, ("trainer", "loop"), conditions)
     return [row for width in args.widths or WIDTHS for row in _measured(args, width, ("loop",), conditions)]
@@ -154,6 +167,66 @@ def _measured(args: argparse.Namespace, width: int | None, loops: tuple[str, ...
     return rows
 
 
+def _over_processes(args: argparse.Namespace, conditions: dict) -> list[dict]:
+    width = args.widths[0] if args.widths else None
+    with tempfile.TemporaryDirectory() as out:
+        turns = {name: Turn(name, "trainer", width, args, out) for name in args.models}
+    ways = {"one process": (1, [])}
+    for way, flags in PLACEMENTS.items():
+        ways[f"{args.processes} processes, {way}"] = (args.processes, [f"{flag}={args.processes}" for flag in flags])
+    can = {name: Placement(args.processes, 1, args.processes) for name in args.models}
+    keys = [
+        (name, way) for name in args.models for way in ways if "divided" not in way or _fits(turns[name], can[name])
+    ]
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+    for number in range(args.rounds):
+        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        for name, way in random.sample(keys, len(keys)):
+            times[name, way].append(_in_processes(args, name, *ways[way]))
+    rows = []
+    for (name, way), seconds in times.items():
+        config, own = turns[name].config, 1e3 * np.array(seconds)
+        row = conditions | {"model": name, "loop": way, "batch": config.batch_size, "flops_of_first": 1.0}
+        row |= {"width": config.model_config.hidden_size}
+        shares = own / (1e3 * np.array(times[name, "one process"]))
+        rows.append(row | quartiles("milliseconds", own) | quartiles("share_of_first", shares))
+    return rows
+
+
+def _fits(turn: Turn, placement: Placement) -> bool:
+    try:
+        placement.check(turn.config.model_config)
+    except ValueError:
+        return False
+    return True
+
+
+def _in_processes(args: argparse.Namespace, name: str, count: int, flags: list[str]) -> float:
+    """Seconds a step of a model in new processes, which share the cores."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+    own = ["--turn", "--models", name, "--steps", str(args.steps), *flags]
+    own += [] if args.batch_size is None else ["--batch-size", str(args.batch_size)]
+    own += ["--widths", str(args.widths[0])] if args.widths else []
+    own += ["--device", args.device] if args.device else []
+    own += ["--data", *args.data] if args.data else []
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    command = [sys.executable, *launcher, __file__, *own]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} has failed: {done.stderr.strip().rpartition(chr(10))[2]}")
+    return float(done.stdout.split()[-1])
+
+
+def take_a_turn(args: argparse.Namespace) -> None:
+    """Print the seconds a step of one model, in one of the processes."""
+    keep_large_blocks()
+    with tempfile.TemporaryDirectory() as out:
+        turn = Turn(args.models[0], "trainer", args.widths[0] if args.widths else None, args, out)
+        seconds = turn.seconds_per_step()
+    if is_main():
+        print(seconds)
+
+
 def table(rows: list[dict]) -> str:
     def cell(row: dict, name: str, form: str) -> str:
         return f"{float(row[name]):{form}} ({float(row[f'{name}_low']):{form}} to {float(row[f'{name}_high']):{form}})"
@@ -168,6 +241,10 @@ def table(rows: list[dict]) -> str:
         overhead = cell(row, "overhead", ".1%") if row.get("overhead") not in (None, "") else ""
         shown = (cell(row, "milliseconds", ".1f"), cell(row, "share_of_first", ".2f"), overhead)
         lines.append((f"{row['model']}, {row['loop']}", *shown))
+    if first["loop"] == "one process":
+        lines = [line[:-1] for line in lines]
+        facts += f", width {first['width']}"
+        return f"{facts}\n\n" + markdown(("", "ms a step", "of one process"), lines)
     return f"{facts}\n\n" + markdown(("", "ms a step", f"of {first['model']}'s", "over the bare loop"), lines)
 
 
@@ -198,6 +275,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--data", nargs="+", default=[], help="as in mot train")
     parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--processes", type=int, help="several processes beside one")
+    for flag in ("--shard", "--expert-parallel"):
+        parser.add_argument(flag, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", action="store_true", help=argparse.SUPPRESS)
+    if "--turn" in sys.argv:
+        take_a_turn(parser.parse_args())
+        return
     run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "threads", "batch", "torch", "steps"))
 
 

@@ -49,6 +49,13 @@ def len_of(count: int) -> None:
 # Sources
 
 
+def zstd(data: bytes) -> bytes:
+    out = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(out, "zstd") as file:
+        file.write(data)
+    return out.getvalue().to_pybytes()
+
+
 def test_every_kind_of_source_gives_the_same_texts(tmp_path):
     given = [*texts(5), ODD]
     folder = tmp_path / "folder"
@@ -64,10 +71,13 @@ def test_every_kind_of_source_gives_the_same_texts(tmp_path):
     table = "\n\n".join(rows)
     (tmp_path / "rows.jsonl").write_text(table, encoding="utf-8-sig")
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(table.encode()))
+    (tmp_path / "rows.jsonl.zst").write_bytes(zstd(table.encode()))
+    (folder / "more.txt.zst").write_bytes(zstd(b"in frame one, ") + zstd(b"and two"))
     pq.write_table(pa.table({"id": range(6), "body": given}), tmp_path / "rows.parquet")
-    assert sorted(text for text in read(folder) if text) == sorted(given)
+    assert sorted(text for text in read(folder) if text) == sorted([*given, "in frame one, and two"])
     assert sorted(read(tmp_path / "folder" / "**" / "[0-9].*")) == sorted(given)
     assert read(tmp_path / "rows.jsonl") == read(tmp_path / "rows.jsonl.gz") == given
+    assert read(tmp_path / "rows.jsonl.zst") == given
     assert read(tmp_path / "rows.parquet", field="body") == given
     (tmp_path / "any.suffix").write_bytes(ODD.encode())
     assert read(tmp_path / "any.suffix", tmp_path / "rows.jsonl") == [ODD, *given]
@@ -156,6 +166,8 @@ BAD = {
     "half.txt": (lambda p: p.write_bytes("aé".encode()[:-1]), "half.txt is not UTF-8 at byte 1"),
     "false.txt.gz": (lambda p: p.write_bytes(b"text"), "false.txt.gz is not a complete gzip file"),
     "short.txt.gz": (lambda p: p.write_bytes(gzip.compress(b"text")[:-9]), "short.txt.gz is not a complete gzip file"),
+    "false.txt.zst": (lambda p: p.write_bytes(b"text"), "false.txt.zst is not a complete zstd file"),
+    "short.txt.zst": (lambda p: p.write_bytes(zstd(b"text")[:-3]), "short.txt.zst is not a complete zstd file"),
     "bad.jsonl": (lambda p: p.write_text('{"text": "a"}\n\n{"text": '), "bad.jsonl:3 is no JSON: Expecting value"),
     "list.jsonl": (lambda p: p.write_text("[1]"), "list.jsonl:1 is no object"),
     "field.jsonl": (lambda p: p.write_text('{"a": "x", "b": 1}'), "jsonl:1 has no field 'text'; it has 'a', 'b'"),

@@ -78,6 +78,8 @@ CONTENT = {
     | TABLES
     | changed(gzip.compress(b'{"text": "some text"}\n' * 20, mtime=0)),
     "any.py.gz": st.binary(max_size=60).map(gzip.compress) | changed(gzip.compress(b"some text\n" * 20, mtime=0)),
+    "rows.jsonl.zst": TABLES.map(lambda rows: pa.compress(rows, "zstd", asbytes=True)) | TABLES,
+    "any.py.zst": changed(pa.compress(b"some text\n" * 20, "zstd", asbytes=True)) | st.binary(max_size=60),
     "rows.parquet": changed(PARQUET) | st.binary(max_size=60),
 }
 

@@ -15,7 +15,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedIOBase
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]
 
     Args:
         sources: Each a file, a folder (searched for known suffixes, hidden files left out), a glob,
-            hf:NAME[:CONFIG], or packages; empty for the standard library. All files but .parquet may be gzipped.
+            hf:NAME[:CONFIG], or packages; empty for the standard library. All files but .parquet may be .gz or .zst.
         field: The field of a row that holds its text.
 
     Raises ValueError, with file and line, if a source is missing, empty or not UTF-8 text.
@@ -182,7 +182,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def _library_files() -> list[Path]:
@@ -214,13 +214,22 @@ def _decodable(paths: list[Path]) -> Iterator[Document]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedIOBase]:
-    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+    kind = path.name.lower().rpartition(".")[2]
+    with gzip.open(path) if kind == "gz" else _zstd(path) if kind == "zst" else path.open("rb") as file:
         try:
             yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a complete gzip file: {error}") from error
         except OSError as error:
+            if kind == "zst" and error.errno is None:  # Arrow's, of the format
+                raise ValueError(f"{path} is not a complete zstd file: {first_line(error)}") from error
             raise naming(error, path) from error
+
+
+def _zstd(path: Path) -> BufferedReader:
+    import pyarrow as pa  # here, as importing it takes time and few runs need it
+
+    return BufferedReader(pa.input_stream(path, compression="zstd"), PART)  # pyright: ignore[reportArgumentType]
 
 
 def naming(error: OSError, path: Path) -> OSError:

@@ -39,9 +39,9 @@ class Options:
     Args:
         steps: Optimizer steps; by default the size's own number.
         batch_size: Rows a step, a multiple of the group size; by default the size's own, 128 for Nano and 256 else.
-        data: Files, folders or globs of text, .jsonl or .parquet, each also .gz; hf:NAME[:CONFIG] for a data set of the
-            Hub; or packages, the source text of all Python packages that are installed beside this library. May be
-            given several times. By default the source text of Python's standard library.
+        data: Files, folders or globs of text, .jsonl (each also .gz or .zst) or .parquet; hf:NAME[:CONFIG] for a data
+            set of the Hub; or packages, the source text of all Python packages that are installed beside this library.
+            May be given several times. By default the source text of Python's standard library.
         field: The field of a .jsonl, .parquet or Hub row that holds the text.
         max_bytes: Read at most this many bytes of text.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
