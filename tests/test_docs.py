@@ -1,6 +1,7 @@
 """What README and docs show runs as it stands, prints what it says, and stands once."""
 
 import json
+import math
 import re
 import runpy
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +18,7 @@ from mixture_of_tokens import cli
 from mixture_of_tokens.formatting import Summary, loss, with_span
 from mixture_of_tokens.model.names import SIZES
 from mixture_of_tokens.model.routings import ROWS, properties
+from mixture_of_tokens.training import recipes
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -54,15 +57,27 @@ def test_python_blocks_run(page, small_corpus, tmp_path, monkeypatch):
         assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 
+def processes_of(words: list[str]) -> int:
+    """That torchrun starts, on all machines; of a number that a scheduler gives, two."""
+    counts = [words[words.index(flag) + 1] for flag in ("--nproc-per-node", "--nnodes") if flag in words]
+    return math.prod(int(count) if count.isdigit() else 2 for count in counts)
+
+
 def commands() -> dict[str, tuple[str, ...]]:
-    """The words after `mot` of every command in a ```sh block, and in what `make demo` runs, each once."""
+    """The words after `mot` of every command in a ```sh block, and in what `make demo` runs, each once.
+
+    Of one that torchrun starts, the first word is WORLD_SIZE=N.
+    """
     made = subprocess.run(["make", "-n", "-o", "install", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
     shell = "".join(block for page in PAGES for block in blocks(page, "sh")) + made.stdout
-    lines = [shlex.split(line, comments=True) for line in shell.splitlines()]
-    lines = [words[words.index("mixture_of_tokens") :] if "torchrun" in words else words for words in lines]
-    found = [
-        tuple(rest) for name, *rest in filter(None, lines) if name in ("mot", ".venv/bin/mot", "mixture_of_tokens")
+    lines = [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
+    lines = [
+        ["mot", f"WORLD_SIZE={processes_of(words)}", *words[words.index("mixture_of_tokens") + 1 :]]
+        if "torchrun" in words
+        else words
+        for words in lines
     ]
+    found = [tuple(rest) for name, *rest in filter(None, lines) if name in ("mot", ".venv/bin/mot")]
     assert len(found) > 20
     return {" ".join(words): words for words in found}
 
@@ -72,6 +87,12 @@ def commands() -> dict[str, tuple[str, ...]]:
 def test_commands_are_legal(words, tiny_runs, tmp_path, monkeypatch, capsys):
     """Those that train merge and check everything, and stop; the others do what they do."""
     monkeypatch.chdir(tmp_path)
+    if words[0].startswith("WORLD_SIZE="):
+        monkeypatch.setenv(*words[0].split("="))
+        # Transformers' own arguments would wait for the other processes.
+        monkeypatch.setattr(recipes, "TrainingArguments", lambda **given: SimpleNamespace(fp16=False))
+        monkeypatch.setattr(recipes, "try_out", lambda arguments: None)
+        words = words[1:]
     for name in ("README.md", "ARCHITECTURE.md"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
@@ -145,6 +166,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "benchmarks/generate.py": (8, "speed"),
     "benchmarks/neighbours.py": (7, "speed"),
     "benchmarks/train.py": (20, "speed"),
+    "benchmarks/placements.py": (30, "scaling"),
 }
 
 
