@@ -36,7 +36,15 @@ def table() -> str:
                 cells = [f"{size / 2**30:.1f}" for size in (states, found.memory["total"])]
                 sent = [f"{size / 1e6:,.0f}" for size in (found.sent["total"], found.experts_sent["as here"])]
                 rows.append((name, str(devices), f"`{flags}`" if flags else "", *cells, *sent))
-    columns = ("model", "devices", "flags", "GiB of weights and optimizer", "GiB in all", "MB sent", "of it for experts")
+    columns = (
+        "model",
+        "devices",
+        "flags",
+        "GiB of weights and optimizer",
+        "GiB in all",
+        "MB sent",
+        "of it for experts",
+    )
     return markdown(columns, rows)
 
 

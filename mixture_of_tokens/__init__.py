@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
     from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
     from mixture_of_tokens.training.options import Options
+    from mixture_of_tokens.training.prepare import prepare
     from mixture_of_tokens.training.sweep import sweep
     from mixture_of_tokens.training.train import train
 
@@ -46,6 +47,7 @@ _MODULES = {
     "model.plan": ("plan",),
     "data.inspect": ("data_report",),
     "training.options": ("Options",),
+    "training.prepare": ("prepare",),
     "training.train": ("train",),
     "training.sweep": ("sweep",),
     "inference.generate": ("generate",),
@@ -82,6 +84,7 @@ __all__ = [
     "export",
     "generate",
     "plan",
+    "prepare",
     "report",
     "sweep",
     "train",

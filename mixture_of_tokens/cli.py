@@ -52,6 +52,7 @@ COMMANDS = {
         "model.plan:plan",
         "Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.",
     ),
+    "prepare": ("training.prepare:prepare", "Prepare the text that mot train with the same flags would train on."),
     "data-report": ("data.inspect:data_report", "Prepare a corpus and print what is in it."),
 }
 WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated

@@ -17,7 +17,21 @@ torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait 
 
 # The files that take longest go first, or one process would be busy with them long after others. The second needs no
 # `tiny_runs`, which the first makes.
-LONG = ("transition", "train", "export", "resume", "model", "docs", "layouts", "layers", "compare", "cost", "process")
+LONG = (
+    "transition",
+    "sharded_runs",
+    "train",
+    "export",
+    "sharding",
+    "resume",
+    "model",
+    "docs",
+    "layouts",
+    "layers",
+    "compare",
+    "cost",
+    "process",
+)
 LONG += ("rooms", "flags", "evaluate")
 
 

@@ -33,6 +33,7 @@ START: dict[str, tuple[str, ...]] = {
     "audit": ("audit", "nowhere"),
     "export": ("export", "nowhere", "out"),
     "plan": ("plan", "MoT-Nano/32E"),
+    "prepare": ("prepare", "MoT-Nano/32E"),
     "data-report": ("data-report", "nowhere"),
 }
 HUGE = "9" * 30

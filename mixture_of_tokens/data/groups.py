@@ -9,6 +9,7 @@ is divided into segments, which count as documents: see `segmented`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,7 +150,7 @@ class GroupedBatches(Dataset):
 
     def __init__(self, blocks: Blocks, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
         self.blocks, self.group_size, self.seed, self.first_step = blocks, group_size, seed, first_step
-        self.length, self.gone = steps * batch_size, first_step * batch_size
+        self.batch_size, self.length, self.gone = batch_size, steps * batch_size, first_step * batch_size
         self.rows_per_epoch = len(blocks) // group_size * group_size
         self._order: tuple[int, np.ndarray] | None = None
         self._rows_of(0)  # fail now rather than in a worker
@@ -165,6 +166,13 @@ class GroupedBatches(Dataset):
     def block_numbers(self, rows: list[int]) -> np.ndarray:
         numbers = [self.gone + row for row in rows]
         return np.array([self._rows_of(row // self.rows_per_epoch)[row % self.rows_per_epoch] for row in numbers])
+
+    def position(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after so many steps is to know of the text beside its hash."""
+        return {}
+
+    def go_on_from(self, facts: dict[str, Any]) -> None:
+        """Take what `position` has given to a checkpoint."""
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         return self.blocks.batch(self.block_numbers(rows))

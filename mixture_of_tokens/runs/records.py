@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import yaml
 
+from mixture_of_tokens.data.parts import Parts
 from mixture_of_tokens.data.prepare import Prepared, prepare
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import config_from_name
@@ -68,6 +69,7 @@ class RunConfig:
     model: dict[str, Any]
     micro_batch: int | None = None
     first_step: int = 0
+    part_bytes: int | None = None
     transition: Transition | None = None
 
     @classmethod
@@ -77,7 +79,7 @@ class RunConfig:
 
     def __str__(self) -> str:
         written: dict[str, Any] = {"format": FORMAT} | asdict(self)
-        for key in ("micro_batch", "first_step", "transition"):
+        for key in ("micro_batch", "first_step", "part_bytes", "transition"):
             if not written[key]:
                 del written[key]
         for key in ("anneal", "distil_steps"):
@@ -133,17 +135,20 @@ class RunConfig:
         }
 
     def prepare(self) -> Prepared:
-        """The text of the run."""
+        """The text of the run; of one in parts the first."""
+        return prepare(self.data, max_bytes=self.max_bytes, **self._how) if self.parts is None else self.parts.first()
+
+    @property
+    def parts(self) -> Parts | None:
+        return None if self.part_bytes is None else Parts.of(self.data, self.part_bytes, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """Options of `prepare`."""
         vocab_size = self.model_config.vocab_size if self.tokenizer is None else self.model.get("vocab_size")
-        return prepare(
-            self.data,
-            field=self.field,
-            max_bytes=self.max_bytes,
-            vocab_size=vocab_size,
-            context=self.model_config.max_position_embeddings,
-            tokenizer=self.tokenizer,
-            group_size=self.group_size,
-        )
+        context, group_size = self.model_config.max_position_embeddings, self.group_size
+        how = {"field": self.field, "tokenizer": self.tokenizer, "vocab_size": vocab_size}
+        return how | {"context": context, "group_size": group_size}
 
 
 def _carried_out(kind: str, field: str) -> bool:

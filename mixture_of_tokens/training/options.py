@@ -44,6 +44,8 @@ class Options:
             May be given several times. By default the source text of Python's standard library.
         field: The field of a .jsonl, .parquet or Hub row that holds the text.
         max_bytes: Read at most this many bytes of text.
+        part_bytes: Prepare the files in parts of at least this many bytes, and begin to train when the first is ready.
+            For text that is too much to prepare at once; duplicates are then found within a part.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
         anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
             by default the temperature is not annealed.
@@ -64,6 +66,7 @@ class Options:
     data: list[str] = dataclasses.field(default_factory=list)
     field: str = "text"
     max_bytes: int | None = None
+    part_bytes: int | None = None
     tokenizer: str | None = None
     anneal_temperature_to: float | None = None
     evaluate_on: Literal["validation", "tuning"] | None = None

@@ -88,10 +88,13 @@ def merge(
     batch_size = SIZES[size].batch if options.batch_size is None else options.batch_size
     if learning_rate is None:
         learning_rate = LEARNING_RATES.get((size, parsed.system), recipe.learning_rate)
+    if options.part_bytes is not None and options.max_bytes is not None:
+        raise ValueError("--max-bytes is for text that is prepared at once; with --part-bytes name fewer files")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or give cpu")
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"anneal-temperature-to": options.anneal_temperature_to, "max-bytes": options.max_bytes}
+    positive |= {"part-bytes": options.part_bytes}
     if transition is not None and steps == 0:
         del positive["steps"]
     _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
@@ -112,6 +115,7 @@ def merge(
         data=options.data,
         field=options.field,
         max_bytes=options.max_bytes,
+        part_bytes=options.part_bytes,
         tokenizer=options.tokenizer,
         evaluate_on=options.evaluate_on or "validation",
         training=training,
@@ -172,7 +176,7 @@ def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, gro
     for what, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{what} must be positive, not {value}")
-        if what != "max-bytes":
+        if what not in ("max-bytes", "part-bytes"):
             check_number(f"--{what}", value)
     if batch_size % group_size:
         low = batch_size // group_size * group_size

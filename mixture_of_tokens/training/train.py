@@ -15,6 +15,7 @@ from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
 
 from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
+from mixture_of_tokens.data.parts import PartedBatches, prepare_ahead
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.inference.generate import continue_prompts
 from mixture_of_tokens.model.calibration import calibrate_thresholds
@@ -111,14 +112,13 @@ def build(
         config.vocab_size = max(vocabulary.values()) + 1
     config.eos_token_id = vocabulary[str(prepared.tokenizer.eos_token)]
     config.pad_token_id = vocabulary[str(prepared.tokenizer.pad_token)]
-    rows = GroupedBatches(
-        prepared.train,
-        group_size=run.group_size,
-        batch_size=run.batch_size,
-        steps=run.steps,
-        seed=run.seed,
-        first_step=run.first_step,
-    )
+    order = {"group_size": run.group_size, "batch_size": run.batch_size, "steps": run.steps}
+    order |= {"seed": run.seed, "first_step": run.first_step}
+    if (parts := run.parts) is None:
+        rows = GroupedBatches(prepared.train, **order)
+    else:
+        rows = PartedBatches(parts, **order)
+        prepare_ahead(parts)
     set_seed(run.seed)
     model = shard_model(MixtureOfTokensForCausalLM(config), placement)
     evaluated = getattr(prepared, run.evaluate_on)

@@ -109,6 +109,7 @@ class GroupedTrainer(Trainer):
                 )
             step = facts["step"]
             self.clock.before = facts["seconds"]
+            self.rows.go_on_from(facts)
             for loss, aux in facts["reported"]:  # on the device of the losses that follow
                 pair = [None if each is None else torch.tensor(each, device=self.args.device) for each in (loss, aux)]
                 self._reported += [tuple(pair)] * self.args.gradient_accumulation_steps  # pyright: ignore
@@ -253,6 +254,7 @@ class GroupedTrainer(Trainer):
                 with self._failing_together(self.run / name):
                     if main:
                         facts = {"seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
+                        facts |= self.rows.position(step)
                         checkpoints.describe(beside / name, step=step, **facts)
                         self.run_log.write()  # the rows come before the checkpoint
                         checkpoints.publish(beside / name, self.run / name)

@@ -1,0 +1,157 @@
+"""A corpus in parts, each of some files and prepared by itself: training begins with the first part, the others follow.
+
+Parts are in the order of the files, and no file is in two. Each is what `prepare` makes of its files alone, with the
+first one's tokenizer. Duplicates are dropped within a part, which is where groups are made; what a part holds out stays
+unused, but for the first one's. Whoever needs a part makes it, under a lock, or waits for who does. Processes that go
+before training make different parts (`prepare_ahead`), on one machine or on several that share the cache.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, cat
+
+from mixture_of_tokens.data import sources as corpus
+from mixture_of_tokens.data.groups import Blocks, GroupedBatches
+from mixture_of_tokens.data.prepare import Prepared, prepare
+from mixture_of_tokens.process import process_count, process_number
+
+
+@dataclass(frozen=True)
+class Parts:
+    """sources: as they were named; files: of each part, in order; options: of `prepare`."""
+
+    sources: list[str]
+    files: list[list[str]]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, sources: Sequence[str], part_bytes: int, **options: Any) -> "Parts":
+        """Parts of at least so many bytes of files.
+
+        Raises ValueError for text that is not in files.
+        """
+        if part_bytes < 1:
+            raise ValueError(f"--part-bytes must be positive, not {part_bytes}")
+        if not sources or corpus.PACKAGES in sources or any(source.startswith("hf:") for source in sources):
+            raise ValueError("--part-bytes is for files: name them, their folders or globs with --data")
+        parts: list[list[str]] = [[]]
+        size = 0
+        for path in (path for source in sources for path in corpus.files(source)):
+            if size >= part_bytes:
+                parts.append([])
+                size = 0
+            parts[-1].append(str(path))
+            size += path.stat().st_size
+        if len(parts) > 1 and size < part_bytes / 2:  # what is left over
+            parts[-2:] = [parts[-2] + parts[-1]]
+        return cls(list(sources), parts, options)
+
+    def first(self) -> Prepared:
+        """The first part, whose facts stand for all: their hash is of its text, and of all names and sizes."""
+        made = prepare(self.files[0], **self.options)
+        sizes = [[Path(file).name, Path(file).stat().st_size] for part in self.files for file in part]
+        whole = hashlib.sha256(json.dumps([made.facts["hash"], sizes]).encode()).hexdigest()[:16]
+        return replace(made, facts=made.facts | {"hash": whole, "source": self.sources, "parts": len(self.files)})
+
+    def prepare(self, number: int) -> Prepared:
+        """Any part, by its number."""
+        if number == 0:
+            return prepare(self.files[0], **self.options)
+        tokenizer = self.options.get("tokenizer") or str(prepare(self.files[0], **self.options).directory)
+        return prepare(self.files[number], **self.options | {"tokenizer": tokenizer, "vocab_size": None})
+
+
+class PartedBatches(GroupedBatches):
+    """`GroupedBatches` of one part after the other, and then from the first part again, in another order.
+
+    rows_of_parts: how many rows the first parts have, as far as it is known. A run that goes on gets them from its
+    checkpoint, so that it needs no part that it has left behind.
+    """
+
+    def __init__(self, parts: Parts, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
+        self.parts, self.rows_of_parts = parts, []
+        self._now: tuple[int, Blocks] | None = None
+        first = self._part(0)
+        super().__init__(
+            first, group_size=group_size, batch_size=batch_size, steps=steps, seed=seed, first_step=first_step
+        )
+        self.rows_of_parts = [self.rows_per_epoch]
+
+    def _part(self, number: int) -> Blocks:
+        if self._now is None or self._now[0] != number:
+            self._now = number, self.parts.prepare(number).train
+        return self._now[1]
+
+    def place(self, row: int) -> tuple[int, int, int]:
+        """Of a row of all steps: how often all parts were read before, the part, and the row in it."""
+        row += self.gone
+        count, turn = len(self.parts.files), 0
+        while True:
+            for part in range(count):
+                if part == len(self.rows_of_parts):
+                    self.rows_of_parts.append(len(self._part(part)) // self.group_size * self.group_size)
+                if row < self.rows_of_parts[part]:
+                    return turn, part, row
+                row -= self.rows_of_parts[part]
+            turn += 1
+
+    def position(self, step: int) -> dict[str, Any]:
+        self.place(max(0, step * self.batch_size - 1))
+        return {"rows_of_parts": self.rows_of_parts}
+
+    def go_on_from(self, facts: dict[str, Any]) -> None:
+        self.rows_of_parts = list(facts.get("rows_of_parts", self.rows_of_parts))
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        batches: list[dict[str, Tensor]] = []
+        places = [self.place(row) for row in rows]
+        for key in dict.fromkeys(place[:2] for place in places):
+            turn, part = key
+            self.blocks = self._part(part)
+            order = self._rows_of_part(turn, part)
+            batches.append(self.blocks.batch(order[[row for *which, row in places if tuple(which) == key]]))
+        return {name: cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _rows_of_part(self, turn: int, part: int) -> np.ndarray:
+        epoch = turn * len(self.parts.files) + part  # so that no two orders are alike
+        return self._rows_of(epoch)
+
+
+def prepare_ahead(parts: Parts, start: int = 1) -> None:
+    """Prepare the parts from `start` on in a process of its own, which ends with this one.
+
+    Each of the processes of torchrun calls this, and prepares other parts, the nearest ones first.
+    """
+    mine = range(start + process_number(), len(parts.files), process_count())
+    if mine:
+        context = multiprocessing.get_context("spawn")
+        context.Process(target=_prepare_all, args=(parts, list(mine)), daemon=True).start()
+
+
+def _prepare_all(parts: Parts, numbers: list[int]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the one that trains
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    os.nice(10)
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+        contextlib.suppress(ValueError, OSError),  # who needs the part meets the error too, and tells it
+    ):
+        for number in numbers:
+            parts.prepare(number)
+
+
+def _end_with(main: Any) -> None:
+    main.join()
+    os._exit(1)

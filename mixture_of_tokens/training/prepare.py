@@ -1,0 +1,56 @@
+"""The command `mot prepare`: the text of a run, before it, by as many processes as there are."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.formatting import Result
+from mixture_of_tokens.process import process_count, process_number
+from mixture_of_tokens.training.options import DEFAULTS, Options
+from mixture_of_tokens.training.recipes import merge
+
+
+@dataclass(frozen=True)
+class PreparedText(Result):
+    """Parts of a text, their training tokens in all, and where each part is kept."""
+
+    parts: int
+    tokens: int
+    directories: list[str]
+
+    def __str__(self) -> str:
+        parts = "one part" if self.parts == 1 else f"{self.parts} parts"
+        return f"{self.tokens:,} tokens for training in {parts}. They are in {self.directories[0]} and beside it."
+
+
+def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEFAULTS) -> PreparedText | None:
+    """Prepare the text that mot train with the same flags would train on.
+
+    With --part-bytes each process of torchrun makes other parts. Stopped, the same command goes on.
+
+    Args:
+        name: The model; its context and groups decide how text is cut.
+
+    Returns what there is then; None in all processes of torchrun but the first.
+
+    Raises ValueError for bad settings or text.
+    """
+    run = merge(name, 0, None, options).config
+    rank = process_number()
+    if (parts := run.parts) is None:
+        return _found([run.prepare()]) if rank == 0 else None
+    count = len(parts.files)
+    for number in range(rank, count, process_count()):
+        parts.prepare(number)
+        print(f"Part {number + 1} of {count} is ready", file=sys.stderr)
+    return (
+        _found([parts.prepare(number) for number in range(count)]) if rank == 0 else None
+    )  # of the others, when ready
+
+
+def _found(made: list[Prepared]) -> PreparedText:
+    tokens = sum(len(each.train.tokens) for each in made)
+    return PreparedText(len(made), tokens, [str(each.directory) for each in made])
