@@ -5,6 +5,8 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 # How long a thread of OpenMP spins before it sleeps: of GNU's, turns of a loop (some 10 microseconds); of LLVM's and
@@ -22,6 +24,23 @@ def process_count() -> int:
 def process_number() -> int:
     """This process's, among those of torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def place_of_machine() -> tuple[int, int, bool]:
+    """This machine's number, how many there are, and whether this is its first process."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", process_count()))
+    return process_number() // here, max(1, process_count() // here), process_number() % here == 0
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """As if torchrun had started no other process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= before
 
 
 def is_main() -> bool:

@@ -318,6 +318,9 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     assert (out / "model.safetensors").is_file()
 
 
+WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -327,7 +330,7 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
         ),
         ("uniform", "they cannot be exported; models that can are Transformer-, TC-, STC-, MoT-"),
         ("shared", "Qwen3-MoE, with softmax gates, has no shared experts: this model cannot be exported"),
-        ("expert_choice", "expert_choice layers are not in plain transformers: they cannot be exported"),
+        *((kind, f"{kind} layers are not in plain transformers: they cannot be exported") for kind in WITHOUT_EXPORT),
         ("plain", "plain feed-forwards (gated false) are not in Qwen3"),
         ("another order", "in Dots1 the first blocks are dense and all others sparse"),
         ("top k of a dense model", "--top-k and --scores are for a Mixture of Tokens, and"),
@@ -348,7 +351,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
         directory = saved("token_choice", vocab_size=200)
     elif given == "shared":
         directory = saved("token_choice", shared_experts=1)
-    elif given in ("mixture_of_tokens", "uniform", "expert_choice"):
+    elif given in ("mixture_of_tokens", "uniform", *WITHOUT_EXPORT):
         directory = saved(given)
     else:
         directory = saved("dense")

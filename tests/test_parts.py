@@ -76,6 +76,14 @@ def test_text_that_is_not_in_files_is_refused(sources, size, message):
         Parts.of(sources, size, **HOW)
 
 
+def test_a_file_without_text_is_no_error_in_a_part(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "corpus")
+    (tmp_path / "corpus" / "04b.jsonl").write_text("")
+    made = Parts.of([str(tmp_path / "corpus")], bytes_of_a_part(folder), **HOW)
+    assert sum(map(len, made.files)) == 13
+    assert all(len(made.prepare(number).train) for number in range(4))
+
+
 def test_a_turn_reads_every_block_of_every_part_once_and_the_next_in_another_order(parts):
     rows, blocks = batches(parts), [parts.prepare(number).train for number in range(4)]
     counts = [len(each) // GROUP * GROUP for each in blocks]
@@ -197,7 +205,8 @@ def test_processes_prepare_different_parts(folder, tmp_path, monkeypatch):
     assert all(said.count(f"Part {number} of 4 is ready") == 1 for number in (1, 2, 3, 4))
     total = sum(len(Parts.of([str(folder)], bytes_of_a_part(folder), **HOW).prepare(n).train.tokens) for n in range(4))
     assert f"{total:,} tokens" in said
-    mot("prepare", "MoT-Nano/4E", "--data", folder, "--batch-size", BATCH)  # all at once
+    # All at once, and with flags of the training that decide no text.
+    mot("prepare", "MoT-Nano/4E", "--data", folder, "--batch-size", BATCH, "--shard", 8, "--expert-parallel", 4)
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 5
 
 
@@ -231,5 +240,5 @@ def test_who_prepares_ahead_makes_the_parts_and_ends_with_its_parent(folder, tmp
 def ahead(folder: str) -> None:
     parts = Parts.of([folder], bytes_of_a_part(Path(folder)), **HOW)
     parts.first()
-    module.prepare_ahead(parts)
+    module.prepare_ahead(parts, 1, 10**6, GROUP)
     time.sleep(120)

@@ -25,6 +25,7 @@ LAYOUTS = {
     "copies": (2, []),
     "shards": (2, ["--shard", "2"]),
     "experts": (2, ["--shard", "2", "--expert-parallel", "2"]),
+    "halves": (4, ["--shard", "4", "--expert-parallel", "2"]),
     "all": (4, ["--shard", "2", "--replicate", "2", "--expert-parallel", "2"]),
 }
 
@@ -252,7 +253,35 @@ def as_an_earlier_version(command: list[str]) -> None:
     training.save_optimizer = lambda model, optimizer, checkpoint: torch.save(
         optimizer.state_dict(), checkpoint / "optimizer.pt"
     )
+    training.check_optimizer = lambda checkpoint: None
     mot(*command)
+
+
+def test_a_part_of_the_optimizer_that_is_on_another_machine_is_missed(runs, tmp_path):
+    shutil.copytree(runs / "shards" / "checkpoint-4", tmp_path / "checkpoint")
+    training.check_optimizer(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "optimizer" / "__1_0.distcp").unlink()
+    with pytest.raises(OSError, match=r"lacks __1_0.distcp, which another process has written: all processes need the"):
+        training.check_optimizer(tmp_path / "checkpoint")
+
+
+def on_a_disk_of_its_own(command: list[str], out: str) -> None:
+    """The second process has no run directory, as on another machine."""
+    if os.environ["RANK"] == "1":
+        command = [out if word == command[command.index("--out") + 1] else word for word in command]
+        is_dir = Path.is_dir
+        Path.is_dir = lambda self: not self.name.startswith("checkpoint-") and is_dir(self)  # pyright: ignore
+    mot(*command)
+
+
+def test_a_process_without_the_run_directory_says_so(runs, small_corpus, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(runs / "shards", out)
+    (out / "run.json").unlink()
+    command = words("shards", small_corpus, out, "--resume")
+    in_processes(on_a_disk_of_its_own, (command, str(tmp_path / "elsewhere")), 2, log, exits=2)
+    assert "checkpoint-4 is not there for process 1: all processes need the run directory on a file" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -310,7 +339,9 @@ def test_a_model_that_cannot_lie_so_is_refused(name, fields, layout, message):
 def test_beside_an_accelerator_the_cpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    with pytest.raises(ValueError, match="--shard 2 uses the machine's cuda; leave out --device cpu"):
+    with pytest.raises(
+        ValueError, match="--shard 2 lies over the machine's cuda, and not on the CPU: leave out --device cpu"
+    ):
         Placement(2).check(config_from_name(NAME), on_cpu=True)
     Placement(2).check(config_from_name(NAME))
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -115,6 +116,20 @@ def patched(what: str, seen: list) -> Iterator[None]:
         sharding.all_to_all_single_autograd, FSDPModule.set_gradient_divide_factor = exchange, divide
 
 
+def masked_gradients(trainer: GroupedTrainer, processes: int, rank: int) -> dict[str, torch.Tensor]:
+    """Of a batch in which rows are missing, all of a group's in one place, in as many parts as a step has."""
+    numbers = np.arange(BATCH)
+    numbers[::5] = -1
+    numbers[4:8] = -1
+    model, own = trainer.causal_lm.train(), np.split(numbers, PARTS)[rank::processes]
+    for part in own:
+        loss = model(**trainer.rows.blocks.batch(part, padded=True), use_cache=False).loss
+        (loss / len(own)).backward()
+    found = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
 def train_cases(cases: list[Case], data: str, directory: Path) -> None:
     """In every process: train each case and save what was seen."""
     for case in cases:
@@ -130,8 +145,11 @@ def train_cases(cases: list[Case], data: str, directory: Path) -> None:
             trainer.__class__ = Watched
             assert isinstance(trainer, Watched)
             trainer.steps, trainer.norms = [], []
+            masked = masked_gradients(trainer, case.processes, taken.process_index)
+            shapes.clear()
             trainer.train()
             found = {
+                "masked": masked,
                 "gradients": trainer.steps,
                 "norms": trainer.norms,
                 "final": trainer.evaluate_all(1),
@@ -180,6 +198,7 @@ def test_a_layout_trains_what_accumulation_in_one_process_does(case, seen):
     found, rows = seen[case.label]
     (alone, *_), alone_rows = seen[Case(case.name).label]
     assert distance(found[0]["gradients"][0], alone["gradients"][0]) < 1e-6
+    assert distance(found[0]["masked"], alone["masked"]) < 1e-6
     assert found[0]["norms"][0] == pytest.approx(alone["norms"][0], rel=1e-6)
     for process in found:
         assert process["norms"] == found[0]["norms"]

@@ -147,7 +147,7 @@ def timed(experiment: Experiment) -> None:
         run = experiment.trained / system.directory(SEEDS[0])
         if system.nano:  # whose weights are not kept; they do not decide what a step costs
             models[system.label] = MixtureOfTokensForCausalLM(runs_of(experiment, system)[0].model_config)
-        elif (run / "model").is_dir() and "threshold_scores" not in system.model:  # see the log
+        elif (run / "model").is_dir():
             models[system.label] = load_model(str(run))
             if system.name.startswith("ReMoE"):
                 models[system.label + UNTRAINED] = MixtureOfTokensForCausalLM(models[system.label].config)
@@ -208,7 +208,7 @@ def loaded(experiment: Experiment) -> None:
     for system in SYSTEMS:
         for seed in system.seeds:
             run = experiment.trained / system.directory(seed)
-            if not system.nano and "threshold_scores" not in system.model and (run / "model").is_dir():
+            if not system.nano and (run / "model").is_dir():
                 rows += [{"system": system.label, "seed": seed, **row} for row in _loads(str(run))]
                 print(system.label, seed, file=sys.stderr)
     write_csv(experiment.kept / "loads.csv", list(rows[0]), rows)

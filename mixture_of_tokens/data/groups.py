@@ -174,6 +174,15 @@ class GroupedBatches(Dataset):
     def go_on_from(self, facts: dict[str, Any]) -> None:
         """Take what `position` has given to a checkpoint."""
 
+    def begin(self, step: int) -> None:
+        """Called before the first step, `ready` before each of the others, and `end` after the last one."""
+
+    def ready(self, step: int) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         return self.blocks.batch(self.block_numbers(rows))
 

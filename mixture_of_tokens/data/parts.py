@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from torch import Tensor, cat
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches
 from mixture_of_tokens.data.prepare import Prepared, prepare
-from mixture_of_tokens.process import process_count, process_number
+from mixture_of_tokens.process import place_of_machine
+
+READ_AHEAD = 3  # steps whose rows loaders may have asked for
 
 
 @dataclass(frozen=True)
@@ -59,29 +62,34 @@ class Parts:
 
     def first(self) -> Prepared:
         """The first part, whose facts stand for all: their hash is of its text, and of all names and sizes."""
-        made = prepare(self.files[0], **self.options)
+        made = prepare(self.files[0], **self.options, together=True)
         sizes = [[Path(file).name, Path(file).stat().st_size] for part in self.files for file in part]
         whole = hashlib.sha256(json.dumps([made.facts["hash"], sizes]).encode()).hexdigest()[:16]
         return replace(made, facts=made.facts | {"hash": whole, "source": self.sources, "parts": len(self.files)})
 
     def prepare(self, number: int) -> Prepared:
         """Any part, by its number."""
-        if number == 0:
-            return prepare(self.files[0], **self.options)
-        tokenizer = self.options.get("tokenizer") or str(prepare(self.files[0], **self.options).directory)
-        return prepare(self.files[number], **self.options | {"tokenizer": tokenizer, "vocab_size": None})
+        options = self.options if number == 0 else self.options | {"tokenizer": self.tokenizer, "vocab_size": None}
+        return prepare(self.files[number], **options, together=True)
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """Of all parts: the one that was given, or the first part's."""
+        return self.options.get("tokenizer") or str(self.prepare(0).directory)
 
 
 class PartedBatches(GroupedBatches):
     """`GroupedBatches` of one part after the other, and then from the first part again, in another order.
 
     rows_of_parts: how many rows the first parts have, as far as it is known. A run that goes on gets them from its
-    checkpoint, so that it needs no part that it has left behind.
+    checkpoint, so that it needs no part that it has left behind. `ready` is called before every step, so all processes
+    wait for a part at the same time and outside of what they do together, and the main process knows all rows.
     """
 
     def __init__(self, parts: Parts, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
         self.parts, self.rows_of_parts = parts, []
         self._now: tuple[int, Blocks] | None = None
+        self._ahead: Any = None
         first = self._part(0)
         super().__init__(
             first, group_size=group_size, batch_size=batch_size, steps=steps, seed=seed, first_step=first_step
@@ -113,6 +121,22 @@ class PartedBatches(GroupedBatches):
     def go_on_from(self, facts: dict[str, Any]) -> None:
         self.rows_of_parts = list(facts.get("rows_of_parts", self.rows_of_parts))
 
+    def begin(self, step: int) -> None:
+        needed = self.gone + self.length
+        self._ahead = prepare_ahead(self.parts, len(self.rows_of_parts), needed, self.group_size)
+        self.ready(step)
+
+    def ready(self, step: int) -> None:
+        last = min(self.length, (step + READ_AHEAD) * self.batch_size) - 1
+        self._part(self.place(last)[1])
+
+    def end(self) -> None:
+        if self._ahead is not None:
+            self._ahead.kill()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_ahead": None}  # for the loader's workers
+
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         batches: list[dict[str, Tensor]] = []
         places = [self.place(row) for row in rows]
@@ -128,18 +152,23 @@ class PartedBatches(GroupedBatches):
         return self._rows_of(epoch)
 
 
-def prepare_ahead(parts: Parts, start: int = 1) -> None:
-    """Prepare the parts from `start` on in a process of its own, which ends with this one.
+def prepare_ahead(parts: Parts, start: int, rows: int, group_size: int) -> Any:
+    """Prepare the parts from `start` on in a process of its own, which ends with this one, and is returned.
 
-    Each of the processes of torchrun calls this, and prepares other parts, the nearest ones first.
+    Of every machine the first process does, each other parts, the nearest ones first, as long as parts like the last
+    one are needed for so many rows.
     """
-    mine = range(start + process_number(), len(parts.files), process_count())
-    if mine:
-        context = multiprocessing.get_context("spawn")
-        context.Process(target=_prepare_all, args=(parts, list(mine)), daemon=True).start()
+    machine, machines, first = place_of_machine()
+    mine = list(range(start + machine, len(parts.files), machines))
+    if not (mine and first):
+        return None
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_prepare_all, args=(parts, mine, rows, group_size), daemon=True)
+    process.start()
+    return process
 
 
-def _prepare_all(parts: Parts, numbers: list[int]) -> None:
+def _prepare_all(parts: Parts, numbers: list[int], rows: int, group_size: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the one that trains
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     os.nice(10)
@@ -149,7 +178,9 @@ def _prepare_all(parts: Parts, numbers: list[int]) -> None:
         contextlib.suppress(ValueError, OSError),  # who needs the part meets the error too, and tells it
     ):
         for number in numbers:
-            parts.prepare(number)
+            made = len(parts.prepare(number).train) // group_size * group_size
+            if (number + 1) * made > rows + made:  # one more than is needed, as parts differ
+                break
 
 
 def _end_with(main: Any) -> None:

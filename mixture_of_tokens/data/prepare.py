@@ -62,6 +62,7 @@ def prepare(
     context: int = 64,
     tokenizer: str | None = None,
     group_size: int = 32,
+    together: bool = False,
 ) -> Prepared:
     """Text without near-duplicates, split by document and tokenized; read from the cache if it is there.
 
@@ -74,6 +75,7 @@ def prepare(
         tokenizer: A tokenizer.json, a folder with one or a Hub name.
         group_size: Documents are cut, or divided into segments, such that groups of this size, or smaller ones, can
             be made of different documents.
+        together: The sources are parts of one, of which some may be empty.
 
     Raises ValueError for bad sources or options, and if the training or validation split is shorter than a block.
     """
@@ -101,7 +103,7 @@ def prepare(
         with _one_at_a_time(directory):
             manifest, damage = _whole(directory)  # another process may have made it meanwhile
             if manifest is None:
-                documents = corpus.documents(sources, field)
+                documents = corpus.documents(sources, field, together=together)
                 total = max_bytes if total is None or max_bytes is None else min(total, max_bytes)
                 if damage is not None:
                     print(f"{damage}: the prepared text is made again.", file=sys.stderr)

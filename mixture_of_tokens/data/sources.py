@@ -35,7 +35,7 @@ KNOWN = {*PROSE.split(), *CODE.split(), *TABLES}
 Document = Iterable[bytes]  # its UTF-8 text in parts, in order, as it may not fit in memory
 
 
-def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]:
+def documents(sources: Sequence[str], field: str = "text", *, together: bool = False) -> Iterator[Document]:
     """The documents of all sources in order: files, rows of .jsonl and .parquet files, rows of Hub data sets.
 
     Read all parts of a document before taking the next document.
@@ -44,6 +44,7 @@ def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]
         sources: Each a file, a folder (searched for known suffixes, hidden files left out), a glob,
             hf:NAME[:CONFIG], or packages; empty for the standard library. All files but .parquet may be .gz or .zst.
         field: The field of a row that holds its text.
+        together: The sources are parts of one, of which some may be empty.
 
     Raises ValueError, with file and line, if a source is missing, empty or not UTF-8 text.
     """
@@ -64,7 +65,7 @@ def documents(sources: Sequence[str], field: str = "text") -> Iterator[Document]
             rows = _hub_rows(source, field) if source.startswith("hf:") else _of_files(files(source), field)
         for document in rows:
             yield noted(document)
-        if not holds_text:
+        if not holds_text and not together:
             raise ValueError(f"{source} is empty: there is no text in it")
 
 

@@ -74,7 +74,7 @@ class Placement:
             raise ValueError(f"{flag}: a learnable temperature is one number, which cannot be sharded")
         if on_cpu and torch.accelerator.is_available():
             where = torch.accelerator.current_accelerator()
-            raise ValueError(f"{flag} uses the machine's {where}; leave out --device cpu")
+            raise ValueError(f"{flag} lies over the machine's {where}, and not on the CPU: leave out --device cpu")
         if self.expert_parallel == 1:
             return
         flag = f"--expert-parallel {self.expert_parallel}"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, Replicate
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
@@ -32,6 +33,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Placement
 
 OPTIMIZER, EARLIER = "optimizer", "optimizer.pt"  # the folder of its state in a checkpoint, and what it was before
+IN_ONE_FILE = "1000TB"  # of weights; transformers would begin another after 50 GB
 MIXTURES = "mixtures"  # the name of our way to exchange what experts read
 
 
@@ -130,6 +132,15 @@ def load_optimizer(model: MixtureOfTokensForCausalLM, optimizer: torch.optim.Opt
         raise _first_of(failed) from None
 
 
+def check_optimizer(checkpoint: Path) -> None:
+    """Raises OSError where parts are missing, as when machines write to disks of their own."""
+    written = FileSystemReader(checkpoint / OPTIMIZER).read_metadata().storage_data or {}
+    for name in sorted({place.relative_path for place in written.values()}):
+        if not (checkpoint / OPTIMIZER / name).is_file():
+            what = "all processes need the run directory on a file system that they share"
+            raise OSError(f"{checkpoint / OPTIMIZER} lacks {name}, which another process has written: {what}")
+
+
 def has_optimizer(checkpoint: Path) -> bool:
     return (checkpoint / OPTIMIZER).is_dir() or (checkpoint / EARLIER).is_file()
 
@@ -155,7 +166,10 @@ def whole(model: MixtureOfTokensForCausalLM) -> Iterator[MixtureOfTokensForCausa
     with torch.random.fork_rng():  # what it draws does not count
         plain: Any = unsharded(model)
     yield plain.to(model.device)
-    load_whole(model, plain.state_dict())
+    state = plain.state_dict()
+    for value in state.values():  # what was fitted in each process may differ in rounding
+        torch.distributed.broadcast(value, src=0)
+    load_whole(model, state)
 
 
 def unsharded(model: MixtureOfTokensForCausalLM, state: dict[str, Tensor] | None = None) -> MixtureOfTokensForCausalLM:

@@ -34,7 +34,7 @@ def check_seed(seed: int) -> None:
 def check_one_process(what: str) -> None:
     """Raises ValueError under torchrun for a command that trains more than once."""
     if process_count() > 1:
-        raise ValueError(f"{what} trains more than once, and so in one process; torchrun is for mot train")
+        raise ValueError(f"{what} is for one process; leave out torchrun, or leave it out")
 
 
 def check_free(out: Path) -> None:

@@ -1,14 +1,14 @@
 """The command `mot prepare`: the text of a run, before it, by as many processes as there are."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result
-from mixture_of_tokens.process import process_count, process_number
+from mixture_of_tokens.process import by_itself, process_count, process_number
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import merge
 
@@ -38,7 +38,9 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
 
     Raises ValueError for bad settings or text.
     """
-    run = merge(name, 0, None, options).config
+    options = replace(options, device=None, shard=None, replicate=None, expert_parallel=None)  # they decide no text
+    with by_itself():
+        run = merge(name, 0, None, options).config
     rank = process_number()
     if (parts := run.parts) is None:
         return _found([run.prepare()]) if rank == 0 else None

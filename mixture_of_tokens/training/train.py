@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
 
 from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
-from mixture_of_tokens.data.parts import PartedBatches, prepare_ahead
+from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.inference.generate import continue_prompts
 from mixture_of_tokens.model.calibration import calibrate_thresholds
@@ -23,8 +23,8 @@ from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Placement
-from mixture_of_tokens.model.sharding import is_sharded, shard_model, unsharded, whole_state
-from mixture_of_tokens.process import is_main, keep_large_blocks
+from mixture_of_tokens.model.sharding import IN_ONE_FILE, is_sharded, shard_model, told, unsharded, whole_state
+from mixture_of_tokens.process import is_main, keep_large_blocks, process_count, process_number
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
@@ -114,11 +114,8 @@ def build(
     config.pad_token_id = vocabulary[str(prepared.tokenizer.pad_token)]
     order = {"group_size": run.group_size, "batch_size": run.batch_size, "steps": run.steps}
     order |= {"seed": run.seed, "first_step": run.first_step}
-    if (parts := run.parts) is None:
-        rows = GroupedBatches(prepared.train, **order)
-    else:
-        rows = PartedBatches(parts, **order)
-        prepare_ahead(parts)
+    parts = run.parts
+    rows = GroupedBatches(prepared.train, **order) if parts is None else PartedBatches(parts, **order)
     set_seed(run.seed)
     model = shard_model(MixtureOfTokensForCausalLM(config), placement)
     evaluated = getattr(prepared, run.evaluate_on)
@@ -138,7 +135,7 @@ def _run(
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
     trainer, prepared = build(run, arguments, placement)
-    checkpoint = checkpoints.newest(out) if out.exists() else None
+    checkpoint = _newest(out)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
         checkpoints.write_text(out / records.CONFIG, str(run))
@@ -160,6 +157,17 @@ def _run(
             print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
         sys.exit(128 + stop.received)
     return _finish(trainer, prepared, run, out, made_by)
+
+
+def _newest(out: Path) -> Path | None:
+    """The checkpoint to go on from, which the first process chooses. Raises OSError where another one lacks it."""
+    checkpoint = checkpoints.newest(out) if is_main() and out.exists() else None
+    if process_count() > 1:
+        checkpoint = told(checkpoint)
+    if checkpoint is not None and not checkpoint.is_dir():
+        what = "all processes need the run directory on a file system that they share"
+        raise OSError(f"{checkpoint} is not there for process {process_number()}: {what}")
+    return checkpoint
 
 
 def _end_reports(arguments: TrainingArguments) -> None:
@@ -188,7 +196,7 @@ def _finish(
     beside = out / "model.partial"
     try:
         with checkpoints.plain_errors(out / "model"):
-            model.save_pretrained(beside)
+            model.save_pretrained(beside, max_shard_size=IN_ONE_FILE)
             prepared.tokenizer.save_pretrained(beside)
             checkpoints.describe(beside)
         checkpoints.publish(beside, out / "model")

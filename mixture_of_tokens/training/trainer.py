@@ -32,6 +32,8 @@ from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.sharding import (
+    IN_ONE_FILE,
+    check_optimizer,
     is_sharded,
     load_optimizer,
     load_whole,
@@ -88,6 +90,7 @@ class GroupedTrainer(Trainer):
         self.add_callback(self.run_log)
         self.add_callback(_RouterGradients(self))
         self.add_callback(_Balance(model))
+        self.add_callback(_Ready(rows))
         probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
         self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
         self.gradient_norms: dict[str, float] = {}  # before clipping, as Trainer's own
@@ -114,6 +117,7 @@ class GroupedTrainer(Trainer):
                 pair = [None if each is None else torch.tensor(each, device=self.args.device) for each in (loss, aux)]
                 self._reported += [tuple(pair)] * self.args.gradient_accumulation_steps  # pyright: ignore
         self._seconds = self.clock.before
+        self.rows.begin(step)
         if self.is_world_process_zero():
             self.run_log.forget_after(self.rows.first_step + step)
         if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
@@ -127,6 +131,7 @@ class GroupedTrainer(Trainer):
                 self.run_log.close()
             raise
         finally:
+            self.rows.end()
             if self._ending is not None:
                 self._ending.set()
             self.clock.stop()
@@ -253,6 +258,7 @@ class GroupedTrainer(Trainer):
                 reported = self._reported_by_step()
                 with self._failing_together(self.run / name):
                     if main:
+                        check_optimizer(beside / name)
                         facts = {"seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
                         facts |= self.rows.position(step)
                         checkpoints.describe(beside / name, step=step, **facts)
@@ -292,7 +298,7 @@ class GroupedTrainer(Trainer):
             elif self.args.should_save:
                 with torch.device("meta"):
                     plain = unsharded(self.causal_lm)
-                plain.save_pretrained(output_dir, state_dict=state)
+                plain.save_pretrained(output_dir, state_dict=state, max_shard_size=IN_ONE_FILE)
                 self.processing_class.save_pretrained(output_dir)  # pyright: ignore
                 torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
 
@@ -339,6 +345,14 @@ class _Balance(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.model.balance()
+
+
+class _Ready(TrainerCallback):
+    def __init__(self, rows: GroupedBatches):
+        self.rows = rows
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.rows.ready(state.global_step)
 
 
 def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int) -> None:
