@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,31 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(runs, small_corpus, 
     assert "stopped by SIGTERM after step 3, which is saved; --resume goes on" in one_line(log, of=1)
     in_processes(mot, [*command, "--resume"], 2, log)
     assert losses(tmp_path / "run") == losses(runs / "experts")
+
+
+def stuck(command: list[str]) -> None:
+    """The second process does not come to its third step."""
+    step, calls = GroupedTrainer.training_step, []
+
+    def training_step(self, *arguments, **others):
+        calls.append(1)
+        if len(calls) == 2 * self.args.gradient_accumulation_steps + 1 and os.environ["RANK"] == "1":
+            time.sleep(20)
+        return step(self, *arguments, **others)
+
+    GroupedTrainer.training_step = training_step
+    mot(*command)
+
+
+@pytest.mark.parametrize("layout", [pytest.param("copies", marks=pytest.mark.slow), "experts"])
+def test_no_process_waits_longer_than_it_is_told(small_corpus, tmp_path, layout):
+    command, log = words(layout, small_corpus, tmp_path / "run", "--training.ddp_timeout", 5), tmp_path / "log"
+    since = time.monotonic()
+    in_processes(stuck, (command,), 2, log, exits=2)
+    assert time.monotonic() - since > 20  # the second one finds the first gone; else both would go on
+    said = [line for line in log.read_text().splitlines() if line.startswith("mot: error:")]
+    assert "another process has ended, or has not answered in time" in said[0]
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_damaged_shard_is_passed_over(runs, small_corpus, tmp_path):

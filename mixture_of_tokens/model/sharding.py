@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Replicate
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -91,6 +93,18 @@ def _as_we_call_experts(forward: Callable[..., Tensor]) -> Callable[..., Tensor]
         return forward(x_EMD, None, linear)
 
     return call
+
+
+def limit_waits(model: MixtureOfTokensForCausalLM, seconds: float) -> None:
+    """End a process that waits longer than this for another. Every process calls it, before anything is exchanged."""
+    if not torch.distributed.is_initialized():
+        return
+    groups = [torch.distributed.group.WORLD]
+    if (meshes := getattr(model, "_mesh_manager", None)) is not None:  # transformers makes them with torch's own limit
+        names = ("dp_replicate", "fsdp", "efsdp", "ep")
+        groups += [meshes.get_mesh(name).get_group() for name in names]
+    for group in groups:
+        _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def is_sharded(model: Any) -> bool:

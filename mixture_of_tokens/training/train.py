@@ -23,7 +23,15 @@ from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Placement
-from mixture_of_tokens.model.sharding import IN_ONE_FILE, is_sharded, shard_model, told, unsharded, whole_state
+from mixture_of_tokens.model.sharding import (
+    IN_ONE_FILE,
+    is_sharded,
+    limit_waits,
+    shard_model,
+    told,
+    unsharded,
+    whole_state,
+)
 from mixture_of_tokens.process import is_main, keep_large_blocks, process_count, process_number
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
@@ -118,6 +126,7 @@ def build(
     rows = GroupedBatches(prepared.train, **order) if parts is None else PartedBatches(parts, **order)
     set_seed(run.seed)
     model = shard_model(MixtureOfTokensForCausalLM(config), placement)
+    limit_waits(model, arguments.ddp_timeout)
     evaluated = getattr(prepared, run.evaluate_on)
     corpus = f"{prepared.facts['hash']} {prepared.facts['tokenizer']}"
     trainer = GroupedTrainer(
