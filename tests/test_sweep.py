@@ -82,14 +82,6 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
     assert "they cannot be compared; take another --out" in capsys.readouterr().err
 
 
-def test_several_processes_are_for_training_alone(swept, flags, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in (["sweep", *flags, "--training.gradient_accumulation_steps", 1], ["compare", "Transformer-Nano"]):
-        with pytest.raises(SystemExit, match="2"):
-            mot(*command)
-        assert "torchrun is for mot train" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -247,7 +247,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--training.report_to", "no-such"], "no-such: it is not installed; there is"),
         (
             ["train", "MoT-Nano/32E", "--training.fsdp", "full_shard"],
-            "--training.fsdp: a run's model is written by one process",
+            "--training.fsdp: --shard N shards a model over the processes",
         ),
         (["train", "MoT-Nano/32E", "--steps", "many"], "--steps takes a whole number, not 'many'"),
         (["train", "MoT-Nano/32E", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),

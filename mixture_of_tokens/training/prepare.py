@@ -38,6 +38,9 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
 
     Raises ValueError for bad settings or text.
     """
+    for flag in ("shard", "replicate", "expert_parallel"):
+        if (number := getattr(options, flag)) is not None and number < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {number}")
     options = replace(options, device=None, shard=None, replicate=None, expert_parallel=None)  # they decide no text
     with by_itself():
         run = merge(name, 0, None, options).config
