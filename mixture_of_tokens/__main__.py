@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-from mixture_of_tokens.process import spin_briefly
+from mixture_of_tokens.process import leave_processes, spin_briefly
 
 
 def main() -> None:
@@ -15,7 +15,10 @@ def main() -> None:
     try:
         from mixture_of_tokens import cli
 
-        cli.main()
+        try:
+            cli.main()
+        finally:
+            leave_processes()
     except KeyboardInterrupt:
         print("mot: stopped", file=sys.stderr)
         sys.exit(130)

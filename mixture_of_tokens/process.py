@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 # How long a thread of OpenMP spins before it sleeps: of GNU's, turns of a loop (some 10 microseconds); of LLVM's and
 # Intel's, milliseconds.
@@ -46,6 +46,13 @@ def by_itself() -> Iterator[None]:
 def is_main() -> bool:
     """Whether this process is the first of those that torchrun started, or the only one."""
     return process_number() == 0
+
+
+def leave_processes() -> None:
+    """At the end of a process of torchrun: threads of torch that still wait for others would end it by a signal."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def of_all(error: Failure) -> Failure:

@@ -330,9 +330,9 @@ def test_what_is_not_given_of_a_layout_follows(flags, processes, found):
 @pytest.mark.parametrize(
     ("flags", "processes", "message"),
     [
-        ((3, None, None), 8, "--shard 3 times --replicate 2 is 6, and there are 8 processes .*can be 2, 4, 8"),
-        ((2, None, None), 1, "--shard 2 times --replicate 1 is 2, and there are 1 processes .*can be none"),
-        ((8, 2, None), 8, "--shard 8 times --replicate 2 is 16"),
+        ((3, None, None), 8, "--shard 3 does not make up the 8 processes .*can be 2, 4, 8"),
+        ((2, None, None), 1, "--shard 2 is for 2 processes .*, or a multiple, and there is one"),
+        ((8, 2, None), 8, "--shard 8 times --replicate 2 does not make up the 8 processes"),
         ((4, None, 3), 8, "--expert-parallel 3 does not divide --shard 4; legal are 1, 2, 4"),
         ((1, 2, None), 8, "--replicate 2 is for --shard above 1"),
         ((0, None, None), 8, "--shard must be at least 1, not 0"),
@@ -377,7 +377,7 @@ def test_the_command_says_so_in_one_line(capsys, tmp_path):
         mot("train", NAME, "--shard", "2", "--out", tmp_path / "run")
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert "there are 1 processes (torchrun --nproc-per-node)" in said[0]
+    assert "--shard 2 is for 2 processes (torchrun --nproc-per-node), or a multiple, and there is one" in said[0]
     assert not (tmp_path / "run").exists()
 
 

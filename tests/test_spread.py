@@ -128,7 +128,7 @@ def test_the_command(capsys):
             ("--devices", 64),
             "does not divide over 64 devices into groups of 32: at most 8 devices, or --batch-size 2048",
         ),
-        (("--devices", 8, "--shard", 3), "--shard 3 times --replicate 2 is 6, and there are 8 devices; --shard can be"),
+        (("--devices", 8, "--shard", 3), "--shard 3 does not make up the 8 devices; --shard can be 2, 4, 8"),
         (("--devices", 8, "--micro-batch", 64), "micro-batch 64 is not legal for 256 sequences on 8 devices: 32"),
         (("--devices", 0), "--devices must be at least 1, not 0"),
         (("--shard", 2), "--shard, --replicate and --expert-parallel are for --devices N"),

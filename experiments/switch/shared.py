@@ -1,6 +1,6 @@
 """Whether a shared expert carries what unchosen experts give after the switch (experiments/LOG.md): it does not.
 
-    python experiments/switch/shared.py            # some 8 minutes of one core a seed, beside the sources of `nano`
+    python experiments/switch/shared.py            # some 12 minutes of one core, beside the source of `nano`
     python experiments/switch/shared.py --table    # Markdown
 
 Served alone, every expert of a Mixture of Tokens answers every token, and after the switch k of them do. What the
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Experiment, asked, read_csv, spread, trained, write_csv
 
-NAME, SEEDS, OPTIONS = "MoT-Nano/32E/8", (1, 2, 3), Options(steps=1200, device="cpu")
+NAME, SEEDS, OPTIONS = "MoT-Nano/32E/8", (1,), Options(steps=1200, device="cpu")
 GATES: tuple[Any, ...] = ("softmax", "sigmoid")
 WAYS = ((8, 0), (7, 1), (4, 0), (3, 1))  # experts a token chooses, and shared ones
 COLUMNS = ("seed", "gates", "chosen", "shared", "loss")

@@ -80,7 +80,8 @@ class Exported(Result):
     served: Served | None = None
 
     def __str__(self) -> str:
-        differ = f"Its logits on {self.compared} differ from the run's by at most {self.difference:.1e}."
+        whose = "the run's" if self.served is None else "the switched model's"
+        differ = f"Its logits on {self.compared} differ from {whose} by at most {self.difference:.1e}."
         lines = [] if self.served is None else [str(self.served), ""]
         return "\n".join([*lines, f"{self.directory} is a {self.architecture}. {differ}"])
 

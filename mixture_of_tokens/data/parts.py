@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, cat
+from tqdm import tqdm
 
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches
@@ -172,6 +173,7 @@ def _prepare_all(parts: Parts, numbers: list[int], rows: int, group_size: int) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the one that trains
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     os.nice(10)
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be left over by one that is killed
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stderr(nowhere),

@@ -163,10 +163,13 @@ def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
-    if not is_main():
-        return
     what = f"{', '.join(map(str, sources))}: too few documents, or too long ones, for groups of {group_size}"
-    print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
+    if is_main() and what not in _SAID:  # a part is opened several times
+        print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
+        _SAID.add(what)
+
+
+_SAID: set[str] = set()
 
 
 @contextmanager

@@ -48,11 +48,11 @@ class Placement:
         if shard == 1 and replicate > 1:
             raise ValueError(f"--replicate {replicate} is for --shard above 1; without shards every process has a copy")
         if shard > 1 and shard * replicate != count:
-            legal = ", ".join(str(n) for n in range(2, count + 1) if count % n == 0) or "none"
-            raise ValueError(
-                f"--shard {shard} times --replicate {replicate} is {shard * replicate}, and there are {count} "
-                f"{what}; --shard can be {legal}"
-            )
+            if count == 1:
+                raise ValueError(f"--shard {shard} is for {shard} {what}, or a multiple, and there is one")
+            legal = ", ".join(str(n) for n in range(2, count + 1) if count % n == 0)
+            asked = f"--shard {shard}" + (f" times --replicate {replicate}" if given["replicate"] else "")
+            raise ValueError(f"{asked} does not make up the {count} {what}; --shard can be {legal}")
         expert_parallel = expert_parallel or 1
         if shard % expert_parallel:
             legal = ", ".join(str(n) for n in range(1, shard + 1) if shard % n == 0)

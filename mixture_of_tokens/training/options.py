@@ -45,7 +45,7 @@ class Options:
         field: The field of a .jsonl, .parquet or Hub row that holds the text.
         max_bytes: Read at most this many bytes of text.
         part_bytes: Prepare the files in parts of at least this many bytes, and begin to train when the first is ready.
-            For text that is too much to prepare at once; duplicates are then found within a part.
+            For text that is too much to prepare at once; duplicates are then found within a part. Not with --max-bytes.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
         anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
             by default the temperature is not annealed.
@@ -56,7 +56,8 @@ class Options:
             default each process has a whole copy (DDP).
         replicate: Copies of a sharded model; by default as many as there are processes for. A resumed run may have
             another number of processes, shards and copies.
-        expert_parallel: Of the processes of a copy, so many divide the experts, and exchange what these read.
+        expert_parallel: Of the processes of a copy, so many divide the experts, and exchange what these read. Without
+            --shard all processes hold one copy.
         model: Fields of the model's configuration, as in --model.router_temperature 0.25.
         training: Fields of transformers' TrainingArguments, as in --training.weight_decay 0.05.
     """

@@ -165,7 +165,12 @@ def _run(
             step, name = trainer.state.global_step, signal.Signals(stop.received).name
             print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
         sys.exit(128 + stop.received)
-    return _finish(trainer, prepared, run, out, made_by)
+    try:
+        return _finish(trainer, prepared, run, out, made_by)
+    except KeyboardInterrupt:
+        if is_main():
+            print("mot: stopped after the last step, which is saved; --resume goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _newest(out: Path) -> Path | None:
@@ -199,6 +204,7 @@ def _finish(
     if is_sharded(model):
         state = whole_state(model)
         model = unsharded(model, state).eval() if is_main() else model
+    trainer.accelerator.wait_for_everyone()  # the others may end now
     if not is_main():
         return None
     losses = [final["loss"], *(other["loss"] for other in others)]
