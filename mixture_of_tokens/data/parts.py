@@ -89,7 +89,7 @@ class PartedBatches(GroupedBatches):
 
     def __init__(self, parts: Parts, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
         self.parts, self.rows_of_parts = parts, []
-        self._now: tuple[int, Blocks] | None = None
+        self._open: dict[int, Blocks] = {}
         self._ahead: Any = None
         first = self._part(0)
         super().__init__(
@@ -98,9 +98,11 @@ class PartedBatches(GroupedBatches):
         self.rows_of_parts = [self.rows_per_epoch]
 
     def _part(self, number: int) -> Blocks:
-        if self._now is None or self._now[0] != number:
-            self._now = number, self.parts.prepare(number).train
-        return self._now[1]
+        if number not in self._open:
+            self._open[number] = self.parts.prepare(number).train
+            for earlier in list(self._open)[:-2]:  # two, as the next one is asked for before this one's last rows
+                del self._open[earlier]
+        return self._open[number]
 
     def place(self, row: int) -> tuple[int, int, int]:
         """Of a row of all steps: how often all parts were read before, the part, and the row in it."""

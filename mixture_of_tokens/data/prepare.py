@@ -121,7 +121,7 @@ def prepare(
             )
     named = sources or [f"the standard library of Python {platform.python_version()}"]
     if segments:
-        _say_segments(named, group_size, segments)
+        _say_segments(named, group_size, segments, once=together)  # a part is opened several times
     facts |= {"source": named, "segments": segments}
     kept = given or _tokenizer_in(directory)
     return Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
@@ -162,9 +162,9 @@ def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer in {directory} cannot be read: {corpus.first_line(error)}") from error
 
 
-def _say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
+def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, once: bool = False) -> None:
     what = f"{', '.join(map(str, sources))}: too few documents, or too long ones, for groups of {group_size}"
-    if is_main() and what not in _SAID:  # a part is opened several times
+    if is_main() and not (once and what in _SAID):
         print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
         _SAID.add(what)
 
