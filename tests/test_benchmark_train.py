@@ -48,6 +48,24 @@ def test_wider_models_are_timed_beside_their_flops(small_corpus, tmp_path, monke
     assert "| 64 |" in done.stdout
 
 
+@pytest.mark.slow
+def test_two_processes_are_timed_beside_one(small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    flags = ["--processes", "2", "--steps", "1", "--rounds", "1", "--batch-size", "32", "--data", small_corpus]
+    flags += ["--models", "MoT-Nano/4E", "TC-Nano/4E", "--device", "cpu", "--results", tmp_path / "train.csv"]
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, flags)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "train.csv").open(newline="") as file:
+        rows = {(row["model"], row["loop"]): row for row in csv.DictReader(file)}
+    ways = ["one process", "2 processes, copies", "2 processes, shards", "2 processes, experts divided"]
+    expected = [("MoT-Nano/4E", way) for way in ways] + [("TC-Nano/4E", way) for way in ways[:3]]
+    assert list(rows) == expected
+    for (model, _), row in rows.items():
+        alone = float(rows[model, "one process"]["milliseconds"])
+        assert float(row["share_of_first"]) == pytest.approx(float(row["milliseconds"]) / alone, rel=1e-2)
+    assert "| ms a step | of one process |" in done.stdout
+
+
 @pytest.mark.parametrize("script", ["train.py", "generate.py"])
 @pytest.mark.parametrize(
     ("flags", "message"),
