@@ -40,6 +40,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.model.spread import legal_placements
 from mixture_of_tokens.process import is_main, keep_large_blocks
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
@@ -174,9 +175,12 @@ def _over_processes(args: argparse.Namespace, conditions: dict) -> list[dict]:
     ways = {"one process": (1, [])}
     for way, flags in PLACEMENTS.items():
         ways[f"{args.processes} processes, {way}"] = (args.processes, [f"{flag}={args.processes}" for flag in flags])
-    can = {name: Placement(args.processes, 1, args.processes) for name in args.models}
+    divided = Placement(args.processes, 1, args.processes)
     keys = [
-        (name, way) for name in args.models for way in ways if "divided" not in way or _fits(turns[name], can[name])
+        (name, way)
+        for name, turn in turns.items()
+        for way in ways
+        if "divided" not in way or divided in legal_placements(turn.config.model_config, args.processes)
     ]
     times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
     for number in range(args.rounds):
@@ -191,14 +195,6 @@ def _over_processes(args: argparse.Namespace, conditions: dict) -> list[dict]:
         shares = own / (1e3 * np.array(times[name, "one process"]))
         rows.append(row | quartiles("milliseconds", own) | quartiles("share_of_first", shares))
     return rows
-
-
-def _fits(turn: Turn, placement: Placement) -> bool:
-    try:
-        placement.check(turn.config.model_config)
-    except ValueError:
-        return False
-    return True
 
 
 def _in_processes(args: argparse.Namespace, name: str, count: int, flags: list[str]) -> float:

@@ -2,9 +2,11 @@
 memory, which make it fast on a CPU."""
 
 import ctypes
+import multiprocessing
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -46,6 +48,16 @@ def by_itself() -> Iterator[None]:
 def is_main() -> bool:
     """Whether this process is the first of those that torchrun started, or the only one."""
     return process_number() == 0
+
+
+def end_with_parent() -> None:
+    """End this process, which multiprocessing has started, when its parent ends, also when that is killed."""
+
+    def wait(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
 def leave_processes() -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -198,17 +199,22 @@ def test_a_process_without_room_on_its_disk_ends_all(runs, small_corpus, tmp_pat
     assert losses(tmp_path / "run") == losses(runs / layout)
 
 
-def signalled(command: list[str]) -> None:
-    """The second process, alone, gets SIGTERM in its third step."""
+def in_its_third_step(happens: Callable[[], object]) -> None:
+    """Something happens to the second process alone."""
     step, calls = GroupedTrainer.training_step, []
 
     def training_step(self, *arguments, **others):
         calls.append(1)
         if len(calls) == 2 * self.args.gradient_accumulation_steps + 1 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
+            happens()
         return step(self, *arguments, **others)
 
     GroupedTrainer.training_step = training_step
+
+
+def signalled(command: list[str]) -> None:
+    """The second process, alone, gets SIGTERM in its third step."""
+    in_its_third_step(lambda: os.kill(os.getpid(), signal.SIGTERM))
     mot(*command)
 
 
@@ -222,15 +228,7 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(runs, small_corpus, 
 
 def stuck(command: list[str]) -> None:
     """The second process does not come to its third step."""
-    step, calls = GroupedTrainer.training_step, []
-
-    def training_step(self, *arguments, **others):
-        calls.append(1)
-        if len(calls) == 2 * self.args.gradient_accumulation_steps + 1 and os.environ["RANK"] == "1":
-            time.sleep(20)
-        return step(self, *arguments, **others)
-
-    GroupedTrainer.training_step = training_step
+    in_its_third_step(lambda: time.sleep(20))
     mot(*command)
 
 

@@ -90,7 +90,7 @@ def go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
     """Give the run at `out` the clock and metrics.jsonl of its source."""
     trainer.clock.before = source.facts.seconds
     last = source.directory / f"checkpoint-{source.config.steps}"
-    if last.is_dir() and checkpoints.fault(last) is None:
+    if source.config.part_bytes is not None and last.is_dir() and checkpoints.fault(last) is None:
         trainer.rows.go_on_from(checkpoints.facts_of(last))  # it need not count the rows of the parts behind it
     if is_main():
         checkpoints.write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())

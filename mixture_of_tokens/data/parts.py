@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches
 from mixture_of_tokens.data.prepare import Prepared, prepare
-from mixture_of_tokens.process import place_of_machine
+from mixture_of_tokens.process import end_with_parent, place_of_machine
 
 READ_AHEAD = 3  # steps whose rows loaders may have asked for
 
@@ -173,7 +173,7 @@ def prepare_ahead(parts: Parts, start: int, rows: int, group_size: int) -> Any:
 
 def _prepare_all(parts: Parts, numbers: list[int], rows: int, group_size: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the one that trains
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    end_with_parent()
     os.nice(10)
     tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be left over by one that is killed
     with (
@@ -185,8 +185,3 @@ def _prepare_all(parts: Parts, numbers: list[int], rows: int, group_size: int) -
             made = len(parts.prepare(number).train) // group_size * group_size
             if (number + 1) * made > rows + made:  # one more than is needed, as parts differ
                 break
-
-
-def _end_with(main: Any) -> None:
-    main.join()
-    os._exit(1)

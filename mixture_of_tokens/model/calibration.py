@@ -1,17 +1,36 @@
-"""Thresholds as trained weights want them.
+"""What layers keep beside their weights, measured on text; and thresholds as trained weights want them.
 
 In training a threshold follows the scores of the last batches, some of them with older weights, so single experts get
 up to a fifth more or less than their even share. Measured anew with weights that no longer change, they do not.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.thresholds import ExpertThreshold
+
+
+@torch.no_grad()
+def watch(
+    model: MixtureOfTokensForCausalLM,
+    hooks: Mapping[nn.Module, Callable[..., None]],
+    batches: Iterable[dict[str, Tensor]],
+) -> None:
+    """Run a model over batches in evaluation mode, with a hook after the forward pass of each of these modules."""
+    handles, training = [module.register_forward_hook(hook) for module, hook in hooks.items()], model.training
+    try:
+        model.eval()
+        for batch in batches:
+            inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "token_mask") if k in batch}
+            model(**inputs, logits_to_keep=1, use_cache=False)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -25,16 +44,7 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
     layers = [module for module in model.modules() if isinstance(module, ExpertThreshold)]
     if not layers:
         return
-    hooks, training = [layer.register_forward_hook(_note) for layer in layers], model.training
-    try:
-        model.eval()
-        for batch in batches:
-            inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "token_mask") if k in batch}
-            model(**inputs, logits_to_keep=1, use_cache=False)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    watch(model, dict.fromkeys(layers, _note), batches)
     for layer in layers:
         if (mean_E := layer.noted_mean()) is not None:
             layer.threshold.copy_(mean_E)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import grouped
+from mixture_of_tokens.model.calibration import watch
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 
 
@@ -61,22 +62,15 @@ def calibrate_companions(model: MixtureOfTokensForCausalLM, batches: Iterable[di
     if not layers:
         return
     means = {layer: _Means(layer) for layer in layers}
-    hooks = [layer.register_forward_hook(means[layer].add) for layer in layers]
-    training, alone = model.training, [layer.alone for layer in layers]
+    alone = [layer.alone for layer in layers]
     before = [(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers]
     try:
-        model.eval()
         for layer in layers:  # measured in groups, and as it was before the first time
             layer.alone = False
             layer.companion.zero_()
             layer.companion_logit.zero_()
-        for batch in batches:
-            inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "token_mask") if k in batch}
-            model(**inputs, logits_to_keep=1, use_cache=False)
+        watch(model, {layer: mean.add for layer, mean in means.items()}, batches)
     finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
         for layer, was, (companion, logit) in zip(layers, alone, before, strict=True):
             layer.alone = was
             layer.companion.copy_(companion)

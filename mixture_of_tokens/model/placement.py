@@ -13,6 +13,13 @@ from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import BY_CONSTRUCTION
 
 
+def check_numbers(shard: int | None, replicate: int | None, expert_parallel: int | None) -> None:
+    """Raises ValueError for flags that no number of processes could carry out."""
+    for flag, number in {"shard": shard, "replicate": replicate, "expert-parallel": expert_parallel}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {number}")
+
+
 @dataclass(frozen=True)
 class Placement:
     """How a model lies over processes. The default, one shard, is a whole model in every process (DDP)."""
@@ -34,10 +41,8 @@ class Placement:
 
         Raises ValueError, naming legal numbers, for what does not fit.
         """
-        given = {"shard": shard, "replicate": replicate, "expert-parallel": expert_parallel}
-        for flag, number in given.items():
-            if number is not None and number < 1:
-                raise ValueError(f"--{flag} must be at least 1, not {number}")
+        check_numbers(shard, replicate, expert_parallel)
+        times = "" if replicate is None else f" times --replicate {replicate}"
         if shard is None:
             shard = 1
             if replicate is not None or expert_parallel is not None:
@@ -51,8 +56,7 @@ class Placement:
             if count == 1:
                 raise ValueError(f"--shard {shard} is for {shard} {what}, or a multiple, and there is one")
             legal = ", ".join(str(n) for n in range(2, count + 1) if count % n == 0)
-            asked = f"--shard {shard}" + (f" times --replicate {replicate}" if given["replicate"] else "")
-            raise ValueError(f"{asked} does not make up the {count} {what}; --shard can be {legal}")
+            raise ValueError(f"--shard {shard}{times} does not make up the {count} {what}; --shard can be {legal}")
         expert_parallel = expert_parallel or 1
         if shard % expert_parallel:
             legal = ", ".join(str(n) for n in range(1, shard + 1) if shard % n == 0)

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result
+from mixture_of_tokens.model.placement import check_numbers
 from mixture_of_tokens.process import by_itself, process_count, process_number
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import merge
@@ -38,9 +39,7 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
 
     Raises ValueError for bad settings or text.
     """
-    for flag in ("shard", "replicate", "expert_parallel"):
-        if (number := getattr(options, flag)) is not None and number < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {number}")
+    check_numbers(options.shard, options.replicate, options.expert_parallel)
     options = replace(options, device=None, shard=None, replicate=None, expert_parallel=None)  # they decide no text
     with by_itself():
         run = merge(name, 0, None, options).config

@@ -5,11 +5,9 @@ the same for every system and no part of training.
 """
 
 import math
-import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -43,7 +41,7 @@ from mixture_of_tokens.model.sharding import (
     whole_state,
 )
 from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
-from mixture_of_tokens.process import of_all
+from mixture_of_tokens.process import end_with_parent, of_all
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.training.callbacks import Clock, RunLog
 
@@ -364,14 +362,9 @@ def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    end_with_parent()
     if begin is not None:
         begin(number)
-
-
-def _end_with(main: Any) -> None:
-    main.join()
-    os._exit(1)
 
 
 def _as_it_is(batch: Any) -> Any:
