@@ -118,7 +118,7 @@ def test_what_is_derived_follows_an_overridden_field():
             "Mot-Nano/32E",
             "no legal system: 'Mot' is none of Transformer, MoT, Uniform, TC, STC, EC, ET, ReMoE, SoftMoE; did",
         ),
-        ("MoT-Meduim/32E", "no legal size: 'Meduim' is none of Nano, Mini, Medium, Base; did you mean Medium?"),
+        ("MoT-Meduim/32E", "no legal size: 'Meduim' is none of Nano, Micro, Mini, Medium, Base; did you mean Medium?"),
         ("MoT", "no legal size: '' is none of"),
         ("", "no legal system: '' is none of"),
         ("MoT-Nano", "after the size comes /<group size>E"),

@@ -199,7 +199,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "MoT-Nan/32E"], "'Nan' is none of Nano, Mini, Medium, Base; did you mean Nano?"),
+        (["train", "MoT-Nan/32E"], "'Nan' is none of Nano, Micro, Mini, Medium, Base; did you mean Nano?"),
         (["train", "MoT-Nano/32E/5"], "granularity 5 does not divide the feed-forward width 96; legal are 1, 2, 3, 4,"),
         (["train", "MoT-Nano/32E", "--batch-size", 100], "group size 32; 96 or 128 would be"),
         (["train", "MoT-Nano/32E", "--batch-size", 8], "group size 32; 32 would be"),
@@ -279,7 +279,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["report"], "name at least one run directory"),
         (["compare"], "name at least one model"),
         (["compare", "MoT-Nano/32E", "MoT-Nano/32E"], "named twice"),
-        (["compare", "Transformer-Nano", "MoT-Nan/32E"], "'Nan' is none of Nano, Mini, Medium, Base"),
+        (["compare", "Transformer-Nano", "MoT-Nan/32E"], "'Nan' is none of Nano, Micro, Mini, Medium, Base"),
         (
             ["compare", "Transformer-Nano", "Transformer-Mini"],
             "they differ in --model.max_position_embeddings: 64 and 256",

@@ -45,8 +45,8 @@ class Size:
     mixture_temperature: float = 1.0  # of a Mixture of Tokens' router
 
 
-# Medium and Base are the paper's, Mini its authors' blog post's; Nano trains in minutes on a CPU, and there a sharper
-# router learned faster (experiments/LOG.md).
+# Medium and Base are the paper's, Mini its authors' blog post's. Nano trains in minutes on a CPU, Micro in an hour; there
+# a sharper router learned faster (experiments/LOG.md).
 SIZES = {
     "Nano": Size(
         32,
@@ -57,6 +57,17 @@ SIZES = {
         context=64,
         vocab_size=512,
         batch=128,
+        mixture_temperature=0.25,
+    ),
+    "Micro": Size(
+        128,
+        blocks=4,
+        heads=4,
+        gated_width=384,  # whose eighth and sixteenth are multiples of eight
+        plain_width=512,
+        context=128,
+        vocab_size=1024,
+        batch=64,
         mixture_temperature=0.25,
     ),
     "Mini": Size(256, blocks=4, heads=4, gated_width=672, plain_width=1024, sparse_everywhere=True),

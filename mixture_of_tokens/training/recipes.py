@@ -24,7 +24,7 @@ from mixture_of_tokens.training.options import Options, typed
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a size is trained. Mini to Base are the authors' settings (their configuration files); Nano's are ours."""
+    """How a size is trained. Mini to Base are the authors' settings (their configuration files); the others' are ours."""
 
     learning_rate: float
     steps: int
@@ -35,6 +35,7 @@ class Recipe:
 
 RECIPES = {
     "Nano": Recipe(2e-2, 1500, 100, 100, 500),
+    "Micro": Recipe(8e-3, 6000, 200, 200, 500),
     "Mini": Recipe(4e-3, 150_000, 2500, 1000, 1000),
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
