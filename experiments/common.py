@@ -8,16 +8,28 @@ import argparse
 import csv
 import math
 import os
+import random
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
 from mixture_of_tokens import compare, train
+from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.process import keep_large_blocks
 from mixture_of_tokens.reports import comparison
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_model, runs_of
+from mixture_of_tokens.reports.figures import DASHES
 from mixture_of_tokens.reports.prose import seeds_of
 from mixture_of_tokens.runs.records import MetricsRow
 from mixture_of_tokens.runs.run import Run, pack, read
@@ -27,6 +39,13 @@ HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
 COMPARISONS = ("nano", "prose", "long")
 MEASURED = 60  # rows of telemetry that are kept of a run, beside its evaluations
+
+# Of pictures: greys and colours that can be read on white and on black.
+COLORS = ("#808890", "#2f81d6", "#d9632a", "#2a9d6f", "#a45bb0", "#b08a00")
+GREY = "#858585"
+STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
+STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 10, "axes.spines.top": False}
+STYLE |= {"axes.spines.right": False}
 
 
 class Experiment(NamedTuple):
@@ -81,14 +100,15 @@ def write_comparison(experiment: Experiment, runs: list[Run], command: str | Non
     comparison.write(comparison.comparison(by_model(runs), command), experiment.kept)
 
 
-def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = ()) -> list[Run]:
+def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = (), *, first_seed: int | None = None) -> list[Run]:
     """Write a file of each run, and read it again.
 
     Args:
         without: Beginnings of paths on this machine, which are cut off wherever they stand.
+        first_seed: whose telemetry is kept; by default the least of these runs.
     """
     kept.mkdir(parents=True, exist_ok=True)
-    first, again = min(run.seed for run in runs), []
+    first, again = min(run.seed for run in runs) if first_seed is None else first_seed, []
     for run in runs:
         file = kept / f"{run.directory.name}.json"
         if file.is_file() and read(file).facts.text != run.facts.text:
@@ -125,6 +145,95 @@ def spread(values: Iterable[str | float], shown: Callable[[float], str] = loss) 
     """The mean and, of several, the least and the greatest; nothing of none."""
     summary = Summary.of(map(float, values))
     return "" if summary is None else with_span(summary, shown)
+
+
+def step_times(
+    models: Mapping[str, MixtureOfTokensForCausalLM],
+    blocks: Blocks,
+    *,
+    rows: int,
+    group: int,
+    rounds: int,
+    steps: int,
+    bf16: bool = False,
+) -> list[dict[str, object]]:
+    """Forward, backward and a fused AdamW of every model in turns, in an order that is shuffled every round.
+
+    Shares are of the first model's time in the same round; their median, least and greatest are given.
+
+    Args:
+        rows, group: rows of a step, and of a group in it.
+        steps: of a model in a round.
+    """
+    keep_large_blocks()
+    made = {label: _step_of(model, blocks, rows, group, bf16) for label, model in models.items()}
+    seconds: dict[str, list[float]] = {label: [] for label in made}
+    for number in range(1 + rounds):  # the first one is a warm-up
+        for label in random.sample(list(made), len(made)):
+            start = time.perf_counter()
+            for _ in range(steps):
+                made[label]()
+            if number:
+                seconds[label].append((time.perf_counter() - start) / steps)
+        print(f"round {number} of {rounds} timed", file=sys.stderr)
+    first, times = next(iter(seconds)), []
+    for label, own in seconds.items():
+        shares = [mine / its for mine, its in zip(own, seconds[first], strict=True)]
+        row = {"system": label, "milliseconds": 1e3 * statistics.median(own)}
+        row |= {"share_of_dense": statistics.median(shares), "share_low": min(shares), "share_high": max(shares)}
+        times.append(row | {"rounds": rounds})
+    return times
+
+
+def _step_of(
+    model: MixtureOfTokensForCausalLM, blocks: Blocks, rows: int, group: int, bf16: bool
+) -> Callable[[], None]:
+    model.train()
+    order = grouped_order(blocks, group, seed=0).ravel()
+    batches = [blocks.batch(part) for part in np.split(order[: 8 * rows], 8)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def step() -> None:
+        batches.append(batches.pop(0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**batches[0], use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.balance()
+
+    return step
+
+
+class Curve(NamedTuple):
+    """Losses at x: one row of them a seed."""
+
+    label: str
+    x: np.ndarray
+    losses: np.ndarray
+
+
+def save_picture(panels: Mapping[str, Sequence[Curve]], y_label: str, file: Path, level: float | None = None) -> None:
+    """Panels by the label of their x; means over the seeds in a band from the least to the greatest.
+
+    Args:
+        level: the loss of a dotted line.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for panel, (x_label, curves) in zip(axes, panels.items(), strict=True):
+            for i, (label, x, losses) in enumerate(curves):
+                color, dashes = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
+                panel.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.25, linewidth=0)
+                panel.plot(x, losses.mean(0), color=color, linestyle=dashes, linewidth=1.8, label=label)
+            if level is not None:
+                panel.axhline(level, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
+            panel.set_xlabel(x_label)
+        axes[0].set_ylabel(y_label)
+        axes[0].legend(frameon=False)
+        figure.savefig(file, transparent=True, metadata={"Date": None})
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

@@ -12,11 +12,8 @@ as it was measured. The dense model, Mixture of Tokens and Token Choice are thos
 steps. Rates are the best of `sweeps.csv`, one seed. Times are interleaved rounds of all models on an idle machine.
 """
 
-import random
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +26,6 @@ from mixture_of_tokens.formatting import markdown, ratio
 from mixture_of_tokens.layers import Routed
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.telemetry import combine_weights, measure
-from mixture_of_tokens.process import keep_large_blocks
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.records import FACTS
@@ -38,7 +34,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, directory_of, keep, read_csv, spread, write_csv
+from common import Experiment, asked, directory_of, keep, read_csv, spread, step_times, write_csv
 
 STEPS, SEEDS = 1200, [1, 2, 3]
 UNTRAINED = ", untrained"
@@ -140,8 +136,6 @@ def runs_of(experiment: Experiment, system: System) -> list[Run]:
 
 
 def timed(experiment: Experiment) -> None:
-    """Forward, backward and a fused AdamW on the trained models, in an order that is shuffled every round."""
-    keep_large_blocks()
     models, known = {}, {}
     for system in SYSTEMS:
         run = experiment.trained / system.directory(SEEDS[0])
@@ -153,27 +147,9 @@ def timed(experiment: Experiment) -> None:
                 models[system.label + UNTRAINED] = MixtureOfTokensForCausalLM(models[system.label].config)
             known[system.label] = run
     blocks = text_of(str(next(iter(known.values())))).train
-    steps = {label: _step_of(model, blocks) for label, model in models.items()}
-    experts = {label: _experts_of(model, blocks) for label, model in models.items()}
-    seconds: dict[str, list[float]] = {label: [] for label in steps}
-    for number in range(1 + ROUNDS):  # the first one is a warm-up
-        for label in random.sample(list(steps), len(steps)):
-            start = time.perf_counter()
-            for _ in range(TIMED):
-                steps[label]()
-            if number:
-                seconds[label].append((time.perf_counter() - start) / TIMED)
-    first = next(iter(seconds))
-    rows = []
-    for label, own in seconds.items():
-        shares = [mine / its for mine, its in zip(own, seconds[first], strict=True)]
-        row = {
-            "system": label,
-            "milliseconds": 1e3 * statistics.median(own),
-            "share_of_dense": statistics.median(shares),
-        }
-        row |= {"share_low": min(shares), "share_high": max(shares), "rounds": ROUNDS}
-        rows.append(row | {"experts_per_token": experts[label]})
+    rows = step_times(models, blocks, rows=ROWS, group=GROUP, rounds=ROUNDS, steps=TIMED)
+    for row, model in zip(rows, models.values(), strict=True):
+        row["experts_per_token"] = _experts_of(model, blocks)
     write_csv(experiment.kept / "timings.csv", list(rows[0]), rows)
 
 
@@ -182,23 +158,6 @@ def _experts_of(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:
     measured = measure(model, blocks.batch(grouped_order(blocks, GROUP, seed=1).ravel()[:ROWS]))
     found = [layer["experts_per_token"] for layer in measured.values() if "experts_per_token" in layer]
     return sum(found) / len(found) if found else 0.0
-
-
-def _step_of(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> Callable[[], None]:
-    model.train()
-    order = grouped_order(blocks, GROUP, seed=0).ravel()
-    batches = [blocks.batch(part) for part in np.split(order[: 8 * ROWS], 8)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-
-    def step() -> None:
-        batches.append(batches.pop(0))
-        model(**batches[0], use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.balance()
-
-    return step
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ class RunFacts:
 
     steps, tokens, seconds: of training, with those of the run that it continues.
     final_loss: nats a token over the whole split; regrouping_spread: between ways to group it, None where rows of a
-        batch do not influence each other.
+        batch do not influence each other, and of the tuning split.
     parameters, forward_flops_per_token: of the model; corpus: `Prepared.facts`.
     versions, commit, hardware, cores, threads: software and machine; sample: a continuation of `SAMPLE_PROMPT`, None
         of a model that is not causal.

@@ -38,7 +38,8 @@ class Options:
 
     Args:
         steps: Optimizer steps; by default the size's own number.
-        batch_size: Rows a step, a multiple of the group size; by default the size's own: 128 for Nano, 64 for Micro, 256 else.
+        batch_size: Rows a step, a multiple of the group size; by default the size's own: 128 for Nano, 64 for Micro,
+            256 for the others.
         data: Files, folders or globs of text, .jsonl (each also .gz or .zst) or .parquet; hf:NAME[:CONFIG] for a data
             set of the Hub; or packages, the source text of all Python packages that are installed beside this library.
             May be given several times. By default the source text of Python's standard library.

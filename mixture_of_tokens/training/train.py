@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
@@ -20,6 +21,7 @@ from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.inference.generate import continue_prompts
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.model.companions import calibrate_companions
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Placement
@@ -125,7 +127,10 @@ def build(
     parts = run.parts
     rows = GroupedBatches(prepared.train, **order) if parts is None else PartedBatches(parts, **order)
     set_seed(run.seed)
-    model = shard_model(MixtureOfTokensForCausalLM(config), placement)
+    model = MixtureOfTokensForCausalLM(config)
+    if "attn_implementation" not in run.model and _is_slow_in_half_precision(arguments, config):
+        model.set_attn_implementation("eager")
+    model = shard_model(model, placement)
     limit_waits(model, arguments.ddp_timeout)
     evaluated = getattr(prepared, run.evaluate_on)
     corpus = f"{prepared.facts['hash']} {prepared.facts['tokenizer']}"
@@ -135,6 +140,15 @@ def build(
     if run.anneal_temperature_to is not None:
         trainer.add_callback(AnnealTemperature(model, run.anneal_temperature_to))
     return trainer, prepared
+
+
+def _is_slow_in_half_precision(arguments: TrainingArguments, config: MixtureOfTokensConfig) -> bool:
+    """Whether torch's own attention is: on the CPU its backward pass takes twice as long as products and a softmax do.
+
+    At a context of 2,048 it no longer does, and the scores of all heads take memory.
+    """
+    half = arguments.bf16 or config.dtype in (torch.bfloat16, torch.float16)
+    return half and arguments.device.type == "cpu" and config.max_position_embeddings <= 1024
 
 
 def _run(
@@ -199,7 +213,8 @@ def _finish(
     tokens = run.last_step * trainer.run_log.tokens_per_step
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
     calibrate_thresholds(model, training_groups(prepared.train, trainer.rows.group_size, 2 * GROUPS))
-    seeds = range(REGROUPINGS if model.mixes_examples else 1)
+    # A sweep's runs are compared with one another alone, and a split may take minutes.
+    seeds = range(REGROUPINGS if model.mixes_examples and run.evaluate_on == "validation" else 1)
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
     if is_sharded(model):
         state = whole_state(model)

@@ -1,0 +1,265 @@
+"""What the figures share: runs of Micros on the source text of installed packages, their rates, and the time of a step.
+
+    python experiments/paper/micro.py --sweep    # peak rates and temperatures, on the tuning split
+    python experiments/paper/micro.py --time     # a step of every system, in turns; an idle machine
+    python experiments/paper/micro.py --table    # both as Markdown
+
+A Micro is 128 wide, with four blocks, of which the later two are sparse, 64 rows of 128 tokens a step, and a
+vocabulary of 1,024. Training is as the paper's: bf16 where autocast allows, weights and optimizer in fp32, cosine to a
+tenth of the peak. A run is known by its name, its settings, its steps and its seed, and serves every figure that asks for it.
+
+Runs may train beside other work, so their own clocks say little: the time of a run is its steps times the time of a
+step, which `--time` takes on an idle machine, over the dense model's in the same round.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mixture_of_tokens import sweep, train
+from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.names import SIZES
+from mixture_of_tokens.reports.comparison import reached
+from mixture_of_tokens.runs.loading import text_of
+from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Curve, Experiment, asked, directory_of, keep, read_csv, save_picture, step_times, write_csv
+
+TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
+SHORT = 1500  # steps of the figures that compare many systems: 12.3 M tokens
+SWEPT_STEPS = 750
+ROUNDS, TIMED = 7, 6  # of a timing, and steps of each system in a round
+
+
+class System(NamedTuple):
+    """A model with settings of its configuration."""
+
+    name: str
+    model: Mapping[str, str] = {}
+
+    @property
+    def label(self) -> str:
+        return self.name + "".join(f", {field} {value}" for field, value in self.model.items())
+
+    def options(self, steps: int, evaluate_on: str | None = None) -> Options:
+        return Options(
+            steps=steps,
+            data=["packages"],
+            device="cpu",
+            model=dict(self.model),
+            training={"bf16": "true"},
+            evaluate_on=evaluate_on,
+        )
+
+    def directory(self, steps: int, seed: int) -> str:
+        settings = (f"{field}={value}" for field, value in self.model.items())
+        return directory_of(self.name, *settings, f"{steps}-seed{seed}")
+
+
+# Token Choice's router is sharper than its default here, as Mixture of Tokens' is: both were swept.
+SHARP = {"router_temperature": "0.25"}
+DENSE, TOKEN_CHOICE = System("Transformer-Micro"), System("TC-Micro/32E", SHARP)
+MIXTURES = tuple(System(f"MoT-Micro/32E/{k}".removesuffix("/1")) for k in (1, 2, 4, 8, 16))
+BEST_MIXTURE = System("MoT-Micro/32E/8")
+# Those that `--time` times: all that the figures train.
+TIMED_SYSTEMS = (DENSE, *MIXTURES, TOKEN_CHOICE)
+
+# Peak rates and temperatures that were tried, with seed 1; a list is a grid.
+SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
+    ("Transformer-Micro", [8e-3, 4e-3, 1.6e-2], {}),
+    ("MoT-Micro/32E/8", [8e-3, 4e-3, 1.6e-2], {}),
+    ("MoT-Micro/32E/8", [8e-3], {"router_temperature": "0.5,0.125,1"}),
+    ("TC-Micro/32E", [4e-3, 8e-3, 2e-3], SHARP),
+)
+EXPERIMENT = Experiment.named("paper")
+SWEPT, TIMES = EXPERIMENT.kept / "sweeps.csv", EXPERIMENT.kept / "timings.csv"
+
+
+def trained(systems: Iterable[System], steps: int, seeds: Sequence[int] = (1,)) -> None:
+    """Train what is missing, seed by seed, so that what was stopped is balanced; keep what is finished."""
+    systems = list(systems)
+    for seed in seeds:
+        for system in systems:
+            out = EXPERIMENT.trained / system.directory(steps, seed)
+            if run_of(system, steps, seed) is None:
+                train(system.name, out=out, seed=seed, options=system.options(steps), resume=True)
+                keep([read(out)], EXPERIMENT.kept, first_seed=1)
+
+
+def run_of(system: System, steps: int, seed: int) -> Run | None:
+    """A run that is kept, if it is."""
+    file = EXPERIMENT.kept / f"{system.directory(steps, seed)}.json"
+    return read(file) if file.is_file() else None
+
+
+def seeds_of(system: System, steps: int) -> list[int]:
+    """The seeds of which a run is kept."""
+    return [seed for seed in range(1, 10) if run_of(system, steps, seed) is not None]
+
+
+class Result(NamedTuple):
+    """A system after so many steps: its loss, and what it needs to reach the dense model's, as shares; by seed."""
+
+    loss: Summary
+    steps: Summary | None
+    flops: Summary | None
+    time: Summary | None
+
+
+def result_of(system: System, steps: int) -> Result | None:
+    """Over the seeds of which both a run and the dense model's are kept; None without any."""
+    share = share_of_step(system)
+    losses, found = [], []
+    for seed in seeds_of(DENSE, steps):
+        run, dense = run_of(system, steps, seed), run_of(DENSE, steps, seed)
+        if run is not None and dense is not None:
+            losses.append(run.facts.final_loss)
+            found.append(reached(run, dense))
+    over = Summary.of(losses)
+    if over is None:
+        return None
+    some = [each for each in found if each is not None]
+    in_steps, in_flops = Summary.of(each.of_steps for each in some), Summary.of(each.of_flops for each in some)
+    in_time = None if share is None else Summary.of(each.of_steps * share for each in some)
+    return Result(over, in_steps, in_flops, in_time)
+
+
+def share_of_step(system: System) -> float | None:
+    """The time of a step over the dense model's; None if it was not taken."""
+    rows = read_csv(TIMES) if TIMES.is_file() else []
+    return next((float(row["share_of_dense"]) for row in rows if row["system"] == system.label), None)
+
+
+def table_of(rows: Iterable[tuple[System, int]]) -> str:
+    """Systems after so many steps, those that are kept."""
+    lines = [["", "M tokens", "seeds", "loss", "steps", "FLOPs", "time", "a step, of dense"]]
+    for system, steps in rows:
+        found, share = result_of(system, steps), share_of_step(system)
+        if found is None:
+            continue
+        shares = [with_span(each) if each else "never" for each in (found.steps, found.flops)]
+        time = with_span(found.time) if found.time else "" if share is None and found.steps else "never"
+        cells = [system.label, f"{steps * TOKENS / 1e6:.1f}", str(found.loss.seeds), with_span(found.loss, loss)]
+        lines.append([*cells, *shares, time, "" if share is None else ratio(share)])
+    return markdown(lines)
+
+
+CONFIRMED, NOT_HERE, CONTRADICTED, OPEN = "confirmed", "not at this scale", "contradicted", "not run yet"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A claim of the paper, the runs that test it, and what they say.
+
+    paper: its value, and where that is read from (docs/results.md names the sources).
+    rows: systems by steps, all of which are in its table; seeds of each.
+    says: what was measured, and the verdict; None while runs are missing.
+    drawn: the rows whose curves are in its picture, all of the same steps; by default all.
+    """
+
+    id: str
+    claim: str
+    paper: str
+    rows: Sequence[tuple[System, int]]
+    says: Callable[[], tuple[str, str] | None]
+    seeds: Mapping[System, Sequence[int]] | None = None
+    drawn: Sequence[tuple[System, int]] | None = None
+
+    def cells(self) -> list[str]:
+        """Its row of the ledger."""
+        measured, verdict = self.says() or ("", OPEN)
+        return [self.claim, f"`python experiments/paper/{self.id}.py`", self.paper, measured, verdict]
+
+    def main(self, doc: str | None) -> None:
+        given = asked(doc, table="print the table, and stop")
+        if not given.table:
+            for steps in dict.fromkeys(steps for _, steps in self.rows):
+                trained([system for system, its in self.rows if its == steps], steps)
+            self.draw()
+        print(table_of(self.rows))
+
+    def draw(self) -> None:
+        """The evaluations during training, without the first sixth."""
+        panels: dict[str, list[Curve]] = {"M tokens": [], "time, in steps of the dense model": []}
+        for system, steps in self.drawn or self.rows:
+            share = share_of_step(system)
+            runs = [run for seed in seeds_of(system, steps) if (run := run_of(system, steps, seed)) is not None]
+            if not runs:
+                continue
+            points = [[point for point in run.curve if 6 * point.step >= steps] for run in runs]
+            losses = np.array([[point.loss for point in each] for each in points])
+            at = np.array([point.step for point in points[0]])
+            x = (at * TOKENS / 1e6, None if share is None else at * share)
+            for curves, its in zip(panels.values(), x, strict=True):
+                if its is not None:
+                    curves.append(Curve(system.label, its, losses))
+        save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{self.id}.svg")
+
+
+def swept() -> None:
+    rows = []
+    for name, rates, model in SWEEPS:
+        options = System(name, model).options(SWEPT_STEPS)
+        out = EXPERIMENT.trained / directory_of(f"sweep-{name}", *model)
+        for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
+            settings = {flag.lstrip("-"): value for flag, value in cell["settings"].items()}
+            fixed = {f"model.{field}": value for field, value in model.items() if "," not in value}
+            written = " ".join(f"--{flag} {value}" for flag, value in (settings | fixed).items())
+            rows.append({"name": name, "settings": written, "steps": SWEPT_STEPS, "tuning_loss": cell["loss"]})
+    write_csv(SWEPT, list(rows[0]), rows)
+
+
+def timed() -> None:
+    models = {system.label: MixtureOfTokensForCausalLM(_config(system)) for system in TIMED_SYSTEMS}
+    blocks = text_of(str(EXPERIMENT.trained / DENSE.directory(SHORT, 1))).train
+    rows = step_times(models, blocks, rows=SIZES["Micro"].batch, group=32, rounds=ROUNDS, steps=TIMED, bf16=True)
+    write_csv(TIMES, list(rows[0]), rows)
+
+
+def _config(system: System):
+    return merge(system.name, 1, None, system.options(SHORT)).config.model_config
+
+
+def sweeps_table() -> str:
+    rows = [["model", "settings", "loss"]]
+    for row in read_csv(SWEPT):
+        rows.append([row["name"], f"`{row['settings']}`", f"{float(row['tuning_loss']):.4f}"])
+    return markdown(rows, left=2)
+
+
+def times_table() -> str:
+    rows = [["", "ms a step", "of dense"]]
+    for row in read_csv(TIMES):
+        share, low, high = (float(row[key]) for key in ("share_of_dense", "share_low", "share_high"))
+        rows.append([row["system"], f"{float(row['milliseconds']):.0f}", f"{share:.2f} ({low:.2f} to {high:.2f})"])
+    return markdown(rows)
+
+
+def main() -> None:
+    given = asked(
+        __doc__,
+        sweep="try rates and temperatures, and stop",
+        time="time steps, and stop",
+        table="print what was swept and timed, and stop",
+    )
+    if given.sweep:
+        swept()
+    elif given.time:
+        timed()
+    if SWEPT.is_file():
+        print(sweeps_table(), end="\n\n")
+    if TIMES.is_file():
+        print(times_table())
+
+
+if __name__ == "__main__":
+    main()
