@@ -6,7 +6,8 @@
 
 A Micro is 128 wide, with four blocks, of which the later two are sparse, 64 rows of 128 tokens a step, and a
 vocabulary of 1,024. Training is as the paper's: bf16 where autocast allows, weights and optimizer in fp32, cosine to a
-tenth of the peak. A run is known by its name, its settings, its steps and its seed, and serves every figure that asks for it.
+tenth of the peak. A run is known by its name, its settings, its steps and its seed, and serves every figure that asks
+for it.
 
 Runs may train beside other work, so their own clocks say little: the time of a run is its steps times the time of a
 step, which `--time` takes on an idle machine, over the dense model's in the same round.

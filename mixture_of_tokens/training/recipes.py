@@ -24,7 +24,7 @@ from mixture_of_tokens.training.options import Options, typed
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a size is trained: Mini to Base by the authors' settings (their configuration files), Nano and Micro by ours."""
+    """How a size is trained: Mini to Base by the authors' settings (their configuration files), the others by ours."""
 
     learning_rate: float
     steps: int
