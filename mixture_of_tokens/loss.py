@@ -39,15 +39,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk, label = hidden[start : start + size], labels[start : start + size, None]
             real = label != IGNORE
             label = label.where(real, 0)  # another negative label is an error, as one beyond the vocabulary
-            logits = F.linear(chunk, head).to(at_least_fp32)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            loss += ((log_z - logits.gather(1, label)) * real).sum()
+            log_probabilities = F.linear(chunk, head).log_softmax(-1, dtype=at_least_fp32)
+            loss -= (log_probabilities.gather(1, label) * real).sum()
             if with_gradients:
-                grad = (logits - log_z).exp_()  # the probabilities
-                grad.scatter_add_(1, label, torch.full_like(log_z, -1.0))
-                grad = (grad * real).to(hidden.dtype)
-                grad_hidden[start : start + size] = grad @ head
-                grad_head += grad.T @ chunk
+                grad = log_probabilities.exp_()
+                grad.scatter_add_(1, label, grad.new_full(label.shape, -1.0))
+                grad = grad.to(hidden.dtype)
+                # Tokens that are not predicted are left out here, where they have D columns and not V.
+                grad_hidden[start : start + size] = (grad @ head) * real
+                grad_head += grad.T @ (chunk * real)
         if with_gradients:
             ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         return loss
