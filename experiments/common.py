@@ -6,6 +6,7 @@ file a run (`mixture_of_tokens.runs.run.pack`): evaluations of all seeds, and of
 
 import argparse
 import csv
+import itertools
 import math
 import os
 import random
@@ -156,6 +157,7 @@ def step_times(
     rounds: int,
     steps: int,
     bf16: bool = False,
+    compiled: bool = False,
 ) -> list[dict[str, object]]:
     """Forward, backward and a fused AdamW of every model in turns, in an order that is shuffled every round.
 
@@ -166,7 +168,8 @@ def step_times(
         steps: of a model in a round.
     """
     keep_large_blocks()
-    made = {label: _step_of(model, blocks, rows, group, bf16) for label, model in models.items()}
+    batches = [blocks.batch(part) for part in np.split(grouped_order(blocks, group, seed=0).ravel()[: 8 * rows], 8)]
+    made = {label: _step_of(model, batches, bf16, compiled) for label, model in models.items()}
     seconds: dict[str, list[float]] = {label: [] for label in made}
     for number in range(1 + rounds):  # the first one is a warm-up
         for label in random.sample(list(made), len(made)):
@@ -186,17 +189,15 @@ def step_times(
 
 
 def _step_of(
-    model: MixtureOfTokensForCausalLM, blocks: Blocks, rows: int, group: int, bf16: bool
+    model: MixtureOfTokensForCausalLM, batches: Sequence[dict[str, torch.Tensor]], bf16: bool, compiled: bool
 ) -> Callable[[], None]:
     model.train()
-    order = grouped_order(blocks, group, seed=0).ravel()
-    batches = [blocks.batch(part) for part in np.split(order[: 8 * rows], 8)]
+    forward, turn = torch.compile(model) if compiled else model, itertools.cycle(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
-        batches.append(batches.pop(0))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(**batches[0], use_cache=False).loss
+            loss = forward(**next(turn), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()

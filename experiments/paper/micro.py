@@ -6,13 +6,14 @@
 
 A Micro is 128 wide, with four blocks, of which the later two are sparse, 64 rows of 128 tokens a step, and a
 vocabulary of 1,024. Training is as the paper's: bf16 where autocast allows, weights and optimizer in fp32, cosine to a
-tenth of the peak. A run is known by its name, its settings, its steps and its seed, and serves every figure that asks
-for it.
+tenth of the peak; compiled. A run is known by its name, its settings, its steps and its seed, and serves every figure
+that asks for it.
 
 Runs may train beside other work, so their own clocks say little: the time of a run is its steps times the time of a
 step, which `--time` takes on an idle machine, over the dense model's in the same round.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from transformers import TrainingArguments
 
 from mixture_of_tokens import sweep, train
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import SIZES
 from mixture_of_tokens.reports.comparison import reached
-from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import Run, read
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.train import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -51,15 +52,9 @@ class System(NamedTuple):
     def label(self) -> str:
         return self.name + "".join(f", {field} {value}" for field, value in self.model.items())
 
-    def options(self, steps: int, evaluate_on: str | None = None) -> Options:
-        return Options(
-            steps=steps,
-            data=["packages"],
-            device="cpu",
-            model=dict(self.model),
-            training={"bf16": "true"},
-            evaluate_on=evaluate_on,
-        )
+    def options(self, steps: int, *, compiled: bool = True) -> Options:
+        training = {"bf16": "true"} | ({"torch_compile": "true"} if compiled else {})
+        return Options(steps=steps, data=["packages"], device="cpu", model=dict(self.model), training=training)
 
     def directory(self, steps: int, seed: int) -> str:
         settings = (f"{field}={value}" for field, value in self.model.items())
@@ -76,9 +71,9 @@ TIMED_SYSTEMS = (DENSE, *MIXTURES, TOKEN_CHOICE)
 
 # Peak rates and temperatures that were tried, with seed 1; a list is a grid.
 SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
-    ("Transformer-Micro", [8e-3, 4e-3, 1.6e-2], {}),
+    ("Transformer-Micro", [8e-3, 4e-3, 1.6e-2, 2e-3], {}),
     ("MoT-Micro/32E/8", [8e-3, 4e-3, 1.6e-2], {}),
-    ("MoT-Micro/32E/8", [8e-3], {"router_temperature": "0.5,0.125,1"}),
+    ("MoT-Micro/32E/8", [8e-3], {"router_temperature": "0.5,1"}),
     ("TC-Micro/32E", [4e-3, 8e-3, 2e-3], SHARP),
 )
 EXPERIMENT = Experiment.named("paper")
@@ -108,9 +103,13 @@ def seeds_of(system: System, steps: int) -> list[int]:
 
 
 class Result(NamedTuple):
-    """A system after so many steps: its loss, and what it needs to reach the dense model's, as shares; by seed."""
+    """A system after so many steps: its loss, and what it needs to reach the dense model's, as shares; by seed.
+
+    equal_time: the loss on its curve when the dense model ends.
+    """
 
     loss: Summary
+    equal_time: Summary | None
     steps: Summary | None
     flops: Summary | None
     time: Summary | None
@@ -119,30 +118,33 @@ class Result(NamedTuple):
 def result_of(system: System, steps: int) -> Result | None:
     """Over the seeds of which both a run and the dense model's are kept; None without any."""
     share = share_of_step(system)
-    losses, found = [], []
+    losses, found, then = [], [], []
     for seed in seeds_of(DENSE, steps):
         run, dense = run_of(system, steps, seed), run_of(DENSE, steps, seed)
         if run is not None and dense is not None:
             losses.append(run.facts.final_loss)
             found.append(reached(run, dense))
+            if share is not None:
+                x, y = zip(*((point.step * share, point.loss) for point in run.curve), strict=True)
+                then.append(float(np.interp(steps, x, y)))
     over = Summary.of(losses)
     if over is None:
         return None
     some = [each for each in found if each is not None]
     in_steps, in_flops = Summary.of(each.of_steps for each in some), Summary.of(each.of_flops for each in some)
     in_time = None if share is None else Summary.of(each.of_steps * share for each in some)
-    return Result(over, in_steps, in_flops, in_time)
+    return Result(over, Summary.of(then), in_steps, in_flops, in_time)
 
 
 def share_of_step(system: System) -> float | None:
-    """The time of a step over the dense model's; None if it was not taken."""
-    rows = read_csv(TIMES) if TIMES.is_file() else []
+    """The time of a step over the dense model's, both compiled; None if it was not taken."""
+    rows = [row for row in read_csv(TIMES) if row["compiled"] == "yes"] if TIMES.is_file() else []
     return next((float(row["share_of_dense"]) for row in rows if row["system"] == system.label), None)
 
 
 def table_of(rows: Iterable[tuple[System, int]]) -> str:
     """Systems after so many steps, those that are kept."""
-    lines = [["", "M tokens", "seeds", "loss", "steps", "FLOPs", "time", "a step, of dense"]]
+    lines = [["", "M tokens", "seeds", "loss", "at equal time", "steps", "FLOPs", "time", "a step, of dense"]]
     for system, steps in rows:
         found, share = result_of(system, steps), share_of_step(system)
         if found is None:
@@ -150,6 +152,7 @@ def table_of(rows: Iterable[tuple[System, int]]) -> str:
         shares = [with_span(each) if each else "never" for each in (found.steps, found.flops)]
         time = with_span(found.time) if found.time else "" if share is None and found.steps else "never"
         cells = [system.label, f"{steps * TOKENS / 1e6:.1f}", str(found.loss.seeds), with_span(found.loss, loss)]
+        cells.append("" if found.equal_time is None else with_span(found.equal_time, loss))
         lines.append([*cells, *shares, time, "" if share is None else ratio(share)])
     return markdown(lines)
 
@@ -209,7 +212,7 @@ class Study:
 def swept() -> None:
     rows = []
     for name, rates, model in SWEEPS:
-        options = System(name, model).options(SWEPT_STEPS)
+        options = System(name, model).options(SWEPT_STEPS, compiled=False)  # so short a run takes longer to compile
         out = EXPERIMENT.trained / directory_of(f"sweep-{name}", *model)
         for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
             settings = {flag.lstrip("-"): value for flag, value in cell["settings"].items()}
@@ -220,14 +223,17 @@ def swept() -> None:
 
 
 def timed() -> None:
-    models = {system.label: MixtureOfTokensForCausalLM(_config(system)) for system in TIMED_SYSTEMS}
-    blocks = text_of(str(EXPERIMENT.trained / DENSE.directory(SHORT, 1))).train
-    rows = step_times(models, blocks, rows=SIZES["Micro"].batch, group=32, rounds=ROUNDS, steps=TIMED, bf16=True)
+    rows = []
+    for compiled in (True, False):
+        models, blocks = {}, None
+        for system in TIMED_SYSTEMS:
+            run, arguments, placement = merge(system.name, 1, None, system.options(SHORT))
+            trainer, prepared = build(run, TrainingArguments(os.devnull, **arguments), placement)
+            models[system.label], blocks = trainer.causal_lm, prepared.train
+        sizes = {"rows": SIZES["Micro"].batch, "group": 64, "rounds": ROUNDS, "steps": TIMED}
+        times = step_times(models, blocks, bf16=True, compiled=compiled, **sizes)
+        rows += [{"compiled": "yes" if compiled else "no"} | row for row in times]
     write_csv(TIMES, list(rows[0]), rows)
-
-
-def _config(system: System):
-    return merge(system.name, 1, None, system.options(SHORT)).config.model_config
 
 
 def sweeps_table() -> str:
@@ -238,11 +244,13 @@ def sweeps_table() -> str:
 
 
 def times_table() -> str:
-    rows = [["", "ms a step", "of dense"]]
+    cells: dict[str, list[str]] = {}
     for row in read_csv(TIMES):
         share, low, high = (float(row[key]) for key in ("share_of_dense", "share_low", "share_high"))
-        rows.append([row["system"], f"{float(row['milliseconds']):.0f}", f"{share:.2f} ({low:.2f} to {high:.2f})"])
-    return markdown(rows)
+        times = [f"{float(row['milliseconds']):.0f}", f"{share:.2f} ({low:.2f} to {high:.2f})"]
+        cells.setdefault(row["system"], []).extend(times)
+    head = ["", "compiled, ms a step", "of dense", "not compiled, ms a step", "of dense"]
+    return markdown([head, *([system, *its] for system, its in cells.items())])
 
 
 def main() -> None:
