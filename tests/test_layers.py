@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import reference
 from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed
+from mixture_of_tokens.layout import ragged_linear
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
@@ -403,3 +404,28 @@ def test_the_default_compiler_takes_masked_batches_of_changing_shapes(name):
         expected, gradient = gradients(layer, x, mask, cotangent)
         assert_close(y, expected)
         assert_close(found["x"], gradient["x"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_products_of_uneven_rows_are_each_expert_s_own(dtype):
+    """In bf16 an expert's product covers rows of the next one, which must not show; nor must rows after the last."""
+    sizes = [3, 0, 16, 17, 1, 40, 15, 2]
+    ends = torch.tensor(sizes).cumsum(0)
+    used = int(ends[-1])
+    x = tokens(used + 5, 8, seed=1, dtype=dtype)
+    x[used:] = math.nan
+    weight, cotangent = tokens(len(sizes), 6, 8, seed=2, dtype=dtype), tokens(used + 5, 6, seed=3, dtype=dtype)
+    x.requires_grad_(), weight.requires_grad_()
+    y = ragged_linear(x, weight, ends)
+    y.backward(cotangent)
+    assert not y[used:].any()
+    assert x.grad is not None
+    assert weight.grad is not None
+    for part, g, own, its, into_x, into_its in zip(
+        *(torch.split(each[:used], sizes) for each in (x.detach(), cotangent)),
+        *(weight.detach(), torch.split(y.detach()[:used], sizes)),
+        *(torch.split(x.grad[:used], sizes), weight.grad),
+        strict=True,
+    ):
+        for found, expected in ((its, part @ own.T), (into_x, g @ own), (into_its, g.T @ part)):
+            assert_close(found, expected)
