@@ -1,6 +1,8 @@
 """What is kept of runs: old run directories are read, packed and unpacked; the scripts make what is committed."""
 
+import importlib
 import json
+import math
 import runpy
 import shutil
 import sys
@@ -195,6 +197,42 @@ def test_scripts_train_what_is_committed(script):
                 assert (
                     merge(name, seed, None, replace(made["OPTIONS"], data=data)).config.identity() == config.identity()
                 )
+
+
+@pytest.fixture
+def paper(script, monkeypatch):
+    """What the paper's figures share, and a function that gives the names of a figure's script."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS / "paper"))
+    monkeypatch.chdir(ROOT)
+    for name in [*(file.stem for file in (EXPERIMENTS / "paper").glob("*.py")), "common"]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("micro")
+
+
+def test_the_figures_scripts_train_what_is_committed(paper):
+    ledger, found = importlib.import_module("ledger"), set()
+    for study in ledger.STUDIES:
+        for system, steps in study.rows:
+            for seed in paper.seeds_of(system, steps):
+                config = paper.run_of(system, steps, seed).config
+                assert merge(system.name, seed, None, system.options(steps)).config.identity() == config.identity()
+                found.add(f"{system.directory(steps, seed)}.json")
+    assert found == {file.name for file in (EXPERIMENTS / "paper").glob("*-seed*.json")}
+
+
+def test_micros_are_trained_at_the_rates_and_temperatures_that_were_best(paper):
+    best: dict[str, tuple[float, str]] = {}
+    for row in paper.read_csv(paper.SWEPT):
+        best[row["name"]] = min(best.get(row["name"], (math.inf, "")), (float(row["tuning_loss"]), row["settings"]))
+    assert len(best) >= 3
+    for name, (_, settings) in best.items():
+        flags = dict(zip(settings.split()[::2], settings.split()[1::2], strict=True))
+        model = paper.TOKEN_CHOICE.model if name == paper.TOKEN_CHOICE.name else {}
+        config = merge(name, 1, None, paper.System(name, model).options(1)).config
+        assert config.learning_rate == float(flags.pop("--learning-rate"))
+        for flag, value in flags.items():
+            assert getattr(config.model_config, flag.removeprefix("--model.")) == float(value)
 
 
 def test_the_script_of_the_routings_trains_what_is_committed(script):
