@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from mixture_of_tokens import cli
 from mixture_of_tokens.data.groups import Blocks, collisions, grouped_order
@@ -18,6 +18,10 @@ from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.inference.evaluate import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
 from mixture_of_tokens.runs import provenance
+from mixture_of_tokens.runs.loading import load_model
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.train import build
 from processes import mot
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
@@ -380,3 +384,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(directory, capsys):
         mot("train", "Transformer-Nano", "--out", directory / "nan", "--steps", 10, "--batch-size", ROWS, *flags)
     assert stopped.value.code == 1
     assert "try a lower learning rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("training", "model", "expected"),
+    [
+        ({}, {}, "sdpa"),
+        ({"bf16": "true"}, {}, "eager"),
+        ({}, {"dtype": "bfloat16"}, "eager"),
+        ({"bf16": "true"}, {"attn_implementation": "sdpa"}, "sdpa"),
+    ],
+)
+@pytest.mark.usefixtures("tiny_cache")
+def test_attention_in_half_precision_on_a_cpu_is_by_products(training, model, expected, small_corpus, tmp_path):
+    options = Options(
+        steps=1,
+        batch_size=8,
+        data=[str(small_corpus)],
+        device="cpu",
+        training=training | {"eval_strategy": "no"},
+        model=model,
+    )
+    run, arguments, placement = merge("MoT-Nano/4E", 0, None, options)
+    trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
+    assert trainer.causal_lm.config._attn_implementation == expected
+    trainer.train()
+    trainer.causal_lm.save_pretrained(tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).config._attn_implementation == model.get("attn_implementation", "sdpa")
