@@ -73,8 +73,9 @@ TIMED_SYSTEMS = (DENSE, *MIXTURES, TOKEN_CHOICE)
 SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
     ("Transformer-Micro", [8e-3, 4e-3, 1.6e-2, 2e-3], {}),
     ("MoT-Micro/32E/8", [8e-3, 4e-3, 1.6e-2], {}),
-    ("MoT-Micro/32E/8", [8e-3], {"router_temperature": "0.5,1"}),
+    ("MoT-Micro/32E/8", [8e-3], {"router_temperature": "0.5,0.125"}),
     ("TC-Micro/32E", [4e-3, 8e-3, 2e-3], SHARP),
+    ("TC-Micro/32E", [4e-3], {"router_temperature": "0.5,0.125"}),
 )
 EXPERIMENT = Experiment.named("paper")
 SWEPT, TIMES = EXPERIMENT.kept / "sweeps.csv", EXPERIMENT.kept / "timings.csv"
@@ -213,7 +214,9 @@ def swept() -> None:
     rows = []
     for name, rates, model in SWEEPS:
         options = System(name, model).options(SWEPT_STEPS, compiled=False)  # so short a run takes longer to compile
-        out = EXPERIMENT.trained / directory_of(f"sweep-{name}", *model)
+        out = EXPERIMENT.trained / directory_of(
+            f"sweep-{name}", *(f"{field}={value}" for field, value in model.items())
+        )
         for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
             settings = {flag.lstrip("-"): value for flag, value in cell["settings"].items()}
             fixed = {f"model.{field}": value for field, value in model.items() if "," not in value}
