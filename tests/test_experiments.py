@@ -213,7 +213,7 @@ def paper(script, monkeypatch):
 def test_the_figures_scripts_train_what_is_committed(paper):
     ledger, found = importlib.import_module("ledger"), set()
     for study in ledger.STUDIES:
-        for system, steps in study.rows:
+        for system, steps, _ in study.rows:
             for seed in paper.seeds_of(system, steps):
                 config = paper.run_of(system, steps, seed).config
                 assert merge(system.name, seed, None, system.options(steps)).config.identity() == config.identity()

@@ -9,14 +9,11 @@ weights gains next to nothing over the dense model. The paper's end losses are n
 128 experts each lower the loss (others' description of the figure).
 """
 
-from micro import CONFIRMED, CONTRADICTED, DENSE, NOT_HERE, SHORT, Study, System, result_of
-
-EXPERTS = [System(f"MoT-Micro/{group}E") for group in (8, 32, 64)]
-UNIFORM = System("Uniform-Micro/32E")
+from micro import CONFIRMED, CONTRADICTED, DENSE, EXPERTS, NOT_HERE, SHORT, UNIFORM, Row, Study, result_of
 
 
 def says() -> tuple[str, str] | None:
-    found = [result_of(system, SHORT) for system in (DENSE, *EXPERTS, UNIFORM)]
+    found = [result_of(system, SHORT) for system in (DENSE, *EXPERTS.values(), UNIFORM)]
     if None in found:
         return None
     dense, *losses, uniform = [each.loss.mean for each in found if each is not None]
@@ -30,7 +27,7 @@ STUDY = Study(
     id="fig4",
     claim="More experts, lower loss; a learned router beats a uniform one",
     paper="8, 32, 128 experts: each lower; values not available",
-    rows=[(system, SHORT) for system in (DENSE, *EXPERTS, UNIFORM)],
+    rows=[Row(system) for system in (DENSE, *EXPERTS.values(), UNIFORM)],
     says=says,
 )
 

@@ -8,11 +8,11 @@ ones. Expected: each doubling lowers the loss, at an eighth of a step's time for
 not available to us, only that each of 1, 8, 16 and 32 is below the one before it (others' description of the figure).
 """
 
-from micro import CONFIRMED, CONTRADICTED, DENSE, MIXTURES, NOT_HERE, SHORT, Study, result_of
+from micro import CONFIRMED, CONTRADICTED, DENSE, MIXTURES, NOT_HERE, SHORT, Row, Study, result_of
 
 
 def says() -> tuple[str, str] | None:
-    found = [result_of(system, SHORT) for system in MIXTURES]
+    found = [result_of(system, SHORT) for system in MIXTURES.values()]
     if None in found:
         return None
     losses = [each.loss.mean for each in found if each is not None]
@@ -26,7 +26,7 @@ STUDY = Study(
     id="fig5",
     claim="More mixtures, lower loss",
     paper="/1, /8, /16, /32: each lower; values not available",
-    rows=[(DENSE, SHORT), *((system, SHORT) for system in MIXTURES)],
+    rows=[Row(system) for system in (DENSE, *MIXTURES.values())],
     says=says,
 )
 

@@ -1,7 +1,7 @@
 """What the figures share: runs of Micros on the source text of installed packages, their rates, and the time of a step.
 
     python experiments/paper/micro.py --sweep    # peak rates and temperatures, on the tuning split
-    python experiments/paper/micro.py --time     # a step of every system, in turns; an idle machine
+    python experiments/paper/micro.py --time     # a step of every system with a run, in turns; an idle machine
     python experiments/paper/micro.py --table    # both as Markdown
 
 A Micro is 128 wide, with four blocks, of which the later two are sparse, 64 rows of 128 tokens a step, and a
@@ -38,6 +38,7 @@ from common import Curve, Experiment, asked, directory_of, keep, read_csv, save_
 
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
 SHORT = 1500  # steps of the figures that compare many systems: 12.3 M tokens
+LENGTHS = (SHORT, 2 * SHORT, 4 * SHORT, 8 * SHORT)  # of figure 7
 SWEPT_STEPS = 1500  # at 750, rates differed by whether a model had already learned to copy (../LOG.md)
 ROUNDS, TIMED = 7, 6  # of a timing, and steps of each system in a round
 
@@ -61,13 +62,27 @@ class System(NamedTuple):
         return directory_of(self.name, *settings, f"{steps}-seed{seed}")
 
 
-# Token Choice's router is sharper than its default here, as Mixture of Tokens' is: both were swept.
+class Row(NamedTuple):
+    """A system after so many steps, with the seeds to be trained."""
+
+    system: System
+    steps: int = SHORT
+    seeds: Sequence[int] = (1,)
+
+
+# Token Choice's router is sharper than its default, which at Nano was 0.020 better (../routings/sweeps.csv).
 SHARP = {"router_temperature": "0.25"}
-DENSE, TOKEN_CHOICE = System("Transformer-Micro"), System("TC-Micro/32E", SHARP)
-MIXTURES = tuple(System(f"MoT-Micro/32E/{k}".removesuffix("/1")) for k in (1, 2, 4, 8, 16))
-BEST_MIXTURE = System("MoT-Micro/32E/8")
-# Those that `--time` times: all that the figures train.
-TIMED_SYSTEMS = (DENSE, *MIXTURES, TOKEN_CHOICE)
+DENSE, UNIFORM = System("Transformer-Micro"), System("Uniform-Micro/32E")
+MIXTURES = {k: System(f"MoT-Micro/32E/{k}".removesuffix("/1")) for k in (1, 2, 4, 8, 16)}
+BEST_MIXTURE = MIXTURES[8]
+EXPERTS = {8: System("MoT-Micro/8E"), 32: MIXTURES[1], 64: System("MoT-Micro/64E")}
+TOKEN_CHOICE = System("TC-Micro/32E", SHARP)
+SPARSE = (
+    TOKEN_CHOICE,
+    System("TC-Micro/32E/8", SHARP),
+    *(System(f"{name}-Micro/32E{k}") for name, k in (("STC", "/8"), ("EC", ""), ("ET", ""), ("ReMoE", ""))),
+)
+SYSTEMS = (DENSE, *MIXTURES.values(), EXPERTS[8], EXPERTS[64], UNIFORM, *SPARSE)
 
 # Peak rates and temperatures that were tried, with seed 1; a list is a grid.
 SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
@@ -79,15 +94,14 @@ EXPERIMENT = Experiment.named("paper")
 SWEPT, TIMES = EXPERIMENT.kept / "sweeps.csv", EXPERIMENT.kept / "timings.csv"
 
 
-def trained(systems: Iterable[System], steps: int, seeds: Sequence[int] = (1,)) -> None:
-    """Train what is missing, seed by seed, so that what was stopped is balanced; keep what is finished."""
-    systems = list(systems)
-    for seed in seeds:
-        for system in systems:
+def trained(rows: Iterable[Row]) -> None:
+    """Train what is missing, short runs and low seeds first, and keep what is finished."""
+    missing = [(steps, seed, system) for system, steps, seeds in rows for seed in seeds]
+    for steps, seed, system in sorted(missing, key=lambda run: run[:2]):
+        if run_of(system, steps, seed) is None:
             out = EXPERIMENT.trained / system.directory(steps, seed)
-            if run_of(system, steps, seed) is None:
-                train(system.name, out=out, seed=seed, options=system.options(steps), resume=True)
-                keep([read(out)], EXPERIMENT.kept, first_seed=1)
+            train(system.name, out=out, seed=seed, options=system.options(steps), resume=True)
+            keep([read(out)], EXPERIMENT.kept, first_seed=1)
 
 
 def run_of(system: System, steps: int, seed: int) -> Run | None:
@@ -141,10 +155,10 @@ def share_of_step(system: System) -> float | None:
     return next((float(row["share_of_dense"]) for row in rows if row["system"] == system.label), None)
 
 
-def table_of(rows: Iterable[tuple[System, int]]) -> str:
-    """Systems after so many steps, those that are kept."""
+def table_of(rows: Iterable[Row]) -> str:
+    """Those of which a run is kept."""
     lines = [["", "M tokens", "seeds", "loss", "at equal time", "steps", "FLOPs", "time", "a step, of dense"]]
-    for system, steps in rows:
+    for system, steps, _ in rows:
         found, share = result_of(system, steps), share_of_step(system)
         if found is None:
             continue
@@ -164,18 +178,16 @@ class Study:
     """A claim of the paper, the runs that test it, and what they say.
 
     paper: its value, and where that is read from (docs/results.md names the sources).
-    rows: systems by steps, all of which are in its table; seeds of each.
     says: what was measured, and the verdict; None while runs are missing.
-    drawn: the rows whose curves are in its picture, all of the same steps; by default all.
+    drawn: steps of the runs whose curves are in its picture.
     """
 
     id: str
     claim: str
     paper: str
-    rows: Sequence[tuple[System, int]]
+    rows: Sequence[Row]
     says: Callable[[], tuple[str, str] | None]
-    seeds: Mapping[System, Sequence[int]] | None = None
-    drawn: Sequence[tuple[System, int]] | None = None
+    drawn: int = SHORT
 
     def cells(self) -> list[str]:
         """Its row of the ledger."""
@@ -185,15 +197,16 @@ class Study:
     def main(self, doc: str | None) -> None:
         given = asked(doc, table="print the table, and stop")
         if not given.table:
-            for steps in dict.fromkeys(steps for _, steps in self.rows):
-                trained([system for system, its in self.rows if its == steps], steps)
+            trained(self.rows)
             self.draw()
         print(table_of(self.rows))
 
     def draw(self) -> None:
         """The evaluations during training, without the first sixth."""
         panels: dict[str, list[Curve]] = {"M tokens": [], "time, in steps of the dense model": []}
-        for system, steps in self.drawn or self.rows:
+        for system, steps, _ in self.rows:
+            if steps != self.drawn:
+                continue
             share = share_of_step(system)
             runs = [run for seed in seeds_of(system, steps) if (run := run_of(system, steps, seed)) is not None]
             if not runs:
@@ -227,7 +240,9 @@ def timed() -> None:
     rows = []
     for compiled in (True, False):
         models, blocks = {}, None
-        for system in TIMED_SYSTEMS:
+        for system in SYSTEMS:
+            if system != DENSE and not any(seeds_of(system, steps) for steps in LENGTHS):
+                continue
             run, arguments, placement = merge(system.name, 1, None, system.options(SHORT))
             trainer, prepared = build(run, TrainingArguments(os.devnull, **arguments), placement)
             models[system.label], blocks = trainer.causal_lm, prepared.train
