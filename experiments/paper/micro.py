@@ -63,11 +63,11 @@ class System(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A system after so many steps, with the seeds to be trained."""
+    """A system after so many steps, with the seeds to be trained; seed 1 chose the rates, and is not among them."""
 
     system: System
     steps: int = SHORT
-    seeds: Sequence[int] = (1,)
+    seeds: Sequence[int] = (2,)
 
 
 # Token Choice's router is sharper than its default, which at Nano was 0.020 better (../routings/sweeps.csv).
@@ -101,7 +101,7 @@ def trained(rows: Iterable[Row]) -> None:
         if run_of(system, steps, seed) is None:
             out = EXPERIMENT.trained / system.directory(steps, seed)
             train(system.name, out=out, seed=seed, options=system.options(steps), resume=True)
-            keep([read(out)], EXPERIMENT.kept, first_seed=1)
+            keep([read(out)], EXPERIMENT.kept, first_seed=2)
 
 
 def run_of(system: System, steps: int, seed: int) -> Run | None:
@@ -243,7 +243,7 @@ def timed() -> None:
         for system in SYSTEMS:
             if system != DENSE and not any(seeds_of(system, steps) for steps in LENGTHS):
                 continue
-            run, arguments, placement = merge(system.name, 1, None, system.options(SHORT))
+            run, arguments, placement = merge(system.name, 2, None, system.options(SHORT))
             trainer, prepared = build(run, TrainingArguments(os.devnull, **arguments), placement)
             models[system.label], blocks = trainer.causal_lm, prepared.train
         sizes = {"rows": SIZES["Micro"].batch, "group": 64, "rounds": ROUNDS, "steps": TIMED}
