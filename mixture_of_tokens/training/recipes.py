@@ -35,14 +35,14 @@ class Recipe:
 
 RECIPES = {
     "Nano": Recipe(2e-2, 1500, 100, 100, 500),
-    "Micro": Recipe(4e-3, 6000, 200, 200, 500),
+    "Micro": Recipe(8e-3, 6000, 200, 200, 500),
     "Mini": Recipe(4e-3, 150_000, 2500, 1000, 1000),
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
 }
 # Systems with another peak rate than their size's: of Nano and Micro by sweeps (experiments/LOG.md), else the authors'.
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")}
-LEARNING_RATES |= {("Micro", system): 8e-3 for system in ("MoT", "Uniform")}
+LEARNING_RATES |= {("Micro", system): 4e-3 for system in ("TC", "STC", "ET")}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
 
