@@ -16,7 +16,7 @@ step, which `--time` takes on an idle machine, over the dense model's in the sam
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,12 @@ SHORT = 1500  # steps of the figures that compare many systems: 12.3 M tokens
 LENGTHS = (SHORT, 2 * SHORT, 4 * SHORT, 8 * SHORT)  # of figure 7
 SWEPT_STEPS = 1500  # at 750, rates differed by whether a model had already learned to copy (../LOG.md)
 ROUNDS, TIMED = 7, 6  # of a timing, and steps of each system in a round
+# How a step is carried out, by its name: whether compiled, and settings of the model.
+WAYS = {
+    "compiled": (True, {}),
+    "not compiled": (False, {}),
+    "torch's attention": (False, {"attn_implementation": "sdpa"}),
+}
 
 
 class System(NamedTuple):
@@ -151,7 +157,7 @@ def result_of(system: System, steps: int) -> Result | None:
 
 def share_of_step(system: System) -> float | None:
     """The time of a step over the dense model's, both compiled; None if it was not taken."""
-    rows = [row for row in read_csv(TIMES) if row["compiled"] == "yes"] if TIMES.is_file() else []
+    rows = [row for row in read_csv(TIMES) if row["way"] == "compiled"] if TIMES.is_file() else []
     return next((float(row["share_of_dense"]) for row in rows if row["system"] == system.label), None)
 
 
@@ -238,17 +244,18 @@ def swept() -> None:
 
 def timed() -> None:
     rows = []
-    for compiled in (True, False):
+    for way, (compiled, settings) in WAYS.items():
         models, blocks = {}, None
         for system in SYSTEMS:
             if system != DENSE and not any(seeds_of(system, steps) for steps in LENGTHS):
                 continue
-            run, arguments, placement = merge(system.name, 2, None, system.options(SHORT))
+            options = replace(system.options(SHORT), model=dict(system.model) | settings)
+            run, arguments, placement = merge(system.name, 2, None, options)
             trainer, prepared = build(run, TrainingArguments(os.devnull, **arguments), placement)
             models[system.label], blocks = trainer.causal_lm, prepared.train
         sizes = {"rows": SIZES["Micro"].batch, "group": 64, "rounds": ROUNDS, "steps": TIMED}
         times = step_times(models, blocks, bf16=True, compiled=compiled, **sizes)
-        rows += [{"compiled": "yes" if compiled else "no"} | row for row in times]
+        rows += [{"way": way} | row for row in times]
     write_csv(TIMES, list(rows[0]), rows)
 
 
@@ -265,7 +272,7 @@ def times_table() -> str:
         share, low, high = (float(row[key]) for key in ("share_of_dense", "share_low", "share_high"))
         times = [f"{float(row['milliseconds']):.0f}", f"{share:.2f} ({low:.2f} to {high:.2f})"]
         cells.setdefault(row["system"], []).extend(times)
-    head = ["", "compiled, ms a step", "of dense", "not compiled, ms a step", "of dense"]
+    head = ["", *(title for way in WAYS for title in (f"{way}, ms a step", "of dense"))]
     return markdown([head, *([system, *its] for system, its in cells.items())])
 
 
