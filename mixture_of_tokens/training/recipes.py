@@ -42,7 +42,6 @@ RECIPES = {
 }
 # Systems with another peak rate than their size's: of Nano and Micro by sweeps (experiments/LOG.md), else the authors'.
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")}
-LEARNING_RATES |= {("Micro", system): 4e-3 for system in ("TC", "STC", "ET")}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
 
