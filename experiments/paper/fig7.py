@@ -16,6 +16,7 @@ from micro import (
     DENSE,
     LENGTHS,
     NOT_HERE,
+    OPEN,
     TOKEN_CHOICE,
     TOKENS,
     Row,
@@ -24,25 +25,27 @@ from micro import (
 )
 
 SYSTEMS, SEEDS = (DENSE, BEST_MIXTURE, TOKEN_CHOICE), (2, 3, 4)
-TARGET = (0.45, 0.5)  # of steps and of time, at 49 million tokens
+AT, TARGET = LENGTHS[2], (0.45, 0.5)  # of the steps and of the time, at 49 million tokens
 
 
 def says() -> tuple[str, str] | None:
-    found = [(steps, result_of(BEST_MIXTURE, steps)) for steps in LENGTHS]
-    known = [(steps, each) for steps, each in found if each is not None and each.steps and each.time]
-    if not known:
+    shares = {}
+    for steps in LENGTHS:
+        found = result_of(BEST_MIXTURE, steps)
+        if found is not None and found.steps and found.time:
+            shares[steps] = (found.steps.mean, found.time.mean)
+    if not shares:
         return None
     measured = "; ".join(
-        f"{steps * TOKENS / 1e6:.0f} M tokens: {each.steps.mean:.2f} of the steps, {each.time.mean:.2f} of the time"
-        for steps, each in known
-        if each.steps and each.time
+        f"{steps * TOKENS / 1e6:.0f} M tokens: {of_steps:.2f} of the steps, {of_time:.2f} of the time"
+        for steps, (of_steps, of_time) in shares.items()
     )
-    _, last = known[-1]
-    assert last.steps
-    assert last.time
-    if last.steps.mean <= TARGET[0] and last.time.mean <= TARGET[1]:
+    if AT not in shares:
+        return measured, OPEN
+    of_steps, of_time = shares[AT]
+    if of_steps <= TARGET[0] and of_time <= TARGET[1]:
         return measured, CONFIRMED
-    return measured, NOT_HERE if last.time.mean < 1 else CONTRADICTED
+    return measured, NOT_HERE if of_time < 1 else CONTRADICTED
 
 
 STUDY = Study(
