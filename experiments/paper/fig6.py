@@ -9,7 +9,20 @@ ends level with the best of the others, by 0.01 nats. The paper: it matches the 
 Choice (abstract; values not available).
 """
 
-from micro import BEST_MIXTURE, CONFIRMED, CONTRADICTED, DENSE, MIXTURES, NOT_HERE, SHORT, SPARSE, Row, Study, result_of
+from micro import (
+    BEST_MIXTURE,
+    CONFIRMED,
+    CONTRADICTED,
+    DENSE,
+    MIXTURES,
+    NOT_HERE,
+    OPEN,
+    SHORT,
+    SPARSE,
+    Row,
+    Study,
+    result_of,
+)
 
 LEVEL = 0.01
 
@@ -22,6 +35,8 @@ def says() -> tuple[str, str] | None:
     label, sparse = min(found.items(), key=lambda item: item[1].loss.mean)
     measured = f"{BEST_MIXTURE.label} {best.loss.mean:.3f}; {label}, the best of {len(found)}, {sparse.loss.mean:.3f}"
     measured += f"; dense {dense.loss.mean:.3f}"
+    if len(found) < len(SPARSE):
+        return measured, OPEN
     if best.loss.mean <= sparse.loss.mean + LEVEL:
         return measured, CONFIRMED
     return measured, NOT_HERE if best.loss.mean < dense.loss.mean else CONTRADICTED

@@ -176,7 +176,8 @@ def table_of(rows: Iterable[Row]) -> str:
     return markdown(lines)
 
 
-CONFIRMED, NOT_HERE, CONTRADICTED, OPEN = "confirmed", "not at this scale", "contradicted", "not run yet"
+CONFIRMED, NOT_HERE, CONTRADICTED = "confirmed", "not at this scale", "contradicted"
+OPEN = "open"  # as long as runs are missing
 
 
 @dataclass(frozen=True)
