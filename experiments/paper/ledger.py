@@ -3,8 +3,8 @@
     python experiments/paper/ledger.py --table    # docs/results.md's table, of what is committed
 
 Verdicts are computed from the committed runs: "confirmed" where the claim holds as the figure's script states it; "not
-at this scale" where only its direction does; "contradicted"; "open" as long as runs are missing. The paper's values are those of its
-captions, of its authors' blog post and configuration files, and of others' descriptions of its figures.
+at this scale" where only its direction does; "contradicted"; "open" as long as runs are missing. The paper's values are
+those of its captions, of its authors' blog post and configuration files, and of others' descriptions of its figures.
 """
 
 import fig4
