@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layout import collect, expert_linear, full_precision, grouped, spread, ungrouped
+from mixture_of_tokens.layout import collect, expert_linear, full_precision, grouped, precise_linear, spread, ungrouped
 
 INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
@@ -92,8 +92,9 @@ class Experts(nn.Module):
         """Row r of x[e] goes through expert e. `linear(x, weight)` multiplies every expert's rows by its matrix."""
         act = ACTIVATIONS[self.activation]
         if self.gated:
-            gate_ERF, up_ERF = linear(x_ERD, self.gate_up_proj).chunk(2, dim=-1)
-            hidden_ERF = act(gate_ERF.contiguous()) * up_ERF  # on narrow strided rows it takes three times as long
+            # Copied apart, since on narrow strided rows an activation takes three times as long.
+            gate_ERF, up_ERF = (half.contiguous() for half in linear(x_ERD, self.gate_up_proj).chunk(2, dim=-1))
+            hidden_ERF = act(gate_ERF) * up_ERF
         else:
             hidden_ERF = act(linear(x_ERD, self.up_proj))
         return linear(hidden_ERF, self.down_proj)
@@ -149,7 +150,8 @@ class Router(nn.Module):
         """(..., D) -> (..., E)"""
         dtype = torch.promote_types(self.router_dtype, x.dtype)
         with full_precision(x.device):
-            return F.linear(x.to(dtype), self.weight.to(dtype) / self.temperature.to(dtype))
+            weight = self.weight.to(dtype) / self.temperature.to(dtype)
+        return precise_linear(x.to(dtype), weight)
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape

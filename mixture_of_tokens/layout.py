@@ -121,6 +121,31 @@ class _ExpertLinear(torch.autograd.Function):
         return torch.bmm(grad_ERO, weight_EOI), torch.bmm(grad_ERO.mT, x_ERI)
 
 
+class _PreciseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_SI, weight_OI, dtype):
+        ctx.save_for_backward(x_SI.to(dtype), weight_OI.to(dtype))
+        return F.linear(x_SI, weight_OI)
+
+    @staticmethod
+    def backward(ctx, grad_SO):
+        x_SI, weight_OI = ctx.saved_tensors
+        grad = grad_SO.to(x_SI.dtype)
+        return (grad @ weight_OI).to(grad_SO.dtype), (grad.T @ x_SI).to(grad_SO.dtype), None
+
+
+def precise_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """`F.linear` in the precision of its arguments, under autocast too: (..., I), (O, I) -> (..., O).
+
+    Under autocast its gradients are of autocast's precision, as those of all other products are.
+    """
+    (low,) = autocast_to(x.new_empty(0))
+    with full_precision(x.device):
+        if low.dtype == x.dtype:
+            return F.linear(x, weight_OI)
+        return _PreciseLinear.apply(x.flatten(0, -2), weight_OI, low.dtype).unflatten(0, x.shape[:-1])
+
+
 def collect(weights_MGE: Tensor, x_MGD: Tensor) -> Tensor:
     """mix[e, m] = sum_g weights[m, g, e] * x[m, g]: (M, G, E), (M, G, D) -> (E, M, D)."""
     return _Collect.apply(*autocast_to(weights_MGE, x_MGD))

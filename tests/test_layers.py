@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import reference
 from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed
-from mixture_of_tokens.layout import ragged_linear
+from mixture_of_tokens.layout import precise_linear, ragged_linear
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
@@ -429,3 +429,20 @@ def test_products_of_uneven_rows_are_each_expert_s_own(dtype):
     ):
         for found, expected in ((its, part @ own.T), (into_x, g @ own), (into_its, g.T @ part)):
             assert_close(found, expected)
+
+
+def test_a_router_s_logits_keep_their_precision_under_autocast_and_gradients_have_autocast_s():
+    x, weight, cotangent = tokens(3, 5, 16, seed=1), tokens(7, 16, seed=2), tokens(3, 5, 7, seed=3)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+
+    def found(autocast: bool) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = precise_linear(x, weight)
+        return y, *torch.autograd.grad(y, (x, weight), cotangent)
+
+    (exact, *exact_gradients), (logits, *of_autocast) = found(False), found(True)
+    assert_close(logits, exact)
+    assert logits.dtype == torch.float32
+    for gradient, expected in zip(of_autocast, exact_gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert 1e-4 < relative_error(gradient, expected) < 1e-2
