@@ -432,7 +432,9 @@ def test_products_of_uneven_rows_are_each_expert_s_own(dtype):
 
 
 def test_a_router_s_logits_keep_their_precision_under_autocast_and_gradients_have_autocast_s():
-    x, weight, cotangent = tokens(3, 5, 16, seed=1), tokens(7, 16, seed=2), tokens(3, 5, 7, seed=3)
+    x, weight, cotangent = (
+        tokens(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(3, 5, 16), (7, 16), (3, 5, 7)])
+    )
     x, weight = x.requires_grad_(), weight.requires_grad_()
 
     def found(autocast: bool) -> tuple[Tensor, ...]:
