@@ -13,8 +13,8 @@ Runs may train beside other work, so their own clocks say little: the time of a 
 step, which `--time` takes on an idle machine, over the dense model's in the same round.
 """
 
-import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,7 +252,8 @@ def timed() -> None:
                 continue
             options = replace(system.options(SHORT), model=dict(system.model) | settings)
             run, arguments, placement = merge(system.name, 2, None, options)
-            trainer, prepared = build(run, TrainingArguments(os.devnull, **arguments), placement)
+            with tempfile.TemporaryDirectory() as out:
+                trainer, prepared = build(run, TrainingArguments(out, **arguments), placement)
             models[system.label], blocks = trainer.causal_lm, prepared.train
         sizes = {"rows": SIZES["Micro"].batch, "group": 64, "rounds": ROUNDS, "steps": TIMED}
         times = step_times(models, blocks, bf16=True, compiled=compiled, **sizes)
