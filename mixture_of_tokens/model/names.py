@@ -45,8 +45,8 @@ class Size:
     mixture_temperature: float = 1.0  # of a Mixture of Tokens' router
 
 
-# Medium and Base are the paper's, Mini its authors' blog post's. Nano trains in minutes on a CPU, Micro in an hour;
-# for both a sharper router learned faster (experiments/LOG.md).
+# Medium and Base are the paper's, Mini its authors' blog post's. Nano trains in minutes on a CPU, and there a sharper
+# router learned faster (experiments/LOG.md); Micro, which takes an hour, has the same.
 SIZES = {
     "Nano": Size(
         32,
