@@ -148,6 +148,12 @@ def spread(values: Iterable[str | float], shown: Callable[[float], str] = loss) 
     return "" if summary is None else with_span(summary, shown)
 
 
+def settings_of(cell: Mapping[str, str], model: Mapping[str, str]) -> str:
+    """The flags of a cell of a sweep, with those of the model's fields that were not swept."""
+    fixed = {f"--model.{field}": value for field, value in model.items() if "," not in value}
+    return " ".join(f"{flag} {value}" for flag, value in (cell | fixed).items())
+
+
 def step_times(
     models: Mapping[str, MixtureOfTokensForCausalLM],
     blocks: Blocks,

@@ -4,7 +4,7 @@
     python experiments/paper/fig5.py --table    # the table of what is committed
 
 Granularity 1 to 16 in groups of 32: the same parameters and the same FLOPs in the experts, cut into more and narrower
-ones. Expected: each doubling lowers the loss, at an eighth of a step's time for the finest. The paper's end losses are
+ones. Expected: each doubling lowers the loss. The paper's end losses are
 not available to us, only that each of 1, 8, 16 and 32 is below the one before it (others' description of the figure).
 """
 

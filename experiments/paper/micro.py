@@ -34,7 +34,18 @@ from mixture_of_tokens.training.train import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Curve, Experiment, asked, directory_of, keep, read_csv, save_picture, step_times, write_csv
+from common import (
+    Curve,
+    Experiment,
+    asked,
+    directory_of,
+    keep,
+    read_csv,
+    save_picture,
+    settings_of,
+    step_times,
+    write_csv,
+)
 
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
 SHORT = 1500  # steps of the figures that compare many systems: 12.3 M tokens
@@ -236,10 +247,8 @@ def swept() -> None:
             f"sweep-{name}", *(f"{field}={value}" for field, value in model.items())
         )
         for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
-            settings = {flag.lstrip("-"): value for flag, value in cell["settings"].items()}
-            fixed = {f"model.{field}": value for field, value in model.items() if "," not in value}
-            written = " ".join(f"--{flag} {value}" for flag, value in (settings | fixed).items())
-            rows.append({"name": name, "settings": written, "steps": SWEPT_STEPS, "tuning_loss": cell["loss"]})
+            settings = settings_of(cell["settings"], model)
+            rows.append({"name": name, "settings": settings, "steps": SWEPT_STEPS, "tuning_loss": cell["loss"]})
     write_csv(SWEPT, list(rows[0]), rows)
 
 

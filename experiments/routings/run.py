@@ -34,7 +34,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, directory_of, keep, read_csv, spread, step_times, write_csv
+from common import Experiment, asked, directory_of, keep, read_csv, settings_of, spread, step_times, write_csv
 
 STEPS, SEEDS = 1200, [1, 2, 3]
 UNTRAINED = ", untrained"
@@ -107,9 +107,7 @@ def swept(experiment: Experiment) -> None:
         out = experiment.trained / directory_of(f"sweep-{name}", *model)
         options = Options(steps=STEPS, device="cpu", model=model)
         for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
-            settings = " ".join(f"{flag} {value}" for flag, value in cell["settings"].items())
-            settings += "".join(f" --model.{field} {value}" for field, value in model.items() if "," not in value)
-            rows.append({"name": name, "settings": settings, "tuning_loss": cell["loss"]})
+            rows.append({"name": name, "settings": settings_of(cell["settings"], model), "tuning_loss": cell["loss"]})
     write_csv(experiment.kept / "sweeps.csv", list(rows[0]), rows)
 
 

@@ -100,7 +100,8 @@ def merge(
         del positive["steps"]
     _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
     written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
-    written |= {field: overrides[field] for field in ("attn_implementation",) if field in overrides}  # nor this
+    if "attn_implementation" in overrides:  # which upstream does not write
+        written["attn_implementation"] = overrides["attn_implementation"]
     written = {field: value for field, value in written.items() if field in FIELDS and field not in DERIVED}
     # Null is a value here: with capacity null nothing is dropped. A null vocabulary is the default.
     nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
