@@ -9,7 +9,8 @@ weights gains next to nothing over the dense model. The paper's end losses are n
 128 experts each lower the loss (others' description of the figure).
 """
 
-from micro import CONFIRMED, CONTRADICTED, DENSE, EXPERTS, NOT_HERE, SHORT, UNIFORM, Row, Study, result_of
+from micro import DENSE, EXPERTS, SHORT, UNIFORM, draw_curves, result_of, table_of
+from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Row, Study
 
 
 def says() -> tuple[str, str] | None:
@@ -27,8 +28,10 @@ STUDY = Study(
     id="fig4",
     claim="More experts, lower loss; a learned router beats a uniform one",
     paper="8, 32, 128 experts: each lower; values not available",
-    rows=[Row(system) for system in (DENSE, *EXPERTS.values(), UNIFORM)],
+    rows=[Row(system, SHORT) for system in (DENSE, *EXPERTS.values(), UNIFORM)],
     says=says,
+    table=table_of,
+    draw=draw_curves,
 )
 
 if __name__ == "__main__":

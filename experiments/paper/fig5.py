@@ -8,7 +8,8 @@ ones. Expected: each doubling lowers the loss. The paper's end losses are
 not available to us, only that each of 1, 8, 16 and 32 is below the one before it (others' description of the figure).
 """
 
-from micro import CONFIRMED, CONTRADICTED, DENSE, MIXTURES, NOT_HERE, SHORT, Row, Study, result_of
+from micro import DENSE, MIXTURES, SHORT, draw_curves, result_of, table_of
+from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Row, Study
 
 
 def says() -> tuple[str, str] | None:
@@ -26,8 +27,10 @@ STUDY = Study(
     id="fig5",
     claim="More mixtures, lower loss",
     paper="/1, /8, /16, /32: each lower; values not available",
-    rows=[Row(system) for system in (DENSE, *MIXTURES.values())],
+    rows=[Row(system, SHORT) for system in (DENSE, *MIXTURES.values())],
     says=says,
+    table=table_of,
+    draw=draw_curves,
 )
 
 if __name__ == "__main__":

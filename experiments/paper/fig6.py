@@ -9,20 +9,8 @@ ends level with the best of the others, by 0.01 nats. The paper: it matches the 
 Choice (abstract; values not available).
 """
 
-from micro import (
-    BEST_MIXTURE,
-    CONFIRMED,
-    CONTRADICTED,
-    DENSE,
-    MIXTURES,
-    NOT_HERE,
-    OPEN,
-    SHORT,
-    SPARSE,
-    Row,
-    Study,
-    result_of,
-)
+from micro import BEST_MIXTURE, DENSE, MIXTURES, SHORT, SPARSE, draw_curves, result_of, table_of
+from studies import CONFIRMED, CONTRADICTED, NOT_HERE, OPEN, Row, Study
 
 LEVEL = 0.01
 
@@ -46,8 +34,10 @@ STUDY = Study(
     id="fig6",
     claim="On a par with the best sparse mixture of experts",
     paper="matches the better of Expert Choice and Token Choice; values not available",
-    rows=[Row(system) for system in (DENSE, MIXTURES[4], MIXTURES[8], *SPARSE)],
+    rows=[Row(system, SHORT) for system in (DENSE, MIXTURES[4], MIXTURES[8], *SPARSE)],
     says=says,
+    table=table_of,
+    draw=draw_curves,
 )
 
 if __name__ == "__main__":

@@ -9,20 +9,8 @@ time, less at each greater length. The paper: 33 % of the compute for the best B
 Mini needs 25 % of 250,000 steps and 31 % of the time (plot data of their blog post).
 """
 
-from micro import (
-    BEST_MIXTURE,
-    CONFIRMED,
-    CONTRADICTED,
-    DENSE,
-    LENGTHS,
-    NOT_HERE,
-    OPEN,
-    TOKEN_CHOICE,
-    TOKENS,
-    Row,
-    Study,
-    result_of,
-)
+from micro import BEST_MIXTURE, DENSE, LENGTHS, TOKEN_CHOICE, TOKENS, draw_curves, result_of, table_of
+from studies import CONFIRMED, CONTRADICTED, NOT_HERE, OPEN, Row, Study
 
 SYSTEMS, SEEDS = (DENSE, BEST_MIXTURE, TOKEN_CHOICE), (2, 3, 4)
 AT, TARGET = LENGTHS[2], (0.45, 0.5)  # of the steps and of the time, at 49 million tokens
@@ -53,8 +41,9 @@ STUDY = Study(
     claim="The dense loss in a third of the steps and of the time",
     paper="0.33 of the compute (Base); 0.25 of the steps, 0.31 of the time (Mini)",
     rows=[Row(system, steps, SEEDS) for steps in LENGTHS for system in SYSTEMS],
-    drawn=LENGTHS[1],
     says=says,
+    table=table_of,
+    draw=lambda study: draw_curves(study, LENGTHS[1]),
 )
 
 if __name__ == "__main__":

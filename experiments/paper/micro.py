@@ -1,13 +1,11 @@
-"""What the figures share: runs of Micros on the source text of installed packages, their rates, and the time of a step.
+"""Micros: the systems of figures 4 to 7, their rates, the time of a step, and when each reaches the dense loss.
 
     python experiments/paper/micro.py --sweep    # peak rates and temperatures, on the tuning split
     python experiments/paper/micro.py --time     # a step of every system with a run, in turns; an idle machine
     python experiments/paper/micro.py --table    # both as Markdown
 
 A Micro is 128 wide, with four blocks, of which the later two are sparse, 64 rows of 128 tokens a step, and a
-vocabulary of 1,024. Training is as the paper's: bf16 where autocast allows, weights and optimizer in fp32, cosine to a
-tenth of the peak; compiled. A run is known by its name, its settings, its steps and its seed, and serves every figure
-that asks for it.
+vocabulary of 1,024.
 
 Runs may train beside other work, so their own clocks say little: the time of a run is its steps times the time of a
 step, which `--time` takes on an idle machine, over the dense model's in the same round.
@@ -15,37 +13,25 @@ step, which `--time` takes on an idle machine, over the dense model's in the sam
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from studies import EXPERIMENT, Row, Study, System, runs_of
 from transformers import TrainingArguments
 
-from mixture_of_tokens import sweep, train
+from mixture_of_tokens import sweep
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
 from mixture_of_tokens.model.names import SIZES
 from mixture_of_tokens.reports.comparison import reached
-from mixture_of_tokens.runs.run import Run, read
-from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import (
-    Curve,
-    Experiment,
-    asked,
-    directory_of,
-    keep,
-    read_csv,
-    save_picture,
-    settings_of,
-    step_times,
-    write_csv,
-)
+from common import Curve, asked, directory_of, read_csv, save_picture, settings_of, step_times, write_csv
 
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
 SHORT = 1500  # steps of the figures that compare many systems: 12.3 M tokens
@@ -58,33 +44,6 @@ WAYS = {
     "not compiled": (False, {}),
     "torch's attention": (False, {"attn_implementation": "sdpa"}),
 }
-
-
-class System(NamedTuple):
-    """A model with settings of its configuration."""
-
-    name: str
-    model: Mapping[str, str] = {}
-
-    @property
-    def label(self) -> str:
-        return self.name + "".join(f", {field} {value}" for field, value in self.model.items())
-
-    def options(self, steps: int) -> Options:
-        training = {"bf16": "true", "torch_compile": "true"}
-        return Options(steps=steps, data=["packages"], device="cpu", model=dict(self.model), training=training)
-
-    def directory(self, steps: int, seed: int) -> str:
-        settings = (f"{field}={value}" for field, value in self.model.items())
-        return directory_of(self.name, *settings, f"{steps}-seed{seed}")
-
-
-class Row(NamedTuple):
-    """A system after so many steps, with the seeds to be trained; seed 1 chose the rates, and is not among them."""
-
-    system: System
-    steps: int = SHORT
-    seeds: Sequence[int] = (2,)
 
 
 # Token Choice's router is sharper than its default, which at Nano was 0.020 better (../routings/sweeps.csv).
@@ -107,29 +66,7 @@ SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
     ("MoT-Micro/32E/8", [8e-3, 4e-3], {}),
     ("TC-Micro/32E", [4e-3, 8e-3], SHARP),
 )
-EXPERIMENT = Experiment.named("paper")
 SWEPT, TIMES = EXPERIMENT.kept / "sweeps.csv", EXPERIMENT.kept / "timings.csv"
-
-
-def trained(rows: Iterable[Row]) -> None:
-    """Train what is missing, short runs and low seeds first, and keep what is finished."""
-    missing = [(steps, seed, system) for system, steps, seeds in rows for seed in seeds]
-    for steps, seed, system in sorted(missing, key=lambda run: run[:2]):
-        if run_of(system, steps, seed) is None:
-            out = EXPERIMENT.trained / system.directory(steps, seed)
-            train(system.name, out=out, seed=seed, options=system.options(steps), resume=True)
-            keep([read(out)], EXPERIMENT.kept, first_seed=2)
-
-
-def run_of(system: System, steps: int, seed: int) -> Run | None:
-    """A run that is kept, if it is."""
-    file = EXPERIMENT.kept / f"{system.directory(steps, seed)}.json"
-    return read(file) if file.is_file() else None
-
-
-def seeds_of(system: System, steps: int) -> list[int]:
-    """The seeds of which a run is kept."""
-    return [seed for seed in range(1, 10) if run_of(system, steps, seed) is not None]
 
 
 class Result(NamedTuple):
@@ -149,11 +86,11 @@ def result_of(system: System, steps: int) -> Result | None:
     """Over the seeds of which both a run and the dense model's are kept; None without any."""
     share = share_of_step(system)
     losses, found, then = [], [], []
-    for seed in seeds_of(DENSE, steps):
-        run, dense = run_of(system, steps, seed), run_of(DENSE, steps, seed)
-        if run is not None and dense is not None:
+    runs, denses = runs_of(system, steps), runs_of(DENSE, steps)
+    for seed, run in runs.items():
+        if seed in denses:
             losses.append(run.facts.final_loss)
-            found.append(reached(run, dense))
+            found.append(reached(run, denses[seed]))
             if share is not None:
                 x, y = zip(*((point.step * share, point.loss) for point in run.curve), strict=True)
                 then.append(float(np.interp(steps, x, y)))
@@ -187,56 +124,22 @@ def table_of(rows: Iterable[Row]) -> str:
     return markdown(lines)
 
 
-CONFIRMED, NOT_HERE, CONTRADICTED = "confirmed", "not at this scale", "contradicted"
-OPEN = "open"  # as long as runs are missing
-
-
-@dataclass(frozen=True)
-class Study:
-    """A claim of the paper, the runs that test it, and what they say.
-
-    paper: its value, and where that is read from (docs/results.md names the sources).
-    says: what was measured, and the verdict; None while runs are missing.
-    drawn: steps of the runs whose curves are in its picture.
-    """
-
-    id: str
-    claim: str
-    paper: str
-    rows: Sequence[Row]
-    says: Callable[[], tuple[str, str] | None]
-    drawn: int = SHORT
-
-    def cells(self) -> list[str]:
-        """Its row of the ledger."""
-        measured, verdict = self.says() or ("", OPEN)
-        return [self.claim, f"`python experiments/paper/{self.id}.py`", self.paper, measured, verdict]
-
-    def main(self, doc: str | None) -> None:
-        given = asked(doc, table="print the table, and stop")
-        if not given.table:
-            trained(self.rows)
-            self.draw()
-        print(table_of(self.rows))
-
-    def draw(self) -> None:
-        """The evaluations during training, without the first sixth."""
-        panels: dict[str, list[Curve]] = {"M tokens": [], "time, in steps of the dense model": []}
-        for system, steps, _ in self.rows:
-            if steps != self.drawn:
-                continue
-            share = share_of_step(system)
-            runs = [run for seed in seeds_of(system, steps) if (run := run_of(system, steps, seed)) is not None]
-            if not runs:
-                continue
-            points = [[point for point in run.curve if 6 * point.step >= steps] for run in runs]
-            losses = np.array([[point.loss for point in each] for each in points])
-            at = np.array([point.step for point in points[0]])
-            x = (at * TOKENS / 1e6, None if share is None else at * share)
-            for curves, its in zip(panels.values(), x, strict=True):
-                if its is not None:
-                    curves.append(Curve(system.label, its, losses))
-        save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{self.id}.svg")
+def draw_curves(study: Study, drawn: int = SHORT) -> None:
+    """The evaluations during training, without the first sixth, of the runs of so many steps."""
+    panels: dict[str, list[Curve]] = {"M tokens": [], "time, in steps of the dense model": []}
+    for system, steps, _ in study.rows:
+        runs = runs_of(system, steps).values()
+        if steps != drawn or not runs:
+            continue
+        share = share_of_step(system)
+        points = [[point for point in run.curve if 6 * point.step >= steps] for run in runs]
+        losses = np.array([[point.loss for point in each] for each in points])
+        at = np.array([point.step for point in points[0]])
+        x = (at * TOKENS / 1e6, None if share is None else at * share)
+        for curves, its in zip(panels.values(), x, strict=True):
+            if its is not None:
+                curves.append(Curve(system.label, its, losses))
+    save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg")
 
 
 def swept() -> None:
@@ -257,7 +160,7 @@ def timed() -> None:
     for way, (compiled, settings) in WAYS.items():
         models, blocks = {}, None
         for system in SYSTEMS:
-            if system != DENSE and not any(seeds_of(system, steps) for steps in LENGTHS):
+            if system != DENSE and not any(runs_of(system, steps) for steps in LENGTHS):
                 continue
             options = replace(system.options(SHORT), model=dict(system.model) | settings)
             run, arguments, placement = merge(system.name, 2, None, options)

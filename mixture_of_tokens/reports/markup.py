@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Union
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, tostring
 
 from mixture_of_tokens.formatting import Summary, span
 from mixture_of_tokens.reports.figures import swatch
@@ -42,6 +43,20 @@ def own_ids(svg: Element, number: int) -> None:
                 element.set(key, f"f{number}-{value}")
             elif value.startswith(("#", "url(#")):
                 element.set(key, value.replace("#", f"#f{number}-"))
+
+
+def document(title: str, body: Element) -> str:
+    """A page with the style of all pages, as a file that needs no other."""
+    for number, svg in enumerate(body.iter("svg")):
+        own_ids(svg, number)
+    head = html(
+        "head",
+        html("meta", charset="utf-8"),
+        html("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        html("title", title),
+        html("style", Path(__file__).with_name("page.css").read_text()),
+    )
+    return "<!doctype html>\n" + tostring(html("html", head, body, lang="en"), encoding="unicode", method="html")
 
 
 def with_swatch(series: int, label: str) -> Child:

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element, tostring
+from xml.etree.ElementTree import Element
 
 from mixture_of_tokens.formatting import Summary, duration, listed, loss, ratio, short
 from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel
-from mixture_of_tokens.reports.markup import Child, html, own_ids, table, with_swatch
+from mixture_of_tokens.reports.markup import Child, document, html, table, with_swatch
 from mixture_of_tokens.reports.prose import MEASURES, MIXED, findings, glossary, method, seeds_of
 from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
 from mixture_of_tokens.reports.tables import switch_table, tables
@@ -64,16 +63,7 @@ def page(
         ),
         html("footer", html("p", "Written by mot report, of the library mixture-of-tokens.", class_="quiet")),
     )
-    for number, svg in enumerate(body.iter("svg")):
-        own_ids(svg, number)
-    head = html(
-        "head",
-        html("meta", charset="utf-8"),
-        html("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        html("title", title),
-        html("style", Path(__file__).with_name("page.css").read_text()),
-    )
-    return "<!doctype html>\n" + tostring(html("html", head, body, lang="en"), encoding="unicode", method="html")
+    return document(title, body)
 
 
 def _finding(series: int, sentences: list[str]) -> Element:

@@ -1,0 +1,140 @@
+"""What the scripts here share: systems and the runs of them, and claims with what the runs say.
+
+One pool of runs serves every script that asks for them: a run is known by its name, its settings, its steps and its
+seed. Seed 1 chose rates and temperatures on the tuning split, and is not among them.
+
+Micros see the source text of installed packages; training is as the paper's, bf16 where autocast allows, weights and
+optimizer in fp32, cosine to a tenth of the peak; compiled. Nanos see the standard library's source, in fp32 if nothing
+else is said, and those without settings are the runs of `../nano`.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from mixture_of_tokens import train
+from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.training.options import Options
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Experiment, asked, directory_of, keep
+
+EXPERIMENT, NANO = Experiment.named("paper"), Experiment.named("nano")
+SIZES = {
+    "Nano": Options(device="cpu"),
+    "Micro": Options(device="cpu", data=["packages"], training={"bf16": "true", "torch_compile": "true"}),
+}
+SEEDS = range(1, 10)  # that a run may have
+
+
+class System(NamedTuple):
+    """A model, with settings of its configuration and of its training that are not the size's.
+
+    title: what they are called where their list would be long.
+    """
+
+    name: str
+    model: Mapping[str, str] = {}
+    training: Mapping[str, str] = {}
+    learning_rate: float | None = None
+    anneal_temperature_to: float | None = None
+    title: str = ""
+
+    @property
+    def settings(self) -> dict[str, object]:
+        own = {"learning_rate": self.learning_rate, "anneal_temperature_to": self.anneal_temperature_to}
+        return {**self.model, **self.training, **{field: value for field, value in own.items() if value is not None}}
+
+    @property
+    def label(self) -> str:
+        settings = [self.title] if self.title else [f"{field} {value}" for field, value in self.settings.items()]
+        return ", ".join([self.name, *settings])
+
+    def options(self, steps: int) -> Options:
+        size = SIZES[parse_name(self.name).size]
+        training = {**size.training, **self.training}
+        own = {"model": dict(self.model), "anneal_temperature_to": self.anneal_temperature_to}
+        return replace(size, steps=steps, training=training, **own)
+
+    def directory(self, steps: int, seed: int) -> str:
+        settings = [f"{field}={value}" for field, value in self.settings.items()]
+        settings = [self.title.replace(" ", "-")] if self.title else settings
+        return directory_of(self.name, *settings, f"{steps}-seed{seed}")
+
+
+class Row(NamedTuple):
+    """A system after so many steps, with the seeds to be trained."""
+
+    system: System
+    steps: int
+    seeds: Sequence[int] = (2,)
+
+
+def trained(rows: Iterable[Row]) -> None:
+    """Train what is missing, short runs and low seeds first, and keep what is finished."""
+    missing = [(steps, seed, system) for system, steps, seeds in rows for seed in seeds]
+    for steps, seed, system in sorted(missing, key=lambda run: run[:2]):
+        if run_of(system, steps, seed) is None:
+            out = EXPERIMENT.trained / system.directory(steps, seed)
+            options, rate = system.options(steps), system.learning_rate
+            train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)
+            keep([read(out)], EXPERIMENT.kept, first_seed=2)
+
+
+def run_of(system: System, steps: int, seed: int) -> Run | None:
+    """A run that is kept, if it is."""
+    files = [EXPERIMENT.kept / f"{system.directory(steps, seed)}.json"]
+    if not system.settings:
+        files.append(NANO.kept / f"{directory_of(system.name, f'seed{seed}')}.json")
+    found = (read(file) for file in files if file.is_file())
+    return next((run for run in found if run.config.steps == steps), None)
+
+
+def runs_of(system: System, steps: int) -> dict[int, Run]:
+    """Those that are kept, by seed."""
+    runs = {seed: run_of(system, steps, seed) for seed in SEEDS}
+    return {seed: run for seed, run in runs.items() if run is not None}
+
+
+CONFIRMED, NOT_HERE, CONTRADICTED = "confirmed", "not at this scale", "contradicted"
+OPEN = "open"  # as long as runs are missing
+
+
+@dataclass(frozen=True)
+class Study:
+    """A claim, the runs that test it, and what they say.
+
+    paper: its value there, and where that is read from (docs/results.md names the sources).
+    says: what was measured, and the verdict; None while runs are missing.
+    table: of the rows of which a run is kept, as Markdown.
+    draw: its picture, if it has one.
+    """
+
+    id: str
+    claim: str
+    paper: str
+    rows: Sequence[Row]
+    says: Callable[[], tuple[str, str] | None]
+    table: Callable[[Sequence[Row]], str]
+    draw: Callable[["Study"], None] | None = None
+
+    @property
+    def found(self) -> tuple[str, str]:
+        """What was measured, and the verdict."""
+        return self.says() or ("", OPEN)
+
+    @property
+    def command(self) -> str:
+        return f"python experiments/paper/{self.id}.py"
+
+    def main(self, doc: str | None) -> None:
+        given = asked(doc, table="print the table, and stop")
+        if not given.table:
+            trained(self.rows)
+            if self.draw is not None:
+                self.draw(self)
+        print(self.table(self.rows))
