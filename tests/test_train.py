@@ -17,6 +17,7 @@ from mixture_of_tokens.data.groups import Blocks, collisions, grouped_order
 from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.inference.evaluate import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
+from mixture_of_tokens.model.routings import ROWS as ROUTINGS
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.training.options import Options
@@ -238,6 +239,8 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
             "mlp_layer_types has 1, 2, 3, 4; legal are",
         ),
         (["train", "MoT-Nano/32E", "--model.dtype", "foo"], "--model.dtype: "),
+        (["train", "MoT-Nano/32E", "--model.dtype", "int64"], "trained in float32, bfloat16, float64"),
+        (["train", "MoT-Nano/32E", "--model.dtype", "float16"], "trained in float32, bfloat16, float64"),
         (["train", "MoT-Nano/32E", "--model.head_dim", 7], "head_dim must be even, for rotary positions, not 7"),
         (["train", "MoT-Nano/32E", "--model.num_key_value_heads", 3], "does not divide num_attention_heads 1"),
         (["train", "MoT-Nano/32E", "--seed", -1], "--seed must be 0 to 4294967295, not -1"),
@@ -411,3 +414,31 @@ def test_attention_in_half_precision_on_a_cpu_is_by_products(training, model, ex
     trainer.train()
     trainer.causal_lm.save_pretrained(tmp_path / "model")
     assert load_model(str(tmp_path / "model")).config._attn_implementation == model.get("attn_implementation", "sdpa")
+
+
+@pytest.mark.parametrize("name", ["Transformer-Nano", *(f"{row.prefix}-Nano/4E" for row in ROUTINGS if row.sparse)])
+@pytest.mark.usefixtures("tiny_cache")
+def test_training_in_bf16_alone_has_all_weights_and_moments_in_bf16(name, small_corpus, tmp_path):
+    """What thresholds and biases add up to stays in fp32, and the model that is saved is the one that was trained."""
+    fields = {"eval_strategy": "no", "save_steps": "2"}
+    options = Options(
+        steps=4, batch_size=8, data=[str(small_corpus)], device="cpu", training=fields, model={"dtype": "bfloat16"}
+    )
+    run, arguments, placement = merge(name, 0, None, options)
+    trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
+    model = trainer.causal_lm
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer.train()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(buffer.dtype == torch.bfloat16 for buffer in model.buffers())
+    moments = [moment for state in trainer.optimizer.state.values() for moment in state.values() if moment.ndim]
+    assert {moment.dtype for moment in moments} == {torch.bfloat16}
+    assert sum(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)) > len(before) / 2
+    model.save_pretrained(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model")).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+
+    resumed, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
+    resumed.train(tmp_path / "checkpoint-2")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, resumed.causal_lm.state_dict()[name]), name

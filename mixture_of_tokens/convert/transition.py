@@ -269,7 +269,10 @@ def _last_rate(source: Run) -> float:
 
 def _words(fields: dict[str, Any]) -> dict[str, str]:
     """Values as they would stand on a command line."""
-    return {field: json.dumps(value) for field, value in fields.items()}
+    return {
+        field: json.dumps(value, default=lambda dtype: str(dtype).removeprefix("torch."))
+        for field, value in fields.items()
+    }
 
 
 def _annealed(

@@ -61,6 +61,8 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
     config_class = MixtureOfTokensConfig
     config: MixtureOfTokensConfig
     _no_split_modules = ["MixtureOfTokensDecoderLayer"]
+    # Buffers that routings move by small steps, or measure.
+    _keep_in_fp32_modules_strict = ["selection_bias", "threshold", "l1_weight", "companion", "companion_logit"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(Router, index=0),
         "hidden_states": MixtureOfTokensDecoderLayer,

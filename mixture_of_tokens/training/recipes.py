@@ -44,6 +44,8 @@ RECIPES = {
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
+# Of weights in training; Adam's smallest numbers are zero in float16.
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class Merged(NamedTuple):
@@ -151,8 +153,9 @@ def _check_model(config: MixtureOfTokensConfig) -> None:
     for field, value in {"rms_norm_eps": config.rms_norm_eps, "rope_parameters: its rope_theta": theta}.items():
         if not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ValueError(f"--model.{field} must be positive and finite, not {value}")
-    if not isinstance(config.dtype, torch.dtype | None):
-        raise ValueError(f"--model.dtype {config.dtype!r} is no type of torch")
+    if config.dtype not in (None, *DTYPES):
+        legal = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        raise ValueError(f"--model.dtype {str(config.dtype).removeprefix('torch.')}: weights are trained in {legal}")
     if config.capacity_factor is not None and config.capacity_factor <= 0:
         raise ValueError(f"--model.capacity_factor must be positive, not {config.capacity_factor}")
     if config.router_aux_loss_coef < 0:
