@@ -167,7 +167,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/transition/run.py": (16, "conversion"),
     "experiments/verdict/run.py": (11, "conversion"),
     "experiments/partial_groups/run.py": (14, "serving"),
-    "experiments/paper/ledger.py": (9, "results"),
+    "experiments/paper/ledger.py": (11, "results"),
     "experiments/paper/fig7.py": (8, "results"),
     "benchmarks/generate.py": (8, "speed"),
     "benchmarks/neighbours.py": (7, "speed"),

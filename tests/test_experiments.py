@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import random
 import runpy
 import shutil
 import sys
@@ -401,3 +402,23 @@ def test_the_losses_of_partial_groups_are_measured(script, tiny_runs, tiny_cache
     assert len(by) == 2 * 4 + 1  # one and two rows, four treatments; a full group
     full = by["companions", 4]
     assert all(loss >= full - 1 for loss in by.values())
+
+
+def test_places_of_the_downstream_tasks_have_one_right_answer(paper):
+    table3 = paper("table3")
+    documents = [
+        [f"def name{chr(97 + i)}_{chr(97 + j)}(self) = value{chr(97 + j)}" for j in range(9)] for i in range(9)
+    ]
+    for made in (table3.next_lines, table3.last_names):
+        places = made(documents, random.Random(0))
+        assert len(places) == table3.PLACES
+        assert {place["answer"] for place in places} == set(range(table3.CHOICES))
+        for place in places:
+            begin = place["context"].rpartition("\n")[2]
+            lines = [begin + choice for choice in place["choices"]]
+            right = lines[place["answer"]]
+            of_right = next(document for document in documents if right in document)
+            at = of_right.index(right)
+            assert place["context"] == "\n".join([*of_right[at - table3.LINES : at], begin])
+            assert len(set(lines)) == table3.CHOICES
+        assert places == made(documents, random.Random(0))
