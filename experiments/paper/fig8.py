@@ -77,7 +77,6 @@ STUDY = Study(
     id="fig8",
     claim="Transition tuning recovers from the switch",
     paper="a spike, then recovery (Medium, Base); values not available",
-    rows=[],
     says=says,
     table=table_of,
     draw=draw,

@@ -1,14 +1,14 @@
-"""Micros: the systems of figures 4 to 7, their rates, the time of a step, and when each reaches the dense loss.
+"""Micros: the systems of figures 5 to 7, their rates, the time of a step, and when each reaches the dense loss.
 
-    python experiments/paper/micro.py --sweep    # peak rates and temperatures, on the tuning split
+    python experiments/paper/micro.py --sweep    # peak rates, on the tuning split
     python experiments/paper/micro.py --time     # a step of every system with a run, in turns; an idle machine
     python experiments/paper/micro.py --table    # both as Markdown
 
 A Micro is 128 wide, with four blocks, of which the later two are sparse, 64 rows of 128 tokens a step, and a
 vocabulary of 1,024.
 
-Runs may train beside other work, so their own clocks say little: the time of a run is its steps times the time of a
-step, which `--time` takes on an idle machine, over the dense model's in the same round.
+Runs may share the machine, so their own clocks are not used. The time of a run is its number of steps times the time of
+one step, which `--time` measures on an idle machine, as a share of a dense step in the same round.
 """
 
 import sys
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from studies import EXPERIMENT, Row, Study, System, runs_of
+from studies import EXPERIMENT, Row, Study, System, run_of
 from transformers import TrainingArguments
 
 from mixture_of_tokens import sweep
@@ -34,9 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Curve, asked, directory_of, read_csv, save_picture, settings_of, step_times, write_csv
 
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
-SHORT = 1500  # steps of the figures that compare many systems: 12.3 M tokens
+SHORT = 1500  # steps of the figures that compare many systems, and of sweeps: 12.3 M tokens; fewer mislead (../LOG.md)
 LENGTHS = (SHORT, 2 * SHORT, 4 * SHORT, 8 * SHORT)  # of figure 7
-SWEPT_STEPS = 1500  # at 750, rates differed by whether a model had already learned to copy (../LOG.md)
 ROUNDS, TIMED = 7, 6  # of a timing, and steps of each system in a round
 # How a step is carried out, by its name: whether compiled, and settings of the model.
 WAYS = {
@@ -48,19 +47,15 @@ WAYS = {
 
 # Token Choice's router is sharper than its default, which at Nano was 0.020 better (../routings/sweeps.csv).
 SHARP = {"router_temperature": "0.25"}
-DENSE, UNIFORM = System("Transformer-Micro"), System("Uniform-Micro/32E")
-MIXTURES = {k: System(f"MoT-Micro/32E/{k}".removesuffix("/1")) for k in (1, 2, 4, 8, 16)}
+DENSE = System("Transformer-Micro")
+MIXTURES = {k: System(f"MoT-Micro/32E/{k}".removesuffix("/1")) for k in (1, 4, 8)}
 BEST_MIXTURE = MIXTURES[8]
-EXPERTS = {8: System("MoT-Micro/8E"), 32: MIXTURES[1], 64: System("MoT-Micro/64E")}
 TOKEN_CHOICE = System("TC-Micro/32E", SHARP)
-SPARSE = (
-    TOKEN_CHOICE,
-    System("TC-Micro/32E/8", SHARP),
-    *(System(f"{name}-Micro/32E{k}") for name, k in (("STC", "/8"), ("EC", ""), ("ET", ""), ("ReMoE", ""))),
-)
-SYSTEMS = (DENSE, *MIXTURES.values(), EXPERTS[8], EXPERTS[64], UNIFORM, *SPARSE)
+THE_PAPERS = (TOKEN_CHOICE, System("TC-Micro/32E/8", SHARP), System("EC-Micro/32E"))
+YOUNGER = (System("STC-Micro/32E/8"), System("ET-Micro/32E"), System("ReMoE-Micro/32E"))
+SYSTEMS = (DENSE, *MIXTURES.values(), *THE_PAPERS, *YOUNGER)
 
-# Peak rates and temperatures that were tried, with seed 1; a list is a grid.
+# Peak rates that were tried, with seed 1.
 SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
     ("Transformer-Micro", [4e-3, 8e-3], {}),
     ("MoT-Micro/32E/8", [8e-3, 4e-3], {}),
@@ -82,24 +77,27 @@ class Result(NamedTuple):
     time: Summary | None
 
 
-def result_of(system: System, steps: int) -> Result | None:
-    """Over the seeds of which both a run and the dense model's are kept; None without any."""
-    share = share_of_step(system)
-    losses, found, then = [], [], []
-    runs, denses = runs_of(system, steps), runs_of(DENSE, steps)
-    for seed, run in runs.items():
-        if seed in denses:
-            losses.append(run.facts.final_loss)
-            found.append(reached(run, denses[seed]))
-            if share is not None:
-                x, y = zip(*((point.step * share, point.loss) for point in run.curve), strict=True)
-                then.append(float(np.interp(steps, x, y)))
-    over = Summary.of(losses)
+def result_of(row: Row) -> Result | None:
+    """Over the row's seeds of which both a run and the dense model's are kept; None without any.
+
+    Where a seed never reaches the dense loss, the shares of steps, FLOPs and time are None.
+    """
+    share, denses = share_of_step(row.system), Row(DENSE, row.steps, row.seeds).runs
+    runs = {seed: run for seed, run in row.runs.items() if seed in denses}
+    over = Summary.of(run.facts.final_loss for run in runs.values())
     if over is None:
         return None
-    some = [each for each in found if each is not None]
-    in_steps, in_flops = Summary.of(each.of_steps for each in some), Summary.of(each.of_flops for each in some)
-    in_time = None if share is None else Summary.of(each.of_steps * share for each in some)
+    then = []
+    for run in runs.values():
+        if share is None:
+            break
+        x, y = zip(*((point.step * share, point.loss) for point in run.curve), strict=True)
+        then.append(float(np.interp(row.steps, x, y)))
+    at = [found for seed, run in runs.items() if (found := reached(run, denses[seed])) is not None]
+    if len(at) < len(runs):
+        return Result(over, Summary.of(then), None, None, None)
+    in_time = None if share is None else Summary.of(each.of_steps * share for each in at)
+    in_steps, in_flops = Summary.of(each.of_steps for each in at), Summary.of(each.of_flops for each in at)
     return Result(over, Summary.of(then), in_steps, in_flops, in_time)
 
 
@@ -112,13 +110,18 @@ def share_of_step(system: System) -> float | None:
 def table_of(rows: Iterable[Row]) -> str:
     """Those of which a run is kept."""
     lines = [["", "M tokens", "seeds", "loss", "at equal time", "steps", "FLOPs", "time", "a step, of dense"]]
-    for system, steps, _ in rows:
-        found, share = result_of(system, steps), share_of_step(system)
+    for row in rows:
+        found, share = result_of(row), share_of_step(row.system)
         if found is None:
             continue
         shares = [with_span(each) if each else "never" for each in (found.steps, found.flops)]
         time = with_span(found.time) if found.time else "" if share is None and found.steps else "never"
-        cells = [system.label, f"{steps * TOKENS / 1e6:.1f}", str(found.loss.seeds), with_span(found.loss, loss)]
+        cells = [
+            row.system.label,
+            f"{row.steps * TOKENS / 1e6:.1f}",
+            str(found.loss.seeds),
+            with_span(found.loss, loss),
+        ]
         cells.append("" if found.equal_time is None else with_span(found.equal_time, loss))
         lines.append([*cells, *shares, time, "" if share is None else ratio(share)])
     return markdown(lines)
@@ -127,46 +130,47 @@ def table_of(rows: Iterable[Row]) -> str:
 def draw_curves(study: Study, drawn: int = SHORT) -> None:
     """The evaluations during training, without the first sixth, of the runs of so many steps."""
     panels: dict[str, list[Curve]] = {"M tokens": [], "time, in steps of the dense model": []}
-    for system, steps, _ in study.rows:
-        runs = runs_of(system, steps).values()
-        if steps != drawn or not runs:
+    for row in study.rows:
+        if row.steps != drawn or not row.runs:
             continue
-        share = share_of_step(system)
-        points = [[point for point in run.curve if 6 * point.step >= steps] for run in runs]
+        share = share_of_step(row.system)
+        points = [[point for point in run.curve if 6 * point.step >= drawn] for run in row.runs.values()]
         losses = np.array([[point.loss for point in each] for each in points])
         at = np.array([point.step for point in points[0]])
         x = (at * TOKENS / 1e6, None if share is None else at * share)
         for curves, its in zip(panels.values(), x, strict=True):
             if its is not None:
-                curves.append(Curve(system.label, its, losses))
+                curves.append(Curve(row.system.label, its, losses))
     save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg")
 
 
 def swept() -> None:
     rows = []
     for name, rates, model in SWEEPS:
-        options = System(name, model).options(SWEPT_STEPS)
+        options = System(name, model).options(SHORT)
         out = EXPERIMENT.trained / directory_of(
             f"sweep-{name}", *(f"{field}={value}" for field, value in model.items())
         )
         for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
             settings = settings_of(cell["settings"], model)
-            rows.append({"name": name, "settings": settings, "steps": SWEPT_STEPS, "tuning_loss": cell["loss"]})
+            rows.append({"name": name, "settings": settings, "steps": SHORT, "tuning_loss": cell["loss"]})
     write_csv(SWEPT, list(rows[0]), rows)
 
 
 def timed() -> None:
+    """Compiled steps of every system with a run; those of figure 7 in all ways."""
     rows = []
     for way, (compiled, settings) in WAYS.items():
         models, blocks = {}, None
-        for system in SYSTEMS:
-            if system != DENSE and not any(runs_of(system, steps) for steps in LENGTHS):
+        for system in SYSTEMS if compiled else (DENSE, BEST_MIXTURE, TOKEN_CHOICE):
+            if system != DENSE and not any(run_of(system, steps, 2) for steps in LENGTHS):
                 continue
             options = replace(system.options(SHORT), model=dict(system.model) | settings)
             run, arguments, placement = merge(system.name, 2, None, options)
             with tempfile.TemporaryDirectory() as out:
                 trainer, prepared = build(run, TrainingArguments(out, **arguments), placement)
             models[system.label], blocks = trainer.causal_lm, prepared.train
+        assert blocks is not None
         sizes = {"rows": SIZES["Micro"].batch, "group": 64, "rounds": ROUNDS, "steps": TIMED}
         times = step_times(models, blocks, bf16=True, compiled=compiled, **sizes)
         rows += [{"way": way} | row for row in times]

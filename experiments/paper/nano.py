@@ -1,57 +1,74 @@
-"""Nanos: what the studies of single choices share, 1,200 steps of the standard library's source, two seeds."""
+"""Nanos: what the studies of single choices share, 1,200 steps of the standard library's source.
+
+A Nano has no kink in its curve. A Micro has one, where it learns to copy from its context, and after 12 million tokens
+its loss says most of all when that was (../LOG.md): with one seed, that hides what a single choice does.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
-from studies import Row, System, runs_of
+import numpy as np
+from micro import TOKENS, Curve, save_picture
+from studies import EXPERIMENT, Row, Study, System, run_of
 
-from mixture_of_tokens.formatting import Summary, loss, markdown, with_span
-from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
+from mixture_of_tokens.model.names import parse_name
 
-STEPS, SEEDS = 1200, (2, 3)
-BASE = System("MoT-Nano/32E/8")
+STEPS, SEED = 1200, 1
+DENSE, BASE = System("Transformer-Nano"), System("MoT-Nano/32E/8")
 
 
 def row(system: System) -> Row:
-    return Row(system, STEPS, SEEDS)
+    return Row(system, STEPS, (SEED,))
 
 
-def losses_of(system: System) -> dict[int, float]:
+def losses_of(row: Row) -> dict[int, float]:
     """Final losses over the validation text, by seed."""
-    return {seed: run.facts.final_loss for seed, run in runs_of(system, STEPS).items() if seed in SEEDS}
+    return {seed: run.facts.final_loss for seed, run in row.runs.items()}
 
 
-def against(system: System, base: System) -> Summary | None:
-    """How much higher the loss is than of another system, seed by seed."""
-    its, own = losses_of(base), losses_of(system)
+def against(row: Row, base: Row) -> Summary | None:
+    """How much higher the loss is than another row's, seed by seed."""
+    its, own = losses_of(base), losses_of(row)
     return Summary.of(own[seed] - its[seed] for seed in own if seed in its)
 
 
 def last_measured(system: System, field: str) -> list[float]:
-    """A field of the last telemetry, layer by layer, of the first seed whose telemetry is kept."""
-    for run in runs_of(system, STEPS).values():
-        layers = next((row.layers for row in reversed(run.rows) if row.layers), None)
-        if layers is not None:
-            return [layer[field] for layer in layers.values() if field in layer]
-    return []
+    """A field of the last telemetry, layer by layer."""
+    run = run_of(system, STEPS, SEED)
+    layers = next((row.layers for row in reversed(run.rows) if row.layers), None) if run is not None else None
+    return [layer[field] for layer in (layers or {}).values() if field in layer]
 
 
-def run_named(system: System) -> Run | None:
-    """Any of its runs."""
-    return next(iter(runs_of(system, STEPS).values()), None)
-
-
-def table_of(rows: Sequence[Row], columns: Mapping[str, Callable[[System], str]]) -> str:
-    """Losses, and their distance to the first system's, of the systems of which a run is kept."""
-    base, lines = rows[0].system, [["", "seeds", "loss", f"over {rows[0].system.label}", *columns]]
-    for system, _, _ in rows:
-        found, above = Summary.of(losses_of(system).values()), against(system, base)
-        if found is not None:
-            over = "" if above is None or system == base else with_span(above, signed)
-            lines.append(
-                [system.label, str(found.seeds), with_span(found, loss), over, *(of(system) for of in columns.values())]
-            )
+def table_of(rows: Sequence[Row], columns: Mapping[str, Callable[[System], str]] | None = None) -> str:
+    """Of the rows of which a run is kept: losses and FLOPs, and their distance to the first row of the same size."""
+    lines, bases = [["", "M tokens", "seeds", "loss", "over the first row", "FLOPs", *(columns or {})]], {}
+    for row in rows:
+        found, system = Summary.of(losses_of(row).values()), row.system
+        if found is None:
+            continue
+        base = bases.setdefault(parse_name(system.name).size, row)
+        above = None if row is base else against(row, base)
+        cells = [system.label, f"{row.steps * TOKENS / 1e6:.1f}", str(found.seeds), with_span(found, loss)]
+        cells += ["" if above is None else with_span(above, signed), ratio(flops_of(row) / flops_of(base))]
+        lines.append([*cells, *(of(system) for of in (columns or {}).values())])
     return markdown(lines)
+
+
+def flops_of(row: Row) -> int:
+    """Of a token in a forward pass, by any of its runs."""
+    return next(iter(row.runs.values())).facts.forward_flops_per_token
 
 
 def signed(value: float) -> str:
     return f"{value:+.3f}"
+
+
+def draw_curves(study: Study) -> None:
+    """The evaluations of the Nanos during training, without the first sixth."""
+    curves = []
+    for row in study.rows:
+        if parse_name(row.system.name).size == "Nano" and row.runs:
+            points = [[point for point in run.curve if 6 * point.step >= row.steps] for run in row.runs.values()]
+            losses = np.array([[point.loss for point in each] for each in points])
+            curves.append(Curve(row.system.label, np.array([point.step for point in points[0]]) * TOKENS / 1e6, losses))
+    save_picture({"M tokens": curves}, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg")

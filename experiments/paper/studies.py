@@ -1,7 +1,7 @@
 """What the scripts here share: systems and the runs of them, and claims with what the runs say.
 
-One pool of runs serves every script that asks for them: a run is known by its name, its settings, its steps and its
-seed. Seed 1 chose rates and temperatures on the tuning split, and is not among them.
+All scripts share the runs in this folder: a run is known by its name, its settings, its steps and its seed. The peak
+rates of Micros were chosen with seed 1, so their results are of seeds from 2 on; those of Nanos with seed 0.
 
 Micros see the source text of installed packages; training is as the paper's, bf16 where autocast allows, weights and
 optimizer in fp32, cosine to a tenth of the peak; compiled. Nanos see the standard library's source, in fp32 if nothing
@@ -11,6 +11,7 @@ else is said, and those without settings are the runs of `../nano`.
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ SIZES = {
     "Nano": Options(device="cpu"),
     "Micro": Options(device="cpu", data=["packages"], training={"bf16": "true", "torch_compile": "true"}),
 }
-SEEDS = range(1, 10)  # that a run may have
+FIRST_SEEDS = {"Nano": 1, "Micro": 2}  # whose telemetry is kept
 
 
 class System(NamedTuple):
@@ -67,11 +68,21 @@ class System(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A system after so many steps, with the seeds to be trained."""
+    """A system after so many steps, and its seeds."""
 
     system: System
     steps: int
     seeds: Sequence[int] = (2,)
+
+    @property
+    def runs(self) -> dict[int, Run]:
+        """Those that are kept, by seed."""
+        runs = {seed: run_of(self.system, self.steps, seed) for seed in self.seeds}
+        return {seed: run for seed, run in runs.items() if run is not None}
+
+    @property
+    def complete(self) -> bool:
+        return len(self.runs) == len(self.seeds)
 
 
 def trained(rows: Iterable[Row]) -> None:
@@ -82,7 +93,7 @@ def trained(rows: Iterable[Row]) -> None:
             out = EXPERIMENT.trained / system.directory(steps, seed)
             options, rate = system.options(steps), system.learning_rate
             train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)
-            keep([read(out)], EXPERIMENT.kept, first_seed=2)
+            keep([read(out)], EXPERIMENT.kept, first_seed=FIRST_SEEDS[parse_name(system.name).size])
 
 
 def run_of(system: System, steps: int, seed: int) -> Run | None:
@@ -94,12 +105,6 @@ def run_of(system: System, steps: int, seed: int) -> Run | None:
     return next((run for run in found if run.config.steps == steps), None)
 
 
-def runs_of(system: System, steps: int) -> dict[int, Run]:
-    """Those that are kept, by seed."""
-    runs = {seed: run_of(system, steps, seed) for seed in SEEDS}
-    return {seed: run for seed, run in runs.items() if run is not None}
-
-
 CONFIRMED, NOT_HERE, CONTRADICTED = "confirmed", "not at this scale", "contradicted"
 OPEN = "open"  # as long as runs are missing
 
@@ -108,24 +113,27 @@ OPEN = "open"  # as long as runs are missing
 class Study:
     """A claim, the runs that test it, and what they say.
 
-    paper: its value there, and where that is read from (docs/results.md names the sources).
-    says: what was measured, and the verdict; None while runs are missing.
+    paper: its value there.
+    says: what was measured, and the verdict of complete rows; None where nothing can be said yet.
     table: of the rows of which a run is kept, as Markdown.
+    make: trains what is missing, by default of the rows.
     draw: its picture, if it has one.
     """
 
     id: str
     claim: str
     paper: str
-    rows: Sequence[Row]
     says: Callable[[], tuple[str, str] | None]
     table: Callable[[Sequence[Row]], str]
+    rows: Sequence[Row] = ()
+    make: Callable[[], None] | None = None
     draw: Callable[["Study"], None] | None = None
 
     @property
     def found(self) -> tuple[str, str]:
         """What was measured, and the verdict."""
-        return self.says() or ("", OPEN)
+        measured, verdict = self.says() or ("", OPEN)
+        return measured, verdict if all(row.complete for row in self.rows) else OPEN
 
     @property
     def command(self) -> str:
@@ -134,7 +142,7 @@ class Study:
     def main(self, doc: str | None) -> None:
         given = asked(doc, table="print the table, and stop")
         if not given.table:
-            trained(self.rows)
+            (self.make or partial(trained, self.rows))()
             if self.draw is not None:
                 self.draw(self)
         print(self.table(self.rows))

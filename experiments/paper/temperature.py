@@ -1,17 +1,18 @@
 """Temperature: learned, it sharpens the router's weights and hurts the loss.
 
-    python experiments/paper/temperature.py            # what is missing of eight Nanos; forty minutes of one core
+    python experiments/paper/temperature.py            # what is missing of four Nanos; half an hour of one core
     python experiments/paper/temperature.py --table    # the table of what is committed
 
-Mixtures of Tokens whose temperature is fixed, learned from the same start, or annealed: at 0.25, Nano's own, and at 1,
-the authors'. Expected: learned ones have a lower entropy of the mixtures, and a higher loss. The authors' blog post:
-4.0441 learned against 3.7672 fixed at about 100,000 steps of a Mini; entropy of its four layers, 1 being even, 0.827,
-0.412, 0.024 and 0.058 learned, 0.946, 0.644, 0.351 and 0.282 fixed. One rate for all of them, which was swept at 0.25.
+The temperature is fixed at 0.25 (Nano's default) or at 1 (the authors'), or learned from one of these; one more model
+is annealed from 0.5 to 0.125. Expected: where it is learned, mixtures have a lower entropy, and the loss is higher. The
+authors' blog post: loss 4.0441 learned, 3.7672 fixed after about 100,000 steps of a Mini; entropy of its four layers, 1
+being even, 0.827, 0.412, 0.024 and 0.058 learned, 0.946, 0.644, 0.351 and 0.282 fixed. One peak rate for all, which was
+swept at 0.25; one seed.
 """
 
 import statistics
 
-from nano import BASE, against, last_measured, losses_of, row, signed, table_of
+from nano import BASE, against, last_measured, row, signed, table_of
 from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Study, System
 
 LEARNED = {"learnable_temperature": "true"}
@@ -26,28 +27,26 @@ def entropy(system: System) -> list[float]:
 
 
 def says() -> tuple[str, str] | None:
-    told, worse, sharper = [], [], []
+    told, as_claimed = [], []
     for at, fixed in FIXED_AT.items():
         learned = LEARNED_FROM[at]
-        if not losses_of(fixed) or not losses_of(learned):
-            return None
-        above = against(learned, fixed)
-        assert above is not None
+        above = against(row(learned), row(fixed))
+        if above is None:
+            continue
         before, after = statistics.mean(entropy(fixed)), statistics.mean(entropy(learned))
-        told.append(
-            f"learned from {at}: loss {signed(above.mean)}, mean entropy {before:.2f} fixed, {after:.2f} learned"
-        )
-        worse.append(above.least > 0)
-        sharper.append(after < before)
-    if all(worse) and all(sharper):
+        told.append(f"from {at}: loss {signed(above.mean)}, mean entropy {before:.2f} fixed, {after:.2f} learned")
+        as_claimed.append((above.mean > 0, after < before))
+    if not told:
+        return None
+    if all(map(all, as_claimed)):
         return "; ".join(told), CONFIRMED
-    return "; ".join(told), NOT_HERE if any(worse) else CONTRADICTED
+    return "; ".join(told), NOT_HERE if any(map(all, as_claimed)) else CONTRADICTED
 
 
 STUDY = Study(
     id="temperature",
     claim="A learned temperature sharpens routing and hurts",
-    paper="loss +0.277; mean entropy 0.56 fixed, 0.33 learned (Mini, 100,000 steps)",
+    paper="loss 3.7672 fixed, 4.0441 learned (Mini, about 100,000 steps); mean entropy of the layers 0.56, 0.33",
     rows=[row(system) for system in SYSTEMS],
     says=says,
     table=lambda rows: table_of(
