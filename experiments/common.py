@@ -198,6 +198,8 @@ def _step_of(
     model: MixtureOfTokensForCausalLM, batches: Sequence[dict[str, torch.Tensor]], bf16: bool, compiled: bool
 ) -> Callable[[], None]:
     model.train()
+    torch._dynamo.config.recompile_limit = 64  # by default the ninth model of a class is silently not compiled
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     forward, turn = torch.compile(model) if compiled else model, itertools.cycle(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from mixture_of_tokens import cli
@@ -22,7 +23,7 @@ from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
-from mixture_of_tokens.training.train import build
+from mixture_of_tokens.training.train import build, train
 from processes import mot
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
@@ -442,3 +443,15 @@ def test_training_in_bf16_alone_has_all_weights_and_moments_in_bf16(name, small_
     resumed.train(tmp_path / "checkpoint-2")
     for name, value in model.state_dict().items():
         assert torch.equal(value, resumed.causal_lm.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_every_run_of_a_process_is_compiled(small_corpus, tmp_path, monkeypatch):
+    """torch compiles a function for a limited number of models, and a comparison trains many of one class."""
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+    fields = {"torch_compile": "true", "torch_compile_backend": "eager", "eval_strategy": "no"}
+    options = Options(steps=1, batch_size=8, data=[str(small_corpus)], device="cpu", training=fields)
+    for seed in range(2):
+        counters.clear()
+        train("Transformer-Nano", out=tmp_path / str(seed), seed=seed, options=options)
+        assert counters["frames"]["ok"] > 0
