@@ -1,16 +1,18 @@
 """Table 3: mixtures do better downstream than the dense model.
 
-    python experiments/paper/table3.py            # what is missing, with lm_eval on the path; an hour of two cores
+    python experiments/paper/table3.py            # what is missing, with lm_eval on the path; half an hour of one core
     python experiments/paper/table3.py --hub      # the authors' tasks, PIQA, HellaSwag and ARC-e, from the Hub
     python experiments/paper/table3.py --table    # the table of what is committed
 
-Scored by lm-evaluation-harness, as it is, on exports that plain transformers loads; a Mixture of Tokens is switched to
-Token Choice for that (`mot export`). Install it into an environment of its own (`pip install "lm-eval[hf]"`), as
-installed packages are the text here, and put its `lm_eval` on the path. Two tasks are made of 1,000 places each in the
-validation text, without empty lines and those of more than 60 characters: which of four lines comes next, and which of
-four names of the text ends a line. Chance is 0.25. Expected: both mixtures do better than the dense model in both
-tasks, by two standard errors of the difference. The paper: MoT-Medium/32E/16 and /32E do better than the dense model in
-PIQA, HellaSwag and ARC-e (others' description of its table 3; values not available).
+Scored by lm-evaluation-harness, as it is, on Nanos that were exported to plain transformers; a Mixture of Tokens is
+switched to Token Choice for that (`mot export`). Install the harness into an environment of its own (`pip install
+"lm-eval[hf]"`), since installed packages are the text of other scripts here, and put its `lm_eval` on the path.
+
+Two tasks are made of 2,000 places each in the validation text, without empty lines and those of more than 40
+characters: which of four lines comes next, and which of four names of the text ends a line. Chance is 0.25. Expected:
+both mixtures do better than the dense model in both tasks, by two standard errors of the difference. The paper:
+MoT-Medium/32E/16 and /32E do better than the dense model in PIQA, HellaSwag and ARC-e (others' description of its table
+3; values not available). One seed.
 """
 
 import json
@@ -25,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from micro import DENSE, MIXTURES, SHORT
-from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, NOT_HERE, Study
+from nano import DENSE, SEED, STEPS
+from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, NOT_HERE, Study, System
 
 from mixture_of_tokens import export, train
 from mixture_of_tokens.formatting import markdown
@@ -36,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import asked, read_csv, write_csv
 
-SYSTEMS, SEED = (DENSE, MIXTURES[1], MIXTURES[8]), 2
+SYSTEMS = (DENSE, System("MoT-Nano/32E"), System("MoT-Nano/32E/16"))
 TASKS = {"next_line": "next line", "last_name": "last name of a line"}
 HUB_TASKS = ("piqa", "hellaswag", "arc_easy")
-PLACES, CHOICES, LINES = 1000, 4, 4  # of a task; of a place; of text before it
-LONGEST = 60  # characters of a line
+PLACES, CHOICES, LINES = 2000, 4, 2  # of a task; of a place; of text before it
+LONGEST = 40  # characters of a line
 SCORES = EXPERIMENT.kept / "table3.csv"
 TASK = {
     "output_type": "multiple_choice",
@@ -137,8 +139,8 @@ def make(tasks: Sequence[str]) -> None:
         missing = [task for task in tasks if (system.label, task) not in {(row["system"], row["task"]) for row in rows}]
         if not missing:
             continue
-        run = EXPERIMENT.trained / system.directory(SHORT, SEED)
-        train(system.name, out=run, seed=SEED, options=system.options(SHORT), resume=True)
+        run = EXPERIMENT.trained / system.directory(STEPS, SEED)
+        train(system.name, out=run, seed=SEED, options=system.options(STEPS), resume=True)
         exported = folder / f"{run.name}-exported"
         if not exported.exists():
             export(str(run), exported)
