@@ -6,6 +6,7 @@ file a run (`mixture_of_tokens.runs.run.pack`): evaluations of all seeds, and of
 
 import argparse
 import csv
+import io
 import itertools
 import math
 import os
@@ -32,6 +33,7 @@ from mixture_of_tokens.reports import comparison
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_model, runs_of
 from mixture_of_tokens.reports.figures import DASHES
 from mixture_of_tokens.reports.prose import seeds_of
+from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.records import MetricsRow
 from mixture_of_tokens.runs.run import Run, pack, read
 from mixture_of_tokens.training.options import Options
@@ -118,7 +120,7 @@ def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = (), *, first_
         text = file.read_text()
         for prefix in (*without, f"{RUNS}/"):
             text = text.replace(prefix, "")
-        file.write_text(text)
+        write_text(file, text)
         again.append(read(file))
     return again
 
@@ -246,10 +248,12 @@ def save_picture(panels: Mapping[str, Sequence[Curve]], y_label: str, file: Path
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    with file.open("w") as opened:
-        writer = csv.DictWriter(opened, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    """In one step: a stopped script leaves the old rows or the new ones."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(file, text.getvalue())
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:

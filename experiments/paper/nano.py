@@ -4,14 +4,20 @@ A Nano has no kink in its curve. A Micro has one, where it learns to copy from i
 its loss says most of all when that was (../LOG.md): with one seed, that hides what a single choice does.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
-from micro import TOKENS, Curve, save_picture
 from studies import EXPERIMENT, Row, Study, System, run_of
 
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
 from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.runs.run import Run
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Curve, save_picture
 
 STEPS, SEED = 1200, 1
 DENSE, BASE = System("Transformer-Nano"), System("MoT-Nano/32E/8")
@@ -48,15 +54,20 @@ def table_of(rows: Sequence[Row], columns: Mapping[str, Callable[[System], str]]
             continue
         base = bases.setdefault(parse_name(system.name).size, row)
         above = None if row is base else against(row, base)
-        cells = [system.label, f"{row.steps * TOKENS / 1e6:.1f}", str(found.seeds), with_span(found, loss)]
+        cells = [system.label, f"{run_in(row).facts.tokens / 1e6:.1f}", str(found.seeds), with_span(found, loss)]
         cells += ["" if above is None else with_span(above, signed), ratio(flops_of(row) / flops_of(base))]
         lines.append([*cells, *(of(system) for of in (columns or {}).values())])
     return markdown(lines)
 
 
 def flops_of(row: Row) -> int:
-    """Of a token in a forward pass, by any of its runs."""
-    return next(iter(row.runs.values())).facts.forward_flops_per_token
+    """Of a token in a forward pass."""
+    return run_in(row).facts.forward_flops_per_token
+
+
+def run_in(row: Row) -> Run:
+    """Any of its runs."""
+    return next(iter(row.runs.values()))
 
 
 def signed(value: float) -> str:
@@ -70,5 +81,5 @@ def draw_curves(study: Study) -> None:
         if parse_name(row.system.name).size == "Nano" and row.runs:
             points = [[point for point in run.curve if 6 * point.step >= row.steps] for run in row.runs.values()]
             losses = np.array([[point.loss for point in each] for each in points])
-            curves.append(Curve(row.system.label, np.array([point.step for point in points[0]]) * TOKENS / 1e6, losses))
+            curves.append(Curve(row.system.label, np.array([point.tokens / 1e6 for point in points[0]]), losses))
     save_picture({"M tokens": curves}, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg")
