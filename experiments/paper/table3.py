@@ -186,7 +186,7 @@ def table_of(_: object = ()) -> str:
 STUDY = Study(
     id="table3",
     claim="Mixtures do better downstream than the dense model",
-    paper="MoT-Medium/32E/16 and /32E in PIQA, HellaSwag, ARC-e; values not available",
+    paper="so for MoT-Medium/32E/16 and /32E in PIQA, HellaSwag, ARC-e; values not available",
     says=says,
     table=table_of,
 )
