@@ -332,6 +332,10 @@ WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
         ("shared", "Qwen3-MoE, with softmax gates, has no shared experts: this model cannot be exported"),
         *((kind, f"{kind} layers are not in plain transformers: they cannot be exported") for kind in WITHOUT_EXPORT),
         ("plain", "plain feed-forwards (gated false) are not in Qwen3"),
+        (
+            "narrow",
+            "has experts of width 6: plain transformers multiplies experts by grouped_mm, which takes multiples",
+        ),
         ("another order", "in Dots1 the first blocks are dense and all others sparse"),
         ("top k of a dense model", "--top-k and --scores are for a Mixture of Tokens, and"),
         ("foreign tokenizer", "it is another model's"),
@@ -345,6 +349,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
     out = tmp_path / "out"
     if given == "plain":
         directory = saved("token_choice", gated=False, hidden_act="relu")
+    elif given == "narrow":
+        directory = saved("token_choice", moe_intermediate_size=6)
     elif given == "another order":
         directory = saved("sigmoid_choice", mlp_layer_types=["sigmoid_choice", "dense", "sigmoid_choice"])
     elif given == "foreign tokenizer":

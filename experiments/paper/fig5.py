@@ -1,6 +1,6 @@
 """Figure 5: more mixtures, lower loss.
 
-    python experiments/paper/fig5.py            # what is missing of three Nanos and four Micros; two hours of one core
+    python experiments/paper/fig5.py            # what is missing of three Nanos and three Micros; two hours of one core
     python experiments/paper/fig5.py --table    # the table of what is committed
 
 Groups of 32 with 1 to 16 times as many experts of a 1st to a 16th of the width: the same parameters, and the FLOPs of
@@ -10,14 +10,14 @@ verdict is of the Nanos, as Micros say little with one (see `nano.py`).
 """
 
 import micro
-from nano import DENSE, draw_curves, losses_of, row, table_of
+from nano import draw_curves, losses_of, row, table_of
 from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Row, Study, System
 
 from mixture_of_tokens.formatting import Summary
 
 MIXTURES = {k: System(f"MoT-Nano/32E/{k}".removesuffix("/1")) for k in (1, 2, 4, 8, 16)}
 ROWS = [row(system) for system in MIXTURES.values()]
-MICROS = [Row(system, micro.SHORT) for system in (micro.DENSE, *micro.MIXTURES.values())]
+MICROS = [Row(system, micro.SHORT) for system in micro.MIXTURES.values()]
 
 
 def says() -> tuple[str, str] | None:
@@ -36,7 +36,7 @@ STUDY = Study(
     id="fig5",
     claim="More mixtures, lower loss",
     paper="/1, /8, /16, /32: each lower; values not available",
-    rows=[row(DENSE), *ROWS, *MICROS],
+    rows=[*ROWS, *MICROS],
     says=says,
     table=table_of,
     draw=draw_curves,

@@ -34,8 +34,10 @@ def losses_of(row: Row) -> dict[int, float]:
 
 def against(row: Row, base: Row) -> Summary | None:
     """How much higher the loss is than another row's, seed by seed."""
-    its, own = losses_of(base), losses_of(row)
-    return Summary.of(own[seed] - its[seed] for seed in own if seed in its)
+    its, own = base.runs, {seed: run for seed, run in row.runs.items() if seed in base.runs}
+    if any(run.facts.text != its[seed].facts.text for seed, run in own.items()):
+        raise ValueError(f"{row.system.label} and {base.system.label} saw different text: no loss of theirs compares")
+    return Summary.of(run.facts.final_loss - its[seed].facts.final_loss for seed, run in own.items())
 
 
 def last_measured(system: System, field: str) -> list[float]:

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import asked, read_csv, write_csv
 
-SYSTEMS = (DENSE, System("MoT-Nano/32E"), System("MoT-Nano/32E/16"))
+SYSTEMS = (DENSE, System("MoT-Nano/32E"), System("MoT-Nano/32E/4"))
 TASKS = {"next_line": "next line", "last_name": "last name of a line"}
 HUB_TASKS = ("piqa", "hellaswag", "arc_easy")
 PLACES, CHOICES, LINES = 2000, 4, 2  # of a task; of a place; of text before it

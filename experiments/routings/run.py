@@ -214,7 +214,8 @@ def table(experiment: Experiment) -> str:
         runs = runs_of(experiment, system)
         if not runs:
             continue
-        found = [reached(run, dense[run.seed]) for run in runs]
+        another = any(run.facts.text != dense[run.seed].facts.text for run in runs)  # no loss of it can be compared
+        found = [None if another else reached(run, dense[run.seed]) for run in runs]
         at = [each for each in found if each is not None]
         time_of, untrained = times.get(system.label), times.get(system.label + UNTRAINED)
         share, low, high = (float(time_of[key]) for key in TIMES) if time_of else (None, None, None)
@@ -231,12 +232,12 @@ def table(experiment: Experiment) -> str:
                 if each
             ]
         cells = [
-            system.label,
+            f"{system.label}, another text" if another else system.label,
             str(len(runs)),
             spread(run.facts.final_loss for run in runs),
             _alone(system, runs[0]),
-            spread((each.of_steps for each in at), ratio) or "never",
-            spread((each.of_flops for each in at), ratio) or "never",
+            spread((each.of_steps for each in at), ratio) or ("" if another else "never"),
+            spread((each.of_flops for each in at), ratio) or ("" if another else "never"),
             spread(took, ratio),
             "" if share is None else f"{share:.2f} ({low:.2f} to {high:.2f})",
         ]
