@@ -446,12 +446,12 @@ def test_training_in_bf16_alone_has_all_weights_and_moments_in_bf16(name, small_
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_every_run_of_a_process_is_compiled(small_corpus, tmp_path, monkeypatch):
+def test_every_run_of_a_process_is_compiled(small_corpus, tmp_path):
     """torch compiles a function for a limited number of models, and a comparison trains many of one class."""
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
     fields = {"torch_compile": "true", "torch_compile_backend": "eager", "eval_strategy": "no"}
     options = Options(steps=1, batch_size=8, data=[str(small_corpus)], device="cpu", training=fields)
     for seed in range(2):
         counters.clear()
-        train("Transformer-Nano", out=tmp_path / str(seed), seed=seed, options=options)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            train("Transformer-Nano", out=tmp_path / str(seed), seed=seed, options=options)
         assert counters["frames"]["ok"] > 0
