@@ -35,8 +35,11 @@ def runs_of(name: str, way: str) -> list[Run]:
 
 def stages_of(name: str, way: str) -> list[list[float]]:
     """By seed: the loss in groups before, at the switch and at the end; on the part that is evaluated in training."""
-    runs = [run for run in runs_of(name, way) if run.switch is not None]
-    return [[run.switch.source_in_groups, run.switch.at_the_switch, run.stages.end_loss] for run in runs if run.switch]
+    return [
+        [run.switch.source_in_groups, run.switch.at_the_switch, run.stages.end_loss]
+        for run in runs_of(name, way)
+        if run.switch is not None
+    ]
 
 
 def from_scratch(name: str) -> list[float]:

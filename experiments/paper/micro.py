@@ -197,7 +197,7 @@ def times_table() -> str:
 def main() -> None:
     given = asked(
         __doc__,
-        sweep="try rates and temperatures, and stop",
+        sweep="try rates, and stop",
         time="time steps, and stop",
         table="print what was swept and timed, and stop",
     )

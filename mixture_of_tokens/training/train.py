@@ -159,7 +159,7 @@ def _run(
 ) -> Run | None:
     made_by = {"versions": provenance.versions(), "commit": provenance.commit()}  # now, as they may change
     keep_large_blocks()
-    if arguments.torch_compile:  # else the models of earlier runs count: from the eighth on none would be compiled
+    if arguments.torch_compile:  # else torch counts the models of earlier runs, and compiles no ninth one
         torch.compiler.reset()
     transformers.logging.disable_progress_bar()
     trainer, prepared = build(run, arguments, placement)
