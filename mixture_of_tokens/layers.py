@@ -55,8 +55,18 @@ def softmax(logits: Tensor, dim: int) -> Tensor:
 
 
 def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of the last dimension, and where they are. A maximum is found six times as fast as a top 1."""
-    return scores.max(dim=-1, keepdim=True) if k == 1 else scores.topk(k, dim=-1)
+    """The k highest of the last dimension, and where they are."""
+    if k == 1:
+        return scores.max(dim=-1, keepdim=True)  # six times as fast as a top 1
+    quarter, rest = divmod(scores.shape[-1], 4)
+    if rest or quarter < 4 * k:
+        return scores.topk(k, dim=-1)
+    # Faster than a top k of all: of sets of four, take the k whose own highest are highest, and look among those alone.
+    known = scores.detach()
+    sets = known.unflatten(-1, (4, quarter)).amax(-2).topk(k, dim=-1).indices
+    among = (sets[..., None, :] + torch.arange(0, 4 * quarter, quarter, device=sets.device)[:, None]).flatten(-2)
+    where = among.gather(-1, known.gather(-1, among).topk(k, dim=-1).indices)
+    return scores.gather(-1, where), where
 
 
 def summed_over_processes(counts: Tensor) -> Tensor:

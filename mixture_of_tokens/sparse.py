@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, highest, softmax, summed_over_processes
-from mixture_of_tokens.layout import check_shapes, grouped, ragged_linear, ungrouped
+from mixture_of_tokens.layout import check_shapes, grouped, ungrouped
+from mixture_of_tokens.slots import Slots, ragged_linear, slots_without_limit
 
 
 class ExpertChoice(Routed):
@@ -58,8 +59,10 @@ class ExpertChoice(Routed):
         gate_MCE, token_MCE = scores_MGE.topk(min(self.capacity, G), dim=1)
         row_MCE = token_MCE + torch.arange(0, M * G, G, device=x_MGD.device)[:, None, None]
         gate_ER, row_ER = gate_MCE.flatten(0, 1).T, row_MCE.flatten(0, 1).T  # R = M * C
-        y_ERD = gate_ER[..., None] * self.experts(x_MGD.flatten(0, 1)[row_ER])
-        y_MGD = y_ERD.new_zeros(M * G, D).index_add(0, row_ER.flatten(), y_ERD.flatten(0, 1)).view(M, G, D)
+        token_A, slot_A = row_ER.flatten().sort(stable=True)
+        slots = Slots.of(token_A, slot_A, M * G, len(slot_A))
+        y_ND = self.experts(slots.dispatch(x_MGD.flatten(0, 1)).view(*row_ER.shape, D)).flatten(0, 1)
+        y_MGD = slots.combine(y_ND, gate_ER.flatten().index_select(0, slot_A)).view(M, G, D)
         return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
 
 
@@ -109,8 +112,8 @@ class TokenChoice(Routed):
         """Gates and numbers of each token's K experts, by the router's logits (..., E)."""
         return highest(softmax(logits, dim=-1), self.num_experts_per_tok)
 
-    def note_load(self, ends_E: Tensor) -> None:
-        """Called with the running number of choices, expert by expert."""
+    def note(self, expert_TBK: Tensor) -> None:
+        """Called with each token's experts, E for masked tokens, where there is no capacity."""
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         check_shapes(x_BTD, token_mask)
@@ -123,36 +126,34 @@ class TokenChoice(Routed):
         if self.norm_topk_prob:
             gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
         if masked_TB1 is not None:
-            expert_TBK = expert_TBK.masked_fill(masked_TB1, E)  # masked tokens go to no expert: sorted last, never read
-
-        # Assignments in order of priority (position, choice, row), then by expert with that order kept.
-        expert_A, order_A = expert_TBK.transpose(1, 2).flatten().sort(stable=True)
-        gate_A1 = gate_TBK.transpose(1, 2).flatten()[order_A, None]
-        token_A = order_A // (K * B) * B + order_A % B
-        x_AD = x_TBD.flatten(0, 1)[token_A]
-        ends_E = torch.searchsorted(expert_A, torch.arange(E, device=x_AD.device), right=True)
-        self.note_load(ends_E)
+            expert_TBK = expert_TBK.masked_fill(masked_TB1, E)  # masked tokens go to no expert
+        x_SD, gate_A = x_TBD.flatten(0, 1), gate_TBK.flatten()
+        token_A = torch.arange(len(x_SD), device=x_SD.device).repeat_interleave(K)
         if self.training and self.capacity_factor is not None:
-            y_AD = self._with_capacity(self.capacity_factor, x_AD, expert_A, ends_E)
+            slot_A, number = self._slots_within_capacity(self.capacity_factor, expert_TBK)
+            slots = Slots.of(token_A, slot_A, len(x_SD), number)
+            y_ND = self.experts(slots.dispatch(x_SD).unflatten(0, (E, -1))).flatten(0, 1)
         else:
-            y_AD = self.experts(x_AD, lambda x, weight: ragged_linear(x, weight, ends_E))
-        y_AD = gate_A1 * y_AD
-        if masked_TB1 is not None:
-            y_AD = y_AD.masked_fill(expert_A[:, None] == E, 0)
-        y_TBD = y_AD.new_zeros(T * B, D).index_add(0, token_A, y_AD).view(T, B, D)
-        return y_TBD.transpose(0, 1).to(x_BTD.dtype)
+            self.note(expert_TBK)
+            slot_A, ends_E, number = slots_without_limit(expert_TBK.flatten(), E, x_SD)
+            slots = Slots.of(token_A, slot_A, len(x_SD), number)
+            y_ND = self.experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, ends_E))
+        return slots.combine(y_ND, gate_A).view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
 
-    def _with_capacity(self, factor: float, x_AD: Tensor, expert_A: Tensor, ends_E: Tensor) -> Tensor:
-        """Each expert's output on its assignments within the capacity (R slots an expert); zero for the others."""
-        (A, D), E = x_AD.shape, self.num_experts
-        most = A // self.num_experts_per_tok  # no expert is chosen twice by a token
-        R = min(most, max(1, math.ceil(factor * A / E)))
+    def _slots_within_capacity(self, factor: float, expert_TBK: Tensor) -> tuple[Tensor, int]:
+        """The slot of each assignment, of R an expert, and their number, which is the slot of what is dropped."""
+        _, B, K = expert_TBK.shape
+        A, E = expert_TBK.numel(), self.num_experts
+        # In order of priority (position, choice, row), then by expert with that order kept.
+        expert_A, order_A = expert_TBK.transpose(1, 2).flatten().sort(stable=True)
+        ends_E = torch.searchsorted(expert_A, torch.arange(E, device=expert_A.device), right=True)
+        R = min(A // K, max(1, math.ceil(factor * A / E)))  # no expert is chosen twice by a token
         capacity = (factor * ends_E[-1].double() / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
-        rank_A = torch.arange(A, device=x_AD.device) - F.pad(ends_E, (1, 0))[expert_A]
+        rank_A = torch.arange(A, device=expert_A.device) - F.pad(ends_E, (1, 0))[expert_A]
         kept_A = (rank_A < capacity) & (expert_A < E)
-        slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)  # the last slot takes what is dropped
-        x_ERD = x_AD.new_zeros(E * R + 1, D).index_copy(0, slot_A, x_AD)[:-1].view(E, R, D)
-        return F.pad(self.experts(x_ERD).flatten(0, 1), (0, 0, 0, 1))[slot_A]
+        slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)
+        assignment_A = (order_A // (K * B) * B + order_A % B) * K + order_A // B % K  # token by token
+        return torch.empty_like(slot_A).index_copy(0, assignment_A, slot_A), E * R
 
 
 class SigmoidChoice(TokenChoice):
@@ -213,9 +214,11 @@ class SigmoidChoice(TokenChoice):
         _, expert = highest(scores.detach() + self.selection_bias, self.num_experts_per_tok)
         return scores.gather(-1, expert), expert
 
-    def note_load(self, ends_E: Tensor) -> None:
+    def note(self, expert_TBK: Tensor) -> None:
         if self.training and torch.is_grad_enabled():  # not of telemetry
-            load_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+            expert_A = expert_TBK.flatten()
+            counts = expert_A.new_zeros(self.num_experts + 1).index_add(0, expert_A, torch.ones_like(expert_A))
+            load_E = counts[:-1]
             self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
     def reset_state(self) -> None:

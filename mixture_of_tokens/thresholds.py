@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, summed_over_processes
-from mixture_of_tokens.layout import check_shapes, ragged_linear
+from mixture_of_tokens.layout import check_shapes
+from mixture_of_tokens.slots import Slots, ragged_linear, slots_without_limit
 
 SCORES = ("softmax", "sigmoid")
 
@@ -66,13 +67,13 @@ class _Above(Routed):
         x_SD = x_BTD.transpose(0, 1).flatten(0, 1).masked_fill(~real_S[:, None], 0)
         logits_SE = self.gate(x_SD.view(T, B, D)).flatten(0, 1)
         gate_SE = self.gates(logits_SE).masked_fill(~real_S[:, None], 0)
-        expert_A, token_A = (gate_SE > 0).T.nonzero(as_tuple=True)  # expert by expert, and in each in order
-        ends_E = torch.searchsorted(expert_A, torch.arange(self.num_experts, device=x_SD.device), right=True)
+        token_A, expert_A = (gate_SE > 0).nonzero(as_tuple=True)
+        slot_A, ends_E, number = slots_without_limit(expert_A, self.num_experts, x_SD)
+        slots = Slots.of(token_A, slot_A, B * T, number)
         if self.training and torch.is_grad_enabled():  # not of telemetry
             self.note(logits_SE.detach(), real_S)
-        y_AD = self.experts(x_SD[token_A], lambda x, weight: ragged_linear(x, weight, ends_E))
-        y_AD = gate_SE[token_A, expert_A, None] * y_AD
-        y_SD = y_AD.new_zeros(B * T, D).index_add(0, token_A, y_AD)
+        y_ND = self.experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, ends_E))
+        y_SD = slots.combine(y_ND, gate_SE[token_A, expert_A])
         return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
 
 

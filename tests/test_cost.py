@@ -261,7 +261,7 @@ def test_the_floor_is_what_routing_costs(name, floor):
 )
 @pytest.mark.parametrize("system", [prefix for prefix, row in BY_PREFIX.items() if not row.varies])
 def test_activations_are_what_autograd_keeps(system, size, groups, gated, dtype):
-    """The estimate leaves out indices, masks and the norms' scales: it is 0.95 to 1.01 of what is kept."""
+    """The estimate leaves out masks and the norms' scales: it is 0.95 to 1.01 of what is kept."""
     name = f"{system}-{size}" if system == "Transformer" else f"{system}-{size}/{groups}"
     config = config_from_name(name, gated=gated, attn_implementation="sdpa")
     estimate = memory(config, batch=32, dtype=str(dtype).removeprefix("torch."))["activations"]

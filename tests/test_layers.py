@@ -10,8 +10,9 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 import reference
-from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed
-from mixture_of_tokens.layout import precise_linear, ragged_linear
+from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed, highest
+from mixture_of_tokens.layout import precise_linear
+from mixture_of_tokens.slots import Slots, ragged_linear, slots_without_limit
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
@@ -406,15 +407,62 @@ def test_the_default_compiler_takes_masked_batches_of_changing_shapes(name):
         assert_close(found["x"], gradient["x"])
 
 
+@pytest.mark.parametrize(("experts", "k"), [(7, 1), (7, 3), (64, 4), (64, 5), (66, 2), (256, 8)])
+def test_the_highest_scores_are_found_and_get_the_gradients(experts, k):
+    scores = tokens(5, 3, experts, seed=experts).requires_grad_()
+    values, where = highest(scores, k)
+    expected, there = scores.topk(k)
+    assert where.equal(there)
+    assert values.equal(expected)
+    cotangent = tokens(5, 3, k, seed=1)
+    found, wanted = (torch.autograd.grad(each, scores, cotangent)[0] for each in (values, expected))
+    assert found.equal(wanted)
+
+
+def test_slots_take_tokens_to_experts_and_back_as_indexing_and_adding_up_do():
+    """Six tokens with no, one or several assignments; some are dropped, and some slots empty."""
+    token, slot = torch.tensor([0, 0, 2, 3, 3, 3, 5]), torch.tensor([4, 9, 1, 0, 9, 7, 3])  # 9: dropped
+    kept = slot < 9
+    x, gate = tokens(6, 4, seed=1).requires_grad_(), tokens(len(token), seed=2).requires_grad_()
+    scale, cotangent = tokens(9, 4, seed=3), tokens(6, 4, seed=4)
+    slots = Slots.of(token, slot, 6, 9)
+    held = slots.dispatch(x)
+    assert held[slot[kept]].equal(x[token[kept]])
+    assert not held[[2, 5, 6, 8]].any()
+    y = slots.combine(held * scale + 1, gate)  # 1 is what an empty slot gives, and nobody gets
+    added = gate[kept, None] * (x[token[kept]] * scale[slot[kept]] + 1)
+    expected = torch.zeros(6, 4, dtype=x.dtype).index_add(0, token[kept], added)
+    assert_close(y, expected)
+    for found, wanted in zip(*(torch.autograd.grad(each, (x, gate), cotangent) for each in (y, expected)), strict=True):
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "at_once"), [(torch.bfloat16, 16), (torch.float32, 1)], ids=str)
+def test_without_a_limit_everything_has_a_slot_of_its_own_expert(dtype, at_once):
+    expert = torch.randint(0, 5, (97,), generator=torch.Generator().manual_seed(0))
+    expert[expert == 2] = 4  # 4 experts: the fifth number stands for what is dropped
+    slot, ends, number = slots_without_limit(expert, 4, torch.empty(0, dtype=dtype))
+    served = expert < 4
+    assert slot[~served].eq(number).all()
+    assert len(slot[served].unique()) == served.sum()
+    assert torch.searchsorted(ends, slot[served], right=True).equal(expert[served])
+    loads = [int((expert == e).sum()) for e in range(4)]
+    assert loads[2] == 0
+    assert ends.diff(prepend=ends.new_zeros(1)).tolist() == [-(-load // at_once) * at_once for load in loads]
+    assert ends[-1] <= number
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 16, 17, 1, 40, 15, 2], [0, 1, 0, 0, 2, 0, 0, 0]], ids=["many", "few"])
+@pytest.mark.parametrize("width", [6, 16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_products_of_uneven_rows_are_each_expert_s_own(dtype):
-    """In bf16 an expert's product covers rows of the next one, which must not show; nor must rows after the last."""
-    sizes = [3, 0, 16, 17, 1, 40, 15, 2]
+def test_products_of_uneven_rows_are_each_expert_s_own(dtype, width, sizes):
+    """By torch in one call, or, in float64 and for rows that are no multiple of 16 bytes, in a loop; for fewer rows
+    than experts row by row. Rows after the last must not show."""
     ends = torch.tensor(sizes).cumsum(0)
     used = int(ends[-1])
     x = tokens(used + 5, 8, seed=1, dtype=dtype)
     x[used:] = math.nan
-    weight, cotangent = tokens(len(sizes), 6, 8, seed=2, dtype=dtype), tokens(used + 5, 6, seed=3, dtype=dtype)
+    weight, cotangent = tokens(len(sizes), width, 8, seed=2, dtype=dtype), tokens(used + 5, width, seed=3, dtype=dtype)
     x.requires_grad_(), weight.requires_grad_()
     y = ragged_linear(x, weight, ends)
     y.backward(cotangent)

@@ -89,6 +89,11 @@ def test_a_loss_that_is_there_at_the_first_evaluation_is_reached_there(tmp_path)
     assert (found.step, found.of_steps) == (5, 0.5)
 
 
+def test_a_loss_of_another_text_is_never_reached(tmp_path):
+    with pytest.raises(ValueError, match="saw different text"):
+        reached(run(tmp_path / "one"), run(tmp_path / "other", corpus=CORPUS | {"hash": "i"}))
+
+
 def test_a_run_after_a_switch_counts_its_source_s_flops_and_has_the_loss_at_the_switch(tmp_path):
     whole = run(tmp_path, losses=(3.0, 2.0, 1.8))  # at steps 5, 10 and 15 and as many tokens
     each = whole.flops[1]

@@ -165,15 +165,14 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, siz
         rows = routing.rows(config, batch, context, True)
         if routing.varies:
             rows = tokens * (routing.most(config) if experts is None else experts)
-        by_rows = routing.grouped or routing.mixes or routing.varies
-        outputs = rows if by_rows else tokens * config.num_experts_per_tok
         shared = config.shared_experts * config.moe_intermediate_size
         kept += tokens * size * hidden * shared
-        (fp32, own), vectors = routing.kept_weights, 4 * routing.kept_outputs[0] + size * routing.kept_outputs[1]
+        fp32, own = routing.kept_weights
         weights = 4 * fp32 + size * own * (size < 4 or not fp32)  # in float32 a cast is no copy
         cast = 4 * D if routing.routed and size < 4 else 0  # the router's input
         kept += tokens * (size * D + cast + weights * routing.logits(config))
-        kept += rows * size * (D + hidden * config.moe_intermediate_size) + outputs * vectors * D
+        kept += rows * size * (2 * D + hidden * config.moe_intermediate_size)  # what experts read and what they return
+        kept += 0 if routing.mixes else rows * (size + 3 * 8)  # gates, and where rows come from and go to
     return kept
 
 

@@ -56,9 +56,8 @@ class Routing:
         routed: it has a router; logits: the number of its logits for a token.
         grouped: it works on groups, and the last one is padded with masked rows.
         mixes: tokens are collected into mixtures, and the outputs are spread over the tokens.
-        kept_weights, kept_outputs: how many copies the backward pass keeps, in fp32 and in the model's precision. Of
-            the weights a copy is a number per token and expert; of the outputs a vector per row of an expert, or,
-            where it is not grouped, per choice of a token.
+        kept_weights: how many copies of the weights, a number per token and expert, the backward pass keeps, in fp32
+            and in the model's precision.
     """
 
     kind: str
@@ -84,7 +83,6 @@ class Routing:
     grouped: bool = True
     mixes: bool = False
     kept_weights: tuple[int, int] = (1, 0)
-    kept_outputs: tuple[int, int] = (0, 1)
 
     @property
     def private(self) -> bool:
@@ -255,7 +253,6 @@ ROWS = (
         rows=_token_choice_rows,
         grouped=False,
         kept_weights=(2, 0),
-        kept_outputs=(1, 2),
     ),
     Routing(
         kind="sigmoid_choice",
@@ -268,7 +265,6 @@ ROWS = (
         exports_as="Dots1ForCausalLM",
         rows=_chosen_rows,
         grouped=False,
-        kept_outputs=(1, 1),
     ),
     Routing(
         kind="expert_choice",
@@ -280,7 +276,6 @@ ROWS = (
         serves_alone=False,
         balance=BY_CONSTRUCTION,
         rows=_expert_choice_rows,
-        kept_outputs=(1, 1),
     ),
     Routing(
         kind="expert_threshold",
@@ -294,7 +289,6 @@ ROWS = (
         varies=True,
         grouped=False,
         kept_weights=(2, 0),
-        kept_outputs=(1, 1),
     ),
     Routing(
         kind="remoe",
@@ -312,7 +306,6 @@ ROWS = (
         most=lambda config: config.num_experts,
         grouped=False,
         kept_weights=(2, 0),
-        kept_outputs=(1, 1),
     ),
     Routing(
         kind="soft_moe",
