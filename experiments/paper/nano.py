@@ -13,7 +13,6 @@ from studies import EXPERIMENT, Row, Study, System, run_of
 
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.reports.comparison import check_text
 from mixture_of_tokens.runs.run import Run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,7 +36,7 @@ def against(row: Row, base: Row) -> Summary | None:
     """How much higher the loss is than another row's, seed by seed."""
     its, own = base.runs, {seed: run for seed, run in row.runs.items() if seed in base.runs}
     for seed, run in own.items():
-        check_text(run, its[seed])
+        run.check_text(its[seed])
     return Summary.of(run.facts.final_loss - its[seed].facts.final_loss for seed, run in own.items())
 
 

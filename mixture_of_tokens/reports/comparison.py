@@ -248,18 +248,12 @@ def _setting(run: Run, key: str) -> Any:
     return getattr(run.model_config, field) if kind == "model" else run.settings.get(key)
 
 
-def check_text(run: Run, other: Run) -> None:
-    """Raises ValueError for two runs that saw different text, whose losses compare in no way."""
-    if run.facts.text != other.facts.text:
-        raise ValueError(f"{run.directory} and {other.directory} saw different text: no loss of theirs compares")
-
-
 def reached(run: Run, other: Run) -> Reached | None:
     """Where a run reaches another's last evaluation loss, as defined at the top of this file.
 
-    Raises ValueError as `check_text` does.
+    Raises ValueError for runs that saw different text.
     """
-    check_text(run, other)
+    run.check_text(other)
     end = other.curve[-1]
     first = run.inherited(other)
     index = next((i for i, point in enumerate(run.curve) if i >= first and point.loss <= end.loss), None)
