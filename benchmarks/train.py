@@ -263,7 +263,14 @@ def main() -> None:
     parser.add_argument(
         "--models",
         nargs="+",
-        default=["Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/4", "MoT-Nano/32E/8", "TC-Nano/32E"],
+        default=[
+            "Transformer-Nano",
+            "MoT-Nano/32E",
+            "MoT-Nano/32E/4",
+            "MoT-Nano/32E/8",
+            "TC-Nano/32E",
+            "TC-Nano/32E/8",
+        ],
     )
     parser.add_argument("--widths", nargs="*", type=int, help="by default 32 64 128 256")
     parser.add_argument("--steps", type=int, help="of a turn; by default 40, and 10 with --widths")
