@@ -13,7 +13,7 @@ Shape letters, carried by names as a suffix (`x_BTD`):
 
     B examples, T positions, D hidden size, G group size, M groups = ceil(B / G) * T, E experts, F expert width,
     R rows an expert reads, K experts a token chooses, C tokens an expert chooses in a group,
-    S tokens = B * T, A assignments of a token to an expert = S * K
+    S tokens = B * T, A assignments of a token to an expert, S * K where each token chooses K
 
 Weights: the router's `gate.weight` (E, D); gated experts `experts.gate_up_proj` (E, 2F, D) and `experts.down_proj`
 (E, D, F); plain experts `experts.up_proj` (E, F, D) and `experts.down_proj` (E, D, F). There are no biases.
@@ -59,7 +59,7 @@ def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == 1:
         return scores.max(dim=-1, keepdim=True)  # six times as fast as a top 1
     quarter, rest = divmod(scores.shape[-1], 4)
-    if rest or quarter < 4 * k:
+    if rest or quarter < 4 * k or scores.numel() < 2**14:
         return scores.topk(k, dim=-1)
     # Faster than a top k of all: of sets of four, take the k whose own highest are highest, and look among those alone.
     known = scores.detach()
@@ -205,6 +205,7 @@ class Routed(nn.Module):
         )
         self.experts.reset_parameters(initializer_scale)
         self.gate.reset_parameters(initializer_scale)
+        self.weights_of_an_expert = sum(weight[0].numel() for weight in self.experts.parameters())
 
     def reset_state(self) -> None:
         """Set what a layer keeps beside its weights as at the beginning of training."""

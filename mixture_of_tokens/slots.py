@@ -1,8 +1,8 @@
 """Tokens to the experts of sparse routings and back, and the products of experts with uneven numbers of rows.
 
-What experts read are slots, expert by expert. Tokens go to slots by a gather and come back by another, and so do their
-gradients: torch's index_add, and its gradient of an index, are several times slower on a CPU. Shape letters as in
-`layers.py`, and N slots.
+A slot is a row that an expert reads; an expert's slots are neighbours. Tokens go to slots by a gather and come back by
+another, and so do their gradients: torch's index_add, and its gradient of an index, are several times slower on a CPU.
+Shape letters as in `layers.py`, and N slots.
 """
 
 from typing import NamedTuple
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.layout import autocast_to
+from mixture_of_tokens.layers import Routed
+from mixture_of_tokens.layout import autocast_to, expert_linear
 
-ROWS_AT_ONCE = 16  # in 16-bit precision
+ROWS_MULTIPLE = 16
+COPIED = 2**22  # weights that are copied at most, where rows are fewer than experts, as where text is written
 WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know the sizes
 
 
@@ -57,7 +59,7 @@ def _sum_by_token(x_ND: Tensor, slot_A: Tensor, start_S: Tensor, weight_A: Tenso
 class Slots(NamedTuple):
     """Where experts read tokens: A assignments, token by token, in N slots, expert by expert.
 
-    slot_A, kept_A: the slot of an assignment; 0 where it is dropped, that is, not kept.
+    slot_A: an assignment's slot. kept_A: false where it has none; slot_A is then 0 and means nothing.
     start_S: a token's first assignment.
     token_N, assignment_N: what is in a slot; S and A where it is empty.
     """
@@ -69,17 +71,17 @@ class Slots(NamedTuple):
     assignment_N: Tensor
 
     @classmethod
-    def of(cls, token_A: Tensor, slot_A: Tensor, tokens: int, number: int) -> "Slots":
-        """By the token of each assignment, in order, and its slot, `number` for what is dropped."""
+    def of(cls, token_A: Tensor, slot_A: Tensor, num_slots: int, num_tokens: int) -> "Slots":
+        """By the token of each assignment, in order, and its slot, which is N where it is dropped."""
         A, device = len(token_A), token_A.device
-        empty_N = slot_A.new_full((number + 1,), A)
+        empty_N = slot_A.new_full((num_slots + 1,), A)
         assignment_N = empty_N.index_copy(0, slot_A, torch.arange(A, device=device))[:-1]
-        kept_A = slot_A < number
+        kept_A = slot_A < num_slots
         return cls(
             slot_A=slot_A.masked_fill(~kept_A, 0),
             kept_A=kept_A,
-            start_S=torch.searchsorted(token_A, torch.arange(tokens, device=device)),
-            token_N=F.pad(token_A, (0, 1), value=tokens).index_select(0, assignment_N),
+            start_S=torch.searchsorted(token_A, torch.arange(num_tokens, device=device)),
+            token_N=F.pad(token_A, (0, 1), value=num_tokens).index_select(0, assignment_N),
             assignment_N=assignment_N,
         )
 
@@ -93,23 +95,40 @@ class Slots(NamedTuple):
         return _Combine.apply(y_ND, gate_A, self.token_N, self.assignment_N, self.slot_A, self.start_S)
 
 
-def slots_without_limit(expert_A: Tensor, num_experts: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The slot of each assignment, where each expert's slots end, and their number N.
+def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gate_A: Tensor) -> Tensor:
+    """The sum of gate[a] * FFN_expert[a](x[token[a]]) over the assignments of each token: (S, D).
 
-    Assignments to expert `num_experts` are dropped, their slot is N. In 16-bit precision an expert's slots are rounded
-    up to ROWS_AT_ONCE, so that products have few shapes: on a CPU oneDNN compiles one for each, which takes ten times
-    as long as the product.
+    Assignments are token by token; those to expert E, which there is not, count nothing, and have gate 0.
+    """
+    experts, E = layer.experts, layer.num_experts
+    if len(expert_A) <= min(E, COPIED // layer.weights_of_an_expert):
+        which_A, x_A1D = expert_A.clamp(max=E - 1), x_SD.index_select(0, token_A)[:, None]
+        y_A1D = experts(x_A1D, lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
+        y_AD = (gate_A[:, None] * y_A1D[:, 0]).masked_fill(expert_A[:, None] == E, 0)
+        return y_AD.new_zeros(x_SD.shape).index_add(0, token_A, y_AD)
+    slot_A, ends_E, num_slots = slots_without_limit(expert_A, E, x_SD)
+    slots = Slots.of(token_A, slot_A, num_slots, len(x_SD))
+    y_ND = experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, ends_E))
+    return slots.combine(y_ND, gate_A)
+
+
+def slots_without_limit(expert_A: Tensor, num_experts: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The slot of each assignment, where each expert's slots end, and the number of slots.
+
+    Assignments to expert `num_experts`, which there is not, get the last slots, for which `ragged_linear` gives zeros.
+    On a CPU in 16-bit precision, that of a product of `like`, an expert's slots are rounded up to ROWS_MULTIPLE: oneDNN
+    compiles a product for each number of rows, which takes ten times as long as the product.
     """
     A, device = len(expert_A), expert_A.device
-    at_once = ROWS_AT_ONCE if autocast_to(like)[0].itemsize == 2 and num_experts < A else 1
+    half = autocast_to(like.new_empty(0))[0].itemsize == 2 and device.type == "cpu"
+    multiple = ROWS_MULTIPLE if half and num_experts < A else 1
     sorted_A, order_A = expert_A.sort(stable=True)
     ends_E = torch.searchsorted(sorted_A, torch.arange(num_experts, device=device), right=True)
     load_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    room_E = -(-load_E // at_once) * at_once
-    number = A + min(A, num_experts) * (at_once - 1)
-    shift_E = F.pad((room_E - load_E).cumsum(0), (1, 0))[sorted_A]
-    slots = torch.where(sorted_A < num_experts, torch.arange(A, device=device) + shift_E, number)
-    return torch.empty_like(slots).index_copy(0, order_A, slots), room_E.cumsum(0), number
+    room_E = -(-load_E // multiple) * multiple
+    slot_of_sorted_A = torch.arange(A, device=device) + F.pad((room_E - load_E).cumsum(0), (1, 0))[sorted_A]
+    slot_A = torch.empty_like(order_A).index_copy(0, order_A, slot_of_sorted_A)
+    return slot_A, room_E.cumsum(0), A + min(A, num_experts) * (multiple - 1)
 
 
 def ragged_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -120,37 +139,44 @@ def ragged_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return _ragged_mm(*autocast_to(x_NI, weight_EOI), ends_E)
 
 
-# Custom operators, since `torch.compile` cannot look into a loop whose sizes depend on the data.
+# Custom operators: `torch.compile` can look neither into a loop whose sizes depend on the data nor, in fp32, into
+# `grouped_mm`.
 @torch.library.custom_op("mixture_of_tokens::ragged_mm", mutates_args=(), tags=WAITS)
 def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    if len(x_NI) <= len(ends_E):  # as where texts are written: most experts have no row
-        expert_N = torch.searchsorted(ends_E, torch.arange(len(x_NI), device=x_NI.device), right=True)
-        weight_NOI = weight_EOI[expert_N.clamp(max=len(ends_E) - 1)]
-        return torch.bmm(x_NI[:, None], weight_NOI.mT)[:, 0].masked_fill(expert_N[:, None] == len(ends_E), 0)
-    if _at_once(x_NI, weight_EOI):
+    x_NI = x_NI.contiguous()
+    if len(x_NI) > len(ends_E) and _in_one_call(x_NI, weight_EOI):
         y_NO = F.grouped_mm(x_NI, weight_EOI.mT, offs=ends_E.to(torch.int32))
     else:
         y_NO = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
         for rows, weight_OI in zip(_row_slices(ends_E), weight_EOI, strict=True):
-            torch.mm(x_NI[rows], weight_OI.T, out=y_NO[rows])
-    y_NO[int(ends_E[-1]) :] = 0
+            if rows.start < rows.stop:  # where text is written, most experts have no row
+                torch.mm(x_NI[rows], weight_OI.T, out=y_NO[rows])
+    if x_NI.device.type == "cpu":
+        y_NO[int(ends_E[-1]) :] = 0
+    else:  # without waiting for the device
+        y_NO.masked_fill_(torch.arange(len(y_NO), device=y_NO.device)[:, None] >= ends_E[-1], 0)
     return y_NO
 
 
 @torch.library.custom_op("mixture_of_tokens::ragged_weight_gradient", mutates_args=(), tags=WAITS)
 def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
-    if _at_once(grad_NO, x_NI):
-        return F.grouped_mm(grad_NO.mT, x_NI, offs=ends_E.to(torch.int32))
+    grad_NO, x_NI = grad_NO.contiguous(), x_NI.contiguous()
+    if _in_one_call(grad_NO, x_NI):
+        grad_EOI = F.grouped_mm(grad_NO.mT, x_NI, offs=ends_E.to(torch.int32))
+        if grad_EOI.device.type != "cpu":  # on some GPUs experts without rows get what was in memory (pytorch 172439)
+            grad_EOI.masked_fill_((ends_E.diff(prepend=ends_E.new_zeros(1)) == 0)[:, None, None], 0)
+        return grad_EOI
     grad_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1])
     for rows, grad_OI in zip(_row_slices(ends_E), grad_EOI, strict=True):
         torch.mm(grad_NO[rows].T, x_NI[rows], out=grad_OI)
     return grad_EOI
 
 
-def _at_once(*operands: Tensor) -> bool:
-    """Whether torch multiplies these in one call: not in float64, nor rows that are no multiple of 16 bytes."""
-    rows = [length * x.itemsize for x in operands for length in x.shape[1:]]
-    return operands[0].dtype != torch.float64 and not any(length % 16 for length in rows)
+def _in_one_call(*operands: Tensor) -> bool:
+    """Whether `grouped_mm` takes these: not float64, nor rows or addresses that are no multiples of 16 bytes."""
+    sizes = [length * x.itemsize for x in operands for length in x.shape[1:]]
+    aligned = not any(number % 16 for number in (*sizes, *(x.data_ptr() for x in operands)))
+    return operands[0].dtype != torch.float64 and aligned
 
 
 def _row_slices(ends_E: Tensor) -> list[slice]:

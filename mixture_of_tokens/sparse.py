@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, highest, softmax, summed_over_processes
 from mixture_of_tokens.layout import check_shapes, grouped, ungrouped
-from mixture_of_tokens.slots import Slots, ragged_linear, slots_without_limit
+from mixture_of_tokens.slots import Slots, dropless
 
 
 class ExpertChoice(Routed):
@@ -60,7 +60,7 @@ class ExpertChoice(Routed):
         row_MCE = token_MCE + torch.arange(0, M * G, G, device=x_MGD.device)[:, None, None]
         gate_ER, row_ER = gate_MCE.flatten(0, 1).T, row_MCE.flatten(0, 1).T  # R = M * C
         token_A, slot_A = row_ER.flatten().sort(stable=True)
-        slots = Slots.of(token_A, slot_A, M * G, len(slot_A))
+        slots = Slots.of(token_A, slot_A, len(slot_A), M * G)
         y_ND = self.experts(slots.dispatch(x_MGD.flatten(0, 1)).view(*row_ER.shape, D)).flatten(0, 1)
         y_MGD = slots.combine(y_ND, gate_ER.flatten().index_select(0, slot_A)).view(M, G, D)
         return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
@@ -112,8 +112,8 @@ class TokenChoice(Routed):
         """Gates and numbers of each token's K experts, by the router's logits (..., E)."""
         return highest(softmax(logits, dim=-1), self.num_experts_per_tok)
 
-    def note(self, expert_TBK: Tensor) -> None:
-        """Called with each token's experts, E for masked tokens, where there is no capacity."""
+    def note(self, expert_A: Tensor) -> None:
+        """Called with the tokens' experts, E for masked tokens, unless a capacity applies."""
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         check_shapes(x_BTD, token_mask)
@@ -125,23 +125,21 @@ class TokenChoice(Routed):
         gate_TBK, expert_TBK = self.choose(self.gate(x_TBD))
         if self.norm_topk_prob:
             gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
-        if masked_TB1 is not None:
-            expert_TBK = expert_TBK.masked_fill(masked_TB1, E)  # masked tokens go to no expert
-        x_SD, gate_A = x_TBD.flatten(0, 1), gate_TBK.flatten()
+        if masked_TB1 is not None:  # masked tokens go to no expert
+            gate_TBK, expert_TBK = gate_TBK.masked_fill(masked_TB1, 0), expert_TBK.masked_fill(masked_TB1, E)
+        x_SD, gate_A, expert_A = x_TBD.flatten(0, 1), gate_TBK.flatten(), expert_TBK.flatten()
         token_A = torch.arange(len(x_SD), device=x_SD.device).repeat_interleave(K)
         if self.training and self.capacity_factor is not None:
-            slot_A, number = self._slots_within_capacity(self.capacity_factor, expert_TBK)
-            slots = Slots.of(token_A, slot_A, len(x_SD), number)
+            slots = Slots.of(token_A, *self._slots_within_capacity(self.capacity_factor, expert_TBK), len(x_SD))
             y_ND = self.experts(slots.dispatch(x_SD).unflatten(0, (E, -1))).flatten(0, 1)
+            y_SD = slots.combine(y_ND, gate_A)
         else:
-            self.note(expert_TBK)
-            slot_A, ends_E, number = slots_without_limit(expert_TBK.flatten(), E, x_SD)
-            slots = Slots.of(token_A, slot_A, len(x_SD), number)
-            y_ND = self.experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, ends_E))
-        return slots.combine(y_ND, gate_A).view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
+            self.note(expert_A)
+            y_SD = dropless(self, x_SD, token_A, expert_A, gate_A)
+        return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
 
     def _slots_within_capacity(self, factor: float, expert_TBK: Tensor) -> tuple[Tensor, int]:
-        """The slot of each assignment, of R an expert, and their number, which is the slot of what is dropped."""
+        """The slot of each assignment, N where it is dropped, and N = E * R."""
         _, B, K = expert_TBK.shape
         A, E = expert_TBK.numel(), self.num_experts
         # In order of priority (position, choice, row), then by expert with that order kept.
@@ -152,8 +150,8 @@ class TokenChoice(Routed):
         rank_A = torch.arange(A, device=expert_A.device) - F.pad(ends_E, (1, 0))[expert_A]
         kept_A = (rank_A < capacity) & (expert_A < E)
         slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)
-        assignment_A = (order_A // (K * B) * B + order_A % B) * K + order_A // B % K  # token by token
-        return torch.empty_like(slot_A).index_copy(0, assignment_A, slot_A), E * R
+        slot_TKB = torch.empty_like(slot_A).index_copy(0, order_A, slot_A).view(-1, K, B)
+        return slot_TKB.transpose(1, 2).flatten(), E * R
 
 
 class SigmoidChoice(TokenChoice):
@@ -214,11 +212,10 @@ class SigmoidChoice(TokenChoice):
         _, expert = highest(scores.detach() + self.selection_bias, self.num_experts_per_tok)
         return scores.gather(-1, expert), expert
 
-    def note(self, expert_TBK: Tensor) -> None:
+    def note(self, expert_A: Tensor) -> None:
         if self.training and torch.is_grad_enabled():  # not of telemetry
-            expert_A = expert_TBK.flatten()
             counts = expert_A.new_zeros(self.num_experts + 1).index_add(0, expert_A, torch.ones_like(expert_A))
-            load_E = counts[:-1]
+            load_E = counts[:-1]  # the last counts masked tokens
             self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
     def reset_state(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, summed_over_processes
 from mixture_of_tokens.layout import check_shapes
-from mixture_of_tokens.slots import Slots, ragged_linear, slots_without_limit
+from mixture_of_tokens.slots import dropless
 
 SCORES = ("softmax", "sigmoid")
 
@@ -68,12 +68,9 @@ class _Above(Routed):
         logits_SE = self.gate(x_SD.view(T, B, D)).flatten(0, 1)
         gate_SE = self.gates(logits_SE).masked_fill(~real_S[:, None], 0)
         token_A, expert_A = (gate_SE > 0).nonzero(as_tuple=True)
-        slot_A, ends_E, number = slots_without_limit(expert_A, self.num_experts, x_SD)
-        slots = Slots.of(token_A, slot_A, B * T, number)
         if self.training and torch.is_grad_enabled():  # not of telemetry
             self.note(logits_SE.detach(), real_S)
-        y_ND = self.experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, ends_E))
-        y_SD = slots.combine(y_ND, gate_SE[token_A, expert_A])
+        y_SD = dropless(self, x_SD, token_A, expert_A, gate_SE[token_A, expert_A])
         return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
 
 

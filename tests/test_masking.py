@@ -13,10 +13,12 @@ from torch.testing import assert_close
 
 from mixture_of_tokens.layers import MixtureOfTokens
 from routings import (
+    DROPLESS,
     DROPPING,
     EXPERT_CHOICES,
     MIXTURES,
     ROUTINGS,
+    THRESHOLDS,
     B,
     D,
     E,
@@ -111,6 +113,18 @@ def check_masked_rows_reach_nothing(layer: nn.Module, value: float) -> None:
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_what_stands_in_masked_rows_reaches_nothing(name, value):
     check_masked_rows_reach_nothing(build(name), value)
+
+
+@pytest.mark.parametrize("rows", [2, 10])
+@pytest.mark.parametrize("name", DROPLESS | THRESHOLDS)
+def test_a_row_that_is_not_finite_reaches_no_other(name, rows):
+    """Nor their padding, through a weight of zero. Two rows of one position have fewer assignments than experts."""
+    layer, x, mask = build(name).eval(), tokens(rows, T, D), some_mask(rows, T)
+    for positions in (slice(None), slice(T - 1, None)):
+        expected = layer(x[:, positions], mask[:, positions])
+        spoilt = x.clone()
+        spoilt[0] = math.nan
+        assert_close(layer(spoilt[:, positions], mask[:, positions])[1:], expected[1:])
 
 
 @pytest.mark.parametrize("name", ROUTINGS)

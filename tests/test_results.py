@@ -89,7 +89,7 @@ def test_a_loss_that_is_there_at_the_first_evaluation_is_reached_there(tmp_path)
     assert (found.step, found.of_steps) == (5, 0.5)
 
 
-def test_a_loss_of_another_text_is_never_reached(tmp_path):
+def test_runs_on_different_texts_are_not_compared(tmp_path):
     with pytest.raises(ValueError, match="saw different text"):
         reached(run(tmp_path / "one"), run(tmp_path / "other", corpus=CORPUS | {"hash": "i"}))
 

@@ -36,7 +36,7 @@ def against(row: Row, base: Row) -> Summary | None:
     """How much higher the loss is than another row's, seed by seed."""
     its, own = base.runs, {seed: run for seed, run in row.runs.items() if seed in base.runs}
     for seed, run in own.items():
-        run.check_text(its[seed])
+        run.check_same_text(its[seed])
     return Summary.of(run.facts.final_loss - its[seed].facts.final_loss for seed, run in own.items())
 
 

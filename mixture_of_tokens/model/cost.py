@@ -172,7 +172,8 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, siz
         cast = 4 * D if routing.routed and size < 4 else 0  # the router's input
         kept += tokens * (size * D + cast + weights * routing.logits(config))
         kept += rows * size * (2 * D + hidden * config.moe_intermediate_size)  # what experts read and what they return
-        kept += 0 if routing.mixes else rows * (size + 3 * 8)  # gates, and where rows come from and go to
+        if not routing.mixes:
+            kept += rows * (size + 3 * 8)  # gates, and where rows come from and go to
     return kept
 
 

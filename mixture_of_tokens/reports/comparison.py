@@ -253,7 +253,7 @@ def reached(run: Run, other: Run) -> Reached | None:
 
     Raises ValueError for runs that saw different text.
     """
-    run.check_text(other)
+    run.check_same_text(other)
     end = other.curve[-1]
     first = run.inherited(other)
     index = next((i for i, point in enumerate(run.curve) if i >= first and point.loss <= end.loss), None)

@@ -198,7 +198,7 @@ class Run:
     def evaluations(self) -> list[MetricsRow]:
         return [row for row in self.rows if row.eval_loss is not None]
 
-    def check_text(self, other: "Run") -> None:
+    def check_same_text(self, other: "Run") -> None:
         """Raises ValueError where the other saw different text: no loss of theirs compares."""
         if self.facts.text != other.facts.text:
             raise ValueError(f"{self.directory} and {other.directory} saw different text: no loss of theirs compares")
