@@ -1,0 +1,96 @@
+"""When to switch: how much of the time of a training is best spent in groups. Not run yet.
+
+    python experiments/switch/when.py            # what is missing; some two hours of one core
+    python experiments/switch/when.py --table    # Markdown
+
+A training may take the time of BUDGET steps of the dense Nano. For a share of it MoT-Nano/32E/8 trains in groups, at a
+constant rate after its warm-up. It is then switched to 8 of 256 experts a token, which takes time too, and trains on as
+that, while the rate falls to a tenth. With share 1 the rate falls in groups, and nothing follows the switch; with share
+0 the sparse model trains from scratch. Steps are those that fit into the time, at the times of a step in STEP.
+
+Losses are of the tuning split, each row alone; one seed, 0, which no result uses. when.csv has a row each.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixture_of_tokens import train, transition
+from mixture_of_tokens.convert.transition import Transitioned
+from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.training.options import Options
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Experiment, asked, directory_of, read_csv, write_csv
+
+MIXTURE, SPARSE, SEED = "MoT-Nano/32E/8", "TC-Nano/32E/8", 0
+BUDGET = 6000  # steps of the dense model
+STEP = {MIXTURE: 1.65, SPARSE: 1.95}  # of a dense step's time (benchmarks/train.csv, width 32)
+DISTIL_STEPS, DISTILLING = 500, 300  # a layer, and the time of that in dense steps: 25 s on two idle cores
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+OPTIONS = Options(device="cpu", evaluate_on="tuning")
+CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
+SHARP = {"router_temperature": "0.25"}  # of Token Choice, which its sweep found better (../routings/sweeps.csv)
+COLUMNS = ("budget", "share", "seed", "steps", "after", "loss")
+
+
+class Steps(NamedTuple):
+    before: int
+    after: int
+
+
+def steps_of(share: float) -> Steps:
+    """In groups, and after the switch."""
+    if share == 0:
+        return Steps(0, round(BUDGET / STEP[SPARSE]))
+    before = share * BUDGET if share < 1 else BUDGET - DISTILLING
+    left = max(0.0, BUDGET - DISTILLING - before)
+    return Steps(round(before / STEP[MIXTURE]), round(left / STEP[SPARSE]))
+
+
+def loss_of(experiment: Experiment, share: float) -> float:
+    steps = steps_of(share)
+    if not steps.before:
+        out = experiment.trained / directory_of(SPARSE, "when", BUDGET)
+        train(SPARSE, out=out, seed=SEED, options=replace(OPTIONS, steps=steps.after, model=SHARP), resume=True)
+        return read(out).facts.final_loss
+    out = experiment.trained / directory_of(MIXTURE, "when", BUDGET, share)
+    options = replace(OPTIONS, steps=steps.before, training=CONSTANT if steps.after else {})
+    train(MIXTURE, out=out, seed=SEED, options=options, resume=True)
+    asked_for: dict[str, Any] = {"steps": steps.after, "schedule": "decay" if steps.after else "own"}
+    made = transition(out, distil_steps=DISTIL_STEPS, device="cpu", resume=True, **asked_for)
+    assert isinstance(made, Transitioned)
+    return made.final_loss
+
+
+def make(experiment: Experiment) -> None:
+    file = experiment.kept / "when.csv"
+    for share in (0.0, *SHARES, 1.0):
+        rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+        if any((row["budget"], row["share"]) == (str(BUDGET), str(share)) for row in rows):
+            continue
+        steps, found = steps_of(share), loss_of(experiment, share)
+        row = {"budget": BUDGET, "share": share, "seed": SEED, "steps": steps.before, "after": steps.after}
+        write_csv(file, COLUMNS, [*rows, row | {"loss": found}])
+
+
+def table(kept: Path) -> str:
+    rows = [["time in groups", "steps in groups", "steps after the switch", "loss, alone"]]
+    for row in sorted(read_csv(kept / "when.csv"), key=lambda row: float(row["share"])):
+        steps = (f"{int(row[key]):,}" for key in ("steps", "after"))
+        rows.append([f"{float(row['share']):.0%}", *steps, loss(float(row["loss"]))])
+    return markdown(rows, left=1)
+
+
+def main() -> None:
+    experiment = Experiment.named("switch")
+    if not asked(__doc__, table="print the table, and stop").table:
+        make(experiment)
+    print(table(experiment.kept))
+
+
+if __name__ == "__main__":
+    main()
