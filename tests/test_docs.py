@@ -168,7 +168,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/verdict/run.py": (11, "conversion"),
     "experiments/partial_groups/run.py": (14, "serving"),
     "experiments/paper/ledger.py": (11, "results"),
-    "experiments/paper/fig7.py": (8, "results"),
+    "experiments/paper/fig7.py": (10, "results"),
     "experiments/paper/fig4.py": (6, "results"),
     "experiments/paper/fig5.py": (10, "results"),
     "experiments/paper/temperature.py": (7, "results"),

@@ -172,7 +172,7 @@ def kept() -> list[Path]:
 def test_all_runs_are_kept_with_evaluations_and_one_seed_with_telemetry():
     folders = [file.parent.name for file in kept()]
     assert {name: folders.count(name) for name in folders} == {
-        "nano": 12, "prose": 3, "long": 3, "transition": 42, "verdict": 27, "routings": 36, "paper": 23
+        "nano": 12, "prose": 3, "long": 3, "transition": 42, "verdict": 27, "routings": 36, "paper": 26
     }  # fmt: skip
     for file in kept():
         run = read(file)
@@ -231,6 +231,23 @@ def test_the_ledgers_page_is_of_the_committed_runs(paper):
     ledger = paper("ledger")
     assert ledger.page() == (EXPERIMENTS / "paper" / "ledger.html").read_text()
     assert {study.found[1] for study in ledger.STUDIES} <= {"confirmed", "not at this scale", "contradicted", "open"}
+
+
+def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
+    fig7 = paper("fig7")
+    rows = [fig7.Row(fig7.BEST_MIXTURE, steps, fig7.SEEDS) for steps in fig7.LENGTHS]
+    found = {row.steps: result for row in rows if (result := fig7.result_of(row)) is not None}
+    assert {result.loss.seeds for result in found.values()} == {1}
+    lengths, steps, times = (
+        "{}, {} and {}".format(*values)
+        for values in (
+            [f"{steps * fig7.TOKENS / 1e6:.0f}" for steps in found],
+            [f"{result.steps.mean:.2f}" for result in found.values()],
+            [f"{result.time.mean:.2f}" for result in found.values()],
+        )
+    )
+    said = f"at {lengths} million tokens, it reaches the dense loss in {steps} of the steps and in {times} of the time"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_micros_are_trained_at_the_rates_and_temperatures_that_were_best(paper):
