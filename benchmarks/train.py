@@ -5,7 +5,8 @@
     python benchmarks/train.py --processes 2    one process, and several that share its rows, by Trainer
     python benchmarks/train.py --table     the latest results of benchmarks/train.csv as Markdown; measures nothing
 
-Cost at Nano on two CPU cores: about six minutes, ten with --widths, eight with --processes. The machine must be quiet.
+Cost at Nano on two CPU cores: about seven minutes, ten with --widths --rounds 3 --steps 4, ten with --processes.
+The machine must be quiet.
 
 Every model is trained in turns of `--steps` steps by two loops, in an order that is shuffled every round:
 

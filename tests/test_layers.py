@@ -456,8 +456,8 @@ def test_without_a_limit_everything_has_a_slot_of_its_own_expert(dtype, at_once)
 @pytest.mark.parametrize("width", [6, 16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_products_of_uneven_rows_are_each_expert_s_own(dtype, width, sizes):
-    """By torch in one call, or, in float64 and for rows that are no multiple of 16 bytes, in a loop; for fewer rows
-    than experts row by row. Rows after the last must not show."""
+    """By torch in one call, or in a loop: in float64, for rows that are no multiple of 16 bytes, and for no more rows
+    than experts. Rows after the last must not show."""
     ends = torch.tensor(sizes).cumsum(0)
     used = int(ends[-1])
     x = tokens(used + 5, 8, seed=1, dtype=dtype)
