@@ -225,11 +225,18 @@ class Curve(NamedTuple):
     losses: np.ndarray
 
 
-def save_picture(panels: Mapping[str, Sequence[Curve]], y_label: str, file: Path, level: float | None = None) -> None:
+def save_picture(
+    panels: Mapping[str, Sequence[Curve]],
+    y_label: str,
+    file: Path,
+    level: float | None = None,
+    logarithmic: bool = False,
+) -> None:
     """Panels by the label of their x; means over the seeds in a band from the least to the greatest.
 
     Args:
         level: the loss of a dotted line.
+        logarithmic: whether x is.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -242,6 +249,7 @@ def save_picture(panels: Mapping[str, Sequence[Curve]], y_label: str, file: Path
             if level is not None:
                 panel.axhline(level, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
             panel.set_xlabel(x_label)
+            panel.set_xscale("log" if logarithmic else "linear")
         axes[0].set_ylabel(y_label)
         axes[0].legend(frameon=False)
         figure.savefig(file, transparent=True, metadata={"Date": None})

@@ -19,6 +19,7 @@ import fig5
 import fig6
 import fig7
 import fig8
+import length
 import table1
 import table3
 import temperature
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import asked
 
-STUDIES = tuple(module.STUDY for module in (fig4, fig5, fig6, fig7, fig8, table1, table3, temperature, design))
+STUDIES = tuple(module.STUDY for module in (fig4, fig5, fig6, fig7, length, fig8, table1, table3, temperature, design))
 PAGE = EXPERIMENT.kept / "ledger.html"
 HEADS = ("claim", "command", "paper", "measured", "verdict")
 INTRODUCTION = (

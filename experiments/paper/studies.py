@@ -5,7 +5,7 @@ rates of Micros were chosen with seed 1, so their results are of seeds from 2 on
 
 Micros see the source text of installed packages; training is as the paper's, bf16 where autocast allows, weights and
 optimizer in fp32, cosine to a tenth of the peak; compiled. Nanos see the standard library's source, in fp32 if nothing
-else is said, and those without settings are the runs of `../nano`.
+else is said, and those without settings are the runs of `../nano` and `../long`.
 """
 
 import sys
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Experiment, asked, directory_of, keep
 
-EXPERIMENT, NANO = Experiment.named("paper"), Experiment.named("nano")
+EXPERIMENT, *PLAIN_NANOS = (Experiment.named(name) for name in ("paper", "nano", "long"))
 SIZES = {
     "Nano": Options(device="cpu"),
     "Micro": Options(device="cpu", data=["packages"], training={"bf16": "true", "torch_compile": "true"}),
@@ -100,7 +100,7 @@ def run_of(system: System, steps: int, seed: int) -> Run | None:
     """A run that is kept, if it is."""
     files = [EXPERIMENT.kept / f"{system.directory(steps, seed)}.json"]
     if not system.settings:
-        files.append(NANO.kept / f"{directory_of(system.name, f'seed{seed}')}.json")
+        files += [each.kept / f"{directory_of(system.name, f'seed{seed}')}.json" for each in PLAIN_NANOS]
     found = (read(file) for file in files if file.is_file())
     return next((run for run in found if run.config.steps == steps), None)
 

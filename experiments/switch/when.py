@@ -8,7 +8,8 @@ constant rate after its warm-up. It is then switched to 8 of 256 experts a token
 that, while the rate falls to a tenth. With share 1 the rate falls in groups, and nothing follows the switch; with share
 0 the sparse model trains from scratch. Steps are those that fit into the time, at the times of a step in STEP.
 
-Losses are of the tuning split, each row alone; one seed, 0, which no result uses. when.csv has a row each.
+The text is the source of the installed packages, of which nothing is read twice. Losses are of its tuning split,
+each row alone; one seed, 0, which no result uses. when.csv has a row each.
 """
 
 import sys
@@ -30,8 +31,8 @@ MIXTURE, SPARSE, SEED = "MoT-Nano/32E/8", "TC-Nano/32E/8", 0
 BUDGET = 6000  # steps of the dense model
 STEP = {MIXTURE: 1.65, SPARSE: 1.95}  # of a dense step's time (benchmarks/train.csv, width 32)
 DISTIL_STEPS, DISTILLING = 500, 300  # a layer, and the time of that in dense steps: 25 s on two idle cores
-SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
-OPTIONS = Options(device="cpu", evaluate_on="tuning")
+SHARES = (1.0, 0.5, 0.0, 0.75, 0.25, 0.9, 0.1)  # in the order in which they are measured
+OPTIONS = Options(device="cpu", evaluate_on="tuning", data=["packages"])
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
 SHARP = {"router_temperature": "0.25"}  # of Token Choice, which its sweep found better (../routings/sweeps.csv)
 COLUMNS = ("budget", "share", "seed", "steps", "after", "loss")
@@ -68,7 +69,7 @@ def loss_of(experiment: Experiment, share: float) -> float:
 
 def make(experiment: Experiment) -> None:
     file = experiment.kept / "when.csv"
-    for share in (0.0, *SHARES, 1.0):
+    for share in SHARES:
         rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
         if any((row["budget"], row["share"]) == (str(BUDGET), str(share)) for row in rows):
             continue
