@@ -4,6 +4,7 @@ Models run on fake tensors: shapes without values or memory, on a device that, u
 """
 
 import json
+import math
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -318,6 +319,21 @@ def test_plan_prints_what_json_holds(capsys):
         assert re.search(rf"{part} +{held / 2**30:.3f}$", text, re.MULTILINE)
     assert "0.842" in text
     assert "64 sequences at once" in text
+
+
+def test_plan_says_how_long_a_training_takes(capsys):
+    per_token = [parts["total"] for parts in list(plan("MoT-Nano/4E").flops_per_token.values())[:2]]
+    found = plan("MoT-Nano/4E", steps=1000, tflops=2, devices=4).training
+    assert found is not None
+    assert (found.tokens, found.flops) == (1000 * 8192, pytest.approx(1000 * 8192 * sum(per_token)))
+    assert found.seconds == pytest.approx(found.flops / (4 * 2e12))
+    mot("plan", "MoT-Nano/4E", "--steps", 1000, "--tflops", 1e-4)
+    seconds = 4 * 2e12 / 1e8 * found.seconds
+    said = rf"^1,000 steps: 8.19 M tokens, {found.flops / 1e12:.3g} TFLOPs; {seconds / 3600:.1f} h at 0.0001 TFLOP/s"
+    assert re.search(said, capsys.readouterr().out, re.MULTILINE)
+    assert plan("MoT-Nano/4E").training is None
+    with pytest.raises(ValueError, match="--tflops must be positive and finite, not nan"):
+        plan("MoT-Nano/4E", steps=1000, tflops=math.nan)
 
 
 def test_plan_takes_a_batch_that_the_group_divides():

@@ -45,7 +45,7 @@ STUDY = Study(
     rows=[Row(system, steps, SEEDS) for steps in LENGTHS for system in SYSTEMS],
     says=says,
     table=table_of,
-    draw=lambda study: draw_curves(study, LENGTHS[1]),
+    draw=lambda study: draw_curves(study, LENGTHS[2]),
 )
 
 if __name__ == "__main__":

@@ -1,17 +1,37 @@
 """The command `mot plan`: what a model costs, on one device and on several, before it is trained."""
 
+import math
 from copy import copy
 from dataclasses import dataclass, replace
 from textwrap import indent
 from typing import Literal
 
-from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.formatting import Result, aligned, duration, short
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters
 from mixture_of_tokens.model.names import SIZES, config_from_name, name_of, parse_name
 from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.model.routings import DENSE
 from mixture_of_tokens.model.spread import Spread, spread_of
+
+TFLOPS = 300.0  # some 30 % of an H100's 989 in bf16
+
+
+@dataclass(frozen=True)
+class Training:
+    """Of so many steps: `seconds` is FLOPs, forward and backward, over what the devices together give."""
+
+    steps: int
+    tokens: int
+    flops: float
+    tflops: float
+    devices: int
+    seconds: float
+
+    def __str__(self) -> str:
+        each = "of a device" if self.devices == 1 else f"of each of {self.devices} devices"
+        work = f"{self.steps:,} steps: {short(self.tokens)} tokens, {short(self.flops)}FLOPs"
+        return f"{work}; {duration(self.seconds)} at {self.tflops:g} TFLOP/s {each}."
 
 
 @dataclass(frozen=True)
@@ -35,6 +55,7 @@ class Plan(Result):
     dtype: str
     memory_bytes: dict[str, int]
     spread: Spread | None = None
+    training: Training | None = None
 
     def __str__(self) -> str:
         forward, backward, share = self.flops_per_token.values()
@@ -63,6 +84,7 @@ class Plan(Result):
                 "",
                 f"{head}   estimated, {self.micro_batch} sequences at once",
                 memory_rows,
+                *([] if self.training is None else ["", str(self.training)]),
                 *([] if self.spread is None else ["", str(self.spread)]),
             ]
         )
@@ -126,6 +148,8 @@ def plan(
     shard: int | None = None,
     replicate: int | None = None,
     expert_parallel: int | None = None,
+    steps: int | None = None,
+    tflops: float = TFLOPS,
 ) -> Plan:
     """Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.
 
@@ -144,19 +168,32 @@ def plan(
         shard: Devices that hold one copy of the model together, as in mot train.
         replicate: Copies of a sharded model.
         expert_parallel: Devices of a copy that divide the experts.
+        steps: Steps of a training, whose tokens, FLOPs and time are then printed too.
+        tflops: What a device gives, in 10^12 FLOPs a second: its peak times the share of it that is reached.
 
     Raises ValueError for an unknown name, and for a micro-batch or a placement that is not legal.
     """
-    for flag, value in {"batch-size": batch_size, "devices": devices}.items():
+    for flag, value in {"batch-size": batch_size, "devices": devices, "steps": steps}.items():
         if value is not None and value < 1:
             raise ValueError(f"--{flag} must be at least 1, not {value}")
+    if not 0 < tflops < math.inf:
+        raise ValueError(f"--tflops must be positive and finite, not {tflops}")
     if devices is None and not shard == replicate == expert_parallel is None:
         raise ValueError("--shard, --replicate and --expert-parallel are for --devices N")
     parsed, config = parse_name(name), config_from_name(name, gated=gated)
     batch = batch_size or -(-SIZES[parsed.size].batch // parsed.group_size) * parsed.group_size
-    if devices is None:
-        return plan_of(config, batch=batch, micro_batch=micro_batch, dtype=dtype)
-    placement = Placement.of(shard, replicate, expert_parallel, devices, "devices")
-    spread = spread_of(config, batch=batch, devices=devices, placement=placement, micro_batch=micro_batch)
-    planned = plan_of(config, batch=batch, micro_batch=spread.micro_batch, dtype=dtype)
-    return replace(planned, spread=spread)
+    spread = None
+    if devices is not None:
+        placement = Placement.of(shard, replicate, expert_parallel, devices, "devices")
+        spread = spread_of(config, batch=batch, devices=devices, placement=placement, micro_batch=micro_batch)
+        micro_batch = spread.micro_batch
+    planned = plan_of(config, batch=batch, micro_batch=micro_batch, dtype=dtype)
+    return replace(
+        planned, spread=spread, training=None if steps is None else _training(planned, steps, tflops, devices)
+    )
+
+
+def _training(planned: Plan, steps: int, tflops: float, devices: int | None) -> Training:
+    tokens, forward, backward = steps * planned.batch * planned.context, *list(planned.flops_per_token.values())[:2]
+    flops, devices = tokens * (forward["total"] + backward["total"]), devices or 1
+    return Training(steps, tokens, flops, tflops, devices, flops / (devices * tflops * 1e12))
