@@ -43,8 +43,11 @@ RUNS = HERE.parent / "runs"
 COMPARISONS = ("nano", "prose", "long")
 MEASURED = 60  # rows of telemetry that are kept of a run, beside its evaluations
 
-# Of pictures: greys and colours that can be read on white and on black.
-COLORS = ("#808890", "#2f81d6", "#d9632a", "#2a9d6f", "#a45bb0", "#b08a00")
+# Of pictures: greys and colours that can be read on white and on black. In all of them dense models are grey, and Token
+# Choice, the first one of a picture, is green.
+COLORS = ("#2f81d6", "#d9632a", "#a45bb0", "#b08a00", "#c2407a", "#2b9aa8", "#8c6d4f")
+DENSE, TOKEN_CHOICE = "#808890", "#2a9d6f"
+KINDS = {"Transformer-": DENSE, "TC-": TOKEN_CHOICE, "Token Choice": TOKEN_CHOICE}
 GREY = "#858585"
 STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
 STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 10, "axes.spines.top": False}
@@ -242,8 +245,9 @@ def save_picture(
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for panel, (x_label, curves) in zip(axes, panels.items(), strict=True):
+            colors = colors_of([curve.label for curve in curves])
             for i, (label, x, losses) in enumerate(curves):
-                color, dashes = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
+                color, dashes = colors[label], DASHES[i % len(DASHES)]
                 panel.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.25, linewidth=0)
                 panel.plot(x, losses.mean(0), color=color, linestyle=dashes, linewidth=1.8, label=label)
             if level is not None:
@@ -253,6 +257,15 @@ def save_picture(
         axes[0].set_ylabel(y_label)
         axes[0].legend(frameon=False)
         figure.savefig(file, transparent=True, metadata={"Date": None})
+
+
+def colors_of(labels: Sequence[str]) -> dict[str, str]:
+    colors: dict[str, str] = {}
+    others = itertools.cycle(COLORS)
+    for label in labels:
+        own = next((color for kind, color in KINDS.items() if label.startswith(kind)), None)
+        colors[label] = next(others) if own is None or own in colors.values() else own
+    return colors
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

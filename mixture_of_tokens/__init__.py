@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.convert.export import export
     from mixture_of_tokens.convert.transition import transition
     from mixture_of_tokens.data.inspect import data_report
-    from mixture_of_tokens.inference.audit import audit
+    from mixture_of_tokens.inference.audit import audit, audit_model
     from mixture_of_tokens.inference.evaluate import evaluate
     from mixture_of_tokens.inference.generate import generate
     from mixture_of_tokens.layers import Experts, MixtureOfTokens, Router
@@ -52,7 +52,7 @@ _MODULES = {
     "training.sweep": ("sweep",),
     "inference.generate": ("generate",),
     "inference.evaluate": ("evaluate",),
-    "inference.audit": ("audit",),
+    "inference.audit": ("audit", "audit_model"),
     "convert.transition": ("transition",),
     "convert.export": ("export",),
     "reports.compare": ("compare",),
@@ -75,6 +75,7 @@ __all__ = [
     "SoftMoE",
     "TokenChoice",
     "audit",
+    "audit_model",
     "calibrate_companions",
     "calibrate_thresholds",
     "compare",

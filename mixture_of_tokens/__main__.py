@@ -1,6 +1,7 @@
 """The command `mot`, and `python -m mixture_of_tokens` for launchers such as torchrun."""
 
 import importlib.util
+import os
 import sys
 
 from mixture_of_tokens.process import leave_processes, spin_briefly
@@ -12,6 +13,7 @@ def main() -> None:
     ^C while the command line itself is imported is answered as later on.
     """
     spin_briefly()  # before anything loads torch
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it would tell of every retry
     try:
         from mixture_of_tokens import cli
 

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from cyclopts import UNSET, App, ArgumentCollection, CycloptsError, Parameter
+from cyclopts import (
+    UNSET,
+    App,
+    ArgumentCollection,
+    CycloptsError,
+    MissingArgumentError,
+    Parameter,
+    UnusedCliTokensError,
+)
 
 from mixture_of_tokens import __version__
 from mixture_of_tokens.process import is_main, is_told, process_count
@@ -191,6 +199,19 @@ def _run(words: list[str]) -> None:
         sys.exit(1)
 
 
+def _told(error: Exception) -> str:
+    """What is wrong, where cyclopts' own words name what was not written."""
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        first, *more = error.unused_tokens
+        return (
+            f"{first!r}{f' and {len(more)} more' if more else ''}: a word too many; repeat the flag, or quote a pattern"
+        )
+    if type(error) is MissingArgumentError and error.argument is not None and error.keyword is None:
+        command = " ".join(("mot", *(error.command_chain or ())))
+        return f"{error.argument.name.lstrip('-').upper()} is missing; {command} --help shows what {command} takes"
+    return str(error)
+
+
 def main(words: list[str] | None = None) -> None:
     """Run the command line. Errors are one line on standard error.
 
@@ -203,7 +224,7 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         if not is_told(error):
-            print("mot: error:", " ".join(str(error).split()), file=sys.stderr)
+            print("mot: error:", " ".join(_told(error).split()), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}  # torch's, which is not imported for --help

@@ -158,6 +158,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E)"""
+        if x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"x has rows of width {x.shape[-1]}, and hidden_size is {self.weight.shape[1]}")
         dtype = torch.promote_types(self.router_dtype, x.dtype)
         with full_precision(x.device):
             weight = self.weight.to(dtype) / self.temperature.to(dtype)

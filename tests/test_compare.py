@@ -102,6 +102,16 @@ def test_another_configuration_in_the_same_place_is_refused_before_anything_is_t
     assert {file: file.stat().st_mtime_ns for file in compared.glob("*/*")} == before
 
 
+@pytest.mark.parametrize("command", [("compare", "MoT-Nano/4E/2"), ("sweep", "MoT-Nano/4E/2", "--learning-rate", 0.01)])
+def test_several_runs_do_not_go_into_a_run(command, compared, flags, capsys):
+    run = compared / "MoT-Nano-4E-2-seed0"
+    before = sorted(run.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        mot(*command, *flags, "--out", run)
+    assert f"{run} is a run of its own; name another directory for several" in capsys.readouterr().err
+    assert sorted(run.iterdir()) == before
+
+
 def test_it_can_be_moved_and_reported_on_without_its_weights(compared, tmp_path, capsys):
     moved = tmp_path / "elsewhere"
     shutil.copytree(compared, moved, ignore=shutil.ignore_patterns("model", "checkpoint-*", "report.html"))

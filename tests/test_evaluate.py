@@ -222,6 +222,10 @@ def test_groups_that_a_short_text_does_not_fill_are_not_called_full(tiny_runs, t
     lines = json.loads(capsys.readouterr().out)["lines"]
     assert lines[0]["label"] == "groups of 2 of 4 rows"
     assert lines[0]["tokens_per_second"] < 2.5 * 64 / lines[0]["seconds_per_group"]  # of what is there
+    (tmp_path / "short.txt").write_text("hello world")
+    mot("evaluate", tiny_runs[MIXED], "--data", tmp_path / "short.txt", "--json")
+    labels = [line["label"] for line in json.loads(capsys.readouterr().out)["lines"]]
+    assert labels == ["groups of 1 of 4 rows", "groups of 1 of 4 rows, argmax routing", "alone"]
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixture_of_tokens import audit_model
 from mixture_of_tokens.data.prepare import prepare
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama.py"
@@ -34,6 +35,17 @@ def test_the_loss_falls(llama, small_corpus, tmp_path, monkeypatch, capsys):
     assert len(losses) == 25
     assert capsys.readouterr().out.count("loss") == 3  # of steps 0, 20 and 24
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_its_audit_finds_it_causal_and_its_groups_shared(model):
+    found = audit_model(model, group_size=16, batches=1)
+    assert found.causal
+    assert not found.private
+    assert "causal: yes; private: no" in str(found)
+    model.model.layers[2].self_attn.register_forward_hook(lambda _, args, out: (out[0].flip(1), *out[1:]))
+    assert not audit_model(model, group_size=16, batches=1).causal
+    with pytest.raises(ValueError, match="group_size must be at least 1, not 0"):
+        audit_model(model, group_size=0)
 
 
 @torch.no_grad()

@@ -60,6 +60,8 @@ def test_it_says_where_the_context_cuts_a_continuation(run, capsys):
     mot("generate", run, "--prompt", "abc", "--max-new-tokens", 500)
     shown = capsys.readouterr().err
     assert "the context of 64 tokens ends 1 of 1 texts before" in shown
+    mot("generate", run, "--prompt", "abc")  # of whom no number was asked
+    assert "the context" not in capsys.readouterr().err
 
 
 def test_alone_a_prompt_s_text_does_not_depend_on_the_others(run, prompts, capsys):

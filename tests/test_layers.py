@@ -365,6 +365,9 @@ def test_shapes_that_no_layer_takes_are_refused_by_name(name):
     for shape in ((0, T, D), (B, 0, D), (B, D)):
         with pytest.raises(ValueError, match=r"x must be \(examples, positions, hidden size\) with at least one"):
             layer(torch.zeros(shape, dtype=torch.float64))
+    if layer.gate is not None:
+        with pytest.raises(ValueError, match=f"x has rows of width {D + 1}, and hidden_size is {D}"):
+            layer(torch.zeros(B, T, D + 1, dtype=torch.float64))
     for mask in (torch.ones(T, B), torch.ones(B, T + 1), torch.ones(B)):
         with pytest.raises(ValueError, match=r"token_mask must be \(6, 4\)"):
             layer(tokens(), mask.bool())

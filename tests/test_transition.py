@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, set_seed
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
+from mixture_of_tokens.convert import beginning
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import read
@@ -303,6 +305,21 @@ def test_once_begun_it_goes_on_without_the_source_s_checkpoint(tiny_runs, tmp_pa
     assert "new is finished already" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("tiny_cache")
+def test_stopped_before_its_first_step_it_says_so_and_begins_anew(tiny_runs, tmp_path, monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+
+    words = [tiny_runs[MIXED], "--steps", 2, "--distil-steps", 3, "--out", tmp_path / "new"]
+    with monkeypatch.context() as patched:
+        patched.setattr(beginning, "distil", stopped)
+        with pytest.raises(SystemExit, match="130"):
+            mot("transition", *words)
+    assert "stopped before the first step; --resume begins anew" in capsys.readouterr().err
+    mot("transition", *words, "--resume")
+    assert [row["step"] for row in rows_of(tmp_path / "new")][-1] == SOURCE_STEPS + 2
+
+
 @pytest.mark.slow
 def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_runs, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))
@@ -338,7 +355,7 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         (["MIXED", "--scores", "softplus"], "softplus"),
         (["MIXED", "--calibrate", "full"], "full"),
         (["MIXED", "--distil-steps", "-1"], "--distil-steps must be at least 1, not -1"),
-        (["MIXED", "--capacity", "-1"], "capacity_factor must be positive"),
+        (["MIXED", "--capacity", "-1"], "--capacity must be positive and finite, not -1"),
         (["MIXED", "--anneal", "0.5"], "--anneal 0.5 must be above 0 and below the source's temperature, 0.25"),
         (["MIXED", "--out", "MIXED"], "is the source itself"),
         (["MIXED", "--out", "taken"], "taken exists already"),

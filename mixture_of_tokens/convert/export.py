@@ -129,6 +129,8 @@ def export(
         raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
+    if not Path(run).exists():
+        raise ValueError(f"{run}: there is no such directory")
     model, tokenizer = load_model(run).float(), load_tokenizer_of(run)
     if not isinstance(model, MixtureOfTokensForCausalLM):
         raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads without an export")

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -17,13 +16,16 @@ from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 
 ROWS = 1024  # of text that losses are measured on
-WRITTEN, TIMES = 16, 3  # tokens that are written to time one, and how often
+WRITTEN, TIMES = 16, 5  # tokens that are written to time one, and how often
 ENOUGH = 0.01  # nats above the source in full groups, with which fewer experts are chosen
 
 
 @dataclass(frozen=True)
 class TopK:
-    """A model with this many experts a token. ms: milliseconds of a token written at batch 1, by this library."""
+    """A model with this many experts a token.
+
+    ms: milliseconds of a token written at batch 1, by this library; the least of some times, in turns with the others.
+    """
 
     top_k: int
     loss: float
@@ -47,6 +49,7 @@ class Served:
         named += [(f"top {each.top_k}", each) for each in self.tried]
         rows = [[name, loss(row.loss), f"{row.flops_per_token:,.0f}", f"{row.ms:.1f}"] for name, row in named]
         table = aligned([["", "loss", "FLOPs/token", "ms/token alone"], *rows])
+        table += f"\n\nLosses are of at most {ROWS:,} rows of text that was not trained on, not of all of it."
         if len(self.tried) == 1:
             return f"{table}\n\nTop {self.chosen.top_k} is written."
         within = f"at most {ENOUGH:g} nats above the source's in groups"
@@ -73,22 +76,27 @@ def serve(
     fewer = [] if top_k is not None else [k for k in (first // 2, first // 4) if k]
     blocks = text.tuning if len(text.tuning) >= source.config.group_size else text.validation
     seen = distillation_text(source, text.train, distil_steps)
-    before = TopK(source.config.num_experts, _loss(source, blocks), _flops(source), _milliseconds(source))
-    made: list[tuple[TopK, MixtureOfTokensForCausalLM]] = []
+    made: list[MixtureOfTokensForCausalLM] = []
     for k in (first, *fewer):
         config = token_choice_config(source.config, top_k=k, scores=scores)
         target: Any = MixtureOfTokensForCausalLM(config).eval()
         target.to(source.device)
         if made:  # with a few experts less it is a short way
-            target.load_state_dict(made[-1][1].state_dict())
+            target.load_state_dict(made[-1].state_dict())
             distil(source, target, seen, steps=distil_steps // 4, again=True)
         else:
             to_token_choice(source, target)
             distil(source, target, seen, steps=distil_steps)
-        made.append((TopK(k, _loss(target, blocks), _flops(target), _milliseconds(target)), target))
-    enough = [place for place, (tried, _) in enumerate(made) if tried.loss <= before.loss + ENOUGH]
-    chosen, model = made[max(enough, default=0)]
-    return model, Served(before, [tried for tried, _ in made], chosen)
+        made.append(target)
+    before, *tried = [
+        TopK(k, _loss(model, blocks), _flops(model), ms)
+        for k, model, ms in zip(
+            (source.config.num_experts, first, *fewer), (source, *made), _milliseconds([source, *made]), strict=True
+        )
+    ]
+    enough = [place for place, each in enumerate(tried) if each.loss <= before.loss + ENOUGH]
+    best = max(enough, default=0)
+    return made[best], Served(before, tried, tried[best])
 
 
 def _loss(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:
@@ -100,13 +108,14 @@ def _flops(model: MixtureOfTokensForCausalLM) -> float:
     return sum(flops_per_token(model.config, training=False).forward.values())
 
 
-def _milliseconds(model: MixtureOfTokensForCausalLM) -> float:
-    """Of a token of a lone text, written with the cache of keys and values; the median of some texts."""
-    prompt: Any = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    new = min(WRITTEN, model.config.max_position_embeddings - 1)
-    seconds = []
-    for _ in range(TIMES + 1):
-        begun = time.perf_counter()
-        model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        seconds.append(time.perf_counter() - begun)
-    return 1000 * median(seconds[1:]) / new
+def _milliseconds(models: list[MixtureOfTokensForCausalLM]) -> list[float]:
+    """Of a token of a lone text, written with the cache of keys and values; the least of some texts, model by model."""
+    new = min(WRITTEN, models[0].config.max_position_embeddings - 1)
+    prompt: Any = torch.zeros(1, 1, dtype=torch.long, device=models[0].device)
+    seconds: list[list[float]] = [[] for _ in models]
+    for _ in range(TIMES):
+        for model, own in zip(models, seconds, strict=True):
+            begun = time.perf_counter()
+            model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+            own.append(time.perf_counter() - begun)
+    return [1000 * min(own) / new for own in seconds]

@@ -1,6 +1,7 @@
 """Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -168,6 +169,8 @@ def transition(
     Placement.of(shard, replicate, expert_parallel, process_count())
     if steps is not None and steps < 0:
         raise ValueError(f"--steps must be 0 or more, not {steps}")
+    if capacity is not None and not 0 < capacity < math.inf:
+        raise ValueError(f"--capacity must be positive and finite, not {capacity}")
     run = Path(run)
     run = run.resolve() if run.name in ("", "..") else run  # a new run needs a name
     source = read(run)

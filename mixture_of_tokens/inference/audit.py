@@ -163,6 +163,27 @@ def audit(
     return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, expect)
 
 
+def audit_model(model: Any, *, group_size: int | None = None, batches: int = 3, seed: int = 0) -> Audit:
+    """As `audit`, for a causal language model of one's own with the layer inside, on random tokens.
+
+    Args:
+        model: called as transformers' models are, with `input_ids` and `attention_mask` (B, T) and other keywords;
+            returns an object with `logits` (B, T, V). `config.vocab_size` is its vocabulary, and
+            `config.max_position_embeddings` the longest row. It is computed in float32 and float64, and left in
+            float32 and evaluation mode.
+        group_size: of its layers; a batch has two groups. None where rows do not meet.
+
+    Raises ValueError for a number below 1.
+    """
+    for what, value in {"group_size": group_size, "batches": batches}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{what} must be at least 1, not {value}")
+    check_seed(seed)
+    model = model.float().eval()
+    seen = texts(None, model, batches, seed, group_size)
+    return Audit(type(model).__name__, seen[0][0].shape[1], leaks(model, seen, seed))
+
+
 @torch.no_grad()
 def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
     """Replace parts of some batches, and measure how far all other logits move.
@@ -230,9 +251,11 @@ def _noise(model, ids: Tensor, logits: Tensor) -> float:
     return max(float(again), float((exact - logits).abs().max()), torch.finfo(logits.dtype).eps * float(logits.std()))
 
 
-def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+def texts(
+    blocks: Blocks | None, model: Any, batches: int, seed: int, group_size: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Pairs of batches for `leaks`: two groups of text as in training, or random tokens where there is no text."""
-    rows = 2 * (group_size_of(model) or ROWS // 2)
+    rows = 2 * (group_size or group_size_of(model) or ROWS // 2)
     config = model.config
     # Memory holds all logits several times.
     length = max(8, min(LONGEST, context_of(model), 2**27 // (rows * config.vocab_size)))

@@ -139,7 +139,8 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     # Label, block numbers (groups, rows) of every regrouping, and whether routing is by argmax.
-    real = float(np.mean([((order >= 0) & (order < len(blocks))).sum(1).mean() for order in full]))
+    counts = np.concatenate([(order >= 0).sum(1) for order in full])  # of short text there are empty groups
+    real = float(counts[counts > 0].mean())
     filled = "full groups" if real > 0.9 * group_size else f"groups of {real:.0f} of {group_size} rows"
     plan = [(filled if mixes else f"{group_size} rows", full, False)]
     if mixes and len(part) < len(full[0]):
@@ -147,6 +148,7 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
     if any(routing.mixes and routing.routed for routing in routings_of(model)):
         plan.append((f"{filled}, argmax routing", [part], True))
     sizes = [2**power for power in range(1, (group_size - 1).bit_length())] if mixes else []
+    sizes = [n for n in sizes if n < counts.max()]  # larger ones would be the groups above
     plan += [(f"{n} rows a group", [in_parts(part, n)], False) for n in reversed(sizes)]
     if all(routing.serves_alone for routing in routings_of(model)):
         plan.append(("alone", [in_parts(part, 1)], False))

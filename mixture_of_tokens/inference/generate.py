@@ -79,7 +79,7 @@ def generate(
     prompt: list[str] | None = None,
     prompts_file: Path | None = None,
     out: Path | None = None,
-    max_new_tokens: int = DEFAULT.max_new_tokens,
+    max_new_tokens: int | None = None,
     temperature: float = DEFAULT.temperature,
     top_p: float = DEFAULT.top_p,
     samples: int = 1,
@@ -102,7 +102,7 @@ def generate(
         prompts_file: A file of prompts: one a line, or, if it ends in .jsonl, objects with the field "prompt".
         out: The file of JSON lines for --prompts-file, in its order; by default NAME.continued.jsonl beside it. The
             same command goes on where it was stopped.
-        max_new_tokens: Tokens to write; fewer where a text ends or the context is full.
+        max_new_tokens: Tokens to write, by default 64; fewer where a text ends or the context is full.
         temperature: Of sampling; 0 always takes the likeliest token.
         top_p: Sample among the likeliest tokens that together have this probability.
         samples: Continuations of each prompt. Those of one prompt are never in one batch.
@@ -125,7 +125,8 @@ def generate(
     for flag, value in {"--samples": samples, "--batch-size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
-    (sampling := Sampling(max_new_tokens, temperature, top_p, seed)).check()
+    most = DEFAULT.max_new_tokens if max_new_tokens is None else max_new_tokens
+    (sampling := Sampling(most, temperature, top_p, seed)).check()
     run, texts = str(run), [prompt] if isinstance(prompt, str) else prompt or []
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     placement = placed(shard, expert_parallel)
@@ -138,11 +139,11 @@ def generate(
     encoded = encode(tokenizer, prompts, context, add_special_tokens=special)
     batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
     widths = [max(len(encoded[row.prompt]) for row in batch) for batch in batches]
-    cut = sum(len(batch) for batch, width in zip(batches, widths, strict=True) if width + max_new_tokens > context)
-    if cut and is_main():
+    cut = sum(len(batch) for batch, width in zip(batches, widths, strict=True) if width + most > context)
+    if cut and max_new_tokens is not None and is_main():
         total = sum(map(len, batches))
         print(
-            f"mot: the context of {context} tokens ends {cut} of {total} texts before {max_new_tokens} new tokens",
+            f"mot: the context of {context} tokens ends {cut} of {total} texts before {most} new tokens",
             file=sys.stderr,
         )
 

@@ -15,7 +15,7 @@ from mixture_of_tokens.reports.report import Report, write_page
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
-from mixture_of_tokens.runs.run import Run, check_resumed
+from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_values
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.sweep import PlannedRun, Plans, check_text, trained_on
@@ -64,6 +64,7 @@ def compare(
     names = tuple(name for given in names for name in listed_values(given))
     seeds, learning_rate = listed_values(seeds), None if learning_rate is None else listed_values(learning_rate)
     out = Path("runs/compare") if out is None else Path(out)
+    check_holds_runs(out)
     plans = _plans(names, list(dict.fromkeys(seeds)), _rates(learning_rate, len(names)), options, out)
     if dry_run:
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])

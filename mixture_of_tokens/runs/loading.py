@@ -63,7 +63,8 @@ def load_model(run: str, *, alone: bool = False, placement: Placement = COPIES) 
             raise ValueError(f"a {config.model_type} model is no causal language model")
         model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
-        raise ValueError(f"{run} cannot be loaded: {_first_line(error)}") from None
+        where = "" if Path(run).exists() else ": there is no such directory, and as a name on the Hub it"
+        raise ValueError(f"{run}{where} cannot be loaded: {_first_line(error)}") from None
     if alone and hasattr(model, "serve_alone"):  # other models never mix rows
         model.serve_alone()
     if placement.sharded:

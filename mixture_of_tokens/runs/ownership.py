@@ -16,10 +16,13 @@ def owned(directory: Path, *, patience: float = PATIENCE) -> Iterator[None]:
 
     Nothing is left of a new directory to which nothing was written.
 
-    Raises ValueError while another process owns it.
+    Raises ValueError while another process owns it, and where there can be no such directory.
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be made a directory: {error.strerror}; name another with --out") from None
     try:
         with _exclusive(directory / LOCK, str(directory), patience):
             yield

@@ -39,8 +39,16 @@ def check_one_process(what: str) -> None:
 
 def check_free(out: Path) -> None:
     """Raises ValueError if the directory of a new run is not empty."""
+    if is_main() and out.is_file():
+        raise ValueError(f"{out} is a file; name a directory with --out")
     if is_main() and not _is_empty(out):
         raise ValueError(f"{out} exists already; go on with --resume, name another with --out, or remove it")
+
+
+def check_holds_runs(out: Path) -> None:
+    """Raises ValueError if the directory of several runs is itself a run."""
+    if is_main() and (out / records.CONFIG).is_file():
+        raise ValueError(f"{out} is a run of its own; name another directory for several with --out")
 
 
 def _is_empty(out: Path) -> bool:
@@ -254,7 +262,8 @@ def read(directory: Path) -> Run:
     if packed.is_file() and not (directory / records.FACTS).is_file():
         return _unpacked(packed)
     if not (directory / records.FACTS).is_file():
-        why = "it has no run.json" if directory.is_dir() else "there is no such directory"
+        why = "it is a file" if directory.is_file() else "there is no such directory"
+        why = "it has no run.json" if directory.is_dir() else why
         raise ValueError(f"{directory} is no finished run: {why}")
     config = RunConfig.read(directory / records.CONFIG)
     facts = RunFacts.read(directory / records.FACTS)

@@ -131,6 +131,19 @@ class AnnealTemperature(TrainerCallback):
         self.model.set_router_temperature(self.start * (self.end / self.start) ** progress)
 
 
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Until the end of the block SIGTERM raises KeyboardInterrupt, as ^C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class StopOnSignal(TrainerCallback):
     """SIGTERM or a first ^C ends the run after the current step, with a checkpoint; `received` is its number."""
 

@@ -187,7 +187,9 @@ def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, gro
     if batch_size % group_size:
         low = batch_size // group_size * group_size
         legal = " or ".join(str(n) for n in (low, low + group_size) if n)
-        raise ValueError(f"--batch-size {batch_size} is no multiple of the group size {group_size}; {legal} would be")
+        raise ValueError(
+            f"a batch of {batch_size} is no multiple of the group size {group_size}; {legal} would be, by --batch-size"
+        )
 
 
 def _training_fields(

@@ -17,7 +17,7 @@ from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.ownership import owned
-from mixture_of_tokens.runs.run import Run, check_resumed
+from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_values
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
@@ -152,6 +152,7 @@ def sweep(
     """
     seeds, learning_rate = listed_values(seeds), None if learning_rate is None else listed_values(learning_rate)
     out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else Path(out)
+    check_holds_runs(out)
     if options.evaluate_on is None:
         options = dataclasses.replace(options, evaluate_on="tuning")
     cells = _grid(learning_rate, options)

@@ -39,7 +39,7 @@ from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, check_free, check_resumed, read
-from mixture_of_tokens.training.callbacks import AnnealTemperature, StopOnSignal
+from mixture_of_tokens.training.callbacks import AnnealTemperature, StopOnSignal, ended_by_sigterm
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.trainer import GroupedTrainer
@@ -170,7 +170,13 @@ def _run(
         if checkpoint is not None:
             print(f"Going on from {checkpoint}", file=sys.stderr)
     if begin is not None and checkpoint is None:
-        begin(trainer, prepared)
+        try:
+            with ended_by_sigterm():
+                begin(trainer, prepared)
+        except KeyboardInterrupt:
+            if is_main():
+                print("mot: stopped before the first step; --resume begins anew", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
     stop = StopOnSignal()
     trainer.add_callback(stop)
     with stop.installed():
