@@ -2,7 +2,7 @@
 
     python experiments/nano/run.py            # half an hour on two cores of an AMD EPYC; goes on where it was stopped
     python experiments/nano/run.py --table    # who reaches whose loss, and when, of nano, prose and long: Markdown
-    python experiments/nano/run.py --draw     # curves.svg, the README's picture
+    python experiments/nano/run.py --draw     # curves.svg, the picture of docs/results.md
 
 1,200 steps of 8,192 tokens of the standard library's source (of Python 3.11.7, for the text that is committed).
 MoT-Nano/32E/8 is at the dense model's final loss in 0.57 of its steps, 0.89 of its FLOPs and 0.90 of its time, and

@@ -129,8 +129,8 @@ def table_of(rows: Iterable[Row]) -> str:
 
 
 def draw_curves(study: Study, drawn: int = SHORT) -> None:
-    """The evaluations during training, without the first sixth, of the runs of so many steps."""
-    panels: dict[str, list[Curve]] = {"M tokens": [], "time, in steps of the dense model": []}
+    """The evaluations during training, without the first sixth, of the runs of so many steps; dotted, dense ones' end."""
+    panels: dict[str, list[Curve]] = {"M tokens": [], "time, as a number of dense steps": []}
     for row in study.rows:
         if row.steps != drawn or not row.runs:
             continue
@@ -142,7 +142,8 @@ def draw_curves(study: Study, drawn: int = SHORT) -> None:
         for curves, its in zip(panels.values(), x, strict=True):
             if its is not None:
                 curves.append(Curve(row.system.label, its, losses))
-    save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg")
+    level = next((curve.losses[:, -1].mean() for curve in panels["M tokens"] if curve.label == DENSE.label), None)
+    save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg", level)
 
 
 def swept() -> None:
