@@ -129,7 +129,7 @@ def table_of(rows: Iterable[Row]) -> str:
 
 
 def draw_curves(study: Study, drawn: int = SHORT) -> None:
-    """The evaluations during training, without the first sixth, of the runs of so many steps; dotted, dense ones' end."""
+    """Evaluations during training but for the first sixth, of runs of so many steps. Dotted: the dense model's last."""
     panels: dict[str, list[Curve]] = {"M tokens": [], "time, as a number of dense steps": []}
     for row in study.rows:
         if row.steps != drawn or not row.runs:

@@ -36,7 +36,8 @@ def tables(comparison: Comparison) -> Child:
         "Result",
         f"Losses in nats a token; lower is better. {comparison.batch_size * comparison.context:,} tokens a "
         f"step, {steps_of(comparison)}, {seeds_of(comparison)}. Equal time: when the "
-        f"fastest run ended, at {with_span(comparison.equal_time_seconds, duration)}.",
+        f"fastest run ended, at {with_span(comparison.equal_time_seconds, duration)}. Final losses are over all of the "
+        f"{comparison.evaluated_on} text; where curves are compared, over the part that is evaluated during training.",
         (
             (
                 "At equal steps" if comparison.at_equal_steps else "At the end",
