@@ -47,6 +47,7 @@ MEASURED = 60  # rows of telemetry that are kept of a run, beside its evaluation
 # Choice, the first one of a picture, is green.
 COLORS = ("#2f81d6", "#d9632a", "#a45bb0", "#b08a00", "#c2407a", "#2b9aa8", "#8c6d4f")
 DENSE, TOKEN_CHOICE = "#808890", "#2a9d6f"
+BESIDE = 5  # curves, above which their names stand beside a picture
 KINDS = {"Transformer-": DENSE, "TC-": TOKEN_CHOICE, "Token Choice": TOKEN_CHOICE}
 GREY = "#858585"
 STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
@@ -244,10 +245,11 @@ def save_picture(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        colors = colors_of(dict.fromkeys(curve.label for curves in panels.values() for curve in curves))
+        dashes_of = dict(zip(colors, itertools.cycle(DASHES), strict=False))
         for panel, (x_label, curves) in zip(axes, panels.items(), strict=True):
-            colors = colors_of([curve.label for curve in curves])
-            for i, (label, x, losses) in enumerate(curves):
-                color, dashes = colors[label], DASHES[i % len(DASHES)]
+            for label, x, losses in curves:
+                color, dashes = colors[label], dashes_of[label]
                 panel.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.25, linewidth=0)
                 panel.plot(x, losses.mean(0), color=color, linestyle=dashes, linewidth=1.8, label=label)
             if level is not None:
@@ -255,11 +257,14 @@ def save_picture(
             panel.set_xlabel(x_label)
             panel.set_xscale("log" if logarithmic else "linear")
         axes[0].set_ylabel(y_label)
-        axes[0].legend(frameon=False)
+        if len(colors) > BESIDE:
+            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        else:
+            axes[0].legend(frameon=False)
         figure.savefig(file, transparent=True, metadata={"Date": None})
 
 
-def colors_of(labels: Sequence[str]) -> dict[str, str]:
+def colors_of(labels: Iterable[str]) -> dict[str, str]:
     colors: dict[str, str] = {}
     others = itertools.cycle(COLORS)
     for label in labels:

@@ -10,6 +10,8 @@ routings that are younger: Token Choice with sigmoid gates and biases in place o
 ReMoE. Peak rates were swept for the dense model, /8 and Token Choice; the others have the same.
 """
 
+from functools import partial
+
 from micro import BEST_MIXTURE, DENSE, MIXTURES, SHORT, THE_PAPERS, YOUNGER, draw_curves, result_of, table_of
 from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Row, Study
 
@@ -37,7 +39,7 @@ STUDY = Study(
     paper="matches the better of Expert Choice and Token Choice; values not available",
     rows=[Row(system, SHORT) for system in (DENSE, MIXTURES[4], MIXTURES[8], *THE_PAPERS, *YOUNGER)],
     says=says,
-    table=table_of,
+    table=partial(table_of, lengths=False),
     draw=draw_curves,
 )
 

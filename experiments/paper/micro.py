@@ -108,21 +108,18 @@ def share_of_step(system: System) -> float | None:
     return next((float(row["share_of_dense"]) for row in rows if row["system"] == system.label), None)
 
 
-def table_of(rows: Iterable[Row]) -> str:
-    """Those of which a run is kept."""
-    lines = [["", "M tokens", "seeds", "loss", "at equal time", "steps", "FLOPs", "time", "a step, of dense"]]
+def table_of(rows: Iterable[Row], *, lengths: bool = True) -> str:
+    """Those of which a run is kept; `lengths`: with how long each was trained."""
+    columns = ["seeds", "loss", "at equal time", "steps", "FLOPs", "time", "a step, of dense"]
+    lines = [["", *(["M tokens"] if lengths else []), *columns]]
     for row in rows:
         found, share = result_of(row), share_of_step(row.system)
         if found is None:
             continue
         shares = [with_span(each) if each else "never" for each in (found.steps, found.flops)]
         time = with_span(found.time) if found.time else "" if share is None and found.steps else "never"
-        cells = [
-            row.system.label,
-            f"{row.steps * TOKENS / 1e6:.1f}",
-            str(found.loss.seeds),
-            with_span(found.loss, loss),
-        ]
+        cells = [row.system.label, *([f"{row.steps * TOKENS / 1e6:.1f}"] if lengths else [])]
+        cells += [str(found.loss.seeds), with_span(found.loss, loss)]
         cells.append("" if found.equal_time is None else with_span(found.equal_time, loss))
         lines.append([*cells, *shares, time, "" if share is None else ratio(share)])
     return markdown(lines)
