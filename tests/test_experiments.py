@@ -235,19 +235,22 @@ def test_the_ledgers_page_is_of_the_committed_runs(paper):
 
 def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
     fig7 = paper("fig7")
-    rows = [fig7.Row(fig7.BEST_MIXTURE, steps, fig7.SEEDS) for steps in fig7.LENGTHS]
-    found = {row.steps: result for row in rows if (result := fig7.result_of(row)) is not None}
-    assert {result.loss.seeds for result in found.values()} == {1}
-    lengths, steps, times = (
-        "{}, {} and {}".format(*values)
-        for values in (
-            [f"{steps * fig7.TOKENS / 1e6:.0f}" for steps in found],
-            [f"{result.steps.mean:.2f}" for result in found.values()],
-            [f"{result.time.mean:.2f}" for result in found.values()],
-        )
+    lengths = fig7.LENGTHS[:3]
+    dense, mixture, token_choice = (
+        [fig7.result_of(fig7.Row(system, steps, fig7.SEEDS)) for steps in lengths] for system in fig7.SYSTEMS
     )
-    said = f"at {lengths} million tokens, it reaches the dense loss in {steps} of the steps and in {times} of the time"
-    assert said in " ".join((ROOT / "README.md").read_text().split())
+    assert {result.loss.seeds for result in (*dense, *mixture, *token_choice)} == {1}
+
+    def shares(results) -> str:
+        steps, times = ([f"{getattr(result, of).mean:.2f}" for result in results] for of in ("steps", "time"))
+        return "in {}, {} and {} of the steps and in {}, {} and {} of the time".format(*steps, *times)
+
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert "after {}, {} and {} million tokens".format(*(f"{n * fig7.TOKENS / 1e6:.0f}" for n in lengths)) in said
+    assert f"reaches the dense model's final loss {shares(mixture)}, Token Choice (TC) {shares(token_choice)}." in said
+    ends = [results[-1].loss.mean for results in (dense, mixture, token_choice)]
+    assert abs(ends[1] - ends[2]) < 5e-4
+    assert f"both have the same loss, {ends[0] - ends[1]:.2f} nats below the dense model's" in said
 
 
 def test_micros_are_trained_at_the_rates_and_temperatures_that_were_best(paper):
