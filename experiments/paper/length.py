@@ -1,13 +1,13 @@
-"""Length: the gain over the dense model grows with the tokens it was trained on, for each of its parameters.
+"""Length: a Micro gains as much over the dense model as a Nano does after as many tokens for each of its parameters.
 
-    python experiments/paper/length.py            # what is missing of Nanos of 150 to 4,800 steps; an hour of one core
+    python experiments/paper/length.py            # what is missing of Nanos of 150 to 2,400 steps; 40 minutes
     python experiments/paper/length.py --table    # the table of what is committed
 
-Figure 7's question for Nanos of seven lengths, beside its Micros. Nanos of 1,200 and of 12,000 steps are those of
+Figure 7's question for Nanos of six lengths, beside its Micros. Nanos of 1,200 and of 12,000 steps are those of
 `../nano` and `../long`; from 2,400 steps on they read their text more than once, at 12,000 nearly nine times. Expected:
-the share of the dense model's steps falls with length, and a Micro's is within 0.05 of a Nano's after as many tokens a
-parameter of the dense model, so that what the Micros of figure 7 lack is length. The paper: 0.25 of the steps for a
-Mini of 29 M parameters after 16,400 M tokens, which is 565 a parameter (plot data of its authors' blog post).
+the share of the dense model's steps at which a Micro reaches its loss is within 0.05 of a Nano's after as many tokens a
+parameter of the dense model, so that what the Micros of figure 7 lack is length alone. The paper: 0.25 of the steps for
+a Mini of 29 M parameters after 16,400 M tokens, which is 565 a parameter (plot data of its authors' blog post).
 """
 
 import sys
@@ -44,7 +44,7 @@ class Size(NamedTuple):
         return [Row(system, steps, (self.seed,)) for steps in self.lengths for system in self.systems]
 
 
-NANO = Size("Nano", (nano.DENSE, nano.BASE, System("TC-Nano/32E")), (150, 300, 600, 1200, 2400, 4800, LONG), nano.SEED)
+NANO = Size("Nano", (nano.DENSE, nano.BASE, System("TC-Nano/32E")), (150, 300, 600, 1200, 2400, LONG), nano.SEED)
 MICRO = Size("Micro", (micro.DENSE, micro.BEST_MIXTURE, micro.TOKEN_CHOICE), micro.LENGTHS, micro.SEED)
 
 
@@ -101,7 +101,7 @@ def says() -> tuple[str, str] | None:
         for tokens, share, nano_share in zip(at, of_micro, expected, strict=True)
     ]
     told.append(f"Nano {of_nano[0]:.2f} after {x[0]:.0f}, {of_nano[-1]:.2f} after {x[-1]:,.0f}")
-    as_claimed = np.all(np.abs(of_micro - expected) <= LEVEL) and np.all(np.diff(of_nano) < 0)
+    as_claimed = np.all(np.abs(of_micro - expected) <= LEVEL)
     return "; ".join(told), CONFIRMED if as_claimed else CONTRADICTED
 
 
@@ -135,7 +135,7 @@ def draw(study: Study) -> None:
 
 STUDY = Study(
     id="length",
-    claim="The gain grows with tokens a parameter, and is a Nano's at a Micro (ours)",
+    claim="A Micro gains what a Nano does after as many tokens a parameter (ours)",
     paper="0.25 of the steps after 565 tokens a parameter (Mini)",
     rows=[row for row in NANO.rows if row.steps != LONG],
     says=says,

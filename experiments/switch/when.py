@@ -1,6 +1,6 @@
-"""When to switch: how much of the time of a training is best spent in groups. Not run yet.
+"""When to switch: how much of the time of a training is best spent in groups. One share of seven was run so far.
 
-    python experiments/switch/when.py            # what is missing; some two hours of one core
+    python experiments/switch/when.py            # what is missing; some three hours of one core
     python experiments/switch/when.py --table    # Markdown
 
 A training may take the time of BUDGET steps of the dense Nano. For a share of it MoT-Nano/32E/8 trains in groups, at a
