@@ -169,6 +169,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/partial_groups/run.py": (14, "serving"),
     "experiments/paper/ledger.py": (12, "results"),
     "experiments/paper/fig6.py": (11, "results"),
+    "experiments/paper/length.py": (11, "results"),
     "experiments/paper/fig7.py": (11, "results"),
     "experiments/paper/fig4.py": (6, "results"),
     "experiments/paper/fig5.py": (10, "results"),
