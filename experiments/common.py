@@ -46,9 +46,8 @@ MEASURED = 60  # rows of telemetry that are kept of a run, beside its evaluation
 # Of pictures: greys and colours that can be read on white and on black. In all of them dense models are grey, and Token
 # Choice, the first one of a picture, is green.
 COLORS = ("#2f81d6", "#d9632a", "#a45bb0", "#b08a00", "#c2407a", "#2b9aa8", "#8c6d4f")
-DENSE, TOKEN_CHOICE = "#808890", "#2a9d6f"
+KINDS = {"Transformer-": "#808890", "TC-": "#2a9d6f", "Token Choice": "#2a9d6f"}
 BESIDE = 5  # curves, above which their names stand beside a picture
-KINDS = {"Transformer-": DENSE, "TC-": TOKEN_CHOICE, "Token Choice": TOKEN_CHOICE}
 GREY = "#858585"
 STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
 STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 10, "axes.spines.top": False}

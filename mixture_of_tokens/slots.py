@@ -124,7 +124,7 @@ def slots_without_limit(expert_A: Tensor, num_experts: int, like: Tensor) -> tup
     multiple = ROWS_MULTIPLE if half and num_experts < A else 1
     sorted_A, order_A = expert_A.sort(stable=True)
     ends_E = torch.searchsorted(sorted_A, torch.arange(num_experts, device=device), right=True)
-    load_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    load_E = _sizes(ends_E)
     room_E = -(-load_E // multiple) * multiple
     slot_of_sorted_A = torch.arange(A, device=device) + F.pad((room_E - load_E).cumsum(0), (1, 0))[sorted_A]
     slot_A = torch.empty_like(order_A).index_copy(0, order_A, slot_of_sorted_A)
@@ -164,7 +164,7 @@ def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Te
     if _in_one_call(grad_NO, x_NI):
         grad_EOI = F.grouped_mm(grad_NO.mT, x_NI, offs=ends_E.to(torch.int32))
         if grad_EOI.device.type != "cpu":  # on some GPUs experts without rows get what was in memory (pytorch 172439)
-            grad_EOI.masked_fill_((ends_E.diff(prepend=ends_E.new_zeros(1)) == 0)[:, None, None], 0)
+            grad_EOI.masked_fill_((_sizes(ends_E) == 0)[:, None, None], 0)
         return grad_EOI
     grad_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1])
     for rows, grad_OI in zip(_row_slices(ends_E), grad_EOI, strict=True):
@@ -177,6 +177,10 @@ def _in_one_call(*operands: Tensor) -> bool:
     sizes = [length * x.itemsize for x in operands for length in x.shape[1:]]
     aligned = not any(number % 16 for number in (*sizes, *(x.data_ptr() for x in operands)))
     return operands[0].dtype != torch.float64 and aligned
+
+
+def _sizes(ends_E: Tensor) -> Tensor:
+    return ends_E.diff(prepend=ends_E.new_zeros(1))
 
 
 def _row_slices(ends_E: Tensor) -> list[slice]:

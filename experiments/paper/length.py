@@ -17,7 +17,7 @@ from typing import NamedTuple
 import micro
 import nano
 import numpy as np
-from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, Row, Study, System, run_of
+from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, Row, Study, System, run_of
 
 from mixture_of_tokens.formatting import loss, markdown, ratio
 from mixture_of_tokens.reports.comparison import reached
@@ -37,15 +37,11 @@ class Size(NamedTuple):
     name: str
     systems: tuple[System, System, System]
     lengths: tuple[int, ...]
-    seed: int
-
-    @property
-    def rows(self) -> list[Row]:
-        return [Row(system, steps, (self.seed,)) for steps in self.lengths for system in self.systems]
 
 
-NANO = Size("Nano", (nano.DENSE, nano.BASE, System("TC-Nano/32E")), (150, 300, 600, 1200, 2400, LONG), nano.SEED)
-MICRO = Size("Micro", (micro.DENSE, micro.BEST_MIXTURE, micro.TOKEN_CHOICE), micro.LENGTHS, micro.SEED)
+NANO = Size("Nano", (nano.DENSE, nano.BASE, System("TC-Nano/32E")), (150, 300, 600, 1200, 2400, LONG))
+MICRO = Size("Micro", (micro.DENSE, micro.BEST_MIXTURE, micro.TOKEN_CHOICE), micro.LENGTHS)
+MIXTURE = 1  # of the systems of a size
 
 
 class Gain(NamedTuple):
@@ -57,24 +53,23 @@ class Gain(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A length; None for a system without a run of it."""
+    """A length. Gains are those of the systems but the dense one; None for one without a run."""
 
     tokens: int
     per_parameter: float
     dense: float
-    mixture: Gain | None
-    token_choice: Gain | None
+    gains: list[Gain | None]
 
 
 def points(size: Size) -> list[Point]:
     """Those lengths of which a dense run is kept."""
     found = []
     for steps in size.lengths:
-        dense, *others = [run_of(system, steps, size.seed) for system in size.systems]
+        dense, *others = [run_of(system, steps, FIRST_SEEDS[size.name]) for system in size.systems]
         if dense is not None:
             gains = [None if run is None else gain(run, dense) for run in others]
             facts = dense.facts
-            found.append(Point(facts.tokens, facts.tokens / facts.parameters, facts.final_loss, *gains))
+            found.append(Point(facts.tokens, facts.tokens / facts.parameters, facts.final_loss, gains))
     return found
 
 
@@ -83,16 +78,16 @@ def gain(run: Run, dense: Run) -> Gain:
     return Gain(run.facts.final_loss, *((None, None) if at is None else (at.of_steps, at.of_flops)))
 
 
-def line(size: Size, of: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens a parameter, and the share of the steps of "mixture" or "token_choice"."""
-    gains = [(each.per_parameter, getattr(each, of)) for each in points(size)]
+def line(size: Size, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens a parameter, and the share of the steps of the system of this number, of which 0 is the dense one."""
+    gains = [(each.per_parameter, each.gains[number - 1]) for each in points(size)]
     known = [(at, gain.steps) for at, gain in gains if gain is not None and gain.steps is not None]
     x, y = zip(*known, strict=True) if known else ((), ())
     return np.array(x), np.array(y)
 
 
 def says() -> tuple[str, str] | None:
-    (x, of_nano), (at, of_micro) = line(NANO, "mixture"), line(MICRO, "mixture")
+    (x, of_nano), (at, of_micro) = line(NANO, MIXTURE), line(MICRO, MIXTURE)
     if not len(x) or not len(at):
         return None
     expected = np.interp(np.log(at), np.log(x), of_nano)
@@ -105,7 +100,7 @@ def says() -> tuple[str, str] | None:
     return "; ".join(told), CONFIRMED if as_claimed else CONTRADICTED
 
 
-def table() -> str:
+def table(_: object = ()) -> str:
     names = [system.name.replace("Nano/", "") for system in NANO.systems[1:]]
     lines = [["", "M tokens", "a parameter", "dense loss"]]
     for name in names:
@@ -113,7 +108,7 @@ def table() -> str:
     for size in (NANO, MICRO):
         for each in points(size):
             cells = [size.name, f"{each.tokens / 1e6:.1f}", f"{each.per_parameter:,.0f}", loss(each.dense)]
-            for found in (each.mixture, each.token_choice):
+            for found in each.gains:
                 if found is None:
                     cells += ["", "", ""]
                 else:
@@ -126,8 +121,8 @@ def table() -> str:
 def draw(study: Study) -> None:
     curves = []
     for size in (NANO, MICRO):
-        for system, of in zip(size.systems[1:], ("mixture", "token_choice"), strict=True):
-            x, y = line(size, of)
+        for number, system in enumerate(size.systems[1:], MIXTURE):
+            x, y = line(size, number)
             curves.append(Curve(system.name, x, y[None]))
     panels = {"tokens a parameter of the dense model": curves}
     save_picture(panels, "share of the dense model's steps", EXPERIMENT.kept / f"{study.id}.svg", logarithmic=True)
@@ -137,9 +132,9 @@ STUDY = Study(
     id="length",
     claim="A Micro gains what a Nano does after as many tokens a parameter (ours)",
     paper="0.25 of the steps after 565 tokens a parameter (Mini)",
-    rows=[row for row in NANO.rows if row.steps != LONG],
+    rows=[Row(system, steps, (nano.SEED,)) for steps in NANO.lengths if steps != LONG for system in NANO.systems],
     says=says,
-    table=lambda rows: table(),
+    table=table,
     draw=draw,
 )
 

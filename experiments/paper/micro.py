@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from studies import EXPERIMENT, Row, Study, System, run_of
+from studies import EXPERIMENT, FIRST_SEEDS, Row, Study, System, run_of
 from transformers import TrainingArguments
 
 from mixture_of_tokens import sweep
@@ -36,7 +36,6 @@ from common import Curve, asked, directory_of, read_csv, save_picture, settings_
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
 SHORT = 1500  # steps of the figures that compare many systems, and of sweeps: 12.3 M tokens; fewer mislead (../LOG.md)
 LENGTHS = (SHORT, 2 * SHORT, 4 * SHORT, 8 * SHORT)  # of figure 7
-SEED = 2  # of what has one
 ROUNDS, TIMED = 7, 6  # of a timing, and steps of each system in a round
 # How a step is carried out, by its name: whether compiled, and settings of the model.
 WAYS = {
@@ -165,7 +164,7 @@ def timed() -> None:
     for way, (compiled, settings) in WAYS.items():
         models, blocks = {}, None
         for system in SYSTEMS if compiled else (DENSE, BEST_MIXTURE, TOKEN_CHOICE):
-            if system != DENSE and not any(run_of(system, steps, SEED) for steps in LENGTHS):
+            if system != DENSE and not any(run_of(system, steps, FIRST_SEEDS["Micro"]) for steps in LENGTHS):
                 continue
             if system.name.startswith("ReMoE-"):
                 continue

@@ -147,8 +147,8 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
         plan.append((f"{filled}, same text as below", [part], False))
     if any(routing.mixes and routing.routed for routing in routings_of(model)):
         plan.append((f"{filled}, argmax routing", [part], True))
-    sizes = [2**power for power in range(1, (group_size - 1).bit_length())] if mixes else []
-    sizes = [n for n in sizes if n < counts.max()]  # larger ones would be the groups above
+    # Below the largest group that there is.
+    sizes = [2**power for power in range(1, int(counts.max() - 1).bit_length())] if mixes else []
     plan += [(f"{n} rows a group", [in_parts(part, n)], False) for n in reversed(sizes)]
     if all(routing.serves_alone for routing in routings_of(model)):
         plan.append(("alone", [in_parts(part, 1)], False))

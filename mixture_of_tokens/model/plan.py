@@ -8,7 +8,7 @@ from typing import Literal
 
 from mixture_of_tokens.formatting import Result, aligned, duration, short
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters
+from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, training_flops
 from mixture_of_tokens.model.names import SIZES, config_from_name, name_of, parse_name
 from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.model.routings import DENSE
@@ -188,12 +188,9 @@ def plan(
         spread = spread_of(config, batch=batch, devices=devices, placement=placement, micro_batch=micro_batch)
         micro_batch = spread.micro_batch
     planned = plan_of(config, batch=batch, micro_batch=micro_batch, dtype=dtype)
-    return replace(
-        planned, spread=spread, training=None if steps is None else _training(planned, steps, tflops, devices)
-    )
-
-
-def _training(planned: Plan, steps: int, tflops: float, devices: int | None) -> Training:
-    tokens, forward, backward = steps * planned.batch * planned.context, *list(planned.flops_per_token.values())[:2]
-    flops, devices = tokens * (forward["total"] + backward["total"]), devices or 1
-    return Training(steps, tokens, flops, tflops, devices, flops / (devices * tflops * 1e12))
+    training = None
+    if steps is not None:
+        flops, count = steps * training_flops(config, batch), devices or 1
+        tokens = steps * batch * planned.context
+        training = Training(steps, tokens, flops, tflops, count, flops / (count * tflops * 1e12))
+    return replace(planned, spread=spread, training=training)

@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,13 +170,8 @@ def _run(
         if checkpoint is not None:
             print(f"Going on from {checkpoint}", file=sys.stderr)
     if begin is not None and checkpoint is None:
-        try:
-            with ended_by_sigterm():
-                begin(trainer, prepared)
-        except KeyboardInterrupt:
-            if is_main():
-                print("mot: stopped before the first step; --resume begins anew", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+        with _saying_where("before the first step; --resume begins anew"), ended_by_sigterm():
+            begin(trainer, prepared)
     stop = StopOnSignal()
     trainer.add_callback(stop)
     with stop.installed():
@@ -190,11 +185,18 @@ def _run(
             step, name = trainer.state.global_step, signal.Signals(stop.received).name
             print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
         sys.exit(128 + stop.received)
-    try:
+    with _saying_where("after the last step, which is saved; --resume goes on"):
         return _finish(trainer, prepared, run, out, made_by)
+
+
+@contextmanager
+def _saying_where(stopped: str) -> Iterator[None]:
+    """^C ends the process, which says where it was stopped."""
+    try:
+        yield
     except KeyboardInterrupt:
         if is_main():
-            print("mot: stopped after the last step, which is saved; --resume goes on", file=sys.stderr)
+            print(f"mot: stopped {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
