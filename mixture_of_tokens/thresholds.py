@@ -59,6 +59,7 @@ class _Above(Routed):
         """Called with the logits of a training batch, and where tokens are real."""
         raise NotImplementedError
 
+    @torch.compiler.disable(reason="the number of pairs differs in every batch, and each would be compiled anew")
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         check_shapes(x_BTD, token_mask)
         B, T, D = x_BTD.shape
