@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 import reference
@@ -408,6 +409,27 @@ def test_the_default_compiler_takes_masked_batches_of_changing_shapes(name):
         expected, gradient = gradients(layer, x, mask, cotangent)
         assert_close(y, expected)
         assert_close(found["x"], gradient["x"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's inductor imports what torch has deprecated
+def test_compiled_products_of_bfloat16_copy_no_matrix_of_an_expert_transposed():
+    torch._dynamo.reset()
+    experts, groups, hidden = 8, 12, 16
+    layer = MixtureOfTokens(hidden, 8, experts, 4)
+    compiled: Any = torch.compile(layer)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = compiled(tokens(8, 6, hidden, dtype=torch.float32))
+        y.sum().backward()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        step()
+    copied = [event.input_shapes[0] for event in profiled.events() or [] if event.name == "aten::copy_"]
+    assert [experts, groups, hidden] in copied
+    assert [experts, hidden, groups] not in copied
 
 
 @pytest.mark.parametrize(("experts", "k"), [(7, 1), (7, 3), (64, 4), (64, 5), (66, 2), (256, 8)])

@@ -5,7 +5,7 @@ rates of Micros were chosen with seed 1, so their results are of seeds from 2 on
 
 Micros see the source text of installed packages; training is as the paper's, bf16 where autocast allows, weights and
 optimizer in fp32, cosine to a tenth of the peak; compiled. Nanos see the standard library's source, in fp32 if nothing
-else is said, and those without settings are the runs of `../nano` and `../long`.
+else is said, and those without settings are the runs of `../nano`, `../long` and `../routings`.
 """
 
 import sys
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Experiment, asked, directory_of, keep
 
-EXPERIMENT, *PLAIN_NANOS = (Experiment.named(name) for name in ("paper", "nano", "long"))
+EXPERIMENT, *PLAIN_NANOS = (Experiment.named(name) for name in ("paper", "nano", "long", "routings"))
 SIZES = {
     "Nano": Options(device="cpu"),
     "Micro": Options(device="cpu", data=["packages"], training={"bf16": "true", "torch_compile": "true"}),
