@@ -68,8 +68,8 @@ def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -
     Args:
         logits: (..., E), before the softmax; token_mask: (...), true where a token is real, or None.
     """
-    probabilities = softmax(logits, dim=-1).reshape(-1, logits.shape[-1])
-    chosen = torch.zeros_like(probabilities).scatter(1, highest(probabilities, top_k)[1], 1.0)
+    probabilities = softmax(logits, dim=-1)  # as the layer has it, so that a compiled step searches once
+    chosen = torch.zeros_like(probabilities).scatter(-1, highest(probabilities, top_k)[1], 1.0)
     return _uneven(probabilities, chosen, top_k, token_mask)
 
 
@@ -79,12 +79,13 @@ def l1_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
     The mean L1 norm of a token's gates, in which expert e counts E * f_e / top_k times: f_e is the share of the tokens
     with a gate above zero. Arguments as above.
     """
-    gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).relu().reshape(-1, logits.shape[-1])
+    gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).relu()
     return _uneven(gates, (gates > 0).to(gates.dtype), top_k, token_mask)
 
 
 def _uneven(weights: Tensor, chosen: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
-    """E * sum_e f_e * P_e of weights and choices (S, E)."""
+    """E * sum_e f_e * P_e of weights and choices (..., E)."""
+    weights, chosen = weights.flatten(0, -2), chosen.flatten(0, -2)
     real = torch.ones_like(weights[:, :1])
     if token_mask is not None:
         real = token_mask.reshape(-1, 1).to(real.dtype)
