@@ -182,16 +182,17 @@ def step_times(
     batches = [blocks.batch(part) for part in np.split(grouped_order(blocks, group, seed=0).ravel()[: 8 * rows], 8)]
     made = {label: _step_of(model, batches, bf16, compiled) for label, model in models.items()}
     seconds: dict[str, list[float]] = {label: [] for label in made}
-    for number in range(1 + rounds):  # the first one is a warm-up
+    # The first two are warm-ups: once a model was not compiled in one piece, torch compiles all the others again.
+    for number in range(-1, 1 + rounds):
         for label in random.sample(list(made), len(made)):
             start = time.perf_counter()
             # By default the ninth model of a class is silently not compiled.
             with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
                 for _ in range(steps):
                     made[label]()
-            if number:
+            if number > 0:
                 seconds[label].append((time.perf_counter() - start) / steps)
-        print(f"round {number} of {rounds} timed", file=sys.stderr)
+        print(f"round {max(0, number)} of {rounds} timed", file=sys.stderr)
     first, times = next(iter(seconds)), []
     for label, own in seconds.items():
         shares = [mine / its for mine, its in zip(own, seconds[first], strict=True)]
