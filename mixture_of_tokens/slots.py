@@ -15,7 +15,8 @@ from mixture_of_tokens.layers import Routed
 from mixture_of_tokens.layout import autocast_to, expert_linear
 
 ROWS_MULTIPLE = 16
-COPIED = 2**22  # weights that are copied at most, where rows are fewer than experts, as where text is written
+COPIED = 2**22  # weights that are copied at most, where an expert has few rows, as where text is written
+FEW = 4  # rows of an expert on average
 WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know the sizes
 
 
@@ -101,7 +102,7 @@ def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gat
     Assignments are token by token; those to expert E, which there is not, count nothing, and have gate 0.
     """
     experts, E = layer.experts, layer.num_experts
-    if len(expert_A) <= min(E, COPIED // layer.weights_of_an_expert):
+    if len(expert_A) <= min(FEW * E, COPIED // layer.weights_of_an_expert):
         which_A, x_A1D = expert_A.clamp(max=E - 1), x_SD.index_select(0, token_A)[:, None]
         y_A1D = experts(x_A1D, lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
         y_AD = (gate_A[:, None] * y_A1D[:, 0]).masked_fill(expert_A[:, None] == E, 0)
