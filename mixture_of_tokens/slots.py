@@ -5,16 +5,18 @@ another, and so do their gradients: torch's index_add, and its gradient of an in
 Shape letters as in `layers.py`, and N slots.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.layers import Routed
+from mixture_of_tokens.layers import Experts, Routed
 from mixture_of_tokens.layout import autocast_to, expert_linear
 
 ROWS_MULTIPLE = 16
+SMALL, SMALL_MULTIPLE = 2**17, 32  # bytes of a matrix that a CPU multiplies with others at once, and of their rows
 COPIED = 2**22  # weights that are copied at most, where an expert has few rows, as where text is written
 FEW = 4  # rows of an expert on average
 WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know the sizes
@@ -107,51 +109,76 @@ def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gat
         y_A1D = experts(x_A1D, lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
         y_AD = (gate_A[:, None] * y_A1D[:, 0]).masked_fill(expert_A[:, None] == E, 0)
         return y_AD.new_zeros(x_SD.shape).index_add(0, token_A, y_AD)
-    slot_A, ends_E, num_slots = slots_without_limit(expert_A, E, x_SD)
+    slot_A, room, num_slots = slots_without_limit(expert_A, E, rows_multiple(experts, x_SD, len(expert_A) // E))
     slots = Slots.of(token_A, slot_A, num_slots, len(x_SD))
-    y_ND = experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, ends_E))
+    y_ND = experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, room))
     return slots.combine(y_ND, gate_A)
 
 
-def slots_without_limit(expert_A: Tensor, num_experts: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The slot of each assignment, where each expert's slots end, and the number of slots.
+class Room(NamedTuple):
+    """Where the slots of each expert end, in the order in which experts lie there, and this order."""
+
+    ends_E: Tensor
+    order_E: Tensor
+
+
+def rows_multiple(experts: Experts, x_SD: Tensor, mean_rows: int) -> int:
+    """To which multiple an expert's rows are rounded up.
+
+    On a CPU experts with small matrices are multiplied many at once, those with equally many rows. For other matrices
+    in 16 bits oneDNN compiles a product for each number of rows, which takes ten times as long as the product.
+    """
+    (like,) = autocast_to(x_SD.new_empty(0))
+    if like.device.type != "cpu" or not mean_rows:
+        return 1
+    if max(weight[0].numel() for weight in experts.parameters()) * like.itemsize <= SMALL:
+        return min(SMALL_MULTIPLE, 2 ** (mean_rows.bit_length() - 1))
+    return ROWS_MULTIPLE if like.itemsize == 2 else 1
+
+
+def slots_without_limit(expert_A: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Room, int]:
+    """The slot of each assignment, where the experts' slots are, and the number of slots.
 
     Assignments to expert `num_experts`, which there is not, get the last slots, for which `ragged_linear` gives zeros.
-    On a CPU in 16-bit precision, that of a product of `like`, an expert's slots are rounded up to ROWS_MULTIPLE: oneDNN
-    compiles a product for each number of rows, which takes ten times as long as the product.
+    On a CPU experts lie in the order of their numbers of slots.
     """
     A, device = len(expert_A), expert_A.device
-    half = autocast_to(like.new_empty(0))[0].itemsize == 2 and device.type == "cpu"
-    multiple = ROWS_MULTIPLE if half and num_experts < A else 1
     sorted_A, order_A = expert_A.sort(stable=True)
     ends_E = torch.searchsorted(sorted_A, torch.arange(num_experts, device=device), right=True)
     load_E = _sizes(ends_E)
-    room_E = -(-load_E // multiple) * multiple
-    slot_of_sorted_A = torch.arange(A, device=device) + F.pad((room_E - load_E).cumsum(0), (1, 0))[sorted_A]
+    size_E = -(-load_E // multiple) * multiple
+    order_E = size_E.argsort(stable=True) if device.type == "cpu" else torch.arange(num_experts, device=device)
+    room = Room(size_E[order_E].cumsum(0), order_E)
+    start_E = torch.empty_like(ends_E).index_copy(0, order_E, room.ends_E - size_E[order_E])
+    # From an assignment's place among all to its slot; those to no expert come after all slots of the others.
+    shift_E = torch.cat([start_E - (ends_E - load_E), room.ends_E[-1:] - ends_E[-1:]])
+    slot_of_sorted_A = torch.arange(A, device=device) + shift_E[sorted_A]
     slot_A = torch.empty_like(order_A).index_copy(0, order_A, slot_of_sorted_A)
-    return slot_A, room_E.cumsum(0), A + min(A, num_experts) * (multiple - 1)
+    return slot_A, room, A + min(A, num_experts) * (multiple - 1)
 
 
-def ragged_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """As `expert_linear` for experts with different numbers of rows: (N, I), (E, O, I), (E,) -> (N, O).
+def ragged_linear(x_NI: Tensor, weight_EOI: Tensor, room: Room) -> Tensor:
+    """As `expert_linear` for experts with different numbers of rows: (N, I), (E, O, I) -> (N, O).
 
-    Expert e has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come out as zero.
+    The expert order[e] has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come out as zero.
     """
-    return _ragged_mm(*autocast_to(x_NI, weight_EOI), ends_E)
+    return _ragged_mm(*autocast_to(x_NI, weight_EOI), *room)
 
 
 # Custom operators: `torch.compile` can look neither into a loop whose sizes depend on the data nor, in fp32, into
 # `grouped_mm`.
 @torch.library.custom_op("mixture_of_tokens::ragged_mm", mutates_args=(), tags=WAITS)
-def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, order_E: Tensor) -> Tensor:
     x_NI = x_NI.contiguous()
     if len(x_NI) > len(ends_E) and _in_one_call(x_NI, weight_EOI):
         y_NO = F.grouped_mm(x_NI, weight_EOI.mT, offs=ends_E.to(torch.int32))
     else:
         y_NO = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
-        for rows, weight_OI in zip(_row_slices(ends_E), weight_EOI, strict=True):
+        for rows, shape, which in _runs(ends_E, order_E, weight_EOI[0]):
             if rows.start < rows.stop:  # where text is written, most experts have no row
-                torch.mm(x_NI[rows], weight_OI.T, out=y_NO[rows])
+                x_nRI, y_nRO = (each[rows].unflatten(0, shape) for each in (x_NI, y_NO))
+                weight_nOI = weight_EOI[which] if isinstance(which, slice) else weight_EOI.index_select(0, which)
+                torch.bmm(x_nRI, weight_nOI.mT, out=y_nRO)
     if x_NI.device.type == "cpu":
         y_NO[int(ends_E[-1]) :] = 0
     else:  # without waiting for the device
@@ -160,7 +187,7 @@ def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("mixture_of_tokens::ragged_weight_gradient", mutates_args=(), tags=WAITS)
-def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
+def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor, order_E: Tensor) -> Tensor:
     grad_NO, x_NI = grad_NO.contiguous(), x_NI.contiguous()
     if _in_one_call(grad_NO, x_NI):
         grad_EOI = F.grouped_mm(grad_NO.mT, x_NI, offs=ends_E.to(torch.int32))
@@ -168,13 +195,22 @@ def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Te
             grad_EOI.masked_fill_((_sizes(ends_E) == 0)[:, None, None], 0)
         return grad_EOI
     grad_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1])
-    for rows, grad_OI in zip(_row_slices(ends_E), grad_EOI, strict=True):
-        torch.mm(grad_NO[rows].T, x_NI[rows], out=grad_OI)
+    for rows, shape, which in _runs(ends_E, order_E, grad_EOI[0]):
+        grad_nRO, x_nRI = (each[rows].unflatten(0, shape) for each in (grad_NO, x_NI))
+        if isinstance(which, slice):
+            torch.bmm(grad_nRO.mT, x_nRI, out=grad_EOI[which])
+        else:
+            grad_EOI.index_copy_(0, which, torch.bmm(grad_nRO.mT, x_nRI))
     return grad_EOI
 
 
 def _in_one_call(*operands: Tensor) -> bool:
-    """Whether `grouped_mm` takes these: not float64, nor rows or addresses that are no multiples of 16 bytes."""
+    """Whether `grouped_mm` takes these, and is more than a loop.
+
+    On a GPU; not float64, nor rows or addresses that are no multiples of 16 bytes.
+    """
+    if operands[0].device.type == "cpu":
+        return False
     sizes = [length * x.itemsize for x in operands for length in x.shape[1:]]
     aligned = not any(number % 16 for number in (*sizes, *(x.data_ptr() for x in operands)))
     return operands[0].dtype != torch.float64 and aligned
@@ -184,9 +220,25 @@ def _sizes(ends_E: Tensor) -> Tensor:
     return ends_E.diff(prepend=ends_E.new_zeros(1))
 
 
-def _row_slices(ends_E: Tensor) -> list[slice]:
-    ends = ends_E.tolist()
-    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+def _runs(
+    ends_E: Tensor, order_E: Tensor, matrix_OI: Tensor
+) -> Iterator[tuple[slice, tuple[int, int], slice | Tensor]]:
+    """Experts that are multiplied at once: their rows, how many experts and rows of each, and which experts.
+
+    Neighbours with equally many rows, a power of two of them, as oneDNN compiles a product for each number of matrices
+    too; experts with large matrices one by one.
+    """
+    sizes, first, start = _sizes(ends_E).tolist(), 0, 0
+    at_once = matrix_OI.numel() * matrix_OI.itemsize <= SMALL
+    experts = [] if at_once else order_E.tolist()
+    while first < len(sizes):
+        size, number = sizes[first], 1
+        while at_once and sizes[first : first + 2 * number] == [size] * (2 * number):
+            number *= 2
+        rows = slice(start, start + number * size)
+        which = order_E[first : first + number] if at_once else slice(experts[first], experts[first] + 1)
+        yield rows, (number, size), which
+        first, start = first + number, rows.stop
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -194,11 +246,11 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _ragged_backward(ctx, grad_NO):
-    x_NI, weight_EOI, ends_E = ctx.saved_tensors
-    grad_NI = _ragged_mm(grad_NO, weight_EOI.mT, ends_E)
-    return grad_NI, _ragged_weight_gradient(grad_NO, x_NI, ends_E), None
+    x_NI, weight_EOI, ends_E, order_E = ctx.saved_tensors
+    grad_NI = _ragged_mm(grad_NO, weight_EOI.mT, ends_E, order_E)
+    return grad_NI, _ragged_weight_gradient(grad_NO, x_NI, ends_E, order_E), None, None
 
 
-_ragged_mm.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[1]))
-_ragged_weight_gradient.register_fake(lambda g, x, ends: x.new_empty(len(ends), g.shape[1], x.shape[1]))
+_ragged_mm.register_fake(lambda x, weight, ends, order: x.new_empty(len(x), weight.shape[1]))
+_ragged_weight_gradient.register_fake(lambda g, x, ends, order: x.new_empty(len(ends), g.shape[1], x.shape[1]))
 _ragged_mm.register_autograd(_ragged_backward, setup_context=_save_for_backward)

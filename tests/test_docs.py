@@ -176,7 +176,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/paper/temperature.py": (7, "results"),
     "experiments/paper/design.py": (9, "results"),
     "experiments/paper/table3.py": (5, "results"),
-    "benchmarks/generate.py": (8, "speed"),
+    "benchmarks/generate.py": (9, "speed"),
     "benchmarks/neighbours.py": (7, "speed"),
     "benchmarks/train.py": (37, "speed"),
     "benchmarks/placements.py": (30, "scaling"),

@@ -1,5 +1,6 @@
 """The layers against literal loops, hand-worked numbers and identities; their arguments, autocast, compilation."""
 
+import itertools
 import math
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 import reference
+from mixture_of_tokens import slots
 from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed, highest
 from mixture_of_tokens.layout import precise_linear
-from mixture_of_tokens.slots import Slots, ragged_linear, slots_without_limit
+from mixture_of_tokens.slots import Room, Slots, ragged_linear, slots_without_limit
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
@@ -450,11 +452,11 @@ def test_slots_take_tokens_to_experts_and_back_as_indexing_and_adding_up_do():
     kept = slot < 9
     x, gate = tokens(6, 4, seed=1).requires_grad_(), tokens(len(token), seed=2).requires_grad_()
     scale, cotangent = tokens(9, 4, seed=3), tokens(6, 4, seed=4)
-    slots = Slots.of(token, slot, 9, 6)
-    held = slots.dispatch(x)
+    held_at = Slots.of(token, slot, 9, 6)
+    held = held_at.dispatch(x)
     assert held[slot[kept]].equal(x[token[kept]])
     assert not held[[2, 5, 6, 8]].any()
-    y = slots.combine(held * scale + 1, gate)  # 1 is what an empty slot gives, and nobody gets
+    y = held_at.combine(held * scale + 1, gate)  # 1 is what an empty slot gives, and nobody gets
     added = gate[kept, None] * (x[token[kept]] * scale[slot[kept]] + 1)
     expected = torch.zeros(6, 4, dtype=x.dtype).index_add(0, token[kept], added)
     assert_close(y, expected)
@@ -462,42 +464,54 @@ def test_slots_take_tokens_to_experts_and_back_as_indexing_and_adding_up_do():
         assert_close(found, wanted)
 
 
-@pytest.mark.parametrize(("dtype", "at_once"), [(torch.bfloat16, 16), (torch.float32, 1)], ids=str)
-def test_without_a_limit_everything_has_a_slot_of_its_own_expert(dtype, at_once):
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_without_a_limit_everything_has_a_slot_of_its_own_expert(multiple):
     expert = torch.randint(0, 5, (97,), generator=torch.Generator().manual_seed(0))
     expert[expert == 2] = 4  # 4 experts: the fifth number is that of masked tokens
-    slot, ends, number = slots_without_limit(expert, 4, torch.empty(0, dtype=dtype))
+    slot, (ends, order), number = slots_without_limit(expert, 4, multiple)
     served = expert < 4
     assert slot[~served].ge(ends[-1]).all()
     assert len(slot.unique()) == len(slot)
     assert slot.max() < number
-    assert torch.searchsorted(ends, slot[served], right=True).equal(expert[served])
-    loads = [int((expert == e).sum()) for e in range(4)]
-    assert loads[2] == 0
-    assert ends.diff(prepend=ends.new_zeros(1)).tolist() == [-(-load // at_once) * at_once for load in loads]
+    assert order[torch.searchsorted(ends, slot[served], right=True)].equal(expert[served])
+    loads = [int((expert == e).sum()) for e in order]
+    assert order[0] == 2, "the expert with the fewest rows"
+    assert loads[0] == 0
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    assert sizes == sorted(-(-load // multiple) * multiple for load in loads)
 
 
-@pytest.mark.parametrize("sizes", [[3, 0, 16, 17, 1, 40, 15, 2], [0, 1, 0, 0, 2, 0, 0, 0]], ids=["many", "few"])
-@pytest.mark.parametrize("width", [6, 16])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_products_of_uneven_rows_are_each_expert_s_own(dtype, width, sizes):
-    """By torch in one call, or in a loop: in float64, for rows that are no multiple of 16 bytes, and for no more rows
-    than experts. Rows after the last must not show."""
+SIZES = {"many": [3, 0, 16, 17, 1, 40, 15, 2], "few": [0, 1, 0, 0, 2, 0, 0, 0], "alike": [0, 0, 8, 8, 8, 8, 8, 40]}
+WAYS = [
+    *itertools.product(["several at once", "in a loop"], [torch.float64, torch.float32, torch.bfloat16], [6, 16]),
+    *itertools.product(["in one call"], [torch.float32, torch.bfloat16], [16]),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("way", "dtype", "width"), WAYS)
+def test_products_of_uneven_rows_are_each_expert_s_own(dtype, width, way, sizes, monkeypatch):
+    """Several experts at once or in a loop, as their matrices are small or large. On a GPU in one call, if rows are
+    multiples of 16 bytes; experts then lie in their own order. Rows after the last must not show."""
+    order = torch.arange(len(sizes)) if way == "in one call" else torch.tensor([5, 2, 0, 7, 1, 6, 3, 4])
+    monkeypatch.setattr(slots, "SMALL", 2**17 if way == "several at once" else 0)
+    if way == "in one call":
+        monkeypatch.setattr(slots, "_in_one_call", lambda *operands: True)
     ends = torch.tensor(sizes).cumsum(0)
     used = int(ends[-1])
     x = tokens(used + 5, 8, seed=1, dtype=dtype)
     x[used:] = math.nan
     weight, cotangent = tokens(len(sizes), width, 8, seed=2, dtype=dtype), tokens(used + 5, width, seed=3, dtype=dtype)
     x.requires_grad_(), weight.requires_grad_()
-    y = ragged_linear(x, weight, ends)
+    y = ragged_linear(x, weight, Room(ends, order))
     y.backward(cotangent)
     assert not y[used:].any()
     assert x.grad is not None
     assert weight.grad is not None
     for part, g, own, its, into_x, into_its in zip(
         *(torch.split(each[:used], sizes) for each in (x.detach(), cotangent)),
-        *(weight.detach(), torch.split(y.detach()[:used], sizes)),
-        *(torch.split(x.grad[:used], sizes), weight.grad),
+        *(weight.detach()[order], torch.split(y.detach()[:used], sizes)),
+        *(torch.split(x.grad[:used], sizes), weight.grad[order]),
         strict=True,
     ):
         for found, expected in ((its, part @ own.T), (into_x, g @ own), (into_its, g.T @ part)):

@@ -24,7 +24,8 @@ from transformers import TrainingArguments
 
 from mixture_of_tokens import sweep
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
-from mixture_of_tokens.model.names import SIZES
+from mixture_of_tokens.model.cost import training_flops
+from mixture_of_tokens.model.names import SIZES, config_from_name
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
@@ -193,9 +194,21 @@ def times_table() -> str:
         share, low, high = (float(row[key]) for key in ("share_of_dense", "share_low", "share_high"))
         times = [f"{float(row['milliseconds']):.0f}", f"{share:.2f} ({low:.2f} to {high:.2f})"]
         cells.setdefault(row["system"], []).extend(times)
-    head = ["", *(title for way in WAYS for title in (f"{way}, ms a step", "of dense"))]
+    head = ["", "FLOPs, of dense", *(title for way in WAYS for title in (f"{way}, ms a step", "of dense"))]
     width = 2 * len(WAYS)  # compiled alone are those that are not figure 7's
-    return markdown([head, *([system, *its, *[""] * (width - len(its))] for system, its in cells.items())])
+    lines = [
+        [system, ratio(_flops_of_dense(system)), *its, *[""] * (width - len(its))] for system, its in cells.items()
+    ]
+    return markdown([head, *lines])
+
+
+def _flops_of_dense(label: str) -> float:
+    """Of a step."""
+    its, dense = (
+        training_flops(config_from_name(name, vocab_size=SIZES["Micro"].vocab_size), SIZES["Micro"].batch)
+        for name in (label.partition(",")[0], DENSE.name)
+    )
+    return its / dense
 
 
 def main() -> None:
