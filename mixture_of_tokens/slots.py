@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.layers import Experts, Routed
+from mixture_of_tokens.layers import Routed
 from mixture_of_tokens.layout import autocast_to, expert_linear
 
 ROWS_MULTIPLE = 16
-SMALL, SMALL_MULTIPLE = 2**17, 32  # bytes of a matrix that a CPU multiplies with others at once, and of their rows
+SMALL, SMALL_MULTIPLE = 2**17, 32  # bytes of an expert that a CPU multiplies with others at once, and of its rows
 COPIED = 2**22  # weights that are copied at most, where an expert has few rows, as where text is written
 FEW = 4  # rows of an expert on average
 WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know the sizes
@@ -109,7 +109,7 @@ def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gat
         y_A1D = experts(x_A1D, lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
         y_AD = (gate_A[:, None] * y_A1D[:, 0]).masked_fill(expert_A[:, None] == E, 0)
         return y_AD.new_zeros(x_SD.shape).index_add(0, token_A, y_AD)
-    slot_A, room, num_slots = slots_without_limit(expert_A, E, rows_multiple(experts, x_SD, len(expert_A) // E))
+    slot_A, room, num_slots = slots_without_limit(expert_A, E, rows_multiple(layer, x_SD, len(expert_A) // E))
     slots = Slots.of(token_A, slot_A, num_slots, len(x_SD))
     y_ND = experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, room))
     return slots.combine(y_ND, gate_A)
@@ -122,16 +122,16 @@ class Room(NamedTuple):
     order_E: Tensor
 
 
-def rows_multiple(experts: Experts, x_SD: Tensor, mean_rows: int) -> int:
+def rows_multiple(layer: Routed, x_SD: Tensor, mean_rows: int) -> int:
     """To which multiple an expert's rows are rounded up.
 
-    On a CPU experts with small matrices are multiplied many at once, those with equally many rows. For other matrices
-    in 16 bits oneDNN compiles a product for each number of rows, which takes ten times as long as the product.
+    On a CPU small experts are multiplied many at once, those with equally many rows. For others in 16 bits oneDNN
+    compiles a product for each number of rows, which takes ten times as long as the product.
     """
     (like,) = autocast_to(x_SD.new_empty(0))
     if like.device.type != "cpu" or not mean_rows:
         return 1
-    if max(weight[0].numel() for weight in experts.parameters()) * like.itemsize <= SMALL:
+    if layer.weights_of_an_expert * like.itemsize <= SMALL:
         return min(SMALL_MULTIPLE, 2 ** (mean_rows.bit_length() - 1))
     return ROWS_MULTIPLE if like.itemsize == 2 else 1
 
