@@ -232,7 +232,7 @@ def table(rows: list[dict]) -> str:
     facts = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, {first['batch']} rows a step, "
     facts += f"{first['rounds']} rounds of {first['steps']} steps, commit {first['commit']}, {first['date'][:10]}"
     if len({row["width"] for row in rows}) > 1:
-        return f"{facts}: time and FLOPs of a step over {first['model']}'s\n\n{_by_width(rows)}"
+        return f"{facts}: time of a step over {first['model']}'s, by its FLOPs over those\n\n{_by_width(rows)}"
     lines = []
     for row in rows:
         overhead = cell(row, "overhead", ".1%") if row.get("overhead") not in (None, "") else ""
@@ -246,7 +246,7 @@ def table(rows: list[dict]) -> str:
 
 
 def _by_width(rows: list[dict]) -> str:
-    """A line a width, and its models beside the first: time, its quartiles, and in brackets the FLOPs."""
+    """A line a width, and its models beside the first: time, in brackets its quartiles, FLOPs, and time by FLOPs."""
     first, *models = dict.fromkeys(row["model"] for row in rows)
     of = {(row["width"], row["model"]): row for row in rows}
     lines = []
@@ -254,7 +254,8 @@ def _by_width(rows: list[dict]) -> str:
         cells = [f"{float(of[width, first]['milliseconds']):,.0f}"]
         for row in (of[width, model] for model in models):
             time, low, high = (float(row[f"share_of_first{end}"]) for end in ("", "_low", "_high"))
-            cells.append(f"{time:.2f} ({low:.2f} to {high:.2f}), FLOPs {float(row['flops_of_first']):.2f}")
+            flops = float(row["flops_of_first"])
+            cells.append(f"{time:.2f} ({low:.2f} to {high:.2f}) / {flops:.2f} = {time / flops:.2f}")
         lines.append((width, *cells))
     return markdown(("width", f"{first}, ms", *models), lines)
 
