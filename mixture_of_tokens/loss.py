@@ -85,7 +85,7 @@ def l1_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
 
 def _uneven(weights: Tensor, chosen: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
     """E * sum_e f_e * P_e of weights and choices (..., E)."""
-    weights, chosen = weights.flatten(0, -2), chosen.flatten(0, -2)
+    weights, chosen = (each.reshape(-1, each.shape[-1]) for each in (weights, chosen))
     real = torch.ones_like(weights[:, :1])
     if token_mask is not None:
         real = token_mask.reshape(-1, 1).to(real.dtype)

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from mixture_of_tokens.layers import Routed
 from mixture_of_tokens.layout import autocast_to, expert_linear
 
-ROWS_MULTIPLE = 16
-SMALL, SMALL_MULTIPLE = 2**17, 32  # bytes of an expert that a CPU multiplies with others at once, and of its rows
+SMALL = 2**17  # bytes of an expert, up to which a CPU multiplies several at once
 COPIED = 2**22  # weights that are copied at most, where an expert has few rows, as where text is written
 FEW = 4  # rows of an expert on average
 WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know the sizes
@@ -84,7 +83,7 @@ class Slots(NamedTuple):
             slot_A=slot_A.masked_fill(~kept_A, 0),
             kept_A=kept_A,
             start_S=torch.searchsorted(token_A, torch.arange(num_tokens, device=device)),
-            token_N=F.pad(token_A, (0, 1), value=num_tokens).index_select(0, assignment_N),
+            token_N=torch.cat([token_A, token_A.new_full((1,), num_tokens)]).index_select(0, assignment_N),
             assignment_N=assignment_N,
         )
 
@@ -109,76 +108,78 @@ def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gat
         y_A1D = experts(x_A1D, lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
         y_AD = (gate_A[:, None] * y_A1D[:, 0]).masked_fill(expert_A[:, None] == E, 0)
         return y_AD.new_zeros(x_SD.shape).index_add(0, token_A, y_AD)
-    slot_A, room, num_slots = slots_without_limit(expert_A, E, rows_multiple(layer, x_SD, len(expert_A) // E))
+    order = order_of_slots(layer, x_SD, len(expert_A) // E)
+    slot_A, ends_E, order_E, num_slots = slots_without_limit(expert_A, E, *order)
     slots = Slots.of(token_A, slot_A, num_slots, len(x_SD))
-    y_ND = experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, room))
+    y_ND = experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, ends_E, order_E))
     return slots.combine(y_ND, gate_A)
 
 
-class Room(NamedTuple):
-    """Where the slots of each expert end, in the order in which experts lie there, and this order."""
+def order_of_slots(layer: Routed, x_SD: Tensor, mean_rows: int) -> tuple[int, bool]:
+    """To which multiple an expert's rows are rounded up, and whether experts lie in the order of their rows.
 
-    ends_E: Tensor
-    order_E: Tensor
-
-
-def rows_multiple(layer: Routed, x_SD: Tensor, mean_rows: int) -> int:
-    """To which multiple an expert's rows are rounded up.
-
-    On a CPU small experts are multiplied many at once, those with equally many rows. For others in 16 bits oneDNN
+    On a CPU small experts do, and those with equally many rows are multiplied at once. For others in 16 bits oneDNN
     compiles a product for each number of rows, which takes ten times as long as the product.
     """
     (like,) = autocast_to(x_SD.new_empty(0))
-    if like.device.type != "cpu" or not mean_rows:
-        return 1
+    if like.device.type != "cpu" or mean_rows == 0:
+        return 1, False
     if layer.weights_of_an_expert * like.itemsize <= SMALL:
-        return min(SMALL_MULTIPLE, 2 ** (mean_rows.bit_length() - 1))
-    return ROWS_MULTIPLE if like.itemsize == 2 else 1
+        most = mean_rows if like.itemsize == 2 else max(1, mean_rows // 4)  # products of empty rows cost more in fp32
+        return next(multiple for multiple in (32, 16, 8, 4, 2, 1) if multiple <= most), True
+    return 16 if like.itemsize == 2 else 1, False
 
 
-def slots_without_limit(expert_A: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Room, int]:
-    """The slot of each assignment, where the experts' slots are, and the number of slots.
+def slots_without_limit(
+    expert_A: Tensor, num_experts: int, multiple: int, by_rows: bool
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """The slot of each assignment, where each expert's slots end, the order of the experts, and the number of slots.
 
     Assignments to expert `num_experts`, which there is not, get the last slots, for which `ragged_linear` gives zeros.
-    On a CPU experts lie in the order of their numbers of slots.
+
+    Args:
+        multiple: of an expert's slots.
+        by_rows: experts lie in the order of their numbers of slots; else in their own, and the order is None.
     """
     A, device = len(expert_A), expert_A.device
     sorted_A, order_A = expert_A.sort(stable=True)
     ends_E = torch.searchsorted(sorted_A, torch.arange(num_experts, device=device), right=True)
     load_E = _sizes(ends_E)
     size_E = -(-load_E // multiple) * multiple
-    order_E = size_E.argsort(stable=True) if device.type == "cpu" else torch.arange(num_experts, device=device)
-    room = Room(size_E[order_E].cumsum(0), order_E)
-    start_E = torch.empty_like(ends_E).index_copy(0, order_E, room.ends_E - size_E[order_E])
+    order_E = size_E.argsort(stable=True) if by_rows else None
+    sorted_E = size_E if order_E is None else size_E[order_E]
+    last_E = sorted_E.cumsum(0)
+    first_E = last_E - sorted_E if order_E is None else (last_E - sorted_E)[order_E.argsort()]
     # From an assignment's place among all to its slot; those to no expert come after all slots of the others.
-    shift_E = torch.cat([start_E - (ends_E - load_E), room.ends_E[-1:] - ends_E[-1:]])
+    shift_E = torch.cat([first_E - (ends_E - load_E), last_E[-1:] - ends_E[-1:]])
     slot_of_sorted_A = torch.arange(A, device=device) + shift_E[sorted_A]
     slot_A = torch.empty_like(order_A).index_copy(0, order_A, slot_of_sorted_A)
-    return slot_A, room, A + min(A, num_experts) * (multiple - 1)
+    return slot_A, last_E, order_E, A + min(A, num_experts) * (multiple - 1)
 
 
-def ragged_linear(x_NI: Tensor, weight_EOI: Tensor, room: Room) -> Tensor:
-    """As `expert_linear` for experts with different numbers of rows: (N, I), (E, O, I) -> (N, O).
+def ragged_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, order_E: Tensor | None = None) -> Tensor:
+    """As `expert_linear` for experts with different numbers of rows: (N, I), (E, O, I), (E,) -> (N, O).
 
-    The expert order[e] has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come out as zero.
+    Expert e, or with an order the expert order[e], has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come
+    out as zero.
     """
-    return _ragged_mm(*autocast_to(x_NI, weight_EOI), *room)
+    x_NI, weight_EOI = autocast_to(x_NI, weight_EOI)
+    return _ragged_mm(x_NI, weight_EOI if order_E is None else weight_EOI.index_select(0, order_E), ends_E)
 
 
 # Custom operators: `torch.compile` can look neither into a loop whose sizes depend on the data nor, in fp32, into
 # `grouped_mm`.
 @torch.library.custom_op("mixture_of_tokens::ragged_mm", mutates_args=(), tags=WAITS)
-def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, order_E: Tensor) -> Tensor:
+def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     x_NI = x_NI.contiguous()
     if len(x_NI) > len(ends_E) and _in_one_call(x_NI, weight_EOI):
         y_NO = F.grouped_mm(x_NI, weight_EOI.mT, offs=ends_E.to(torch.int32))
     else:
         y_NO = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
-        for rows, shape, which in _runs(ends_E, order_E, weight_EOI[0]):
+        for which, rows, shape in _runs(ends_E):
             if rows.start < rows.stop:  # where text is written, most experts have no row
                 x_nRI, y_nRO = (each[rows].unflatten(0, shape) for each in (x_NI, y_NO))
-                weight_nOI = weight_EOI[which] if isinstance(which, slice) else weight_EOI.index_select(0, which)
-                torch.bmm(x_nRI, weight_nOI.mT, out=y_nRO)
+                torch.bmm(x_nRI, weight_EOI[which].mT, out=y_nRO)
     if x_NI.device.type == "cpu":
         y_NO[int(ends_E[-1]) :] = 0
     else:  # without waiting for the device
@@ -187,7 +188,7 @@ def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, order_E: Tensor
 
 
 @torch.library.custom_op("mixture_of_tokens::ragged_weight_gradient", mutates_args=(), tags=WAITS)
-def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor, order_E: Tensor) -> Tensor:
+def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
     grad_NO, x_NI = grad_NO.contiguous(), x_NI.contiguous()
     if _in_one_call(grad_NO, x_NI):
         grad_EOI = F.grouped_mm(grad_NO.mT, x_NI, offs=ends_E.to(torch.int32))
@@ -195,12 +196,9 @@ def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor, order
             grad_EOI.masked_fill_((_sizes(ends_E) == 0)[:, None, None], 0)
         return grad_EOI
     grad_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1])
-    for rows, shape, which in _runs(ends_E, order_E, grad_EOI[0]):
+    for which, rows, shape in _runs(ends_E):
         grad_nRO, x_nRI = (each[rows].unflatten(0, shape) for each in (grad_NO, x_NI))
-        if isinstance(which, slice):
-            torch.bmm(grad_nRO.mT, x_nRI, out=grad_EOI[which])
-        else:
-            grad_EOI.index_copy_(0, which, torch.bmm(grad_nRO.mT, x_nRI))
+        torch.bmm(grad_nRO.mT, x_nRI, out=grad_EOI[which])
     return grad_EOI
 
 
@@ -220,25 +218,19 @@ def _sizes(ends_E: Tensor) -> Tensor:
     return ends_E.diff(prepend=ends_E.new_zeros(1))
 
 
-def _runs(
-    ends_E: Tensor, order_E: Tensor, matrix_OI: Tensor
-) -> Iterator[tuple[slice, tuple[int, int], slice | Tensor]]:
-    """Experts that are multiplied at once: their rows, how many experts and rows of each, and which experts.
+def _runs(ends_E: Tensor) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
+    """Neighbours with equally many rows: which experts, their rows, and how many experts and rows of each.
 
-    Neighbours with equally many rows, a power of two of them, as oneDNN compiles a product for each number of matrices
-    too; experts with large matrices one by one.
+    A power of two of experts at once, as oneDNN compiles a product for each number of matrices too.
     """
     sizes, first, start = _sizes(ends_E).tolist(), 0, 0
-    at_once = matrix_OI.numel() * matrix_OI.itemsize <= SMALL
-    experts = [] if at_once else order_E.tolist()
     while first < len(sizes):
         size, number = sizes[first], 1
-        while at_once and sizes[first : first + 2 * number] == [size] * (2 * number):
+        while sizes[first : first + 2 * number] == [size] * (2 * number):
             number *= 2
-        rows = slice(start, start + number * size)
-        which = order_E[first : first + number] if at_once else slice(experts[first], experts[first] + 1)
-        yield rows, (number, size), which
-        first, start = first + number, rows.stop
+        end, stop = first + number, start + number * size
+        yield slice(first, end), slice(start, stop), (number, size)
+        first, start = end, stop
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -246,11 +238,12 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _ragged_backward(ctx, grad_NO):
-    x_NI, weight_EOI, ends_E, order_E = ctx.saved_tensors
-    grad_NI = _ragged_mm(grad_NO, weight_EOI.mT, ends_E, order_E)
-    return grad_NI, _ragged_weight_gradient(grad_NO, x_NI, ends_E, order_E), None, None
+    x_NI, weight_EOI, ends_E = ctx.saved_tensors
+    grad_NI = _ragged_mm(grad_NO, weight_EOI.mT, ends_E)
+    return grad_NI, _ragged_weight_gradient(grad_NO, x_NI, ends_E), None
 
 
-_ragged_mm.register_fake(lambda x, weight, ends, order: x.new_empty(len(x), weight.shape[1]))
-_ragged_weight_gradient.register_fake(lambda g, x, ends, order: x.new_empty(len(ends), g.shape[1], x.shape[1]))
+# Of shapes, as `len` would be a constant to the compiler.
+_ragged_mm.register_fake(lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]))
+_ragged_weight_gradient.register_fake(lambda g, x, ends: x.new_empty(ends.shape[0], g.shape[1], x.shape[1]))
 _ragged_mm.register_autograd(_ragged_backward, setup_context=_save_for_backward)

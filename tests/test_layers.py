@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
@@ -15,7 +16,7 @@ import reference
 from mixture_of_tokens import slots
 from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed, highest
 from mixture_of_tokens.layout import precise_linear
-from mixture_of_tokens.slots import Room, Slots, ragged_linear, slots_without_limit
+from mixture_of_tokens.slots import Slots, order_of_slots, ragged_linear, slots_without_limit
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
@@ -413,6 +414,17 @@ def test_the_default_compiler_takes_masked_batches_of_changing_shapes(name):
         assert_close(found["x"], gradient["x"])
 
 
+def test_a_layer_that_drops_nothing_is_not_compiled_anew_for_every_number_of_tokens():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = build("stc_top1", dtype=torch.float32)
+    compiled: Any = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for rows in range(6, 30, 2):
+        x = tokens(rows, 5, D, dtype=torch.float32)
+        assert_close(compiled(x), layer(x))
+    assert counter.frame_count <= 4
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's inductor imports what torch has deprecated
 def test_compiled_products_of_bfloat16_copy_no_matrix_of_an_expert_transposed():
@@ -464,38 +476,60 @@ def test_slots_take_tokens_to_experts_and_back_as_indexing_and_adding_up_do():
         assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("multiple", [1, 16])
-def test_without_a_limit_everything_has_a_slot_of_its_own_expert(multiple):
+def test_without_a_limit_everything_has_a_slot_of_its_own_expert(multiple, by_rows):
     expert = torch.randint(0, 5, (97,), generator=torch.Generator().manual_seed(0))
     expert[expert == 2] = 4  # 4 experts: the fifth number is that of masked tokens
-    slot, (ends, order), number = slots_without_limit(expert, 4, multiple)
+    slot, ends, order, number = slots_without_limit(expert, 4, multiple, by_rows)
+    assert (order is not None) == by_rows
+    order = torch.arange(4) if order is None else order
     served = expert < 4
     assert slot[~served].ge(ends[-1]).all()
     assert len(slot.unique()) == len(slot)
     assert slot.max() < number
     assert order[torch.searchsorted(ends, slot[served], right=True)].equal(expert[served])
-    loads = [int((expert == e).sum()) for e in order]
-    assert order[0] == 2, "the expert with the fewest rows"
-    assert loads[0] == 0
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    assert sizes == sorted(-(-load // multiple) * multiple for load in loads)
+    sizes = [-(-int((expert == e).sum()) // multiple) * multiple for e in order]
+    assert min(sizes) == 0
+    assert ends.diff(prepend=ends.new_zeros(1)).tolist() == (sorted(sizes) if by_rows else sizes)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "autocast", "expected"),
+    [
+        (8, torch.float32, False, {0: (1, False), 1: (1, True), 40: (8, True), 500: (32, True)}),
+        (8, torch.bfloat16, False, {0: (1, False), 1: (1, True), 40: (32, True), 500: (32, True)}),
+        (8, torch.float32, True, {5: (4, True), 40: (32, True)}),
+        (512, torch.float32, False, {0: (1, False), 40: (1, False)}),
+        (512, torch.float32, True, {0: (1, False), 1: (16, False), 40: (16, False)}),
+    ],
+)
+def test_rows_are_rounded_up_by_their_number_the_size_of_experts_and_precision(width, dtype, autocast, expected):
+    layer, x = TokenChoice(width, 64, 4, capacity_factor=None), torch.empty(3, width, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert {rows: order_of_slots(layer, x, rows) for rows in expected} == expected
+
+
+def test_experts_with_equally_many_rows_are_multiplied_at_once_by_powers_of_two():
+    runs = list(slots._runs(torch.tensor([0, 0, 8, 8, 8, 8, 8, 40]).cumsum(0)))
+    assert [shape for *_, shape in runs] == [(2, 0), (4, 8), (1, 8), (1, 40)]
+    assert [which for which, *_ in runs] == [slice(0, 2), slice(2, 6), slice(6, 7), slice(7, 8)]
+    assert [rows for _, rows, _ in runs] == [slice(0, 0), slice(0, 32), slice(32, 40), slice(40, 80)]
 
 
 SIZES = {"many": [3, 0, 16, 17, 1, 40, 15, 2], "few": [0, 1, 0, 0, 2, 0, 0, 0], "alike": [0, 0, 8, 8, 8, 8, 8, 40]}
 WAYS = [
-    *itertools.product(["several at once", "in a loop"], [torch.float64, torch.float32, torch.bfloat16], [6, 16]),
-    *itertools.product(["in one call"], [torch.float32, torch.bfloat16], [16]),
+    *itertools.product([False], [torch.float64, torch.float32, torch.bfloat16], [6, 16]),
+    *itertools.product([True], [torch.float32, torch.bfloat16], [16]),
 ]
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize(("way", "dtype", "width"), WAYS)
-def test_products_of_uneven_rows_are_each_expert_s_own(dtype, width, way, sizes, monkeypatch):
-    """Several experts at once or in a loop, as their matrices are small or large. On a GPU in one call, if rows are
-    multiples of 16 bytes; experts then lie in their own order. Rows after the last must not show."""
-    order = torch.arange(len(sizes)) if way == "in one call" else torch.tensor([5, 2, 0, 7, 1, 6, 3, 4])
-    monkeypatch.setattr(slots, "SMALL", 2**17 if way == "several at once" else 0)
-    if way == "in one call":
+@pytest.mark.parametrize(("one_call", "dtype", "width"), WAYS)
+def test_products_of_uneven_rows_are_each_expert_s_own(dtype, width, one_call, sizes, monkeypatch):
+    """In runs, or as on a GPU in one call, if rows are multiples of 16 bytes. Rows after the last must not show."""
+    order = torch.tensor([5, 2, 0, 7, 1, 6, 3, 4])
+    if one_call:
         monkeypatch.setattr(slots, "_in_one_call", lambda *operands: True)
     ends = torch.tensor(sizes).cumsum(0)
     used = int(ends[-1])
@@ -503,7 +537,7 @@ def test_products_of_uneven_rows_are_each_expert_s_own(dtype, width, way, sizes,
     x[used:] = math.nan
     weight, cotangent = tokens(len(sizes), width, 8, seed=2, dtype=dtype), tokens(used + 5, width, seed=3, dtype=dtype)
     x.requires_grad_(), weight.requires_grad_()
-    y = ragged_linear(x, weight, Room(ends, order))
+    y = ragged_linear(x, weight, ends, order)
     y.backward(cotangent)
     assert not y[used:].any()
     assert x.grad is not None

@@ -6,6 +6,8 @@ from inspect import signature
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -439,6 +441,21 @@ def test_a_routing_whose_number_of_experts_varies_is_not_compiled_anew_for_every
         with torch._dynamo.config.patch(error_on_recompile=seed > 2):
             x = tokens(16, 32, seed=seed)
             compiled(x, labels=x).loss.backward()
+
+
+def test_a_compiled_step_of_token_choice_searches_a_token_s_experts_once():
+    """Not again for the balancing loss."""
+    searches = []
+
+    def counted(graph, inputs):
+        searches.append(sum(node.target is torch.ops.aten.topk.default for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=counted, partition_fn=min_cut_rematerialization_partition)
+    model, x = tiny("token_choice", num_experts_per_tok=2).train(), tokens(4, 9)
+    torch.compile(model, backend=backend, fullgraph=True)(x, labels=x)
+    assert searches[0] == sum(kind == "token_choice" for kind in model.config.feed_forwards) > 0
 
 
 @pytest.mark.slow
