@@ -175,6 +175,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/paper/fig5.py": (10, "results"),
     "experiments/paper/temperature.py": (7, "results"),
     "experiments/paper/design.py": (9, "results"),
+    "experiments/paper/table1.py": (5, "results"),
     "experiments/paper/table3.py": (5, "results"),
     "benchmarks/generate.py": (9, "speed"),
     "benchmarks/neighbours.py": (7, "speed"),

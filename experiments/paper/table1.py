@@ -45,7 +45,7 @@ def _measure(name: str, split: Any, rates: tuple[float, ...], seeds: tuple[int, 
     if rows_of(name, split):
         return
     options = replace(System(name, ALONE).options(STEPS), evaluate_on=split)
-    out = EXPERIMENT.trained / directory_of("table1", name, split)
+    out = EXPERIMENT.trained / directory_of(f"table1-{name}", split)
     found = sweep(name, learning_rate=list(rates), seeds=list(seeds), out=out, options=options)
     assert isinstance(found, Sweep)
     rows: list[dict[str, Any]] = list(read_csv(LOSSES)) if LOSSES.is_file() else []
