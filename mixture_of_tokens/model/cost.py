@@ -126,7 +126,8 @@ def memory(
     weights, gradients, optimizer (AdamW's two moments); activations: what autograd keeps for the backward pass, with
     fused attention (no T x T scores) and nothing recomputed; logits: one chunk and its gradient, in fp32. All else is
     in `dtype`. Mixed precision needs as much as float32, but for activations 0.63 to 0.84 of it (measured at Nano and
-    Medium). Not counted: gradients of activations, work space, fragmentation.
+    Medium). Not counted: gradients of activations, work space, fragmentation, and the
+    rows by which a CPU rounds up those of small experts.
 
     Args:
         experts_per_token: in routings where it varies, by default the most that there may be: in ReMoE all, which its
