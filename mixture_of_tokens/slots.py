@@ -192,9 +192,8 @@ def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Te
     grad_NO, x_NI = grad_NO.contiguous(), x_NI.contiguous()
     if _in_one_call(grad_NO, x_NI):
         grad_EOI = F.grouped_mm(grad_NO.mT, x_NI, offs=ends_E.to(torch.int32))
-        if grad_EOI.device.type != "cpu":  # on some GPUs experts without rows get what was in memory (pytorch 172439)
-            grad_EOI.masked_fill_((_sizes(ends_E) == 0)[:, None, None], 0)
-        return grad_EOI
+        # On some GPUs experts without rows get what was in memory (pytorch 172439).
+        return grad_EOI.masked_fill_((_sizes(ends_E) == 0)[:, None, None], 0)
     grad_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1])
     for which, rows, shape in _runs(ends_E):
         grad_nRO, x_nRI = (each[rows].unflatten(0, shape) for each in (grad_NO, x_NI))

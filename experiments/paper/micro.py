@@ -37,6 +37,7 @@ from common import Curve, asked, directory_of, read_csv, save_picture, settings_
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
 SHORT = 1500  # steps of the figures that compare many systems, and of sweeps: 12.3 M tokens; fewer mislead (../LOG.md)
 LENGTHS = (SHORT, 2 * SHORT, 4 * SHORT, 8 * SHORT)  # of figure 7
+SEEDS = (2, 3, 4)  # of systems that have three
 ROUNDS, TIMED = 7, 6  # of a timing, and steps of each system in a round
 # How a step is carried out, by its name: whether compiled, and settings of the model.
 WAYS = {
