@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.loading import load_model
 
 
 def written(directory: Path, text: str) -> Path:
@@ -167,12 +166,3 @@ def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path):
 def test_only_a_disk_s_errors_get_a_name(tmp_path):
     with pytest.raises(BrokenPipeError), checkpoints.disk_errors(tmp_path):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-
-def test_code_beside_a_model_is_not_run(tmp_path):
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load_model(str(tmp_path))
-    assert not (tmp_path / "ran").exists()

@@ -31,6 +31,7 @@ from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of
@@ -95,6 +96,7 @@ def export(
     distil_steps: int = STEPS,
     license: str | None = None,
     force: bool = False,
+    device: Device | None = None,
 ) -> Exported:
     """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
 
@@ -116,6 +118,7 @@ def export(
             need more.
         license: The licence that the model card names, as the Hub abbreviates it, such as apache-2.0.
         force: Replace an earlier export.
+        device: cpu or cuda; by default cuda where there is one.
 
     Raises ValueError for layers without a counterpart in plain transformers, and for a checkpoint of another model.
     """
@@ -131,7 +134,7 @@ def export(
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
     if not Path(run).exists():
         raise ValueError(f"{run}: there is no such directory")
-    model, tokenizer = load_model(run).float(), load_tokenizer_of(run)
+    model, tokenizer = load_model(run, device=device).float(), load_tokenizer_of(run)
     if not isinstance(model, MixtureOfTokensForCausalLM):
         raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads without an export")
     if len(tokenizer) > model.config.vocab_size:

@@ -12,7 +12,7 @@ from mixture_of_tokens.convert.switch import Scores, default_scores, kind_of, to
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.model.names import FIELDS, parse_name
-from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.model.placement import Device, Placement
 from mixture_of_tokens.model.routings import ROUTINGS
 from mixture_of_tokens.model.sharding import has_optimizer
 from mixture_of_tokens.process import process_count
@@ -120,7 +120,7 @@ def transition(
     schedule: Schedule = "own",
     learning_rate: float | None = None,
     control: Literal["router", "scratch"] | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Device | None = None,
     shard: int | None = None,
     replicate: int | None = None,
     expert_parallel: int | None = None,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
 from mixture_of_tokens.formatting import Result
+from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, text_of
 from mixture_of_tokens.runs.run import check_seed
 
@@ -129,6 +130,7 @@ def audit(
     alone: bool = False,
     batches: int = 3,
     seed: int = 0,
+    device: Device | None = None,
 ) -> Audit:
     """Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.
 
@@ -141,6 +143,7 @@ def audit(
         alone: Audit a Mixture of Tokens as `mot generate --alone` serves it.
         batches: Number of batches.
         seed: Seed of the batches and of the replaced tokens.
+        device: cpu or cuda; by default cuda where there is one.
 
     Raises ValueError for bad options and for a run without a model.
     """
@@ -148,7 +151,7 @@ def audit(
         raise ValueError(f"--batches must be at least 1, not {batches}")
     check_seed(seed)
     run = str(run)
-    model = load_model(run, alone=alone).float()
+    model = load_model(run, alone=alone, device=device).float()
     text = None
     try:
         text = text_of(run)

@@ -23,6 +23,7 @@ from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.layers import Router
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import routings_of
 from mixture_of_tokens.model.sharding import is_sharded
 from mixture_of_tokens.process import is_main
@@ -91,6 +92,7 @@ def evaluate(
     context: int | None = None,
     regroupings: int = 3,
     sweep_tokens: int = 1_000_000,
+    device: Device | None = None,
     shard: int | None = None,
     expert_parallel: int | None = None,
 ) -> Evaluation:
@@ -108,6 +110,7 @@ def evaluate(
         context: Tokens in a block; by default the model's, at most 1,024.
         regroupings: Ways to form full groups; the loss is their mean, the spread largest - least.
         sweep_tokens: Smaller groups are made from the first full groups, which hold at most this many tokens.
+        device: cpu or cuda; by default cuda where there is one.
         shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
         expert_parallel: Of these processes, so many divide the experts.
 
@@ -117,7 +120,7 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     run = str(run)
-    model = load_model(run, placement=placed(shard, expert_parallel))
+    model = load_model(run, device=device, placement=placed(shard, expert_parallel))
     longest = context_of(model)
     context = min(longest, 1024) if context is None else context
     if context > longest:

@@ -18,6 +18,7 @@ from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, say_speed, to_file
 from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.sharding import told
 from mixture_of_tokens.process import is_main, process_count
 from mixture_of_tokens.runs.loading import (
@@ -86,6 +87,7 @@ def generate(
     batch_size: int = BATCH_SIZE,
     alone: bool = False,
     seed: int = DEFAULT.seed,
+    device: Device | None = None,
     shard: int | None = None,
     expert_parallel: int | None = None,
     stream: Annotated[TextIO | None, Parameter(parse=False)] = None,
@@ -110,6 +112,7 @@ def generate(
         alone: Serve each prompt by itself: each expert's typical companions replace the other prompts. A Mixture of
             Tokens then computes all experts for every token.
         seed: Of sampling.
+        device: cpu or cuda; by default cuda where there is one.
         shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
         expert_parallel: Of these processes, so many divide the experts.
         stream: Where the text goes as it is written.
@@ -130,7 +133,8 @@ def generate(
     run, texts = str(run), [prompt] if isinstance(prompt, str) else prompt or []
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     placement = placed(shard, expert_parallel)
-    model, tokenizer = load_model(run, alone=alone, placement=placement), load_tokenizer_of(run)
+    model = load_model(run, alone=alone, device=device, placement=placement)
+    tokenizer = load_tokenizer_of(run)
     if not getattr(model.config, "causal", True):
         raise ValueError(CANNOT_WRITE)
     context = context_of(model)

@@ -6,11 +6,20 @@ expert_parallel  processes of a set that divide the experts: each owns E / P of 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import BY_CONSTRUCTION
+
+Device = Literal["cpu", "cuda"]
+
+
+def check_device(device: Device | None) -> None:
+    """Raises ValueError where --device asks for what is not here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or give cpu")
 
 
 def check_numbers(shard: int | None, replicate: int | None, expert_parallel: int | None) -> None:

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.placement import COPIES, Placement
+from mixture_of_tokens.model.placement import COPIES, Device, Placement, check_device
 from mixture_of_tokens.model.sharding import shard_model
-from mixture_of_tokens.process import keep_large_blocks, process_count
+from mixture_of_tokens.process import is_main, keep_large_blocks, process_count
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.records import RunConfig, RunFacts
 
@@ -45,18 +45,23 @@ def _located(run: str) -> str:
     return str(path)
 
 
-def load_model(run: str, *, alone: bool = False, placement: Placement = COPIES) -> Any:
-    """The causal language model of a run, in evaluation mode, on a CUDA device if there is one.
+def load_model(run: str, *, alone: bool = False, device: Device | None = None, placement: Placement = COPIES) -> Any:
+    """The causal language model of a run, in evaluation mode.
 
     Args:
         alone: serve each row by itself, `MixtureOfTokensForCausalLM.serve_alone`.
+        device: by default a CUDA device if there is one.
         placement: over processes, which all call this, each with memory for the whole model on its CPU.
 
-    Raises ValueError as `model_directory` does, and for what transformers cannot load as a causal language model.
+    Raises ValueError as `model_directory` does, for what transformers cannot load as a causal language model, and for
+    a device that is not here.
     """
+    check_device(device)
     directory = model_directory(run)
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
+    if not Path(run).exists() and is_main():  # which takes half a minute where there is no connection
+        print(f"mot: {run} is no directory here, so it is a name on the Hub", file=sys.stderr)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if type(config) not in AutoModelForCausalLM._model_mapping:  # pyright: ignore[reportOperatorIssue]
@@ -70,9 +75,9 @@ def load_model(run: str, *, alone: bool = False, placement: Placement = COPIES) 
     if placement.sharded:
         if not isinstance(model, MixtureOfTokensForCausalLM):
             raise ValueError(f"{run} is a {type(model).__name__}: --shard is for models of this library")
-        placement.check(model.config)
+        placement.check(model.config, on_cpu=device == "cpu")
         return shard_model(model, placement).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def placed(shard: int | None, expert_parallel: int | None) -> Placement:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from cyclopts import Parameter
 
+from mixture_of_tokens.model.placement import Device
+
 
 def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
     """The numbers of a flag, separated by commas or given by several flags."""
@@ -72,7 +74,7 @@ class Options:
     tokenizer: str | None = None
     anneal_temperature_to: float | None = None
     evaluate_on: Literal["validation", "tuning"] | None = None
-    device: Literal["cpu", "cuda"] | None = None
+    device: Device | None = None
     shard: int | None = None
     replicate: int | None = None
     expert_parallel: int | None = None

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
-from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.model.placement import Placement, check_device
 from mixture_of_tokens.process import process_count
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
 from mixture_of_tokens.runs.run import check_seed
@@ -93,8 +93,7 @@ def merge(
         learning_rate = LEARNING_RATES.get((size, parsed.system), recipe.learning_rate)
     if options.part_bytes is not None and options.max_bytes is not None:
         raise ValueError("--max-bytes is for text that is prepared at once; with --part-bytes name fewer files")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or give cpu")
+    check_device(options.device)
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"anneal-temperature-to": options.anneal_temperature_to, "max-bytes": options.max_bytes}
     positive |= {"part-bytes": options.part_bytes}

@@ -1,0 +1,54 @@
+"""Models by run directory and by name, and the device that they are loaded on."""
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+
+from mixture_of_tokens.runs.loading import load_model
+from processes import mot
+
+MIXED = "MoT-Nano/4E/2"
+READS = {
+    "generate": ("--prompt", "a", "--max-new-tokens", 1),
+    "evaluate": ("--regroupings", 1),
+    "audit": ("--batches", 1),
+}
+
+
+def test_code_beside_a_model_is_not_run(tmp_path):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("command", READS)
+def test_a_command_runs_on_the_cpu_of_a_machine_with_a_gpu(command, tiny_runs, monkeypatch, capsys):
+    run = tiny_runs[MIXED]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    mot(command, run, *READS[command], "--device", "cpu")
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [*READS, "export"])
+def test_a_device_that_is_not_here_is_refused(command, tiny_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = (tmp_path / "out",) if command == "export" else READS[command]
+    with pytest.raises(SystemExit, match="2"):
+        mot(command, tiny_runs[MIXED], *words, "--device", "cuda")
+    assert "--device cuda: torch sees no CUDA device here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_no_directory_is_said_to_be_the_hubs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match="2"):
+        mot("audit", "MoT-Nanoo")
+    told, error = capsys.readouterr().err.splitlines()
+    assert told == "mot: MoT-Nanoo is no directory here, so it is a name on the Hub"
+    assert error.startswith("mot: error: MoT-Nanoo: there is no such directory")
