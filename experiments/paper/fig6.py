@@ -8,7 +8,7 @@ Tokens ends level with the better of Expert Choice and Token Choice, top 1 of 32
 paper: it matches the better of Expert Choice and Token Choice (abstract; values not available). Beside these stand
 routings that are younger: Token Choice with sigmoid gates and biases in place of a balancing loss, Expert Threshold and
 ReMoE. Peak rates were swept for the dense model, /8 and Token Choice; the others have the same. The dense model, /8,
-Token Choice and its best form are to have three seeds; the verdict is of the first one, which all have.
+Token Choice and its best form have three seeds; the verdict is of the first one, which all have.
 """
 
 from functools import partial
