@@ -34,7 +34,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layout import collect, expert_linear, full_precision, grouped, precise_linear, spread, ungrouped
+from mixture_of_tokens.layout import (
+    check_shapes,
+    collect,
+    expert_linear,
+    full_precision,
+    grouped,
+    precise_linear,
+    spread,
+    ungrouped,
+)
+from mixture_of_tokens.slots import dropless
 
 INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
@@ -224,8 +234,8 @@ class MixtureOfTokens(Routed):
     the logit `companion_logit[e]`. Both are initialised to 0, so missing tokens are zeros. `calibrate_companions` sets
     them to the expert's averages over full groups; a token alone is then predicted about as well as in a full group.
 
-    With `alone` set, every token forms a group with G - 1 companions. No row of a batch then influences another, and
-    every expert runs for every token, at G times the FLOPs.
+    Served alone (`serve_alone`), every token forms a group with G - 1 companions, and no row of a batch influences
+    another.
 
     Args beyond those of `Routed`:
         group_size: G. Per token, experts cost the FLOPs of a dense feed-forward of width E * F / G; see `matched`.
@@ -236,6 +246,7 @@ class MixtureOfTokens(Routed):
 
     companion: Tensor
     companion_logit: Tensor
+    companion_output: Tensor | None
     alone_at_once: int = 64  # tokens served alone at a time: each has E mixtures, which are to fit in a cache
 
     def __init__(
@@ -267,11 +278,13 @@ class MixtureOfTokens(Routed):
             router_dtype=router_dtype,
             initializer_scale=initializer_scale,
         )
-        self.group_size, self.normalize_mixture, self.alone = group_size, normalize_mixture, False
+        self.group_size, self.normalize_mixture = group_size, normalize_mixture
+        self.alone, self.num_experts_alone = False, num_experts
         if uniform:
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
         self.register_buffer("companion", torch.zeros(num_experts, hidden_size))
         self.register_buffer("companion_logit", torch.zeros(num_experts))
+        self.register_buffer("companion_output", None, persistent=False)
 
     def reset_state(self) -> None:
         nn.init.zeros_(self.companion)
@@ -334,7 +347,59 @@ class MixtureOfTokens(Routed):
         weights_MGE = softmax(logits_MGE, dim=1)
         return weights_MGE if missing_M11 is None else weights_MGE[:, :-1]
 
+    @torch.no_grad()
+    def serve_alone(self, alone: bool = True, num_experts_alone: int | None = None) -> None:
+        """Compute each token by itself from here on, or in its group again.
+
+        By default every expert runs for every token, at G times the FLOPs. With `num_experts_alone` only those of the
+        token's K largest weights do; the others give it what they give their companion, which is known beforehand:
+
+            out[t] = sum_e w[t, e] * FFN_e(w[t, e] * x_t + (1 - w[t, e]) * companion[e])     for e in t's top K
+                   + sum_e w[t, e] * FFN_e(companion[e])                                     for all other e
+
+        An expert of weight w is off by about w squared, so with K = k, the granularity, the output is nearly the same
+        at a dense model's FLOPs. What companions get is of the weights as they are now.
+
+        Raises ValueError for a number of experts that there is not.
+        """
+        few = self.num_experts if num_experts_alone is None else num_experts_alone
+        if not 1 <= few <= self.num_experts:
+            raise ValueError(f"served alone, a token can go to 1 to {self.num_experts} experts, not {few}")
+        self.alone, self.num_experts_alone, self.companion_output = alone, few, None
+        if alone and few < self.num_experts:
+            nothing_E = self.companion.new_zeros(self.num_experts)
+            mix_ED = self._beside_companions(nothing_E, torch.zeros_like(self.companion), self.companion)
+            dtype = self.experts.down_proj.dtype
+            self.companion_output = self.experts(mix_ED[:, None].to(dtype))[:, 0].to(self.companion.dtype)
+
+    def _beside_companions(self, weight: Tensor, x: Tensor, companion: Tensor) -> Tensor:
+        """Mixtures (..., D) of a token with an expert's companions, by the token's weight (...)."""
+        mix = weight[..., None] * x + (1 - weight[..., None]) * companion
+        if not self.normalize_mixture:
+            return mix
+        squares = weight.square() + (1 - weight).square() / max(1, self.group_size - 1)
+        return mix / squares.sqrt()[..., None]
+
+    def _to_few_experts(self, x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
+        """The formula of `serve_alone`."""
+        check_shapes(x_BTD, token_mask)
+        masked_S1 = None if token_mask is None else ~token_mask.bool().reshape(-1, 1)
+        x_SD = x_BTD.flatten(0, 1) if masked_S1 is None else x_BTD.flatten(0, 1).masked_fill(masked_S1, 0)
+        S, K, lacking = len(x_SD), self.num_experts_alone, self.group_size - 1
+        missing_S11 = x_SD.new_full((S, 1, 1), lacking, dtype=self.companion_logit.dtype) if lacking else None
+        weights_SE = self.weights(x_SD[:, None], None, missing_S11)[:, 0]
+        weight_SK, expert_SK = highest(weights_SE, K)
+        mix_SKD = self._beside_companions(weight_SK, x_SD[:, None], self.companion[expert_SK]).to(x_SD.dtype)
+        each_A = torch.arange(S * K, device=x_SD.device)
+        own_AD = dropless(self, mix_SKD.flatten(0, 1), each_A, expert_SK.flatten(), weight_SK.flatten())
+        y_SD = own_AD.view(S, K, -1).sum(1) + weights_SE.scatter(1, expert_SK, 0) @ self.companion_output
+        if masked_S1 is not None:
+            y_SD = y_SD.masked_fill(masked_S1, 0)
+        return y_SD.view_as(x_BTD).to(x_BTD.dtype)
+
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        if self.alone and self.num_experts_alone < self.num_experts:
+            return self._to_few_experts(x_BTD, token_mask)
         if self.alone and len(x_BTD) > 1:  # each token is a position of a single example
             mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
             x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)

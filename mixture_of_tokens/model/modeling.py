@@ -126,17 +126,22 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             if isinstance(module, Router):
                 module.set_temperature(temperature)
 
-    def serve_alone(self, alone: bool = True) -> None:
-        """Serve every row alone (see `MixtureOfTokens.alone`), until called with False. This is not saved.
+    def serve_alone(self, alone: bool = True, num_experts_alone: int | None = None) -> None:
+        """Serve every row alone (see `MixtureOfTokens.serve_alone`), until called with False. This is not saved.
 
-        Raises ValueError for a routing that cannot do without the other rows, such as Expert Choice.
+        Args:
+            num_experts_alone: experts that a token of a Mixture of Tokens goes to, by default all of them; the
+                granularity gives nearly the same at a dense model's FLOPs.
+
+        Raises ValueError for a routing that cannot do without the other rows, such as Expert Choice, and for a number
+        of experts that there is not.
         """
         for routing in self.config.routings:
             if not routing.serves_alone:
                 raise ValueError(f"{routing.title} chooses among the rows of a batch; it cannot serve a row alone")
         for module in self.modules():
             if isinstance(module, MixtureOfTokens):
-                module.alone = alone
+                module.serve_alone(alone, num_experts_alone)
 
     def balance(self) -> None:
         """To be called after each step of training: routings without a balancing loss then balance their load."""
