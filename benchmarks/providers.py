@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from mixture_of_tokens.layers import MixtureOfTokens, Router
+from mixture_of_tokens.experts import Router
+from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import DENSE
 from mixture_of_tokens.sparse import ExpertChoice, TokenChoice

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from mixture_of_tokens.convert.export import export
     from mixture_of_tokens.convert.transition import transition
     from mixture_of_tokens.data.inspect import data_report
+    from mixture_of_tokens.experts import Experts, Router
     from mixture_of_tokens.inference.audit import audit, audit_model
     from mixture_of_tokens.inference.evaluate import evaluate
     from mixture_of_tokens.inference.generate import generate
-    from mixture_of_tokens.layers import Experts, MixtureOfTokens, Router
+    from mixture_of_tokens.layers import MixtureOfTokens
     from mixture_of_tokens.model.calibration import calibrate_thresholds
     from mixture_of_tokens.model.companions import calibrate_companions
     from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 # The module of each public name.
 _MODULES = {
-    "layers": ("Experts", "MixtureOfTokens", "Router"),
+    "experts": ("Experts", "Router"),
+    "layers": ("MixtureOfTokens",),
     "sparse": ("ExpertChoice", "SigmoidChoice", "TokenChoice"),
     "thresholds": ("ExpertThreshold", "ReMoE"),
     "soft": ("SoftMoE",),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.layers import highest, softmax
+from mixture_of_tokens.experts import highest, softmax
 from mixture_of_tokens.layout import autocast_to
 
 IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers

@@ -5,27 +5,20 @@ another, and so do their gradients: torch's index_add, and its gradient of an in
 Shape letters as in `layers.py`, and N slots.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.layout import autocast_to, expert_linear
 
 SMALL = 2**17  # bytes of an expert, up to which a CPU multiplies several at once
 COPIED = 2**22  # weights that are copied at most, where an expert has few rows, as where text is written
 FEW = 4  # rows of an expert on average
 WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know the sizes
-
-
-class HasExperts(Protocol):
-    """What is used here of a `Routed` layer."""
-
-    num_experts: int
-    weights_of_an_expert: int
-    experts: Callable[..., Tensor]
 
 
 class _Dispatch(torch.autograd.Function):
@@ -104,7 +97,7 @@ class Slots(NamedTuple):
         return _Combine.apply(y_ND, gate_A, self.token_N, self.assignment_N, self.slot_A, self.start_S)
 
 
-def dropless(layer: HasExperts, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gate_A: Tensor) -> Tensor:
+def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gate_A: Tensor) -> Tensor:
     """The sum of gate[a] * FFN_expert[a](x[token[a]]) over the assignments of each token: (S, D).
 
     Assignments are token by token; those to expert E, which there is not, count nothing, and have gate 0.
@@ -122,7 +115,7 @@ def dropless(layer: HasExperts, x_SD: Tensor, token_A: Tensor, expert_A: Tensor,
     return slots.combine(y_ND, gate_A)
 
 
-def order_of_slots(layer: HasExperts, x_SD: Tensor, mean_rows: int) -> tuple[int, bool]:
+def order_of_slots(layer: Routed, x_SD: Tensor, mean_rows: int) -> tuple[int, bool]:
     """To which multiple an expert's rows are rounded up, and whether experts lie in the order of their rows.
 
     On a CPU small experts do, and those with equally many rows are multiplied at once. For others in 16 bits oneDNN

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, Router, softmax
+from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, Router, softmax
 from mixture_of_tokens.layout import check_shapes, collect, spread
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, highest, softmax, summed_over_processes
+from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, highest, softmax, summed_over_processes
 from mixture_of_tokens.layout import check_shapes, grouped, ungrouped
 from mixture_of_tokens.slots import Slots, dropless
 

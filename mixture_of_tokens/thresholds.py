@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.layers import INITIALIZER_SCALE, Routed, summed_over_processes
+from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, summed_over_processes
 from mixture_of_tokens.layout import check_shapes
 from mixture_of_tokens.slots import dropless
 

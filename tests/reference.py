@@ -74,17 +74,26 @@ def mixture_of_tokens(
     return _stacked(out)
 
 
-def alone(x_SD: Tensor, layer) -> Tensor:
-    """A Mixture of Tokens for a token alone, as a sparse layer: sigmoid gates over all experts, and a bias for each."""
+def alone(x_SD: Tensor, layer, few: int | None = None) -> Tensor:
+    """A Mixture of Tokens for a token alone, as a sparse layer: sigmoid gates over all experts, and a bias for each.
+
+    few: experts that read the token; all others read their companion, and give that back.
+    """
     out = []
     first = layer.experts.gate_up_proj if layer.experts.gated else layer.experts.up_proj
     weights, (gated, activation) = (first, layer.experts.down_proj), (layer.experts.gated, layer.experts.activation)
     for x in x_SD:
+        biases = [layer.companion_logit[e] + math.log(layer.group_size - 1) for e in range(len(first))]
+        logits = [x @ layer.gate.weight[e] / layer.gate.temperature for e in range(len(first))]
+        gates = [1 / (1 + (bias - logit).exp()) for bias, logit in zip(biases, logits, strict=True)]
+        largest = sorted(range(len(first)), key=lambda e, gates=gates: -gates[e].item())[:few]
         y = torch.zeros_like(x)
-        for e in range(len(first)):
-            bias = layer.companion_logit[e] + math.log(layer.group_size - 1)
-            w = 1 / (1 + (bias - x @ layer.gate.weight[e] / layer.gate.temperature).exp())
-            y = y + w * expert(w * x + (1 - w) * layer.companion[e], weights, e, gated, activation)
+        for e, gate in enumerate(gates):
+            w = gate if e in largest else torch.zeros_like(gate)  # in the mixture, as far as it is read
+            mixture = w * x + (1 - w) * layer.companion[e]
+            if layer.normalize_mixture:
+                mixture = mixture / (w**2 + (1 - w) ** 2 / (layer.group_size - 1)) ** 0.5
+            y = y + gate * expert(mixture, weights, e, gated, activation)
         out.append(y)
     return torch.stack(out)
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_tokens.layers import MixtureOfTokens, Routed
+from mixture_of_tokens.experts import Routed
+from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.soft import SoftMoE

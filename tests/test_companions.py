@@ -8,11 +8,12 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+import reference
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.evaluate import cross_entropy
 from mixture_of_tokens.runs.loading import load_model, text_of
-from routings import G, T, build, gradients, some_mask, tiny, tokens
+from routings import E, G, T, build, gradients, some_mask, tiny, tokens
 
 MIXED = "MoT-Nano/4E/2"
 
@@ -111,6 +112,61 @@ def test_alone_every_row_gets_what_it_gets_by_itself(name, masked):
     assert_close(y, torch.cat(each))
     assert not torch.allclose(y, together)
     assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("rows", [1, 2 * G + 1])  # those of the fewest are multiplied by copies of experts
+@pytest.mark.parametrize("few", [1, 2, E - 1])
+@pytest.mark.parametrize("options", [{}, {"gated": False, "activation": "gelu"}, {"normalize_mixture": True}], ids=str)
+def test_alone_a_token_may_go_to_few_experts(options, few, rows):
+    layer, x = build("mot", **options), tokens(rows, T, 8)
+    layer.serve_alone(num_experts_alone=few)
+    with torch.no_grad():
+        assert_close(layer(x).flatten(0, 1), reference.alone(x.flatten(0, 1), layer, few))
+
+
+def test_the_more_experts_a_token_goes_to_the_nearer_it_is_to_all():
+    layer, x = build("mot").requires_grad_(False), tokens(2 * G + 1, T, 8)
+    layer.serve_alone()
+    exact, errors = layer(x), []
+    for few in range(1, E + 1):
+        layer.serve_alone(num_experts_alone=few)
+        errors.append(float((layer(x) - exact).norm() / exact.norm()))
+    assert errors == sorted(errors, reverse=True), errors
+    assert errors[-2] > 0 == errors[-1]
+    layer.serve_alone(False)
+    assert not torch.allclose(layer(x), exact)
+    for few in (0, -1, E + 1):
+        with pytest.raises(ValueError, match=f"can go to 1 to {E} experts, not {few}"):
+            layer.serve_alone(num_experts_alone=few)
+
+
+def test_an_expert_that_does_not_read_a_token_is_off_by_the_square_of_its_weight():
+    layer, x = build("mot").requires_grad_(False), tokens(4, T, 8)
+    errors = []
+    for bias in (8.0, 10.0):  # all weights become smaller by a factor of nearly e^2
+        layer.companion_logit.fill_(bias)
+        layer.serve_alone()
+        exact = layer(x)
+        layer.serve_alone(num_experts_alone=1)
+        errors.append(float((layer(x) - exact).norm()))
+    assert math.exp(3.8) < errors[0] / errors[1] < math.exp(4.2)
+
+
+def test_to_few_experts_masked_tokens_count_for_nothing():
+    layer, x, mask = build("mot"), tokens(2 * G + 1, T, 8), some_mask(2 * G + 1, T)
+    layer.serve_alone(num_experts_alone=2)
+    expected = layer(x).masked_fill(~mask[..., None], 0)
+    y = layer(x.masked_fill(~mask[..., None], math.nan), mask)
+    assert_close(y, expected)
+
+
+def test_what_companions_get_is_of_the_companions_that_are_there():
+    model = mixing()
+    model.serve_alone(num_experts_alone=1)
+    calibrate_companions(model, [batch(seed=1)])
+    logits = model(**batch()).logits
+    model.serve_alone(num_experts_alone=1)
+    assert torch.equal(model(**batch()).logits, logits)
 
 
 def test_served_alone_a_model_mixes_nothing():

@@ -27,6 +27,7 @@ from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, text_o
 from processes import mot
 
 MIXED = "MoT-Nano/4E/2"
+FEW = ("alone, 4 of 8 experts", "alone, 2 of 8 experts")
 
 
 @pytest.fixture
@@ -54,16 +55,20 @@ def test_the_whole_text_is_counted_once_and_gives_the_loss_of_the_run(tiny_runs,
 def test_rows_a_group_from_full_to_alone(tiny_runs, evaluated):
     result = evaluated(tiny_runs[MIXED])
     lines = {line["label"]: line for line in result["lines"]}
-    assert list(lines) == ["full groups", "full groups, argmax routing", "2 rows a group", "alone"]
+    assert list(lines) == ["full groups", "full groups, argmax routing", "2 rows a group", "alone", *FEW]
     assert lines["full groups"]["spread"] > 0
-    assert len({round(line["loss"], 7) for line in lines.values()}) == 4
+    assert len({round(line["loss"], 7) for line in lines.values()}) == 6
+    model, text = load_model(str(tiny_runs[MIXED])), text_of(str(tiny_runs[MIXED])).validation
+    model.serve_alone(num_experts_alone=2)
+    nats, count = cross_entropy(model, text.batch(np.arange(len(text) + 1), padded=True))
+    assert lines[FEW[1]]["loss"] == pytest.approx(nats / count, abs=1e-5)
     assert len({line["tokens"] for line in lines.values()}) == 1
     assert all(line["tokens_per_second"] > 0 for line in lines.values())
 
 
 def test_alone_is_each_block_by_itself(tiny_runs, evaluated):
     result = evaluated(tiny_runs[MIXED], "--sweep-tokens", 600)
-    line = result["lines"][-1]
+    line = next(line for line in result["lines"] if line["label"] == "alone")
     model, text = load_model(str(tiny_runs[MIXED])), text_of(str(tiny_runs[MIXED])).validation
     nats = []
     groups = grouped_order(text, 4, everything=True)[:2]
@@ -156,6 +161,7 @@ def test_the_table_has_a_line_for_each(tiny_runs, tiny_cache, capsys):
         "full groups, argmax routing",
         "2 rows a group",
         "alone",
+        *FEW,
     ]
 
 
@@ -225,7 +231,7 @@ def test_groups_that_a_short_text_does_not_fill_are_not_called_full(tiny_runs, t
     (tmp_path / "short.txt").write_text("hello world")
     mot("evaluate", tiny_runs[MIXED], "--data", tmp_path / "short.txt", "--json")
     labels = [line["label"] for line in json.loads(capsys.readouterr().out)["lines"]]
-    assert labels == ["groups of 1 of 4 rows", "groups of 1 of 4 rows, argmax routing", "alone"]
+    assert labels == ["groups of 1 of 4 rows", "groups of 1 of 4 rows, argmax routing", "alone", *FEW]
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -64,33 +64,23 @@ def test_it_says_where_the_context_cuts_a_continuation(run, capsys):
     assert "the context" not in capsys.readouterr().err
 
 
+GREEDY = ("--temperature", 0, "--max-new-tokens", 30, "--json")
+
+
 def test_alone_a_prompt_s_text_does_not_depend_on_the_others(run, prompts, capsys):
     def texts(*flags):
-        mot(
-            "generate",
-            run,
-            "--prompt",
-            "abc d",
-            "--prompt",
-            "e",
-            "--prompt",
-            "fgh",
-            "--temperature",
-            0,
-            "--max-new-tokens",
-            30,
-            "--json",
-            *flags,
-        )
+        mot("generate", run, "--prompt", "abc d", "--prompt", "e", "--prompt", "fgh", *GREEDY, *flags)
         return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
 
-    def by_itself(prompt):
-        mot("generate", run, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 30, "--json")
+    def by_itself(prompt, *flags):
+        mot("generate", run, "--prompt", prompt, *GREEDY, *flags)
         return json.loads(capsys.readouterr().out)["text"]
 
     expected = [by_itself(prompt) for prompt in ("abc d", "e", "fgh")]
     assert texts("--alone") == expected
     assert texts() != expected  # the control: together they mix
+    to_few = [by_itself(prompt, "--alone", "--experts", 1) for prompt in ("abc d", "e", "fgh")]
+    assert texts("--alone", "--experts", 1) == to_few != expected
 
 
 def test_several_prompts_are_one_batch_in_their_order(run, capsys):

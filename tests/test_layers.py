@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 import reference
 from mixture_of_tokens import slots
-from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed, highest
+from mixture_of_tokens.experts import Experts, Routed, highest
+from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import precise_linear
 from mixture_of_tokens.slots import Slots, order_of_slots, ragged_linear, slots_without_limit
 from mixture_of_tokens.soft import SoftMoE

@@ -44,6 +44,28 @@ def test_a_device_that_is_not_here_is_refused(command, tiny_runs, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "words", "message"),
+    [
+        ("generate", MIXED, ["--experts", 2], "--experts is for --alone"),
+        ("audit", MIXED, ["--experts", 2], "--experts is for --alone"),
+        ("audit", MIXED, ["--alone", "--experts", 9], "a token can go to 1 to 8 experts, not 9"),
+        ("generate", "TC-Nano/4E", ["--alone", "--experts", 2], "--experts is for a Mixture of Tokens"),
+    ],
+)
+def test_few_experts_are_a_mixtures_alone(command, name, words, message, tiny_runs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        mot(command, tiny_runs[name], *READS[command], *words)
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+def test_to_few_experts_a_model_is_private(tiny_runs, tiny_cache, capsys):
+    mot("audit", tiny_runs[MIXED], "--alone", "--experts", 2, "--expect", "private")
+    assert "private: yes" in capsys.readouterr().out
+
+
 def test_a_name_that_is_no_directory_is_said_to_be_the_hubs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

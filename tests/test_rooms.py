@@ -121,7 +121,7 @@ def test_a_planted_circle_within_a_room_is_found(tmp_path):
     planted = tmp_path / "mixture_of_tokens"
     shutil.copytree(PACKAGE, planted)
     with (planted / "layout.py").open("a") as file:
-        file.write("\nfrom mixture_of_tokens.layers import softmax\n")
+        file.write("\nfrom mixture_of_tokens.experts import softmax\n")
     assert upward(planted) == []
     with pytest.raises(CycleError):
         order(planted)
@@ -189,7 +189,7 @@ assert x.grad.isfinite().all()
 def test_the_layer_needs_torch_alone():
     done = fresh(LAYER + OURS, without=EXTRA + MODELS_ALONE)
     assert done.returncode == 0, done.stderr
-    loaded = ["mixture_of_tokens", "mixture_of_tokens.layers", "mixture_of_tokens.layout"]
+    loaded = [f"mixture_of_tokens{name}" for name in ("", ".experts", ".layers", ".layout", ".slots")]
     assert ast.literal_eval(done.stdout) == loaded
 
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, train
 from mixture_of_tokens.data.groups import GROUPS, training_groups
-from mixture_of_tokens.layers import Routed
+from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.loss import l1_loss, load_balancing_loss
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.runs.loading import load_model, text_of

@@ -22,8 +22,8 @@ import torch
 
 from mixture_of_tokens import sweep, train
 from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.formatting import markdown, ratio
-from mixture_of_tokens.layers import Routed
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.telemetry import combine_weights, measure
 from mixture_of_tokens.reports.comparison import reached

@@ -12,7 +12,7 @@ from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import Errors, Scales, rescale_moments, sparse_layers, to_token_choice
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.layers import Router
+from mixture_of_tokens.experts import Router
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.sharding import load_optimizer, whole

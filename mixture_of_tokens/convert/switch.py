@@ -117,7 +117,7 @@ def branches(source: MixtureOfTokensForCausalLM, batches: Iterable[dict[str, Ten
         return hook
 
     handles = [layer.register_forward_hook(note(i)) for i, layer in layers]
-    training, alone, count = source.training, [layer.alone for _, layer in layers], 0
+    training, served, count = source.training, [(layer.alone, layer.num_experts_alone) for _, layer in layers], 0
     bar = tqdm(desc="Serving the source alone", total=tokens, unit="token", delay=2, dynamic_ncols=True)
     source.eval().serve_alone()
     try:
@@ -131,8 +131,8 @@ def branches(source: MixtureOfTokensForCausalLM, batches: Iterable[dict[str, Ten
     finally:
         bar.close()
         source.train(training)
-        for (_, layer), was, handle in zip(layers, alone, handles, strict=True):
-            layer.alone = was
+        for (_, layer), was, handle in zip(layers, served, handles, strict=True):
+            layer.serve_alone(*was)
             handle.remove()
     if not count:
         raise ValueError("the training text has no group of different texts: there is too little to fit the switch to")

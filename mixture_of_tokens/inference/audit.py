@@ -128,6 +128,7 @@ def audit(
     *,
     expect: Literal["causal", "private"] | None = None,
     alone: bool = False,
+    experts: int | None = None,
     batches: int = 3,
     seed: int = 0,
     device: Device | None = None,
@@ -141,17 +142,19 @@ def audit(
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
         expect: Exit with status 1 unless the model is this.
         alone: Audit a Mixture of Tokens as `mot generate --alone` serves it.
+        experts: With --alone, experts that a token goes to; by default all.
         batches: Number of batches.
         seed: Seed of the batches and of the replaced tokens.
         device: cpu or cuda; by default cuda where there is one.
 
     Raises ValueError for bad options and for a run without a model.
     """
-    if batches < 1:
-        raise ValueError(f"--batches must be at least 1, not {batches}")
+    for flag, value in {"--batches": batches, "--experts": experts}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be at least 1, not {value}")
     check_seed(seed)
     run = str(run)
-    model = load_model(run, alone=alone, device=device).float()
+    model = load_model(run, alone=alone, experts=experts, device=device).float()
     text = None
     try:
         text = text_of(run)

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.data.prepare import whole_text
+from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import Result, aligned
-from mixture_of_tokens.layers import Router
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
@@ -99,8 +99,8 @@ def evaluate(
     """Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.
 
     In a group of n < G rows each expert's typical companions, averages measured after training, replace the missing
-    rows. Alone is what `mot generate --alone` does. Times are medians of a forward pass over one group; tokens/s are
-    from them.
+    rows. Alone is what `mot generate --alone` does, with all experts and, by --experts, with few. Times are medians of
+    a forward pass over one group; tokens/s are from them.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
@@ -141,25 +141,31 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
     seeds = range(regroupings if mixes else 1)
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
-    # Label, block numbers (groups, rows) of every regrouping, and whether routing is by argmax.
+    # Label, block numbers (groups, rows) of every regrouping, and how the model is served.
     counts = np.concatenate([(order >= 0).sum(1) for order in full])  # of short text there are empty groups
     real = float(counts[counts > 0].mean())
     filled = "full groups" if real > 0.9 * group_size else f"groups of {real:.0f} of {group_size} rows"
-    plan = [(filled if mixes else f"{group_size} rows", full, False)]
+    plan: list[tuple[str, list[np.ndarray], AbstractContextManager]] = []
+    plan.append((filled if mixes else f"{group_size} rows", full, nullcontext()))
     if mixes and len(part) < len(full[0]):
-        plan.append((f"{filled}, same text as below", [part], False))
-    if any(routing.mixes and routing.routed for routing in routings_of(model)):
-        plan.append((f"{filled}, argmax routing", [part], True))
+        plan.append((f"{filled}, same text as below", [part], nullcontext()))
+    routed = any(routing.mixes and routing.routed for routing in routings_of(model))
+    if routed:
+        plan.append((f"{filled}, argmax routing", [part], argmax_routing(model)))
     # Below the largest group that there is.
     sizes = [2**power for power in range(1, int(counts.max() - 1).bit_length())] if mixes else []
-    plan += [(f"{n} rows a group", [in_parts(part, n)], False) for n in reversed(sizes)]
+    plan += [(f"{n} rows a group", [in_parts(part, n)], nullcontext()) for n in reversed(sizes)]
     if all(routing.serves_alone for routing in routings_of(model)):
-        plan.append(("alone", [in_parts(part, 1)], False))
+        plan.append(("alone", [in_parts(part, 1)], nullcontext()))
+        if routed and not is_sharded(model):
+            count, granularity = model.config.num_experts, model.config.num_experts_per_tok
+            for few in (few for few in (2 * granularity, granularity) if few < count):
+                plan.append((f"alone, {few} of {count} experts", [in_parts(part, 1)], to_few_experts(model, few)))
     lines = []
     total = sum(len(order) for _, orders, _ in plan for order in orders)
     with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:
-        for label, orders, argmax in plan:
-            with argmax_routing(model) if argmax else nullcontext():
+        for label, orders, served in plan:
+            with served:
                 found = [_measure(model, blocks, order, bar) for order in orders]
             losses, rows = [one.nats / one.tokens for one in found], orders[0].shape[1]
             loss, seconds = statistics.mean(losses), statistics.median(s for one in found for s in one.seconds)
@@ -186,6 +192,16 @@ def in_parts(groups: np.ndarray, n: int) -> np.ndarray:
     padded = np.pad(groups, ((0, 0), (0, -groups.shape[1] % n)), constant_values=-1)
     parts = padded.reshape(-1, n)
     return parts[(parts >= 0).any(axis=1)]
+
+
+@contextmanager
+def to_few_experts(model, few: int) -> Iterator[None]:
+    """Alone, a token goes to so many experts."""
+    model.serve_alone(num_experts_alone=few)
+    try:
+        yield
+    finally:
+        model.serve_alone(False)
 
 
 @contextmanager

@@ -86,6 +86,7 @@ def generate(
     samples: int = 1,
     batch_size: int = BATCH_SIZE,
     alone: bool = False,
+    experts: int | None = None,
     seed: int = DEFAULT.seed,
     device: Device | None = None,
     shard: int | None = None,
@@ -110,7 +111,9 @@ def generate(
         samples: Continuations of each prompt. Those of one prompt are never in one batch.
         batch_size: Prompts in a batch; rounded up to complete groups.
         alone: Serve each prompt by itself: each expert's typical companions replace the other prompts. A Mixture of
-            Tokens then computes all experts for every token.
+            Tokens then computes all experts for every token, or --experts.
+        experts: With --alone, experts that a token goes to, those of its largest weights; by default all. As many as
+            the granularity give nearly the same text at a dense model's FLOPs.
         seed: Of sampling.
         device: cpu or cuda; by default cuda where there is one.
         shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
@@ -125,15 +128,15 @@ def generate(
         raise ValueError("give either --prompt, which may be repeated, or --prompts-file")
     if prompts_file is None and out is not None:
         raise ValueError("--out is for --prompts-file; continuations of --prompt are printed")
-    for flag, value in {"--samples": samples, "--batch-size": batch_size}.items():
-        if value < 1:
+    for flag, value in {"--samples": samples, "--batch-size": batch_size, "--experts": experts}.items():
+        if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     most = DEFAULT.max_new_tokens if max_new_tokens is None else max_new_tokens
     (sampling := Sampling(most, temperature, top_p, seed)).check()
     run, texts = str(run), [prompt] if isinstance(prompt, str) else prompt or []
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     placement = placed(shard, expert_parallel)
-    model = load_model(run, alone=alone, device=device, placement=placement)
+    model = load_model(run, alone=alone, experts=experts, device=device, placement=placement)
     tokenizer = load_tokenizer_of(run)
     if not getattr(model.config, "causal", True):
         raise ValueError(CANNOT_WRITE)
@@ -170,6 +173,7 @@ def generate(
         file = Path(prompts_file)
         out = file.with_name(f"{file.stem}.continued.jsonl") if out is None else Path(out)
         settings |= {"weights": weights_hash(run), **sampling._asdict()}
+        settings |= {} if experts is None else {"experts": experts}
         with owned_file(out), _leading(write) as led:
             return Generated(to_file(out, settings, batches, led, prompts), str(out))
     with _leading(write) as led:

@@ -62,20 +62,21 @@ def calibrate_companions(model: MixtureOfTokensForCausalLM, batches: Iterable[di
     if not layers:
         return
     means = {layer: _Means(layer) for layer in layers}
-    alone = [layer.alone for layer in layers]
+    served = [(layer.alone, layer.num_experts_alone) for layer in layers]
     before = [(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers]
     try:
         for layer in layers:  # measured in groups, and as it was before the first time
-            layer.alone = False
+            layer.serve_alone(False)
             layer.companion.zero_()
             layer.companion_logit.zero_()
         watch(model, {layer: mean.add for layer, mean in means.items()}, batches)
     finally:
-        for layer, was, (companion, logit) in zip(layers, alone, before, strict=True):
-            layer.alone = was
+        for layer, was, (companion, logit) in zip(layers, served, before, strict=True):
             layer.companion.copy_(companion)
             layer.companion_logit.copy_(logit)
+            layer.serve_alone(*was)
     if not all(mean.groups for mean in means.values()):
         raise ValueError(f"no batch has a group of {layers[0].group_size} real tokens to measure companions on")
-    for layer, mean in means.items():
+    for (layer, mean), was in zip(means.items(), served, strict=True):
         mean.give(layer)
+        layer.serve_alone(*was)

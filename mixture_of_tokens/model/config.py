@@ -2,7 +2,7 @@
 
 import math
 
-from mixture_of_tokens.layers import ACTIVATIONS
+from mixture_of_tokens.experts import ACTIVATIONS
 from mixture_of_tokens.model.routings import DENSE, MIXTURE, ROUTINGS, Routing
 from mixture_of_tokens.model.upstream import Qwen3MoeConfig
 from mixture_of_tokens.thresholds import SCORES

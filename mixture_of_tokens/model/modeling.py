@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layers import Experts, MixtureOfTokens, Routed, Router, truncated_normal_
+from mixture_of_tokens.experts import Experts, Routed, Router, truncated_normal_
+from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.generation import GroupedGeneration, real_tokens

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_tokens.layers import ACTIVATIONS, MixtureOfTokens
+from mixture_of_tokens.experts import ACTIVATIONS
+from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.loss import l1_loss, load_balancing_loss
 from mixture_of_tokens.model.upstream import Qwen3MoeMLP
 from mixture_of_tokens.soft import SoftMoE

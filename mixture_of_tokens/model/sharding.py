@@ -29,7 +29,7 @@ from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard as wildcard
 from transformers.distributed.utils import gather_full_state_dict
 
-from mixture_of_tokens.layers import Experts
+from mixture_of_tokens.experts import Experts
 from mixture_of_tokens.layout import expert_linear
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Placement

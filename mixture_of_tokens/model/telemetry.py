@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from mixture_of_tokens.layers import MixtureOfTokens, Routed
+from mixture_of_tokens.experts import Routed
+from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import expert_linear, full_precision, grouped, ungrouped
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.soft import SoftMoE

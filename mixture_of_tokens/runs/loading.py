@@ -45,18 +45,28 @@ def _located(run: str) -> str:
     return str(path)
 
 
-def load_model(run: str, *, alone: bool = False, device: Device | None = None, placement: Placement = COPIES) -> Any:
+def load_model(
+    run: str,
+    *,
+    alone: bool = False,
+    experts: int | None = None,
+    device: Device | None = None,
+    placement: Placement = COPIES,
+) -> Any:
     """The causal language model of a run, in evaluation mode.
 
     Args:
         alone: serve each row by itself, `MixtureOfTokensForCausalLM.serve_alone`.
+        experts: that a token of a Mixture of Tokens goes to alone, by default all.
         device: by default a CUDA device if there is one.
         placement: over processes, which all call this, each with memory for the whole model on its CPU.
 
     Raises ValueError as `model_directory` does, for what transformers cannot load as a causal language model, and for
-    a device that is not here.
+    a device or a number of experts that is not there.
     """
     check_device(device)
+    if experts is not None and (not alone or placement.sharded):
+        raise ValueError("--experts is for --alone, and not for --shard")
     directory = model_directory(run)
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
@@ -70,8 +80,10 @@ def load_model(run: str, *, alone: bool = False, device: Device | None = None, p
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         where = "" if Path(run).exists() else ": there is no such directory, and as a name on the Hub it"
         raise ValueError(f"{run}{where} cannot be loaded: {_first_line(error)}") from None
+    if experts is not None and group_size_of(model) is None:
+        raise ValueError(f"--experts is for a Mixture of Tokens, and {run} serves each row alone as it is")
     if alone and hasattr(model, "serve_alone"):  # other models never mix rows
-        model.serve_alone()
+        model.serve_alone(num_experts_alone=experts)
     if placement.sharded:
         if not isinstance(model, MixtureOfTokensForCausalLM):
             raise ValueError(f"{run} is a {type(model).__name__}: --shard is for models of this library")
