@@ -1,0 +1,93 @@
+"""Served alone, how many experts does a token of a Mixture of Tokens need? (docs/serving.md)
+
+    python experiments/switch/few.py            # an hour and a half of one core, most of it the training of sources
+    python experiments/switch/few.py --table    # Markdown
+
+The sources are the Mixtures of Tokens of `nano`, three seeds, and a MoT-Micro/32E/8 of 12 million tokens of the installed
+packages' source, seed 2; those that are not in runs/ are trained first. Alone, a token goes to the experts of its
+largest weights, and the others give it what they give their companion. Nothing is trained, fitted or distilled. Losses
+are over the validation text, of the Micro over GROUPS groups of it. few.csv has a row each.
+
+Expected: as many experts as the granularity, the FLOPs of a dense feed-forward, end at most 0.01 above all experts.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.training.options import Options
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Experiment, asked, read_csv, spread, trained, write_csv
+
+NANO = Options(steps=1200, device="cpu")
+MICRO = Options(steps=1500, device="cpu", data=["packages"], training={"bf16": "true", "torch_compile": "true"})
+SOURCES = {  # the experiment whose runs they are, how they are trained, their seeds
+    "MoT-Nano/32E": ("nano", NANO, (1, 2, 3)),
+    "MoT-Nano/32E/8": ("nano", NANO, (1, 2, 3)),
+    "MoT-Micro/32E/8": ("switch", MICRO, (2,)),
+}
+GROUPS = 64  # of a Micro's validation text
+OF_GRANULARITY = (4, 2, 1, 0.5, 0.25)  # how many experts, beside all of them
+IN_GROUPS, ALL = "in groups", "all"
+COLUMNS = ("source", "seed", "experts", "loss")
+
+
+def losses(name: str, run: Path) -> dict[str, float]:
+    """By the number of experts of a token."""
+    model, text = load_model(str(run)), text_of(str(run)).validation
+    size, granularity = model.config.group_size, model.config.num_experts_per_tok
+    few = [int(granularity * share) for share in OF_GRANULARITY if granularity * share >= 1]
+    found = {}
+    for label in (IN_GROUPS, *map(str, few), ALL):
+        if label != IN_GROUPS:
+            model.serve_alone(num_experts_alone=None if label == ALL else int(label))
+        part = None if name.startswith("MoT-Nano") else GROUPS
+        title = f"{run.name}: {label}"
+        found[label] = evaluate_blocks(model, text, group_size=size, batch_size=size, groups=part, progress=title)[
+            "loss"
+        ]
+        print(f"{title} {found[label]:.4f}", file=sys.stderr)
+    return found
+
+
+def make(kept: Path) -> None:
+    file = kept / "few.csv"
+    for name, (experiment, options, seeds) in SOURCES.items():
+        for seed in seeds:
+            rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+            this = {"source": name, "seed": str(seed)}
+            if any(this.items() <= row.items() for row in rows):
+                continue
+            found = losses(name, trained(Experiment.named(experiment), name, seed, options))
+            write_csv(file, COLUMNS, [*rows, *(this | {"experts": few, "loss": value} for few, value in found.items())])
+
+
+def table(kept: Path) -> str:
+    found = read_csv(kept / "few.csv")
+    shown = [["source", "experts of a token", "loss", "above all experts", "above the source in groups"]]
+    for name in dict.fromkeys(row["source"] for row in found):
+        of = {(row["experts"], row["seed"]): float(row["loss"]) for row in found if row["source"] == name}
+        for few in dict.fromkeys(few for few, _ in of):
+            own = {seed: value for (label, seed), value in of.items() if label == few}
+            above = [
+                "" if few == other else spread((own[seed] - of[other, seed] for seed in own), lambda d: f"{d:+.3f}")
+                for other in (ALL, IN_GROUPS)
+            ]
+            shown.append([name, few, spread(own.values(), loss), *above])
+    return markdown(shown, left=1)
+
+
+def main() -> None:
+    experiment = Experiment.named("switch")
+    if not asked(__doc__, table="print the table, and stop").table:
+        make(experiment.kept)
+    print(table(experiment.kept))
+
+
+if __name__ == "__main__":
+    main()
