@@ -3,10 +3,10 @@
     python experiments/switch/few.py            # an hour and a half of one core, most of it the training of sources
     python experiments/switch/few.py --table    # Markdown
 
-The sources are the Mixtures of Tokens of `nano`, three seeds, and a MoT-Micro/32E/8 of 12 million tokens of the installed
-packages' source, seed 2; those that are not in runs/ are trained first. Alone, a token goes to the experts of its
-largest weights, and the others give it what they give their companion. Nothing is trained, fitted or distilled. Losses
-are over the validation text, of the Micro over GROUPS groups of it. few.csv has a row each.
+The sources are the Mixtures of Tokens of `nano`, three seeds, and a MoT-Micro/32E/8 of 12 million tokens of the
+installed packages' source, seed 2; those that are not in runs/ are trained first. Alone, a token goes to the experts of
+its largest weights, and the others give it what they give their companion. Nothing is trained, fitted or distilled.
+Losses are over the validation text, of the Micro over GROUPS groups of it. few.csv has a row each.
 
 Expected: as many experts as the granularity, the FLOPs of a dense feed-forward, end at most 0.01 above all experts.
 """
