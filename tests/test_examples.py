@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixture_of_tokens import audit_model
+from mixture_of_tokens import MixtureOfTokens, audit_model, calibrate_companions
 from mixture_of_tokens.data.prepare import prepare
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama.py"
@@ -46,6 +46,50 @@ def test_its_audit_finds_it_causal_and_its_groups_shared(model):
     assert not audit_model(model, group_size=16, batches=1).causal
     with pytest.raises(ValueError, match="group_size must be at least 1, not 0"):
         audit_model(model, group_size=0)
+
+
+class Own(torch.nn.Module):
+    """A model of nobody's library: it looks back by a mean over the tokens before, and returns a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(30, 8), torch.nn.Linear(8, 30)
+        self.layer = MixtureOfTokens(8, 6, 5, group_size=4)
+        self.looks_ahead = False
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        x = x.cumsum(1) / torch.arange(1, 1 + ids.shape[1], device=ids.device)[:, None]
+        x = x + self.layer(x)
+        return self.head(x.flip(1) if self.looks_ahead else x)
+
+
+def test_a_model_that_is_not_transformers_is_audited_too():
+    torch.manual_seed(0)
+    model = Own()
+    found = audit_model(model, vocab_size=30, length=9, group_size=4)
+    assert (found.causal, found.private, found.length) == (True, False, 9)
+    model.layer.serve_alone(num_experts_alone=2)
+    assert audit_model(model, vocab_size=30, length=9, group_size=4).private
+    model.looks_ahead = True
+    assert not audit_model(model, vocab_size=30, length=9, group_size=4).causal
+    with pytest.raises(ValueError, match="give vocab_size: Own is no model of transformers"):
+        audit_model(model)
+    with pytest.raises(ValueError, match="length must be at least 2, not 1"):
+        audit_model(model, vocab_size=30, length=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("named", [False, True])
+def test_companions_of_a_model_that_is_not_transformers(named):
+    torch.manual_seed(0)
+    model, ids = Own().train(), torch.randint(30, (8, 3))
+    calibrate_companions(model, [{"ids": ids}] if named else [ids])
+    assert model.training
+    x = model.embedding(ids)
+    x = (x.cumsum(1) / torch.arange(1, 4)[:, None]).unflatten(0, (2, 4)).transpose(1, 2).flatten(0, 1)  # six groups
+    weights = (x @ model.layer.gate.weight.T).softmax(1)
+    torch.testing.assert_close(model.layer.companion, torch.einsum("mge,mgd->ed", weights, x) / 6)
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
 from mixture_of_tokens.formatting import Result
@@ -169,25 +170,45 @@ def audit(
     return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, expect)
 
 
-def audit_model(model: Any, *, group_size: int | None = None, batches: int = 3, seed: int = 0) -> Audit:
+def audit_model(
+    model: nn.Module,
+    *,
+    vocab_size: int | None = None,
+    length: int = LONGEST,
+    group_size: int | None = None,
+    batches: int = 3,
+    seed: int = 0,
+) -> Audit:
     """As `audit`, for a causal language model of one's own with the layer inside, on random tokens.
 
+    It says what the model does with any batch. It does not see in which batches the model is trained: rows of a group
+    that are parts of one document are not found.
+
     Args:
-        model: called as transformers' models are, with `input_ids` and `attention_mask` (B, T) and other keywords;
-            returns an object with `logits` (B, T, V). `config.vocab_size` is its vocabulary, and
-            `config.max_position_embeddings` the longest row. It is computed in float32 and float64, and left in
-            float32 and evaluation mode.
+        model: called with token ids (B, T) alone; gives logits (B, T, V), or an object that has them as `logits`.
+            transformers' models get an attention mask too. It is computed in float32 and float64, and left in float32
+            and evaluation mode.
+        vocab_size: numbers of tokens are below this; by default that of the model's `config`.
+        length: tokens of a row, at most what the model's `config`, if it has one, takes.
         group_size: of its layers; a batch has two groups. None where rows do not meet.
 
-    Raises ValueError for a number below 1.
+    Raises ValueError for numbers that are too small, and where `vocab_size` is missing and there is no `config`.
     """
-    for what, value in {"group_size": group_size, "batches": batches}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{what} must be at least 1, not {value}")
+    least = {"vocab_size": (vocab_size, 2), "length": (length, 2)}
+    least |= {"group_size": (group_size, 1), "batches": (batches, 1)}
+    for what, (value, smallest) in least.items():
+        if value is not None and value < smallest:
+            raise ValueError(f"{what} must be at least {smallest}, not {value}")
     check_seed(seed)
+    if not isinstance(model, PreTrainedModel) and vocab_size is None:
+        raise ValueError(f"give vocab_size: {type(model).__name__} is no model of transformers, whose config has it")
+    if isinstance(model, PreTrainedModel):
+        vocab_size = vocab_size or model.config.get_text_config().vocab_size
+        length = min(length, context_of(model))
+    assert vocab_size is not None
     model = model.float().eval()
-    seen = texts(None, model, batches, seed, group_size)
-    return Audit(type(model).__name__, seen[0][0].shape[1], leaks(model, seen, seed))
+    seen = random_tokens((batches, 2, 2 * (group_size or ROWS // 2), length), vocab_size, seed)
+    return Audit(type(model).__name__, length, leaks(model, seen, seed))
 
 
 @torch.no_grad()
@@ -239,6 +260,9 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
 
 def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Logits (B, T, V) and the residual stream (B, T, D) after each block."""
+    if not isinstance(model, PreTrainedModel):
+        outputs = model(ids.to(next(model.parameters()).device))
+        return (outputs if isinstance(outputs, Tensor) else outputs.logits).cpu(), ()
     ids = ids.to(model.device)
     outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True)
     return outputs.logits.cpu(), tuple(state.cpu() for state in (outputs.hidden_states or ())[1:])
@@ -247,7 +271,7 @@ def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 def _noise(model, ids: Tensor, logits: Tensor) -> float:
     """The largest change of logits when the batch is computed again, and in float64."""
     again = (_look(model, ids)[0] - logits).abs().max()
-    fast = getattr(model.config, "_experts_implementation", None)
+    fast = getattr(getattr(model, "config", None), "_experts_implementation", None)
     if fast is not None:  # transformers' fast experts do not take float64
         model.set_experts_implementation("eager")
     exact = _look(model.double(), ids)[0]
@@ -257,20 +281,24 @@ def _noise(model, ids: Tensor, logits: Tensor) -> float:
     return max(float(again), float((exact - logits).abs().max()), torch.finfo(logits.dtype).eps * float(logits.std()))
 
 
-def texts(
-    blocks: Blocks | None, model: Any, batches: int, seed: int, group_size: int | None = None
-) -> list[tuple[Tensor, Tensor]]:
+def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs of batches for `leaks`: two groups of text as in training, or random tokens where there is no text."""
-    rows = 2 * (group_size or group_size_of(model) or ROWS // 2)
+    rows = 2 * (group_size_of(model) or ROWS // 2)
     config = model.config
     # Memory holds all logits several times.
     length = max(8, min(LONGEST, context_of(model), 2**27 // (rows * config.vocab_size)))
     if blocks is None:
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(config.vocab_size, (batches, 2, rows, length), generator=generator)
-    else:
-        order = grouped_order(blocks, rows // 2, seed=seed)
-        chosen = order[np.arange(4 * batches) % len(order)].reshape(batches, 2, rows)
-        tokens = torch.stack([blocks.batch(each.ravel())["input_ids"][:, :length] for each in chosen])
-        tokens = tokens.unflatten(1, (2, rows))
-    return [(ids, torch.where(ids == others, (others + 1) % config.vocab_size, others)) for ids, others in tokens]
+        return random_tokens((batches, 2, rows, length), config.vocab_size, seed)
+    order = grouped_order(blocks, rows // 2, seed=seed)
+    chosen = order[np.arange(4 * batches) % len(order)].reshape(batches, 2, rows)
+    tokens = torch.stack([blocks.batch(each.ravel())["input_ids"][:, :length] for each in chosen])
+    return _different(tokens.unflatten(1, (2, rows)), config.vocab_size)
+
+
+def random_tokens(shape: tuple[int, ...], vocab_size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of batches for `leaks`, of the shape (batches, 2, rows, length)."""
+    return _different(torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)), vocab_size)
+
+
+def _different(tokens: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+    return [(ids, torch.where(ids == others, (others + 1) % vocab_size, others)) for ids, others in tokens]

@@ -16,17 +16,32 @@ from mixture_of_tokens.thresholds import ExpertThreshold
 
 @torch.no_grad()
 def watch(
-    model: MixtureOfTokensForCausalLM,
-    hooks: Mapping[nn.Module, Callable[..., None]],
-    batches: Iterable[dict[str, Tensor]],
+    model: nn.Module, hooks: Mapping[nn.Module, Callable[..., None]], batches: Iterable[dict[str, Tensor] | Tensor]
 ) -> None:
-    """Run a model over batches in evaluation mode, with a hook after the forward pass of each of these modules."""
-    handles, training = [module.register_forward_hook(hook) for module, hook in hooks.items()], model.training
+    """Run a model over batches in evaluation mode, with a hook after the forward pass of each of these modules.
+
+    A hook gets the module, its input and, where there is one, its mask.
+    """
+
+    def noted(hook: Callable[..., None]) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hook(module, *args, *kwargs.values())
+
+        return after
+
+    handles = [module.register_forward_hook(noted(hook), with_kwargs=True) for module, hook in hooks.items()]
+    training = model.training
     try:
         model.eval()
         for batch in batches:
-            inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "token_mask") if k in batch}
-            model(**inputs, logits_to_keep=1, use_cache=False)
+            if isinstance(batch, Tensor):
+                model(batch)
+            elif isinstance(model, MixtureOfTokensForCausalLM):
+                known = ("input_ids", "attention_mask", "token_mask")
+                inputs = {name: batch[name].to(model.device) for name in known if name in batch}
+                model(**inputs, logits_to_keep=1, use_cache=False)
+            else:
+                model(**batch)
     finally:
         model.train(training)
         for handle in handles:
@@ -50,7 +65,6 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
             layer.threshold.copy_(mean_E)
 
 
-def _note(layer: ExpertThreshold, args: tuple[Any, ...], output: Tensor) -> None:
-    x_BTD, mask_BT = args[0], args[1] if len(args) > 1 else None
+def _note(layer: ExpertThreshold, x_BTD: Tensor, mask_BT: Tensor | None = None) -> None:
     real_S = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
     layer.note(layer.gate(x_BTD.masked_fill(~real_S[..., None], 0)).flatten(0, 1), real_S.flatten())

@@ -13,15 +13,13 @@ of the noise that the other tokens of a random group bring.
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import grouped
 from mixture_of_tokens.model.calibration import watch
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 
 
 class _Means:
@@ -32,8 +30,8 @@ class _Means:
         self.log_inverse_E = torch.full_like(layer.companion_logit, -math.inf, dtype=torch.float64)
         self.mixtures_ED = torch.zeros_like(layer.companion, dtype=torch.float64)
 
-    def add(self, layer: MixtureOfTokens, args: tuple[Any, ...], output: Tensor) -> None:
-        x_MGD, _, missing_M11 = grouped(args[0], args[1] if len(args) > 1 else None, layer.group_size)
+    def add(self, layer: MixtureOfTokens, x_BTD: Tensor, token_mask: Tensor | None = None) -> None:
+        x_MGD, _, missing_M11 = grouped(x_BTD, token_mask, layer.group_size)
         if missing_M11 is not None:
             x_MGD = x_MGD[missing_M11.flatten() == 0]
         self.groups += len(x_MGD)
@@ -49,12 +47,15 @@ class _Means:
 
 
 @torch.no_grad()
-def calibrate_companions(model: MixtureOfTokensForCausalLM, batches: Iterable[dict[str, Tensor]]) -> None:
+def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] | Tensor]) -> None:
     """Set the companions of every Mixture of Tokens layer to their means over `batches`, if there are such layers.
 
     Args:
-        model: uncompiled and unwrapped. Full groups use no companions, so calibrating twice gives the same.
-        batches: inputs of the model, whose rows form full groups of different texts; incomplete groups are ignored.
+        model: any module with such layers, uncompiled and unwrapped. Full groups use no companions, so calibrating
+            twice gives the same.
+        batches: what the model is called with, keyword arguments or a tensor, on its device. The rows form full groups
+            of different texts; incomplete groups are ignored. Of a model of this library, its inputs on any device, and
+            other entries, such as labels, are left out.
 
     Raises ValueError if no batch has a full group.
     """
