@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mixture_of_tokens.reports.markup import html, own_ids
+from mixture_of_tokens.reports.prose import differing
 from processes import mot
 
 NAMES = ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E")
@@ -256,3 +257,11 @@ def test_a_browser_shows_it_without_overflow_in_light_and_dark(page, width, tmp_
         assert (found[mode]["wide"], found[mode]["width"]) == ("", str(width))
     assert found["light"]["ink"] != found["dark"]["ink"]
     assert found["light"]["curve"] != found["dark"]["curve"]
+
+
+def test_runs_that_were_not_made_alike_are_told_apart_by_what_differs():
+    one = {"hardware": "a", "cores": 2, "threads": 2, "versions": {"torch": "2.13"}, "commit": "x"}
+    assert differing([one]) is None
+    assert differing([one, one | {"commit": "y"}]) == "The runs differ in commit: times may not be comparable."
+    other = one | {"hardware": "b", "versions": {"torch": "2.12"}}
+    assert differing([one, other]) == "The runs differ in hardware and versions: times may not be comparable."

@@ -249,14 +249,14 @@ def table(experiment: Experiment) -> str:
 
 
 def _alone(system: System, run: Run) -> str:
-    """The loss of each row by itself, as `../partial_groups` has measured it where it is another one."""
+    """The loss of each row by itself, as `../switch` has measured it where it is another one."""
     routings = run.model_config.routings
     if not any(routing.shares_batch for routing in routings):
         return "the same"
     if not all(routing.serves_alone for routing in routings):
         return "cannot"
-    rows = read_csv(Experiment.named("partial_groups").kept / "losses.csv")
-    wanted = {"name": system.name, "normalize_mixture": "False", "treatment": "companions", "rows": "1"}
+    rows = read_csv(Experiment.named("switch").kept / "losses.csv")
+    wanted = {"source": system.name, "steps": str(run.config.steps), "way": "alone"}
     return spread(row["loss"] for row in rows if not system.model and all(row[key] == wanted[key] for key in wanted))
 
 

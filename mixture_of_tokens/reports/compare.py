@@ -16,7 +16,7 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
-from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_values
+from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds, listed_values
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.sweep import PlannedRun, Plans, check_text, trained_on
 from mixture_of_tokens.training.train import run_merged
@@ -62,10 +62,10 @@ def compare(
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
     names = tuple(name for given in names for name in listed_values(given))
-    seeds, learning_rate = listed_values(seeds), None if learning_rate is None else listed_values(learning_rate)
+    seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed_values(learning_rate)
     out = Path("runs/compare") if out is None else Path(out)
     check_holds_runs(out)
-    plans = _plans(names, list(dict.fromkeys(seeds)), _rates(learning_rate, len(names)), options, out)
+    plans = _plans(names, seeds, _rates(learning_rate, len(names)), options, out)
     if dry_run:
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
     with owned(out) if is_main() else nullcontext():
@@ -88,7 +88,7 @@ def _compared(
             check_text([(str(run.directory), trained_on(run)) for run in runs])  # reported now, not after the last run
     except (SystemExit, KeyboardInterrupt):
         if is_main():
-            print("mot: the same command goes on with the comparison", file=sys.stderr)
+            print("mot: the comparison goes on with the same command, which takes no --resume", file=sys.stderr)
         raise
     if not is_main():
         return None

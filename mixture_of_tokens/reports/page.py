@@ -9,7 +9,7 @@ from mixture_of_tokens.formatting import Summary, duration, listed, loss, ratio,
 from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel
 from mixture_of_tokens.reports.markup import Child, document, html, table, with_swatch
-from mixture_of_tokens.reports.prose import MEASURES, MIXED, findings, glossary, method, seeds_of
+from mixture_of_tokens.reports.prose import MEASURES, differing, findings, glossary, method, seeds_of
 from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
 from mixture_of_tokens.reports.tables import switch_table, tables
 from mixture_of_tokens.runs.run import Point, Run
@@ -328,11 +328,12 @@ def _made(comparison: Comparison, models: dict[str, list[Run]], commands: list[s
     rest = {name.replace("_", " "): each for name, each in corpus.items() if not isinstance(each, dict)}
     about = "; ".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in rest.items())
     columns = [(key.capitalize(), lambda each, key=key: f"{each[key]:,}") for key in ("documents", "tokens", "bytes")]
+    apart = differing(comparison.environments)
     return [
         html("pre", "\n".join(commands)),
         html("p", method(comparison)),
         html("dl", entries, class_="entries"),
-        html("p", MIXED) if len(comparison.environments) > 1 else None,
+        None if apart is None else html("p", apart),
         table("Text", f"{about}.", (("", columns),), splits, corner="Split"),
         _settings(models),
     ]

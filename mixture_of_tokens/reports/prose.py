@@ -1,5 +1,8 @@
 """Sentences computed from a comparison, with rounded numbers, and the glossary of its page."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from mixture_of_tokens.formatting import Summary, difference, duration, listed, loss, ratio, span, with_span
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import ROWS, converted_from
@@ -31,7 +34,11 @@ MEASURES = {
     ),
 }
 
-MIXED = "The runs were not all made on the same hardware with the same versions: times may not be comparable."
+
+def differing(environments: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence on what the runs were not made alike in, if there is such."""
+    names = [name for name in environments[0] if any(each[name] != environments[0][name] for each in environments)]
+    return f"The runs differ in {listed(names)}: times may not be comparable." if names else None
 
 
 def seeds_of(comparison: Comparison) -> str:

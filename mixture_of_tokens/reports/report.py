@@ -10,7 +10,7 @@ from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.reports.comparison import Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.page import page
-from mixture_of_tokens.reports.prose import MIXED, findings
+from mixture_of_tokens.reports.prose import differing, findings
 from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.records import CONFIG, Transition
@@ -146,6 +146,7 @@ def summary_of(result: Comparison) -> str:
         columns.insert(-7, "spread")
     kinds = [[model.label, *model.properties.values()] for model in result.models]
     paragraphs = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
-    paragraphs += [MIXED] if len(result.environments) > 1 else []
+    apart = differing(result.environments)
+    paragraphs += [] if apart is None else [apart]
     properties = aligned([["model", *PROPERTIES], *kinds])
     return "\n".join([aligned([columns, *table]), "", properties, "", *paragraphs]) + "\n"

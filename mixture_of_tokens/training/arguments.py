@@ -123,7 +123,7 @@ def given_fields(given: Mapping[str, str]) -> dict[str, Any]:
         if field not in REFUSED:
             _check_field(field, value, hints[field])
             values[field] = float(value) if field in BELOW_ONE else value  # torch takes no 0 for 0.0
-        elif value != unchanged(field):
+        elif value != unchanged(field) or field == "num_train_epochs":  # whose own value, 3, is one that people give
             raise ValueError(f"--training.{field}: {REFUSED[field]}")
     checkpointing = values.get("activation_checkpointing") or values.get("gradient_checkpointing")
     for field in OF_CHECKPOINTING:

@@ -30,6 +30,15 @@ def listed_values(given: Any) -> list[Any]:
     return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
+def listed_seeds(given: Any) -> list[int]:
+    """`listed_values`. Raises ValueError for a seed that is there twice, as it is one run."""
+    seeds = listed_values(given)
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise ValueError(f"--seeds has {seed} twice; each seed is one run")
+    return seeds
+
+
 Rates = Annotated[list[float], Parameter(converter=_numbers, n_tokens=1)]
 Seeds = Annotated[list[int], Parameter(converter=_numbers, n_tokens=1)]
 

@@ -18,7 +18,7 @@ from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
-from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_values
+from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds, listed_values
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 
@@ -150,7 +150,7 @@ def sweep(
 
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
-    seeds, learning_rate = listed_values(seeds), None if learning_rate is None else listed_values(learning_rate)
+    seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed_values(learning_rate)
     out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else Path(out)
     check_holds_runs(out)
     if options.evaluate_on is None:
@@ -160,7 +160,7 @@ def sweep(
         raise ValueError("--model.vocab_size: losses a token of different vocabularies cannot be compared; give one")
     planned: list[_Planned] = []
     for settings in cells:
-        for seed in dict.fromkeys(seeds):
+        for seed in seeds:
             chosen, rate = _apply(options, settings)
             merged, directory = merge(name, seed, rate, chosen), out / _directory(settings, seed)
             check_resumed(directory, merged.config)
@@ -183,7 +183,7 @@ def _swept(
             outcome = _outcome(seed, merged, directory)
         except (SystemExit, KeyboardInterrupt):
             if is_main():
-                print("mot: the same command goes on with the sweep", file=sys.stderr)
+                print("mot: the sweep goes on with the same command, which takes no --resume", file=sys.stderr)
             raise
         if outcome is None:
             continue
