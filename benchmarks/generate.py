@@ -9,7 +9,8 @@ Untrained models continue random prompts greedily, with the KV cache and without
 same number of tokens. A turn is one call of `generate`; models and batches take turns in an order that is shuffled
 every round. Columns: tokens_per_second of the whole batch, the median over the rounds (low, high: quartiles);
 share_of_first, that over the first model's at the same batch size, taken within each round. Batches that are no
-multiple of a Mixture of Tokens' group size have an incomplete group; a lone row passes through all experts.
+multiple of a Mixture of Tokens' group size have an incomplete group; a lone row passes through all experts. A name with
+a number, as in MoT-Nano/32E/8:8, is served alone, each token by so many experts.
 """
 
 import argparse
@@ -48,11 +49,14 @@ def measure(args: argparse.Namespace) -> list[dict]:
     keep_large_blocks()
     torch.manual_seed(0)
     models = {}
-    for name in args.models:
+    for label in args.models:
+        name, _, few = label.partition(":")
         config = config_from_name(name, vocab_size=args.vocab_size)
         if args.prompt + args.new > config.max_position_embeddings:
             raise ValueError(f"{args.prompt} + {args.new} tokens do not fit the context of {name}")
-        models[name] = MixtureOfTokensForCausalLM(config).to(args.device).eval()
+        models[label] = MixtureOfTokensForCausalLM(config).to(args.device).eval()
+        if few:
+            models[label].serve_alone(num_experts_alone=int(few))
     turns = [(name, batch) for name in models for batch in args.batches]
     for name, batch in turns:
         seconds(models[name], batch, args)  # a warm-up: caches, threads, the allocator
@@ -85,12 +89,14 @@ def table(rows: list[dict]) -> str:
     facts = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, {first['new']} tokens after "
     facts += f"{first['prompt']}, {first['rounds']} rounds, commit {first['commit']}, {first['date'][:10]}: tokens/s, "
     facts += f"and as a share of {first['model']}'s"
-    return f"{facts}\n\n" + markdown(("rows", *map(str, batches)), [(name, *line) for name, line in cells.items()])
+    titles = {label: label.replace(":", ", alone, experts: ") for label in cells}
+    return f"{facts}\n\n" + markdown(("rows", *map(str, batches)), [(titles[it], *line) for it, line in cells.items()])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = ["Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/8", "TC-Nano/32E", "TC-Nano/32E/8"]
+    models = ["Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/8", "MoT-Nano/32E/8:8", "TC-Nano/32E"]
+    models.append("TC-Nano/32E/8")
     parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--prompt", type=int, default=8, help="tokens before")

@@ -133,6 +133,17 @@ def test_branches_are_what_each_layer_gives_a_text_alone(trained, seen):
     assert_close(y_SD[:5], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_branches_may_be_of_few_experts_of_a_token(trained, seen):
+    source, text = trained
+    groups = [next(iter(training_groups(text.train, source.config.group_size)))]
+    found = branches(source, groups, 256, num_experts_alone=3)
+    x_SD, y_SD = found[2]
+    assert_close(x_SD, seen[2][0][:256], rtol=1e-4, atol=1e-5)  # no layer before it is a mixture
+    layer = source.model.layers[2].mlp
+    assert_close(y_SD[:5], reference.alone(x_SD[:5], layer, few=3), rtol=1e-4, atol=1e-5)
+    assert (layer.alone, layer.num_experts_alone) == (False, 8)
+
+
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_distilled_layers_give_what_the_source_gives_alone(scores, trained, seen):
     source, text = trained

@@ -97,12 +97,18 @@ def sparse_layers(model: MixtureOfTokensForCausalLM, kind: type[Layer]) -> list[
 
 
 @torch.no_grad()
-def branches(source: MixtureOfTokensForCausalLM, batches: Iterable[dict[str, Tensor]], tokens: int) -> Branches:
+def branches(
+    source: MixtureOfTokensForCausalLM,
+    batches: Iterable[dict[str, Tensor]],
+    tokens: int,
+    num_experts_alone: int | None = None,
+) -> Branches:
     """Input x and output y (S, D) of every Mixture of Tokens layer, each row served alone.
 
     Args:
         source: with calibrated companions; it is left as it was.
         batches: rows of training text, of which at most this many tokens are taken.
+        num_experts_alone: as `serve_alone` takes it.
 
     Raises ValueError where there are none.
     """
@@ -119,7 +125,7 @@ def branches(source: MixtureOfTokensForCausalLM, batches: Iterable[dict[str, Ten
     handles = [layer.register_forward_hook(note(i)) for i, layer in layers]
     training, served, count = source.training, [(layer.alone, layer.num_experts_alone) for _, layer in layers], 0
     bar = tqdm(desc="Serving the source alone", total=tokens, unit="token", delay=2, dynamic_ncols=True)
-    source.eval().serve_alone()
+    source.eval().serve_alone(num_experts_alone=num_experts_alone)
     try:
         for batch in batches:
             rows = batch["input_ids"].to(source.device)[: (tokens - count) // batch["input_ids"].shape[1]]
