@@ -200,7 +200,8 @@ class MixtureOfTokens(Routed):
         mix_SKD = self._beside_companions(weight_SK, x_SD[:, None], self.companion[expert_SK]).to(x_SD.dtype)
         each_A = torch.arange(S * K, device=x_SD.device)
         own_AD = dropless(self, mix_SKD.flatten(0, 1), each_A, expert_SK.flatten(), weight_SK.flatten())
-        y_SD = own_AD.view(S, K, -1).sum(1) + weights_SE.scatter(1, expert_SK, 0) @ self.companion_output
+        others_SE = weights_SE.scatter(1, expert_SK, 0)
+        y_SD = own_AD.view(S, K, -1).sum(1) + others_SE @ self.companion_output.to(others_SE.dtype)
         if masked_S1 is not None:
             y_SD = y_SD.masked_fill(masked_S1, 0)
         return y_SD.view_as(x_BTD).to(x_BTD.dtype)

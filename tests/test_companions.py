@@ -124,6 +124,20 @@ def test_alone_a_token_may_go_to_few_experts(options, few, rows):
         assert_close(layer(x).flatten(0, 1), reference.alone(x.flatten(0, 1), layer, few))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_few_experts_in_bf16(autocast):
+    exact, x = build("mot").requires_grad_(False), tokens(2 * G + 1, T, 8)
+    exact.serve_alone(num_experts_alone=2)
+    layer = build("mot", dtype=torch.float32 if autocast else torch.bfloat16).requires_grad_(False)
+    layer.serve_alone(num_experts_alone=2)
+    x = x.to(torch.bfloat16)
+    with torch.autocast("cpu", enabled=autocast):
+        y = layer(x.float() if autocast else x)
+    assert y.dtype == (torch.float32 if autocast else torch.bfloat16)
+    expected = exact(x.double())
+    assert (y - expected).norm() < 0.05 * expected.norm()
+
+
 def test_the_more_experts_a_token_goes_to_the_nearer_it_is_to_all():
     layer, x = build("mot").requires_grad_(False), tokens(2 * G + 1, T, 8)
     layer.serve_alone()
