@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixture_of_tokens.data import duplicates
+from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.data.sources import documents, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
 from texts import sentences, texts
@@ -118,6 +119,11 @@ def test_the_default_is_the_standard_library():
     library = read()
     assert len(library) > 500
     assert any("class JSONDecoder" in text for text in library)
+
+
+def test_no_sources_are_not_the_standard_library():
+    with pytest.raises(ValueError, match="there are no sources"):
+        prepare([])
 
 
 def test_packages_are_the_modules_installed_beside_this_interpreter(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def data_report(
     Raises ValueError for bad sources or options.
     """
     prepared = prepare(
-        data,
+        data or None,
         field=field,
         max_bytes=max_bytes,
         vocab_size=vocab_size if tokenizer is None else None,

@@ -54,7 +54,7 @@ class Prepared:
 
 
 def prepare(
-    sources: Sequence[str] = (),
+    sources: Sequence[str] | None = None,
     *,
     field: str = "text",
     max_bytes: int | None = None,
@@ -82,7 +82,9 @@ def prepare(
     for name, value in {"context": context, "group_size": group_size, "max_bytes": max_bytes}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be positive, not {value}")
-    sources = [str(source) for source in sources]
+    if sources is not None and not sources:  # as of a pattern that no file fits
+        raise ValueError("there are no sources; give none at all for the source text of Python's standard library")
+    sources = [str(source) for source in sources or ()]
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if given is None:
         vocab_size = check_vocab_size(vocab_size)

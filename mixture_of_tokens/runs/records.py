@@ -136,7 +136,11 @@ class RunConfig:
 
     def prepare(self) -> Prepared:
         """The text of the run; of one in parts the first."""
-        return prepare(self.data, max_bytes=self.max_bytes, **self._how) if self.parts is None else self.parts.first()
+        return (
+            prepare(self.data or None, max_bytes=self.max_bytes, **self._how)
+            if self.parts is None
+            else self.parts.first()
+        )
 
     @property
     def parts(self) -> Parts | None:
