@@ -1,4 +1,4 @@
-"""When to switch: how much of the time of a training is best spent in groups. One share of seven was run so far.
+"""When to switch: how much of the time of a training is best spent in groups (docs/conversion.md).
 
     python experiments/switch/when.py            # what is missing; some three hours of one core
     python experiments/switch/when.py --table    # Markdown
@@ -6,7 +6,9 @@
 A training may take the time of BUDGET steps of the dense Nano. For a share of it MoT-Nano/32E/8 trains in groups, at a
 constant rate after its warm-up. It is then switched to 8 of 256 experts a token, which takes time too, and trains on as
 that, while the rate falls to a tenth. With share 1 the rate falls in groups, and nothing follows the switch; with share
-0 the sparse model trains from scratch. Steps are those that fit into the time, at the times of a step in STEP.
+0 the sparse model trains from scratch. KEPT trains in groups for all of the time and is not switched: it is served
+alone, a token by as many experts as the others have. Steps are those that fit into the time, at the times of a step in
+STEP.
 
 The text is the source of the installed packages, of which nothing is read twice. Losses are of its tuning split,
 each row alone; one seed, 0, which no result uses. when.csv has a row each.
@@ -20,6 +22,8 @@ from typing import Any, NamedTuple
 from mixture_of_tokens import train, transition
 from mixture_of_tokens.convert.transition import Transitioned
 from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.training.options import Options
 
@@ -31,7 +35,8 @@ MIXTURE, SPARSE, SEED = "MoT-Nano/32E/8", "TC-Nano/32E/8", 0
 BUDGET = 6000  # steps of the dense model
 STEP = {MIXTURE: 1.65, SPARSE: 1.95}  # of a dense step's time (benchmarks/train.csv, width 32)
 DISTIL_STEPS, DISTILLING = 500, 300  # a layer, and the time of that in dense steps: 25 s on two idle cores
-SHARES = (1.0, 0.5, 0.0, 0.75, 0.25, 0.9, 0.1)  # in the order in which they are measured
+KEPT = "kept"
+SHARES = (1.0, 0.5, 0.0, 0.75, 0.25, KEPT, 0.9, 0.1)  # in the order in which they are measured
 OPTIONS = Options(device="cpu", evaluate_on="tuning", data=["packages"])
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
 SHARP = {"router_temperature": "0.25"}  # of Token Choice, which its sweep found better (../routings/sweeps.csv)
@@ -43,8 +48,10 @@ class Steps(NamedTuple):
     after: int
 
 
-def steps_of(share: float) -> Steps:
+def steps_of(share: float | str) -> Steps:
     """In groups, and after the switch."""
+    if isinstance(share, str):
+        return Steps(round(BUDGET / STEP[MIXTURE]), 0)
     if share == 0:
         return Steps(0, round(BUDGET / STEP[SPARSE]))
     before = share * BUDGET if share < 1 else BUDGET - DISTILLING
@@ -52,7 +59,7 @@ def steps_of(share: float) -> Steps:
     return Steps(round(before / STEP[MIXTURE]), round(left / STEP[SPARSE]))
 
 
-def loss_of(experiment: Experiment, share: float) -> float:
+def loss_of(experiment: Experiment, share: float | str) -> float:
     steps = steps_of(share)
     if not steps.before:
         out = experiment.trained / directory_of(SPARSE, "when", BUDGET)
@@ -61,6 +68,11 @@ def loss_of(experiment: Experiment, share: float) -> float:
     out = experiment.trained / directory_of(MIXTURE, "when", BUDGET, share)
     options = replace(OPTIONS, steps=steps.before, training=CONSTANT if steps.after else {})
     train(MIXTURE, out=out, seed=SEED, options=options, resume=True)
+    if share == KEPT:
+        model, text = load_model(str(out)), text_of(str(out)).tuning
+        model.serve_alone(num_experts_alone=model.config.num_experts_per_tok)
+        size = model.config.group_size
+        return evaluate_blocks(model, text, group_size=size, batch_size=size, progress="Evaluating")["loss"]
     asked_for: dict[str, Any] = {"steps": steps.after, "schedule": "decay" if steps.after else "own"}
     made = transition(out, distil_steps=DISTIL_STEPS, device="cpu", resume=True, **asked_for)
     assert isinstance(made, Transitioned)
@@ -80,9 +92,11 @@ def make(experiment: Experiment) -> None:
 
 def table(kept: Path) -> str:
     rows = [["time in groups", "steps in groups", "steps after the switch", "loss, alone"]]
-    for row in sorted(read_csv(kept / "when.csv"), key=lambda row: float(row["share"])):
-        steps = (f"{int(row[key]):,}" for key in ("steps", "after"))
-        rows.append([f"{float(row['share']):.0%}", *steps, loss(float(row["loss"]))])
+    found = {row["share"]: row for row in read_csv(kept / "when.csv")}
+    for share in sorted(found.keys() - {KEPT}, key=float) + [KEPT] * (KEPT in found):
+        steps = (f"{int(found[share][key]):,}" for key in ("steps", "after"))
+        title = "all, and not switched" if share == KEPT else f"{float(share):.0%}"
+        rows.append([title, *steps, loss(float(found[share]["loss"]))])
     return markdown(rows, left=1)
 
 
