@@ -161,21 +161,25 @@ class MixtureOfTokens(Routed):
         """Compute each token by itself from here on, or in its group again.
 
         By default every expert runs for every token, at G times the FLOPs. With `num_experts_alone` only those of the
-        token's K largest weights do; the others give it what they give their companion, which is known beforehand:
+        token's K largest weights do; the others give it what they give their companion, which is computed here, once:
 
             out[t] = sum_e w[t, e] * FFN_e(w[t, e] * x_t + (1 - w[t, e]) * companion[e])     for e in t's top K
                    + sum_e w[t, e] * FFN_e(companion[e])                                     for all other e
 
-        An expert of weight w is off by about w squared, so with K = k, the granularity, the output is nearly the same
-        at a dense model's FLOPs. What companions get is of the weights as they are now.
+        (with `normalize_mixture` both mixtures are divided by their norms). An expert of weight w is off by about w
+        squared, so with K = k, the granularity, where experts cost what a dense feed-forward does, the output is nearly
+        the same. What companions get is a constant without a gradient, of the weights as they are now; call this again
+        when they have changed.
 
-        Raises ValueError for a number of experts that there is not.
+        Raises ValueError for a number of experts that there is not, and for few of them where all weights are the same.
         """
         few = self.num_experts if num_experts_alone is None else num_experts_alone
         if not 1 <= few <= self.num_experts:
             raise ValueError(f"served alone, a token can go to 1 to {self.num_experts} experts, not {few}")
-        self.alone, self.num_experts_alone, self.companion_output = alone, few, None
-        if alone and few < self.num_experts:
+        if few < self.num_experts and (self.gate is None or self.group_size == 1):
+            raise ValueError("served alone, a token goes to all experts where these weigh it alike")
+        self.alone, self.num_experts_alone, self.companion_output = alone, few if alone else self.num_experts, None
+        if self.num_experts_alone < self.num_experts:
             mix_ED = self._beside_companions(torch.zeros_like(self.companion_logit), self.companion, self.companion)
             y_E1D = self.experts(mix_ED[:, None].to(self.experts.down_proj.dtype))
             self.companion_output = y_E1D[:, 0].to(self.companion.dtype)
@@ -185,7 +189,7 @@ class MixtureOfTokens(Routed):
         mix = weight[..., None] * x + (1 - weight[..., None]) * companion
         if not self.normalize_mixture:
             return mix
-        squares = weight.square() + (1 - weight).square() / max(1, self.group_size - 1)
+        squares = weight.square() + (1 - weight).square() / (self.group_size - 1)
         return mix / squares.sqrt()[..., None]
 
     def _to_few_experts(self, x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -193,8 +197,8 @@ class MixtureOfTokens(Routed):
         check_shapes(x_BTD, token_mask)
         masked_S1 = None if token_mask is None else ~token_mask.bool().reshape(-1, 1)
         x_SD = x_BTD.flatten(0, 1) if masked_S1 is None else x_BTD.flatten(0, 1).masked_fill(masked_S1, 0)
-        S, K, lacking = len(x_SD), self.num_experts_alone, self.group_size - 1
-        missing_S11 = x_SD.new_full((S, 1, 1), lacking, dtype=self.companion_logit.dtype) if lacking else None
+        S, K, dtype = len(x_SD), self.num_experts_alone, torch.promote_types(x_SD.dtype, torch.float32)
+        missing_S11 = x_SD.new_full((S, 1, 1), self.group_size - 1, dtype=dtype)
         weights_SE = self.weights(x_SD[:, None], None, missing_S11)[:, 0]
         weight_SK, expert_SK = highest(weights_SE, K)
         mix_SKD = self._beside_companions(weight_SK, x_SD[:, None], self.companion[expert_SK]).to(x_SD.dtype)
@@ -207,7 +211,7 @@ class MixtureOfTokens(Routed):
         return y_SD.view_as(x_BTD).to(x_BTD.dtype)
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        if self.alone and self.num_experts_alone < self.num_experts:
+        if self.alone and self.companion_output is not None:
             return self._to_few_experts(x_BTD, token_mask)
         if self.alone and len(x_BTD) > 1:  # each token is a position of a single example
             mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask

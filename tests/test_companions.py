@@ -107,7 +107,7 @@ def test_alone_every_row_gets_what_it_gets_by_itself(name, masked):
     mask = some_mask(2 * G + 1, T) if masked else None
     each = [layer(x[i : i + 1], None if mask is None else mask[i : i + 1]) for i in range(len(x))]
     together = layer(x, mask)
-    layer.alone = True
+    layer.serve_alone()
     y, grads = gradients(layer, x, mask, cotangent)
     assert_close(y, torch.cat(each))
     assert not torch.allclose(y, together)
@@ -135,7 +135,7 @@ def test_few_experts_in_bf16(autocast):
         y = layer(x.float() if autocast else x)
     assert y.dtype == (torch.float32 if autocast else torch.bfloat16)
     expected = exact(x.double())
-    assert (y - expected).norm() < 0.05 * expected.norm()
+    assert (y - expected).norm() < 0.016 * expected.norm()
 
 
 def test_the_more_experts_a_token_goes_to_the_nearer_it_is_to_all():
@@ -149,6 +149,9 @@ def test_the_more_experts_a_token_goes_to_the_nearer_it_is_to_all():
     assert errors[-2] > 0 == errors[-1]
     layer.serve_alone(False)
     assert not torch.allclose(layer(x), exact)
+    for odd in (build("uniform"), build("mot", group_size=1)):
+        with pytest.raises(ValueError, match="to all experts where these weigh it alike"):
+            odd.serve_alone(num_experts_alone=2)
     for few in (0, -1, E + 1):
         with pytest.raises(ValueError, match=f"can go to 1 to {E} experts, not {few}"):
             layer.serve_alone(num_experts_alone=few)

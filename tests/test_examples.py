@@ -73,7 +73,7 @@ def test_a_model_that_is_not_transformers_is_audited_too():
     assert audit_model(model, vocab_size=30, length=9, group_size=4).private
     model.looks_ahead = True
     assert not audit_model(model, vocab_size=30, length=9, group_size=4).causal
-    with pytest.raises(ValueError, match="give vocab_size: Own is no model of transformers"):
+    with pytest.raises(ValueError, match="give vocab_size: Own has no config"):
         audit_model(model)
     with pytest.raises(ValueError, match="length must be at least 2, not 1"):
         audit_model(model, vocab_size=30, length=1)

@@ -282,7 +282,10 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["sweep", "MoT-Nano/32E", "--seeds", "a"], "'a' is no int"),
         (["sweep", "MoT-Nano/32E", "--seeds", "0,1,0"], "--seeds has 0 twice; each seed is one run"),
         (["compare", "MoT-Nano/32E", "--seeds", "1,1"], "--seeds has 1 twice"),
-        (["train", "MoT-Nano/32E", "--training.num_train_epochs", 3], "--steps sets the length of a run"),
+        (
+            ["train", "MoT-Nano/32E", "--training.num_train_epochs", 3],
+            "--training.num_train_epochs has a flag of its own: --steps",
+        ),
         (["data-report", "nowhere"], "nowhere"),
         (["train", "MoT-Nano/32E", "--data", "few.txt", "short.txt"], "'short.txt': a word too many; repeat the flag"),
         (["train", "MoT-Nano/33E"], "a batch of 128 is no multiple of the group size 33; 99 or 132 would be"),

@@ -125,8 +125,8 @@ def branches(
     handles = [layer.register_forward_hook(note(i)) for i, layer in layers]
     training, served, count = source.training, [(layer.alone, layer.num_experts_alone) for _, layer in layers], 0
     bar = tqdm(desc="Serving the source alone", total=tokens, unit="token", delay=2, dynamic_ncols=True)
-    source.eval().serve_alone(num_experts_alone=num_experts_alone)
     try:
+        source.eval().serve_alone(num_experts_alone=num_experts_alone)
         for batch in batches:
             rows = batch["input_ids"].to(source.device)[: (tokens - count) // batch["input_ids"].shape[1]]
             if not len(rows):

@@ -174,7 +174,7 @@ def audit_model(
     model: nn.Module,
     *,
     vocab_size: int | None = None,
-    length: int = LONGEST,
+    length: int | None = None,
     group_size: int | None = None,
     batches: int = 3,
     seed: int = 0,
@@ -188,8 +188,8 @@ def audit_model(
         model: called with token ids (B, T) alone; gives logits (B, T, V), or an object that has them as `logits`.
             transformers' models get an attention mask too. It is computed in float32 and float64, and left in float32
             and evaluation mode.
-        vocab_size: numbers of tokens are below this; by default that of the model's `config`.
-        length: tokens of a row, at most what the model's `config`, if it has one, takes.
+        vocab_size: numbers of tokens are below this; by default that of the model's `config`, if it has one.
+        length: tokens of a row; by default 64, or fewer where logits would take much memory or the model takes fewer.
         group_size: of its layers; a batch has two groups. None where rows do not meet.
 
     Raises ValueError for numbers that are too small, and where `vocab_size` is missing and there is no `config`.
@@ -200,14 +200,16 @@ def audit_model(
         if value is not None and value < smallest:
             raise ValueError(f"{what} must be at least {smallest}, not {value}")
     check_seed(seed)
-    if not isinstance(model, PreTrainedModel) and vocab_size is None:
-        raise ValueError(f"give vocab_size: {type(model).__name__} is no model of transformers, whose config has it")
+    longest = LONGEST
     if isinstance(model, PreTrainedModel):
-        vocab_size = vocab_size or model.config.get_text_config().vocab_size
-        length = min(length, context_of(model))
-    assert vocab_size is not None
+        vocab_size, longest = vocab_size or model.config.get_text_config().vocab_size, context_of(model)
+    vocab_size = vocab_size or getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocab_size is None:
+        raise ValueError(f"give vocab_size: {type(model).__name__} has no config that says it")
+    rows = 2 * (group_size or ROWS // 2)
+    length = min(longest, length) if length is not None else length_of(rows, longest, vocab_size)
     model = model.float().eval()
-    seen = random_tokens((batches, 2, 2 * (group_size or ROWS // 2), length), vocab_size, seed)
+    seen = random_tokens((batches, 2, rows, length), vocab_size, seed)
     return Audit(type(model).__name__, length, leaks(model, seen, seed))
 
 
@@ -262,7 +264,12 @@ def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Logits (B, T, V) and the residual stream (B, T, D) after each block."""
     if not isinstance(model, PreTrainedModel):
         outputs = model(ids.to(next(model.parameters()).device))
-        return (outputs if isinstance(outputs, Tensor) else outputs.logits).cpu(), ()
+        logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+        if logits is None:
+            raise ValueError(
+                f"{type(model).__name__} gives a {type(outputs).__name__}, which neither is logits nor has them"
+            )
+        return logits.cpu(), ()
     ids = ids.to(model.device)
     outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True)
     return outputs.logits.cpu(), tuple(state.cpu() for state in (outputs.hidden_states or ())[1:])
@@ -283,16 +290,19 @@ def _noise(model, ids: Tensor, logits: Tensor) -> float:
 
 def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs of batches for `leaks`: two groups of text as in training, or random tokens where there is no text."""
-    rows = 2 * (group_size_of(model) or ROWS // 2)
-    config = model.config
-    # Memory holds all logits several times.
-    length = max(8, min(LONGEST, context_of(model), 2**27 // (rows * config.vocab_size)))
+    rows, config = 2 * (group_size_of(model) or ROWS // 2), model.config
+    length = length_of(rows, context_of(model), config.vocab_size)
     if blocks is None:
         return random_tokens((batches, 2, rows, length), config.vocab_size, seed)
     order = grouped_order(blocks, rows // 2, seed=seed)
     chosen = order[np.arange(4 * batches) % len(order)].reshape(batches, 2, rows)
     tokens = torch.stack([blocks.batch(each.ravel())["input_ids"][:, :length] for each in chosen])
     return _different(tokens.unflatten(1, (2, rows)), config.vocab_size)
+
+
+def length_of(rows: int, longest: int, vocab_size: int) -> int:
+    """Of a batch's texts, in tokens; memory holds all logits several times."""
+    return max(8, min(LONGEST, longest, 2**27 // (rows * vocab_size)))
 
 
 def random_tokens(shape: tuple[int, ...], vocab_size: int, seed: int) -> list[tuple[Tensor, Tensor]]:

@@ -99,8 +99,8 @@ def evaluate(
     """Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.
 
     In a group of n < G rows each expert's typical companions, averages measured after training, replace the missing
-    rows. Alone is what `mot generate --alone` does, with all experts and, by --experts, with few. Times are medians of
-    a forward pass over one group; tokens/s are from them.
+    rows. Alone is what `mot generate --alone` does, with all experts and, as by its --experts, with few. Times are
+    medians of a forward pass over one group; tokens/s are from them.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.

@@ -113,7 +113,7 @@ def generate(
         alone: Serve each prompt by itself: each expert's typical companions replace the other prompts. A Mixture of
             Tokens then computes all experts for every token, or --experts.
         experts: With --alone, experts that a token goes to, those of its largest weights; by default all. As many as
-            the granularity give nearly the same text at a dense model's FLOPs.
+            the granularity cost what a dense feed-forward does, and give nearly the same loss.
         seed: Of sampling.
         device: cpu or cuda; by default cuda where there is one.
         shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
@@ -170,10 +170,10 @@ def generate(
     if prompts_file is not None:
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size, "alone": alone}
+        settings |= {"experts": experts}
         file = Path(prompts_file)
         out = file.with_name(f"{file.stem}.continued.jsonl") if out is None else Path(out)
         settings |= {"weights": weights_hash(run), **sampling._asdict()}
-        settings |= {} if experts is None else {"experts": experts}
         with owned_file(out), _leading(write) as led:
             return Generated(to_file(out, settings, batches, led, prompts), str(out))
     with _leading(write) as led:

@@ -20,30 +20,32 @@ def watch(
 ) -> None:
     """Run a model over batches in evaluation mode, with a hook after the forward pass of each of these modules.
 
-    A hook gets the module, its input and, where there is one, its mask.
+    A hook gets the module and what it was called with.
     """
 
     def noted(hook: Callable[..., None]) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hook(module, *args, *kwargs.values())
+            hook(module, *args, **kwargs)
 
         return after
 
     handles = [module.register_forward_hook(noted(hook), with_kwargs=True) for module, hook in hooks.items()]
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     try:
         model.eval()
         for batch in batches:
-            if isinstance(batch, Tensor):
-                model(batch)
-            elif isinstance(model, MixtureOfTokensForCausalLM):
+            if isinstance(model, MixtureOfTokensForCausalLM):
+                given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
                 known = ("input_ids", "attention_mask", "token_mask")
-                inputs = {name: batch[name].to(model.device) for name in known if name in batch}
+                inputs = {name: given[name].to(model.device) for name in known if name in given}
                 model(**inputs, logits_to_keep=1, use_cache=False)
+            elif isinstance(batch, Tensor):
+                model(batch)
             else:
                 model(**batch)
     finally:
-        model.train(training)
+        for module, was in training.items():
+            module.training = was
         for handle in handles:
             handle.remove()
 
@@ -65,6 +67,6 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
             layer.threshold.copy_(mean_E)
 
 
-def _note(layer: ExpertThreshold, x_BTD: Tensor, mask_BT: Tensor | None = None) -> None:
-    real_S = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+def _note(layer: ExpertThreshold, x_BTD: Tensor, token_mask: Tensor | None = None) -> None:
+    real_S = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask.bool()
     layer.note(layer.gate(x_BTD.masked_fill(~real_S[..., None], 0)).flatten(0, 1), real_S.flatten())

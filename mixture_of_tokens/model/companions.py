@@ -72,12 +72,13 @@ def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] |
             layer.companion_logit.zero_()
         watch(model, {layer: mean.add for layer, mean in means.items()}, batches)
     finally:
-        for layer, was, (companion, logit) in zip(layers, served, before, strict=True):
+        for layer, (companion, logit) in zip(layers, before, strict=True):
             layer.companion.copy_(companion)
             layer.companion_logit.copy_(logit)
+        found = all(mean.groups for mean in means.values())
+        for (layer, mean), was in zip(means.items(), served, strict=True):
+            if found:
+                mean.give(layer)
             layer.serve_alone(*was)
-    if not all(mean.groups for mean in means.values()):
+    if not found:
         raise ValueError(f"no batch has a group of {layers[0].group_size} real tokens to measure companions on")
-    for (layer, mean), was in zip(means.items(), served, strict=True):
-        mean.give(layer)
-        layer.serve_alone(*was)

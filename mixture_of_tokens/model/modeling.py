@@ -131,11 +131,11 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         """Serve every row alone (see `MixtureOfTokens.serve_alone`), until called with False. This is not saved.
 
         Args:
-            num_experts_alone: experts that a token of a Mixture of Tokens goes to, by default all of them; the
-                granularity gives nearly the same at a dense model's FLOPs.
+            num_experts_alone: experts that a token of a Mixture of Tokens goes to, by default all of them; as many as
+                the granularity cost what a dense feed-forward does, and give nearly the same.
 
-        Raises ValueError for a routing that cannot do without the other rows, such as Expert Choice, and for a number
-        of experts that there is not.
+        Raises ValueError for a routing that cannot do without the other rows, such as Expert Choice, and as the layers
+        do.
         """
         for routing in self.config.routings:
             if not routing.serves_alone:

@@ -23,6 +23,7 @@ from mixture_of_tokens.training.options import typed
 # Fields of TrainingArguments that have a flag of their own.
 TAKEN = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}
 TAKEN |= {"learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size"}
+TAKEN |= {"num_train_epochs": "--steps"}
 # Those whose value is given here, and is not to be changed.
 FIXED = {"remove_unused_columns": False, "label_names": ["shift_labels"], "logging_nan_inf_filter": False}
 FIXED |= {"disable_tqdm": True}
@@ -31,7 +32,6 @@ REFUSED_FOR = {
     "groups need complete batches of rows in a fixed order": "auto_find_batch_size accelerator_config "
     "dataloader_drop_last dataloader_in_order ignore_data_skip train_sampling_strategy length_column_name",
     "--seed sets the order of the text": "data_seed",
-    "--steps sets the length of a run": "num_train_epochs",
     "--resume goes on from the newest valid checkpoint": "resume_from_checkpoint",
     "a run is resumed from all of its state": "save_only_model restore_callback_states_from_checkpoint",
     "a run ends with its last weights": "load_best_model_at_end metric_for_best_model greater_is_better",
@@ -123,7 +123,7 @@ def given_fields(given: Mapping[str, str]) -> dict[str, Any]:
         if field not in REFUSED:
             _check_field(field, value, hints[field])
             values[field] = float(value) if field in BELOW_ONE else value  # torch takes no 0 for 0.0
-        elif value != unchanged(field) or field == "num_train_epochs":  # whose own value, 3, is one that people give
+        elif value != unchanged(field):
             raise ValueError(f"--training.{field}: {REFUSED[field]}")
     checkpointing = values.get("activation_checkpointing") or values.get("gradient_checkpointing")
     for field in OF_CHECKPOINTING:
