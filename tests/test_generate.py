@@ -131,6 +131,7 @@ def test_json_lines_of_prompts_may_hold_line_ends(run, tmp_path, capsys):
 
 def test_kill_9_and_the_same_command_again_write_what_one_command_writes(run, prompts, tmp_path, monkeypatch):
     flags = [str(run), "--prompts-file", str(prompts), "--samples", "8", "--batch-size", "4", "--max-new-tokens", "24"]
+    flags += ["--alone", "--experts", "2"]
     mot("generate", *flags, "--out", tmp_path / "whole.jsonl")
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path))
     out, partial = tmp_path / "killed.jsonl", tmp_path / "killed.jsonl.unfinished"
@@ -145,8 +146,9 @@ def test_kill_9_and_the_same_command_again_write_what_one_command_writes(run, pr
     partial.write_bytes(partial.read_bytes()[:-20])  # in the middle of a line
     before = partial.read_bytes().count(b"\n") - 1
     assert 0 < before < 88
-    with pytest.raises(SystemExit, match="2"):
-        mot("generate", *flags, "--out", out, "--seed", 1)
+    for others in ([*flags, "--seed", "1"], flags[:-2]):  # another seed; all experts
+        with pytest.raises(SystemExit, match="2"):
+            mot("generate", *others, "--out", out)
     mot("generate", *flags, "--out", out)
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not partial.exists()
