@@ -68,7 +68,7 @@ class Experiment(NamedTuple):
 
 def asked(doc: str | None, **flags: str) -> argparse.Namespace:
     """What stands on the command line, of flags by what they do."""
-    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, meaning in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=meaning)
     return parser.parse_args()

@@ -54,7 +54,7 @@ COMMANDS = {
     ),
     "export": (
         "convert.export:export",
-        "Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.",
+        "Write a model as plain transformers: a Mixture of Tokens and Token Choice as Qwen3-MoE, a dense one as Qwen3.",
     ),
     "plan": (
         "model.plan:plan",

@@ -85,8 +85,8 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--learning-rate", "1e-3,fast"], "--learning-rate: 'fast' is no float"),
-        (["--seeds", "0,one"], "--seeds: 'one' is no int"),
+        (["--learning-rate", "1e-3,fast"], "--learning-rate: 'fast' is no number"),
+        (["--seeds", "0,one"], "--seeds: 'one' is no whole number"),
         (["--learning-rate", "1e-3,-1"], "--learning-rate must be positive, not -1"),
         (["--model.vocab_size", "300,512"], "losses a token of different vocabularies cannot be compared"),
         (["--model.router_temperature", "1,0"], "router_temperature must be positive"),

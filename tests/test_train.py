@@ -279,7 +279,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--model.hidden_size", 0], "hidden_size"),
         (["train", "MoT-Nano/32E", "--model.num_experts", -3], "num_experts"),
         (["train", "MoT-Nano/32E", "--out", "short.txt/run"], "short.txt is no directory that can be written to"),
-        (["sweep", "MoT-Nano/32E", "--seeds", "a"], "'a' is no int"),
+        (["sweep", "MoT-Nano/32E", "--seeds", "a"], "'a' is no whole number"),
         (["sweep", "MoT-Nano/32E", "--seeds", "0,1,0"], "--seeds has 0 twice; each seed is one run"),
         (["compare", "MoT-Nano/32E", "--seeds", "1,1"], "--seeds has 1 twice"),
         (
@@ -308,9 +308,9 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["compare", "Transformer-Nano", "MoT-Nano/32E", "--learning-rate", "1,2,3"], "3 rates for 2 models"),
         (
             ["compare", "Transformer-Nano", "MoT-Nano/32E", "--learning-rate", "1e-2,fast"],
-            "--learning-rate: 'fast' is no float",
+            "--learning-rate: 'fast' is no number",
         ),
-        (["compare", "Transformer-Nano", "MoT-Nano/32E", "--seeds", "0;1"], "--seeds: '0;1' is no int"),
+        (["compare", "Transformer-Nano", "MoT-Nano/32E", "--seeds", "0;1"], "--seeds: '0;1' is no whole number"),
         (["trian", "MoT-Nano/32E"], 'Did you mean "train"?'),
     ],
 )

@@ -98,7 +98,7 @@ def export(
     force: bool = False,
     device: Device | None = None,
 ) -> Exported:
-    """Write a trained model as a plain transformers checkpoint: Token Choice as Qwen3-MoE, a dense model as Qwen3.
+    """Write a model as plain transformers: a Mixture of Tokens and Token Choice as Qwen3-MoE, a dense one as Qwen3.
 
     A Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled, on text that the run was
     trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes some three

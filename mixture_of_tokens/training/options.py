@@ -21,7 +21,8 @@ def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
         try:
             found.append(number(word))
         except ValueError:
-            raise ValueError(f"{word!r} is no {number.__name__}; give numbers with commas between") from None
+            what = "whole number" if number is int else "number"
+            raise ValueError(f"{word!r} is no {what}; give numbers with commas between") from None
     return found
 
 
