@@ -164,6 +164,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/long/run.py": (11, "results"),
     "experiments/routings/run.py": (17, "results"),
     "experiments/switch/run.py": (27, "conversion"),
+    "experiments/switch/few.py": (21, "serving"),
     "experiments/transition/run.py": (16, "conversion"),
     "experiments/verdict/run.py": (11, "conversion"),
     "experiments/partial_groups/run.py": (14, "serving"),
