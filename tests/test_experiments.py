@@ -1,11 +1,13 @@
 """What is kept of runs: old run directories are read, packed and unpacked; the scripts make what is committed."""
 
+import csv
 import importlib
 import json
 import math
 import random
 import runpy
 import shutil
+import statistics
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -444,3 +446,19 @@ def test_places_of_the_downstream_tasks_have_one_right_answer(paper):
             assert place["context"] == "\n".join([*of_right[at - table3.LINES : at], begin])
             assert len(set(lines)) == table3.CHOICES
         assert places == made(documents, random.Random(0))
+
+
+def test_the_readme_says_what_few_experts_cost_alone():
+    with (ROOT / "experiments" / "switch" / "few.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "MoT-Nano/32E/8"]
+    of = {
+        experts: [float(row["loss"]) for row in rows if row["experts"] == experts]
+        for experts in ("8", "all", "in groups")
+    }
+    few, every, in_groups = (statistics.mean(of[experts]) for experts in of)
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert len(of["8"]) == 3
+    assert (
+        f"is then {few - every:.3f} nats above that of all experts and {in_groups - few:.3f} below the one in groups"
+        in said
+    )
