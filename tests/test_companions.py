@@ -177,6 +177,16 @@ def test_to_few_experts_masked_tokens_count_for_nothing():
     assert_close(y, expected)
 
 
+def test_where_calibration_fails_all_is_as_before():
+    model = mixing()
+    calibrate_companions(model, [batch(seed=1)])
+    model.serve_alone(num_experts_alone=2)
+    logits = model(**batch()).logits
+    with pytest.raises(KeyError):
+        calibrate_companions(model, (batch(seed=2) if i < 1 else {}["nothing"] for i in range(2)))
+    assert torch.equal(model(**batch()).logits, logits)
+
+
 def test_what_companions_get_is_of_the_companions_that_are_there():
     model = mixing()
     model.serve_alone(num_experts_alone=1)

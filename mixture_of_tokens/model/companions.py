@@ -65,17 +65,18 @@ def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] |
     means = {layer: _Means(layer) for layer in layers}
     served = [(layer.alone, layer.num_experts_alone) for layer in layers]
     before = [(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers]
+    found = False
     try:
         for layer in layers:  # measured in groups, and as it was before the first time
             layer.serve_alone(False)
             layer.companion.zero_()
             layer.companion_logit.zero_()
         watch(model, {layer: mean.add for layer, mean in means.items()}, batches)
+        found = all(mean.groups for mean in means.values())
     finally:
         for layer, (companion, logit) in zip(layers, before, strict=True):
             layer.companion.copy_(companion)
             layer.companion_logit.copy_(logit)
-        found = all(mean.groups for mean in means.values())
         for (layer, mean), was in zip(means.items(), served, strict=True):
             if found:
                 mean.give(layer)
