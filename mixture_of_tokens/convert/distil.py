@@ -31,7 +31,7 @@ from mixture_of_tokens.sparse import TokenChoice
 
 STEPS = 2000  # of Adam, for each layer
 READ = 16  # times that a token is read, on average: that the source serves tokens alone costs more than a step
-FEW = 4  # experts of a token then, as a multiple of the granularity: 0.3 % off all of them, in a quarter of the time
+FEW = 4  # experts of a token then, as a multiple of the granularity: 0.3 % off all of them, and much faster
 RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
 
 

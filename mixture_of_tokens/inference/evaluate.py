@@ -149,15 +149,15 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
     plan.append((filled if mixes else f"{group_size} rows", full, nullcontext()))
     if mixes and len(part) < len(full[0]):
         plan.append((f"{filled}, same text as below", [part], nullcontext()))
-    routed = any(routing.mixes and routing.routed for routing in routings_of(model))
-    if routed:
+    routed = [routing.routed for routing in routings_of(model) if routing.mixes]
+    if any(routed):
         plan.append((f"{filled}, argmax routing", [part], argmax_routing(model)))
     # Below the largest group that there is.
     sizes = [2**power for power in range(1, int(counts.max() - 1).bit_length())] if mixes else []
     plan += [(f"{n} rows a group", [in_parts(part, n)], nullcontext()) for n in reversed(sizes)]
     if all(routing.serves_alone for routing in routings_of(model)):
         plan.append(("alone", [in_parts(part, 1)], nullcontext()))
-        if routed and not is_sharded(model):
+        if routed and all(routed) and not is_sharded(model):
             count, granularity = model.config.num_experts, model.config.num_experts_per_tok
             for few in (few for few in (2 * granularity, granularity) if few < count):
                 plan.append((f"alone, {few} of {count} experts", [in_parts(part, 1)], to_few_experts(model, few)))
