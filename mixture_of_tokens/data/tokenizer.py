@@ -32,7 +32,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedT
         vocab_size=check_vocab_size(vocab_size),
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,  # on a terminal alone
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     special = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "padding_side": "left"}
