@@ -95,8 +95,8 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = ["Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/8", "MoT-Nano/32E/8:8", "TC-Nano/32E"]
-    models.append("TC-Nano/32E/8")
+    mixtures = ["MoT-Nano/32E", "MoT-Nano/32E/8", "MoT-Nano/32E/8:8"]
+    models = ["Transformer-Nano", *mixtures, "TC-Nano/32E", "TC-Nano/32E/8"]
     parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--prompt", type=int, default=8, help="tokens before")

@@ -48,9 +48,8 @@ def losses(name: str, run: Path) -> dict[str, float]:
             model.serve_alone(num_experts_alone=None if label == ALL else int(label))
         part = None if name.startswith("MoT-Nano") else GROUPS
         title = f"{run.name}: {label}"
-        found[label] = evaluate_blocks(model, text, group_size=size, batch_size=size, groups=part, progress=title)[
-            "loss"
-        ]
+        scored = evaluate_blocks(model, text, group_size=size, batch_size=size, groups=part, progress=title)
+        found[label] = scored["loss"]
         print(f"{title} {found[label]:.4f}", file=sys.stderr)
     return found
 

@@ -170,10 +170,9 @@ def generate(
     if prompts_file is not None:
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size, "alone": alone}
-        settings |= {"experts": experts}
         file = Path(prompts_file)
         out = file.with_name(f"{file.stem}.continued.jsonl") if out is None else Path(out)
-        settings |= {"weights": weights_hash(run), **sampling._asdict()}
+        settings |= {"experts": experts, "weights": weights_hash(run), **sampling._asdict()}
         with owned_file(out), _leading(write) as led:
             return Generated(to_file(out, settings, batches, led, prompts), str(out))
     with _leading(write) as led:

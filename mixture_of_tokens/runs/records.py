@@ -136,11 +136,9 @@ class RunConfig:
 
     def prepare(self) -> Prepared:
         """The text of the run; of one in parts the first."""
-        return (
-            prepare(self.data or None, max_bytes=self.max_bytes, **self._how)
-            if self.parts is None
-            else self.parts.first()
-        )
+        if self.parts is not None:
+            return self.parts.first()
+        return prepare(self.data or None, max_bytes=self.max_bytes, **self._how)
 
     @property
     def parts(self) -> Parts | None:
