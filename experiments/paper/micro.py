@@ -126,14 +126,14 @@ def table_of(rows: Iterable[Row], *, lengths: bool = True) -> str:
     return markdown(lines)
 
 
-def draw_curves(study: Study, drawn: int = SHORT) -> None:
-    """Evaluations during training but for the first sixth, of runs of so many steps. Dotted: the dense model's last."""
+def draw_curves(study: Study, drawn: int = SHORT, since: float = 1 / 6) -> None:
+    """Evaluations of runs of so many steps, since this share of them. Dotted: the dense model's last."""
     panels: dict[str, list[Curve]] = {"M tokens": [], "time, as a number of dense steps": []}
     for row in study.rows:
         if row.steps != drawn or not row.runs:
             continue
         share = share_of_step(row.system)
-        points = [[point for point in run.curve if 6 * point.step >= drawn] for run in row.runs.values()]
+        points = [[point for point in run.curve if point.step >= since * drawn] for run in row.runs.values()]
         losses = np.array([[point.loss for point in each] for each in points])
         at = np.array([point.step for point in points[0]])
         x = (at * TOKENS / 1e6, None if share is None else at * share)
