@@ -152,6 +152,19 @@ def test_the_sizes_are_those_that_names_stand_for():
     assert rows_under("size") == expected
 
 
+def test_the_defaults_of_training_are_the_recipes():
+    table = text_of("training").split("### Defaults")[1].split("\n\n")[1].splitlines()[2:]
+    expected = []
+    for size, recipe in recipes.RECIPES.items():
+        others = {rate: [] for rate in recipes.LEARNING_RATES.values()}
+        for (its, system), rate in recipes.LEARNING_RATES.items():
+            others[rate] += [system] * (its == size)
+        rates = [f"{recipe.learning_rate:g}", *(f"{', '.join(them)} {rate:g}" for rate, them in others.items() if them)]
+        numbers = [f"{number:,}" for number in (recipe.steps, recipe.warmup_steps, SIZES[size].batch)]
+        expected.append([size, "; ".join(rates), *numbers])
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table] == expected
+
+
 def test_the_properties_of_routings_are_those_of_the_table():
     table = text_of("routings").split("| name | routing |")[1].split("\n\n")[0].splitlines()[2:]
     shown = [[cell.strip() for cell in line.strip("|").split("|")][:6] for line in table]

@@ -48,6 +48,9 @@ def says() -> tuple[str, str] | None:
         return None
     best, dense = first[BEST_MIXTURE.label], first[DENSE.label]
     sparse = min((first[system.label] for system in THE_PAPERS if system.label in first), default=dense)
+    told.append(
+        f"of seed {FIRST} alone {BEST_MIXTURE.label} {loss(best)}, the paper's best sparse model {loss(sparse)}"
+    )
     if best <= sparse + LEVEL:
         return "; ".join(told), CONFIRMED
     return "; ".join(told), NOT_HERE if best < dense else CONTRADICTED
