@@ -213,7 +213,7 @@ class MixtureOfTokens(Routed):
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         if self.alone and self.companion_output is not None:
             return self._to_few_experts(x_BTD, token_mask)
-        if self.alone and len(x_BTD) > 1:  # each token is a position of a single example
+        if self.alone and (len(x_BTD) > 1 or x_BTD.shape[1] > self.alone_at_once):  # tokens as positions of one example
             mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
             x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)
             parts = zip(x_1SD.split(self.alone_at_once, dim=1), mask_1S.split(self.alone_at_once, dim=1), strict=True)

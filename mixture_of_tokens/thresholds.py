@@ -81,7 +81,7 @@ class ReMoE(_Above):
         gate[t, e] = relu(x_t . c_e / temperature)
 
     The gates are continuous: an expert comes in and goes out with weight zero. The loss adds `l1_weight` times the mean
-    over layers of `loss.load_balancing_loss` of the gates, their L1 norm in which each expert counts by its load (their
+    over layers of `loss.l1_loss` of the gates, their L1 norm in which each expert counts by its load (their
     equation 9). After each step `balance` multiplies the weight, the same in all layers, by `l1_factor` where tokens go
     to more than K experts on average, over all layers, and divides it where they go to fewer (their equation 7). It
     starts at `l1_start`, next to nothing: at first half of the experts are active and then most of them, so the first
@@ -221,7 +221,8 @@ class ExpertThreshold(_Above):
     def note(self, logits_SE: Tensor, real_S: Tensor) -> None:
         count = int(real_S.sum())
         share = round(count * self.num_experts_per_tok / self.num_experts)
-        noted = logits_SE.new_zeros(self.num_experts + 1)  # all processes note something
+        # All processes note something, and sum it in the thresholds' own precision.
+        noted = logits_SE.new_zeros(self.num_experts + 1, dtype=self.threshold.dtype)
         if 0 < share < count:  # else too few tokens, or an even share is all of them
             noted[:-1] = self.scores(logits_SE)[real_S].topk(share + 1, dim=0).values[-1]
             noted[-1] = 1

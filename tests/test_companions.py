@@ -114,6 +114,17 @@ def test_alone_every_row_gets_what_it_gets_by_itself(name, masked):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
+def test_a_long_text_alone_is_served_in_parts_too():
+    layer, x, seen = build("mot"), tokens(1, 3 * T, 8), []
+    layer.serve_alone()
+    expected = layer(x)
+    layer.alone_at_once = 4
+    layer.experts.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    assert_close(layer(x), expected)
+    assert max(seen) == 4
+    assert sum(seen) == 3 * T
+
+
 @pytest.mark.parametrize("rows", [1, 2 * G + 1])  # those of the fewest are multiplied by copies of experts
 @pytest.mark.parametrize("few", [1, 2, E - 1])
 @pytest.mark.parametrize("options", [{}, {"gated": False, "activation": "gelu"}, {"normalize_mixture": True}], ids=str)

@@ -348,6 +348,14 @@ def test_few_documents_are_each_divided_at_line_ends(work):
             assert found["tuning"][number].endswith("\n")
 
 
+def test_a_document_is_not_divided_at_a_line_end_of_the_next(work):
+    given = ["x" * 40_000, "y\n" * 20_000, "z" * 40_000]
+    found, _ = dealt(work, given, held_out=200)  # bytes: less than is searched for a line end
+    pieces = [text for part in found.values() for text in part]
+    assert [sum(text.count(letter) for text in pieces) for letter in "xyz"] == [40_000, 20_000, 40_000]
+    assert all(len(set(text) - {"\n"}) == 1 for text in pieces)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 5000, 5001, 5002, 5003, 10**9])
 def test_no_more_than_max_bytes_are_kept_and_no_character_is_halved(work, limit):
     given = ["漢" * 1000, "x" * 1999, "é🙂" * 1000]

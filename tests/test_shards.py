@@ -393,8 +393,19 @@ def test_a_tokenizer_is_taken_from_a_file_or_folder(source, tmp_path):
     assert sum(prepared.facts["train"]["bytes"] for prepared in found) / 3 > 80_000
     assert sorted(t.removesuffix(END) for name in SPLITS for t in decoded(found[2], name)) == sorted(texts(100))
     assert prepare([source], context=16, tokenizer=str(places[0]), vocab_size=500).facts == found[0].facts
-    with pytest.raises(ValueError, match=r"vocab_size 399 is less than the 400 tokens of .*folder"):
+    with pytest.raises(ValueError, match=r"vocab_size 399 is less than the 400 ids of .*folder"):
         prepare([source], context=16, tokenizer=str(places[0]), vocab_size=399)
+
+
+def test_a_vocabulary_has_room_for_the_greatest_id_of_a_tokenizer(source, tmp_path):
+    train_tokenizer([sentences(1, 500)], 400).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    saved = json.loads(file.read_text())
+    saved["model"]["vocab"]["unheard-of"] = 600
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="vocab_size 500 is less than the 601 ids of"):
+        prepare([source], context=16, tokenizer=str(file), vocab_size=500)
+    assert len(prepare([source], context=16, tokenizer=str(file), vocab_size=601).train)
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(source, tmp_path):

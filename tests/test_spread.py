@@ -64,13 +64,17 @@ def test_the_parts_of_what_is_sent():
     assert halves["weights gathered"] == pytest.approx(gathered)
 
 
-def test_exchanging_and_gathering_are_even_at_the_number_that_is_named():
-    found = spread("MoT-Base/32E/16")
+@pytest.mark.parametrize("steps", [1, 4])
+def test_exchanging_and_gathering_are_even_at_the_number_that_is_named(steps):
+    found = spread("MoT-Base/32E/16", batch=steps * 256)
     tokens = 32 * 256
-    assert found.even_at is not None
+    assert (found.micro_steps, found.even_at is None) == (steps, False)
     assert found.experts_sent["divided"] * found.even_at / tokens == pytest.approx(
         found.experts_sent["shards"], rel=1e-3
     )
+
+
+def test_where_experts_are_not_divided_nothing_is_even():
     assert spread("TC-Medium/32E", COPIES).even_at is None
     assert "divided" not in spread("TC-Medium/32E", COPIES).experts_sent
     assert spread("Transformer-Medium", COPIES).experts_sent == {}

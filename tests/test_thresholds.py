@@ -102,6 +102,15 @@ def test_the_threshold_goes_part_of_the_way_to_the_mean_over_micro_batches():
     assert layer.threshold.tolist() == pytest.approx([2.5] * E)
 
 
+def test_logits_in_bf16_lose_nothing_in_the_sum_over_batches():
+    layer, real = thresholds(threshold_decay=0), torch.ones(8, dtype=torch.bool)
+    logits_SE = torch.full((8, E), 3.140625, dtype=torch.bfloat16)
+    for _ in range(300):
+        layer.note(logits_SE, real)
+    ExpertThreshold.balance([layer])
+    assert layer.threshold.tolist() == pytest.approx([3.140625] * E)
+
+
 @pytest.mark.parametrize("kind", [ExpertThreshold, ReMoE])
 def test_nothing_is_noted_but_training_on_real_tokens(kind):
     layer, x = kind(D, F, E, num_experts_per_tok=K), uneven(0)

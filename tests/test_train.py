@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.data.groups import Blocks, collisions, grouped_order
+from mixture_of_tokens.data.groups import Blocks, GroupedBatches, collisions, grouped_order
 from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.inference.evaluate import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
@@ -77,19 +77,32 @@ def test_metrics_have_every_logged_step_once(runs, name):
     assert all(("aux_loss" in row) == name.startswith("TC") for row in rows)
 
 
-def test_time_in_which_training_waits_for_its_batches_is_told(small_corpus, tmp_path, monkeypatch):
-    batch = Blocks.batch
+@pytest.mark.parametrize(("kind", "method"), [(Blocks, "batch"), (GroupedBatches, "ready")])  # as for a part
+def test_time_in_which_training_waits_for_its_batches_is_told(kind, method, small_corpus, tmp_path, monkeypatch):
+    given = getattr(kind, method)
 
     def slow(self, *arguments, **options):
         time.sleep(0.5)
-        return batch(self, *arguments, **options)
+        return given(self, *arguments, **options)
 
-    monkeypatch.setattr(Blocks, "batch", slow)
+    monkeypatch.setattr(kind, method, slow)
     flags = ["--steps", 4, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
     mot("train", "MoT-Nano/4E", *flags, "--training.logging_steps", 2, "--training.eval_strategy", "no")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert all(0.7 < row["data_wait"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize(("strategy", "told"), [("steps", ", which is saved"), ("no", "")])
+def test_an_interrupt_at_the_end_says_what_is_saved(strategy, told, small_corpus, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mixture_of_tokens.training.train._finish", interrupted)
+    flags = ["--steps", 1, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit, match="130"):
+        mot("train", "MoT-Nano/4E", *flags, "--training.save_strategy", strategy)
+    assert f"mot: stopped after the last step{told}; --resume goes on\n" in capsys.readouterr().err
 
 
 def test_the_saved_model_has_the_loss_that_the_run_reports(runs, name, prepared):
@@ -366,7 +379,7 @@ def test_a_given_tokenizer_sets_the_vocabulary(runs, directory, small_corpus, ca
             *flags,
         )
     assert stopped.value.code == 2
-    assert "vocab_size 300 is less than the 512 tokens of" in capsys.readouterr().err
+    assert "vocab_size 300 is less than the 512 ids of" in capsys.readouterr().err
 
 
 def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):

@@ -59,7 +59,7 @@ def lowered(lowest: np.ndarray, lines: Iterable[bytes]) -> np.ndarray:
 def sketch(file: int, offset: int, length: int, *, part: int = PART) -> np.ndarray:
     """Hashes of the bands (BANDS,) of a text: `length` bytes from `offset` of an open file. Zeros if it is blank.
 
-    The text is read in parts of `part` bytes; the result does not depend on it.
+    The text is read in parts of `part` bytes, which the result depends on only where a line is longer.
     """
     for shortest in (SHORTEST_LINE, 1):
         lowest, rest = HIGHEST, b""

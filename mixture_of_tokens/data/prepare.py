@@ -88,8 +88,8 @@ def prepare(
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if given is None:
         vocab_size = check_vocab_size(vocab_size)
-    elif vocab_size is not None and vocab_size < len(given):
-        raise ValueError(f"vocab_size {vocab_size} is less than the {len(given)} tokens of {tokenizer}")
+    elif vocab_size is not None and vocab_size <= (last := max(given.get_vocab().values())):  # ids may have gaps
+        raise ValueError(f"vocab_size {vocab_size} is less than the {last + 1} ids of {tokenizer}")
     group_size = max(SMALLEST_GROUP, group_size)
     # Sizes of files: their text is somewhat shorter, or longer if they are compressed.
     sizes = [corpus.raw_bytes(source) for source in sources or [None]]

@@ -165,7 +165,7 @@ def _divided(text: int, offset: int, length: int, validation: float, tuning: flo
     edges = [offset]
     for share in (1 - validation - tuning, 1 - validation):
         place = offset + round(share * length)
-        line_end = os.pread(text, min(length // 40, 2**16), place).find(b"\n")
+        line_end = os.pread(text, min(length // 40, 2**16, offset + length - place), place).find(b"\n")
         edges.append(_character(text, place) if line_end < 0 else place + line_end + 1)
     edges.append(offset + length)
     return [(a, b - a) for a, b in pairwise(edges)]

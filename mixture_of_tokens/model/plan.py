@@ -154,8 +154,8 @@ def plan(
     """Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.
 
     No model is built. FLOPs are those of matrix products in training; a multiply-add is two. Memory is an estimate.
-    With --devices also what each device holds and sends in a step, weights in fp32 and the rest in bf16 as with
-    --training.bf16 true: for the placement that the other flags describe, for others, and for Token Choice.
+    With --devices also what each device holds and sends in a step with --training.bf16 true, activations counted as in
+    fp32: for the placement that the other flags describe, for others, and for Token Choice.
 
     Args:
         name: The model, such as MoT-Medium/32E/8.

@@ -100,7 +100,7 @@ def spread_of(
         memory=_memory(config, placement, micro_batch, steps),
         sent=_sent(config, devices, placement, micro_batch, steps),
         experts_sent=_experts_sent(config, devices, placement, micro_batch, steps),
-        even_at=_even_at(config, devices, micro_batch),
+        even_at=_even_at(config, devices, micro_batch, steps),
         legal_placements=legal_placements(config, devices),
     )
 
@@ -186,12 +186,12 @@ def _experts_sent(
     return ways
 
 
-def _even_at(config: MixtureOfTokensConfig, devices: int, micro_batch: int) -> int | None:
+def _even_at(config: MixtureOfTokensConfig, devices: int, micro_batch: int, steps: int) -> int | None:
     if devices == 1 or not _can_be_divided(config):
         return None
-    gathered = sum(_weights_sent(parameters(config)["experts"], Placement(devices), devices, 1).values())
+    gathered = sum(_weights_sent(parameters(config)["experts"], Placement(devices), devices, steps).values())
     tokens = micro_batch * config.max_position_embeddings
-    return round(gathered / _exchanged(config, devices, _rows(config, micro_batch) / tokens))
+    return round(gathered / steps / _exchanged(config, devices, _rows(config, micro_batch) / tokens))
 
 
 def _can_be_divided(config: MixtureOfTokensConfig) -> bool:

@@ -69,6 +69,9 @@ REFUSED_VALUES = {
         ("reduce_lr_on_plateau", "greedy"), "the learning rate is a function of the step alone"
     ),
     "save_strategy": {"best": "a run is resumed from its newest checkpoint"},
+    "logging_strategy": dict.fromkeys(
+        ("no", "epoch"), "metrics.jsonl has a row every logging_steps; give more of them"
+    ),
 }
 # Whole numbers of steps, or shares of all steps below 1.
 STEPS = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")
@@ -94,7 +97,7 @@ WORKS = {*STEPS, *POSITIVE, *NOT_NEGATIVE, *BELOW_ONE, *OF_WORKERS, *CHOICES, *R
 WORKS |= {
     *("lr_scheduler_kwargs", "optim_args", "bf16", "fp16", "tf32", "activation_checkpointing", "torch_compile"),
     *("gradient_checkpointing", *OF_CHECKPOINTING),
-    *("logging_strategy", "logging_first_step", "eval_strategy", "per_device_eval_batch_size", "report_to", "run_name"),
+    *("logging_first_step", "eval_strategy", "per_device_eval_batch_size", "report_to", "run_name"),
     *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "full_determinism"),
     *("dataloader_pin_memory", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph"),
 }

@@ -91,8 +91,10 @@ def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None =
     """
     _check(out, merged, resume)
     if resume and (out / records.FACTS).exists():
+        if not is_main():
+            return None
         print(f"{out} is finished already", file=sys.stderr)
-        return read(out) if is_main() else None
+        return read(out)
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
@@ -183,10 +185,15 @@ def _run(
     if stop.received is not None:
         if is_main():
             step, name = trainer.state.global_step, signal.Signals(stop.received).name
-            print(f"mot: stopped by {name} after step {step}, which is saved; --resume goes on", file=sys.stderr)
+            print(f"mot: stopped by {name} after step {step}{_saved(out, step)}; --resume goes on", file=sys.stderr)
         sys.exit(128 + stop.received)
-    with _saying_where("after the last step, which is saved; --resume goes on"):
+    with _saying_where(f"after the last step{_saved(out, trainer.state.global_step)}; --resume goes on"):
         return _finish(trainer, prepared, run, out, made_by)
+
+
+def _saved(out: Path, step: int) -> str:
+    """With --training.save_strategy no, a signal in the last evaluation comes too late for a checkpoint."""
+    return ", which is saved" if (out / f"checkpoint-{step}").is_dir() else ""
 
 
 @contextmanager

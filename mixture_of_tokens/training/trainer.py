@@ -88,7 +88,7 @@ class GroupedTrainer(Trainer):
         self.add_callback(self.run_log)
         self.add_callback(_RouterGradients(self))
         self.add_callback(_Balance(model))
-        self.add_callback(_Ready(rows))
+        self.add_callback(_Ready(self))
         probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
         self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
         self.gradient_norms: dict[str, float] = {}  # before clipping, as Trainer's own
@@ -146,12 +146,18 @@ class GroupedTrainer(Trainer):
             inner.worker_init_fn = partial(_begin_worker, self._ending, inner.worker_init_fn)
         return loader
 
-    def get_batch_samples(self, *args, **kwargs):
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as `data_wait`."""
         since = time.perf_counter()
         try:
-            return super().get_batch_samples(*args, **kwargs)
+            yield
         finally:
             self._waited += time.perf_counter() - since
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self.waiting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, use_cache=False)
@@ -346,11 +352,12 @@ class _Balance(TrainerCallback):
 
 
 class _Ready(TrainerCallback):
-    def __init__(self, rows: GroupedBatches):
-        self.rows = rows
+    def __init__(self, trainer: GroupedTrainer):
+        self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.rows.ready(state.global_step)
+        with self.trainer.waiting():
+            self.trainer.rows.ready(state.global_step)
 
 
 def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int) -> None:
