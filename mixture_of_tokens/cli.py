@@ -67,17 +67,22 @@ WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, a
 WHOLE, DIGITS = re.compile(r"[+-]?[0-9]+"), 18  # whole numbers, and how long they may be to fit in 64 bits
 
 
-def _flags(key: str, value: Any) -> Iterator[list[str]]:
-    """An entry of a configuration file as the equivalent words of the command line."""
+def _flags(key: str, value: Any, negative: bool) -> Iterator[list[str]]:
+    """An entry of a configuration file as the equivalent words of the command line, `negative` if that has --no-KEY."""
     if isinstance(value, dict):  # --model and --training, whose fields take any YAML
         yield from (
             [f"{key}.{name}", inner if isinstance(inner, str) else dumps(inner, default=str)]
             for name, inner in value.items()
         )
     elif isinstance(value, bool):
-        yield from [[key]] if value else []
+        words = key if value else f"--no-{key.removeprefix('--')}"
+        yield from [[words]] if value or negative else []
     elif value is not None:
         yield from ([key, str(item)] for item in (value if isinstance(value, list) else [value]))
+
+
+def _positive(flag: str) -> str:
+    return flag.replace("--no-", "--", 1)
 
 
 def _entries(config: Path) -> Any:
@@ -150,14 +155,16 @@ def _common(
         "transition",
     ):  # a run directory's config.yaml has them beside the flags
         entries.pop(field, None)
-    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    negative = bool(words) and words[0] in WITH_NEGATIVE_FLAGS
+    given = {_positive(word.partition("=")[0]) for word in words if word.startswith("--")}
     if len(words) > 1 and not words[1].startswith("-"):  # a positional word is the model's name
         given.add("--name")
     try:
-        flags = [flag for key, value in entries.items() for flag in _flags(f"--{str(key).replace('_', '-')}", value)]
+        named = {f"--{str(key).replace('_', '-')}": value for key, value in entries.items()}
+        flags = [flag for key, value in named.items() for flag in _flags(key, value, negative and key != "--json")]
     except (ValueError, TypeError, RecursionError) as error:  # an entry that holds itself, or a key that is a list
         raise ValueError(f"--config {config} is no file of flags: {error}") from None
-    return [*words, *(word for flag in flags if flag[0] not in given for word in flag)], json
+    return [*words, *(word for flag in flags if _positive(flag[0]) not in given for word in flag)], json
 
 
 def _app(words: list[str]) -> App:

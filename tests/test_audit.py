@@ -1,7 +1,9 @@
 """`mot audit`: what it passes, and the faults that it has to find."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from mixture_of_tokens import ExpertChoice
 from mixture_of_tokens.inference.audit import Audit, leaks, texts
 from mixture_of_tokens.model.routings import ROWS
+from mixture_of_tokens.runs.loading import text_of
 from processes import mot
 from routings import randomized, small_model
 
@@ -122,6 +125,20 @@ def test_the_command_s_exit_status_is_the_verdict(tiny_runs, name, private, caps
         with pytest.raises(SystemExit, match="1"):
             mot("audit", run, "--expect", "private")
         assert "causal: yes; private: no" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_run_with_too_little_text_to_look_at_is_looked_at_with_random_tokens(tiny_runs, monkeypatch, capsys):
+    run = tiny_runs["MoT-Nano/4E/2"]
+    text = text_of(str(run))
+    few = dataclasses.replace(text.validation, tokens=text.validation.tokens[np.arange(200)], ends=np.array([200]))
+    monkeypatch.setattr(
+        "mixture_of_tokens.inference.audit.text_of", lambda run: dataclasses.replace(text, validation=few)
+    )
+    mot("audit", run, "--expect", "causal")
+    shown = capsys.readouterr()
+    assert "looking at random tokens" in shown.err
+    assert "several rows of one document: 0" in shown.out
 
 
 def test_a_model_without_its_text_is_looked_at_with_random_tokens(tmp_path, capsys):

@@ -85,6 +85,18 @@ def test_a_run_s_configuration_is_a_file_of_flags(tiny_runs, tmp_path, capsys):
     assert capsys.readouterr().out == config.read_text()
 
 
+def test_a_file_of_flags_has_those_that_are_on_by_default_too(tmp_path, capsys):
+    shown = {}
+    for name, value in {"plain": "false", "gated": "true"}.items():
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(f"gated: {value}\njson: false\n")
+        for word in ("", "--gated", "--no-gated"):
+            mot("plan", "MoT-Medium/32E", "--config", file, *filter(None, [word]))
+            shown[name, word] = capsys.readouterr().out
+    assert shown["plain", ""] == shown["plain", "--no-gated"] == shown["gated", "--no-gated"]
+    assert shown["gated", ""] == shown["gated", "--gated"] == shown["plain", "--gated"] != shown["plain", ""]
+
+
 @pytest.mark.usefixtures("tiny_cache")
 def test_from_python_one_value_is_as_good_as_a_list_of_one(tiny_runs, small_corpus):
     run = tiny_runs["TC-Nano/4E"]

@@ -114,6 +114,15 @@ def test_alone_every_row_gets_what_it_gets_by_itself(name, masked):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_checkpoint_has_its_companions_and_the_last_one_those_of_the_run(tiny_runs):
+    run = tiny_runs["MoT-Nano/4E/2"]
+    found, expected = (load_model(str(place)).state_dict() for place in (run / "checkpoint-30", run))
+    names = [name for name in expected if name.endswith(("companion", "companion_logit"))]
+    assert len(names) == 4
+    assert all(expected[name].any() and torch.equal(found[name], expected[name]) for name in names)
+
+
 def test_a_long_text_alone_is_served_in_parts_too():
     layer, x, seen = build("mot"), tokens(1, 3 * T, 8), []
     layer.serve_alone()

@@ -24,8 +24,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mixture_of_tokens import MixtureOfTokensForCausalLM
+from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM
 from mixture_of_tokens.convert import export as export_module
+from mixture_of_tokens.convert import serving
 from mixture_of_tokens.convert.export import to_plain
 from mixture_of_tokens.convert.serving import serve
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -185,6 +186,28 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"the loss was {served.source.loss:.4f} before, with texts in groups, and is {fewest.loss:.4f} now" in card
     assert "a sigmoid each" in card if words else "a softmax over all" in card
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_checkpoint_is_exported_as_what_it_is(tiny_runs, tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr(
+        export_module,
+        "serve",
+        lambda source, *args, **options: served.append(source) or serve(source, *args, **options),
+    )
+    mot("export", tiny_runs[MIXED] / "checkpoint-30", tmp_path / "out", "--distil-steps", 1)
+    assert all(layer.companion.any() for layer in served[0].modules() if isinstance(layer, MixtureOfTokens))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"# {tiny_runs[MIXED].name}, checkpoint-30" in card
+    assert "Loss on all" not in card
+    assert "distilled into a sparse model" in card
+
+
+def test_time_is_taken_of_a_model_whose_padding_is_the_first_token():
+    model = model_of("mixture_of_tokens")
+    model.generation_config.pad_token_id = model.config.pad_token_id = 0
+    assert serving._milliseconds([model])[0] > 0
 
 
 @pytest.mark.slow

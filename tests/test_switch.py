@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 import reference
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.convert.distil import distil, distillation_text
+from mixture_of_tokens.convert import distil as distillation
+from mixture_of_tokens.convert.distil import distil
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import branches, rescale_moments, to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
@@ -112,7 +113,7 @@ def test_fitted_scales_are_the_same_each_time(trained):
 def seen(trained):
     source, text = trained
     calibrate_companions(source, list(training_groups(text.train, 32))[:3])
-    return distillation_text(source, text.train, 47)  # 6016 tokens
+    return branches(source, training_groups(text.train, source.config.group_size, groups=None), 94 * 64)
 
 
 def test_branches_are_what_each_layer_gives_a_text_alone(trained, seen):
@@ -145,13 +146,13 @@ def test_branches_may_be_of_few_experts_of_a_token(trained, seen):
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_distilled_layers_give_what_the_source_gives_alone(scores, trained, seen):
+def test_distilled_layers_give_what_the_source_gives_alone(scores, trained, seen):  # `seen` has calibrated it
     source, text = trained
     target, _ = switched(source, scores=scores)
     rows = text.validation.batch(range(64))
     plain = cross_entropy(target, rows)[0]
     before = [weight.clone() for weight in source.state_dict().values()]
-    errors = distil(source, target, seen, steps=60)
+    errors = distil(source, target, text.train, steps=60)
     assert set(errors) == {"2", "3"}
     assert all(after < 0.5 * at_first for at_first, after in errors.values())
     assert cross_entropy(target, rows)[0] < plain
@@ -164,12 +165,36 @@ def test_distilled_layers_give_what_the_source_gives_alone(scores, trained, seen
 
 
 def test_distillation_is_the_same_each_time(trained, seen):
-    source, _ = trained
+    source, text = trained
     targets = [switched(source)[0] for _ in range(2)]
     for target in targets:
-        distil(source, target, seen, steps=10)
+        distil(source, target, text.train, steps=10)
     for a, b in zip(*(target.parameters() for target in targets), strict=True):
         assert torch.equal(a, b)
+
+
+def test_distillation_reads_on_in_the_text_and_begins_it_again(trained, seen, monkeypatch):
+    source, text = trained[0], trained[1].validation  # it is short
+    monkeypatch.setattr(distillation, "PART", 24)
+    parts = []
+    monkeypatch.setattr(distillation, "branches", lambda *args: parts.append(branches(*args)) or parts[-1])
+    target, _ = switched(source)
+    errors = distil(source, target, text, steps=52)
+    assert [len(part[2][0]) for part in parts] == [24 * 512, 24 * 512, 4 * 512]
+    a_round = sum(group["input_ids"].numel() for group in training_groups(text, source.config.group_size, groups=None))
+    inputs = torch.cat([part[2][0] for part in parts])
+    assert 0 < a_round < len(inputs) < 2 * a_round, "the text is too long or too short for this test"
+    assert not torch.equal(inputs[: 24 * 512], inputs[24 * 512 : 48 * 512])
+    assert torch.equal(inputs[a_round:], inputs[: len(inputs) - a_round])
+    assert errors["2"][1] == distillation.distance(target.model.layers[2].mlp, *parts[-1][2])
+
+
+def test_one_step_of_distillation_has_a_row_to_read(trained, seen):
+    source, text = trained
+    target, _ = switched(source)
+    plain = target.model.layers[2].mlp.gate.weight.clone()
+    distil(source, target, text.train, steps=1)
+    assert not torch.equal(target.model.layers[2].mlp.gate.weight, plain)
 
 
 def test_without_training_text_there_is_nothing_to_distil(trained):

@@ -272,9 +272,23 @@ def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, capsys):
     mot("report", source, out, "--out", tmp_path / "page.html")
     assert "MoT-Nano/4E/2, switched" in capsys.readouterr().out
     assert "--steps 0 --scores sigmoid" in (tmp_path / "page.html").read_text()
+    mot("export", out, tmp_path / "exported")
+    assert f"{result['switch']['at_the_switch']:.4f} at the end" in (tmp_path / "exported" / "README.md").read_text()
     mot("audit", out, "--expect", "private")
     mot("transition", source, *words, "--resume")
     assert "is finished already" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_source_without_evaluations_is_evaluated_after_the_switch(tiny_runs, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_runs[MIXED], source)
+    config = (source / "config.yaml").read_text()
+    (source / "config.yaml").write_text(config.replace("eval_strategy: steps", "eval_strategy: no\n  eval_delay: 99"))
+    mot("transition", source, "--dry-run")
+    shown = capsys.readouterr().out
+    assert "eval_strategy: steps" in shown
+    assert "eval_delay" not in shown
 
 
 @pytest.mark.usefixtures("tiny_cache")

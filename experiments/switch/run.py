@@ -1,12 +1,12 @@
 """The switch to Token Choice without any step of training: how much of the loss it costs (docs/conversion.md).
 
-    python experiments/switch/run.py            # 3 minutes of one core a source, as measured beside other work
+    python experiments/switch/run.py            # 3 minutes of one core a Nano, as measured beside other work
     python experiments/switch/run.py --table    # Markdown
 
-The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and one
-of LONG steps on the source text of the installed packages (an hour of one core). Each is switched in the `WAYS` below
-and scored over the validation text, after the switch each row alone; of the packages' text over GROUPS groups of it.
-losses.csv has a row each; what is in it is not measured again.
+The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and two
+trained on the source text of the installed packages: a Nano of LONG steps, and a Micro (an hour of one core each). Each
+is switched in the `WAYS` below and scored over the validation text, after the switch each row alone; of the packages'
+text over some groups of it. losses.csv has a row each; what is in it is not measured again.
 
     loss       of the source in full groups and alone, and of the switched models
     seconds    of what is fitted, by one thread beside other work, with the source's forward passes
@@ -14,12 +14,11 @@ losses.csv has a row each; what is in it is not measured again.
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.convert.distil import STEPS, distil, distillation_text
+from mixture_of_tokens.convert.distil import STEPS, distil
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
@@ -34,7 +33,6 @@ from common import Experiment, asked, read_csv, spread, trained, write_csv
 
 SHORT, LONG = 1200, 13_700
 FEW = 500  # steps of distillation
-GROUPS = 512  # of validation text at most
 COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds")
 
 
@@ -43,6 +41,7 @@ class Source(NamedTuple):
     options: Options
     seeds: tuple[int, ...]
     experiment: str  # whose run it is
+    groups: int | None = None  # of validation text that are scored, where not all
 
 
 SOURCES = (
@@ -53,6 +52,14 @@ SOURCES = (
         Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"}),
         (1,),
         "switch",
+        groups=512,
+    ),
+    Source(
+        "MoT-Micro/32E/8",
+        Options(steps=1500, device="cpu", data=["packages"], training={"bf16": "true", "torch_compile": "true"}),
+        (2,),
+        "switch",
+        groups=64,
     ),
 )
 
@@ -77,27 +84,26 @@ WAYS = {
 OF_SOURCE = {"groups": "source, in full groups", "alone": "source, alone"}
 
 
-def measured(source: Source, directory: Path, known: Sequence[str]) -> list[dict[str, object]]:
-    """Rows of the ways that are not known."""
+def measured(source: Source, directory: Path) -> list[dict[str, object]]:
+    """A row for each way."""
     model, text = load_model(str(directory)), text_of(str(directory))
     calibrate_companions(model, training_groups(text.train, model.config.group_size))
     granularity, rows = model.config.num_experts_per_tok, []
 
     def scored(way: str, top_k: int | str, scoring: Any, seconds: float | str) -> None:
         size = model.config.group_size
-        part = GROUPS if len(text.validation) > GROUPS * size else None
-        found = evaluate_blocks(scoring, text.validation, group_size=size, batch_size=4 * size, groups=part)["loss"]
+        found = evaluate_blocks(scoring, text.validation, group_size=size, batch_size=4 * size, groups=source.groups)[
+            "loss"
+        ]
         rows.append({"way": way, "top_k": top_k, "loss": found, "seconds": seconds})
         print(f"{directory.name}: {way} {found:.4f}", file=sys.stderr)
 
-    if "groups" not in known:
-        scored("groups", "", model, "")
-    if "alone" not in known:
-        model.serve_alone()
-        scored("alone", "", model, "")
-        model.serve_alone(False)
+    scored("groups", "", model, "")
+    model.serve_alone()
+    scored("alone", "", model, "")
+    model.serve_alone(False)
     for name, way in WAYS.items():
-        if name in known or granularity % way.of_top_k:
+        if granularity % way.of_top_k:
             continue
         top_k = granularity // way.of_top_k
         target = MixtureOfTokensForCausalLM(token_choice_config(model.config, top_k=top_k, scores=way.scores)).eval()
@@ -106,7 +112,7 @@ def measured(source: Source, directory: Path, known: Sequence[str]) -> list[dict
         if way.fit == "scales":
             fit_scales(model, target, training_groups(text.train, model.config.group_size), scales)
         elif way.fit == "distil":
-            distil(model, target, distillation_text(model, text.train, way.steps), steps=way.steps)
+            distil(model, target, text.train, steps=way.steps)
         scored(name, top_k, target, round(time.perf_counter() - begun, 1))
     return rows
 
@@ -115,11 +121,12 @@ def make(kept: Path) -> None:
     file = kept / "losses.csv"
     for source in SOURCES:
         for seed in source.seeds:
-            directory = trained(Experiment.named(source.experiment), source.name, seed, source.options)
             rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
             this = {"source": source.name, "steps": str(source.options.steps), "seed": str(seed)}
-            known = [row["way"] for row in rows if this.items() <= row.items()]
-            write_csv(file, COLUMNS, [*rows, *(this | row for row in measured(source, directory, known))])
+            if any(this.items() <= row.items() for row in rows):
+                continue
+            directory = trained(Experiment.named(source.experiment), source.name, seed, source.options)
+            write_csv(file, COLUMNS, [*rows, *(this | row for row in measured(source, directory))])
 
 
 def table(kept: Path) -> str:

@@ -17,8 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, TokenChoice
-from mixture_of_tokens.convert.distil import BETAS, RATE, STEPS, distillation_text, start
-from mixture_of_tokens.convert.switch import STEP_TOKENS, fit, sparse_layers, to_token_choice, token_choice_config
+from mixture_of_tokens.convert.distil import BETAS, FEW, RATE, STEPS, start
+from mixture_of_tokens.convert.switch import (
+    STEP_TOKENS,
+    Fit,
+    branches,
+    sparse_layers,
+    to_token_choice,
+    token_choice_config,
+)
+from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.runs.loading import load_model, text_of
@@ -31,6 +39,7 @@ from common import Experiment, asked, read_csv, spread, trained, write_csv
 NAME, SEEDS, OPTIONS = "MoT-Nano/32E/8", (1,), Options(steps=1200, device="cpu")
 GATES: tuple[Any, ...] = ("softmax", "sigmoid")
 WAYS = ((8, 0), (7, 1), (4, 0), (3, 1))  # experts a token chooses, and shared ones
+READ = 16  # times that a token is read, on average: `distil` reads a token less often since this was measured
 COLUMNS = ("seed", "gates", "chosen", "shared", "loss")
 
 
@@ -52,7 +61,7 @@ def distilled(source: MixtureOfTokensForCausalLM, seen: Any, gates: Any, chosen:
 
         weights = [*layer.parameters(), *([] if always is None else always.parameters())]
         groups = [{"params": [each], "lr": RATE * float(each.detach().abs().mean())} for each in weights]
-        fit(output, x_SD, y_SD, groups, STEPS, tqdm(disable=True), BETAS)
+        Fit(output, groups, STEPS, BETAS).to(x_SD, y_SD, STEPS, tqdm(disable=True))
     return target
 
 
@@ -64,7 +73,8 @@ def make(kept: Path) -> None:
             continue
         directory = str(trained(Experiment.named("nano"), NAME, seed, OPTIONS))
         source, text = load_model(directory), text_of(directory)
-        seen, size = distillation_text(source, text.train, STEPS), source.config.group_size
+        size, few = source.config.group_size, FEW * source.config.num_experts_per_tok
+        seen = branches(source, training_groups(text.train, size, groups=None), STEPS * STEP_TOKENS // READ, few)
         made = []
         for gates in GATES:
             for chosen, shared in WAYS:

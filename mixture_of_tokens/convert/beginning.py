@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mixture_of_tokens.convert.distil import distil, distillation_text
+from mixture_of_tokens.convert.distil import distil
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import Errors, Scales, rescale_moments, sparse_layers, to_token_choice
 from mixture_of_tokens.data.groups import training_groups
@@ -63,7 +63,7 @@ class Beginning:
         if self.asked.calibrate == "scales":
             errors = fit_scales(model, target, groups, scales)
         elif (steps := self.asked.distil_steps) is not None:
-            errors = distil(model, target, distillation_text(model, prepared.train, steps), steps=steps)
+            errors = distil(model, target, prepared.train, steps=steps)
             layers = [f"model.layers.{i}.mlp." for i, _ in sparse_layers(target, TokenChoice)]
             new += [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
         fit_seconds += time.perf_counter() - started

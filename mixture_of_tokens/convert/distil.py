@@ -1,12 +1,14 @@
 """Distillation: each layer of Token Choice learns what the same layer of the Mixture of Tokens gives alone.
 
 The formulas are in `switch.py`. All weights of a layer are fitted to the inputs and outputs that `branches` records, by
-Adam on the squared error; layers are fitted one by one, each to its own. No model is trained: the loss of a language
-model appears nowhere. A layer starts from
+Adam on the squared error, each layer to its own. No model is trained: the loss of a language model appears nowhere. A
+layer starts from
 
     router    c_e / temperature - b_e u         u . x is about 1 for every x, so that b_e is a bias
     experts   FFN_e(a_e x)                      a_e: e's mean gate where it is chosen, as x comes with it into a mixture
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,11 +18,11 @@ from mixture_of_tokens.convert.switch import (
     STEP_TOKENS,
     Branches,
     Errors,
+    Fit,
     alone_bias,
     branches,
     constant_direction,
     distance,
-    fit,
     router_bias,
     sparse_layers,
 )
@@ -30,7 +32,8 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.sparse import TokenChoice
 
 STEPS = 2000  # of Adam, for each layer
-READ = 16  # times that a token is read, on average: that the source serves tokens alone costs more than a step
+PART = 256  # of them are made on one part of the text, so that the parts' inputs and outputs alone are held in memory
+READ = 4  # times that a token is read, on average: that the source serves it alone costs more than a step
 FEW = 4  # experts of a token then, as a multiple of the granularity: 0.3 % off all of them, and much faster
 RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
 
@@ -42,20 +45,10 @@ def check_flags(top_k: int | None, distil_steps: int) -> None:
             raise ValueError(f"--{flag} must be at least 1, not {number}")
 
 
-def distillation_text(source: MixtureOfTokensForCausalLM, text: Blocks, steps: int) -> Branches:
-    """What `steps` steps are to be fitted to: the source's branches on as much of the training text as is worth it.
-
-    Raises ValueError where the text has no group of different texts.
-    """
-    config, tokens = source.config, steps * STEP_TOKENS // READ
-    few = min(config.num_experts, FEW * config.num_experts_per_tok)
-    return branches(source, training_groups(text, config.group_size, groups=None), tokens, few)
-
-
 def distil(
     source: MixtureOfTokensForCausalLM,
     target: MixtureOfTokensForCausalLM,
-    seen: Branches,
+    text: Blocks,
     *,
     steps: int,
     again: bool = False,
@@ -63,29 +56,48 @@ def distil(
     """Fit the sparse layers of a model that was switched to those of its source served alone. They change in place.
 
     Args:
+        source: with calibrated companions; it is left as it was.
         target: of `to_token_choice`; or, `again`, distilled before, with another top k.
-        seen: of `distillation_text`.
+        text: that the source was trained on; where it ends, it begins again.
         steps: of Adam, for each layer.
 
+    Returns, by layer, the distance from the source's output before and after, on the parts fitted first and last.
     The same arguments give the same weights.
+
+    Raises ValueError where the text has no group of different texts.
     """
-    mixing, layers = dict(sparse_layers(source, MixtureOfTokens)), sparse_layers(target, TokenChoice)
-    errors: Errors = {}
+    layers, groups = sparse_layers(target, TokenChoice), _endless(text, source.config.group_size)
+    few = min(source.config.num_experts, FEW * source.config.num_experts_per_tok)
+    before: dict[int, float] = {}
+    fits: dict[int, Fit] = {}
+    seen: Branches = {}
     bar = tqdm(desc="Distilling", total=len(layers) * steps, unit="step", delay=2, dynamic_ncols=True)
-    for i, layer in layers:
-        x_SD, y_SD = seen[i]
-        before = distance(layer, x_SD, y_SD)
-        if not again:
-            start(mixing[i], layer, x_SD[:STEP_TOKENS])
-        layer.eval().requires_grad_()
-        groups = [
-            {"params": [weight], "lr": RATE * float(weight.detach().abs().mean())} for weight in layer.parameters()
-        ]
-        fit(lambda x, layer=layer: layer(x[None])[0], x_SD, y_SD, groups, steps, bar, BETAS)
-        layer.zero_grad()
-        errors[str(i)] = before, distance(layer, x_SD, y_SD)
+    for done in range(0, steps, PART):
+        part = min(PART, steps - done)
+        seen.clear()
+        seen |= branches(source, groups, part * STEP_TOKENS // READ, few)
+        if not fits:
+            before = {i: distance(layer, *seen[i]) for i, layer in layers}
+            if not again:
+                for i, mixture in sparse_layers(source, MixtureOfTokens):
+                    start(mixture, dict(layers)[i], seen[i][0][:STEP_TOKENS])
+            fits = {i: _fit(layer, steps) for i, layer in layers}
+        for i, layer in layers:
+            fits[i].to(*seen[i], part, bar)
+            layer.zero_grad()
     bar.close()
-    return errors
+    return {str(i): (before[i], distance(layer, *seen[i])) for i, layer in layers}
+
+
+def _endless(text: Blocks, group_size: int) -> Iterator[dict[str, Tensor]]:
+    while True:
+        yield from training_groups(text, group_size, groups=None)
+
+
+def _fit(layer: TokenChoice, steps: int) -> Fit:
+    layer.eval().requires_grad_()
+    groups = [{"params": [weight], "lr": RATE * float(weight.detach().abs().mean())} for weight in layer.parameters()]
+    return Fit(lambda x: layer(x[None])[0], groups, steps, BETAS)
 
 
 @torch.no_grad()

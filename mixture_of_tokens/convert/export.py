@@ -342,10 +342,14 @@ def _card(
     """The model card."""
     config, kind = model.config, type(plain).__name__
     path = run_directory(run) or Path(run).absolute()
-    facts = RunFacts.read(path / records.FACTS) if (path / records.FACTS).is_file() else None
+    finished = path / records.FACTS
+    # Of a checkpoint before the end they are another model's.
+    of_the_end = finished.is_file() and Path(run).absolute() in (path, path / "model")
+    facts = RunFacts.read(finished) if of_the_end else None
     licensed = [] if license is None else [f"license: {license}"]
     lines = ["---", *licensed, "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
-    lines += [f"# {path.name}", ""]
+    name = path.name if path == Path(run).absolute() or of_the_end else f"{path.name}, {Path(run).name}"
+    lines += [f"# {name}", ""]
     lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
     if blocks := len(config.sparse_routings):
         lines.append(
@@ -358,24 +362,23 @@ def _card(
         lines += ["", "## Training", "", f"{facts.name}, {facts.steps:,} steps, {facts.tokens:,} tokens of"]
         lines.append(f"{source} (hash {facts.text[0]}), seed {facts.seed}.")
         if (path / records.SWITCH).is_file():
-            switch, end = Switch.read(path / records.SWITCH), read(path).evaluations[-1].eval_loss
+            switch, end = Switch.read(path / records.SWITCH), read(path).stages.end_loss
             lines.append(
                 "It was a Mixture of Tokens (arXiv 2310.15961) first, and was switched to Token Choice after "
                 f"{switch.step:,} steps. Over a part of the {facts.evaluated_on} text the loss was "
                 f"{switch.source_in_groups:.4f} before, with texts in groups, {switch.source_alone:.4f} with "
                 f"each alone, {switch.at_the_switch:.4f} at the switch, and {end:.4f} at the end."
             )
-        whose = "Loss"
-        if served is not None:
-            lines.append(
-                "It was trained as a Mixture of Tokens (arXiv 2310.15961) and distilled into a sparse model, without "
-                f"training it further. Over a part of the text the loss was {served.source.loss:.4f} before, with "
-                f"texts in groups, and is {served.chosen.loss:.4f} now."
-            )
-            whose = "The Mixture of Tokens' loss"
+        whose = "Loss" if served is None else "The Mixture of Tokens' loss"
         lines.append(
             f"{whose} on all {facts.evaluated_on} text: {facts.final_loss:.4f} nats a token, "
             f"{facts.bits_per_byte:.4f} bits a byte."
+        )
+    if served is not None:
+        lines.append(
+            "It was trained as a Mixture of Tokens (arXiv 2310.15961) and distilled into a sparse model, without "
+            f"training it further. Over a part of the text the loss was {served.source.loss:.4f} before, with "
+            f"texts in groups, and is {served.chosen.loss:.4f} now."
         )
     lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("this/directory")']

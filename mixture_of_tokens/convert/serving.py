@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mixture_of_tokens.convert.distil import distil, distillation_text
+from mixture_of_tokens.convert.distil import distil
 from mixture_of_tokens.convert.switch import Scores, to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import Blocks
 from mixture_of_tokens.data.prepare import Prepared
@@ -75,7 +75,6 @@ def serve(
     first = token_choice_config(source.config, top_k=top_k, scores=scores).num_experts_per_tok
     fewer = [] if top_k is not None else [k for k in (first // 2, first // 4) if k]
     blocks = text.tuning if len(text.tuning) >= source.config.group_size else text.validation
-    seen = distillation_text(source, text.train, distil_steps)
     made: list[MixtureOfTokensForCausalLM] = []
     for k in (first, *fewer):
         config = token_choice_config(source.config, top_k=k, scores=scores)
@@ -83,10 +82,10 @@ def serve(
         target.to(source.device)
         if made:  # with a few experts less it is a short way
             target.load_state_dict(made[-1].state_dict())
-            distil(source, target, seen, steps=distil_steps // 4, again=True)
+            distil(source, target, text.train, steps=max(1, distil_steps // 4), again=True)
         else:
             to_token_choice(source, target)
-            distil(source, target, seen, steps=distil_steps)
+            distil(source, target, text.train, steps=distil_steps)
         made.append(target)
     before, *tried = [
         TopK(k, _loss(model, blocks), _flops(model), ms)
@@ -112,10 +111,11 @@ def _milliseconds(models: list[MixtureOfTokensForCausalLM]) -> list[float]:
     """Of a token of a lone text, written with the cache of keys and values; the least of some texts, model by model."""
     new = min(WRITTEN, models[0].config.max_position_embeddings - 1)
     prompt: Any = torch.zeros(1, 1, dtype=torch.long, device=models[0].device)
+    seen: Any = torch.ones_like(prompt)  # token 0 may be the one that pads
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(TIMES):
         for model, own in zip(models, seconds, strict=True):
             begun = time.perf_counter()
-            model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+            model.generate(prompt, attention_mask=seen, max_new_tokens=new, min_new_tokens=new, do_sample=False)
             own.append(time.perf_counter() - begun)
     return [1000 * min(own) / new for own in seconds]

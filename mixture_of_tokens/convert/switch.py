@@ -107,7 +107,7 @@ def branches(
 
     Args:
         source: with calibrated companions; it is left as it was.
-        batches: rows of training text, of which at most this many tokens are taken.
+        batches: rows of training text, of which at most this many tokens are taken, but at least one row.
         num_experts_alone: as `serve_alone` takes it.
 
     Raises ValueError where there are none.
@@ -124,16 +124,17 @@ def branches(
 
     handles = [layer.register_forward_hook(note(i)) for i, layer in layers]
     training, served, count = source.training, [(layer.alone, layer.num_experts_alone) for _, layer in layers], 0
-    bar = tqdm(desc="Serving the source alone", total=tokens, unit="token", delay=2, dynamic_ncols=True)
+    bar = tqdm(desc="Serving the source alone", total=tokens, unit="token", delay=2, leave=False, dynamic_ncols=True)
     try:
         source.eval().serve_alone(num_experts_alone=num_experts_alone)
         for batch in batches:
-            rows = batch["input_ids"].to(source.device)[: (tokens - count) // batch["input_ids"].shape[1]]
-            if not len(rows):
-                break
+            length = batch["input_ids"].shape[1]
+            rows = batch["input_ids"].to(source.device)[: max(1, (tokens - count) // length)]
             source(rows, logits_to_keep=1, use_cache=False)
             count += rows.numel()
             bar.update(rows.numel())
+            if count + length > tokens:
+                break  # before the next batch is taken, which may be another call's
     finally:
         bar.close()
         source.train(training)
@@ -142,7 +143,11 @@ def branches(
             handle.remove()
     if not count:
         raise ValueError("the training text has no group of different texts: there is too little to fit the switch to")
-    return {i: (torch.cat(x), torch.cat(y)) for i, (x, y) in seen.items()}
+    found: Branches = {}
+    while seen:  # one layer's stand in memory twice, not all
+        i, (x, y) = seen.popitem()
+        found[i] = torch.cat(x), torch.cat(y)
+    return found
 
 
 def alone_bias(source: MixtureOfTokens) -> Tensor:
@@ -170,32 +175,37 @@ def distance(layer: TokenChoice, x_SD: Tensor, y_SD: Tensor) -> float:
     return float(sum((layer(x[None])[0] - y).square().sum() for x, y in parts) / y_SD.square().sum()) ** 0.5
 
 
-def fit(
-    output: Callable[[Tensor], Tensor],
-    x_SD: Tensor,
-    y_SD: Tensor,
-    groups: list[dict[str, Any]],
-    steps: int,
-    bar: tqdm,
-    betas: tuple[float, float] = (0.9, 0.999),
-) -> None:
-    """Minimise the squared distance of output(x) from y, as a share of the size of y, by Adam.
+class Fit:
+    """Minimises the squared distance of output(x) from y, as a share of the size of y, by Adam.
 
     Args:
-        groups: of Adam's parameters, each with its rate, which falls to zero.
+        groups: of Adam's parameters, each with its rate, which falls to zero over all `steps`.
     """
-    generator = torch.Generator().manual_seed(0)
-    adam = torch.optim.Adam(groups, betas=betas)
-    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
-    for _ in range(steps):
-        rows = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=generator).to(x_SD.device)
-        y = y_SD[rows]
-        error = (output(x_SD[rows]) - y).square().sum() / y.square().sum()
-        adam.zero_grad()
-        error.backward()
-        adam.step()
-        schedule.step()
-        bar.update()
+
+    def __init__(
+        self,
+        output: Callable[[Tensor], Tensor],
+        groups: list[dict[str, Any]],
+        steps: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ):
+        self.output = output
+        self.generator = torch.Generator().manual_seed(0)
+        self.adam = torch.optim.Adam(groups, betas=betas)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, total_iters=steps)
+
+    def to(self, x_SD: Tensor, y_SD: Tensor, steps: int, bar: tqdm) -> None:
+        """Go `steps` of the steps on, each on tokens drawn from these."""
+        for _ in range(steps):
+            drawn = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=self.generator)
+            rows = drawn.to(x_SD.device)
+            y = y_SD[rows]
+            error = (self.output(x_SD[rows]) - y).square().sum() / y.square().sum()
+            self.adam.zero_grad()
+            error.backward()
+            self.adam.step()
+            self.schedule.step()
+            bar.update()
 
 
 def rescale_moments(optimizer: torch.optim.Optimizer, names: dict[int, str], scales: Scales) -> None:

@@ -36,8 +36,8 @@ SCHEDULES = {
         "warmup_steps": 0,
     },
 }
-# Fields of TrainingArguments that depend on the source's number of steps.
-OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_steps", "save_steps", "per_device_eval_batch_size")
+# Fields of TrainingArguments that depend on the source's number of steps, and of evaluations, which a switch needs.
+OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_", "save_steps", "per_device_eval_batch_size")
 ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
 
 Schedule = Literal["continued", "decay", "own"]

@@ -165,8 +165,9 @@ def audit(
         seen = texts(None, model, batches, seed)
     found = None
     if text is not None and group_size_of(model) is not None:
-        orders = ((blocks, deal(blocks, model.config.group_size)) for blocks in (text.train, text.validation))
-        found = sum(len(collisions(blocks, order)[0]) for blocks, order in orders)
+        size = model.config.group_size
+        grouped = [blocks for blocks in (text.train, text.validation) if len(blocks) >= 2 * size]
+        found = sum(len(collisions(blocks, deal(blocks, size))[0]) for blocks in grouped)
     return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, expect)
 
 

@@ -47,6 +47,15 @@ class _Means:
 
 
 @torch.no_grad()
+def forget_companions(model: nn.Module) -> None:
+    """Set them to zero, as they are in training."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfTokens):
+            module.companion.zero_()
+            module.companion_logit.zero_()
+
+
+@torch.no_grad()
 def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] | Tensor]) -> None:
     """Set the companions of every Mixture of Tokens layer to their means over `batches`, if there are such layers.
 

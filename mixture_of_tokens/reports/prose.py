@@ -143,8 +143,10 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
         entries += [
             (
                 str(example),
-                f"A name is a configuration: size {example.size}, groups of {example.group_size} tokens, "
-                f"{example.group_size * k} experts" + f", each 1/{k} as wide (granularity {k})" * (k > 1) + ".",
+                f"A name is a configuration: size {example.size}, groups of {example.group_size} tokens, and experts "
+                f"with the parameters of {example.group_size} dense feed-forwards"
+                + f", each 1/{k} as wide as one (granularity {k})" * (k > 1)
+                + ".",
             ),
             ("Expert", "One of the feed-forwards that a layer has in place of a single one."),
             ("Router", "The small matrix that decides which expert gets how much of which token."),

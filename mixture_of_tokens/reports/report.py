@@ -86,10 +86,10 @@ def _train_commands(run: Run) -> list[str]:
     steps, rate = run.config.steps, run.config.learning_rate
     out = run.directory.name if run.directory.name != source.name else f"{source.name}-transition"
     words = ["mot", "transition", f"again/{source.name}", "--out", f"again/{out}"]
-    words += ["--top-k", str(config.num_experts_per_tok), "--learning-rate", f"{rate:g}"]
+    words += ["--top-k", str(config.num_experts_per_tok), "--learning-rate", repr(rate)]
     words += ["--steps", str(steps if after.anneal is None else 2 * steps)]
-    words += [] if config.capacity_factor is None else ["--capacity", f"{config.capacity_factor:g}"]
-    words += ["--scores", "sigmoid"] if "sigmoid_choice" in config.feed_forwards else []
+    words += [] if config.capacity_factor is None else ["--capacity", repr(config.capacity_factor)]
+    words += ["--scores", "sigmoid" if "sigmoid_choice" in config.feed_forwards else "softmax"]
     if run.config.training["lr_scheduler_type"] == "constant":
         words += ["--schedule", "continued"]
     elif run.config.training["warmup_steps"] == 0 and steps >= 10:  # own has a warm-up

@@ -26,8 +26,9 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order
+from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.sharding import (
     IN_ONE_FILE,
@@ -115,6 +116,7 @@ class GroupedTrainer(Trainer):
                 pair = [None if each is None else torch.tensor(each, device=self.args.device) for each in (loss, aux)]
                 self._reported += [tuple(pair)] * self.args.gradient_accumulation_steps  # pyright: ignore
         self._seconds = self.clock.before
+        forget_companions(self.causal_lm)  # of a source that it goes on from
         self.rows.begin(step)
         if self.is_world_process_zero():
             self.run_log.forget_after(self.rows.first_step + step)
@@ -256,6 +258,8 @@ class GroupedTrainer(Trainer):
                 shutil.rmtree(beside, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             self._output_dir = str(beside)
+            # A checkpoint is a model that can be served; training goes on without companions, resumed or not.
+            calibrate_companions(self.causal_lm, training_groups(self.rows.blocks, self.rows.group_size))
             try:
                 with self._failing_together(self.run / name):
                     super()._save_checkpoint(model, trial)
@@ -270,6 +274,7 @@ class GroupedTrainer(Trainer):
                         checkpoints.publish(beside / name, self.run / name)
                         checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
             finally:
+                forget_companions(self.causal_lm)
                 self._output_dir = None
                 if main:
                     shutil.rmtree(beside, ignore_errors=True)
@@ -329,6 +334,7 @@ class GroupedTrainer(Trainer):
             load_whole(self.causal_lm, safetensors.torch.load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        forget_companions(self.causal_lm)
 
 
 class _RouterGradients(TrainerCallback):
