@@ -1,15 +1,16 @@
 """The switch to Token Choice without any step of training: how much of the loss it costs (docs/conversion.md).
 
-    python experiments/switch/run.py            # 3 minutes of one core a Nano, as measured beside other work
+    python experiments/switch/run.py            # 3 minutes of one core a MoT-Nano/32E, 10 a /32E/8, beside other work
     python experiments/switch/run.py --table    # Markdown
 
-The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and two
-trained on the source text of the installed packages: a Nano of LONG steps, and a Micro (an hour of one core each). Each
-is switched in the `WAYS` below and scored over the validation text, after the switch each row alone; of the packages'
-text over some groups of it. losses.csv has a row each; what is in it is not measured again.
+The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and one
+of LONG steps on the source text of the installed packages (an hour of one core). Each is switched in the `WAYS` below
+and scored over the validation text, after the switch each row alone; of the packages' text over some groups of it.
+losses.csv has a row each; what is in it is not measured again.
 
     loss       of the source in full groups and alone, and of the switched models
     seconds    of what is fitted, by one thread beside other work, with the source's forward passes
+    read       how often distillation read a token on average; of the LONG source with an earlier version
 """
 
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.convert.distil import STEPS, distil
+from mixture_of_tokens.convert.distil import READ, STEPS, distil
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
@@ -33,7 +34,7 @@ from common import Experiment, asked, read_csv, spread, trained, write_csv
 
 SHORT, LONG = 1200, 13_700
 FEW = 500  # steps of distillation
-COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds")
+COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds", "read")
 
 
 class Source(NamedTuple):
@@ -53,13 +54,6 @@ SOURCES = (
         (1,),
         "switch",
         groups=512,
-    ),
-    Source(
-        "MoT-Micro/32E/8",
-        Options(steps=1500, device="cpu", data=["packages"], training={"bf16": "true", "torch_compile": "true"}),
-        (2,),
-        "switch",
-        groups=64,
     ),
 )
 
@@ -95,7 +89,8 @@ def measured(source: Source, directory: Path) -> list[dict[str, object]]:
         found = evaluate_blocks(scoring, text.validation, group_size=size, batch_size=4 * size, groups=source.groups)[
             "loss"
         ]
-        rows.append({"way": way, "top_k": top_k, "loss": found, "seconds": seconds})
+        read = READ if way in WAYS and WAYS[way].fit == "distil" else ""
+        rows.append({"way": way, "top_k": top_k, "loss": found, "seconds": seconds, "read": read})
         print(f"{directory.name}: {way} {found:.4f}", file=sys.stderr)
 
     scored("groups", "", model, "")
@@ -145,6 +140,8 @@ def table(kept: Path) -> str:
             )
             seconds = "" if way in OF_SOURCE else spread((float(row["seconds"]) for row in these), lambda v: f"{v:.0f}")
             title = f"{source.name}, {source.options.steps:,} steps"
+            if these[0]["read"] not in ("", str(READ)):
+                label += f", each token read {these[0]['read']} times"
             shown.append([title, label, these[0]["top_k"], losses, "" if way == "groups" else above, seconds])
     return markdown(shown, left=2)
 
