@@ -101,7 +101,7 @@ def export(
     """Write a model as plain transformers: a Mixture of Tokens and Token Choice as Qwen3-MoE, a dense one as Qwen3.
 
     A Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled, on text that the run was
-    trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes some three
+    trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes two or three
     minutes of two cores.
 
     Every weight that was written is compared with the run's. Another process, which cannot import this library, loads
