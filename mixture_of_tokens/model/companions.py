@@ -78,8 +78,7 @@ def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] |
     try:
         for layer in layers:  # measured in groups, and as it was before the first time
             layer.serve_alone(False)
-            layer.companion.zero_()
-            layer.companion_logit.zero_()
+        forget_companions(model)
         watch(model, {layer: mean.add for layer, mean in means.items()}, batches)
         found = all(mean.groups for mean in means.values())
     finally:
