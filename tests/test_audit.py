@@ -128,6 +128,19 @@ def test_the_command_s_exit_status_is_the_verdict(tiny_runs, name, private, caps
 
 
 @pytest.mark.usefixtures("tiny_cache")
+def test_documents_that_meet_themselves_are_a_leak(tiny_runs, monkeypatch, capsys):
+    run = tiny_runs["MoT-Nano/4E/2"]
+    text = text_of(str(run))
+    one = dataclasses.replace(text.train, ends=text.train.ends[-1:])  # all of it one document, not divided
+    monkeypatch.setattr("mixture_of_tokens.inference.audit.text_of", lambda run: dataclasses.replace(text, train=one))
+    with pytest.raises(SystemExit, match="1"):
+        mot("audit", run, "--expect", "causal", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["collisions"] > 0
+    assert not found["causal"]
+
+
+@pytest.mark.usefixtures("tiny_cache")
 def test_a_run_with_too_little_text_to_look_at_is_looked_at_with_random_tokens(tiny_runs, monkeypatch, capsys):
     run = tiny_runs["MoT-Nano/4E/2"]
     text = text_of(str(run))

@@ -1,6 +1,7 @@
 """Blocks and groups: nothing lost, nothing doubled, no document beside itself."""
 
 import pickle
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -154,6 +155,19 @@ def test_the_order_of_many_blocks_takes_little_memory_and_is_the_same_every_time
     assert orders[0].dtype == np.int32
     assert (orders[0] != deal(blocks, 5, seed=3, epoch=5)).any()
     assert (orders[0] != deal(blocks, 5, seed=4, epoch=4)).any()
+
+
+def test_mates_are_others_in_every_epoch_and_for_every_seed():
+    blocks = blocks_of([97] * 400, context=8)
+
+    def pairs(**options):
+        order = grouped_order(blocks, 5, **options)
+        return {frozenset(pair) for group in order for pair in combinations(group[group >= 0].tolist(), 2)}
+
+    ways = [{"epoch": 0}, {"epoch": 1}, {"seed": 1}, {"everything": True}, {"everything": True, "seed": 1}]
+    for one, other in combinations([pairs(**way) for way in ways], 2):
+        assert len(one) > 9000
+        assert len(one & other) < len(one) / 100  # about a 500th, by chance
 
 
 def test_rows_depend_on_seed_and_step_alone():

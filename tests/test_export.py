@@ -365,6 +365,8 @@ WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
         ("transformers' own", "is a Qwen3ForCausalLM, which transformers loads without an export"),
         ("truncated", "cannot be loaded"),
         ("no tokenizer", "has no tokenizer beside the model"),
+        ("a tokenizer of nothing", "has no tokenizer beside the model: "),
+        ("half a tokenizer", "has no tokenizer beside the model: "),
         ("nowhere", "is no directory"),
     ],
 )
@@ -392,6 +394,11 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
     elif given == "no tokenizer":
         for file in directory.glob("tokenizer*"):
             file.unlink()
+    elif given == "a tokenizer of nothing":
+        (directory / "tokenizer.json").write_text('{"added_tokens": []}')
+    elif given == "half a tokenizer":
+        whole = (directory / "tokenizer.json").read_text()
+        (directory / "tokenizer.json").write_text(whole[: len(whole) // 2])
     elif given == "nowhere":
         out = tmp_path / "missing" / "out"
     capsys.readouterr()

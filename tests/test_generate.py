@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.inference.generate import Row, Sampling, _text_after, continue_prompts, in_batches
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
-from processes import mot, start
+from processes import finish, mot, mot_on_a_full_disk, start
 
 MIXED = "MoT-Nano/4E/2"
 NAMES = ("Transformer-Nano", MIXED, "TC-Nano/4E")
@@ -152,6 +152,20 @@ def test_kill_9_and_the_same_command_again_write_what_one_command_writes(run, pr
     mot("generate", *flags, "--out", out)
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not partial.exists()
+
+
+def test_a_full_disk_is_told_of_continuations(run, prompts, tmp_path, capsys):
+    out, words = tmp_path / "out.jsonl", ["--prompts-file", prompts, "--max-new-tokens", 24]
+    settings = len(prompts.read_text()) + 900  # more than stands in the first line
+    process = start(mot_on_a_full_disk, settings, "generate", run, *words, "--out", out, log=tmp_path / "log")
+    assert finish(process) == 2
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("mot: error:")
+    assert "out.jsonl could not be written" in last
+    assert not out.exists()
+    assert len((tmp_path / "out.jsonl.unfinished").read_bytes()) == settings  # no first line alone
+    mot("generate", run, *words, "--out", out)
+    assert out.read_text().count("\n") == 11
 
 
 def test_what_is_there_already_is_not_overwritten(run, prompts, tmp_path, capsys):

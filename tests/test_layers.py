@@ -17,11 +17,12 @@ from mixture_of_tokens import slots
 from mixture_of_tokens.experts import Experts, Routed, highest
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import precise_linear
+from mixture_of_tokens.model.routings import ROWS
 from mixture_of_tokens.slots import Slots, order_of_slots, ragged_linear, slots_without_limit
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
-from routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tokens
+from routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tiny, tokens
 
 EXPERTS = {"gated": {}, "plain": {"gated": False, "activation": "relu"}}
 
@@ -273,6 +274,56 @@ def test_weights_start_as_in_the_paper(experts):
         assert_close(weight.std().item() / std, 0.88, rtol=0.05, atol=0)  # of a normal cut at two standard deviations
 
 
+OPTIONS: dict[str, Any] = {"gated": False, "activation": "gelu", "initializer_scale": 9.0}
+OF_ROUTERS: dict[str, Any] = {"temperature": 0.6, "learnable_temperature": True, "router_dtype": torch.float64}
+
+
+def check_options(layer: Routed) -> None:
+    """Those above, none of which is a default."""
+    assert (layer.experts.gated, layer.experts.activation) == (False, "gelu")
+    weights = [*layer.experts.parameters()]
+    if layer.gate is not None:
+        assert layer.gate.temperature_setting == 0.6
+        assert layer.gate.log_temperature is not None
+        assert layer.gate.router_dtype == torch.float64
+        weights.append(layer.gate.weight)
+    for weight in weights:
+        assert 1 < weight.abs().max() * math.sqrt(weight.shape[-1]) / 9 <= 2  # of a normal cut at two deviations
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_layer_has_the_options_that_it_was_given(name):
+    layer = ROUTINGS[name](**OPTIONS, **OF_ROUTERS)
+    check_options(layer)
+    given = ROUTINGS[name].keywords
+    kept = {field: value for field, value in given.items() if hasattr(layer, field) and field != "scores"}
+    assert {field: getattr(layer, field) for field in kept} == kept
+    assert kept.keys() >= {"norm_topk_prob", "capacity_factor"} & given.keys()
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_matched_passes_its_options_on(uniform):
+    layer = MixtureOfTokens.matched(D, 24, G, 4, normalize_mixture=True, uniform=uniform, **OPTIONS, **OF_ROUTERS)
+    check_options(layer)
+    assert layer.normalize_mixture
+    assert (layer.gate is None) == uniform
+
+
+@pytest.mark.parametrize("kind", [row.kind for row in ROWS if row.routed])
+def test_a_configuration_s_fields_reach_the_layer(kind):
+    fields = {"gated": False, "hidden_act": "gelu", "initializer_scale": 9.0, "router_temperature": 0.6}
+    fields |= {"learnable_temperature": True, "router_dtype": "float64"}
+    own = {"normalize_mixture": True, "num_experts_per_tok": 2, "norm_topk_prob": True, "capacity_factor": 0.75}
+    own |= {"balance_rate": 0.5, "threshold_decay": 0.5, "group_size": 2}
+    layer: Any = tiny(kind, threshold_scores="sigmoid", **fields, **own).model.layers[1].mlp
+    check_options(layer)
+    kept = {field: value for field, value in own.items() if hasattr(layer, field)}
+    if kind == "sigmoid_choice":
+        kept["capacity_factor"] = None  # it never drops
+    assert {field: getattr(layer, field) for field in kept} == kept
+    assert getattr(layer, "softmax", False) is False  # of the threshold's scores
+
+
 def test_matched_has_the_experts_of_the_name():
     layer = MixtureOfTokens.matched(D, 24, G, granularity=4)
     assert (layer.group_size, layer.num_experts) == (G, 4 * G)
@@ -447,14 +498,18 @@ def test_compiled_products_of_bfloat16_copy_no_matrix_of_an_expert_transposed():
     assert [experts, hidden, groups] not in copied
 
 
-@pytest.mark.parametrize(("experts", "k"), [(7, 1), (7, 3), (64, 4), (64, 5), (66, 2), (256, 8)])
-def test_the_highest_scores_are_found_and_get_the_gradients(experts, k):
-    scores = tokens(5, 3, experts, seed=experts).requires_grad_()
-    values, where = highest(scores, k)
+@pytest.mark.parametrize(
+    ("experts", "k", "searches"), [(7, 1, 0), (7, 3, 1), (64, 4, 2), (64, 5, 1), (66, 2, 1), (256, 8, 2)]
+)
+def test_the_highest_scores_are_found_and_get_the_gradients(experts, k, searches):
+    scores = tokens(64, 5, experts, seed=experts).requires_grad_()  # enough of them for two searches to pay
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        values, where = highest(scores, k)
+    assert [event.name for event in profiled.events() or []].count("aten::topk") == searches
     expected, there = scores.topk(k)
     assert where.equal(there)
     assert values.equal(expected)
-    cotangent = tokens(5, 3, k, seed=1)
+    cotangent = tokens(64, 5, k, seed=1)
     found, wanted = (torch.autograd.grad(each, scores, cotangent)[0] for each in (values, expected))
     assert found.equal(wanted)
 

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    MaxLengthCriteria,
     Qwen3MoeForCausalLM,
 )
 
@@ -237,8 +238,12 @@ def test_padding_on_the_left_and_padded_rows_change_nothing(kind):
     mask = torch.zeros(9, 13, dtype=torch.long)
     mask[:6, 4:] = 1
     position = (mask.cumsum(-1) - 1).clamp(min=0)  # upstream's rotary angles are fp32, so shifted ones differ by 1e-6
-    logits = model(padded, attention_mask=mask, position_ids=position).logits
-    torch.testing.assert_close(logits[:6, 4:], expected)
+    logits = model(padded, attention_mask=mask, position_ids=position).logits[:6, 4:]
+    torch.testing.assert_close(logits, expected)
+    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    found, wanted = (torch.autograd.grad(each, weights, cotangent, allow_unused=True) for each in (logits, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_padding_that_is_not_masked_does_change_something():
@@ -388,6 +393,12 @@ def test_generation_refuses_what_would_be_wrong():
         model.generate(x.flip(1), attention_mask=mask.flip(1), max_new_tokens=2)
     with pytest.raises(ValueError, match="num_beams=1"):
         model.generate(x, attention_mask=mask, max_new_tokens=2, num_beams=2)
+    with pytest.raises(ValueError, match="rows that end by other criteria"):
+        model.generate(x, attention_mask=mask, max_new_tokens=2, stopping_criteria=[MaxLengthCriteria(7)])
+    with pytest.raises(ValueError, match="rows that end by other criteria"):
+        model.generate(x, attention_mask=mask, max_new_tokens=2, stop_strings=["a"])
+    with pytest.raises(ValueError, match="one ends with the padding token"):
+        model.generate(torch.tensor([[8, 9], [8, PAD]]), max_new_tokens=2)
     tiny("dense").generate(x, attention_mask=mask, max_new_tokens=2, num_beams=2, do_sample=False)
 
 

@@ -1,7 +1,6 @@
 """One writer at a time: the second is refused, and a lock dies with its process."""
 
 import fcntl
-import json
 import os
 import signal
 import time
@@ -108,21 +107,22 @@ def test_a_lock_that_is_removed_at_its_release_still_excludes(owner, tmp_path):
     assert list((tmp_path / "at").iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
-def test_of_two_trainings_in_one_run_directory_one_trains_and_one_says_why_not(tmp_path, small_corpus, capsys):
-    words = ["train", "Transformer-Nano", "--steps", "4", "--batch-size", "32", "--device", "cpu"]
-    words += ["--data", str(small_corpus), "--out", str(tmp_path / "run"), "--resume"]
-    process = start(hold, tmp_path / "run", 600, log=tmp_path / "log")
-    wait_for(tmp_path / "run" / "held")
-    (tmp_path / "run" / "held").unlink()
-    with pytest.raises(SystemExit, match="2"):
-        mot(*words)
+@pytest.mark.parametrize("command", ["train", "compare", "sweep", "generate"])
+def test_what_another_process_writes_to_is_refused(command, tiny_runs, small_corpus, tmp_path, monkeypatch, capsys):
+    out, owner = tmp_path / "out", owned_file if command == "generate" else owned
+    training = ["--steps", 4, "--batch-size", 32, "--device", "cpu", "--data", small_corpus]
+    words = {
+        "train": ["Transformer-Nano", *training],
+        "compare": ["Transformer-Nano", "MoT-Nano/4E", *training],
+        "sweep": ["MoT-Nano/4E", "--learning-rate", "0.01,0.02", *training],
+        "generate": [tiny_runs["MoT-Nano/4E/2"], "--prompts-file", small_corpus / "0.txt", "--max-new-tokens", 2],
+    }
+    with owner(out):
+        monkeypatch.setitem(owner.__wrapped__.__kwdefaults__, "patience", NOW)
+        with pytest.raises(SystemExit, match="2"):
+            mot(command, *words[command], "--out", out)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "is being written by another process: wait for it, or name another --out" in error
-    os.kill(process.pid, signal.SIGKILL)
-    finish(process)
-    mot(*words)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    assert f"{out} is being written by another process: wait for it, or name another --out" in error.splitlines()[-1]
+    assert error.count("mot: error:") == 1
+    assert not list(tmp_path.iterdir())

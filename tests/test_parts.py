@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from mixture_of_tokens.data import parts as module
 from mixture_of_tokens.data.groups import collisions
 from mixture_of_tokens.data.parts import PartedBatches, Parts
+from mixture_of_tokens.runs import checkpoints
 from processes import finish, in_processes, mot, start
 
 GROUP, BATCH = 4, 24
@@ -226,19 +228,30 @@ def making(words: list[str], out: str) -> None:
     Path(f"{out}-{os.environ['RANK']}").write_text(json.dumps(made))
 
 
-def test_who_prepares_ahead_makes_the_parts_and_ends_with_its_parent(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", [False, True])
+def test_who_prepares_ahead_makes_the_parts_and_ends_with_its_parent(killed, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
-    process = start(ahead, str(folder), log=tmp_path / "log")
+
+    def made() -> int:
+        return len(list((tmp_path / "cache").glob("tokens-*[0-9a-f]")))
+
+    process = start(ahead, str(folder), str(tmp_path / "helper"), log=tmp_path / "log")
     deadline = time.monotonic() + 90
-    while len(list((tmp_path / "cache").glob("tokens-*[0-9a-f]"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert len(list((tmp_path / "cache").glob("tokens-*[0-9a-f]"))) == 4
+    while not (tmp_path / "helper").exists() or (made() < 4 and not killed):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert finish(process) == -signal.SIGKILL
+    helper = int((tmp_path / "helper").read_text())
+    while Path(f"/proc/{helper}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert (made() < 4) == killed
 
 
-def ahead(folder: str) -> None:
+def ahead(folder: str, told: str) -> None:
     parts = Parts.of([folder], bytes_of_a_part(Path(folder)), **HOW)
     parts.first()
-    module.prepare_ahead(parts, 1, 10**6, GROUP)
+    helper: Any = module.prepare_ahead(parts, 1, 10**6, GROUP)
+    checkpoints.write_text(Path(told), str(helper.pid))
     time.sleep(120)

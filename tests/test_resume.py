@@ -83,15 +83,14 @@ def test_the_uninterrupted_run_logs_every_step_once(whole):
 
 
 def test_killed_five_times_and_resumed_it_ends_as_if_uninterrupted(whole, tmp_path):
-    out, choose, inside = tmp_path / "run", random.Random(0), 0
+    out, choose = tmp_path / "run", random.Random(0)
     for kill in range(5):
-        process = begin(out, "--resume")
         if kill == 2:  # in the midst of writing a checkpoint
-            assert wait_for((out / "checkpoint.partial").exists, process)
-            process.kill()
+            process = start(killed_while_saving, *FLAGS, "--out", out, "--resume", log=tmp_path / "log")
             process.join()
-            inside += (out / "checkpoint.partial").exists()
+            assert (out / "checkpoint.partial").exists()
         else:
+            process = begin(out, "--resume")
             length = len(rows(out)) if (out / "metrics.jsonl").exists() else 0
             more = choose.randint(1, 3)
             assert wait_for(lambda n=length + more: (out / "metrics.jsonl").exists() and lines(out) >= n, process)
@@ -100,9 +99,15 @@ def test_killed_five_times_and_resumed_it_ends_as_if_uninterrupted(whole, tmp_pa
             process.join()
         assert process.exitcode == -signal.SIGKILL
         assert not (out / "run.json").exists()
-    assert inside == 1
     assert finish(begin(out, "--resume")) == 0, (tmp_path / "log").read_text()
     assert_same(out, whole)
+
+
+def killed_while_saving(*words: object) -> None:
+    from mixture_of_tokens.training import trainer
+
+    trainer.save_optimizer = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    mot(*words)
 
 
 def lines(run: Path) -> int:
@@ -342,6 +347,19 @@ def test_a_run_is_not_resumed_as_another(whole, words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_run_does_not_go_on_with_another_text(small_corpus, tmp_path, capsys):
+    shutil.copytree(small_corpus, tmp_path / "texts")
+    words = ["train", "MoT-Nano/4E", "--steps", 2, "--batch-size", 8, "--device", "cpu", "--out", tmp_path / "run"]
+    words += ["--data", tmp_path / "texts"]
+    mot(*words)
+    (tmp_path / "run" / "run.json").unlink()  # as if it had been stopped before its end
+    with (tmp_path / "texts" / "7.txt").open("a") as file:
+        file.write(" and more")
+    with pytest.raises(SystemExit, match="2"):
+        mot(*words, "--resume")
+    assert "checkpoint-2 was trained on text and tokenizer" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_foreign_directory_is_not_resumed(tmp_path, capsys):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mum.txt").write_text("dear mum")
@@ -379,6 +397,21 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(whole, tmp_path):
     assert last.startswith("mot: error:")
     assert "checkpoint-8 could not be written" in last
     assert not list(out.glob("checkpoint*"))
+    assert finish(begin(out, "--resume")) == 0
+    assert_same(out, whole)
+
+
+def test_a_full_disk_is_told_of_metrics(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "run.json").unlink()
+    shutil.rmtree(out / "checkpoint-48")
+    kept = sum(len(json.dumps(row)) + 1 for row in rows(out) if row["step"] <= 40)
+    words = [str(word) for word in (*FLAGS, "--out", out, "--resume")]
+    assert finish(start(mot_on_a_full_disk, kept + 50, *words, log=tmp_path / "log")) == 2
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("mot: error:")
+    assert "metrics.jsonl could not be written" in last
     assert finish(begin(out, "--resume")) == 0
     assert_same(out, whole)
 

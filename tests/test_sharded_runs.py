@@ -228,7 +228,7 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(runs, small_corpus, 
 
 def stuck(command: list[str]) -> None:
     """The second process does not come to its third step."""
-    in_its_third_step(lambda: time.sleep(20))
+    in_its_third_step(lambda: time.sleep(12))
     mot(*command)
 
 
@@ -237,7 +237,7 @@ def test_no_process_waits_longer_than_it_is_told(small_corpus, tmp_path, layout)
     command, log = words(layout, small_corpus, tmp_path / "run", "--training.ddp_timeout", 5), tmp_path / "log"
     since = time.monotonic()
     in_processes(stuck, (command,), 2, log, exits=2)
-    assert time.monotonic() - since > 20  # the second one finds the first gone; else both would go on
+    assert time.monotonic() - since > 12  # the second one finds the first gone; else both would go on
     said = [line for line in log.read_text().splitlines() if line.startswith("mot: error:")]
     assert "another process has ended, or has not answered in time" in said[0]
     assert "Traceback" not in log.read_text()

@@ -14,16 +14,18 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.data.groups import Blocks, GroupedBatches, collisions, grouped_order
+from mixture_of_tokens.data.groups import GroupedBatches, collisions, grouped_order
 from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.inference.evaluate import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
 from mixture_of_tokens.model.routings import ROWS as ROUTINGS
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
+from mixture_of_tokens.training import trainer
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build, train
+from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import mot
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
@@ -77,20 +79,34 @@ def test_metrics_have_every_logged_step_once(runs, name):
     assert all(("aux_loss" in row) == name.startswith("TC") for row in rows)
 
 
-@pytest.mark.parametrize(("kind", "method"), [(Blocks, "batch"), (GroupedBatches, "ready")])  # as for a part
-def test_time_in_which_training_waits_for_its_batches_is_told(kind, method, small_corpus, tmp_path, monkeypatch):
-    given = getattr(kind, method)
+def slower(monkeypatch, place, name, seconds):
+    """Let a function sleep before it does what it does."""
+    given = getattr(place, name)
 
-    def slow(self, *arguments, **options):
-        time.sleep(0.5)
-        return given(self, *arguments, **options)
+    def slow(*arguments, **options):
+        time.sleep(seconds)
+        return given(*arguments, **options)
 
-    monkeypatch.setattr(kind, method, slow)
+    monkeypatch.setattr(place, name, slow)
+
+
+@pytest.mark.parametrize("method", ["__getitems__", "ready"])  # batches; a part of the text
+def test_time_in_which_training_waits_for_its_batches_is_told(method, small_corpus, tmp_path, monkeypatch):
+    slower(monkeypatch, GroupedBatches, method, 1)
     flags = ["--steps", 4, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
-    mot("train", "MoT-Nano/4E", *flags, "--training.logging_steps", 2, "--training.eval_strategy", "no")
+    flags += ["--training.logging_steps", 2, "--training.eval_strategy", "no", "--training.save_strategy", "no"]
+    mot("train", "MoT-Nano/4E", *flags)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
-    assert all(0.7 < row["data_wait"] <= 1 for row in rows)
+    assert all(0.6 < row["data_wait"] <= 1 for row in rows)
+
+
+def test_the_clock_stands_still_while_a_run_evaluates_and_saves(small_corpus, tmp_path, monkeypatch):
+    slower(monkeypatch, GroupedTrainer, "loss_of", 4)
+    slower(monkeypatch, trainer, "save_optimizer", 4)
+    flags = ["--steps", 2, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
+    mot("train", "MoT-Nano/4E", *flags, "--training.eval_steps", 1, "--training.save_steps", 1)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"] < 4  # and not over 16
 
 
 @pytest.mark.parametrize(("strategy", "told"), [("steps", ", which is saved"), ("no", "")])

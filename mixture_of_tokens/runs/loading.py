@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.data.tokenizer import refuse
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Device, Placement, check_device
 from mixture_of_tokens.model.sharding import shard_model
@@ -129,8 +130,8 @@ def load_tokenizer_of(run: str) -> Any:
     """The tokenizer beside a model that `load_model` has loaded. Raises ValueError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(_located(run), padding_side="left", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run} has no tokenizer beside the model: {_first_line(error)}") from None
+    except BaseException as error:  # of many kinds
+        refuse(error, f"{run} has no tokenizer beside the model")
 
 
 def run_directory(run: str) -> Path | None:
