@@ -174,7 +174,7 @@ class MixtureOfTokens(Routed):
         Raises ValueError for a number of experts that there is not, and for few of them where all weights are the same.
         """
         few = self.num_experts if num_experts_alone is None else num_experts_alone
-        if not 1 <= few <= self.num_experts:
+        if not isinstance(few, int) or not 1 <= few <= self.num_experts:
             raise ValueError(f"served alone, a token can go to 1 to {self.num_experts} experts, not {few}")
         if few < self.num_experts and (self.gate is None or self.group_size == 1):
             raise ValueError("served alone, a token goes to all experts where these weigh it alike")

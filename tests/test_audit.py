@@ -120,11 +120,14 @@ def test_the_command_s_exit_status_is_the_verdict(tiny_runs, name, private, caps
     assert found["collisions"] == (None if private else 0)
     if private:
         mot("audit", run, "--expect", "private")
-        assert "causal: yes; private: yes" in capsys.readouterr().out
+        assert "\ncausal: yes; private: yes" in capsys.readouterr().out
+        assert (found["alone"], found["experts"]) == (False, None)
     else:
         with pytest.raises(SystemExit, match="1"):
             mot("audit", run, "--expect", "private")
-        assert "causal: yes; private: no" in capsys.readouterr().out
+        assert "\ncausal: yes; private: no" in capsys.readouterr().out
+        mot("audit", run, "--expect", "private", "--alone", "--experts", 2)
+        assert "\nserved alone, by 2 experts: causal: yes; private: yes" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -172,9 +172,17 @@ def test_the_more_experts_a_token_goes_to_the_nearer_it_is_to_all():
     for odd in (build("uniform"), build("mot", group_size=1)):
         with pytest.raises(ValueError, match="to all experts where these weigh it alike"):
             odd.serve_alone(num_experts_alone=2)
-    for few in (0, -1, E + 1):
+    for few in (0, -1, E + 1, 2.0, "2"):
         with pytest.raises(ValueError, match=f"can go to 1 to {E} experts, not {few}"):
             layer.serve_alone(num_experts_alone=few)
+
+
+def test_few_experts_alone_are_refused_where_no_layer_mixes():
+    for kind in ("dense", "token_choice"):
+        model = tiny(kind)
+        model.serve_alone()
+        with pytest.raises(ValueError, match="num_experts_alone is for a Mixture of Tokens"):
+            model.serve_alone(num_experts_alone=2)
 
 
 def test_an_expert_that_does_not_read_a_token_is_off_by_the_square_of_its_weight():

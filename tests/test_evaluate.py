@@ -66,6 +66,11 @@ def test_rows_a_group_from_full_to_alone(tiny_runs, evaluated):
     assert all(line["tokens_per_second"] > 0 for line in lines.values())
 
 
+def test_alone_by_a_number_of_experts_that_is_asked_for(tiny_runs, evaluated):
+    labels = [line["label"] for line in evaluated(tiny_runs[MIXED], "--experts", 3, "--sweep-tokens", 600)["lines"]]
+    assert labels[-2:] == ["alone", "alone, 3 of 8 experts"]
+
+
 def test_alone_is_each_block_by_itself(tiny_runs, evaluated):
     result = evaluated(tiny_runs[MIXED], "--sweep-tokens", 600)
     line = next(line for line in result["lines"] if line["label"] == "alone")

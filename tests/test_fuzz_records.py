@@ -203,9 +203,21 @@ def test_a_file_of_prompts_that_is_finished_is_said_to_be_and_nothing_else_is_ta
     before = out.read_text()
     capsys.readouterr()
     assert to_file(out, {"seed": 0}, batches, refuse, prompts) == first
-    assert capsys.readouterr().err.startswith(f"{out} is finished already, with a continuation of each of these")
+    assert capsys.readouterr().err == f"{out} is finished already\n"
+    with pytest.raises(ValueError, match="is not what this command writes, by flags, prompts and model"):
+        to_file(out, {"seed": 1}, batches, refuse, prompts)
     lines = before.splitlines(keepends=True)
-    for other in ("", "mine", "[" * 10**5, before[:-9], before[:-1] + "{}", "".join(lines[::-1]), "".join(lines[1:])):
+    assert json.loads(lines[0]).keys() == {"index", "sample", "prompt", "text", "tokens", "settings"}
+    for other in (
+        "",
+        "mine",
+        "[]",
+        "[" * 10**5,
+        before[:-9],
+        before[:-1] + "{}",
+        "".join(lines[::-1]),
+        "".join(lines[1:]),
+    ):
         out.write_text(other)
         with pytest.raises(ValueError, match="exists already"):
             to_file(out, {"seed": 0}, batches, refuse, prompts)

@@ -83,6 +83,25 @@ def test_alone_a_prompt_s_text_does_not_depend_on_the_others(run, prompts, capsy
     assert texts("--alone", "--experts", 1) == to_few != expected
 
 
+@pytest.mark.parametrize(("name", "flags"), [("TC-Nano/4E", ()), (MIXED, ("--alone", "--experts", 2))])
+def test_a_long_prompt_does_not_end_the_others_that_it_is_not_mixed_with(name, flags, tiny_runs, capsys):
+    prompts = ["abc d", "e", "fgh ij " * 12, "klm no " * 6]
+    lengths = [len(tokens) for tokens in load_tokenizer_of(str(tiny_runs[name]))(prompts)["input_ids"]]
+    assert max(lengths) > 40
+    flags = ("--temperature", 0, "--max-new-tokens", 60, "--json", *flags)
+    expected = []
+    for prompt in prompts:
+        mot("generate", tiny_runs[name], "--prompt", prompt, *flags)
+        expected.append(json.loads(capsys.readouterr().out))
+    mot("generate", tiny_runs[name], *(word for prompt in prompts for word in ("--prompt", prompt)), *flags)
+    shown = capsys.readouterr()
+    together = [json.loads(line) for line in shown.out.splitlines()]
+    assert [each["text"] for each in together] == [each["text"] for each in expected]
+    assert [each["tokens"] for each in together] == [min(60, 64 - length) for length in lengths]
+    cut = sum(length > 4 for length in lengths)
+    assert f"ends {cut} of 4 texts before 60 new tokens" in shown.err
+
+
 def test_several_prompts_are_one_batch_in_their_order(run, capsys):
     prompts = ["a longer prompt", "bc"]
     mot("generate", run, "--prompt", prompts[0], "--prompt", prompts[1], "--json", "--seed", 3)

@@ -68,7 +68,8 @@ class Audit(Result):
     """What a model leaks.
 
     length: of the texts, in tokens; collisions: groups of the run's own text with several rows of one document, None
-        where unknown; expect: what the model was expected to be.
+        where unknown; expect: what the model was expected to be; alone: whether each row was served alone, and experts:
+        by how many experts a token, None for all.
     """
 
     run: str
@@ -76,6 +77,8 @@ class Audit(Result):
     leaks: Leaks
     collisions: int | None = None
     expect: Literal["causal", "private"] | None = None
+    alone: bool = False
+    experts: int | None = None
 
     @property
     def causal(self) -> bool:
@@ -95,7 +98,8 @@ class Audit(Result):
     def as_dict(self) -> dict[str, Any]:
         written = super().as_dict()
         verdicts = {"allowed": self.leaks.allowed, "causal": self.causal, "private": self.private}
-        return {"run": self.run, "length": self.length, "collisions": self.collisions} | written["leaks"] | verdicts
+        facts = {name: written[name] for name in ("run", "alone", "experts", "length", "collisions")}
+        return facts | written["leaks"] | verdicts
 
     def __str__(self) -> str:
         leaks = self.leaks
@@ -120,7 +124,9 @@ class Audit(Result):
             lines.append("")
         if self.collisions is not None:
             lines.append(f"Groups of its text with several rows of one document: {self.collisions}")
-        lines.append(f"causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}")
+        how = f", by {self.experts or 'all'} experts" if self.alone else ""
+        served = f"served alone{how}: " if self.alone else ""
+        lines.append(f"{served}causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}")
         return "\n".join(lines)
 
 
@@ -168,7 +174,7 @@ def audit(
         size = model.config.group_size
         grouped = [blocks for blocks in (text.train, text.validation) if len(blocks) >= 2 * size]
         found = sum(len(collisions(blocks, deal(blocks, size))[0]) for blocks in grouped)
-    return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, expect)
+    return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, expect, alone, experts)
 
 
 def audit_model(

@@ -1,5 +1,6 @@
 """Continuations of prompts, and the file that a stopped command goes on with."""
 
+import hashlib
 import json
 import sys
 import time
@@ -31,8 +32,8 @@ class Continuation:
     text: str
     tokens: int
 
-    def line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+    def line(self, **more: str) -> str:
+        return json.dumps(asdict(self) | more, ensure_ascii=False)
 
 
 # Makes the continuations of a batch by its number, streaming them if there is a streamer.
@@ -42,14 +43,18 @@ Writer = Callable[..., list[Continuation]]
 def to_file(
     out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Writer, prompts: list[str]
 ) -> list[Continuation]:
-    """Write OUT.unfinished batch by batch, the settings first; when it is complete, OUT in the order of the prompts."""
+    """Write OUT.unfinished batch by batch, the settings first; when it is complete, OUT in the order of the prompts.
+
+    Each line of OUT has a hash of the settings as `settings`, by which it is known again.
+    """
     partial = out.with_name(f"{out.name}.unfinished")
     rows = sorted(row for batch in batches for row in batch)
+    own = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     if out.exists():
-        if (finished := _finished(out, rows, prompts)) is None:
-            raise ValueError(f"{out} exists already; name another with --out, or remove it")
-        what = "with a continuation of each of these prompts; other flags or another model need another --out"
-        print(f"{out} is finished already, {what}", file=sys.stderr)
+        if (finished := _finished(out, own, rows, prompts)) is None:
+            why = "exists already, and is not what this command writes, by flags, prompts and model"
+            raise ValueError(f"{out} {why}; name another with --out, or remove it")
+        print(f"{out} is finished already", file=sys.stderr)
         return finished
     done = _resumed(partial, settings, rows, prompts)
     new: list[Continuation] = []
@@ -70,7 +75,7 @@ def to_file(
                     done[row] = result
                     bar.update()
             file.flush()
-    checkpoints.write_text(out, "".join(done[row].line() + "\n" for row in sorted(done)))
+    checkpoints.write_text(out, "".join(done[row].line(settings=own) + "\n" for row in sorted(done)))
     partial.unlink()
     if new:
         say_speed(new, time.perf_counter() - clock)
@@ -78,12 +83,14 @@ def to_file(
     return [done[row] for row in sorted(done)]
 
 
-def _finished(out: Path, rows: list[Row], prompts: list[str]) -> list[Continuation] | None:
-    """What is in a file, if it is a continuation of every prompt in order. It does not say by which model."""
+def _finished(out: Path, settings: str, rows: list[Row], prompts: list[str]) -> list[Continuation] | None:
+    """What is in a file, if it has a continuation of every prompt in order, written with these settings."""
     try:
-        lines = out.read_bytes().removesuffix(b"\n").split(b"\n")
-        found = [_continuation(line, number, out, prompts) for number, line in enumerate(lines, 1)]
-    except (ValueError, OSError):
+        lines = [json.loads(line) for line in out.read_bytes().removesuffix(b"\n").split(b"\n")]
+        if any(line.pop("settings") != settings for line in lines):
+            return None
+        found = [_checked(line, number, out, prompts) for number, line in enumerate(lines, 1)]
+    except (ValueError, OSError, AttributeError, KeyError, TypeError, RecursionError):
         return None
     return found if [Row(each.index, each.sample) for each in found] == rows else None
 
@@ -91,8 +98,17 @@ def _finished(out: Path, rows: list[Row], prompts: list[str]) -> list[Continuati
 def _continuation(line: bytes, number: int, file: Path, prompts: list[str]) -> Continuation:
     """Raises ValueError, naming file and line, for what is no continuation of one of the prompts."""
     try:
-        found: Continuation = record(Continuation, json.loads(line), file)
+        fields = json.loads(line)
     except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
+    return _checked(fields, number, file, prompts)
+
+
+def _checked(fields: Any, number: int, file: Path, prompts: list[str]) -> Continuation:
+    """The same of a line that is read already."""
+    try:
+        found: Continuation = record(Continuation, fields, file)
+    except ValueError as error:
         raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
     if not 0 <= found.index < len(prompts) or prompts[found.index] != found.prompt:
         raise ValueError(f"{file}, line {number}, is damaged: it continues none of the prompts")

@@ -92,6 +92,7 @@ def evaluate(
     context: int | None = None,
     regroupings: int = 3,
     sweep_tokens: int = 1_000_000,
+    experts: int | None = None,
     device: Device | None = None,
     shard: int | None = None,
     expert_parallel: int | None = None,
@@ -99,8 +100,9 @@ def evaluate(
     """Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.
 
     In a group of n < G rows each expert's typical companions, averages measured after training, replace the missing
-    rows. Alone is what `mot generate --alone` does, with all experts and, as by its --experts, with few. Times are
-    medians of a forward pass over one group; tokens/s are from them.
+    rows. Alone is what `mot generate --alone` does, with all experts and, as by its --experts, with few: as many as the
+    granularity, and twice that. Times are medians of a forward pass over one group, alone over one row; tokens/s are
+    from them.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
@@ -110,13 +112,15 @@ def evaluate(
         context: Tokens in a block; by default the model's, at most 1,024.
         regroupings: Ways to form full groups; the loss is their mean, the spread largest - least.
         sweep_tokens: Smaller groups are made from the first full groups, which hold at most this many tokens.
+        experts: Alone, these many experts a token in place of the granularity and twice as many.
         device: cpu or cuda; by default cuda where there is one.
         shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
         expert_parallel: Of these processes, so many divide the experts.
 
     Raises ValueError for bad options, a run without a model, and an unknown text.
     """
-    for flag, value in {"--regroupings": regroupings, "--sweep-tokens": sweep_tokens, "--context": context}.items():
+    numbers = {"--regroupings": regroupings, "--sweep-tokens": sweep_tokens, "--context": context}
+    for flag, value in (numbers | {"--experts": experts}).items():
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     run = str(run)
@@ -126,17 +130,22 @@ def evaluate(
     if context > longest:
         raise ValueError(f"--context {context} is more than the {longest} tokens that the model takes")
     group_size = group_size_of(model)
+    if experts is not None:
+        with to_few_experts(model, experts):  # or why not
+            pass
     if data is None:
         blocks = dataclasses.replace(text_of(run).validation, context=context)
     else:
         blocks = whole_text(
             data, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
         )
-    lines = _lines(model, blocks, regroupings, sweep_tokens)
+    lines = _lines(model, blocks, regroupings, sweep_tokens, experts)
     return Evaluation(run, group_size, context, blocks.bytes, lines)
 
 
-def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[EvaluationLine]:
+def _lines(
+    model, blocks: Blocks, regroupings: int, sweep_tokens: int, experts: int | None = None
+) -> list[EvaluationLine]:
     mixes, group_size = group_size_of(model) is not None, group_size_of(model) or BATCH_SIZE
     seeds = range(regroupings if mixes else 1)
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
@@ -159,7 +168,8 @@ def _lines(model, blocks: Blocks, regroupings: int, sweep_tokens: int) -> list[E
         plan.append(("alone", [in_parts(part, 1)], nullcontext()))
         if routed and all(routed) and not is_sharded(model):
             count, granularity = model.config.num_experts, model.config.num_experts_per_tok
-            for few in (few for few in (2 * granularity, granularity) if few < count):
+            wanted = (2 * granularity, granularity) if experts is None else (experts,)
+            for few in (few for few in wanted if few < count):
                 plan.append((f"alone, {few} of {count} experts", [in_parts(part, 1)], to_few_experts(model, few)))
     lines = []
     total = sum(len(order) for _, orders, _ in plan for order in orders)

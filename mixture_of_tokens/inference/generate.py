@@ -105,16 +105,16 @@ def generate(
         prompts_file: A file of prompts: one a line, or, if it ends in .jsonl, objects with the field "prompt".
         out: The file of JSON lines for --prompts-file, in its order; by default NAME.continued.jsonl beside it. The
             same command goes on where it was stopped.
-        max_new_tokens: Tokens to write, by default 64; fewer where a text ends or the context is full.
+        max_new_tokens: Tokens to write, by default 64; fewer where a text ends or the context is full. Prompts that
+            are mixed end together, when the context of the longest is full.
         temperature: Of sampling; 0 always takes the likeliest token.
         top_p: Sample among the likeliest tokens that together have this probability.
         samples: Continuations of each prompt. Those of one prompt are never in one batch.
         batch_size: Prompts in a batch; rounded up to complete groups.
-        alone: Serve each prompt by itself: each expert's typical companions replace the other prompts. A Mixture of
-            Tokens then computes all experts for every token, or --experts.
+        alone: Serve each prompt by itself: each expert's typical companions replace the other prompts.
         experts: With --alone, experts that a token goes to, those of its largest weights; by default all. As many as
             the granularity cost what a dense feed-forward does, and give nearly the same loss.
-        seed: Of sampling.
+        seed: Of sampling; what is drawn depends on the number of prompts in a batch too, also with --alone.
         device: cpu or cuda; by default cuda where there is one.
         shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
         expert_parallel: Of these processes, so many divide the experts.
@@ -145,10 +145,15 @@ def generate(
     special = not isinstance(model, MixtureOfTokensForCausalLM)
     encoded = encode(tokenizer, prompts, context, add_special_tokens=special)
     batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
-    widths = [max(len(encoded[row.prompt]) for row in batch) for batch in batches]
-    cut = sum(len(batch) for batch, width in zip(batches, widths, strict=True) if width + most > context)
+    longest = [max(len(encoded[row.prompt]) for row in batch) for batch in batches]
+    widths = [
+        width if _mixes(model) else len(encoded[row.prompt])
+        for batch, width in zip(batches, longest, strict=True)
+        for row in batch
+    ]
+    cut = sum(width + most > context for width in widths)
     if cut and max_new_tokens is not None and is_main():
-        total = sum(map(len, batches))
+        total = len(widths)
         print(
             f"mot: the context of {context} tokens ends {cut} of {total} texts before {most} new tokens",
             file=sys.stderr,
@@ -257,22 +262,49 @@ def continue_prompts(
     return [text for text, _ in _continue(model, tokenizer, encoded, sampling)]
 
 
-@torch.no_grad()
+def _mixes(model: Any) -> bool:
+    return group_size_of(model) is not None
+
+
 def _continue(
     model, tokenizer: Any, encoded: list[list[int]], sampling: Sampling, streamer: TextStreamer | None = None
 ) -> list[tuple[str, int]]:
-    """Texts and numbers of tokens that continue a batch of prompts, as far as the context reaches."""
+    """Texts and numbers of tokens that continue a batch of prompts, as far as the context reaches.
+
+    Rows that are mixed end together. Others do when each has filled the context: without the longest, they go on.
+    """
+    set_seed(sampling.seed)
+    new: list[list[int]] = [[] for _ in encoded]
+    going, done = list(range(len(encoded))), 0
+    while going:
+        rows = [encoded[i] + new[i] for i in going]
+        room = min(sampling.max_new_tokens - done, context_of(model) - max(map(len, rows)))
+        written = _written(model, tokenizer, rows, room, sampling, streamer)
+        for i, tokens in zip(going, written, strict=True):
+            new[i] += tokens
+        done += room
+        if _mixes(model) or done == sampling.max_new_tokens:
+            break
+        whole = [i for i, tokens in zip(going, written, strict=True) if len(tokens) == room]
+        going = [i for i in whole if len(encoded[i]) + done < context_of(model)]
+    return [(_text_after(tokenizer, tokens, row), len(row)) for tokens, row in zip(encoded, new, strict=True)]
+
+
+@torch.no_grad()
+def _written(
+    model, tokenizer: Any, encoded: list[list[int]], most: int, sampling: Sampling, streamer: TextStreamer | None
+) -> list[list[int]]:
+    """So many tokens after each row, fewer after one that ends."""
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     width = max(map(len, encoded))
     ids = torch.tensor([[pad] * (width - len(tokens)) + tokens for tokens in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in encoded], device=model.device)
-    set_seed(sampling.seed)
     training = model.training
     model.eval()
     written = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=min(sampling.max_new_tokens, context_of(model) - width),
+        max_new_tokens=most,
         do_sample=sampling.temperature > 0,
         temperature=sampling.temperature or None,
         top_p=sampling.top_p if sampling.temperature else None,
@@ -285,7 +317,7 @@ def _continue(
     new = written[:, width:].tolist()
     if tokenizer.eos_token_id is not None:
         new = [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in new]
-    return [(_text_after(tokenizer, tokens, row), len(row)) for tokens, row in zip(encoded, new, strict=True)]
+    return new
 
 
 def _text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:

@@ -134,15 +134,17 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             num_experts_alone: experts that a token of a Mixture of Tokens goes to, by default all of them; as many as
                 the granularity cost what a dense feed-forward does, and give nearly the same.
 
-        Raises ValueError for a routing that cannot do without the other rows, such as Expert Choice, and as the layers
-        do.
+        Raises ValueError for a routing that cannot do without the other rows, such as Expert Choice, for
+        num_experts_alone of a model that mixes no rows, and as the layers do.
         """
         for routing in self.config.routings:
             if not routing.serves_alone:
                 raise ValueError(f"{routing.title} chooses among the rows of a batch; it cannot serve a row alone")
-        for module in self.modules():
-            if isinstance(module, MixtureOfTokens):
-                module.serve_alone(alone, num_experts_alone)
+        mixtures = [module for module in self.modules() if isinstance(module, MixtureOfTokens)]
+        if num_experts_alone is not None and not mixtures:
+            raise ValueError("num_experts_alone is for a Mixture of Tokens; this model serves each row alone as it is")
+        for mixture in mixtures:
+            mixture.serve_alone(alone, num_experts_alone)
 
     def balance(self) -> None:
         """To be called after each step of training: routings without a balancing loss then balance their load."""

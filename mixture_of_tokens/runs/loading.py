@@ -66,8 +66,10 @@ def load_model(
     a device or a number of experts that is not there.
     """
     check_device(device)
-    if experts is not None and (not alone or placement.sharded):
-        raise ValueError("--experts is for --alone, and not for --shard")
+    if experts is not None and not alone:
+        raise ValueError("--experts says how many experts serve a text alone; give --alone too")
+    if experts is not None and placement.sharded:
+        raise ValueError("--experts is not for --shard: give one of them")
     directory = model_directory(run)
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
@@ -128,8 +130,11 @@ def context_of(model: Any) -> int:
 
 def load_tokenizer_of(run: str) -> Any:
     """The tokenizer beside a model that `load_model` has loaded. Raises ValueError where there is none."""
+    located = _located(run)
+    if Path(located).is_dir() and not any(Path(located).glob("*token*")):
+        raise ValueError(f"{run} has no tokenizer beside the model: there is no tokenizer.json in {located}")
     try:
-        return AutoTokenizer.from_pretrained(_located(run), padding_side="left", trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(located, padding_side="left", trust_remote_code=False)
     except BaseException as error:  # of many kinds
         refuse(error, f"{run} has no tokenizer beside the model")
 
