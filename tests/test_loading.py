@@ -50,7 +50,7 @@ def test_a_device_that_is_not_here_is_refused(command, tiny_runs, tmp_path, monk
         ("generate", MIXED, ["--experts", 2], "--experts says how many experts serve a text alone; give --alone too"),
         ("audit", MIXED, ["--experts", 2], "--experts says how many experts serve a text alone; give --alone too"),
         ("evaluate", MIXED, ["--experts", 9], "a token can go to 1 to 8 experts, not 9"),
-        ("evaluate", "TC-Nano/4E", ["--experts", 2], "num_experts_alone is for a Mixture of Tokens"),
+        ("evaluate", "TC-Nano/4E", ["--experts", 2], "--experts is for a Mixture of Tokens"),
         ("audit", MIXED, ["--alone", "--experts", 9], "a token can go to 1 to 8 experts, not 9"),
         ("generate", "TC-Nano/4E", ["--alone", "--experts", 2], "--experts is for a Mixture of Tokens"),
     ],

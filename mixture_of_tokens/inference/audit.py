@@ -124,8 +124,8 @@ class Audit(Result):
             lines.append("")
         if self.collisions is not None:
             lines.append(f"Groups of its text with several rows of one document: {self.collisions}")
-        how = f", by {self.experts or 'all'} experts" if self.alone else ""
-        served = f"served alone{how}: " if self.alone else ""
+        by = f", by {self.experts} experts" if self.experts else ""
+        served = f"served alone{by}: " if self.alone else ""
         lines.append(f"{served}causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}")
         return "\n".join(lines)
 

@@ -27,7 +27,15 @@ from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import routings_of
 from mixture_of_tokens.model.sharding import is_sharded
 from mixture_of_tokens.process import is_main
-from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, load_tokenizer_of, placed, text_of
+from mixture_of_tokens.runs.loading import (
+    check_experts,
+    context_of,
+    group_size_of,
+    load_model,
+    load_tokenizer_of,
+    placed,
+    text_of,
+)
 
 BATCH_SIZE = 32  # of models that do not mix rows
 ARGMAX_TEMPERATURE = 1e-6
@@ -124,7 +132,8 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     run = str(run)
-    model = load_model(run, device=device, placement=placed(shard, expert_parallel))
+    model = load_model(run, device=device, placement=placed(shard, expert_parallel, experts))
+    check_experts(run, model, experts)
     longest = context_of(model)
     context = min(longest, 1024) if context is None else context
     if context > longest:

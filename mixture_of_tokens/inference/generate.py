@@ -135,7 +135,7 @@ def generate(
     (sampling := Sampling(most, temperature, top_p, seed)).check()
     run, texts = str(run), [prompt] if isinstance(prompt, str) else prompt or []
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
-    placement = placed(shard, expert_parallel)
+    placement = placed(shard, expert_parallel, experts)
     model = load_model(run, alone=alone, experts=experts, device=device, placement=placement)
     tokenizer = load_tokenizer_of(run)
     if not getattr(model.config, "causal", True):

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.data.sources import first_line
 from mixture_of_tokens.data.tokenizer import refuse
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Device, Placement, check_device
@@ -17,6 +19,8 @@ from mixture_of_tokens.model.sharding import shard_model
 from mixture_of_tokens.process import is_main, keep_large_blocks, process_count
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.records import RunConfig, RunFacts
+
+TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")  # one of which every tokenizer has
 
 
 def model_directory(run: str) -> str:
@@ -68,8 +72,6 @@ def load_model(
     check_device(device)
     if experts is not None and not alone:
         raise ValueError("--experts says how many experts serve a text alone; give --alone too")
-    if experts is not None and placement.sharded:
-        raise ValueError("--experts is not for --shard: give one of them")
     directory = model_directory(run)
     keep_large_blocks()
     transformers.logging.disable_progress_bar()
@@ -82,9 +84,8 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         where = "" if Path(run).exists() else ": there is no such directory, and as a name on the Hub it"
-        raise ValueError(f"{run}{where} cannot be loaded: {_first_line(error)}") from None
-    if experts is not None and group_size_of(model) is None:
-        raise ValueError(f"--experts is for a Mixture of Tokens, and {run} serves each row alone as it is")
+        raise ValueError(f"{run}{where} cannot be loaded: {first_line(error)}") from None
+    check_experts(run, model, experts)
     if alone and hasattr(model, "serve_alone"):  # other models never mix rows
         model.serve_alone(num_experts_alone=experts)
     if placement.sharded:
@@ -95,17 +96,26 @@ def load_model(
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def placed(shard: int | None, expert_parallel: int | None) -> Placement:
+def placed(shard: int | None, expert_parallel: int | None, experts: int | None = None) -> Placement:
     """How a model that is only read lies over the processes of torchrun, as flags say.
 
-    Raises ValueError where they do not fit, and for several processes that would each do all of the work.
+    Raises ValueError where they do not fit, for several processes that would each do all of the work, and for few
+    experts of a model that lies over several.
     """
     placement = Placement.of(shard, None, expert_parallel, process_count())
     if process_count() > 1 and not placement.sharded:
         raise ValueError(
             f"{process_count()} processes would each do all of the work; give --shard, or leave out torchrun"
         )
+    if experts is not None and placement.sharded:
+        raise ValueError("--experts is not for --shard: give one of them")
     return placement
+
+
+def check_experts(run: str, model: Any, experts: int | None) -> None:
+    """Raises ValueError for a number of experts of a model that mixes no rows."""
+    if experts is not None and group_size_of(model) is None:
+        raise ValueError(f"--experts is for a Mixture of Tokens, and {run} serves each row alone as it is")
 
 
 def weights_hash(run: str) -> str | None:
@@ -131,7 +141,8 @@ def context_of(model: Any) -> int:
 def load_tokenizer_of(run: str) -> Any:
     """The tokenizer beside a model that `load_model` has loaded. Raises ValueError where there is none."""
     located = _located(run)
-    if Path(located).is_dir() and not any(Path(located).glob("*token*")):
+    names = {path.name for path in Path(located).iterdir()} if Path(located).is_dir() else None
+    if names is not None and not any(fnmatch(name, kind) for name in names for kind in TOKENIZER_FILES):
         raise ValueError(f"{run} has no tokenizer beside the model: there is no tokenizer.json in {located}")
     try:
         return AutoTokenizer.from_pretrained(located, padding_side="left", trust_remote_code=False)
@@ -173,7 +184,3 @@ def text_of(run: str) -> Prepared:
                 f"the {what} of {run} has changed: its hash is {now} now and was {was}; put back what it was trained on"
             )
     return prepared
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
