@@ -120,6 +120,7 @@ class Turn:
             model(**inputs, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
+            model.balance()
             schedule.step()
             optimizer.zero_grad()
         self._wait()

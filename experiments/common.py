@@ -11,13 +11,14 @@ import itertools
 import math
 import os
 import random
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import matplotlib
 import numpy as np
@@ -33,6 +34,7 @@ from mixture_of_tokens.reports import comparison
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_model, runs_of
 from mixture_of_tokens.reports.figures import DASHES
 from mixture_of_tokens.reports.prose import seeds_of
+from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.records import MetricsRow
 from mixture_of_tokens.runs.run import Run, pack, read
@@ -52,6 +54,9 @@ GREY = "#858585"
 STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
 STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 10, "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False}
+
+
+Row = Mapping[str, Any]  # of a csv
 
 
 class Experiment(NamedTuple):
@@ -121,7 +126,7 @@ def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = (), *, first_
             print(f"{file} was of another text: its losses are not comparable with the new ones", file=sys.stderr)
         pack(thinned(run), file, telemetry=run.seed == first)
         text = file.read_text()
-        for prefix in (*without, f"{RUNS}/"):
+        for prefix in (*without, f"{RUNS}/", f"{RUNS.resolve()}/"):
             text = text.replace(prefix, "")
         write_text(file, text)
         again.append(read(file))
@@ -153,6 +158,20 @@ def spread(values: Iterable[str | float], shown: Callable[[float], str] = loss) 
     return "" if summary is None else with_span(summary, shown)
 
 
+def is_swept(rows: Iterable[Mapping[str, str]], name: str, rates: Iterable[float], model: Mapping[str, str]) -> bool:
+    """Whether rows of a sweeps.csv have every cell of a sweep: each rate with each of a field's values."""
+    known = {row["settings"] for row in rows if row["name"] == name}
+    cells = itertools.product(rates, *(values.split(",") for values in model.values()))
+    wanted = [{f"--learning-rate {rate:g}", *map("--model.{} {}".format, model, values)} for rate, *values in cells]
+    return all(any(set(re.findall(r"--\S+ \S+", settings)) == cell for settings in known) for cell in wanted)
+
+
+def with_new(rows: Sequence[Row], made: Iterable[Row]) -> list[Row]:
+    """Rows of a sweeps.csv, and those made of which it has no row with that name and these settings."""
+    known = {(row["name"], row["settings"]) for row in rows}
+    return [*rows, *(row for row in made if (row["name"], row["settings"]) not in known)]
+
+
 def settings_of(cell: Mapping[str, str], model: Mapping[str, str]) -> str:
     """The flags of a cell of a sweep, with those of the model's fields that were not swept."""
     fixed = {f"--model.{field}": value for field, value in model.items() if "," not in value}
@@ -172,7 +191,8 @@ def step_times(
 ) -> list[dict[str, object]]:
     """Forward, backward and a fused AdamW of every model in turns, in an order that is shuffled every round.
 
-    Shares are of the first model's time in the same round; their median, least and greatest are given.
+    Shares are of the first model's time in the same round; their median, least and greatest are given, with the commit
+    and the machine that they are of.
 
     Args:
         rows, group: rows of a step, and of a group in it.
@@ -194,11 +214,12 @@ def step_times(
                 seconds[label].append((time.perf_counter() - start) / steps)
         print(f"round {max(0, number)} of {rounds} timed", file=sys.stderr)
     first, times = next(iter(seconds)), []
+    where = {"commit": provenance.commit(), "torch": torch.__version__, **provenance.hardware("cpu")}
     for label, own in seconds.items():
         shares = [mine / its for mine, its in zip(own, seconds[first], strict=True)]
         row = {"system": label, "milliseconds": 1e3 * statistics.median(own)}
         row |= {"share_of_dense": statistics.median(shares), "share_low": min(shares), "share_high": max(shares)}
-        times.append(row | {"rounds": rounds})
+        times.append(row | {"rounds": rounds} | where)
     return times
 
 

@@ -1,76 +1,124 @@
 """Figure 8: transition tuning recovers from the switch to Token Choice.
 
-    python experiments/paper/fig8.py            # the picture and the table, of the runs of ../transition; seconds
+    python experiments/paper/fig8.py            # what is missing of a Micro and its transitions; 90 minutes of one core
     python experiments/paper/fig8.py --table    # the table
 
-The runs are Nanos, three seeds: 1,200 steps as Mixture of Tokens, then 120 as Token Choice, switched as in the paper
-(plain) and with fitted scales; Token Choice from scratch has all 1,320. `../transition/run.py` makes what is missing.
-Expected: the loss jumps at the plain switch and is below the source's at the end, on every seed. The paper: a spike at
-the switch, then recovery, for Medium and Base (caption of figure 8; values not available). The distilled switch, which
-does not jump, is in `../switch`, the same question at equal time in `../verdict`.
+Each source is trained on as Token Choice for a tenth of its steps: switched as in the paper (plain), and with what is
+fitted at the switch. Beside it is Token Choice from scratch with as many steps and the default temperature, 1; for a
+Micro these take about as long (`timings.csv`), without what the fit takes. The Nanos, three seeds, are those of
+`../transition`, whose `run.py` makes them. The Micro, one seed, is figure 7's at 12 million tokens, switched as `mot
+transition` does by default, and with sigmoid gates. Expected: the loss jumps at the plain switch and is below the
+source's at the end, on every seed. The paper: a spike at the switch, then recovery, for Medium and Base (caption of
+figure 8; values not available). The same question with budgets of time is in `../verdict`.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import micro
 import numpy as np
-from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, Study
+from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, SIZES, Study, check_text
 
+from mixture_of_tokens import train, transition
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.runs.run import Run, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Curve, Experiment, directory_of, save_picture, spread
+from common import Curve, Experiment, directory_of, keep, save_picture, spread
 
-NAMES, SEEDS = ("MoT-Nano/32E", "MoT-Nano/32E/8"), (1, 2, 3)
-WAYS = {"plain": "plain switch", "": "fitted scales"}
-FIRST_DRAWN = 700
+PLAIN, SCRATCH, SIGMOID_SCRATCH = "plain", "scratch", "sigmoid-scratch"
+DRAWN = 0.6  # of all steps, after which curves are drawn
+# By what a run's name ends in: how it is called, and the options of `mot transition` for a Micro.
+Ways = dict[str, tuple[str, Mapping[str, Any]]]
+OF_NANOS: Ways = {PLAIN: ("plain switch", {}), "": ("fitted scales", {})}
+OF_MICROS: Ways = {
+    PLAIN: ("plain switch", {"calibrate": "none"}),
+    "distilled": ("distilled", {}),
+    "sigmoid": ("distilled, sigmoid gates", {"scores": "sigmoid"}),
+}
+CONTROL: Ways = {SCRATCH: ("Token Choice from scratch", {"control": "scratch"})}
+CONTROLS = CONTROL | {SIGMOID_SCRATCH: ("from scratch, sigmoid gates", {"control": "scratch", "scores": "sigmoid"})}
+
+
+class Source(NamedTuple):
+    """A Mixture of Tokens; runs of its transitions are kept as RUN-WAY."""
+
+    name: str
+    runs: tuple[str, ...]  # by seed
+    ways: Ways
+
+    def transitions(self, way: str) -> list[Run]:
+        return [read(TRANSITION / "-".join(filter(None, [run, way]))) for run in self.runs]
+
+
 TRANSITION = Experiment.named("transition").kept
+NANOS = [
+    Source(name, tuple(directory_of(name, f"seed{seed}") for seed in (1, 2, 3)), OF_NANOS)
+    for name in ("MoT-Nano/32E", "MoT-Nano/32E/8")
+]
+SYSTEM, SEED = micro.BEST_MIXTURE, FIRST_SEEDS["Micro"]
+MICRO = Source(SYSTEM.name, (SYSTEM.directory(micro.SHORT, SEED),), OF_MICROS)
+SOURCES = (*NANOS, MICRO)
 
 
-def runs_of(name: str, way: str) -> list[Run]:
-    return [read(TRANSITION / directory_of(name, f"seed{seed}", *filter(None, [way]))) for seed in SEEDS]
+def make() -> None:
+    """The Micro's transitions that are not kept."""
+    (name,) = MICRO.runs
+    for way, (_, options) in (OF_MICROS | CONTROLS).items():
+        out = EXPERIMENT.trained / f"{name}-{way}"
+        if (TRANSITION / f"{out.name}.json").is_file():
+            continue
+        check_text("Micro")
+        source = EXPERIMENT.trained / name
+        train(SYSTEM.name, out=source, seed=SEED, options=SYSTEM.options(micro.SHORT), resume=True)
+        transition(source, out=out, device=SIZES["Micro"].device, resume=True, **options)
+        keep([read(out)], TRANSITION, first_seed=SEED)
 
 
-def stages_of(name: str, way: str) -> list[list[float]]:
+def stages_of(source: Source, way: str) -> list[list[float]]:
     """By seed: the loss in groups before, at the switch and at the end; on the part that is evaluated in training."""
     return [
         [run.switch.source_in_groups, run.switch.at_the_switch, run.stages.end_loss]
-        for run in runs_of(name, way)
+        for run in source.transitions(way)
         if run.switch is not None
     ]
 
 
-def from_scratch(name: str) -> list[float]:
-    return [run.curve[-1].loss for run in runs_of(name, "scratch")]
-
-
-def says() -> tuple[str, str]:
+def says() -> tuple[str, str] | None:
+    if not all((TRANSITION / f"{run}-{way}.json").is_file() for run in MICRO.runs for way in OF_MICROS | CONTROLS):
+        return None
     told, recovered = [], True
-    for name in NAMES:
-        stages = stages_of(name, "plain")
+    for source in SOURCES:
+        stages = stages_of(source, PLAIN)
         before, at, end = np.mean(stages, axis=0)
-        told.append(f"{name}: {before:.3f} in groups, {at:.3f} at the switch, {end:.3f} after a tenth more steps")
+        told.append(
+            f"{source.name}: {before:.3f} in groups, {at:.3f} at the switch, {end:.3f} after a tenth more steps"
+        )
         recovered &= all(first < jumped and last < first for first, jumped, last in stages)
     return "; ".join(told), CONFIRMED if recovered else CONTRADICTED
 
 
 def table_of(_: object = ()) -> str:
     rows = [["", "way", "in groups, before", "at the switch", "at the end", "Token Choice from scratch, at the end"]]
-    for name in NAMES:
-        for way, label in WAYS.items():
-            stages = zip(*stages_of(name, way), strict=True)
-            rows.append([name, label, *map(spread, stages), spread(from_scratch(name))])
+    for source in SOURCES:
+        for way, (label, options) in source.ways.items():
+            control = SIGMOID_SCRATCH if options.get("scores") == "sigmoid" else SCRATCH
+            from_scratch = spread(run.curve[-1].loss for run in source.transitions(control))
+            rows.append([source.name, label, *map(spread, zip(*stages_of(source, way), strict=True)), from_scratch])
     return markdown(rows, left=2)
 
 
 def draw(study: Study) -> None:
     panels = {}
-    for name in NAMES:
-        curves = panels[f"steps of {name}"] = []
-        for way, label in {**WAYS, "scratch": "Token Choice from scratch"}.items():
-            points = [[point for point in run.curve if point.step >= FIRST_DRAWN] for run in runs_of(name, way)]
+    for source in SOURCES:
+        curves = panels[f"steps of {source.name}"] = []
+        for way, (label, _) in (source.ways | (CONTROLS if source is MICRO else CONTROL)).items():
+            runs = source.transitions(way)
+            since = DRAWN * max(run.curve[-1].step for run in runs)
+            points = [[point for point in run.curve if point.step >= since] for run in runs]
             losses = np.array([[point.loss for point in each] for each in points])
             curves.append(Curve(label, np.array([point.step for point in points[0]]), losses))
     save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg")
@@ -82,6 +130,7 @@ STUDY = Study(
     paper="a spike, then recovery (Medium, Base); values not available",
     says=says,
     table=table_of,
+    make=make,
     draw=draw,
 )
 

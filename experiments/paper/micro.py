@@ -1,6 +1,6 @@
 """Micros: the systems of figures 5 to 7, their rates, the time of a step, and when each reaches the dense loss.
 
-    python experiments/paper/micro.py --sweep    # peak rates, on the tuning split
+    python experiments/paper/micro.py --sweep    # peak rates, on the tuning split; what is missing
     python experiments/paper/micro.py --time     # a step of every system with a run, in turns; an idle machine
     python experiments/paper/micro.py --table    # both as Markdown
 
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from studies import EXPERIMENT, FIRST_SEEDS, Row, Study, System, run_of
@@ -32,7 +32,18 @@ from mixture_of_tokens.training.train import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Curve, asked, directory_of, read_csv, save_picture, settings_of, step_times, write_csv
+from common import (
+    Curve,
+    asked,
+    directory_of,
+    is_swept,
+    read_csv,
+    save_picture,
+    settings_of,
+    step_times,
+    with_new,
+    write_csv,
+)
 
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
 SHORT = 1500  # steps of the figures that compare many systems, and of sweeps: 12.3 M tokens; fewer mislead (../LOG.md)
@@ -145,16 +156,20 @@ def draw_curves(study: Study, drawn: int = SHORT, since: float = 1 / 6) -> None:
 
 
 def swept() -> None:
-    rows = []
+    """What is in sweeps.csv is not swept again."""
+    rows: list[Any] = [*read_csv(SWEPT)] if SWEPT.is_file() else []
     for name, rates, model in SWEEPS:
+        if is_swept(rows, name, rates, model):
+            continue
         options = System(name, model).options(SHORT)
         out = EXPERIMENT.trained / directory_of(
             f"sweep-{name}", *(f"{field}={value}" for field, value in model.items())
         )
-        for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
-            settings = settings_of(cell["settings"], model)
-            rows.append({"name": name, "settings": settings, "steps": SHORT, "tuning_loss": cell["loss"]})
-    write_csv(SWEPT, list(rows[0]), rows)
+        cells = sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]
+        made = [(settings_of(cell["settings"], model), cell["loss"]) for cell in cells]
+        own = {"name": name, "steps": SHORT}
+        rows = with_new(rows, (own | {"settings": settings, "tuning_loss": loss} for settings, loss in made))
+        write_csv(SWEPT, list(rows[0]), rows)
 
 
 def timed() -> None:

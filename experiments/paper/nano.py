@@ -48,13 +48,13 @@ def last_measured(system: System, field: str) -> list[float]:
 
 
 def table_of(rows: Sequence[Row], columns: Mapping[str, Callable[[System], str]] | None = None) -> str:
-    """Of the rows of which a run is kept: losses and FLOPs, and their distance to the first row of the same size."""
+    """Of the rows of which a run is kept: losses and FLOPs, and how far above the first row of their size and text."""
     lines, bases = [["", "M tokens", "seeds", "loss", "over the first row", "FLOPs", *(columns or {})]], {}
     for row in rows:
         found, system = Summary.of(losses_of(row).values()), row.system
         if found is None:
             continue
-        base = bases.setdefault(parse_name(system.name).size, row)
+        base = bases.setdefault((parse_name(system.name).size, run_in(row).facts.text), row)
         above = None if row is base else against(row, base)
         cells = [system.label, f"{run_in(row).facts.tokens / 1e6:.1f}", str(found.seeds), with_span(found, loss)]
         cells += ["" if above is None else with_span(above, signed), ratio(flops_of(row) / flops_of(base))]
@@ -77,10 +77,10 @@ def signed(value: float) -> str:
 
 
 def draw_curves(study: Study) -> None:
-    """The evaluations of the Nanos during training, without the first sixth."""
-    curves = []
-    for row in study.rows:
-        if parse_name(row.system.name).size == "Nano" and row.runs:
+    """The evaluations of the Nanos of the first one's text during training, without the first sixth."""
+    curves, nanos = [], [row for row in study.rows if parse_name(row.system.name).size == "Nano" and row.runs]
+    for row in nanos:
+        if run_in(row).facts.text == run_in(nanos[0]).facts.text:
             points = [[point for point in run.curve if 6 * point.step >= row.steps] for run in row.runs.values()]
             losses = np.array([[point.loss for point in each] for each in points])
             curves.append(Curve(row.system.label, np.array([point.tokens / 1e6 for point in points[0]]), losses))

@@ -52,6 +52,7 @@ def make(file: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
         run = train(BASE.name, out=out, seed=SEED, options=BASE.options(STEPS))
         assert run is not None
+        run.check_same_text(run_in(row(BASE)))
         write_csv(file, COLUMNS, [*rows, {"multiple": multiple, "seed": SEED, "loss": run.facts.final_loss}])
 
 

@@ -11,7 +11,7 @@ else is said, and those without settings are the runs of `../nano`, `../long` an
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from mixture_of_tokens import train
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.runs.run import Run, read
 from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -85,11 +86,31 @@ class Row(NamedTuple):
         return len(self.runs) == len(self.seeds)
 
 
+@cache
+def check_text(size: str) -> None:
+    """Raises SystemExit where the text on this machine is another one than that of the runs that are kept.
+
+    It comes with Python and its packages, which differ; what was trained on it would compare with nothing here.
+    """
+    dense = System(f"Transformer-{size}")
+    folders = [EXPERIMENT.kept, *(each.kept for each in PLAIN_NANOS)]
+    kept = [file for folder in folders for file in sorted(folder.glob(f"{dense.name}-*seed*.json"))]
+    if not kept:
+        return
+    here = merge(dense.name, 0, None, dense.options(1)).config.prepare().facts
+    for file in kept:
+        there = read(file).facts.text
+        if (here["hash"], here["tokenizer"]) != there:
+            others = f"the runs of {size}s beside {file}"
+            sys.exit(f"the text of {others} ({there[0]}) is not that of this machine ({here['hash']}): move them away")
+
+
 def trained(rows: Iterable[Row]) -> None:
     """Train what is missing, short runs and low seeds first, and keep what is finished."""
     missing = [(steps, seed, system) for system, steps, seeds in rows for seed in seeds]
     for steps, seed, system in sorted(missing, key=lambda run: run[:2]):
         if run_of(system, steps, seed) is None:
+            check_text(parse_name(system.name).size)
             out = EXPERIMENT.trained / system.directory(steps, seed)
             options, rate = system.options(steps), system.learning_rate
             train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)
@@ -106,7 +127,7 @@ def run_of(system: System, steps: int, seed: int) -> Run | None:
 
 
 CONFIRMED, NOT_HERE, CONTRADICTED = "confirmed", "not at this scale", "contradicted"
-OPEN = "open"  # as long as runs are missing
+OPEN = "open"  # as long as runs are missing, or seeds differ by more than what is asked
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ steps. Rates are the best of `sweeps.csv`, one seed. Times are interleaved round
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +34,23 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, directory_of, keep, read_csv, settings_of, spread, step_times, write_csv
+from common import (
+    Experiment,
+    asked,
+    directory_of,
+    is_swept,
+    keep,
+    read_csv,
+    settings_of,
+    spread,
+    step_times,
+    with_new,
+    write_csv,
+)
 
 STEPS, SEEDS = 1200, [1, 2, 3]
 UNTRAINED = ", untrained"
+ALL_AT_FIRST = "ReMoE-"  # of which nearly all experts answer before it is trained
 TIMES = ("share_of_dense", "share_low", "share_high")
 ROUNDS, TIMED = 7, 15  # of a timing, and steps of each model in a round
 ROWS, GROUP = 128, 32  # of a step
@@ -98,17 +111,23 @@ SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
     ("SoftMoE-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
     ("STC-Nano/32E", [1e-2], {"router_temperature": "0.25,4"}),
     ("TC-Nano/32E", [1e-2], {"router_temperature": "0.25,1,4"}),
+    ("EC-Nano/32E", [2e-2], {"router_temperature": "0.25,4"}),
 )
 
 
 def swept(experiment: Experiment) -> None:
-    rows = []
+    """What is in sweeps.csv is not swept again."""
+    file = experiment.kept / "sweeps.csv"
+    rows: list[Any] = [*read_csv(file)] if file.is_file() else []
     for name, rates, model in SWEEPS:
+        if is_swept(rows, name, rates, model):
+            continue
         out = experiment.trained / directory_of(f"sweep-{name}", *model)
         options = Options(steps=STEPS, device="cpu", model=model)
-        for cell in sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]:
-            rows.append({"name": name, "settings": settings_of(cell["settings"], model), "tuning_loss": cell["loss"]})
-    write_csv(experiment.kept / "sweeps.csv", list(rows[0]), rows)
+        cells = sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]
+        made = [(settings_of(cell["settings"], model), cell["loss"]) for cell in cells]
+        rows = with_new(rows, ({"name": name, "settings": settings, "tuning_loss": loss} for settings, loss in made))
+        write_csv(file, list(rows[0]), rows)
 
 
 def trained(experiment: Experiment) -> None:
@@ -134,21 +153,28 @@ def runs_of(experiment: Experiment, system: System) -> list[Run]:
 
 
 def timed(experiment: Experiment) -> None:
-    models, known = {}, {}
+    models, (first, *_) = {}, weights_of(experiment, SEEDS[:1])
     for system in SYSTEMS:
-        run = experiment.trained / system.directory(SEEDS[0])
         if system.nano:  # whose weights are not kept; they do not decide what a step costs
             models[system.label] = MixtureOfTokensForCausalLM(runs_of(experiment, system)[0].model_config)
-        elif (run / "model").is_dir():
-            models[system.label] = load_model(str(run))
-            if system.name.startswith("ReMoE"):
-                models[system.label + UNTRAINED] = MixtureOfTokensForCausalLM(models[system.label].config)
-            known[system.label] = run
-    blocks = text_of(str(next(iter(known.values())))).train
+            continue
+        models[system.label] = load_model(str(experiment.trained / system.directory(SEEDS[0])))
+        if system.name.startswith(ALL_AT_FIRST):
+            models[system.label + UNTRAINED] = MixtureOfTokensForCausalLM(models[system.label].config)
+    blocks = text_of(str(first)).train
     rows = step_times(models, blocks, rows=ROWS, group=GROUP, rounds=ROUNDS, steps=TIMED)
     for row, model in zip(rows, models.values(), strict=True):
         row["experts_per_token"] = _experts_of(model, blocks)
     write_csv(experiment.kept / "timings.csv", list(rows[0]), rows)
+
+
+def weights_of(experiment: Experiment, seeds: Sequence[int] = SEEDS) -> list[Path]:
+    """Run directories of all systems that are trained here. Raises SystemExit, naming the first one that is missing."""
+    runs = [experiment.trained / system.directory(seed) for system in SYSTEMS if not system.nano for seed in seeds]
+    for run in runs:
+        if not (run / "model").is_dir():
+            sys.exit(f"run.py: {run} has no weights; train what is missing first, by run.py without a flag")
+    return runs
 
 
 def _experts_of(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:
@@ -161,13 +187,13 @@ def _experts_of(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:
 @torch.no_grad()
 def loaded(experiment: Experiment) -> None:
     """How the choices of trained models are spread over their experts, on text of training and of validation."""
+    weights_of(experiment)
     rows = []
     for system in SYSTEMS:
-        for seed in system.seeds:
+        for seed in () if system.nano else system.seeds:
             run = experiment.trained / system.directory(seed)
-            if not system.nano and (run / "model").is_dir():
-                rows += [{"system": system.label, "seed": seed, **row} for row in _loads(str(run))]
-                print(system.label, seed, file=sys.stderr)
+            rows += [{"system": system.label, "seed": seed, **row} for row in _loads(str(run))]
+            print(system.label, seed, file=sys.stderr)
     write_csv(experiment.kept / "loads.csv", list(rows[0]), rows)
 
 
@@ -217,15 +243,13 @@ def table(experiment: Experiment) -> str:
         another = any(run.facts.text != dense[run.seed].facts.text for run in runs)  # no loss of it can be compared
         found = [None if another else reached(run, dense[run.seed]) for run in runs]
         at = [each for each in found if each is not None]
-        time_of, untrained = times.get(system.label), times.get(system.label + UNTRAINED)
+        time_of = times.get(system.label)
         share, low, high = (float(time_of[key]) for key in TIMES) if time_of else (None, None, None)
         layers = _last_layers(runs[0])
         took = []
         if share is not None:
-            each_more = 0.0
-            if untrained and time_of:
-                apart = [float(untrained[key]) - float(time_of[key]) for key in ("share_of_dense", "experts_per_token")]
-                each_more = apart[0] / apart[1]
+            varies = any(routing.varies for routing in runs[0].model_config.routings)
+            each_more = _each_more(times, system) if varies else 0.0
             took = [
                 _steps_of_dense(run, each.step, share, each_more) / STEPS
                 for run, each in zip(runs, found, strict=True)
@@ -258,6 +282,15 @@ def _alone(system: System, run: Run) -> str:
     rows = read_csv(Experiment.named("switch").kept / "losses.csv")
     wanted = {"source": system.name, "steps": str(run.config.steps), "way": "alone"}
     return spread(row["loss"] for row in rows if not system.model and all(row[key] == wanted[key] for key in wanted))
+
+
+def _each_more(times: Mapping[str, Mapping[str, str]], system: System) -> float:
+    """What one expert a token more costs, in steps of the dense model: as timed of the ReMoE of the same size."""
+    shared = SHARED if "shared_experts" in system.model else {}
+    remoe = system._replace(name=ALL_AT_FIRST + system.name.partition("-")[2], model=shared).label
+    trained, untrained = times[remoe], times[remoe + UNTRAINED]
+    apart = [float(untrained[key]) - float(trained[key]) for key in ("share_of_dense", "experts_per_token")]
+    return apart[0] / apart[1]
 
 
 def _steps_of_dense(run: Run, step: float, share: float, each_more: float) -> float:

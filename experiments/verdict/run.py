@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from mixture_of_tokens.convert.export import in_plain_transformers
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.loss import IGNORE
+from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import Run, read
 
@@ -163,7 +164,7 @@ def scored(system: str, budget: int, seed: int, trained: Path, steps: int, after
         out = switched(out, after, "--resume")
     if not (out / "loss.txt").is_file():
         (found,) = by_plain_transformers("loss", out)
-        (out / "loss.txt").write_text(f"{found}\n")
+        write_text(out / "loss.txt", f"{found}\n")  # whole or not at all
     return read(out)
 
 
