@@ -183,7 +183,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/verdict/run.py": (11, "conversion"),
     "experiments/partial_groups/run.py": (14, "serving"),
     "experiments/paper/ledger.py": (12, "results"),
-    "experiments/paper/fig6.py": (11, "results"),
+    "experiments/paper/fig6.py": (12, "results"),
     "experiments/paper/length.py": (12, "results"),
     "experiments/paper/fig7.py": (13, "results"),
     "experiments/paper/router_rate.py": (5, "results"),

@@ -65,8 +65,9 @@ MIXTURES = {k: System(f"MoT-Micro/32E/{k}".removesuffix("/1")) for k in (1, 4, 8
 BEST_MIXTURE = MIXTURES[8]
 TOKEN_CHOICE = System("TC-Micro/32E", SHARP)
 THE_PAPERS = (TOKEN_CHOICE, System("TC-Micro/32E/8", SHARP), System("EC-Micro/32E"))
+DROPLESS = System("TC-Micro/32E/8", {"capacity_factor": "null"})
 YOUNGER = (System("STC-Micro/32E/8"), System("ET-Micro/32E"), System("ReMoE-Micro/32E"))
-SYSTEMS = (DENSE, *MIXTURES.values(), *THE_PAPERS, *YOUNGER)
+SYSTEMS = (DENSE, *MIXTURES.values(), *THE_PAPERS, DROPLESS, *YOUNGER)
 
 # Peak rates that were tried, with seed 1.
 SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
