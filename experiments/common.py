@@ -279,7 +279,10 @@ def save_picture(
             panel.set_xscale("log" if logarithmic else "linear")
         axes[0].set_ylabel(y_label)
         if len(colors) > BESIDE:
-            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+            lines = {
+                line.get_label(): line for panel in axes for line in panel.get_lines() if line.get_label() in colors
+            }
+            figure.legend(list(lines.values()), list(lines), loc="outside right upper", frameon=False)
         else:
             axes[0].legend(frameon=False)
         figure.savefig(file, transparent=True, metadata={"Date": None})
