@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from nano import BASE, SEED, STEPS, row, run_in, signed
-from studies import EXPERIMENT
+from studies import EXPERIMENT, kept_in_csv
 
 import mixture_of_tokens.training.train as training
 from mixture_of_tokens import train
@@ -21,7 +21,7 @@ from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
-from common import asked, directory_of, read_csv, write_csv  # isort: skip
+from common import directory_of, read_csv, write_csv  # isort: skip
 
 MULTIPLES = (0.5, 2.0)
 COLUMNS = ("multiple", "seed", "loss")
@@ -66,12 +66,5 @@ def table(file: Path) -> str:
     return markdown([["router's rate, of the others'", "loss", "over the same rate"], *rows])
 
 
-def main() -> None:
-    file = EXPERIMENT.kept / "router_rate.csv"
-    if not asked(__doc__, table="print the table, and stop").table:
-        make(file)
-    print(table(file))
-
-
 if __name__ == "__main__":
-    main()
+    kept_in_csv(__doc__, "router_rate.csv", make, table)
