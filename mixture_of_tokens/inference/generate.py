@@ -145,19 +145,14 @@ def generate(
     special = not isinstance(model, MixtureOfTokensForCausalLM)
     encoded = encode(tokenizer, prompts, context, add_special_tokens=special)
     batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
-    longest = [max(len(encoded[row.prompt]) for row in batch) for batch in batches]
-    widths = [
-        width if _mixes(model) else len(encoded[row.prompt])
-        for batch, width in zip(batches, longest, strict=True)
-        for row in batch
-    ]
+    widths: list[int] = []  # in tokens, of all rows before they are continued
+    for batch in batches:
+        own = [len(encoded[row.prompt]) for row in batch]
+        widths += [max(own)] * len(own) if _mixes(model) else own
     cut = sum(width + most > context for width in widths)
     if cut and max_new_tokens is not None and is_main():
-        total = len(widths)
-        print(
-            f"mot: the context of {context} tokens ends {cut} of {total} texts before {most} new tokens",
-            file=sys.stderr,
-        )
+        ends = f"ends {cut} of {len(widths)} texts before {most} new tokens"
+        print(f"mot: the context of {context} tokens {ends}", file=sys.stderr)
 
     def write(number: int, streamer: TextStreamer | None = None) -> list[Continuation]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)
