@@ -25,4 +25,4 @@ demo: install
 	$(BIN)/mot compare Transformer-Nano MoT-Nano/32E/8 TC-Nano/32E --seeds 1 --steps 1000 --out runs/demo
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis

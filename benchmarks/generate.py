@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results import markdown, quartiles, run, surroundings, with_brief_spinning
+from results import quartiles, run, surroundings, with_brief_spinning
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
+from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.process import keep_large_blocks
 
@@ -90,7 +91,7 @@ def table(rows: list[dict]) -> str:
     facts += f"{first['prompt']}, {first['rounds']} rounds, commit {first['commit']}, {first['date'][:10]}: tokens/s, "
     facts += f"and as a share of {first['model']}'s"
     titles = {label: label.replace(":", ", alone, experts: ") for label in cells}
-    return f"{facts}\n\n" + markdown(("rows", *map(str, batches)), [(titles[it], *line) for it, line in cells.items()])
+    return f"{facts}\n\n" + markdown([("rows", *batches), *((titles[it], *line) for it, line in cells.items())])
 
 
 def main() -> None:

@@ -54,9 +54,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from providers import FLOORS, LAYERS, Provider, Sizes, build, granularity, qwen3_width
-from results import append, check_columns, latest, markdown, read, surroundings, with_brief_spinning
+from results import append, check_columns, latest, read, surroundings, with_brief_spinning
 from tqdm import tqdm
 
+from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.process import keep_large_blocks
 
 PROVIDERS = (*LAYERS, *FLOORS)
@@ -183,7 +184,7 @@ def tables(rows: list[dict]) -> str:
             cells += [both["milliseconds"], spread, *(both[column] for column in SHARES)]
             lines.append([*cells, both["tokens_per_second"], both["peak_memory_mib"], both["note"]])
         header = ["", "forward, ms", "of dense", "of floor", "forward + backward, ms", "quartiles", "of dense"]
-        parts.append(markdown([*header, "of floor", "tokens/s", "peak MiB", "note"], lines) + "\n")
+        parts.append(markdown([[*header, "of floor", "tokens/s", "peak MiB", "note"], *lines]) + "\n")
     return "\n".join(parts)
 
 

@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from results import markdown, quartiles, run, surroundings
+from results import quartiles, run, surroundings
 
+from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.process import BRIEFLY, OWN_CHOICE
 
 RESULTS = Path(__file__).with_name("neighbours.csv")
@@ -122,7 +123,7 @@ def table(rows: list[dict]) -> str:
     facts = f"{first['model']}, {first['hardware']}, {first['cores']} cores, {first['threads']} threads, torch "
     facts += f"{first['torch']}, {first['rounds']} rounds, commit {first['commit']}, {first['date'][:10]}: "
     facts += "ms a step, and as a multiple of the idle one"
-    return f"{facts}\n\n" + markdown(("busy processes", "OpenMP's own waiting", "as `mot` sets it"), lines)
+    return f"{facts}\n\n" + markdown([("busy processes", "OpenMP's own waiting", "as `mot` sets it"), *lines])
 
 
 def main() -> None:

@@ -5,8 +5,7 @@
 Gated models of the paper's sizes, 32 rows of 256 tokens a device, weights in fp32 and what is exchanged in bf16.
 """
 
-from results import markdown
-
+from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.placement import COPIES, Placement
 from mixture_of_tokens.model.spread import spread_of
@@ -45,7 +44,7 @@ def table() -> str:
         "MB sent",
         "of it for experts",
     )
-    return markdown(columns, rows)
+    return markdown([columns, *rows])
 
 
 def main() -> None:

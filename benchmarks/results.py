@@ -94,8 +94,3 @@ def latest(rows: Iterable[dict], columns: Sequence[str]) -> list[list[dict]]:
         key = tuple(str(row[column]) for column in columns)
         runs.setdefault(key, {}).setdefault(row["date"], []).append(row)
     return [dates[max(dates)] for dates in runs.values()]
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)

@@ -36,9 +36,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import markdown, quartiles, run, surroundings, with_brief_spinning
+from results import quartiles, run, surroundings, with_brief_spinning
 from transformers import TrainingArguments, get_scheduler
 
+from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.model.spread import legal_placements
@@ -242,8 +243,8 @@ def table(rows: list[dict]) -> str:
     if first["loop"] == "one process":
         lines = [line[:-1] for line in lines]
         facts += f", width {first['width']}"
-        return f"{facts}\n\n" + markdown(("", "ms a step", "of one process"), lines)
-    return f"{facts}\n\n" + markdown(("", "ms a step", f"of {first['model']}'s", "over the bare loop"), lines)
+        return f"{facts}\n\n" + markdown([("", "ms a step", "of one process"), *lines])
+    return f"{facts}\n\n" + markdown([("", "ms a step", f"of {first['model']}'s", "over the bare loop"), *lines])
 
 
 def _by_width(rows: list[dict]) -> str:
@@ -258,7 +259,7 @@ def _by_width(rows: list[dict]) -> str:
             flops = float(row["flops_of_first"])
             cells.append(f"{time:.2f} ({low:.2f} to {high:.2f}) / {flops:.2f} = {time / flops:.2f}")
         lines.append((width, *cells))
-    return markdown(("width", f"{first}, ms", *models), lines)
+    return markdown([("width", f"{first}, ms", *models), *lines])
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,20 @@ def softmax(logits: Tensor, dim: int) -> Tensor:
     return logits.softmax(dim, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def at_least_fp32() -> torch.dtype:
+    """Of what is measured or moves by small steps, in a model that is made in bf16 too."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest of the last dimension, and where they are."""
     if k == 1:
         return scores.max(dim=-1, keepdim=True)  # six times as fast as a top 1
     quarter, rest = divmod(scores.shape[-1], 4)
-    if rest or quarter < 4 * k or scores.numel() < 2**14:
+    if rest or quarter < 4 * k or scores.numel() < 2**14 or scores.device.type != "cpu":
         return scores.topk(k, dim=-1)
-    # Faster than a top k of all: of sets of four, take the k whose own highest are highest, and look among those alone.
+    # Faster than a top k of all, on a CPU: of sets of four, take the k whose own highest are highest, and look among
+    # those alone.
     known = scores.detach()
     sets = known.unflatten(-1, (4, quarter)).amax(-2).topk(k, dim=-1).indices
     among = (sets[..., None, :] + torch.arange(0, 4 * quarter, quarter, device=sets.device)[:, None]).flatten(-2)
@@ -111,7 +117,7 @@ class Router(nn.Module):
         self.router_dtype = router_dtype
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.log_temperature = nn.Parameter(torch.empty(())) if learnable_temperature else None
-        self.register_buffer("fixed_temperature", torch.empty(()), persistent=False)
+        self.register_buffer("fixed_temperature", torch.empty((), dtype=at_least_fp32()), persistent=False)
         self.set_temperature(temperature)
 
     def set_temperature(self, temperature: float) -> None:
@@ -142,6 +148,17 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
         return f"{hidden_size=}, {num_experts=}, temperature={float(self.temperature):g}, {self.router_dtype}"
+
+
+class RoutedOptions(TypedDict, total=False):
+    """Keywords of `Routed`, which every routing passes on."""
+
+    gated: bool
+    activation: str
+    temperature: float
+    learnable_temperature: bool
+    router_dtype: torch.dtype
+    initializer_scale: float
 
 
 class Routed(nn.Module):

@@ -82,8 +82,9 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     return "\n".join(lines)
 
 
-def markdown(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows as a Markdown table; the first row is its header."""
+def markdown(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
+    """Rows as a Markdown table; the first row is its header. None is an empty cell."""
     head, *body = rows
     rule = ["---" if i < left else "---:" for i in range(len(head))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
+    texts = (["" if cell is None else str(cell) for cell in cells] for cells in (head, rule, *body))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in texts)

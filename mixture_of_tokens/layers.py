@@ -26,12 +26,12 @@ Beyond the paper: masked and incomplete groups, in which each expert's companion
 missing token; the option `normalize_mixture`; a softmax in fp32 or better, whatever the input's precision.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, highest, softmax
+from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, highest, softmax
 from mixture_of_tokens.layout import check_shapes, collect, grouped, spread, ungrouped
 from mixture_of_tokens.slots import dropless
 
@@ -67,32 +67,17 @@ class MixtureOfTokens(Routed):
         *,
         normalize_mixture: bool = False,
         uniform: bool = False,
-        gated: bool = True,
-        activation: str = "silu",
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        router_dtype: torch.dtype = torch.float32,
-        initializer_scale: float = INITIALIZER_SCALE,
+        **options: Unpack[RoutedOptions],
     ):
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {group_size}")
-        super().__init__(
-            hidden_size,
-            expert_size,
-            num_experts,
-            gated=gated,
-            activation=activation,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
-            initializer_scale=initializer_scale,
-        )
+        super().__init__(hidden_size, expert_size, num_experts, **options)
         self.group_size, self.normalize_mixture = group_size, normalize_mixture
         self.alone, self.num_experts_alone = False, num_experts
         if uniform:
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
-        self.register_buffer("companion", torch.zeros(num_experts, hidden_size))
-        self.register_buffer("companion_logit", torch.zeros(num_experts))
+        self.register_buffer("companion", torch.zeros(num_experts, hidden_size, dtype=at_least_fp32()))
+        self.register_buffer("companion_logit", torch.zeros(num_experts, dtype=at_least_fp32()))
         self.register_buffer("companion_output", None, persistent=False)
 
     def reset_state(self) -> None:
@@ -112,12 +97,7 @@ class MixtureOfTokens(Routed):
         *,
         normalize_mixture: bool = False,
         uniform: bool = False,
-        gated: bool = True,
-        activation: str = "silu",
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        router_dtype: torch.dtype = torch.float32,
-        initializer_scale: float = INITIALIZER_SCALE,
+        **options: Unpack[RoutedOptions],
     ) -> "MixtureOfTokens":
         """The layer with the FLOPs of a dense feed-forward of width `intermediate_size` and G times its parameters.
 
@@ -133,12 +113,7 @@ class MixtureOfTokens(Routed):
             group_size,
             normalize_mixture=normalize_mixture,
             uniform=uniform,
-            gated=gated,
-            activation=activation,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
-            initializer_scale=initializer_scale,
+            **options,
         )
 
     def logits(self, x_MGD: Tensor) -> Tensor:

@@ -8,12 +8,11 @@ from mixture_of_tokens.experts import highest, softmax
 from mixture_of_tokens.layout import autocast_to
 
 IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers
-LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
+# 64 MiB in fp32, which a CPU has in its cache in part; a GPU's products want more rows.
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 
 
-def chunked_cross_entropy(
-    hidden: Tensor, head: Tensor, labels: Tensor, *, logits_at_once: int = LOGITS_AT_ONCE
-) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, *, logits_at_once: int | None = None) -> Tensor:
     """Sum over tokens of the cross-entropy of softmax(hidden @ head.T), in nats, in fp32 (float64 for float64).
 
     Only one chunk of tokens has its logits in memory at a time. Gradients are computed in the same pass,
@@ -21,8 +20,10 @@ def chunked_cross_entropy(
 
     Args:
         hidden: (S, D); head: (V, D); labels: (S,), `IGNORE` where nothing is predicted.
-        logits_at_once: the most logits in memory at a time; never fewer than those of one token.
+        logits_at_once: the most logits in memory at a time, by default of the device; never fewer than of one token.
     """
+    if logits_at_once is None:
+        logits_at_once = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"])
     hidden, head = autocast_to(hidden, head)
     chunk = max(1, logits_at_once // head.shape[0])
     return _ChunkedCrossEntropy.apply(hidden, head, labels, chunk, torch.is_grad_enabled())

@@ -172,7 +172,7 @@ def ragged_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, order_E: Ten
 @torch.library.custom_op("mixture_of_tokens::ragged_mm", mutates_args=(), tags=WAITS)
 def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     x_NI = x_NI.contiguous()
-    if len(x_NI) > len(ends_E) and _in_one_call(x_NI, weight_EOI):
+    if len(x_NI) > len(ends_E) and _in_one_call(ends_E, x_NI, weight_EOI):
         y_NO = F.grouped_mm(x_NI, weight_EOI.mT, offs=ends_E.to(torch.int32))
     else:
         y_NO = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
@@ -190,7 +190,7 @@ def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 @torch.library.custom_op("mixture_of_tokens::ragged_weight_gradient", mutates_args=(), tags=WAITS)
 def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
     grad_NO, x_NI = grad_NO.contiguous(), x_NI.contiguous()
-    if _in_one_call(grad_NO, x_NI):
+    if _in_one_call(ends_E, grad_NO, x_NI):
         grad_EOI = F.grouped_mm(grad_NO.mT, x_NI, offs=ends_E.to(torch.int32))
         # On some GPUs experts without rows get what was in memory (pytorch 172439).
         return grad_EOI.masked_fill_((_sizes(ends_E) == 0)[:, None, None], 0)
@@ -201,12 +201,12 @@ def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Te
     return grad_EOI
 
 
-def _in_one_call(*operands: Tensor) -> bool:
-    """Whether `grouped_mm` takes these, and is more than a loop.
+def _in_one_call(ends_E: Tensor, *operands: Tensor) -> bool:
+    """Whether `grouped_mm` takes these, and may be more than a loop.
 
-    On a GPU; not float64, nor rows or addresses that are no multiples of 16 bytes.
+    On a GPU; not float64, nor rows or addresses that are no multiples of 16 bytes, nor 1,024 experts.
     """
-    if operands[0].device.type == "cpu":
+    if operands[0].device.type == "cpu" or len(ends_E) >= 1024:
         return False
     sizes = [length * x.itemsize for x in operands for length in x.shape[1:]]
     aligned = not any(number % 16 for number in (*sizes, *(x.data_ptr() for x in operands)))

@@ -1,9 +1,11 @@
 """Soft MoE, which mixes the positions of one text and so is not causal: for comparison. Letters as in `layers.py`."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, Router, softmax
+from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, RoutedOptions, Router, softmax
 from mixture_of_tokens.layout import check_shapes, collect, spread
 
 
@@ -25,41 +27,20 @@ class SoftMoE(Routed):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        expert_size: int,
-        num_experts: int,
-        num_slots: int = 1,
-        *,
-        gated: bool = True,
-        activation: str = "silu",
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        router_dtype: torch.dtype = torch.float32,
-        initializer_scale: float = INITIALIZER_SCALE,
+        self, hidden_size: int, expert_size: int, num_experts: int, num_slots: int = 1, **options: Unpack[RoutedOptions]
     ):
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, not {num_slots}")
-        super().__init__(
-            hidden_size,
-            expert_size,
-            num_experts,
-            gated=gated,
-            activation=activation,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
-            initializer_scale=initializer_scale,
-        )
+        super().__init__(hidden_size, expert_size, num_experts, **options)
         self.num_slots = num_slots
         self.gate = Router(
             hidden_size,
             num_experts * num_slots,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
+            temperature=self.gate.temperature_setting,
+            learnable_temperature=self.gate.log_temperature is not None,
+            router_dtype=self.gate.router_dtype,
         )
-        self.gate.reset_parameters(initializer_scale)
+        self.gate.reset_parameters(options.get("initializer_scale", INITIALIZER_SCALE))
 
     def weights(self, logits_BTS: Tensor, mask_BT1: Tensor | None) -> tuple[Tensor, Tensor]:
         """Dispatch and combine weights (B, T, E * P); the slots of an expert are neighbours."""

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, highest, softmax, summed_over_processes
+from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, highest, softmax, summed_over_processes
 from mixture_of_tokens.layout import check_shapes, grouped, ungrouped
 from mixture_of_tokens.slots import Slots, dropless
 
@@ -28,24 +29,9 @@ class ExpertChoice(Routed):
         group_size: int,
         *,
         num_experts_per_tok: int = 1,
-        gated: bool = True,
-        activation: str = "silu",
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        router_dtype: torch.dtype = torch.float32,
-        initializer_scale: float = INITIALIZER_SCALE,
+        **options: Unpack[RoutedOptions],
     ):
-        super().__init__(
-            hidden_size,
-            expert_size,
-            num_experts,
-            gated=gated,
-            activation=activation,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
-            initializer_scale=initializer_scale,
-        )
+        super().__init__(hidden_size, expert_size, num_experts, **options)
         if min(group_size, num_experts_per_tok) < 1:
             raise ValueError(f"{group_size=} and {num_experts_per_tok=} must be at least 1")
         self.group_size, self.capacity = group_size, max(1, round(group_size * num_experts_per_tok / num_experts))
@@ -83,24 +69,9 @@ class TokenChoice(Routed):
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool = False,
         capacity_factor: float | None = 1.25,
-        gated: bool = True,
-        activation: str = "silu",
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        router_dtype: torch.dtype = torch.float32,
-        initializer_scale: float = INITIALIZER_SCALE,
+        **options: Unpack[RoutedOptions],
     ):
-        super().__init__(
-            hidden_size,
-            expert_size,
-            num_experts,
-            gated=gated,
-            activation=activation,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
-            initializer_scale=initializer_scale,
-        )
+        super().__init__(hidden_size, expert_size, num_experts, **options)
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
         if capacity_factor is not None and not capacity_factor > 0:
@@ -180,12 +151,7 @@ class SigmoidChoice(TokenChoice):
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool = False,
         balance_rate: float = 1e-3,
-        gated: bool = True,
-        activation: str = "silu",
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        router_dtype: torch.dtype = torch.float32,
-        initializer_scale: float = INITIALIZER_SCALE,
+        **options: Unpack[RoutedOptions],
     ):
         super().__init__(
             hidden_size,
@@ -194,17 +160,12 @@ class SigmoidChoice(TokenChoice):
             num_experts_per_tok=num_experts_per_tok,
             norm_topk_prob=norm_topk_prob,
             capacity_factor=None,
-            gated=gated,
-            activation=activation,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
-            initializer_scale=initializer_scale,
+            **options,
         )
         if not 0 <= balance_rate < math.inf:
             raise ValueError(f"balance_rate must be 0 or more, and finite, not {balance_rate}")
         self.balance_rate = balance_rate
-        self.register_buffer("selection_bias", torch.zeros(num_experts))
+        self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=at_least_fp32()))
         self.load_E: Tensor | None = None  # choices since the last `balance`; no buffer, which DDP would overwrite
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:

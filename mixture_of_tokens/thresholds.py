@@ -7,12 +7,12 @@ experts depend on that token alone, and the rule of training is that of evaluati
 
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, summed_over_processes
+from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, summed_over_processes
 from mixture_of_tokens.layout import check_shapes
 from mixture_of_tokens.slots import dropless
 
@@ -29,24 +29,9 @@ class _Above(Routed):
         num_experts: int,
         *,
         num_experts_per_tok: int = 1,
-        gated: bool = True,
-        activation: str = "silu",
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        router_dtype: torch.dtype = torch.float32,
-        initializer_scale: float = INITIALIZER_SCALE,
+        **options: Unpack[RoutedOptions],
     ):
-        super().__init__(
-            hidden_size,
-            expert_size,
-            num_experts,
-            gated=gated,
-            activation=activation,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
-            initializer_scale=initializer_scale,
-        )
+        super().__init__(hidden_size, expert_size, num_experts, **options)
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
         self.num_experts_per_tok = num_experts_per_tok
@@ -55,8 +40,8 @@ class _Above(Routed):
         """The gates (S, E) by the router's logits, zero for the experts that a token does not go to."""
         raise NotImplementedError
 
-    def note(self, logits_SE: Tensor, real_S: Tensor) -> None:
-        """Called with the logits of a training batch, and where tokens are real."""
+    def note(self, logits_SE: Tensor) -> None:
+        """Called with the logits of a training batch's real tokens."""
         raise NotImplementedError
 
     @torch.compiler.disable(reason="the number of pairs differs in every batch, and each would be compiled anew")
@@ -70,7 +55,8 @@ class _Above(Routed):
         gate_SE = self.gates(logits_SE).masked_fill(~real_S[:, None], 0)
         token_A, expert_A = (gate_SE > 0).nonzero(as_tuple=True)
         if self.training and torch.is_grad_enabled():  # not of telemetry
-            self.note(logits_SE.detach(), real_S)
+            noted_SE = logits_SE.detach()
+            self.note(noted_SE if token_mask is None else noted_SE[real_S])
         y_SD = dropless(self, x_SD, token_A, expert_A, gate_SE[token_A, expert_A])
         return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
 
@@ -99,29 +85,13 @@ class ReMoE(_Above):
         num_experts_per_tok: int = 1,
         l1_start: float = 1e-8,
         l1_factor: float = 1.2,
-        gated: bool = True,
-        activation: str = "silu",
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        router_dtype: torch.dtype = torch.float32,
-        initializer_scale: float = INITIALIZER_SCALE,
+        **options: Unpack[RoutedOptions],
     ):
-        super().__init__(
-            hidden_size,
-            expert_size,
-            num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            gated=gated,
-            activation=activation,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
-            initializer_scale=initializer_scale,
-        )
+        super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
         if not (l1_start > 0 and l1_factor > 1):
             raise ValueError(f"l1_start must be above 0 and l1_factor above 1, not {l1_start} and {l1_factor}")
         self.l1_start, self.l1_factor = l1_start, l1_factor
-        self.register_buffer("l1_weight", torch.empty(()))
+        self.register_buffer("l1_weight", torch.empty((), dtype=at_least_fp32()))
         self.reset_state()
         self.noted: Tensor | None = None  # choices and tokens since the last `balance`; no buffer: DDP would overwrite
 
@@ -131,8 +101,9 @@ class ReMoE(_Above):
     def gates(self, logits_SE: Tensor) -> Tensor:
         return logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32)).relu()
 
-    def note(self, logits_SE: Tensor, real_S: Tensor) -> None:
-        noted = torch.stack([((logits_SE > 0) & real_S[:, None]).sum(), real_S.sum()])
+    def note(self, logits_SE: Tensor) -> None:
+        choices = (logits_SE > 0).sum()
+        noted = torch.stack([choices, torch.full_like(choices, len(logits_SE))])
         self.noted = noted if self.noted is None else self.noted + noted
 
     @staticmethod
@@ -173,31 +144,15 @@ class ExpertThreshold(_Above):
         num_experts_per_tok: int = 1,
         threshold_decay: float = 0.9,
         scores: Literal["softmax", "sigmoid"] = "softmax",
-        gated: bool = True,
-        activation: str = "silu",
-        temperature: float = 1.0,
-        learnable_temperature: bool = False,
-        router_dtype: torch.dtype = torch.float32,
-        initializer_scale: float = INITIALIZER_SCALE,
+        **options: Unpack[RoutedOptions],
     ):
-        super().__init__(
-            hidden_size,
-            expert_size,
-            num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            gated=gated,
-            activation=activation,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            router_dtype=router_dtype,
-            initializer_scale=initializer_scale,
-        )
+        super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
         if not 0 <= threshold_decay < 1:
             raise ValueError(f"threshold_decay must be at least 0 and below 1, not {threshold_decay}")
         if scores not in SCORES:
             raise ValueError(f"scores {scores!r} is unknown; legal are {', '.join(SCORES)}")
         self.threshold_decay, self.softmax = threshold_decay, scores == "softmax"
-        self.register_buffer("threshold", torch.empty(num_experts))
+        self.register_buffer("threshold", torch.empty(num_experts, dtype=at_least_fp32()))
         self.reset_state()
         # The sum of the thresholds of batches, and their number, since the last `balance`; no buffer, as above.
         self.noted: Tensor | None = None
@@ -218,13 +173,13 @@ class ExpertThreshold(_Above):
         scores_SE = self.scores(logits_SE)
         return (scores_SE.exp() if self.softmax else scores_SE.sigmoid()) * (scores_SE > self.threshold)
 
-    def note(self, logits_SE: Tensor, real_S: Tensor) -> None:
-        count = int(real_S.sum())
+    def note(self, logits_SE: Tensor) -> None:
+        count = len(logits_SE)
         share = round(count * self.num_experts_per_tok / self.num_experts)
         # All processes note something, and sum it in the thresholds' own precision.
         noted = logits_SE.new_zeros(self.num_experts + 1, dtype=self.threshold.dtype)
         if 0 < share < count:  # else too few tokens, or an even share is all of them
-            noted[:-1] = self.scores(logits_SE)[real_S].topk(share + 1, dim=0).values[-1]
+            noted[:-1] = self.scores(logits_SE).topk(share + 1, dim=0).values[-1]
             noted[-1] = 1
         self.noted = noted if self.noted is None else self.noted + noted
 

@@ -2,12 +2,15 @@
 
 import contextlib
 import gc
+import importlib
+import json
 import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # The server imports the library once, and every process is forked from it before it has threads.
 context = multiprocessing.get_context("forkserver")
@@ -57,6 +60,19 @@ def in_processes(function, words: Sequence, count: int, log: Path, exits: int | 
     processes = [start(function, *words, log=log, **(world if count > 1 else {}), **rank) for rank in ranks]
     expected = list(exits if isinstance(exits, tuple) else [exits] * count)
     assert [finish(process) for process in processes] == expected, log.read_text()
+
+
+def function(command: str) -> Callable[..., Any]:
+    """What a command of `mot` calls."""
+    from mixture_of_tokens import cli
+
+    module, _, attribute = cli.COMMANDS[command][0].partition(":")
+    return getattr(importlib.import_module(f"mixture_of_tokens.{module}"), attribute)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """Of its metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def mot(*words: object) -> None:

@@ -30,6 +30,7 @@ MIXTURES: Routings = {
     "uniform": partial(mot, uniform=True),
 }
 EXPERT_CHOICES: Routings = {"ec_takes_1": ec, "ec_takes_2": partial(ec, num_experts_per_tok=3)}
+GROUPED: Routings = MIXTURES | EXPERT_CHOICES
 DROPLESS: Routings = {
     "tc_top1": partial(tc, capacity_factor=None),
     "tc_top2": partial(tc, num_experts_per_tok=2, capacity_factor=None),
@@ -49,7 +50,7 @@ DROPPING: Routings = {
     "tc_top1_dropping": partial(tc, capacity_factor=0.5),
     "tc_top2_dropping": partial(tc, num_experts_per_tok=2, capacity_factor=0.75),
 }
-CAUSAL: Routings = MIXTURES | EXPERT_CHOICES | DROPLESS | THRESHOLDS | DROPPING
+CAUSAL: Routings = GROUPED | DROPLESS | THRESHOLDS | DROPPING
 SOFT: Routings = {"soft": partial(SoftMoE, **tc.keywords), "soft_2_slots": partial(SoftMoE, num_slots=2, **tc.keywords)}
 ROUTINGS: Routings = CAUSAL | SOFT
 

@@ -1,6 +1,5 @@
 """The command line over the functions: help, what is printed, and that a notebook gets the same."""
 
-import importlib
 import inspect
 import json
 from dataclasses import asdict
@@ -11,12 +10,7 @@ import mixture_of_tokens
 from mixture_of_tokens import cli
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.runs.run import Run
-from processes import mot
-
-
-def function(name: str):
-    module, _, attribute = cli.COMMANDS[name][0].partition(":")
-    return getattr(importlib.import_module(f"mixture_of_tokens.{module}"), attribute)
+from processes import function, mot
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

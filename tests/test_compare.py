@@ -12,7 +12,7 @@ import yaml
 
 from mixture_of_tokens.reports.markup import html, own_ids
 from mixture_of_tokens.reports.prose import differing
-from processes import mot
+from processes import mot, rows_of
 
 NAMES = ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E")
 VOID = ("meta", "br", "hr", "img", "link", "input", "path", "use")
@@ -73,7 +73,7 @@ def test_the_numbers_are_those_of_the_runs(compared):
             facts[model["label"], 0]["forward_flops_per_token"], abs=1
         )
         for run in model["runs"]:
-            rows = [json.loads(row) for row in (compared / run["directory"] / "metrics.jsonl").read_text().splitlines()]
+            rows = rows_of(compared / run["directory"])
             assert [point["loss"] for point in run["curve"]] == [r["eval_loss"] for r in rows if "eval_loss" in r]
 
 
@@ -131,7 +131,7 @@ def test_it_can_be_moved_and_reported_on_without_its_weights(compared, tmp_path,
 def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(compared / "Transformer-Nano-seed0", run, ignore=shutil.ignore_patterns("checkpoint-*", "model"))
-    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(run)
     (run / "metrics.jsonl").write_text("".join(json.dumps({**row, "layers": {}}) + "\n" for row in rows))
     mot("report", run)
     page = (run / "report.html").read_text()

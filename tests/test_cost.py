@@ -130,7 +130,7 @@ def counted_flops(config: MixtureOfTokensConfig, batch: int, context: int, *, tr
         model.train(training)
         tokens = different(config, batch, context)
         with torch.set_grad_enabled(training):
-            loss = model(tokens, labels=tokens).loss
+            loss = model(tokens, labels=tokens, return_logits=False).loss
             if training:
                 loss.backward()
     # transformers 5.17 computes the rotary angles, an outer product, as a matrix product.

@@ -128,12 +128,6 @@ def test_any_columns_of_parquet_are_read_or_named(tmp_path_factory, columns):
     assert read == columns["text"][: len(read)] if "text" in columns else not read
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    train_tokenizer([sentences(0, 50)], 257).save_pretrained(tmp_path_factory.mktemp("trained"))
-    return tmp_path_factory.getbasetemp()
-
-
 def edited(tokenizer: dict) -> st.SearchStrategy[bytes]:
     """A tokenizer.json with one of its values, at any depth, replaced or taken away."""
 

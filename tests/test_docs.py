@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.formatting import Summary, loss, with_span
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import SIZES
 from mixture_of_tokens.model.routings import ROWS, properties
 from mixture_of_tokens.training import recipes
@@ -131,17 +131,13 @@ def rows_under(first_cell: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
 
 
-def test_the_four_rows_are_of_the_committed_comparison():
-    written = json.loads((ROOT / "experiments" / "nano" / "compare.json").read_text())
-    baseline = written["models"][0]["label"]
-
-    def cells(model: dict) -> list[str]:
-        reached = [model["reached"][baseline][share] for share in ("of_steps", "of_flops", "of_time")]
-        shares = ["1"] * 3 if model["label"] == baseline else [with_span(Summary(**found)) for found in reached]
-        return [model["label"], with_span(Summary(**model["final_loss"]), loss), *shares]
-
-    assert rows_under("1,200 steps") == [cells(model) for model in written["models"]]
-    assert (written["steps"], len(written["seeds"])) == (1200, 3)
+def test_the_readme_has_the_means_of_the_table_of_routings():
+    """Which in turn is what its script prints."""
+    table = text_of("results").split("## Today's routings")[1].split("\n- ")[0]
+    for system, *means in rows_under("system"):
+        (line,) = re.findall(rf"^\| {re.escape(system)} \| (.*) \|$", table, flags=re.MULTILINE)
+        seeds, *cells = [cell.partition(" (")[0] for cell in line.split(" | ")]
+        assert (seeds, cells[: len(means)]) == ("3", means)
 
 
 def test_the_sizes_are_those_that_names_stand_for():
@@ -163,6 +159,14 @@ def test_the_defaults_of_training_are_the_recipes():
         numbers = [f"{number:,}" for number in (recipe.steps, recipe.warmup_steps, SIZES[size].batch)]
         expected.append([size, "; ".join(rates), *numbers])
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table] == expected
+
+
+def test_the_settings_of_routings_are_the_configurations():
+    config = MixtureOfTokensConfig()
+    fields = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", text_of("routings").split("## Settings")[1], flags=re.MULTILINE)
+    assert len(fields) == 6
+    for field, default in fields:
+        assert f"{getattr(config, field):.3g}" == f"{float(default):.3g}", field
 
 
 def test_the_properties_of_routings_are_those_of_the_table():

@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mixture_of_tokens import MixtureOfTokens
+from mixture_of_tokens import MixtureOfTokens, Options, evaluate, train
 from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.inference.evaluate import argmax_routing, cross_entropy, in_parts
 from mixture_of_tokens.loss import IGNORE
@@ -69,6 +69,18 @@ def test_rows_a_group_from_full_to_alone(tiny_runs, evaluated):
 def test_alone_by_a_number_of_experts_that_is_asked_for(tiny_runs, evaluated):
     labels = [line["label"] for line in evaluated(tiny_runs[MIXED], "--experts", 3, "--sweep-tokens", 600)["lines"]]
     assert labels[-2:] == ["alone", "alone, 3 of 8 experts"]
+
+
+@pytest.mark.parametrize("name", ["STC-Nano/4E", "EC-Nano/4E", "SoftMoE-Nano/4E", "Uniform-Nano/4E"])
+def test_models_of_all_routings_are_evaluated(name, tiny_cache, small_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(name, out=tmp_path / "run", options=Options(steps=1, batch_size=32, device="cpu", data=[str(small_corpus)]))
+    (tmp_path / "own.txt").write_text((small_corpus / "0.txt").read_text())
+    found = evaluate(tmp_path / "run", data="./own.txt", regroupings=1)
+    labels = [line.label for line in found.lines]
+    assert ("alone" in labels) == (name != "EC-Nano/4E")
+    assert not any("experts" in label for label in labels)
+    assert found.bytes == (tmp_path / "own.txt").stat().st_size
 
 
 def test_alone_is_each_block_by_itself(tiny_runs, evaluated):

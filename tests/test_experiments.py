@@ -1,6 +1,7 @@
 """What is kept of runs: old run directories are read, packed and unpacked; the scripts make what is committed."""
 
 import csv
+import html
 import importlib
 import json
 import math
@@ -9,6 +10,7 @@ import runpy
 import shutil
 import statistics
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -234,6 +236,7 @@ def test_nothing_is_trained_on_another_text_than_what_is_kept(paper, small_corpu
     studies = paper("studies")
     monkeypatch.setitem(studies.SIZES, "Nano", Options(device="cpu", data=[str(small_corpus)]))
     row = studies.Row(studies.System("MoT-Nano/4E"), 10, (1,))
+    assert [len(studies.kept_texts(size)) for size in ("Nano", "Micro")] == [1, 1]
     with pytest.raises(SystemExit, match=r"the text of the runs .* \(91203739bc4ce4c6\) is not that of this machine"):
         studies.trained([row])
     nothing = studies.Experiment(tmp_path / "kept", tmp_path / "trained")
@@ -259,8 +262,20 @@ def test_a_sweep_is_done_when_each_of_its_cells_is_known(paper):
 
 def test_the_ledgers_page_is_of_the_committed_runs(paper):
     ledger = paper("ledger")
-    assert ledger.page() == (EXPERIMENTS / "paper" / "ledger.html").read_text()
+    page = ledger.page()
+    for study in ledger.STUDIES:
+        section = page.split(f'<section aria-labelledby="{study.id}">')[1].split("</section>")[0]
+        assert all(html.escape(text, quote=False) in section for text in study.found)
+        assert ("<svg" in section) == (study.draw is not None)
+        assert section.count("<tr>") > 2
     assert {study.found[1] for study in ledger.STUDIES} <= {"confirmed", "not at this scale", "contradicted", "open"}
+    verdicts = Counter(study.found[1] for study in ledger.STUDIES if not study.claim.endswith("(ours)"))
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert verdicts.total() == 8
+    assert f"of eight, {words[verdicts['confirmed']]} are confirmed here" in said
+    assert f"{words[verdicts['not at this scale']]} hold in their direction or in part" in said
+    assert f"{words[verdicts['contradicted']]} is contradicted" in said
 
 
 def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
@@ -305,7 +320,7 @@ def test_steps_of_micros_take_what_the_docs_say(paper):
 def test_the_script_of_the_routings_trains_what_is_committed(script):
     made = script("routings")
     for system in made["SYSTEMS"]:
-        for seed in system.seeds:
+        for seed in made["SEEDS"]:
             folder = EXPERIMENTS / ("nano" if system.nano else "routings")
             asked = merge(system.name, seed, system.rate, system.options).config
             assert asked.identity() == read(folder / system.directory(seed)).config.identity()
@@ -492,3 +507,8 @@ def test_the_readme_says_what_few_experts_cost_alone():
         f"is then {few - every:.3f} nats above that of all experts and {in_groups - few:.3f} below the one in groups"
         in said
     )
+
+
+def test_results_say_how_evenly_experts_are_used(script):
+    made = script("routings")["load_table"](EXPERIMENTS / "routings")
+    assert made in (ROOT / "docs" / "results.md").read_text()

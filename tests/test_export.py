@@ -204,6 +204,18 @@ def test_a_checkpoint_is_exported_as_what_it_is(tiny_runs, tmp_path, monkeypatch
     assert "distilled into a sparse model" in card
 
 
+def test_an_export_that_is_trained_on_is_balanced_as_hard():
+    """Upstream's loss is the number of choices where load is even, ours is 1."""
+    model = model_of("token_choice", capacity_factor=None, router_aux_loss_coef=0.5).train()
+    plain = to_plain(model)
+    plain.config.output_router_logits = True
+    ids = torch.randint(512, (6, 17), generator=torch.Generator().manual_seed(1))
+    theirs = plain.train()(ids, labels=ids, output_router_logits=True)
+    ours = model(ids, labels=ids)
+    torch.testing.assert_close(theirs.loss, ours.loss, rtol=0.02, atol=0)  # theirs is over all layers' tokens at once
+    assert float(ours.loss - ours.cross_entropy) > 0.4
+
+
 def test_time_is_taken_of_a_model_whose_padding_is_the_first_token():
     model = model_of("mixture_of_tokens")
     model.generation_config.pad_token_id = model.config.pad_token_id = 0

@@ -20,7 +20,7 @@ from mixture_of_tokens import cli
 from mixture_of_tokens.runs import loading
 from mixture_of_tokens.training import arguments
 from mixture_of_tokens.training.options import Options
-from processes import mot
+from processes import function, mot
 
 START: dict[str, tuple[str, ...]] = {
     "train": ("train", "MoT-Nano/32E", "--dry-run"),
@@ -51,11 +51,6 @@ LISTS = {
     "seeds": ("", "x", "1.5", "1,x", "1;2", ",", "-1", "0,99999999999"),
     "learning_rate": ("", "x", "1,x", "0", "-1"),
 }
-
-
-def function(name: str):
-    module, _, attribute = cli.COMMANDS[name][0].partition(":")
-    return getattr(importlib.import_module(f"mixture_of_tokens.{module}"), attribute)
 
 
 def flags_of(command: str) -> Iterator[tuple[str, Any, Any]]:

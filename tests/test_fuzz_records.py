@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-hypothesis = pytest.importorskip("hypothesis")
-
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from mixture_of_tokens.inference.continuations import Continuation, Row, _resumed, to_file  # noqa: E402
-from mixture_of_tokens.reports.comparison import runs_of  # noqa: E402
-from mixture_of_tokens.runs import checkpoints  # noqa: E402
-from mixture_of_tokens.runs.records import METRICS, MetricsRow, RunConfig, RunFacts, Switch, metrics  # noqa: E402
-from mixture_of_tokens.runs.run import pack, read  # noqa: E402
-from mixture_of_tokens.training.callbacks import Clock, RunLog  # noqa: E402
+from mixture_of_tokens.inference.continuations import Continuation, Row, _resumed, to_file
+from mixture_of_tokens.reports.comparison import runs_of
+from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.records import METRICS, MetricsRow, RunConfig, RunFacts, Switch, metrics
+from mixture_of_tokens.runs.run import pack, read
+from mixture_of_tokens.training.callbacks import Clock, RunLog
 
 RESULT = Path(__file__).parent.parent / "experiments" / "verdict" / "MoT-Nano-32E-8-2400s-seed2-switched"
 FEW = settings(

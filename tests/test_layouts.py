@@ -12,10 +12,10 @@ from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import GroupedTrainer
-from processes import in_processes, mot
+from processes import in_processes, mot, rows_of
 
 LAYOUTS = {"1x4": (1, 4), "2x2": (2, 2), "4x1": (4, 1)}  # processes x accumulation
-BATCH, GROUP, STEPS = 32, 4, 3
+BATCH, STEPS = 32, 3
 
 
 class Watched(GroupedTrainer):
@@ -59,7 +59,7 @@ def in_layout(name: str, layout: str, data: Path, directory: Path, workers: int 
     in_processes(watched_run, (name, str(data), out, accumulation, workers), count, directory / "log")
     saved = [torch.load(out / f"process{rank}.pt") for rank in range(count)]
     rows = [saved[rank]["rows"][part] for part in range(STEPS * accumulation) for rank in range(count)]
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = rows_of(out)
     return rows, saved[0]["gradients"], metrics
 
 
@@ -158,7 +158,7 @@ def test_a_run_is_resumed_in_another_layout(small_corpus, tmp_path):
         (one / name).rename(two / name) if name == "checkpoint-2" else (two / name).write_text((one / name).read_text())
     words = [*flags, "--training.gradient_accumulation_steps", "2"]
     in_processes(mot, [*words, "--out", str(two), "--resume"], 2, log)
-    losses = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    losses = [rows_of(run) for run in (one, two)]
     assert [row["step"] for row in losses[1]] == [3, 4]
     assert losses[1][0]["train_loss"] == pytest.approx(losses[0][0]["train_loss"], rel=1e-5)
     assert losses[1][1]["eval_loss"] == pytest.approx(losses[0][1]["eval_loss"], rel=1e-5)
@@ -173,7 +173,7 @@ def test_a_switch_in_two_processes_is_the_one_in_one(tiny_runs, tmp_path):
     for count in (1, 2):
         out = tmp_path / f"in-{count}"
         in_processes(mot, [*flags, "--out", str(out)], count, tmp_path / f"log-{count}")
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rows = rows_of(out)
         assert [row["step"] for row in rows][-2:] == [31, 32]
         facts.append(json.loads((out / "run.json").read_text()))
         assert (tmp_path / f"log-{count}").read_text().count("draws the curve") == 1

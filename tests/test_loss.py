@@ -134,12 +134,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def test_peak_memory_is_below_a_quarter_of_the_logits():
     logits = 16384 * 50257 * 4  # of which a plain loss holds three at once: measured 9.9 GB against 0.6 GB
     assert peak_memory("chunked") < logits / 4
-
-
-@needs_proc
-@pytest.mark.slow
-def test_peak_memory_is_below_a_quarter_of_the_plain_loss():
-    assert peak_memory("chunked") < peak_memory("plain") / 4
+    assert peak_memory("plain") > logits  # what is measured would show them
 
 
 # The load-balancing loss.

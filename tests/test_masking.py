@@ -15,7 +15,7 @@ from mixture_of_tokens.layers import MixtureOfTokens
 from routings import (
     DROPLESS,
     DROPPING,
-    EXPERT_CHOICES,
+    GROUPED,
     MIXTURES,
     ROUTINGS,
     THRESHOLDS,
@@ -32,8 +32,6 @@ from routings import (
     some_mask,
     tokens,
 )
-
-GROUPED = MIXTURES | EXPERT_CHOICES
 
 
 def without_the_mask(layer, x, mask):

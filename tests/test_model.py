@@ -121,12 +121,21 @@ def test_loss_needs_no_logits_and_equals_the_one_with_them(kind):
     model, x = tiny(kind), tokens(4, 9)
     labels = x.clone()
     labels[1, :4] = -100
-    quick, full = model(x, labels=labels), model(x, labels=labels, return_logits=True)
+    quick, full = model(x, labels=labels, return_logits=False), model(x, labels=labels)
     assert quick.logits is None
+    assert model.train()(x, labels=labels).logits is None
+    model.eval()
     plain = F.cross_entropy(full.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(quick.loss, plain)
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     assert torch.equal(model(x, shift_labels=shifted).loss, quick.loss)
+
+
+def test_the_third_argument_is_of_positions_as_upstream(kind):
+    model, x, positions = tiny(kind).double(), tokens(4, 9), 3 * torch.arange(9).expand(4, 9)
+    expected = model(x, attention_mask=None, position_ids=positions).logits
+    assert torch.equal(model(x, None, positions).logits, expected)
+    assert not torch.allclose(model(x).logits, expected)
 
 
 def test_logits_to_keep(kind):

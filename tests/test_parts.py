@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,31 @@ def test_a_turn_reads_every_block_of_every_part_once_and_the_next_in_another_ord
         for file in parts.files[3]
         for line in Path(file).read_text().splitlines()
     )
+
+
+def test_what_is_measured_of_the_text_is_of_the_first_part_whatever_is_read(parts):
+    rows = batches(parts)
+    first = rows.blocks
+    rows.__getitems__(list(range(len(first), len(first) + 8)))
+    assert rows.place(len(first) + 7)[1] == 1
+    assert rows.blocks is first
+
+
+def test_a_part_that_is_too_short_for_groups_is_passed_over(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "corpus")
+    short = Path(tmp_path / "corpus" / "99.jsonl")
+    text, size = (folder / "00.jsonl").read_text().splitlines(), bytes_of_a_part(folder)
+    count = 0
+    while count < GROUP:  # blocks: more than a group's rows, and fewer than two groups'
+        short.write_text("\n".join([short.read_text(), text.pop()] if short.exists() else [text.pop()]))
+        made = Parts.of([str(tmp_path / "corpus")], size, **HOW)
+        made = replace(made, files=[made.files[0], [str(short)], *made.files[1:-1]])
+        count = len(made.prepare(1).train)
+    assert count < 2 * GROUP
+    rows = batches(made)
+    after = rows.place(rows.rows_of_parts[0])
+    assert (rows.rows_of_parts[1], after) == (0, (0, 2, 0))
+    rows.__getitems__(list(range(rows.rows_of_parts[0], rows.rows_of_parts[0] + GROUP)))
 
 
 def test_rows_depend_on_seed_and_number_alone(parts):

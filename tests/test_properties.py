@@ -15,6 +15,7 @@ from routings import (
     DROPLESS,
     DROPPING,
     EXPERT_CHOICES,
+    GROUPED,
     MIXTURES,
     ROUTINGS,
     SOFT,
@@ -29,8 +30,6 @@ from routings import (
     some_mask,
     tokens,
 )
-
-GROUPED = MIXTURES | EXPERT_CHOICES
 
 
 def along_the_sequence(layer, x, mask):

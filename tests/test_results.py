@@ -178,6 +178,15 @@ def test_one_name_with_two_settings_is_two_models_named_by_what_differs(tmp_path
     ]
 
 
+def test_settings_that_upstream_keeps_elsewhere_are_told_apart_too(tmp_path):
+    eager = {"attn_implementation": "eager"}
+    runs = [run(tmp_path / "a", "MoT-Nano/32E"), run(tmp_path / "b", "MoT-Nano/32E", model=eager)]
+    assert list(by_model(runs)) == [
+        "MoT-Nano/32E (attn_implementation None)",
+        "MoT-Nano/32E (attn_implementation eager)",
+    ]
+
+
 def continued(source: Run, to, losses, at_the_switch: float) -> Run:
     """A run after a switch of `source`, of half as many steps."""
     asked = Transition(source=str(source.directory), calibrate="full", optimizer="carried")

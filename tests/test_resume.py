@@ -21,7 +21,7 @@ from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import check_free, check_resumed
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
-from processes import finish, mot, mot_on_a_full_disk, start
+from processes import finish, mot, mot_on_a_full_disk, rows_of, start
 
 STEPS, SAVE = 48, 8
 FLAGS = ["train", "TC-Nano/32E", "--steps", STEPS, "--batch-size", 32, "--device", "cpu"]
@@ -46,10 +46,6 @@ def begin(out: Path, *words: object):
     return start(mot, *FLAGS, "--out", out, *words, log=out.parent / "log")
 
 
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def wait_for(happened, process) -> bool:
     """Whether it happened before the process ended."""
     while not happened():
@@ -65,19 +61,19 @@ def assert_same(run: Path, whole: Path) -> None:
     assert expected.keys() == weights.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     timeless = [
-        [{k: v for k, v in row.items() if "second" not in k and k != "data_wait"} for row in rows(r)]
+        [{k: v for k, v in row.items() if "second" not in k and k != "data_wait"} for row in rows_of(r)]
         for r in (run, whole)
     ]
     assert timeless[0] == timeless[1]
-    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(rows(run)))
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(rows_of(run)))
     facts = [json.loads((r / "run.json").read_text()) for r in (run, whole)]
     assert facts[0]["final_loss"] == facts[1]["final_loss"]
-    assert facts[0]["seconds"] >= rows(run)[-1]["seconds"] - 0.1
+    assert facts[0]["seconds"] >= rows_of(run)[-1]["seconds"] - 0.1
     assert not list(run.glob("*.partial"))
 
 
 def test_the_uninterrupted_run_logs_every_step_once(whole):
-    steps = [row["step"] for row in rows(whole)]
+    steps = [row["step"] for row in rows_of(whole)]
     assert steps == sorted({*range(3, STEPS + 1, 3), *range(16, STEPS + 1, 16)})
     assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-40", "checkpoint-48"]
 
@@ -91,7 +87,7 @@ def test_killed_five_times_and_resumed_it_ends_as_if_uninterrupted(whole, tmp_pa
             assert (out / "checkpoint.partial").exists()
         else:
             process = begin(out, "--resume")
-            length = len(rows(out)) if (out / "metrics.jsonl").exists() else 0
+            length = len(rows_of(out)) if (out / "metrics.jsonl").exists() else 0
             more = choose.randint(1, 3)
             assert wait_for(lambda n=length + more: (out / "metrics.jsonl").exists() and lines(out) >= n, process)
             time.sleep(choose.uniform(0, 0.1))
@@ -406,7 +402,7 @@ def test_a_full_disk_is_told_of_metrics(whole, tmp_path):
     shutil.copytree(whole, out)
     (out / "run.json").unlink()
     shutil.rmtree(out / "checkpoint-48")
-    kept = sum(len(json.dumps(row)) + 1 for row in rows(out) if row["step"] <= 40)
+    kept = sum(len(json.dumps(row)) + 1 for row in rows_of(out) if row["step"] <= 40)
     words = [str(word) for word in (*FLAGS, "--out", out, "--resume")]
     assert finish(start(mot_on_a_full_disk, kept + 50, *words, log=tmp_path / "log")) == 2
     last = (tmp_path / "log").read_text().splitlines()[-1]

@@ -18,7 +18,7 @@ from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.training import trainer as training
 from mixture_of_tokens.training.trainer import GroupedTrainer
-from processes import in_processes, mot
+from processes import in_processes, mot, rows_of
 
 NAME, STEPS, PARTS = "MoT-Nano/4E/2", 4, 4
 # Processes, and the flags of a layout.
@@ -351,7 +351,12 @@ def test_a_layout_that_does_not_fit_is_refused_with_legal_numbers(flags, process
         ("ReMoE-Nano/4E", {}, Placement(2, 1, 2), "--expert-parallel 2: ReMoE sends"),
         ("MoT-Nano/3E", {}, Placement(2, 1, 2), "--expert-parallel 2 does not divide the 3 experts; legal are 1"),
         ("MoT-Nano/6E", {}, Placement(4, 1, 4), "--expert-parallel 4 does not divide the 6 experts; legal are 1, 2"),
-        ("Transformer-Nano", {}, Placement(2, 1, 2), "--expert-parallel 2 does not divide the 0 experts"),
+        (
+            "Transformer-Nano",
+            {},
+            Placement(2, 1, 2),
+            "--expert-parallel 2: a model without sparse blocks has no experts to divide",
+        ),
     ],
 )
 def test_a_model_that_cannot_lie_so_is_refused(name, fields, layout, message):
@@ -412,9 +417,9 @@ def test_processes_that_would_all_do_the_same_are_refused(runs, tmp_path):
         assert "2 processes would each do all of the work; give --shard, or leave out torchrun" in one_line(log, of=2)
 
 
-def rows_of(run: Path) -> list[dict]:
+def measured_of(run: Path) -> list[dict]:
     """What was measured, without times."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(run)
     return [{key: row[key] for key in ("step", "train_loss", "eval_loss", "grad_norm") if key in row} for row in rows]
 
 
@@ -436,7 +441,7 @@ def test_commands_that_train_several_runs_train_each_with_all_processes(small_co
     assert cells[1][0]["loss"] == pytest.approx(cells[0][0]["loss"], rel=1e-5)
     assert cells[1][1]["loss"] is None  # diverged
     for name in ("TC-Nano-4E-seed0", "MoT-Nano-4E-seed0"):
-        pairs = zip(*(rows_of(tmp_path / f"compare-{count}" / name) for count in (1, 2)), strict=True)
+        pairs = zip(*(measured_of(tmp_path / f"compare-{count}" / name) for count in (1, 2)), strict=True)
         assert all(row == pytest.approx(other, rel=1e-5) for row, other in pairs)
     assert (tmp_path / "compare-2" / "report.html").is_file()
 
@@ -449,7 +454,7 @@ def test_a_switch_of_shards_is_the_one_in_one_process(tiny_runs, tmp_path, calib
     for count, more in ((1, []), (2, ["--shard", 2])):
         command = [str(word) for word in (*given, *more, "--out", tmp_path / f"in-{count}")]
         in_processes(train_all, ([command],), count, tmp_path / "log")
-    alone, sharded = (rows_of(tmp_path / f"in-{count}") for count in (1, 2))
+    alone, sharded = (measured_of(tmp_path / f"in-{count}") for count in (1, 2))
     assert len(alone) == len(sharded)
     assert all(row == pytest.approx(other, rel=1e-4) for row, other in zip(sharded, alone, strict=True))
     switches = [json.loads((tmp_path / f"in-{count}" / "switch.json").read_text()) for count in (1, 2)]

@@ -3,7 +3,6 @@
 All on gloo, with 2 and 4 processes on the CPU.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import GroupedTrainer
-from processes import in_processes
+from processes import in_processes, rows_of
 
 BATCH, STEPS, PARTS = 48, 3, 4  # rows and micro-batches of a step, in every layout
 MIXED = "MoT-Nano/4E/2"  # E = 8, G = 4, D = 32, M = 3 * 64
@@ -181,7 +180,7 @@ def seen(small_corpus, tmp_path_factory) -> dict[str, Seen]:
     made = {}
     for case in cases:
         files = sorted((directory / case.label).glob("process*.pt"))
-        rows = [json.loads(line) for line in (directory / case.label / "metrics.jsonl").read_text().splitlines()]
+        rows = rows_of(directory / case.label)
         made[case.label] = Seen([torch.load(file, weights_only=False) for file in files], rows)
     return made
 
@@ -251,7 +250,7 @@ def test_what_is_exchanged_has_one_shape_however_tokens_are_routed(case, seen):
         shapes = set(process["exchanged"])
         # Forward passes of training have one shape, those of evaluation another number of groups.
         assert {(shape[0], shape[2]) for shape in shapes} == {(config.num_experts, config.hidden_size)}
-        training = [shape for shape in process["exchanged"] if shape[1] == groups * rows_of(config)]
+        training = [shape for shape in process["exchanged"] if shape[1] == groups * rows_of_expert(config)]
         forwards = 2 if "gradient_checkpointing" in case.training else 1
         layers, parts = len(config.sparse_routings), PARTS // case.processes
         assert len(training) >= 2 * layers * parts * STEPS * forwards
@@ -265,7 +264,7 @@ def test_what_is_exchanged_has_one_shape_however_tokens_are_routed(case, seen):
         assert process["exchanged"] == seen[case.label].found[0]["exchanged"]
 
 
-def rows_of(config) -> int:
+def rows_of_expert(config) -> int:
     """Of an expert for a group: one mixture, or the tokens that it chooses."""
     return (
         1 if config.sparse_routings[0].mixes else config.group_size * config.num_experts_per_tok // config.num_experts

@@ -63,7 +63,8 @@ def test_a_larger_grid_keeps_what_is_finished(swept, flags, capsys):
 
 
 def test_fields_of_the_model_are_settings_too(flags, tmp_path, capsys):
-    words = ["--model.router_temperature", "0.25,1", "--model.mlp_only_layers", "[0,1]", "--dry-run"]
+    kinds = '["dense", "dense", "dense", "mixture_of_tokens"]'
+    words = ["--model.router_temperature", "0.25,1", "--model.mlp_layer_types", kinds, "--dry-run"]
     mot("sweep", *flags, "--out", tmp_path / "grid", *words)
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 2 * 2 * 2

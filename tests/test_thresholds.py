@@ -103,10 +103,10 @@ def test_the_threshold_goes_part_of_the_way_to_the_mean_over_micro_batches():
 
 
 def test_logits_in_bf16_lose_nothing_in_the_sum_over_batches():
-    layer, real = thresholds(threshold_decay=0), torch.ones(8, dtype=torch.bool)
+    layer = thresholds(threshold_decay=0)
     logits_SE = torch.full((8, E), 3.140625, dtype=torch.bfloat16)
     for _ in range(300):
-        layer.note(logits_SE, real)
+        layer.note(logits_SE)
     ExpertThreshold.balance([layer])
     assert layer.threshold.tolist() == pytest.approx([3.140625] * E)
 

@@ -26,7 +26,7 @@ from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build, train
 from mixture_of_tokens.training.trainer import GroupedTrainer
-from processes import mot
+from processes import mot, rows_of
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
 STEPS, ROWS = 12, 64
@@ -67,7 +67,7 @@ def name(request) -> str:
 
 
 def test_metrics_have_every_logged_step_once(runs, name):
-    rows = [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(runs[name])
     assert [row["step"] for row in rows] == list(range(2, STEPS + 1, 2))
     assert [row["tokens"] for row in rows] == [row["step"] * ROWS * 64 for row in rows]
     assert [row["step"] for row in rows if "eval_loss" in row] == [6, 12]
@@ -96,7 +96,7 @@ def test_time_in_which_training_waits_for_its_batches_is_told(method, small_corp
     flags = ["--steps", 4, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
     flags += ["--training.logging_steps", 2, "--training.eval_strategy", "no", "--training.save_strategy", "no"]
     mot("train", "MoT-Nano/4E", *flags)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "run")
     assert len(rows) == 2
     assert all(0.6 < row["data_wait"] <= 1 for row in rows)
 

@@ -20,7 +20,7 @@ from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.training.trainer import GroupedTrainer
-from processes import mot, start
+from processes import mot, rows_of, start
 
 MIXED = "MoT-Nano/4E/2"
 STEPS, SOURCE_STEPS = 10, 30
@@ -50,10 +50,6 @@ def copy_of(run, to, **changes):
         settings[key] = settings[key] | value if isinstance(value, dict) else value
     (to / "config.yaml").write_text(yaml.safe_dump(settings))
     return to
-
-
-def rows_of(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_source_is_untouched_and_its_metrics_go_on(transitioned, tiny_runs):
@@ -94,6 +90,14 @@ def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys)
     assert (
         f"mot train --config {source}/config.yaml --out again/{source.name}\nmot transition again/{source.name}" in page
     )
+
+
+def test_what_upstream_keeps_elsewhere_is_kept(tiny_cache, small_corpus, tmp_path, capsys):
+    flags = ("--steps", 2, "--batch-size", 32, "--device", "cpu", "--data", small_corpus)
+    mot("train", MIXED, *flags, "--model.attn_implementation", "eager", "--out", tmp_path / "run")
+    capsys.readouterr()
+    mot("transition", tmp_path / "run", "--steps", 2, "--dry-run", "--json")
+    assert json.loads(capsys.readouterr().out)["model"]["attn_implementation"] == "eager"
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -1,6 +1,6 @@
 """The ledger: every claim of the paper, the command that tests it, what was measured, and the verdict.
 
-    python experiments/paper/ledger.py            # writes ledger.html, with the figures and the tables behind them
+    python experiments/paper/ledger.py            # writes a page with the figures and the tables behind them
     python experiments/paper/ledger.py --table    # docs/results.md's table
 
 Both are of what is committed; seconds. Verdicts are computed from the committed runs: "confirmed" where the claim holds
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import asked
 
 STUDIES = tuple(module.STUDY for module in (fig4, fig5, fig6, fig7, length, fig8, table1, table3, temperature, design))
-PAGE = EXPERIMENT.kept / "ledger.html"
+PAGE = EXPERIMENT.trained / "ledger.html"
 HEADS = ("claim", "command", "paper", "measured", "verdict")
 INTRODUCTION = (
     "Losses are in nats a token over the whole validation text. Micros are 128 wide and were trained on the source of "
@@ -89,7 +89,9 @@ def _section(study: Study) -> Child:
 
 def main() -> None:
     if not asked(__doc__, table="print the table, and stop").table:
+        PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(page())
+        print(f"The page: {PAGE}", file=sys.stderr)
     print(table())
 
 

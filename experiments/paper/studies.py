@@ -8,6 +8,7 @@ optimizer in fp32, cosine to a tenth of the peak; compiled. Nanos see the standa
 else is said, and those without settings are the runs of `../nano`, `../long` and `../routings`.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,17 +93,23 @@ def check_text(size: str) -> None:
 
     It comes with Python and its packages, which differ; what was trained on it would compare with nothing here.
     """
-    dense = System(f"Transformer-{size}")
-    folders = [EXPERIMENT.kept, *(each.kept for each in PLAIN_NANOS)]
-    kept = [file for folder in folders for file in sorted(folder.glob(f"{dense.name}-*seed*.json"))]
-    if not kept:
+    texts = kept_texts(size)
+    if not texts:
         return
+    dense = System(f"Transformer-{size}")
     here = merge(dense.name, 0, None, dense.options(1)).config.prepare().facts
-    for file in kept:
-        there = read(file).facts.text
+    for there, file in texts.items():
         if (here["hash"], here["tokenizer"]) != there:
             others = f"the runs of {size}s beside {file}"
             sys.exit(f"the text of {others} ({there[0]}) is not that of this machine ({here['hash']}): move them away")
+
+
+def kept_texts(size: str) -> dict[tuple[str, str | None], Path]:
+    """Hashes of text and tokenizer of the kept dense models, with a run of each; text cut for other groups aside."""
+    plain = re.compile(rf"Transformer-{size}(-\d+)?-seed\d+\.json")
+    folders = [EXPERIMENT.kept, *(each.kept for each in PLAIN_NANOS)]
+    files = [file for folder in folders for file in folder.glob("*.json") if plain.fullmatch(file.name)]
+    return {read(file).facts.text: file for file in files}
 
 
 def trained(rows: Iterable[Row]) -> None:

@@ -1,18 +1,19 @@
 """Table 3: mixtures do better downstream than the dense model.
 
-    python experiments/paper/table3.py            # what is missing, with lm_eval on the path; half an hour of one core
+    python experiments/paper/table3.py            # what is missing, with lm_eval on the path; an hour of one core
     python experiments/paper/table3.py --hub      # the authors' tasks, PIQA, HellaSwag and ARC-e, from the Hub
     python experiments/paper/table3.py --table    # the table of what is committed
 
-Scored by lm-evaluation-harness, as it is, on Nanos that were exported to plain transformers; a Mixture of Tokens is
-switched to Token Choice for that (`mot export`). Install the harness into an environment of its own (`pip install
+Scored by lm-evaluation-harness, as it is, on Nanos and on figure 7's longest Micros (two hours each where their weights
+are not in runs/), exported to plain transformers; a Mixture of Tokens is switched to Token Choice for that (`mot
+export`). Install the harness into an environment of its own (`pip install
 "lm-eval[hf]"`), since installed packages are the text of other scripts here, and put its `lm_eval` on the path.
 
-Two tasks are made of 2,000 places each in the validation text, without empty lines and those of more than 40
-characters: which of four lines comes next, and which of four names of the text ends a line. Chance is 0.25. Expected:
-both mixtures do better than the dense model in both tasks, by two standard errors of the difference. The paper:
-MoT-Medium/32E/16 and /32E do better than the dense model in PIQA, HellaSwag and ARC-e (others' description of its table
-3; values not available). One seed.
+Two tasks for each size are made of 2,000 places each in its validation text, without empty lines and those of more than
+40 characters: which of four lines comes next, and which of four names of the text ends a line. Chance is 0.25.
+Expected: all mixtures do better than the dense model in both tasks, by two standard errors of the difference. The
+paper: MoT-Medium/32E/16 and /32E do better than the dense model in PIQA, HellaSwag and ARC-e (others' description of
+its table 3; values not available). One seed.
 """
 
 import json
@@ -26,9 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import micro
+import nano
 import numpy as np
-from nano import DENSE, SEED, STEPS
-from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, NOT_HERE, Study, System
+from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, NOT_HERE, Row, Study, System, check_text
 
 from mixture_of_tokens import export, train
 from mixture_of_tokens.formatting import markdown
@@ -38,7 +40,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import asked, read_csv, write_csv
 
-SYSTEMS = (DENSE, System("MoT-Nano/32E"), System("MoT-Nano/32E/4"))
+# By size, the dense model first.
+ROWS = {
+    "Nano": [nano.row(system) for system in (nano.DENSE, System("MoT-Nano/32E"), System("MoT-Nano/32E/4"))],
+    "Micro": [Row(system, micro.LENGTHS[-1], (FIRST_SEEDS["Micro"],)) for system in (micro.DENSE, micro.BEST_MIXTURE)],
+}
 TASKS = {"next_line": "next line", "last_name": "last name of a line"}
 HUB_TASKS = ("piqa", "hellaswag", "arc_easy")
 PLACES, CHOICES, LINES = 2000, 4, 2  # of a task; of a place; of text before it
@@ -133,14 +139,15 @@ def scores_of(directory: Path, tasks: Sequence[str], folder: Path) -> dict[str, 
 def make(tasks: Sequence[str]) -> None:
     """Score what is not scored yet, exported and, where its weights are not in runs/, trained before."""
     rows: list[dict[str, Any]] = list(read_csv(SCORES)) if SCORES.is_file() else []
-    folder = EXPERIMENT.trained / "table3"
-    folder.mkdir(parents=True, exist_ok=True)
-    for system in SYSTEMS:
+    for size, (system, steps, (seed,)) in ((size, row) for size, its in ROWS.items() for row in its):
         missing = [task for task in tasks if (system.label, task) not in {(row["system"], row["task"]) for row in rows}]
         if not missing:
             continue
-        run = EXPERIMENT.trained / system.directory(STEPS, SEED)
-        train(system.name, out=run, seed=SEED, options=system.options(STEPS), resume=True)
+        check_text(size)
+        folder = EXPERIMENT.trained / "table3" / size
+        folder.mkdir(parents=True, exist_ok=True)
+        run = EXPERIMENT.trained / system.directory(steps, seed)
+        train(system.name, out=run, seed=seed, options=system.options(steps), resume=True)
         exported = folder / f"{run.name}-exported"
         if not exported.exists():
             export(str(run), exported)
@@ -161,13 +168,15 @@ def accuracies() -> dict[str, dict[str, tuple[float, float]]]:
 
 def says() -> tuple[str, str] | None:
     found = accuracies()
-    if any(task not in found.get(system.label, {}) for system in SYSTEMS for task in TASKS):
+    if any(task not in found.get(row.system.label, {}) for rows in ROWS.values() for row in rows for task in TASKS):
         return None
     told, better = [], []
-    for task, title in TASKS.items():
-        dense, *mixtures = [found[system.label][task] for system in SYSTEMS]
-        told.append(f"{title}: dense {dense[0]:.3f}, mixtures {' and '.join(f'{each[0]:.3f}' for each in mixtures)}")
-        better += [(each[0] - dense[0]) / math.hypot(each[1], dense[1]) for each in mixtures]
+    for size, rows in ROWS.items():
+        for task, title in TASKS.items():
+            dense, *mixtures = [found[row.system.label][task] for row in rows]
+            scores = " and ".join(f"{each[0]:.3f}" for each in mixtures)
+            told.append(f"{size}, {title}: dense {dense[0]:.3f}, mixture{'s' * (len(mixtures) > 1)} {scores}")
+            better += [(each[0] - dense[0]) / math.hypot(each[1], dense[1]) for each in mixtures]
     if min(better) > 2:
         return "; ".join(told), CONFIRMED
     return "; ".join(told), NOT_HERE if min(better) > -2 and max(better) > 2 else CONTRADICTED

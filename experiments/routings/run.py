@@ -54,7 +54,7 @@ ALL_AT_FIRST = "ReMoE-"  # of which nearly all experts answer before it is train
 TIMES = ("share_of_dense", "share_low", "share_high")
 ROUNDS, TIMED = 7, 15  # of a timing, and steps of each model in a round
 ROWS, GROUP = 128, 32  # of a step
-LOAD_ROWS = 4096  # of 64 tokens each, by which the load of experts is measured
+LOADS, LOAD_ROWS = "loads.csv", 4096  # of 64 tokens each, by which the load of experts is measured
 
 
 class System(NamedTuple):
@@ -62,7 +62,6 @@ class System(NamedTuple):
 
     name: str
     model: Mapping[str, str] = {}
-    seeds: Sequence[int] = SEEDS
     rate: float | None = None
     nano: bool = False
 
@@ -134,21 +133,21 @@ def trained(experiment: Experiment) -> None:
     """Seed by seed, so that what was stopped is balanced."""
     for seed in SEEDS:
         for system in SYSTEMS:
-            if seed in system.seeds and not system.nano:
+            if not system.nano:
                 out = experiment.trained / system.directory(seed)
                 train(system.name, out=out, seed=seed, learning_rate=system.rate, options=system.options, resume=True)
         keep(finished(experiment), experiment.kept)
 
 
 def finished(experiment: Experiment) -> list[Run]:
-    directories = [experiment.trained / system.directory(seed) for system in SYSTEMS for seed in system.seeds]
+    directories = [experiment.trained / system.directory(seed) for system in SYSTEMS for seed in SEEDS]
     return [read(directory) for directory in directories if (directory / FACTS).is_file()]
 
 
 def runs_of(experiment: Experiment, system: System) -> list[Run]:
     """Those of its runs that are finished, by seed."""
     folder = Experiment.named("nano").kept if system.nano else experiment.kept
-    files = [folder / f"{system.directory(seed)}.json" for seed in system.seeds]
+    files = [folder / f"{system.directory(seed)}.json" for seed in SEEDS]
     return [read(file) for file in files if file.is_file()]
 
 
@@ -190,11 +189,26 @@ def loaded(experiment: Experiment) -> None:
     weights_of(experiment)
     rows = []
     for system in SYSTEMS:
-        for seed in () if system.nano else system.seeds:
+        for seed in () if system.nano else SEEDS:
             run = experiment.trained / system.directory(seed)
             rows += [{"system": system.label, "seed": seed, **row} for row in _loads(str(run))]
             print(system.label, seed, file=sys.stderr)
-    write_csv(experiment.kept / "loads.csv", list(rows[0]), rows)
+    write_csv(experiment.kept / LOADS, list(rows[0]), rows)
+
+
+def load_table(kept: Path) -> str:
+    """The least and the greatest of all seeds and layers, of sparse routings whose load may be uneven."""
+    heads = ["experts a token, training", "validation", "an expert's load, of an even one, training", "validation"]
+    table, rows = [["", *heads]], read_csv(kept / LOADS)
+    for system in ("STC-Nano/32E", "ET-Nano/32E", "ReMoE-Nano/32E"):
+        cells: list[str] = []
+        for least, greatest in (("experts_per_token", "experts_per_token"), ("least_load", "greatest_load")):
+            for split in ("train", "validation"):
+                own = [row for row in rows if (row["system"], row["split"]) == (system, split)]
+                ends = min(float(row[least]) for row in own), max(float(row[greatest]) for row in own)
+                cells.append("{:.2f} to {:.2f}".format(*ends))
+        table.append([system, *cells])
+    return markdown(table)
 
 
 def _loads(run: str) -> list[dict[str, object]]:
@@ -328,6 +342,8 @@ def main() -> None:
         timed(experiment)
     elif given.load:
         loaded(experiment)
+        print(load_table(experiment.kept))
+        return
     elif not given.table:
         trained(experiment)
     if (experiment.kept / "timings.csv").is_file():

@@ -49,7 +49,7 @@ COMMON = (
     *("tie_word_embeddings", "rope_parameters", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id"),
     "pad_token_id",
 )
-OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob", "router_aux_loss_coef")
+OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob")
 NONE_SHARED = "Qwen3-MoE, with softmax gates, has no shared experts"
 
 # Run by `in_plain_transformers` on the directory and the files of ids and of logits.
@@ -209,6 +209,8 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
         dense.load_state_dict(plain_weights(model))
         return dense.eval()
     experts = {field: getattr(config, field) for field in OF_EXPERTS}
+    # Upstream's loss is not divided by the number of choices.
+    experts["router_aux_loss_coef"] = config.router_aux_loss_coef / config.num_experts_per_tok
     experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
     if config.sparse_routings[0].exports_as == "Dots1ForCausalLM":
         return _to_dots1(model, common)

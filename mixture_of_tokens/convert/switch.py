@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixture_of_tokens.layers import MixtureOfTokens
+from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import MIXTURE
@@ -123,21 +124,21 @@ def branches(
         return hook
 
     handles = [layer.register_forward_hook(note(i)) for i, layer in layers]
-    training, served, count = source.training, [(layer.alone, layer.num_experts_alone) for _, layer in layers], 0
+    served, count = [(layer.alone, layer.num_experts_alone) for _, layer in layers], 0
     bar = tqdm(desc="Serving the source alone", total=tokens, unit="token", delay=2, leave=False, dynamic_ncols=True)
     try:
-        source.eval().serve_alone(num_experts_alone=num_experts_alone)
+        source.serve_alone(num_experts_alone=num_experts_alone)
         for batch in batches:
             length = batch["input_ids"].shape[1]
             rows = batch["input_ids"].to(source.device)[: max(1, (tokens - count) // length)]
-            source(rows, logits_to_keep=1, use_cache=False)
+            with evaluating(source):
+                source(rows, logits_to_keep=1, use_cache=False)
             count += rows.numel()
             bar.update(rows.numel())
             if count + length > tokens:
                 break  # before the next batch is taken, which may be another call's
     finally:
         bar.close()
-        source.train(training)
         for (_, layer), was, handle in zip(layers, served, handles, strict=True):
             layer.serve_alone(*was)
             handle.remove()

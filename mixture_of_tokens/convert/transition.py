@@ -241,7 +241,8 @@ def _merged(
 ) -> Merged:
     """The source's configuration with the new routing and schedule."""
     target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores)
-    model = {field: getattr(target, field) for field in source.config.model if field in FIELDS}
+    given = source.config.model
+    model = {field: getattr(target, field, value) for field, value in given.items() if field in FIELDS}
     model |= {field: getattr(target, field) for field in ("mlp_layer_types", "num_experts_per_tok", "capacity_factor")}
     model["router_temperature"] = target.router_temperature
     training = _training(source) | SCHEDULES[schedule]

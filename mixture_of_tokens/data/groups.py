@@ -54,11 +54,15 @@ class Blocks:
         position = index * self.context + np.arange(self.context + 1)
         real = (position < len(self.tokens)) & (index >= 0)
         window = torch.from_numpy(self.tokens[np.where(real, position, 0)].astype(np.int64))
+        ids, labels = window[:, :-1].contiguous(), window[:, 1:].contiguous()  # else a GPU waits for each copy
         if not padded:
-            return {"input_ids": window[:, :-1], "shift_labels": window[:, 1:]}
+            return {"input_ids": ids, "shift_labels": labels}
         mask = torch.from_numpy(real)
-        labels = torch.where(mask[:, 1:], window[:, 1:], IGNORE)
-        return {"input_ids": window[:, :-1], "shift_labels": labels, "attention_mask": mask[:, :-1].long()}
+        return {
+            "input_ids": ids,
+            "shift_labels": torch.where(mask[:, 1:], labels, IGNORE),
+            "attention_mask": mask[:, :-1].long(),
+        }
 
 
 def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarray, int]:
@@ -158,9 +162,15 @@ class GroupedBatches(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def _blocks_of(self, epoch: int) -> Blocks:
+        return self.blocks
+
     def _rows_of(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, grouped_order(self.blocks, self.group_size, seed=self.seed, epoch=epoch).ravel()
+            self._order = (
+                epoch,
+                grouped_order(self._blocks_of(epoch), self.group_size, seed=self.seed, epoch=epoch).ravel(),
+            )
         return self._order[1]
 
     def block_numbers(self, rows: list[int]) -> np.ndarray:

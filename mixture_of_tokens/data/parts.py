@@ -19,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, cat
 from tqdm import tqdm
 
@@ -64,6 +63,7 @@ class Parts:
     def first(self) -> Prepared:
         """The first part, whose facts stand for all: their hash is of its text, and of all names and sizes."""
         made = prepare(self.files[0], **self.options, together=True)
+        made.check()
         sizes = [[Path(file).name, Path(file).stat().st_size] for part in self.files for file in part]
         whole = hashlib.sha256(json.dumps([made.facts["hash"], sizes]).encode()).hexdigest()[:16]
         return replace(made, facts=made.facts | {"hash": whole, "source": self.sources, "parts": len(self.files)})
@@ -111,7 +111,7 @@ class PartedBatches(GroupedBatches):
         while True:
             for part in range(count):
                 if part == len(self.rows_of_parts):
-                    self.rows_of_parts.append(len(self._part(part)) // self.group_size * self.group_size)
+                    self.rows_of_parts.append(_rows_in(self._part(part), self.group_size))
                 if row < self.rows_of_parts[part]:
                     return turn, part, row
                 row -= self.rows_of_parts[part]
@@ -145,14 +145,18 @@ class PartedBatches(GroupedBatches):
         places = [self.place(row) for row in rows]
         for key in dict.fromkeys(place[:2] for place in places):
             turn, part = key
-            self.blocks = self._part(part)
-            order = self._rows_of_part(turn, part)
-            batches.append(self.blocks.batch(order[[row for *which, row in places if tuple(which) == key]]))
+            order = self._rows_of(turn * len(self.parts.files) + part)  # an epoch, so that no two orders are alike
+            batches.append(self._part(part).batch(order[[row for *which, row in places if tuple(which) == key]]))
         return {name: cat([batch[name] for batch in batches]) for name in batches[0]}
 
-    def _rows_of_part(self, turn: int, part: int) -> np.ndarray:
-        epoch = turn * len(self.parts.files) + part  # so that no two orders are alike
-        return self._rows_of(epoch)
+    def _blocks_of(self, epoch: int) -> Blocks:
+        return self._part(epoch % len(self.parts.files))
+
+
+def _rows_in(part: Blocks, group_size: int) -> int:
+    """Of its complete groups; 0 of a part that is too short to make groups of different documents."""
+    groups = len(part) // group_size
+    return groups * group_size if groups >= min(2, group_size) else 0
 
 
 def prepare_ahead(parts: Parts, start: int, rows: int, group_size: int) -> Any:
@@ -182,6 +186,6 @@ def _prepare_all(parts: Parts, numbers: list[int], rows: int, group_size: int) -
         contextlib.suppress(ValueError, OSError),  # who needs the part meets the error too, and tells it
     ):
         for number in numbers:
-            made = len(parts.prepare(number).train) // group_size * group_size
+            made = _rows_in(parts.prepare(number).train, group_size)
             if (number + 1) * made > rows + made:  # one more than is needed, as parts differ
                 break

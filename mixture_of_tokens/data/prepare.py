@@ -52,6 +52,16 @@ class Prepared:
     facts: dict
     directory: Path
 
+    def check(self) -> None:
+        """Raises ValueError for a training or validation split that is shorter than a block."""
+        for name in ("train", "validation"):
+            blocks: Blocks = getattr(self, name)
+            if not len(blocks):
+                raise ValueError(
+                    f"the {name} split has {len(blocks.tokens)} tokens, less than a block of {blocks.context}: give "
+                    "more text"
+                )
+
 
 def prepare(
     sources: Sequence[str] | None = None,
@@ -75,7 +85,7 @@ def prepare(
         tokenizer: A tokenizer.json, a folder with one or a Hub name.
         group_size: Documents are cut, or divided into segments, such that groups of this size, or smaller ones, can
             be made of different documents.
-        together: The sources are parts of one, of which some may be empty.
+        together: The sources are parts of one, of which some may be empty, or shorter than a block.
 
     Raises ValueError for bad sources or options, and if the training or validation split is shorter than a block.
     """
@@ -117,16 +127,15 @@ def prepare(
         ends, count = segmented(np.load(directory / f"{name}.ends.npy"), context, group_size)
         splits[name] = Blocks(tokens, ends, context, facts[name]["bytes"])
         segments += count
-        if name != "tuning" and len(splits[name]) == 0:
-            raise ValueError(
-                f"the {name} split has {len(tokens)} tokens, less than a block of {context}: give more text"
-            )
     named = sources or [f"the standard library of Python {platform.python_version()}"]
     if segments:
         _say_segments(named, group_size, segments, once=together)  # a part is opened several times
     facts |= {"source": named, "segments": segments}
     kept = given or _tokenizer_in(directory)
-    return Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
+    made = Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
+    if not together:
+        made.check()
+    return made
 
 
 def whole_text(

@@ -22,6 +22,7 @@ from mixture_of_tokens.data.prepare import whole_text
 from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.loss import IGNORE
+from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import routings_of
@@ -146,7 +147,11 @@ def evaluate(
         blocks = dataclasses.replace(text_of(run).validation, context=context)
     else:
         blocks = whole_text(
-            data, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
+            [data] if isinstance(data, str) else data,
+            load_tokenizer_of(run),
+            field=field,
+            context=context,
+            group_size=group_size or BATCH_SIZE,
         )
     lines = _lines(model, blocks, regroupings, sweep_tokens, experts)
     return Evaluation(run, group_size, context, blocks.bytes, lines)
@@ -175,7 +180,7 @@ def _lines(
     plan += [(f"{n} rows a group", [in_parts(part, n)], nullcontext()) for n in reversed(sizes)]
     if all(routing.serves_alone for routing in routings_of(model)):
         plan.append(("alone", [in_parts(part, 1)], nullcontext()))
-        if routed and all(routed) and not is_sharded(model):
+        if mixes and routed and all(routed) and not is_sharded(model):
             count, granularity = model.config.num_experts, model.config.num_experts_per_tok
             wanted = (2 * granularity, granularity) if experts is None else (experts,)
             for few in (few for few in wanted if few < count):
@@ -271,7 +276,8 @@ def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOG
             logits = model(**given, use_cache=False).logits.flatten(0, 1).float()
             nats += float(F.cross_entropy(logits, expected, ignore_index=IGNORE, reduction="sum"))
         return nats, count
-    return float(model(**inputs, use_cache=False).loss) * count, count
+    without = {"return_logits": False} if isinstance(model, MixtureOfTokensForCausalLM) else {}
+    return float(model(**inputs, **without, use_cache=False).loss) * count, count
 
 
 def evaluate_blocks(
@@ -299,8 +305,7 @@ def evaluate_blocks(
     """
     everything = groups is None or groups * group_size > len(blocks)
     order = grouped_order(blocks, group_size, seed=seed, everything=everything)[: None if everything else groups]
-    training, device = model.training, model.device
-    model.eval()
+    device = model.device
     batches = np.split(order.ravel(), range(batch_size, order.size, batch_size))
     rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     own, spare, padded = range(rank, len(batches), count), 0, everything
@@ -313,7 +318,8 @@ def evaluate_blocks(
         empty = not (batches[i] >= 0).any()  # for a batch without text the model would not be called
         rows = batches[0] if empty else batches[i]
         inputs = {name: tensor.to(device) for name, tensor in blocks.batch(rows, padded=padded).items()}
-        result = cross_entropy(model, inputs)
+        with evaluating(model):
+            result = cross_entropy(model, inputs)
         if i in own and not empty:
             found[i, 0], found[i, 1] = result
     if accelerator is not None:  # every batch is one process's and zero elsewhere: sums are exact in any order
@@ -321,7 +327,6 @@ def evaluate_blocks(
     nats, tokens = 0.0, 0
     for batch_nats, batch_tokens in found.tolist():  # pyright: ignore
         nats, tokens = nats + batch_nats, tokens + int(batch_tokens)
-    model.train(training)
     result = {"loss": nats / tokens, "tokens": tokens}
     if everything:
         result["bits_per_byte"] = nats / math.log(2) / blocks.bytes

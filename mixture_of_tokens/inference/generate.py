@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, say_speed, to_file
+from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
@@ -294,21 +295,19 @@ def _written(
     width = max(map(len, encoded))
     ids = torch.tensor([[pad] * (width - len(tokens)) + tokens for tokens in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in encoded], device=model.device)
-    training = model.training
-    model.eval()
-    written = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=most,
-        do_sample=sampling.temperature > 0,
-        temperature=sampling.temperature or None,
-        top_p=sampling.top_p if sampling.temperature else None,
-        top_k=None,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-        streamer=streamer,
-    )
-    model.train(training)
+    with evaluating(model):
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=most,
+            do_sample=sampling.temperature > 0,
+            temperature=sampling.temperature or None,
+            top_p=sampling.top_p if sampling.temperature else None,
+            top_k=None,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            streamer=streamer,
+        )
     new = written[:, width:].tolist()
     if tokenizer.eos_token_id is not None:
         new = [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in new]

@@ -4,7 +4,8 @@ In training a threshold follows the scores of the last batches, some of them wit
 up to a fifth more or less than their even share. Measured anew with weights that no longer change, they do not.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ from torch import Tensor, nn
 
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.thresholds import ExpertThreshold
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode; afterwards each of its modules is in its own again."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
 
 
 @torch.no_grad()
@@ -30,22 +43,19 @@ def watch(
         return after
 
     handles = [module.register_forward_hook(noted(hook), with_kwargs=True) for module, hook in hooks.items()]
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        for batch in batches:
-            if isinstance(model, MixtureOfTokensForCausalLM):
-                given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-                known = ("input_ids", "attention_mask", "token_mask")
-                inputs = {name: given[name].to(model.device) for name in known if name in given}
-                model(**inputs, logits_to_keep=1, use_cache=False)
-            elif isinstance(batch, Tensor):
-                model(batch)
-            else:
-                model(**batch)
+        with evaluating(model):
+            for batch in batches:
+                if isinstance(model, MixtureOfTokensForCausalLM):
+                    given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+                    known = ("input_ids", "attention_mask", "token_mask")
+                    inputs = {name: given[name].to(model.device) for name in known if name in given}
+                    model(**inputs, logits_to_keep=1, use_cache=False)
+                elif isinstance(batch, Tensor):
+                    model(batch)
+                else:
+                    model(**batch)
     finally:
-        for module, was in training.items():
-            module.training = was
         for handle in handles:
             handle.remove()
 
@@ -68,5 +78,4 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
 
 
 def _note(layer: ExpertThreshold, x_BTD: Tensor, token_mask: Tensor | None = None) -> None:
-    real_S = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask.bool()
-    layer.note(layer.gate(x_BTD.masked_fill(~real_S[..., None], 0)).flatten(0, 1), real_S.flatten())
+    layer.note(layer.gate(x_BTD.flatten(0, 1) if token_mask is None else x_BTD[token_mask.bool()]))

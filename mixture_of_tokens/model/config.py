@@ -43,6 +43,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     """
 
     model_type = "mixture_of_tokens"
+    keys_to_ignore_at_inference = ["past_key_values", "cross_entropy", "aux_loss", "router_logits"]
     # Upstream's parallel plans split experts without regard to groups.
     base_model_tp_plan = None
     base_model_ep_plan = None

@@ -146,7 +146,7 @@ def memory(
         "gradients": weights,
         "optimizer": 2 * weights,
         "activations": _kept_by_blocks(config, batch, T, size, experts_per_token) + last_norm + loss,
-        "logits": 2 * 4 * min(LOGITS_AT_ONCE, tokens * V),
+        "logits": 2 * 4 * min(LOGITS_AT_ONCE["cuda"], tokens * V),
     }
 
 

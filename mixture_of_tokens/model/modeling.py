@@ -101,12 +101,21 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
         # Upstream installs them at the first call that records, under a lock that `torch.compile` cannot trace.
         maybe_install_capturing_hooks(self)
 
-    def forward(self, input_ids=None, attention_mask=None, token_mask=None, inputs_embeds: Any = None, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        *,
+        inputs_embeds: Any = None,
+        token_mask=None,
+        **kwargs,
+    ):
         """As upstream's, with `token_mask` (B, T), true where a token is real; by default from a 2-D attention mask."""
         if token_mask is None:
             token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids)
-        kwargs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_mask": token_mask}
-        return super().forward(attention_mask=attention_mask, **kwargs)
+        kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "token_mask": token_mask}
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
 class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedModel, Qwen3MoeForCausalLM):
@@ -167,41 +176,58 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         blocks = zip(self.config.routings, self.model.layers, strict=True)
         return any(routing.shares_batch and not getattr(block.mlp, "alone", False) for routing, block in blocks)
 
+    def _summed_cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Of (S, D) and (S,), without all logits in memory where the head is a matrix, and on this device."""
+        head = self.lm_head
+        if isinstance(head, nn.Linear) and head.weight.device == hidden.device:
+            return chunked_cross_entropy(hidden, head.weight, labels)
+        logits = head(hidden).to(hidden.device)  # an adapter, or on another device, which hooks see to
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
         token_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutput:
-        """Logits, or with labels the loss; the (B, T, V) logits are then computed only on request.
+        """Logits, and with labels the loss; in training the (B, T, V) logits are then computed only on request.
 
         Args beyond upstream's:
             token_mask: (B, T), true where a token is real and takes part in groups; by default the attention mask. It
                 does not mask attention: with it alone, real tokens still attend to padding.
-            labels: (B, T), predicted from the position before; `shift_labels`: the same, shifted already.
+            labels: (B, T), predicted from the position before; or `shift_labels`, the same, shifted already.
             num_items_in_batch: divisor of the summed loss, by default the number of labels in this call. With gradient
                 accumulation it is the number of labels in the step; the auxiliary loss is then weighted by this
                 micro-batch's share of them, so that it counts once per step.
-            return_logits: by default only when there are no labels.
+            return_logits: by default not in training with labels.
 
         Returns `loss` (`cross_entropy`, in nats, in training plus `aux_loss` times its weight), `aux_loss` (of the
         routing, such as Token Choice's load-balancing loss; the mean over its blocks), `logits`, and upstream's others.
+        `router_logits` have the shapes in which routings choose: (M, G, E) of groups, (T, B, E) where each token
+        chooses, (B, T, E * P) of Soft MoE.
         """
+        # Not among the arguments: Trainer would take it for a label that every batch of an evaluation must have.
+        shift_labels = kwargs.pop("shift_labels", None)
         if token_mask is None:
-            token_mask = real_tokens(attention_mask, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
+            token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids)
         weights = self._auxiliary_weights() if self.training else {}
         with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
             token_mask=token_mask,
             output_router_logits=with_routers or bool(weights),
             return_dict=True,
@@ -211,7 +237,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         loss = cross_entropy = aux_loss = logits = None
         weighted: Any = 0.0
         has_labels = labels is not None or shift_labels is not None
-        if return_logits or (return_logits is None and not has_labels):
+        if return_logits or (return_logits is None and not (has_labels and self.training)):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
         if weights:
@@ -220,7 +246,9 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             means = []
             for routing, weight in weights.items():
                 assert routing.auxiliary is not None
-                recorded = [x for of, x in zip(routed, outputs.router_logits, strict=True) if of is routing]
+                recorded = [
+                    x.to(hidden.device) for of, x in zip(routed, outputs.router_logits, strict=True) if of is routing
+                ]
                 losses = [routing.auxiliary(x, self.config.num_experts_per_tok, mask_TB) for x in recorded]
                 means.append(torch.stack(losses).mean())
                 weighted = weighted + weight * means[-1]
@@ -231,7 +259,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 shift_labels = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
             shift_labels = shift_labels.to(hidden.device)
             count = (shift_labels != IGNORE).sum()
-            total = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, shift_labels.flatten())
+            total = self._summed_cross_entropy(hidden.flatten(0, 1), shift_labels.flatten())
             divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             cross_entropy = total / divisor
             loss = cross_entropy if aux_loss is None else (total + weighted * count) / divisor

@@ -78,6 +78,13 @@ SIZES = {
 # Upstream reads these two without declaring them.
 FIELDS = sorted({field.name for field in fields(MixtureOfTokensConfig)} | {"head_dim", "attn_implementation"})
 
+# Fields that do nothing here, and what does.
+WITHOUT_EFFECT = {
+    "initializer_range": "initializer_scale",
+    "decoder_sparse_step": "mlp_layer_types",
+    "mlp_only_layers": "mlp_layer_types",
+}
+
 # The fields that a name determines; NAMED_OF_EXPERTS only where there are experts. A name leaves open the vocabulary,
 # the context and training settings (temperature, capacity, ...).
 NAMED = (
@@ -161,9 +168,11 @@ def config_from_name(
 
     Raises ValueError for an unknown name or field, or a granularity that does not divide d_ff.
     """
-    for field in overrides:
+    for field, value in overrides.items():
         if field not in FIELDS:
             raise ValueError(f"the configuration has no field {field!r}{nearest(field, FIELDS)}")
+        if field in WITHOUT_EFFECT and value != getattr(MixtureOfTokensConfig, field, None):
+            raise ValueError(f"{field} {value} would do nothing; {WITHOUT_EFFECT[field]} does")
     parsed = parse_name(name)
     size, k = SIZES[parsed.size], parsed.granularity
     routed = k - _shared(parsed, overrides.get("shared_experts", 0))

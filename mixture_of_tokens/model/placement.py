@@ -91,14 +91,16 @@ class Placement:
         if self.expert_parallel == 1:
             return
         flag = f"--expert-parallel {self.expert_parallel}"
+        if not config.sparse_routings:
+            raise ValueError(f"{flag}: a model without sparse blocks has no experts to divide")
         for routing in config.sparse_routings:
             if routing.balance != BY_CONSTRUCTION:
                 raise ValueError(
                     f"{flag}: {routing.title} sends experts as many tokens as they are chosen by, which would differ "
                     "from process to process; --shard works"
                 )
-        if not config.sparse_routings or config.num_experts % self.expert_parallel:
-            count = config.num_experts if config.sparse_routings else 0
+        count = config.num_experts
+        if count % self.expert_parallel:
             legal = ", ".join(str(n) for n in range(1, self.shard + 1) if self.shard % n == 0 and count % n == 0)
             raise ValueError(f"{flag} does not divide the {count} experts; legal are {legal}")
 

@@ -177,7 +177,7 @@ def whole(model: MixtureOfTokensForCausalLM) -> Iterator[MixtureOfTokensForCausa
     if not is_sharded(model):
         yield model
         return
-    with torch.random.fork_rng():  # what it draws does not count
+    with torch.random.fork_rng(devices=[]):  # what it draws does not count
         plain: Any = unsharded(model)
     yield plain.to(model.device)
     state = plain.state_dict()

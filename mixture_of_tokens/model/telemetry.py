@@ -34,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import expert_linear, full_precision, grouped, ungrouped
+from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.soft import SoftMoE
 
@@ -55,20 +56,17 @@ def measure(model: MixtureOfTokensForCausalLM, batch: dict[str, Tensor]) -> dict
             padding; at least one token is real. Other entries, such as labels, are ignored.
     """
     blocks: list[Any] = list(model.model.layers)
-    modes = [(module, module.training) for module in model.modules()]
     found: list[dict[str, Tensor]] = [{} for _ in blocks]
     handles: list[RemovableHandle] = []
     try:
-        model.eval()
-        for block, measures in zip(blocks, found, strict=True):
-            block.mlp.training = True
-            handles += _watch(block, model.config.group_size, measures)
-        model(**{name: batch[name] for name in INPUTS if name in batch}, logits_to_keep=1, use_cache=False)
+        with evaluating(model):
+            for block, measures in zip(blocks, found, strict=True):
+                block.mlp.training = True
+                handles += _watch(block, model.config.group_size, measures)
+            model(**{name: batch[name] for name in INPUTS if name in batch}, logits_to_keep=1, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return {str(i): {name: value.item() for name, value in measures.items()} for i, measures in enumerate(found)}
 
 

@@ -243,9 +243,9 @@ def _title(run: Run) -> str:
 
 
 def _setting(run: Run, key: str) -> Any:
-    """A model's setting is read from its configuration, as `settings` omits defaults."""
+    """A model's setting is read from its configuration, as `settings` omits defaults; upstream keeps not all there."""
     kind, _, field = key.rpartition(".")
-    return getattr(run.model_config, field) if kind == "model" else run.settings.get(key)
+    return run.settings.get(key, getattr(run.model_config, field, None) if kind == "model" else None)
 
 
 def reached(run: Run, other: Run) -> Reached | None:

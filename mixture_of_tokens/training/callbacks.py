@@ -22,6 +22,16 @@ OF_LOGS = {name: name for name in ("eval_loss", "learning_rate", "grad_norm", "a
 OF_LOGS |= {"loss": "train_loss"}
 
 
+class BalanceCallback(TrainerCallback):
+    """Balances routings without a balancing loss after each step, in any Trainer."""
+
+    def __init__(self, model: MixtureOfTokensForCausalLM):
+        self.model = model
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.model.balance()
+
+
 class Clock:
     """Seconds of training."""
 

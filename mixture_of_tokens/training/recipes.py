@@ -108,7 +108,9 @@ def merge(
     nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
     if options.tokenizer is not None and "vocab_size" not in overrides:
         written["vocab_size"] = None  # the tokenizer's
+    on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
     micro_batch, training = _training_fields(options.training, recipe, steps, batch_size, config.group_size)
+    training.setdefault("dataloader_pin_memory", not on_cpu)
     run = RunConfig(
         name=name,
         seed=seed,
@@ -130,14 +132,14 @@ def merge(
     )
     with _names_the_flag(name, overrides), torch.device("meta"):  # invalid fields are reported before the run starts
         MixtureOfTokensForCausalLM(config)
-    on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
     placement = Placement.of(options.shard, options.replicate, options.expert_parallel, process_count())
     placement.check(config, on_cpu=on_cpu)
-    # Of 0 steps, which are not trained, Trainer could make no schedule.
+    # Of 0 steps, which are not trained, Trainer could make no schedule. Not TF32, which a compiled model's Trainer else
+    # turns on for the whole process: routers are in fp32.
     taken = {"max_steps": max(1, steps), "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
-    taken |= {"per_device_train_batch_size": micro_batch}
+    taken |= {"per_device_train_batch_size": micro_batch, "tf32": False}
     try:  # also before it starts
-        arguments = TrainingArguments(output_dir=os.devnull, **taken, **training)
+        arguments = TrainingArguments(output_dir=os.devnull, **(taken | training))
     except Exception as error:
         raise ValueError(f"--training: {in_words(error)}") from error
     if arguments.fp16 and on_cpu:
@@ -226,7 +228,6 @@ def _training_fields(
         "save_total_limit": 2,
         "report_to": "tensorboard",
         **FIXED,
-        "dataloader_pin_memory": False,
         "ddp_find_unused_parameters": False,
         "ddp_timeout": 600,
         **given,

@@ -1,6 +1,7 @@
 """Training one named model: the command `mot train` and its run directory."""
 
 import copy
+import gc
 import os
 import shutil
 import signal
@@ -163,6 +164,9 @@ def _run(
     keep_large_blocks()
     if arguments.torch_compile:  # else torch counts the models of earlier runs, and compiles no ninth one
         torch.compiler.reset()
+    if torch.cuda.is_initialized():  # an earlier run's model, which is in a circle with its trainer's callbacks
+        gc.collect()
+        torch.cuda.empty_cache()
     transformers.logging.disable_progress_bar()
     trainer, prepared = build(run, arguments, placement)
     checkpoint = _newest(out)

@@ -44,7 +44,7 @@ from mixture_of_tokens.model.sharding import (
 from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
 from mixture_of_tokens.process import end_with_parent, of_all
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.training.callbacks import Clock, RunLog
+from mixture_of_tokens.training.callbacks import BalanceCallback, Clock, RunLog
 
 EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
 BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # what a schedule has for each of the optimizer's groups
@@ -78,6 +78,7 @@ class GroupedTrainer(Trainer):
         # Trainer evaluates only where it is given an evaluation set; `evaluate` does not read it.
         super().__init__(model, args, train_dataset=rows, eval_dataset=rows, data_collator=_as_it_is, **kwargs)
         args.save_only_model = False
+        self.accelerator.dataloader_config.non_blocking = self.args.device.type == "cuda"  # no step waits for the last
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
@@ -88,7 +89,7 @@ class GroupedTrainer(Trainer):
         self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock, rows.first_step)
         self.add_callback(self.run_log)
         self.add_callback(_RouterGradients(self))
-        self.add_callback(_Balance(model))
+        self.add_callback(BalanceCallback(model))
         self.add_callback(_Ready(self))
         probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
         self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
@@ -163,8 +164,9 @@ class GroupedTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, use_cache=False)
-        aux_loss = outputs.aux_loss
-        self._reported.append((outputs.cross_entropy.detach(), None if aux_loss is None else aux_loss.detach()))
+        # Copies, as a graph of CUDA writes the next step's over them.
+        cross_entropy, aux_loss = outputs.cross_entropy.detach().clone(), outputs.aux_loss
+        self._reported.append((cross_entropy, None if aux_loss is None else aux_loss.detach().clone()))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -347,14 +349,6 @@ class _RouterGradients(TrainerCallback):
             kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
             # Clipping sets all gradients to zero if one is infinite.
             self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
-
-
-class _Balance(TrainerCallback):
-    def __init__(self, model: MixtureOfTokensForCausalLM):
-        self.model = model
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.model.balance()
 
 
 class _Ready(TrainerCallback):

@@ -1,0 +1,109 @@
+"""The models in transformers' own Trainer, as other models are used: losses, metrics, balancing, adapters."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from mixture_of_tokens.model.routings import ROWS
+from mixture_of_tokens.training.callbacks import BalanceCallback
+from routings import tiny
+
+ROWS_A_STEP, LENGTH, VOCABULARY = 6, 9, 97
+
+
+class Texts(Dataset):
+    def __init__(self, rows: int):
+        self.ids = torch.randint(VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[row], "labels": self.ids[row]}
+
+
+def trainer(model, folder, **given) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=ROWS_A_STEP,
+        per_device_eval_batch_size=ROWS_A_STEP,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    return Trainer(model, arguments, train_dataset=Texts(24), eval_dataset=Texts(12), **given)
+
+
+@pytest.mark.parametrize("kind", [row.kind for row in ROWS])
+def test_it_trains_and_evaluates_with_a_loss_and_metrics_of_logits(kind, tmp_path):
+    def accuracy(predicted) -> dict[str, float]:
+        assert predicted.predictions.shape == (12, LENGTH, VOCABULARY)
+        hits = predicted.predictions[:, :-1].argmax(-1) == predicted.label_ids[:, 1:]
+        return {"accuracy": float(np.mean(hits))}
+
+    made = trainer(tiny(kind), tmp_path, compute_metrics=accuracy)
+    before = made.evaluate()
+    assert made.train().training_loss > 0
+    after = made.evaluate()
+    model, own = made.model.eval(), Texts(12).ids.split(ROWS_A_STEP)
+    with torch.no_grad():
+        expected = np.mean([float(model(ids, labels=ids).cross_entropy) for ids in own])
+    assert after["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert after["eval_loss"] != before["eval_loss"]
+    assert 0 <= after["eval_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "buffer"),
+    [("sigmoid_choice", "selection_bias"), ("expert_threshold", "threshold"), ("remoe", "l1_weight")],
+)
+def test_a_callback_balances_what_has_no_loss_for_it(kind, buffer, tmp_path):
+    def moved(callbacks) -> bool:
+        model = tiny(kind)
+        before = getattr(model.model.layers[1].mlp, buffer).clone()
+        trainer(model, tmp_path, callbacks=callbacks(model)).train()
+        return not getattr(model.model.layers[1].mlp, buffer).equal(before)
+
+    assert moved(lambda model: [BalanceCallback(model)])
+    assert not moved(lambda model: [])
+
+
+class Adapted(nn.Module):
+    """A head with an adapter beside it, as peft has."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.weight = base, base.weight
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_an_adapter_of_the_head_is_in_the_loss():
+    model, x = tiny("mixture_of_tokens").train(), Texts(6).ids
+    model.lm_head = Adapted(model.lm_head)
+    result = model(x, labels=x, return_logits=True)
+    plain = nn.functional.cross_entropy(result.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(result.loss, plain)
+    result.loss.backward()
+    assert model.lm_head.up.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", [row.kind for row in ROWS])
+def test_what_is_measured_stays_in_fp32_in_a_model_that_is_made_in_bf16(kind):
+    made = AutoModelForCausalLM.from_config(tiny(kind, router_temperature=0.1).config, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in made.parameters()} == {torch.bfloat16}
+    kept = {name: buffer for name, buffer in made.model.layers[1].mlp.named_buffers() if buffer is not None}
+    assert {buffer.dtype for buffer in kept.values()} <= {torch.float32}
+    x = Texts(6).ids
+    made.train()(x, labels=x).loss.backward()
+    made.balance()
