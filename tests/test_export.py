@@ -213,7 +213,7 @@ def test_an_export_that_is_trained_on_is_balanced_as_hard():
     theirs = plain.train()(ids, labels=ids, output_router_logits=True)
     ours = model(ids, labels=ids)
     torch.testing.assert_close(theirs.loss, ours.loss, rtol=0.02, atol=0)  # theirs is over all layers' tokens at once
-    assert float(ours.loss - ours.cross_entropy) > 0.4
+    assert (ours.loss - ours.cross_entropy).item() > 0.4
 
 
 def test_time_is_taken_of_a_model_whose_padding_is_the_first_token():

@@ -172,7 +172,8 @@ def test_an_unknown_field_is_told_the_nearest():
 def test_a_field_that_would_do_nothing_is_refused_and_what_does_is_named(field, value, does):
     with pytest.raises(ValueError, match=rf"{field} .* would do nothing; {does} does$"):
         config_from_name("MoT-Nano/8E", **{field: value})
-    config_from_name("MoT-Nano/8E", **{field: getattr(MixtureOfTokensConfig, field)})  # as files of runs have it
+    config = config_from_name("MoT-Nano/8E")
+    config_from_name("MoT-Nano/8E", **{field: getattr(config, field)})  # as files of runs have it
 
 
 def test_the_nearest_word_ignores_case_and_is_silent_when_nothing_is_near():

@@ -84,6 +84,7 @@ WITHOUT_EFFECT = {
     "decoder_sparse_step": "mlp_layer_types",
     "mlp_only_layers": "mlp_layer_types",
 }
+SET_ANYWAY = ("decoder_sparse_step", "mlp_only_layers")  # by the configuration; runs of earlier versions have them
 
 # The fields that a name determines; NAMED_OF_EXPERTS only where there are experts. A name leaves open the vocabulary,
 # the context and training settings (temperature, capacity, ...).
@@ -168,11 +169,9 @@ def config_from_name(
 
     Raises ValueError for an unknown name or field, or a granularity that does not divide d_ff.
     """
-    for field, value in overrides.items():
+    for field in overrides:
         if field not in FIELDS:
             raise ValueError(f"the configuration has no field {field!r}{nearest(field, FIELDS)}")
-        if field in WITHOUT_EFFECT and value != getattr(MixtureOfTokensConfig, field, None):
-            raise ValueError(f"{field} {value} would do nothing; {WITHOUT_EFFECT[field]} does")
     parsed = parse_name(name)
     size, k = SIZES[parsed.size], parsed.granularity
     routed = k - _shared(parsed, overrides.get("shared_experts", 0))
@@ -200,7 +199,12 @@ def config_from_name(
         "group_size": parsed.group_size,
         "router_temperature": size.mixture_temperature if parsed.routing.kind == MIXTURE.kind else 1.0,
     }
-    return MixtureOfTokensConfig(**values | overrides)
+    config = MixtureOfTokensConfig(**values | overrides)
+    for field in [field for field in WITHOUT_EFFECT if field in overrides]:
+        anyway = getattr(config if field in SET_ANYWAY else MixtureOfTokensConfig, field)
+        if overrides[field] not in (None, anyway):
+            raise ValueError(f"{field} {overrides[field]} would do nothing; {WITHOUT_EFFECT[field]} does")
+    return config
 
 
 def _shared(name: Name, count: int) -> int:
