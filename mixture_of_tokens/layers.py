@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, highest, softmax
-from mixture_of_tokens.layout import check_shapes, collect, grouped, spread, ungrouped
+from mixture_of_tokens.layout import check_shapes, combine, dispatch, grouped, ungrouped
 from mixture_of_tokens.slots import dropless
 
 
@@ -196,7 +196,7 @@ class MixtureOfTokens(Routed):
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
         weights_MGE = self.weights(x_MGD, mask_MG1, missing_M11)
         cast_MGE = weights_MGE.to(x_MGD.dtype)
-        mixtures_EMD = collect(cast_MGE, x_MGD)
+        mixtures_EMD = dispatch(cast_MGE, x_MGD)
         rest_ME = None if missing_M11 is None else 1 - weights_MGE.sum(1)
         if rest_ME is not None:
             mixtures_EMD = mixtures_EMD + (rest_ME.T[..., None] * self.companion[:, None]).to(mixtures_EMD.dtype)
@@ -205,5 +205,5 @@ class MixtureOfTokens(Routed):
             if missing_M11 is not None and rest_ME is not None:
                 squares_ME = squares_ME + rest_ME.square() / missing_M11[:, 0].clamp(min=1)
             mixtures_EMD = mixtures_EMD / squares_ME.sqrt().T[..., None].to(mixtures_EMD.dtype)
-        y_MGD = spread(cast_MGE, self.experts(mixtures_EMD))
+        y_MGD = combine(cast_MGE, self.experts(mixtures_EMD))
         return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])

@@ -92,7 +92,7 @@ def _copied_swapped(x: Tensor) -> Tensor:
 _copied_swapped.register_fake(lambda x: x.new_empty(x.shape[1], x.shape[0], x.shape[2]))
 
 
-class _Collect(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights_MGE, x_MGD):
         ctx.save_for_backward(weights_MGE, x_MGD)
@@ -105,7 +105,7 @@ class _Collect(torch.autograd.Function):
         return torch.bmm(x_MGD, grad_MED.mT), torch.bmm(weights_MGE, grad_MED)
 
 
-class _Spread(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights_MGE, y_EMD):
         y_MED = _swapped(y_EMD)
@@ -155,14 +155,14 @@ def precise_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
         return _PreciseLinear.apply(x.flatten(0, -2), weight_OI, low.dtype).unflatten(0, x.shape[:-1])
 
 
-def collect(weights_MGE: Tensor, x_MGD: Tensor) -> Tensor:
+def dispatch(weights_MGE: Tensor, x_MGD: Tensor) -> Tensor:
     """mix[e, m] = sum_g weights[m, g, e] * x[m, g]: (M, G, E), (M, G, D) -> (E, M, D)."""
-    return _Collect.apply(*autocast_to(weights_MGE, x_MGD))
+    return _Dispatch.apply(*autocast_to(weights_MGE, x_MGD))
 
 
-def spread(weights_MGE: Tensor, y_EMD: Tensor) -> Tensor:
+def combine(weights_MGE: Tensor, y_EMD: Tensor) -> Tensor:
     """out[m, g] = sum_e weights[m, g, e] * y[e, m]: (M, G, E), (E, M, D) -> (M, G, D)."""
-    return _Spread.apply(*autocast_to(weights_MGE, y_EMD))
+    return _Combine.apply(*autocast_to(weights_MGE, y_EMD))
 
 
 def expert_linear(x_ERI: Tensor, weight_EOI: Tensor) -> Tensor:

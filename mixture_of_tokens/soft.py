@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, RoutedOptions, Router, softmax
-from mixture_of_tokens.layout import check_shapes, collect, spread
+from mixture_of_tokens.layout import check_shapes, combine, dispatch
 
 
 class SoftMoE(Routed):
@@ -58,8 +58,8 @@ class SoftMoE(Routed):
             mask_BT1 = token_mask.bool()[..., None]
             x_BTD = x_BTD.masked_fill(~mask_BT1, 0)
         dispatch_BTS, combine_BTS = self.weights(self.gate(x_BTD), mask_BT1)
-        slots_SBD = collect(dispatch_BTS.to(x_BTD.dtype), x_BTD.contiguous())
+        slots_SBD = dispatch(dispatch_BTS.to(x_BTD.dtype), x_BTD.contiguous())
         y_ERD = self.experts(slots_SBD.unflatten(0, (self.num_experts, self.num_slots)).flatten(1, 2))
         y_SBD = y_ERD.unflatten(1, (self.num_slots, -1)).flatten(0, 1)
-        y_BTD = spread(combine_BTS.to(x_BTD.dtype), y_SBD).to(x_BTD.dtype)
+        y_BTD = combine(combine_BTS.to(x_BTD.dtype), y_SBD).to(x_BTD.dtype)
         return y_BTD if mask_BT1 is None else y_BTD.masked_fill(~mask_BT1, 0)

@@ -151,7 +151,7 @@ class ExpertThreshold(_Above):
             raise ValueError(f"threshold_decay must be at least 0 and below 1, not {threshold_decay}")
         if scores not in SCORES:
             raise ValueError(f"scores {scores!r} is unknown; legal are {', '.join(SCORES)}")
-        self.threshold_decay, self.softmax = threshold_decay, scores == "softmax"
+        self.threshold_decay, self.competing = threshold_decay, scores == "softmax"
         self.register_buffer("threshold", torch.empty(num_experts, dtype=at_least_fp32()))
         self.reset_state()
         # The sum of the thresholds of batches, and their number, since the last `balance`; no buffer, as above.
@@ -162,16 +162,18 @@ class ExpertThreshold(_Above):
         share = self.num_experts_per_tok / self.num_experts
         quantile = NormalDist().inv_cdf(1 - share) if share < 1 else -torch.inf
         deviation_E = self.gate.weight.norm(dim=1) / self.gate.temperature  # of the logits
-        total = (deviation_E**2 / 2).logsumexp(0) if self.softmax else 0.0  # the log of the mean of sum_e exp(logit[e])
+        total = (
+            (deviation_E**2 / 2).logsumexp(0) if self.competing else 0.0
+        )  # the log of the mean of sum_e exp(logit[e])
         self.threshold.copy_(quantile * deviation_E - total)
 
     def scores(self, logits_SE: Tensor) -> Tensor:
         logits_SE = logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32))
-        return logits_SE.log_softmax(-1) if self.softmax else logits_SE
+        return logits_SE.log_softmax(-1) if self.competing else logits_SE
 
     def gates(self, logits_SE: Tensor) -> Tensor:
         scores_SE = self.scores(logits_SE)
-        return (scores_SE.exp() if self.softmax else scores_SE.sigmoid()) * (scores_SE > self.threshold)
+        return (scores_SE.exp() if self.competing else scores_SE.sigmoid()) * (scores_SE > self.threshold)
 
     def note(self, logits_SE: Tensor) -> None:
         count = len(logits_SE)

@@ -45,7 +45,7 @@ def literal(layer: Routed, x: Tensor, mask: Tensor | None, parameters: dict[str,
         options |= {"group_size": layer.group_size, "num_experts_per_tok": per_token}
         return reference.expert_choice(x, mask, gate, experts, **options)
     if isinstance(layer, ExpertThreshold):
-        options |= {"threshold": layer.threshold.double(), "scores": "softmax" if layer.softmax else "sigmoid"}
+        options |= {"threshold": layer.threshold.double(), "scores": "softmax" if layer.competing else "sigmoid"}
         return reference.expert_threshold(x, mask, gate, experts, **options)
     if isinstance(layer, ReMoE):
         return reference.remoe(x, mask, gate, experts, **options)

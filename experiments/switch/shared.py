@@ -61,7 +61,7 @@ def distilled(source: MixtureOfTokensForCausalLM, seen: Any, gates: Any, chosen:
 
         weights = [*layer.parameters(), *([] if always is None else always.parameters())]
         groups = [{"params": [each], "lr": RATE * float(each.detach().abs().mean())} for each in weights]
-        Fit(output, groups, STEPS, BETAS).to(x_SD, y_SD, STEPS, tqdm(disable=True))
+        Fit(output, groups, STEPS, BETAS).advance(x_SD, y_SD, STEPS, tqdm(disable=True))
     return target
 
 

@@ -83,7 +83,7 @@ def distil(
                     start(mixture, dict(layers)[i], seen[i][0][:STEP_TOKENS])
             fits = {i: _fit(layer, steps) for i, layer in layers}
         for i, layer in layers:
-            fits[i].to(*seen[i], part, bar)
+            fits[i].advance(*seen[i], part, bar)
             layer.zero_grad()
     bar.close()
     return {str(i): (before[i], distance(layer, *seen[i])) for i, layer in layers}

@@ -195,7 +195,7 @@ class Fit:
         self.adam = torch.optim.Adam(groups, betas=betas)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, total_iters=steps)
 
-    def to(self, x_SD: Tensor, y_SD: Tensor, steps: int, bar: tqdm) -> None:
+    def advance(self, x_SD: Tensor, y_SD: Tensor, steps: int, bar: tqdm) -> None:
         """Go `steps` of the steps on, each on tokens drawn from these."""
         for _ in range(steps):
             drawn = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=self.generator)

@@ -20,7 +20,7 @@ from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
-from mixture_of_tokens.model.sharding import told
+from mixture_of_tokens.model.sharding import broadcast
 from mixture_of_tokens.process import is_main, process_count
 from mixture_of_tokens.runs.loading import (
     context_of,
@@ -165,7 +165,7 @@ def generate(
         ]
 
     if not is_main():
-        while (number := told(None)) is not None:  # the first process says which batch comes next
+        while (number := broadcast(None)) is not None:  # the first process says which batch comes next
             write(number)
         return None
     if prompts_file is not None:
@@ -188,11 +188,11 @@ def _leading(write: Writer) -> Iterator[Writer]:
         return
 
     def led(number: int, *streamer: Any) -> list[Continuation]:
-        told(number)
+        broadcast(number)
         return write(number, *streamer)
 
     yield led
-    told(None)
+    broadcast(None)
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -69,7 +69,7 @@ def flops_per_token(
     """FLOPs of a forward and a backward pass, by component.
 
     The components are attention (its projections), attention_scores (both T x T products), feed_forward (of dense
-    blocks, and shared experts), experts, router, collect (makes mixtures), spread (distributes outputs to tokens) and
+    blocks, and shared experts), experts, router, dispatch (makes mixtures), combine (gives outputs back to tokens) and
     head (all logits).
 
     Args:
@@ -99,8 +99,8 @@ def flops_per_token(
         "feed_forward": column * ((blocks - len(routings)) * config.intermediate_size + shared),
         "experts": column * config.moe_intermediate_size * rows / (B * T),
         "router": 2 * D * routed,
-        "collect": 2 * D * mixed,
-        "spread": 2 * D * mixed,
+        "dispatch": 2 * D * mixed,
+        "combine": 2 * D * mixed,
         "head": 2 * D * config.vocab_size,
     }
     # The gradient of a product is two products of its size, one for each factor.

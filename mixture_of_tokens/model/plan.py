@@ -108,7 +108,7 @@ def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None =
     forward, backward = map(_with_total, flops_per_token(config, batch=micro_batch))
     of_dense = _with_total(flops_per_token(dense, batch=micro_batch).forward)
     matched = of_dense["feed_forward"] - forward["feed_forward"]
-    sparse = sum(forward[part] for part in ("experts", "router", "collect", "spread"))
+    sparse = sum(forward[part] for part in ("experts", "router", "dispatch", "combine"))
     share = {part: flops / of_dense["total"] for part, flops in forward.items()}
     return Plan(
         name=name,

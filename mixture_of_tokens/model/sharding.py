@@ -208,7 +208,7 @@ def beside(value: Tensor, weight: Tensor) -> Tensor:
     return DTensor.from_local(value, weight.device_mesh, [Replicate()] * weight.device_mesh.ndim, run_check=False)
 
 
-def told(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """In all processes, the first one's value."""
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)

@@ -28,10 +28,10 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Placement
 from mixture_of_tokens.model.sharding import (
     IN_ONE_FILE,
+    broadcast,
     is_sharded,
     limit_waits,
     shard_model,
-    told,
     unsharded,
     whole_state,
 )
@@ -215,7 +215,7 @@ def _newest(out: Path) -> Path | None:
     """The checkpoint to go on from, which the first process chooses. Raises OSError where another one lacks it."""
     checkpoint = checkpoints.newest(out) if is_main() and out.exists() else None
     if process_count() > 1:
-        checkpoint = told(checkpoint)
+        checkpoint = broadcast(checkpoint)
     if checkpoint is not None and not checkpoint.is_dir():
         what = "all processes need the run directory on a file system that they share"
         raise OSError(f"{checkpoint} is not there for process {process_number()}: {what}")
