@@ -162,9 +162,8 @@ class ExpertThreshold(_Above):
         share = self.num_experts_per_tok / self.num_experts
         quantile = NormalDist().inv_cdf(1 - share) if share < 1 else -torch.inf
         deviation_E = self.gate.weight.norm(dim=1) / self.gate.temperature  # of the logits
-        total = (
-            (deviation_E**2 / 2).logsumexp(0) if self.competing else 0.0
-        )  # the log of the mean of sum_e exp(logit[e])
+        # The log of the mean of sum_e exp(logit[e]).
+        total = (deviation_E**2 / 2).logsumexp(0) if self.competing else 0.0
         self.threshold.copy_(quantile * deviation_E - total)
 
     def scores(self, logits_SE: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def randomized(layer: nn.Module, seed: int = 0) -> Any:
         kept = [tensor for name, tensor in layer.named_buffers() if any(word in name for word in STATE)]
         for tensor in (*layer.parameters(), *kept):
             tensor.copy_(0.5 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
-        if getattr(layer, "softmax", False):  # whose scores are logarithms of shares
+        if getattr(layer, "competing", False):  # whose scores are logarithms of shares
             layer.threshold -= 2  # pyright: ignore
     return layer
 

@@ -321,7 +321,7 @@ def test_a_configuration_s_fields_reach_the_layer(kind):
     if kind == "sigmoid_choice":
         kept["capacity_factor"] = None  # it never drops
     assert {field: getattr(layer, field) for field in kept} == kept
-    assert getattr(layer, "softmax", False) is False  # of the threshold's scores
+    assert getattr(layer, "competing", False) is False  # of the threshold's scores
 
 
 def test_matched_has_the_experts_of_the_name():
