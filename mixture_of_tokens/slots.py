@@ -204,7 +204,7 @@ def _ragged_weight_gradient(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Te
 def _in_one_call(ends_E: Tensor, *operands: Tensor) -> bool:
     """Whether `grouped_mm` takes these, and may be more than a loop.
 
-    On a GPU; not float64, nor rows or addresses that are no multiples of 16 bytes, nor 1,024 experts.
+    On a GPU; not float64, nor rows or addresses that are no multiples of 16 bytes, nor 1,024 experts or more.
     """
     if operands[0].device.type == "cpu" or len(ends_E) >= 1024:
         return False

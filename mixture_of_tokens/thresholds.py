@@ -112,11 +112,13 @@ class ReMoE(_Above):
         noting = [layer for layer in layers if layer.noted is not None]
         if not noting:
             return
-        counts = [layer.noted for layer in noting if layer.noted is not None]
+        device = noting[0].l1_weight.device  # a model may lie on several
+        counts = [layer.noted.to(device) for layer in noting if layer.noted is not None]
         choices, tokens = summed_over_processes(torch.stack(counts).sum(0))
         for layer in noting:
             layer.noted = None
-            layer.l1_weight *= layer.l1_factor ** torch.sign(choices - layer.num_experts_per_tok * tokens)
+            step = torch.sign(choices - layer.num_experts_per_tok * tokens)
+            layer.l1_weight *= layer.l1_factor ** step.to(layer.l1_weight.device)
 
 
 class ExpertThreshold(_Above):

@@ -21,7 +21,7 @@ from transformers import (
 
 from mixture_of_tokens import MixtureOfTokens, Options, evaluate, train
 from mixture_of_tokens.data.groups import grouped_order
-from mixture_of_tokens.inference.evaluate import argmax_routing, cross_entropy, in_parts
+from mixture_of_tokens.inference.evaluate import argmax_routing, cross_entropy, evaluate_blocks, in_parts
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, text_of
 from processes import mot
@@ -81,6 +81,16 @@ def test_models_of_all_routings_are_evaluated(name, tiny_cache, small_corpus, tm
     assert ("alone" in labels) == (name != "EC-Nano/4E")
     assert not any("experts" in label for label in labels)
     assert found.bytes == (tmp_path / "own.txt").stat().st_size
+
+
+def test_a_module_that_is_in_another_mode_stays_in_it(tiny_runs, tiny_cache):
+    model, text = load_model(str(tiny_runs[MIXED])), text_of(str(tiny_runs[MIXED])).validation
+    model.train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    evaluate_blocks(model, text, group_size=4, batch_size=8, groups=2)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert len(set(before.values())) == 2
 
 
 def test_alone_is_each_block_by_itself(tiny_runs, evaluated):

@@ -507,8 +507,3 @@ def test_the_readme_says_what_few_experts_cost_alone():
         f"is then {few - every:.3f} nats above that of all experts and {in_groups - few:.3f} below the one in groups"
         in said
     )
-
-
-def test_results_say_how_evenly_experts_are_used(script):
-    made = script("routings")["load_table"](EXPERIMENTS / "routings")
-    assert made in (ROOT / "docs" / "results.md").read_text()

@@ -144,6 +144,20 @@ def test_a_part_that_is_too_short_for_groups_is_passed_over(folder, tmp_path):
     rows.__getitems__(list(range(rows.rows_of_parts[0], rows.rows_of_parts[0] + GROUP)))
 
 
+def test_a_first_part_without_text_to_evaluate_on_is_refused_and_another_is_not(folder, small_corpus, tmp_path, capsys):
+    (tmp_path / "00.txt").write_text((small_corpus / "0.txt").read_text()[:200])
+    for path in sorted(folder.glob("0[0-2].jsonl")):
+        shutil.copy(path, tmp_path / f"1{path.name}")
+    flags = ("--data", tmp_path, "--part-bytes", 150, "--model.group_size", GROUP)
+    with pytest.raises(SystemExit, match="2"):
+        mot("prepare", "MoT-Nano/4E", *flags)
+    assert "less than a block of 64: give more text" in capsys.readouterr().err
+    (tmp_path / "00.txt").rename(tmp_path / "2.txt")
+    (tmp_path / "3.jsonl").write_text(json.dumps({"text": (small_corpus / "1.txt").read_text()}))
+    mot("prepare", "MoT-Nano/4E", *flags)
+    assert "Part 4 of 5 is ready" in capsys.readouterr().err
+
+
 def test_rows_depend_on_seed_and_number_alone(parts):
     rows, others = batches(parts), batches(parts, seed=1)
     numbers = list(range(rows.rows_of_parts[0] - 6, rows.rows_of_parts[0] + 6))  # over the edge of two parts

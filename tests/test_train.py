@@ -197,6 +197,30 @@ def test_a_word_for_a_flag_of_two_values_is_not_just_a_word(word, value, capsys)
     assert shown["training"]["eval_strategy"] == "no"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "does"),
+    [
+        ("initializer_range", "0.5", "initializer_scale"),
+        ("decoder_sparse_step", "2", "mlp_layer_types"),
+        ("mlp_only_layers", "[0]", "mlp_layer_types"),
+    ],
+)
+def test_a_field_that_would_do_nothing_is_refused_and_what_does_is_named(field, value, does):
+    with pytest.raises(ValueError, match=rf"--model.{field} .* would do nothing; --model.{does} does$"):
+        merge("MoT-Nano/4E", 0, None, Options(model={field: value}))
+    anyway = {"initializer_range": "0.02", "decoder_sparse_step": "1", "mlp_only_layers": "[0, 1]"}
+    merge("MoT-Nano/4E", 0, None, Options(model={field: anyway[field]}))
+
+
+def test_products_are_in_full_precision_and_only_a_gpus_batches_are_pinned():
+    made = merge("MoT-Nano/4E", 0, None, Options(device="cpu", training={"torch_compile": "true"}))
+    assert (made.arguments["tf32"], made.arguments["dataloader_pin_memory"]) == (False, False)
+    assert "tf32" not in made.config.training
+    assert merge("MoT-Nano/4E", 0, None, Options(training={"dataloader_pin_memory": "true"})).arguments[
+        "dataloader_pin_memory"
+    ]
+
+
 def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, runs):
     out = directory / "accumulated"
     flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu")

@@ -342,12 +342,12 @@ def main() -> None:
         timed(experiment)
     elif given.load:
         loaded(experiment)
-        print(load_table(experiment.kept))
-        return
     elif not given.table:
         trained(experiment)
     if (experiment.kept / "timings.csv").is_file():
         print(table(experiment))
+    if (experiment.kept / LOADS).is_file():
+        print(f"\n{load_table(experiment.kept)}")
 
 
 if __name__ == "__main__":

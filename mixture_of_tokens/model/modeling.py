@@ -251,6 +251,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 ]
                 losses = [routing.auxiliary(x, self.config.num_experts_per_tok, mask_TB) for x in recorded]
                 means.append(torch.stack(losses).mean())
+                weight = weight.to(hidden.device) if isinstance(weight, Tensor) else weight
                 weighted = weighted + weight * means[-1]
             aux_loss = torch.stack(means).mean()
         if has_labels:

@@ -78,14 +78,6 @@ SIZES = {
 # Upstream reads these two without declaring them.
 FIELDS = sorted({field.name for field in fields(MixtureOfTokensConfig)} | {"head_dim", "attn_implementation"})
 
-# Fields that do nothing here, and what does.
-WITHOUT_EFFECT = {
-    "initializer_range": "initializer_scale",
-    "decoder_sparse_step": "mlp_layer_types",
-    "mlp_only_layers": "mlp_layer_types",
-}
-SET_ANYWAY = ("decoder_sparse_step", "mlp_only_layers")  # by the configuration; runs of earlier versions have them
-
 # The fields that a name determines; NAMED_OF_EXPERTS only where there are experts. A name leaves open the vocabulary,
 # the context and training settings (temperature, capacity, ...).
 NAMED = (
@@ -199,12 +191,7 @@ def config_from_name(
         "group_size": parsed.group_size,
         "router_temperature": size.mixture_temperature if parsed.routing.kind == MIXTURE.kind else 1.0,
     }
-    config = MixtureOfTokensConfig(**values | overrides)
-    for field in [field for field in WITHOUT_EFFECT if field in overrides]:
-        anyway = getattr(config if field in SET_ANYWAY else MixtureOfTokensConfig, field)
-        if overrides[field] not in (None, anyway):
-            raise ValueError(f"{field} {overrides[field]} would do nothing; {WITHOUT_EFFECT[field]} does")
-    return config
+    return MixtureOfTokensConfig(**values | overrides)
 
 
 def _shared(name: Name, count: int) -> int:

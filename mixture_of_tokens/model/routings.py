@@ -56,7 +56,7 @@ class Routing:
             have until then, for which memory is needed.
         routed: it has a router; logits: the number of its logits for a token.
         grouped: it works on groups, and the last one is padded with masked rows.
-        mixes: tokens are collected into mixtures, and the outputs are spread over the tokens.
+        mixes: experts read mixtures of tokens, and their outputs are combined for the tokens.
         kept_weights: how many copies of the weights, a number per token and expert, the backward pass keeps, in fp32
             and in the model's precision.
     """

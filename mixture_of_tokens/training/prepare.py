@@ -48,11 +48,10 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
         return _found([run.prepare()]) if rank == 0 else None
     count = len(parts.files)
     for number in range(rank, count, process_count()):
-        parts.prepare(number)
+        parts.prepare(number) if number else parts.first()
         print(f"Part {number + 1} of {count} is ready", file=sys.stderr)
-    return (
-        _found([parts.prepare(number) for number in range(count)]) if rank == 0 else None
-    )  # of the others, when ready
+    # Of the others too, when they are ready.
+    return _found([parts.prepare(number) for number in range(count)]) if rank == 0 else None
 
 
 def _found(made: list[Prepared]) -> PreparedText:

@@ -84,6 +84,7 @@ def merge(
     with _names_the_flag(name, overrides):
         config = config_from_name(name, **overrides)
     _check_model(config)
+    _check_effect(config, overrides)
     if config.learnable_temperature and options.anneal_temperature_to is not None:
         raise ValueError("--anneal-temperature-to would set the temperature that --model.learnable_temperature learns")
     recipe = RECIPES[size]
@@ -161,6 +162,16 @@ def _check_model(config: MixtureOfTokensConfig) -> None:
         raise ValueError(f"--model.capacity_factor must be positive, not {config.capacity_factor}")
     if config.router_aux_loss_coef < 0:
         raise ValueError(f"--model.router_aux_loss_coef must be 0 or more, not {config.router_aux_loss_coef}")
+
+
+def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -> None:
+    """Raises ValueError for fields of upstream's that do nothing here, but with the value that they have anyway."""
+    anyway = {"initializer_range": MixtureOfTokensConfig.initializer_range}
+    anyway |= {field: getattr(config, field) for field in ("decoder_sparse_step", "mlp_only_layers")}
+    for field, value in anyway.items():
+        if overrides.get(field, value) not in (None, value):
+            does = "initializer_scale" if field == "initializer_range" else "mlp_layer_types"
+            raise ValueError(f"--model.{field} {overrides[field]} would do nothing; --model.{does} does")
 
 
 @contextmanager
