@@ -1,6 +1,6 @@
 """The switch to Token Choice without any step of training: how much of the loss it costs (docs/conversion.md).
 
-    python experiments/switch/run.py            # 3 minutes of one core a MoT-Nano/32E, 10 a /32E/8, beside other work
+    python experiments/switch/run.py            # 3 minutes of one core a MoT-Nano/32E, 15 a /32E/8, beside other work
     python experiments/switch/run.py --table    # Markdown
 
 The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and one
@@ -10,7 +10,6 @@ losses.csv has a row each; what is in it is not measured again.
 
     loss       of the source in full groups and alone, and of the switched models
     seconds    of what is fitted, by one thread beside other work, with the source's forward passes
-    read       how often distillation read a token on average; of the LONG source with an earlier version
 """
 
 import sys
@@ -19,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.convert.distil import READ, STEPS, distil
+from mixture_of_tokens.convert.distil import STEPS, distil
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.options import Options
 
@@ -34,7 +34,7 @@ from common import Experiment, asked, read_csv, spread, trained, write_csv
 
 SHORT, LONG = 1200, 13_700
 FEW = 500  # steps of distillation
-COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds", "read")
+COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds")
 
 
 class Source(NamedTuple):
@@ -64,6 +64,7 @@ class Way(NamedTuple):
     scores: Any = "softmax"
     of_top_k: int = 1  # the granularity is divided by this
     steps: int = STEPS
+    after: str | None = None  # the way whose model is distilled on
 
 
 WAYS = {
@@ -73,41 +74,71 @@ WAYS = {
     "half": Way(f"distilled, {FEW} steps", "distil", of_top_k=2, steps=FEW),
     "quarter": Way(f"distilled, {FEW} steps", "distil", of_top_k=4, steps=FEW),
     "longer": Way(f"distilled, {STEPS:,} steps", "distil"),
+    # As `mot export` goes on.
+    "fewer": Way(
+        f"{STEPS:,} steps, then {STEPS // 4} with half of the experts",
+        "distil",
+        of_top_k=2,
+        steps=STEPS // 4,
+        after="longer",
+    ),
+    "fewest": Way(
+        f"{STEPS:,} steps, then twice {STEPS // 4} with ever fewer experts",
+        "distil",
+        of_top_k=4,
+        steps=STEPS // 4,
+        after="fewer",
+    ),
     "sigmoid": Way(f"sigmoid gates, distilled, {FEW} steps", "distil", scores="sigmoid", steps=FEW),
 }
 OF_SOURCE = {"groups": "source, in full groups", "alone": "source, alone"}
 
 
-def measured(source: Source, directory: Path) -> list[dict[str, object]]:
-    """A row for each way."""
+def missing(granularity: int, known: set[str]) -> list[str]:
+    """The ways of a source that are not known; those of a fraction of its granularity, where there is one."""
+    legal = [name for name, way in WAYS.items() if granularity % way.of_top_k == 0]
+    return [way for way in (*OF_SOURCE, *legal) if way not in known]
+
+
+def measured(source: Source, directory: Path, wanted: list[str]) -> list[dict[str, object]]:
+    """A row for each of these ways."""
     model, text = load_model(str(directory)), text_of(str(directory))
     calibrate_companions(model, training_groups(text.train, model.config.group_size))
     granularity, rows = model.config.num_experts_per_tok, []
 
     def scored(way: str, top_k: int | str, scoring: Any, seconds: float | str) -> None:
+        if way not in wanted:
+            return
         size = model.config.group_size
         found = evaluate_blocks(scoring, text.validation, group_size=size, batch_size=4 * size, groups=source.groups)[
             "loss"
         ]
-        read = READ if way in WAYS and WAYS[way].fit == "distil" else ""
-        rows.append({"way": way, "top_k": top_k, "loss": found, "seconds": seconds, "read": read})
+        rows.append({"way": way, "top_k": top_k, "loss": found, "seconds": seconds})
         print(f"{directory.name}: {way} {found:.4f}", file=sys.stderr)
 
     scored("groups", "", model, "")
     model.serve_alone()
     scored("alone", "", model, "")
     model.serve_alone(False)
+    needed = set(wanted)
+    for name, way in reversed(WAYS.items()):
+        needed |= {way.after} if name in needed and way.after else set()
+    made: dict[str, MixtureOfTokensForCausalLM] = {}
     for name, way in WAYS.items():
-        if granularity % way.of_top_k:
+        if name not in needed:
             continue
         top_k = granularity // way.of_top_k
         target = MixtureOfTokensForCausalLM(token_choice_config(model.config, top_k=top_k, scores=way.scores)).eval()
-        scales = to_token_choice(model, target)
+        if way.after:
+            target.load_state_dict(made[way.after].state_dict())
+        else:
+            scales = to_token_choice(model, target)
+        made[name] = target
         begun = time.perf_counter()
         if way.fit == "scales":
             fit_scales(model, target, training_groups(text.train, model.config.group_size), scales)
         elif way.fit == "distil":
-            distil(model, target, text.train, steps=way.steps)
+            distil(model, target, text.train, steps=way.steps, again=way.after is not None)
         scored(name, top_k, target, round(time.perf_counter() - begun, 1))
     return rows
 
@@ -118,10 +149,11 @@ def make(kept: Path) -> None:
         for seed in source.seeds:
             rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
             this = {"source": source.name, "steps": str(source.options.steps), "seed": str(seed)}
-            if any(this.items() <= row.items() for row in rows):
+            known = {row["way"] for row in rows if this.items() <= row.items()}
+            if not (wanted := missing(parse_name(source.name).granularity, known)):
                 continue
             directory = trained(Experiment.named(source.experiment), source.name, seed, source.options)
-            write_csv(file, COLUMNS, [*rows, *(this | row for row in measured(source, directory))])
+            write_csv(file, COLUMNS, [*rows, *(this | row for row in measured(source, directory, wanted))])
 
 
 def table(kept: Path) -> str:
@@ -140,8 +172,6 @@ def table(kept: Path) -> str:
             )
             seconds = "" if way in OF_SOURCE else spread((float(row["seconds"]) for row in these), lambda v: f"{v:.0f}")
             title = f"{source.name}, {source.options.steps:,} steps"
-            if these[0]["read"] not in ("", str(READ)):
-                label += f", each token read {these[0]['read']} times"
             shown.append([title, label, these[0]["top_k"], losses, "" if way == "groups" else above, seconds])
     return markdown(shown, left=2)
 
