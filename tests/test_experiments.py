@@ -507,3 +507,17 @@ def test_the_readme_says_what_few_experts_cost_alone():
         f"is then {few - every:.3f} nats above that of all experts and {in_groups - few:.3f} below the one in groups"
         in said
     )
+
+
+def test_the_switch_s_script_measures_only_what_is_missing(script, tiny_runs, tiny_cache, monkeypatch):
+    made = script("switch")
+    monkeypatch.setitem(
+        made["measured"].__globals__, "WAYS", {name: way._replace(steps=8) for name, way in made["WAYS"].items()}
+    )
+    missing = made["missing"](2, {"groups", "alone", "plain", "distil", "half", "longer", "sigmoid"})
+    assert missing == ["scales", "fewer"]  # there is no quarter of two experts
+    source = made["Source"]("MoT-Nano/4E/2", Options(), (1,), "nano", groups=4)
+    rows = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["alone", "longer", "fewer"])
+    assert [(row["way"], row["top_k"]) for row in rows] == [("alone", ""), ("longer", 2), ("fewer", 1)]
+    again = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["fewer"])  # by way of the one that is known
+    assert [(row["way"], row["loss"]) for row in again] == [("fewer", rows[2]["loss"])]

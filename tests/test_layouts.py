@@ -25,6 +25,8 @@ class Watched(GroupedTrainer):
     steps: list
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.world_size > 1:
+            assert model.gradient_as_bucket_view  # no gradient is held twice
         self.seen.append(inputs["input_ids"].clone())
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

@@ -79,6 +79,8 @@ class GroupedTrainer(Trainer):
         super().__init__(model, args, train_dataset=rows, eval_dataset=rows, data_collator=_as_it_is, **kwargs)
         args.save_only_model = False
         self.accelerator.dataloader_config.non_blocking = self.args.device.type == "cuda"  # no step waits for the last
+        if self.accelerator.ddp_handler is not None:  # else buckets hold all gradients a second time
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
