@@ -74,6 +74,11 @@ SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
     ("Transformer-Micro", [4e-3, 8e-3], {}),
     ("MoT-Micro/32E/8", [8e-3, 4e-3], {}),
     ("TC-Micro/32E", [4e-3, 8e-3], SHARP),
+    ("TC-Micro/32E/8", [4e-3, 8e-3], DROPLESS.model),
+    ("STC-Micro/32E/8", [4e-3, 8e-3], {}),
+    ("EC-Micro/32E", [4e-3, 8e-3], {}),
+    ("ET-Micro/32E", [4e-3, 8e-3], {}),
+    ("ReMoE-Micro/32E", [4e-3, 8e-3], {}),
 )
 SWEPT, TIMES = EXPERIMENT.kept / "sweeps.csv", EXPERIMENT.kept / "timings.csv"
 
