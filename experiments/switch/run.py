@@ -51,7 +51,7 @@ SOURCES = (
     Source(
         "MoT-Nano/32E/8",
         Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"}),
-        (1,),
+        (1, 2),
         "switch",
         groups=512,
     ),
