@@ -3,10 +3,10 @@
     python experiments/switch/run.py            # 3 minutes of one core a MoT-Nano/32E, 15 a /32E/8, beside other work
     python experiments/switch/run.py --table    # Markdown
 
-The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and one
-of LONG steps on the source text of the installed packages (an hour of one core). Each is switched in the `WAYS` below
-and scored over the validation text, after the switch each row alone; of the packages' text over some groups of it.
-losses.csv has a row each; what is in it is not measured again.
+The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and two
+of LONG steps on the source text of the installed packages (an hour of one core each). Each is switched in the `WAYS`
+below and scored over the validation text, after the switch each row alone; of the packages' text over some groups of
+it. losses.csv has a row each; what is in it is not measured again.
 
     loss       of the source in full groups and alone, and of the switched models
     seconds    of what is fitted, by one thread beside other work, with the source's forward passes
