@@ -202,7 +202,8 @@ def test_a_row_of_metrics_that_cannot_be_written_again_is_named(whole, tmp_path,
 def test_killed_thirty_times_at_any_moment_it_ends_as_if_uninterrupted(whole, tmp_path):
     """Two of three kills fall into training, at a moment after a new checkpoint; the others fall at any time before.
 
-    A checkpoint is written after every step, so that many kills fall into one, and thirty do not undo all progress.
+    A checkpoint is written after every step, so that many kills fall into one, and thirty do not undo all progress. On a
+    quick machine the run may end before the last of them.
     """
     words = [1 if before == "--training.save_steps" else word for before, word in pairwise(["", *FLAGS])]
     out, choose, saved, inside = tmp_path / "run", random.Random(1), [0], 0
@@ -216,14 +217,16 @@ def test_killed_thirty_times_at_any_moment_it_ends_as_if_uninterrupted(whole, tm
         else:
             process.join(choose.uniform(0, 3))
         process.kill()
-        assert finish(process) == -signal.SIGKILL
+        if finish(process) == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
         inside += (out / "checkpoint.partial").exists()
         saved.append(last_step(out) if out.exists() else 0)
     print(f"steps that were saved at the kills: {saved[1:]}; {inside} kills while a checkpoint was written")
     assert saved == sorted(saved)
     assert len(set(saved)) > 15
     assert inside > 0
-    assert not (out / "run.json").exists()
+    assert (out / "run.json").exists() == (process.exitcode == 0)
     assert finish(begin(out, "--resume")) == 0, (tmp_path / "log").read_text()
     assert_same(out, whole)
 
