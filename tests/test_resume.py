@@ -202,8 +202,8 @@ def test_a_row_of_metrics_that_cannot_be_written_again_is_named(whole, tmp_path,
 def test_killed_thirty_times_at_any_moment_it_ends_as_if_uninterrupted(whole, tmp_path):
     """Two of three kills fall into training, at a moment after a new checkpoint; the others fall at any time before.
 
-    A checkpoint is written after every step, so that many kills fall into one, and thirty do not undo all progress. On a
-    quick machine the run may end before the last of them.
+    A checkpoint is written after every step, so that many kills fall into one, and thirty do not undo all progress. On
+    a quick machine the run may end before the last of them.
     """
     words = [1 if before == "--training.save_steps" else word for before, word in pairwise(["", *FLAGS])]
     out, choose, saved, inside = tmp_path / "run", random.Random(1), [0], 0
