@@ -128,15 +128,15 @@ def branches(
     bar = tqdm(desc="Serving the source alone", total=tokens, unit="token", delay=2, leave=False, dynamic_ncols=True)
     try:
         source.serve_alone(num_experts_alone=num_experts_alone)
-        for batch in batches:
-            length = batch["input_ids"].shape[1]
-            rows = batch["input_ids"].to(source.device)[: max(1, (tokens - count) // length)]
-            with evaluating(source):
+        with evaluating(source):
+            for batch in batches:
+                length = batch["input_ids"].shape[1]
+                rows = batch["input_ids"].to(source.device)[: max(1, (tokens - count) // length)]
                 source(rows, logits_to_keep=1, use_cache=False)
-            count += rows.numel()
-            bar.update(rows.numel())
-            if count + length > tokens:
-                break  # before the next batch is taken, which may be another call's
+                count += rows.numel()
+                bar.update(rows.numel())
+                if count + length > tokens:
+                    break  # before the next batch is taken, which may be another call's
     finally:
         bar.close()
         for (_, layer), was, handle in zip(layers, served, handles, strict=True):

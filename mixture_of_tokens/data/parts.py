@@ -62,16 +62,18 @@ class Parts:
 
     def first(self) -> Prepared:
         """The first part, whose facts stand for all: their hash is of its text, and of all names and sizes."""
-        made = prepare(self.files[0], **self.options, together=True)
-        made.check()
+        made = self.prepare(0)
         sizes = [[Path(file).name, Path(file).stat().st_size] for part in self.files for file in part]
         whole = hashlib.sha256(json.dumps([made.facts["hash"], sizes]).encode()).hexdigest()[:16]
         return replace(made, facts=made.facts | {"hash": whole, "source": self.sources, "parts": len(self.files)})
 
     def prepare(self, number: int) -> Prepared:
-        """Any part, by its number."""
+        """Any part, by its number. Raises ValueError for a first one that is too short to train and to evaluate on."""
         options = self.options if number == 0 else self.options | {"tokenizer": self.tokenizer, "vocab_size": None}
-        return prepare(self.files[number], **options, together=True)
+        made = prepare(self.files[number], **options, together=True)
+        if number == 0:
+            made.check()
+        return made
 
     @cached_property
     def tokenizer(self) -> str:

@@ -314,14 +314,14 @@ def evaluate_blocks(
         spare, padded = math.ceil(len(batches) / count) - len(own), True
     found = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and tokens of each batch
     bar = tqdm(own, progress, unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=not progress)
-    for i in itertools.chain(bar, [0] * spare):
-        empty = not (batches[i] >= 0).any()  # for a batch without text the model would not be called
-        rows = batches[0] if empty else batches[i]
-        inputs = {name: tensor.to(device) for name, tensor in blocks.batch(rows, padded=padded).items()}
-        with evaluating(model):
+    with evaluating(model):
+        for i in itertools.chain(bar, [0] * spare):
+            empty = not (batches[i] >= 0).any()  # for a batch without text the model would not be called
+            rows = batches[0] if empty else batches[i]
+            inputs = {name: tensor.to(device) for name, tensor in blocks.batch(rows, padded=padded).items()}
             result = cross_entropy(model, inputs)
-        if i in own and not empty:
-            found[i, 0], found[i, 1] = result
+            if i in own and not empty:
+                found[i, 0], found[i, 1] = result
     if accelerator is not None:  # every batch is one process's and zero elsewhere: sums are exact in any order
         found = accelerator.reduce(found.to(accelerator.device), "sum")
     nats, tokens = 0.0, 0

@@ -48,10 +48,7 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
         return _found([run.prepare()]) if rank == 0 else None
     count = len(parts.files)
     for number in range(rank, count, process_count()):
-        if number == 0:
-            parts.first()  # which may not be too short, as others may
-        else:
-            parts.prepare(number)
+        parts.prepare(number)
         print(f"Part {number + 1} of {count} is ready", file=sys.stderr)
     # Of the others too, when they are ready.
     return _found([parts.prepare(number) for number in range(count)]) if rank == 0 else None

@@ -166,11 +166,12 @@ def _check_model(config: MixtureOfTokensConfig) -> None:
 
 def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -> None:
     """Raises ValueError for fields of upstream's that do nothing here, but with the value that they have anyway."""
-    anyway = {"initializer_range": MixtureOfTokensConfig.initializer_range}
-    anyway |= {field: getattr(config, field) for field in ("decoder_sparse_step", "mlp_only_layers")}
-    for field, value in anyway.items():
-        if overrides.get(field, value) not in (None, value):
-            does = "initializer_scale" if field == "initializer_range" else "mlp_layer_types"
+    for field, does, anyway in (
+        ("initializer_range", "initializer_scale", MixtureOfTokensConfig.initializer_range),
+        ("decoder_sparse_step", "mlp_layer_types", config.decoder_sparse_step),
+        ("mlp_only_layers", "mlp_layer_types", config.mlp_only_layers),
+    ):
+        if overrides.get(field) not in (None, anyway):
             raise ValueError(f"--model.{field} {overrides[field]} would do nothing; --model.{does} does")
 
 
