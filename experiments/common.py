@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from mixture_of_tokens import compare, train
+from mixture_of_tokens import compare, sweep, train
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -156,6 +156,28 @@ def spread(values: Iterable[str | float], shown: Callable[[float], str] = loss) 
     """The mean and, of several, the least and the greatest; nothing of none."""
     summary = Summary.of(map(float, values))
     return "" if summary is None else with_span(summary, shown)
+
+
+Sweep = tuple[str, list[float], dict[str, str]]  # a name, peak rates, and fields of the model with values to try
+
+
+def swept(file: Path, sweeps: Iterable[Sweep], options: Options, out: Path, **own: object) -> None:
+    """Sweep, with seed 1 on the tuning split, what a sweeps.csv does not have, and add it there.
+
+    Args:
+        out: where the runs are.
+        own: more cells of each new row.
+    """
+    for name, rates, model in sweeps:
+        rows = read_csv(file) if file.is_file() else []
+        if is_swept(rows, name, rates, model):
+            continue
+        there = out / directory_of(f"sweep-{name}", *(f"{field}={values}" for field, values in model.items()))
+        cells = sweep(name, learning_rate=rates, seeds=[1], out=there, options=replace(options, model=model))
+        made = [(settings_of(cell["settings"], model), cell["loss"]) for cell in cells.as_dict()["cells"]]
+        new = ({"name": name, **own, "settings": settings, "tuning_loss": found} for settings, found in made)
+        all_rows = with_new(rows, new)
+        write_csv(file, list(all_rows[0]), all_rows)
 
 
 def is_swept(rows: Iterable[Mapping[str, str]], name: str, rates: Iterable[float], model: Mapping[str, str]) -> bool:

@@ -16,13 +16,12 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from studies import EXPERIMENT, FIRST_SEEDS, Row, Study, System, run_of
 from transformers import TrainingArguments
 
-from mixture_of_tokens import sweep
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.model.names import SIZES, config_from_name
@@ -32,18 +31,7 @@ from mixture_of_tokens.training.train import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import (
-    Curve,
-    asked,
-    directory_of,
-    is_swept,
-    read_csv,
-    save_picture,
-    settings_of,
-    step_times,
-    with_new,
-    write_csv,
-)
+from common import Curve, Sweep, asked, read_csv, save_picture, step_times, swept, write_csv
 
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
 SHORT = 1500  # steps of the figures that compare many systems, and of sweeps: 12.3 M tokens; fewer mislead (../LOG.md)
@@ -70,7 +58,7 @@ YOUNGER = (System("STC-Micro/32E/8"), System("ET-Micro/32E"), System("ReMoE-Micr
 SYSTEMS = (DENSE, *MIXTURES.values(), *THE_PAPERS, DROPLESS, *YOUNGER)
 
 # Peak rates that were tried, with seed 1.
-SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
+SWEEPS: tuple[Sweep, ...] = (
     ("Transformer-Micro", [4e-3, 8e-3], {}),
     ("MoT-Micro/32E/8", [8e-3, 4e-3], {}),
     ("TC-Micro/32E", [4e-3, 8e-3], SHARP),
@@ -161,23 +149,6 @@ def draw_curves(study: Study, drawn: int = SHORT, since: float = 1 / 6) -> None:
     save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg", level)
 
 
-def swept() -> None:
-    """What is in sweeps.csv is not swept again."""
-    rows: list[Any] = [*read_csv(SWEPT)] if SWEPT.is_file() else []
-    for name, rates, model in SWEEPS:
-        if is_swept(rows, name, rates, model):
-            continue
-        options = System(name, model).options(SHORT)
-        out = EXPERIMENT.trained / directory_of(
-            f"sweep-{name}", *(f"{field}={value}" for field, value in model.items())
-        )
-        cells = sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]
-        made = [(settings_of(cell["settings"], model), cell["loss"]) for cell in cells]
-        own = {"name": name, "steps": SHORT}
-        rows = with_new(rows, (own | {"settings": settings, "tuning_loss": loss} for settings, loss in made))
-        write_csv(SWEPT, list(rows[0]), rows)
-
-
 def timed() -> None:
     """Compiled steps of every system with a run; those of figure 7 in all ways.
 
@@ -241,7 +212,7 @@ def main() -> None:
         table="print what was swept and timed, and stop",
     )
     if given.sweep:
-        swept()
+        swept(SWEPT, SWEEPS, DENSE.options(SHORT), EXPERIMENT.trained, steps=SHORT)
     elif given.time:
         timed()
     if SWEPT.is_file():

@@ -15,12 +15,12 @@ steps. Rates are the best of `sweeps.csv`, one seed. Times are interleaved round
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from mixture_of_tokens import sweep, train
+from mixture_of_tokens import train
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.formatting import markdown, ratio
@@ -34,19 +34,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import (
-    Experiment,
-    asked,
-    directory_of,
-    is_swept,
-    keep,
-    read_csv,
-    settings_of,
-    spread,
-    step_times,
-    with_new,
-    write_csv,
-)
+from common import Experiment, Sweep, asked, directory_of, keep, read_csv, spread, step_times, swept, write_csv
 
 STEPS, SEEDS = 1200, [1, 2, 3]
 UNTRAINED = ", untrained"
@@ -98,7 +86,7 @@ SYSTEMS = (
     System("ReMoE-Nano/32E/2", SHARED),
 )
 # Peak rates and settings that were tried, with seed 1.
-SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
+SWEEPS: tuple[Sweep, ...] = (
     ("STC-Nano/32E", [5e-3, 1e-2, 2e-2, 4e-2], {}),
     ("EC-Nano/32E", [5e-3, 1e-2, 2e-2, 4e-2], {}),
     ("ET-Nano/32E", [5e-3, 1e-2, 2e-2], {}),
@@ -112,21 +100,6 @@ SWEEPS: tuple[tuple[str, list[float], dict[str, str]], ...] = (
     ("TC-Nano/32E", [1e-2], {"router_temperature": "0.25,1,4"}),
     ("EC-Nano/32E", [2e-2], {"router_temperature": "0.25,4"}),
 )
-
-
-def swept(experiment: Experiment) -> None:
-    """What is in sweeps.csv is not swept again."""
-    file = experiment.kept / "sweeps.csv"
-    rows: list[Any] = [*read_csv(file)] if file.is_file() else []
-    for name, rates, model in SWEEPS:
-        if is_swept(rows, name, rates, model):
-            continue
-        out = experiment.trained / directory_of(f"sweep-{name}", *model)
-        options = Options(steps=STEPS, device="cpu", model=model)
-        cells = sweep(name, learning_rate=rates, seeds=[1], out=out, options=options).as_dict()["cells"]
-        made = [(settings_of(cell["settings"], model), cell["loss"]) for cell in cells]
-        rows = with_new(rows, ({"name": name, "settings": settings, "tuning_loss": loss} for settings, loss in made))
-        write_csv(file, list(rows[0]), rows)
 
 
 def trained(experiment: Experiment) -> None:
@@ -337,7 +310,8 @@ def main() -> None:
     )
     experiment = Experiment.named("routings")
     if given.sweep:
-        swept(experiment)
+        options = Options(steps=STEPS, device="cpu")
+        swept(experiment.kept / "sweeps.csv", SWEEPS, options, experiment.trained)
     elif given.time:
         timed(experiment)
     elif given.load:
