@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mixture_of_tokens import cli
+from mixture_of_tokens import cli, plan
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import SIZES
 from mixture_of_tokens.model.routings import ROWS, properties
@@ -267,6 +267,50 @@ def test_links_lead_somewhere(page):
         found = (page.parent / path) if path else page
         assert found.exists(), target
         assert not anchor or anchor in anchors(found), target
+
+
+def test_changes_that_were_tried_are_as_in_what_they_link_to():
+    section = text_of("results").split("### What was tried where figures 6 and 7 fall short")[1].split("\n###")[0]
+    rows = re.findall(r"^\| (.*\[.*) \|$", section, flags=re.MULTILINE)
+    assert len(rows) == 11
+    for row in rows:
+        there = ""
+        for target in re.findall(r"\]\(([^)]+)\)", row):
+            path, anchor = target.split("#")
+            there += section_of((ROOT / "docs" / path) if path else ROOT / "docs" / "results.md", anchor)
+        numbers = re.findall(r"[+-]?\d\.\d{3,4}\b", row)
+        assert numbers
+        losses = [float(number) for number in numbers if number[0].isdigit()]
+        differences = {f"{one - other:+.3f}" for one in losses for other in losses}
+        assert [number for number in numbers if number not in there and number not in differences] == [], row
+
+
+def section_of(page, anchor: str) -> str:
+    """From a heading to the next one that is not below it."""
+    parts = re.split(r"^(#+) (.*)$", page.read_text(), flags=re.MULTILINE)[1:]
+    found: list[str] = []
+    for level, heading, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        if found and len(level) <= len(found[0]):
+            break
+        if found or re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") == anchor:
+            found += [text] if found else [level, text]
+    return "".join(found[1:])
+
+
+def test_the_hours_of_the_figures_on_a_gpu_are_those_of_the_plan():
+    section = section_of(ROOT / "docs" / "scaling.md", "the-papers-figures-on-a-gpu")
+    rows = dict(re.findall(r"^\| (\S+-Mini\S*) \| ([\d.]+) \|$", section, flags=re.MULTILINE))
+    (command,) = (words for words in commands().values() if "runs/mini" in words)
+    assert list(rows) == [word for word in command if "-Mini" in word]
+    minutes = {}
+    for name in rows:
+        planned = plan(name, steps=int(command[command.index("--steps") + 1]))
+        minutes[name] = planned.training.seconds / 60
+        assert rows[name] == f"{minutes[name]:.1f}", name
+    assert f"| all, in hours | {sum(minutes.values()) / 60:.1f} |" in section
+    mixture, dense = minutes["MoT-Mini/32E/16"], minutes["Transformer-Mini"]
+    assert f"where it says {mixture / dense:.2f} of MoT-Mini/32E/16" in section
+    assert f"where the plan says {dense * 250 / 150 / 60:.1f}" in section
 
 
 def test_no_row_of_a_table_stands_twice():

@@ -297,6 +297,37 @@ def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
     ends = [results[-1].loss.mean for results in (dense, mixture, token_choice)]
     assert abs(ends[1] - ends[2]) < 5e-4
     assert f"At 49 million both end with the same loss, {ends[0] - ends[1]:.2f} nats below the dense model's" in said
+    tokens = fig7.LENGTHS[-1] * fig7.TOKENS
+    claim = f"after {longest.steps.mean:.2f} of its steps and {longest.time.mean:.2f} of its time"
+    assert f"trained on {tokens / 1e6:.0f} million tokens of Python source, a Mixture of Tokens has" in said
+    assert f"the dense model's final loss {claim}" in said
+    papers = 150_000 * 65_536
+    assert f"after {papers / tokens:.0f} to {papers / (fig7.LENGTHS[0] * fig7.TOKENS):.0f} times as many tokens" in said
+
+
+def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
+    fig7, said = paper("fig7"), " ".join((ROOT / "README.md").read_text().split())
+    mixture, dense = (
+        fig7.Row(system, fig7.LENGTHS[0], (2,)).runs[2].facts for system in (fig7.BEST_MIXTURE, fig7.DENSE)
+    )
+    sizes = f"{mixture.parameters / 1e6:.1f} million parameters, where the dense model has {dense.parameters / 1e6:.1f}"
+    assert sizes in said
+    micro = paper("micro")
+    times = {row["system"]: row for row in micro.read_csv(micro.TIMES) if row["way"] == "compiled"}
+    its, other = (times[system.label] for system in (micro.BEST_MIXTURE, micro.TOKEN_CHOICE))
+    shares = [f"{float(row['share_of_dense']):.2f}" for row in (its, other)]
+    spans = [" to ".join(f"{float(row[f'share_{end}']):.2f}" for end in ("low", "high")) for row in (its, other)]
+    assert f"of a dense one's {shares[0]} for the mixture and {shares[1]} for Token Choice" in said
+    assert f"[{spans[0]} and {spans[1]}](docs/speed.md#a-training-step) from round to round" in said
+
+
+def test_the_readme_says_how_far_token_choice_is_ahead_after_a_long_training():
+    ends = {
+        name: read(EXPERIMENTS / "long" / f"{name}-Nano-32E{end}-seed1").facts.final_loss
+        for name, end in (("MoT", "-8"), ("TC", ""))
+    }
+    said = f"[it is ahead by {ends['MoT'] - ends['TC']:.3f}](docs/results.md#other-text-and-ten-times-as-long)"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_micros_are_trained_at_the_rates_and_temperatures_that_were_best(paper):

@@ -1,7 +1,7 @@
 """Micros: the systems of figures 5 to 7, their rates, the time of a step, and when each reaches the dense loss.
 
-    python experiments/paper/micro.py --sweep    # peak rates, on the tuning split; what is missing
-    python experiments/paper/micro.py --time     # a step of every system with a run, in turns; an idle machine
+    python experiments/paper/micro.py --sweep    # peak rates, on the tuning split; what is missing of 16 runs of 20 min
+    python experiments/paper/micro.py --time     # a step of every system with a run, in turns; 8 min of an idle machine
     python experiments/paper/micro.py --table    # both as Markdown
 
 A Micro is 128 wide, with four blocks, of which the later two are sparse, 64 rows of 128 tokens a step, and a
