@@ -247,6 +247,28 @@ def test_nothing_is_trained_on_another_text_than_what_is_kept(paper, small_corpu
     studies.check_text("Nano")  # nothing is kept there
 
 
+def test_a_study_trains_what_is_missing_and_keeps_it(paper, tiny, tmp_path, monkeypatch):
+    studies = paper("studies")
+    here = studies.Experiment(tmp_path / "kept", tmp_path / "trained")
+    monkeypatch.setattr(studies, "EXPERIMENT", here)
+    monkeypatch.setattr(studies, "PLAIN_NANOS", [here])
+    monkeypatch.setitem(studies.SIZES, "Nano", tiny)
+    studies.check_text.cache_clear()
+    row = studies.Row(studies.System("MoT-Nano/4E", {"router_temperature": "0.5"}), 10, (1,))
+    assert not row.complete
+    studies.trained([row])
+    assert row.complete
+    (kept,) = here.kept.iterdir()
+    (run,) = row.runs.values()
+    assert run.config.model_config.router_temperature == 0.5
+    shutil.rmtree(here.trained)
+    before = kept.stat().st_mtime_ns
+    studies.trained([row])  # what is kept is not trained again
+    assert kept.stat().st_mtime_ns == before
+    assert not here.trained.exists()
+    studies.check_text.cache_clear()
+
+
 def test_a_sweep_is_done_when_each_of_its_cells_is_known(paper):
     rows = [{"name": "A", "settings": "--learning-rate 0.01 --model.router_temperature 0.25 --model.gated true"}]
     fields = {"gated": "true", "router_temperature": "0.25"}
