@@ -518,6 +518,63 @@ def test_the_verdict_s_script_times_trains_and_scores(script, tmp_path, monkeypa
         assert bool(row["in_groups"]) == row["system"].startswith("MoT")
 
 
+@pytest.fixture
+def fresh(script, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS / "verdict"), *sys.path])
+    for name in ("common", "fresh", "run"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("fresh")
+
+
+def test_a_budget_holds_the_steps_before_and_after_a_switch(fresh):
+    systems = (
+        fresh.System("Transformer-Nano"),
+        fresh.System("MoT-Nano/32E/8"),
+        fresh.System("TC-Nano/32E/8", fresh.DROPLESS),
+    )
+    times = {
+        each.label: {"milliseconds": ms, "distil_seconds": 40}
+        for each, ms in zip(systems, (100, 160, 200), strict=True)
+    }
+    dense, mixture, _ = systems
+    assert fresh.steps_within(600, dense, times) == (6000, 0)
+    assert fresh.steps_within(600, mixture, times) == (3111, 311)  # 560 s, of which 0.160 + 0.1 x 0.200 a step
+    assert fresh.steps_within(600, mixture._replace(early=True), times) == (375, 2650)  # 60 s, 10 s, 530 s
+
+
+@pytest.mark.slow
+def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    systems = (fresh.System("TC-Nano/4E"), fresh.System("MoT-Nano/4E"), fresh.System("MoT-Nano/4E", early=True))
+    sizes = {
+        "SYSTEMS": systems,
+        "SEEDS": (1,),
+        "OPTIONS": tiny,
+        "GROUP": 4,
+        "ROUNDS": 2,
+        "TIMED": 1,
+        "STEPS": 20,
+        "EARLY_STEPS": 10,
+    }
+    for name, value in sizes.items():
+        monkeypatch.setattr(fresh, name, value)
+    here = fresh.Experiment(tmp_path / "kept", tmp_path / "trained")
+    here.kept.mkdir()
+    fresh.timed(here.kept)
+    times = {row["system"]: row for row in fresh.read_csv(here.kept / "fresh-timings.csv")}
+    assert [bool(row["distil_seconds"]) for row in times.values()] == [False, True, False]
+    monkeypatch.setattr(fresh, "steps_within", lambda budget, system, times: (10, 3 if system.mixes else 0))
+    for _ in range(2):  # the second time nothing is missing
+        fresh.make(here)
+    rows = fresh.read_csv(here.kept / "fresh.csv")
+    assert [row["system"] for row in rows] == ["TC-Nano/4E", "MoT-Nano/4E, switched", "MoT-Nano/4E, switched early"]
+    for system, row in zip(systems, rows, strict=True):
+        run = read(here.kept / f"{system.directory(1)}{'-transition' * system.mixes}.json")
+        assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=1e-3)
+        assert bool(row["in_groups"]) == bool(row["alone"]) == system.mixes
+    assert "| MoT-Nano/4E, switched early | 1 |" in fresh.table(here.kept)
+
+
 @pytest.mark.slow
 def test_the_losses_of_partial_groups_are_measured(script, tiny_runs, tiny_cache):
     made = script("partial_groups")

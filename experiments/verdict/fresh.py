@@ -1,0 +1,217 @@
+"""What one serves after 10 minutes of training, on text of which nothing is read twice (docs/conversion.md).
+
+    python experiments/verdict/fresh.py           # what is missing; some 20 minutes of one thread a run
+    python experiments/verdict/fresh.py --sweep   # peak rates that no other sweep has, on the tuning split; an hour
+    python experiments/verdict/fresh.py --time    # a step of every system in turns, and the fits; an idle machine
+    python experiments/verdict/fresh.py --table   # Markdown
+
+The text is the source of the installed packages. `--time` measures steps of untrained models in rounds that take every
+system in turn, and how long distillation takes at each switch. The medians say how many steps the budget holds, for
+each system a whole schedule of its own. Of a mixture's budget the switch and a tenth of its steps come after the
+training in groups; of the one that is switched early, a tenth of the time comes before it. So what is trained may train
+beside other work, or be stopped: the same command goes on.
+
+All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
+fresh.csv has a row each; of a mixture before its switch also its loss in full groups, and alone, a token by as many
+experts as the granularity, which no plain architecture can hold.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from run import by_plain_transformers
+
+from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions, train, transition
+from mixture_of_tokens.convert.distil import STEPS, distil
+from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
+from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.model.names import SIZES
+from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Experiment, Sweep, asked, directory_of, keep, read_csv, spread, step_times, swept, write_csv
+
+BUDGET, SEEDS = 600, (1, 2, 3)  # seconds
+SHARE_AFTER, SHARE_BEFORE = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
+EARLY_STEPS = 500  # of distillation, for a layer, where the switch is early
+OPTIONS = Options(device="cpu", data=["packages"])
+ROUNDS, TIMED, GROUP = 7, 15, 32  # of a timing, steps of each system in a round, and rows of a group
+DROPLESS, SHARP = {"capacity_factor": "null"}, {"router_temperature": "0.25"}
+
+
+class System(NamedTuple):
+    name: str
+    model: Mapping[str, str] = {}
+    early: bool = False
+
+    @property
+    def mixes(self) -> bool:
+        return self.name.startswith("MoT-")
+
+    @property
+    def label(self) -> str:
+        settings = [f"{field} {value}" for field, value in self.model.items()]
+        switch = ["switched early" if self.early else "switched"] if self.mixes else []
+        return ", ".join([self.name, *settings, *switch])
+
+    @property
+    def after(self) -> "System":
+        """What it is after its switch."""
+        return System(self.name.replace("MoT-", "TC-"), DROPLESS)
+
+    def directory(self, seed: int) -> str:
+        settings = [f"{field}={value}" for field, value in self.model.items()]
+        return directory_of(self.name, *settings, *["early"] * self.early, "fresh", f"seed{seed}")
+
+
+SYSTEMS = (
+    System("Transformer-Nano"),
+    System("TC-Nano/32E", SHARP),
+    System("TC-Nano/32E", SHARP | DROPLESS),
+    System("TC-Nano/32E/8", DROPLESS),
+    System("STC-Nano/32E/8"),
+    System("MoT-Nano/32E"),
+    System("MoT-Nano/32E/4"),
+    System("MoT-Nano/32E/8"),
+    System("MoT-Nano/32E/8", early=True),
+)
+# Peak rates that were tried, with seed 1, at this number of steps.
+SWEPT_STEPS = 1500
+SWEEPS: tuple[Sweep, ...] = (
+    ("TC-Nano/32E/8", [1e-2, 2e-2, 5e-3], DROPLESS),
+    ("TC-Nano/32E/8", [1e-2], DROPLESS | SHARP),
+    ("STC-Nano/32E/8", [1e-2, 2e-2, 5e-3], {}),
+    ("MoT-Nano/32E/4", [2e-2, 1e-2], {}),
+    ("MoT-Nano/32E/8", [2e-2, 1e-2], {}),
+)
+COLUMNS = ("system", "seed", "steps", "after", "loss", "in_groups", "alone")
+Times = Mapping[str, Mapping[str, str]]  # rows of fresh-timings.csv by system
+
+
+def timed(kept: Path) -> None:
+    """Steps of all systems and of what mixtures are after their switch; and seconds of distillation."""
+    systems = {system.label: system for system in SYSTEMS if not system.early}
+    systems |= {system.after.label: system.after for system in SYSTEMS if system.mixes}
+    models = {}
+    for label, system in systems.items():
+        config = merge(system.name, 0, None, replace(OPTIONS, model=dict(system.model))).config.model_config
+        models[label] = MixtureOfTokensForCausalLM(config)
+    text = merge(SYSTEMS[0].name, 0, None, OPTIONS).config.prepare().train
+    rows = step_times(models, text, rows=SIZES["Nano"].batch, group=GROUP, rounds=ROUNDS, steps=TIMED)
+    for row in rows:
+        label = str(row["system"])
+        row["distil_seconds"] = distillation(models[label], text) if systems[label].mixes else ""
+    write_csv(kept / "fresh-timings.csv", list(rows[0]), rows)
+
+
+def distillation(source: MixtureOfTokensForCausalLM, text: Any) -> float:
+    """Seconds of STEPS."""
+    source.eval()
+    calibrate_companions(source, training_groups(text, GROUP))
+    target = MixtureOfTokensForCausalLM(token_choice_config(source.config)).eval()
+    to_token_choice(source, target)
+    begun = time.perf_counter()
+    distil(source, target, text, steps=STEPS)
+    return round(time.perf_counter() - begun, 1)
+
+
+def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]:
+    """Those that fit into the seconds: in all or before the switch, and after it."""
+    own = times[system._replace(early=False).label]
+    each = float(own["milliseconds"]) / 1000
+    if not system.mixes:
+        return int(budget / each), 0
+    after, fit = float(times[system.after.label]["milliseconds"]) / 1000, float(own["distil_seconds"])
+    if system.early:
+        before = int(SHARE_BEFORE * budget / each)
+        return before, int((budget - before * each - fit * EARLY_STEPS / STEPS) / after)
+    steps = int((budget - fit) / (each + SHARE_AFTER * after))
+    return steps, round(SHARE_AFTER * steps)
+
+
+def made(experiment: Experiment, system: System, seed: int, steps: int, after: int) -> dict[str, Any]:
+    """A row of fresh.csv."""
+    row: dict[str, Any] = {"system": system.label, "seed": seed, "steps": steps, "after": after}
+    row |= {"in_groups": "", "alone": ""}
+    out = experiment.trained / system.directory(seed)
+    # Before an early switch the rate stays, and falls after it (../switch/when.py).
+    schedule = {"lr_scheduler_type": "constant_with_warmup"} if system.early else {}
+    options = replace(OPTIONS, steps=steps, model=dict(system.model), training=schedule)
+    train(system.name, out=out, seed=seed, options=options, resume=True)
+    if system.mixes:
+        row |= {"in_groups": read(out).facts.final_loss, "alone": alone(out)}
+        how: dict[str, Any] = {"schedule": "decay", "distil_steps": EARLY_STEPS} if system.early else {}
+        transition(out, steps=after, device="cpu", resume=True, **{"distil_steps": STEPS} | how)
+        out = out.with_name(f"{out.name}-transition")
+    keep([read(out)], experiment.kept, first_seed=SEEDS[0])
+    (row["loss"],) = by_plain_transformers("loss", out)
+    return row
+
+
+def alone(run: Path) -> float:
+    model, text = load_model(str(run)), text_of(str(run))
+    calibrate_companions(model, training_groups(text.train, model.config.group_size))
+    model.serve_alone(num_experts_alone=model.config.num_experts_per_tok)
+    size = model.config.group_size
+    return evaluate_blocks(model, text.validation, group_size=size, batch_size=size)["loss"]
+
+
+def make(experiment: Experiment) -> None:
+    file = experiment.kept / "fresh.csv"
+    times = {row["system"]: row for row in read_csv(experiment.kept / "fresh-timings.csv")}
+    for seed in SEEDS:
+        for system in SYSTEMS:
+            rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+            if any((row["system"], row["seed"]) == (system.label, str(seed)) for row in rows):
+                continue
+            row = made(experiment, system, seed, *steps_within(BUDGET, system, times))
+            write_csv(file, COLUMNS, [*rows, row])
+
+
+def table(kept: Path) -> str:
+    found = read_csv(kept / "fresh.csv")
+    times = {row["system"]: row for row in read_csv(kept / "fresh-timings.csv")}
+    lines = [["", "seeds", "loss of the export", "before the switch, in groups", "alone", "steps", "a step, of dense"]]
+    for system in SYSTEMS:
+        own = [row for row in found if row["system"] == system.label]
+        if not own:
+            continue
+        steps = " + ".join(f"{int(own[0][key]):,}" for key in ("steps", "after") if int(own[0][key]))
+        losses = (spread((row[key] for row in own if row[key]), loss) for key in ("loss", "in_groups", "alone"))
+        shares = [times[system._replace(early=False).label]] + [times[system.after.label]] * system.mixes
+        each = ", then ".join(f"{float(row['share_of_dense']):.2f}" for row in shares)
+        lines.append([system.label, str(len(own)), *losses, steps, each])
+    return markdown(lines)
+
+
+def main() -> None:
+    given = asked(
+        __doc__,
+        sweep="try rates, and stop",
+        time="measure steps on an idle machine, and stop",
+        table="print the table, and stop",
+    )
+    experiment = Experiment.named("verdict")
+    if given.sweep:
+        options = replace(OPTIONS, steps=SWEPT_STEPS)
+        swept(experiment.kept / "fresh-sweeps.csv", SWEEPS, options, experiment.trained)
+    elif given.time:
+        timed(experiment.kept)
+    else:
+        if not given.table:
+            make(experiment)
+        print(table(experiment.kept))
+
+
+if __name__ == "__main__":
+    main()
