@@ -210,9 +210,8 @@ def _told(error: Exception) -> str:
     """What is wrong, where cyclopts' own words name what was not written."""
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         first, *more = error.unused_tokens
-        return (
-            f"{first!r}{f' and {len(more)} more' if more else ''}: a word too many; repeat the flag, or quote a pattern"
-        )
+        hint = "a flag with several values is repeated, and a pattern quoted"
+        return f"{first!r}{f' and {len(more)} more' if more else ''}: a word too many; {hint}"
     if type(error) is MissingArgumentError and error.argument is not None and error.keyword is None:
         command = " ".join(("mot", *(error.command_chain or ())))
         return f"{error.argument.name.lstrip('-').upper()} is missing; {command} --help shows what {command} takes"

@@ -79,6 +79,7 @@ class MixtureOfTokens(Routed):
         self.register_buffer("companion", torch.zeros(num_experts, hidden_size, dtype=at_least_fp32()))
         self.register_buffer("companion_logit", torch.zeros(num_experts, dtype=at_least_fp32()))
         self.register_buffer("companion_output", None, persistent=False)
+        self.register_load_state_dict_post_hook(_with_its_companions_output)
 
     def reset_state(self) -> None:
         nn.init.zeros_(self.companion)
@@ -143,14 +144,19 @@ class MixtureOfTokens(Routed):
 
         (with `normalize_mixture` both mixtures are divided by their norms). An expert of weight w is off by about w
         squared, so with K = k, the granularity, where experts cost what a dense feed-forward does, the output is nearly
-        the same. What companions get is a constant without a gradient, of the weights as they are now; call this again
-        when they have changed.
+        the same. What companions get is a constant without a gradient, of the weights as they are now or are loaded
+        later; call this again when they are changed otherwise.
 
-        Raises ValueError for a number of experts that there is not, and for few of them where all weights are the same.
+        Raises ValueError for a number of experts that there is not, and for few of them where all weights are the same
+        or texts are not served alone.
         """
         few = self.num_experts if num_experts_alone is None else num_experts_alone
+        if not isinstance(alone, bool):
+            raise ValueError(f"serve_alone takes True or False, not {alone!r}; experts are num_experts_alone={alone!r}")
         if not isinstance(few, int) or not 1 <= few <= self.num_experts:
-            raise ValueError(f"served alone, a token can go to 1 to {self.num_experts} experts, not {few}")
+            raise ValueError(f"served alone, a token can go to 1 to {self.num_experts} experts, not {few!r}")
+        if not alone and few < self.num_experts:
+            raise ValueError("num_experts_alone is for texts that are served alone")
         if few < self.num_experts and (self.gate is None or self.group_size == 1):
             raise ValueError("served alone, a token goes to all experts where these weigh it alike")
         self.alone, self.num_experts_alone, self.companion_output = alone, few if alone else self.num_experts, None
@@ -207,3 +213,8 @@ class MixtureOfTokens(Routed):
             mixtures_EMD = mixtures_EMD / squares_ME.sqrt().T[..., None].to(mixtures_EMD.dtype)
         y_MGD = combine(cast_MGE, self.experts(mixtures_EMD))
         return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
+
+
+def _with_its_companions_output(layer: MixtureOfTokens, _: object) -> None:
+    if layer.companion_output is not None:  # of earlier weights
+        layer.serve_alone(num_experts_alone=layer.num_experts_alone)

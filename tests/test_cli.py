@@ -107,6 +107,12 @@ def test_from_python_one_value_is_as_good_as_a_list_of_one(tiny_runs, small_corp
     )
 
 
+def test_a_number_from_python_is_no_text():
+    for given in ("60", 1.5):
+        with pytest.raises(ValueError, match=f"batch_size takes a whole number, not {given!r}"):
+            mixture_of_tokens.Options(batch_size=given)
+
+
 def test_a_layer_shows_what_it_is_made_of():
     shown = repr(mixture_of_tokens.MixtureOfTokens(8, 7, 6, 5, temperature=0.25))
     for part in ("group_size=5", "hidden_size=8", "num_experts=6", "temperature=0.25"):

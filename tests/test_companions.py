@@ -173,8 +173,43 @@ def test_the_more_experts_a_token_goes_to_the_nearer_it_is_to_all():
         with pytest.raises(ValueError, match="to all experts where these weigh it alike"):
             odd.serve_alone(num_experts_alone=2)
     for few in (0, -1, E + 1, 2.0, "2"):
-        with pytest.raises(ValueError, match=f"can go to 1 to {E} experts, not {few}"):
+        with pytest.raises(ValueError, match=f"can go to 1 to {E} experts, not {few!r}"):
             layer.serve_alone(num_experts_alone=few)
+
+
+def test_a_number_is_not_taken_for_whether_texts_are_served_alone():
+    layer = build("mot")
+    with pytest.raises(ValueError, match="True or False, not 2; experts are num_experts_alone=2"):
+        layer.serve_alone(2)
+    with pytest.raises(ValueError, match="num_experts_alone is for texts that are served alone"):
+        layer.serve_alone(False, num_experts_alone=2)
+    assert not layer.alone
+
+
+def test_weights_that_are_loaded_later_have_their_own_companions_output():
+    layer, other, x = build("mot"), build("mot"), tokens(2, T, 8)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    for each in (layer, other):
+        each.serve_alone(num_experts_alone=2)
+    expected = other(x)
+    assert not torch.allclose(layer(x), expected)
+    torch.nn.Sequential(layer).load_state_dict(torch.nn.Sequential(other).state_dict())
+    assert_close(layer(x), expected)
+    layer.serve_alone(False)
+    layer.load_state_dict(other.state_dict())
+    assert not layer.alone
+
+
+def test_a_model_served_alone_without_companions_says_so(caplog):
+    model = tiny("mixture_of_tokens").eval()
+    model.serve_alone()
+    model.serve_alone(False)
+    assert caplog.text.count("call calibrate_companions first") == 1
+    calibrate_companions(model, [{"input_ids": torch.randint(0, model.config.vocab_size, (4 * G, T))}])
+    model.serve_alone()
+    assert caplog.text.count("call calibrate_companions first") == 1
 
 
 def test_few_experts_alone_are_refused_where_no_layer_mixes():

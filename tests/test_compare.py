@@ -92,6 +92,17 @@ def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, cap
     assert f"The page: {compared / 'report.html'}" in shown
 
 
+def test_a_smaller_comparison_in_the_same_place_says_what_it_leaves_out(compared, flags, tmp_path, capsys):
+    there = tmp_path / "all"
+    shutil.copytree(compared, there)
+    given = ("--learning-rate", "1e-3,1e-2", "--out", there)
+    mot("compare", *NAMES[:2], *flags, *given)
+    gone = ", ".join(str(there / f"{NAMES[2].replace('/', '-')}-seed{seed}") for seed in (0, 1))
+    assert f"mot: {there} now compares these runs; no longer {gone}\n" in capsys.readouterr().err
+    mot("compare", *NAMES[:2], *flags, *given)
+    assert "no longer" not in capsys.readouterr().err
+
+
 def test_another_configuration_in_the_same_place_is_refused_before_anything_is_trained(compared, flags, capsys):
     before = {file: file.stat().st_mtime_ns for file in compared.glob("*/*")}
     with pytest.raises(SystemExit) as stopped:

@@ -318,7 +318,10 @@ def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
     assert f"| 98 million tokens | {longest.steps.mean:.2f} | {longest.time.mean:.2f} | not run | |" in said
     ends = [results[-1].loss.mean for results in (dense, mixture, token_choice)]
     assert abs(ends[1] - ends[2]) < 5e-4
-    assert f"At 49 million both end with the same loss, {ends[0] - ends[1]:.2f} nats below the dense model's" in said
+    assert (
+        f"At 49 million tokens both end with the same loss, {ends[0] - ends[1]:.2f} nats below the dense model's"
+        in said
+    )
     tokens = fig7.LENGTHS[-1] * fig7.TOKENS
     claim = f"after {longest.steps.mean:.2f} of its steps and {longest.time.mean:.2f} of its time"
     assert f"trained on {tokens / 1e6:.0f} million tokens of Python source, a Mixture of Tokens has" in said
@@ -339,8 +342,8 @@ def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
     its, other = (times[system.label] for system in (micro.BEST_MIXTURE, micro.TOKEN_CHOICE))
     shares = [f"{float(row['share_of_dense']):.2f}" for row in (its, other)]
     spans = [" to ".join(f"{float(row[f'share_{end}']):.2f}" for end in ("low", "high")) for row in (its, other)]
-    assert f"of a dense one's {shares[0]} for the mixture and {shares[1]} for Token Choice" in said
-    assert f"[{spans[0]} and {spans[1]}](docs/speed.md#a-training-step) from round to round" in said
+    assert f"takes {shares[0]} times a dense one's time, one of Token Choice {shares[1]}" in said
+    assert f"([{spans[0]} and {spans[1]}](docs/speed.md#a-training-step), by the round)" in said
 
 
 def test_the_readme_says_how_far_token_choice_is_ahead_after_a_long_training():

@@ -380,6 +380,7 @@ WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
         ("a tokenizer of nothing", "has no tokenizer beside the model: "),
         ("half a tokenizer", "has no tokenizer beside the model: "),
         ("nowhere", "is no directory"),
+        ("unwritable", "/proc/out cannot be written: No such file or directory; name another directory"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, saved, tmp_path, capsys):
@@ -411,6 +412,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
     elif given == "half a tokenizer":
         whole = (directory / "tokenizer.json").read_text()
         (directory / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    elif given == "unwritable":
+        out = Path("/proc/out")
     elif given == "nowhere":
         out = tmp_path / "missing" / "out"
     capsys.readouterr()

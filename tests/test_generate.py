@@ -196,6 +196,13 @@ def test_what_is_there_already_is_not_overwritten(run, prompts, tmp_path, capsys
     assert out.read_text() == "mine"
 
 
+def test_prompts_that_are_mixed_are_told_of(run, capsys):
+    given = ("generate", run, "--max-new-tokens", 2, "--prompt", "def ")
+    for more, told in (((), 0), (("--prompt", "import "), 1), (("--prompt", "import ", "--alone"), 0)):
+        mot(*given, *more)
+        assert capsys.readouterr().err.count("mot: prompts of a batch influence each other; with --alone") == told
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -212,8 +219,8 @@ def test_what_is_there_already_is_not_overwritten(run, prompts, tmp_path, capsys
         (["--prompts-file", "missing.txt"], "missing.txt: there is no such file"),
         (["--prompts-file", "empty.txt"], "empty.txt is empty"),
         (["--prompts-file", "blank.txt"], "blank.txt: line 2 is empty"),
-        (["--prompts-file", "latin.txt"], "latin.txt cannot be read as UTF-8 text"),
-        (["--prompts-file", "."], "cannot be read as UTF-8 text"),
+        (["--prompts-file", "latin.txt"], "latin.txt is not UTF-8 at byte"),
+        (["--prompts-file", "."], "cannot be read: Is a directory"),
         (["--prompts-file", "other.jsonl"], 'other.jsonl: line 1 is no object with the text "prompt"'),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

@@ -107,6 +107,23 @@ def test_a_lock_that_is_removed_at_its_release_still_excludes(owner, tmp_path):
     assert list((tmp_path / "at").iterdir()) == []
 
 
+def test_a_file_that_cannot_be_there_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"file/out cannot be written: .*; name another --out$"),
+        owned_file(tmp_path / "file" / "out"),
+    ):
+        pytest.fail("there can be no such file")
+
+
+def test_a_cache_that_cannot_be_there_is_one_line_that_names_its_variable(small_corpus, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "file"))
+    what = "prepared text is kept in .*file, which cannot be written: .*; MIXTURE_OF_TOKENS_CACHE names another folder$"
+    with pytest.raises(ValueError, match=what):
+        prepare.prepare([str(small_corpus)], context=64, group_size=32)
+
+
 @pytest.mark.usefixtures("tiny_cache")
 @pytest.mark.parametrize("command", ["train", "compare", "sweep", "generate"])
 def test_what_another_process_writes_to_is_refused(command, tiny_runs, small_corpus, tmp_path, monkeypatch, capsys):

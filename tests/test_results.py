@@ -210,11 +210,11 @@ def test_a_run_is_compared_with_its_source_at_unequal_steps_which_are_told(tmp_p
     assert switched.equal_time_loss is None  # when the source ended, there was no switched model
     assert source.equal_time_loss.mean == 2.5
     said = summary_of(result)
-    assert "Not at equal steps, but after 15, 5 more than MoT-Nano/32E," in said
+    assert "After 15 steps, 5 more than MoT-Nano/32E," in said
     assert "At equal steps" not in said
     assert said.split()[:4] == ["model", "steps", "loss", "spread"]
     backwards = comparison(by_model([*after, *sources]))
-    assert "after 10, 5 fewer than MoT-Nano/32E, switched," in summary_of(backwards)
+    assert "After 10 steps, 5 fewer than MoT-Nano/32E, switched," in summary_of(backwards)
 
 
 def test_only_a_run_and_what_continues_it_may_have_unequal_steps(tmp_path):

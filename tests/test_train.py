@@ -324,7 +324,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--data", "short.txt"], "less than a block of 64: give more text"),
         (
             ["train", "MoT-Nano/32E", "--data", "few.txt"],
-            "blocks of 64 tokens do not fill two groups of 32: give more text",
+            "blocks of 64 tokens do not fill two groups of 32: give at least",
         ),
         (["train", "MoT-Nano/32E", "--max-bytes", 0], "--max-bytes must be positive, not 0"),
         (["train", "MoT-Nano/32E", "--tokenizer", "rows.jsonl"], "rows.jsonl"),
@@ -340,7 +340,10 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
             "--training.num_train_epochs has a flag of its own: --steps",
         ),
         (["data-report", "nowhere"], "nowhere"),
-        (["train", "MoT-Nano/32E", "--data", "few.txt", "short.txt"], "'short.txt': a word too many; repeat the flag"),
+        (
+            ["train", "MoT-Nano/32E", "--data", "few.txt", "short.txt"],
+            "'short.txt': a word too many; a flag with several values is repeated",
+        ),
         (["train", "MoT-Nano/33E"], "a batch of 128 is no multiple of the group size 33; 99 or 132 would be"),
         (["train", "MoT-Nano/32E", "--out", "few.txt"], "few.txt is a file; name a directory with --out"),
         (["compare", "MoT-Nano/32E", "--out", "few.txt"], "few.txt cannot be made a directory: File exists"),

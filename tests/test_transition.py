@@ -104,7 +104,7 @@ def test_what_upstream_keeps_elsewhere_is_kept(tiny_cache, small_corpus, tmp_pat
 def test_a_report_has_the_source_beside_it(transitioned, tiny_runs, tmp_path, capsys):
     mot("report", tiny_runs[MIXED], transitioned[0], "--out", tmp_path / "page.html")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Not at equal steps, but after 40, 10 more than MoT-Nano/4E/2, its loss is" in shown
+    assert "After 40 steps, 10 more than MoT-Nano/4E/2, its loss is" in shown
     assert "30 steps of MoT-Nano/4E/2 and 40 steps of MoT-Nano/4E/2, switched" in (tmp_path / "page.html").read_text()
     with pytest.raises(SystemExit, match="2"):
         mot("report", tiny_runs["TC-Nano/4E"], transitioned[0], "--out", tmp_path / "refused.html")

@@ -134,6 +134,13 @@ def export(
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
     if not Path(run).exists():
         raise ValueError(f"{run}: there is no such directory")
+    beside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:  # known before the distillation
+        beside.mkdir()
+        beside.rmdir()
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}; name another directory") from None
     model, tokenizer = load_model(run, device=device).float(), load_tokenizer_of(run)
     if not isinstance(model, MixtureOfTokensForCausalLM):
         raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads without an export")
@@ -161,8 +168,6 @@ def export(
     plain = to_plain(model)
     tokenizer.model_max_length = model.config.max_position_embeddings
     ids, what = _text(run, model)
-    beside = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
         with checkpoints.plain_errors(out):
             plain.save_pretrained(beside)

@@ -89,9 +89,10 @@ def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, ever
     if everything and count:
         groups = max(groups, fewest)
     if groups < fewest:
+        times = -(-fewest * group_size // max(1, count))
         raise ValueError(
             f"{count} blocks of {blocks.context} tokens do not fill {'two groups' if fewest == 2 else 'a group'} of "
-            f"{group_size}: give more text"
+            f"{group_size}: give at least {times} times as much text, or take smaller groups"
         )
     rng = np.random.default_rng((seed, epoch))
     places = groups * group_size

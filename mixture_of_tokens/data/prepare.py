@@ -111,7 +111,6 @@ def prepare(
     directory = corpus.cache_directory() / f"tokens-{key}"
     manifest, _ = _whole(directory)
     if manifest is None:
-        directory.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(directory):
             manifest, damage = _whole(directory)  # another process may have made it meanwhile
             if manifest is None:
@@ -174,7 +173,8 @@ def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, once: bool = False) -> None:
-    what = f"{', '.join(map(str, sources))}: too few documents, or too long ones, for groups of {group_size}"
+    few = sources[:3] if len(sources) <= 3 else [*sources[:2], f"{len(sources) - 2} more"]
+    what = f"{', '.join(map(str, few))}: too few documents, or too long ones, for groups of {group_size}"
     if is_main() and not (once and what in _SAID):
         print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
         _SAID.add(what)
@@ -188,10 +188,14 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
     path = directory.with_suffix(LOCK)
     lock = FileLock(path)
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         print("Another process is preparing the same data: waiting for it.", file=sys.stderr)
         lock.acquire()
+    except OSError as error:
+        what = f"prepared text is kept in {directory.parent}, which cannot be written: {error.strerror}"
+        raise ValueError(f"{what}; MIXTURE_OF_TOKENS_CACHE names another folder") from None
     try:
         yield
     finally:

@@ -253,12 +253,14 @@ def _text(path: Path) -> Iterator[bytes]:
         while True:
             part = file.read(PART)
             if b"\0" in part:
-                raise ValueError(f"{path} is binary, no text: byte {read + part.index(0)} is NUL")
+                what = f"{path} is binary, no text: byte {read + part.index(0)} is NUL"
+                raise ValueError(f"{what}; leave it out, or, if it is UTF-16, convert it to UTF-8")
             waiting = len(decoder.getstate()[0])  # bytes of a character whose end is in this part
             try:
                 decoder.decode(part, final=not part)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 at byte {read - waiting + error.start}") from error
+                what = f"{path} is not UTF-8 at byte {read - waiting + error.start}"
+                raise ValueError(f"{what}; convert it, as iconv does, or leave it out") from error
             if not part:
                 return
             read += len(part)

@@ -46,13 +46,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     path = located(name)
     file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file() and (path.is_dir() or path.suffix == ".json"):
+        raise ValueError(f"--tokenizer {name}: there is no {file}")
     try:
         if (file.parent / "tokenizer_config.json").is_file() and file.name == "tokenizer.json":
             tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent)
         elif file.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)))
-        elif path.is_dir() or path.suffix == ".json":
-            raise FileNotFoundError(f"there is no {file}")
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:

@@ -154,6 +154,8 @@ def generate(
     if cut and max_new_tokens is not None and is_main():
         ends = f"ends {cut} of {len(widths)} texts before {most} new tokens"
         print(f"mot: the context of {context} tokens {ends}", file=sys.stderr)
+    if _mixes(model) and max(map(len, batches)) > 1 and is_main():
+        print("mot: prompts of a batch influence each other; with --alone each is served by itself", file=sys.stderr)
 
     def write(number: int, streamer: TextStreamer | None = None) -> list[Continuation]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)
@@ -201,8 +203,10 @@ def read_prompts(file: Path) -> list[str]:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028, as splitlines would
     except FileNotFoundError:
         raise ValueError(f"--prompts-file {file}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts-file {file} cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--prompts-file {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {file} is not UTF-8 at byte {error.start}") from None
     if lines == [""]:
         raise ValueError(f"--prompts-file {file} is empty")
     prompts = []

@@ -4,6 +4,7 @@ Attention, norms, rotary positions, KV cache, `generate`, checkpoints and parame
 holds the differences, and `generation.py` those of `generate`.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ from mixture_of_tokens.model.upstream import (
     can_return_tuple,
     maybe_install_capturing_hooks,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -154,6 +157,11 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             raise ValueError("num_experts_alone is for a Mixture of Tokens; this model serves each row alone as it is")
         for mixture in mixtures:
             mixture.serve_alone(alone, num_experts_alone)
+        if alone and any(mixture.group_size > 1 and not mixture.companion.any() for mixture in mixtures):
+            logger.warning(
+                "Served alone, companions stand for the other texts, and those of this model were never measured: call "
+                "calibrate_companions first, or the loss is much higher."
+            )
 
     def balance(self) -> None:
         """To be called after each step of training: routings without a balancing loss then balance their load."""

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from mixture_of_tokens.formatting import duration
 from mixture_of_tokens.process import is_main
-from mixture_of_tokens.reports.comparison import by_model, check_comparable, comparison, write
+from mixture_of_tokens.reports.comparison import by_model, check_comparable, comparison, runs_of, write
 from mixture_of_tokens.reports.report import Report, write_page
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
@@ -95,8 +95,18 @@ def _compared(
     models = by_model(runs)
     command = _command(names, seeds, rates, out, options)
     result = comparison(models, command)
+    if others := _compared_before(out) - {str(run.directory) for run in runs}:
+        print(f"mot: {out} now compares these runs; no longer {', '.join(sorted(others))}", file=sys.stderr)
     write(result, out)
     return write_page(result.relative(out), models, [command], out / "report.html")
+
+
+def _compared_before(out: Path) -> set[str]:
+    """The runs of an earlier comparison there."""
+    try:
+        return {str(run.directory) for run in runs_of([out])[0]}
+    except (ValueError, OSError):  # there is none, or it cannot be read any more
+        return set()
 
 
 def _rates(rates: list[float] | None, models: int) -> list[float | None]:

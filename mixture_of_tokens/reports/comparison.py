@@ -170,7 +170,7 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """
     if not runs:
         raise ValueError("name at least one run directory")
-    conditions = {str(run.directory): {"their text": run.facts.text} | run.config.conditions() for run in runs}
+    conditions = {str(run.directory): {"their text": run.text} | run.config.conditions() for run in runs}
     check_comparable({run: {what: own[what] for what in own if what != STEPS} for run, own in conditions.items()})
     _check_steps(runs)
     models: list[list[Run]] = []
@@ -383,7 +383,9 @@ def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
             command = written["command"] if len(directories) == 1 else None
             runs += [read(directory / name) for name in names]
         elif directory.is_dir() and not any((directory / name).exists() for name in (records.FACTS, records.CONFIG)):
-            raise ValueError(f"{directory} is no finished run or comparison: it has no run.json and no compare.json")
+            inside = [str(file.parent) for name in (records.FACTS, COMPARISON) for file in directory.glob(f"*/{name}")]
+            what = f"{directory} is no finished run or comparison: it has no {records.FACTS} and no {COMPARISON}"
+            raise ValueError(f"{what}; in it are {', '.join(sorted(inside))}" if inside else what)
         else:
             runs.append(read(directory))
     return runs, command

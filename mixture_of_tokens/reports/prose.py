@@ -83,7 +83,7 @@ def _when(model: ComparedModel, baseline: ComparedModel) -> str:
     if model.steps == baseline.steps:
         return "At equal steps"
     apart = f"{abs(model.steps - baseline.steps):,} {'more' if model.steps > baseline.steps else 'fewer'}"
-    return f"Not at equal steps, but after {model.steps:,}, {apart} than {baseline.label},"
+    return f"After {model.steps:,} steps, {apart} than {baseline.label},"
 
 
 def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:

@@ -46,6 +46,8 @@ def _exclusive(lock: Path, what: str, patience: float) -> Iterator[None]:
         held.acquire(timeout=patience)
     except Timeout:
         raise ValueError(f"{what} is being written by another process: wait for it, or name another --out") from None
+    except OSError as error:
+        raise ValueError(f"{what} cannot be written: {error.strerror}; name another --out") from None
     try:
         yield
     finally:

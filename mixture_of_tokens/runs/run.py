@@ -130,12 +130,17 @@ class Run:
     def seed(self) -> int:
         return self.facts.seed
 
+    @property
+    def text(self) -> str:
+        """Its sources, with the hashes of text and tokenizer, which tell texts apart."""
+        return f"{', '.join(self.facts.corpus.get('source', []))} ({' '.join(map(str, self.facts.text))})"
+
     def __str__(self) -> str:
         facts = self.facts
         loss, bits = f"{facts.final_loss:.4f} nats a token", f"{facts.bits_per_byte:.4f} bits a byte"
         lines = [f"{self.name}: loss {loss} of all {facts.evaluated_on} text, {bits}"]
         if facts.regrouping_spread is not None:
-            lines.append(f"3 ways to group that text differ by {facts.regrouping_spread:.4f} nats")
+            lines.append(f"with that text in other groups it differs by {facts.regrouping_spread:.4f} nats at most")
         speed = f"{facts.seconds:.0f} s of training, {facts.tokens_per_second} tokens/s"
         lines.append(f"{speed}. Everything is in {self.directory}.")
         if facts.sample is None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import typing
 from collections.abc import Sequence
+from numbers import Integral
 from types import NoneType
 from typing import Annotated, Any, Literal
 
@@ -92,7 +93,14 @@ class Options:
     training: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        """From Python one source may be a word, and fields of the model and of training values of any type."""
+        """From Python one source may be a word, and fields of the model and of training values of any type.
+
+        Raises ValueError for a number that is none.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == int | None and value is not None and not isinstance(value, Integral):
+                raise ValueError(f"{field.name} takes a whole number, not {value!r}")
         object.__setattr__(self, "data", listed_values(self.data))
         for name in ("model", "training"):
             words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in getattr(self, name).items()}
