@@ -41,7 +41,7 @@ class Report(Result):
 def report(*runs: Path, out: Path | None = None) -> Report:
     """Print the runs' losses side by side, the first one as the baseline, and write a page about them.
 
-    Runs of one model with several seeds are one line of means. "reached" is the step, and the seconds, at which the
+    Runs of one model with several seeds are one line of means. "Reached" is the step, and the seconds, at which the
     evaluation loss falls to the baseline's last one, on a straight line between two evaluations. Evaluations during
     training are over one fixed part of the text, the losses in the table over all of it. A run of mot transition may
     stand beside its source, though it has more steps.
@@ -115,7 +115,7 @@ def _train_again(directory: Path) -> str:
 
 def summary_of(result: Comparison) -> str:
     """The table, and the findings in sentences."""
-    columns = ["model", "loss", "vs first", "reached", "bits/byte", "parameters", "FLOPs/token", "s", "tokens/s"]
+    columns = ["model", "loss", "vs first", "reached at step", "bits/byte", "parameters", "FLOPs/token", "s", "tokens/s"]
     count = len(result.seeds)
     table = []
     for model in result.models:
