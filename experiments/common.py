@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from mixture_of_tokens import compare, sweep, train
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.process import keep_large_blocks
 from mixture_of_tokens.reports import comparison
@@ -36,6 +37,7 @@ from mixture_of_tokens.reports.figures import DASHES
 from mixture_of_tokens.reports.prose import seeds_of
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.checkpoints import write_text
+from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.records import MetricsRow
 from mixture_of_tokens.runs.run import Run, pack, read
 from mixture_of_tokens.training.options import Options
@@ -198,6 +200,14 @@ def settings_of(cell: Mapping[str, str], model: Mapping[str, str]) -> str:
     """The flags of a cell of a sweep, with those of the model's fields that were not swept."""
     fixed = {f"--model.{field}": value for field, value in model.items() if "," not in value}
     return " ".join(f"{flag} {value}" for flag, value in (cell | fixed).items())
+
+
+def loss_alone(run: Path, split: str) -> float:
+    """Of each row of "tuning" or "validation" by itself, by as many of its experts as the granularity says."""
+    model, blocks = load_model(str(run)), getattr(text_of(str(run)), split)
+    size = model.config.group_size
+    model.serve_alone(num_experts_alone=model.config.num_experts_per_tok)
+    return evaluate_blocks(model, blocks, group_size=size, batch_size=size, progress="Evaluating alone")["loss"]
 
 
 def step_times(

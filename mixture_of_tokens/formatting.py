@@ -50,6 +50,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def few_of(names: Iterable[object], most: int = 3) -> str:
+    """So many names, and how many more there are."""
+    words = list(map(str, names))
+    return ", ".join(words if len(words) <= most else [*words[: most - 1], f"{len(words) - most + 1} more"])
+
+
 def short(number: float) -> str:
     """Three digits and an SI prefix, such as 221 k."""
     for letter, power in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

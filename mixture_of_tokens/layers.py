@@ -144,8 +144,8 @@ class MixtureOfTokens(Routed):
 
         (with `normalize_mixture` both mixtures are divided by their norms). An expert of weight w is off by about w
         squared, so with K = k, the granularity, where experts cost what a dense feed-forward does, the output is nearly
-        the same. What companions get is a constant without a gradient, of the weights as they are now or are loaded
-        later; call this again when they are changed otherwise.
+        the same. What companions get is a constant without a gradient, of the weights as they are now, or as they are
+        loaded into this layer or a module that holds it; call this again when they are changed otherwise.
 
         Raises ValueError for a number of experts that there is not, and for few of them where all weights are the same
         or texts are not served alone.
@@ -216,5 +216,5 @@ class MixtureOfTokens(Routed):
 
 
 def _with_its_companions_output(layer: MixtureOfTokens, _: object) -> None:
-    if layer.companion_output is not None:  # of earlier weights
+    if layer.companion_output is not None:  # computed from the weights that were replaced
         layer.serve_alone(num_experts_alone=layer.num_experts_alone)

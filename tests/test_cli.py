@@ -4,6 +4,7 @@ import inspect
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 import mixture_of_tokens
@@ -107,10 +108,14 @@ def test_from_python_one_value_is_as_good_as_a_list_of_one(tiny_runs, small_corp
     )
 
 
-def test_a_number_from_python_is_no_text():
-    for given in ("60", 1.5):
+def test_a_number_from_python_is_a_number():
+    for given in ("60", 1.5, True):
         with pytest.raises(ValueError, match=f"batch_size takes a whole number, not {given!r}"):
             mixture_of_tokens.Options(batch_size=given)
+    for given in ("0.5", False):
+        with pytest.raises(ValueError, match=f"anneal_temperature_to takes a number, not {given!r}"):
+            mixture_of_tokens.Options(anneal_temperature_to=given)
+    assert mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=1).steps == 3
 
 
 def test_a_layer_shows_what_it_is_made_of():

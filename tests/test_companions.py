@@ -12,6 +12,7 @@ import reference
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.evaluate import cross_entropy
+from mixture_of_tokens.model import modeling
 from mixture_of_tokens.runs.loading import load_model, text_of
 from routings import E, G, T, build, gradients, some_mask, tiny, tokens
 
@@ -197,6 +198,10 @@ def test_weights_that_are_loaded_later_have_their_own_companions_output():
     assert not torch.allclose(layer(x), expected)
     torch.nn.Sequential(layer).load_state_dict(torch.nn.Sequential(other).state_dict())
     assert_close(layer(x), expected)
+    later = copy.deepcopy(layer).requires_grad_(False)
+    later.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()}, assign=True)
+    assert not torch.allclose(later.companion_output, layer.companion_output)
+    assert_close(layer(x), expected)
     layer.serve_alone(False)
     layer.load_state_dict(other.state_dict())
     assert not layer.alone
@@ -204,6 +209,9 @@ def test_weights_that_are_loaded_later_have_their_own_companions_output():
 
 def test_a_model_served_alone_without_companions_says_so(caplog):
     model = tiny("mixture_of_tokens").eval()
+    modeling.logger.warning_once.cache_clear()
+    copy.deepcopy(model).to("meta").serve_alone()  # of which nobody knows
+    assert not caplog.text
     model.serve_alone()
     model.serve_alone(False)
     assert caplog.text.count("call calibrate_companions first") == 1

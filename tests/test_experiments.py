@@ -545,6 +545,33 @@ def test_a_budget_holds_the_steps_before_and_after_a_switch(fresh):
     assert fresh.steps_within(600, mixture._replace(early=True), times) == (375, 2650)  # 60 s, 10 s, 530 s
 
 
+def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, tmp_path):
+    file = tmp_path / "sweeps.csv"
+    of = {
+        "--learning-rate 0.01": 2.5,
+        "--learning-rate 0.02": 2.4,
+        "--learning-rate 0.04 --model.capacity_factor null": 2.3,
+    }
+    rows = [{"name": "TC-Nano/4E", "settings": settings, "tuning_loss": loss} for settings, loss in of.items()]
+    fresh.write_csv(file, list(rows[0]), rows)
+    systems = fresh.System("TC-Nano/4E"), fresh.System("TC-Nano/4E", fresh.DROPLESS), fresh.System("MoT-Nano/4E")
+    assert [fresh.best_rate(system, file) for system in systems] == [0.02, 0.04, None]
+    assert fresh.best_rate(systems[0], tmp_path / "missing.csv") is None
+
+
+def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
+    swept, read_csv = paper("common").swept, paper("common").read_csv
+    file, options = tmp_path / "sweeps.csv", replace(tiny, steps=2)
+    for rates in ([1e-2], [1e-2, 2e-2], [2e-2]):
+        swept(file, [("MoT-Nano/4E", rates, {"router_temperature": "0.5"})], options, tmp_path, steps=2)
+    rows = read_csv(file)
+    flags = [f"--learning-rate {rate} --model.router_temperature 0.5" for rate in (0.01, 0.02)]
+    assert [(row["name"], row["steps"], row["settings"]) for row in rows] == [
+        ("MoT-Nano/4E", "2", each) for each in flags
+    ]
+    assert all(float(row["tuning_loss"]) > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

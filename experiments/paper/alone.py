@@ -1,6 +1,6 @@
 """Figure 6's question of what serves one text alone: Micros, their loss and the time of their training.
 
-    python experiments/paper/alone.py            # five minutes of one core, beside the runs of figures 6 and 8
+    python experiments/paper/alone.py            # five minutes of one core, 25 more if the run is not in runs/
     python experiments/paper/alone.py --table    # the table
 
 The mixture is served by as many of its experts as the granularity, 8 of 256, so at the FLOPs of a dense feed-forward
@@ -13,23 +13,21 @@ shared the machine. Expected: the best of the mixture is at or below the best sp
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import fig6
 import fig8
 from micro import BEST_MIXTURE, DENSE, DROPLESS, SHORT, YOUNGER, share_of_step
-from studies import EXPERIMENT, FIRST_SEEDS, System, kept_in_csv, run_of
+from studies import EXPERIMENT, FIRST_SEEDS, System, check_text, kept_in_csv, run_of
 
 from mixture_of_tokens import train
 from mixture_of_tokens.formatting import loss, markdown
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import read_csv, write_csv
+from common import loss_alone, read_csv, write_csv
 
 SEED = FIRST_SEEDS["Micro"]
 SIGMOID = YOUNGER[0]
@@ -55,13 +53,16 @@ def make(file: Path) -> None:
     """Of the mixture served alone, over the whole validation text."""
     if file.is_file():
         return
+    check_text("Micro")
     run = EXPERIMENT.trained / BEST_MIXTURE.directory(SHORT, SEED)
     train(BEST_MIXTURE.name, out=run, seed=SEED, options=BEST_MIXTURE.options(SHORT), resume=True)
-    model, text = load_model(str(run)), text_of(str(run)).validation
-    size, few = model.config.group_size, model.config.num_experts_per_tok
-    row: dict[str, Any] = {"system": BEST_MIXTURE.label, "seed": SEED, "steps": SHORT, "experts": few}
-    model.serve_alone(num_experts_alone=few)
-    row["loss"] = evaluate_blocks(model, text, group_size=size, batch_size=size, progress="Evaluating")["loss"]
+    row = {
+        "system": BEST_MIXTURE.label,
+        "seed": SEED,
+        "steps": SHORT,
+        "experts": parse_name(BEST_MIXTURE.name).granularity,
+    }
+    row |= {"loss": loss_alone(run, "validation")}
     write_csv(file, list(row), [row])
 
 

@@ -22,14 +22,12 @@ from typing import Any, NamedTuple
 from mixture_of_tokens import train, transition
 from mixture_of_tokens.convert.transition import Transitioned
 from mixture_of_tokens.formatting import loss, markdown
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
-from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, directory_of, read_csv, write_csv
+from common import Experiment, asked, directory_of, loss_alone, read_csv, write_csv
 
 MIXTURE, SPARSE, SEED = "MoT-Nano/32E/8", "TC-Nano/32E/8", 0
 BUDGET = 6000  # steps of the dense model
@@ -69,10 +67,7 @@ def loss_of(experiment: Experiment, share: float | str) -> float:
     options = replace(OPTIONS, steps=steps.before, training=CONSTANT if steps.after else {})
     train(MIXTURE, out=out, seed=SEED, options=options, resume=True)
     if share == KEPT:
-        model, text = load_model(str(out)), text_of(str(out)).tuning
-        model.serve_alone(num_experts_alone=model.config.num_experts_per_tok)
-        size = model.config.group_size
-        return evaluate_blocks(model, text, group_size=size, batch_size=size, progress="Evaluating")["loss"]
+        return loss_alone(out, "tuning")
     asked_for: dict[str, Any] = {"steps": steps.after, "schedule": "decay" if steps.after else "own"}
     made = transition(out, distil_steps=DISTIL_STEPS, device="cpu", resume=True, **asked_for)
     assert isinstance(made, Transitioned)

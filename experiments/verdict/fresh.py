@@ -1,4 +1,4 @@
-"""What one serves after 10 minutes of training, on text of which nothing is read twice (docs/conversion.md).
+"""What one serves after 10 minutes of training, on text of which nothing is read twice.
 
     python experiments/verdict/fresh.py           # what is missing; some 20 minutes of one thread a run
     python experiments/verdict/fresh.py --sweep   # peak rates that no other sweep has, on the tuning split; an hour
@@ -9,13 +9,15 @@ The text is the source of the installed packages. `--time` measures steps of unt
 system in turn, and how long distillation takes at each switch. The medians say how many steps the budget holds, for
 each system a whole schedule of its own. Of a mixture's budget the switch and a tenth of its steps come after the
 training in groups; of the one that is switched early, a tenth of the time comes before it. So what is trained may train
-beside other work, or be stopped: the same command goes on.
+beside other work, or be stopped: the same command goes on. Rates are the best of fresh-sweeps.csv, where it has the
+system. Expected: a switched mixture is level with the best Token Choice, by 0.01 nats.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
 fresh.csv has a row each; of a mixture before its switch also its loss in full groups, and alone, a token by as many
 experts as the granularity, which no plain architecture can hold.
 """
 
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -28,18 +30,28 @@ from run import by_plain_transformers
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions, train, transition
 from mixture_of_tokens.convert.distil import STEPS, distil
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
-from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.data.groups import Blocks, training_groups
 from mixture_of_tokens.formatting import loss, markdown
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.model.names import SIZES
-from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, Sweep, asked, directory_of, keep, read_csv, spread, step_times, swept, write_csv
+from common import (
+    Experiment,
+    Sweep,
+    asked,
+    directory_of,
+    keep,
+    loss_alone,
+    read_csv,
+    spread,
+    step_times,
+    swept,
+    write_csv,
+)
 
 BUDGET, SEEDS = 600, (1, 2, 3)  # seconds
 SHARE_AFTER, SHARE_BEFORE = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
@@ -94,6 +106,7 @@ SWEEPS: tuple[Sweep, ...] = (
     ("MoT-Nano/32E/4", [2e-2, 1e-2], {}),
     ("MoT-Nano/32E/8", [2e-2, 1e-2], {}),
 )
+TIMES, RESULTS, SWEPT = "fresh-timings.csv", "fresh.csv", "fresh-sweeps.csv"
 COLUMNS = ("system", "seed", "steps", "after", "loss", "in_groups", "alone")
 Times = Mapping[str, Mapping[str, str]]  # rows of fresh-timings.csv by system
 
@@ -111,18 +124,29 @@ def timed(kept: Path) -> None:
     for row in rows:
         label = str(row["system"])
         row["distil_seconds"] = distillation(models[label], text) if systems[label].mixes else ""
-    write_csv(kept / "fresh-timings.csv", list(rows[0]), rows)
+    write_csv(kept / TIMES, list(rows[0]), rows)
 
 
-def distillation(source: MixtureOfTokensForCausalLM, text: Any) -> float:
-    """Seconds of STEPS."""
+def distillation(source: MixtureOfTokensForCausalLM, text: Blocks) -> float:
+    """Seconds of what a switch fits: companions, and STEPS of distillation."""
     source.eval()
+    begun = time.perf_counter()
     calibrate_companions(source, training_groups(text, GROUP))
     target = MixtureOfTokensForCausalLM(token_choice_config(source.config)).eval()
     to_token_choice(source, target)
-    begun = time.perf_counter()
     distil(source, target, text, steps=STEPS)
     return round(time.perf_counter() - begun, 1)
+
+
+def best_rate(system: System, sweeps: Path) -> float | None:
+    """None where it was not swept: the default is the best of earlier sweeps."""
+    rates = {}
+    for row in read_csv(sweeps) if sweeps.is_file() else []:
+        flags = dict(re.findall(r"--(\S+) (\S+)", row["settings"]))
+        rate = float(flags.pop("learning-rate"))
+        if row["name"] == system.name and flags == {f"model.{field}": value for field, value in system.model.items()}:
+            rates[float(row["tuning_loss"])] = rate
+    return rates[min(rates)] if rates else None
 
 
 def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]:
@@ -147,9 +171,10 @@ def made(experiment: Experiment, system: System, seed: int, steps: int, after: i
     # Before an early switch the rate stays, and falls after it (../switch/when.py).
     schedule = {"lr_scheduler_type": "constant_with_warmup"} if system.early else {}
     options = replace(OPTIONS, steps=steps, model=dict(system.model), training=schedule)
-    train(system.name, out=out, seed=seed, options=options, resume=True)
+    rate = best_rate(system, experiment.kept / SWEPT)
+    train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)
     if system.mixes:
-        row |= {"in_groups": read(out).facts.final_loss, "alone": alone(out)}
+        row |= {"in_groups": read(out).facts.final_loss, "alone": loss_alone(out, "validation")}
         how: dict[str, Any] = {"schedule": "decay", "distil_steps": EARLY_STEPS} if system.early else {}
         transition(out, steps=after, device="cpu", resume=True, **{"distil_steps": STEPS} | how)
         out = out.with_name(f"{out.name}-transition")
@@ -158,17 +183,8 @@ def made(experiment: Experiment, system: System, seed: int, steps: int, after: i
     return row
 
 
-def alone(run: Path) -> float:
-    model, text = load_model(str(run)), text_of(str(run))
-    calibrate_companions(model, training_groups(text.train, model.config.group_size))
-    model.serve_alone(num_experts_alone=model.config.num_experts_per_tok)
-    size = model.config.group_size
-    return evaluate_blocks(model, text.validation, group_size=size, batch_size=size)["loss"]
-
-
 def make(experiment: Experiment) -> None:
-    file = experiment.kept / "fresh.csv"
-    times = {row["system"]: row for row in read_csv(experiment.kept / "fresh-timings.csv")}
+    file, times = experiment.kept / RESULTS, times_in(experiment.kept)
     for seed in SEEDS:
         for system in SYSTEMS:
             rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
@@ -178,9 +194,14 @@ def make(experiment: Experiment) -> None:
             write_csv(file, COLUMNS, [*rows, row])
 
 
+def times_in(kept: Path) -> Times:
+    if not (kept / TIMES).is_file():
+        sys.exit(f"{kept / TIMES} is missing: give --time first, on an idle machine")
+    return {row["system"]: row for row in read_csv(kept / TIMES)}
+
+
 def table(kept: Path) -> str:
-    found = read_csv(kept / "fresh.csv")
-    times = {row["system"]: row for row in read_csv(kept / "fresh-timings.csv")}
+    found, times = read_csv(kept / RESULTS), times_in(kept)
     lines = [["", "seeds", "loss of the export", "before the switch, in groups", "alone", "steps", "a step, of dense"]]
     for system in SYSTEMS:
         own = [row for row in found if row["system"] == system.label]
@@ -204,7 +225,7 @@ def main() -> None:
     experiment = Experiment.named("verdict")
     if given.sweep:
         options = replace(OPTIONS, steps=SWEPT_STEPS)
-        swept(experiment.kept / "fresh-sweeps.csv", SWEEPS, options, experiment.trained)
+        swept(experiment.kept / SWEPT, SWEEPS, options, experiment.trained)
     elif given.time:
         timed(experiment.kept)
     else:

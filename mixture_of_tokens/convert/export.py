@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -134,11 +135,8 @@ def export(
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
     if not Path(run).exists():
         raise ValueError(f"{run}: there is no such directory")
-    beside = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
     try:  # known before the distillation
-        beside.mkdir()
-        beside.rmdir()
+        TemporaryDirectory(prefix=f"{out.name}.", dir=out.absolute().parent).cleanup()
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}; name another directory") from None
     model, tokenizer = load_model(run, device=device).float(), load_tokenizer_of(run)
@@ -168,6 +166,8 @@ def export(
     plain = to_plain(model)
     tokenizer.model_max_length = model.config.max_position_embeddings
     ids, what = _text(run, model)
+    beside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
     try:
         with checkpoints.plain_errors(out):
             plain.save_pretrained(beside)

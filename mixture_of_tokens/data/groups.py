@@ -89,10 +89,10 @@ def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, ever
     if everything and count:
         groups = max(groups, fewest)
     if groups < fewest:
-        times = -(-fewest * group_size // max(1, count))
+        more = f"at least {-(-fewest * group_size // count)} times as much text" if count else "more text"
         raise ValueError(
             f"{count} blocks of {blocks.context} tokens do not fill {'two groups' if fewest == 2 else 'a group'} of "
-            f"{group_size}: give at least {times} times as much text, or take smaller groups"
+            f"{group_size}: give {more}{', or take smaller groups' if fewest == 2 else ''}"
         )
     rng = np.random.default_rng((seed, epoch))
     places = groups * group_size

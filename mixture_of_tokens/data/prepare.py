@@ -29,6 +29,7 @@ from mixture_of_tokens.data.groups import Blocks, segmented
 from mixture_of_tokens.data.splits import SPLITS, opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, encoded, progress_bar, tokenize
+from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import is_main
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
@@ -173,8 +174,7 @@ def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, once: bool = False) -> None:
-    few = sources[:3] if len(sources) <= 3 else [*sources[:2], f"{len(sources) - 2} more"]
-    what = f"{', '.join(map(str, few))}: too few documents, or too long ones, for groups of {group_size}"
+    what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
     if is_main() and not (once and what in _SAID):
         print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
         _SAID.add(what)

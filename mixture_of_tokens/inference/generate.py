@@ -155,7 +155,9 @@ def generate(
         ends = f"ends {cut} of {len(widths)} texts before {most} new tokens"
         print(f"mot: the context of {context} tokens {ends}", file=sys.stderr)
     if _mixes(model) and max(map(len, batches)) > 1 and is_main():
-        print("mot: prompts of a batch influence each other; with --alone each is served by itself", file=sys.stderr)
+        served = all(routing.serves_alone for routing in model.config.routings)
+        hint = "with --alone each is served by itself" if served else "with --batch-size 1 only copies of it do"
+        print(f"mot: prompts of a batch influence each other; {hint}", file=sys.stderr)
 
     def write(number: int, streamer: TextStreamer | None = None) -> list[Continuation]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)

@@ -4,13 +4,13 @@ Attention, norms, rotary positions, KV cache, `generate`, checkpoints and parame
 holds the differences, and `generation.py` those of `generate`.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from mixture_of_tokens.experts import Experts, Routed, Router, truncated_normal_
 from mixture_of_tokens.layers import MixtureOfTokens
@@ -32,7 +32,7 @@ from mixture_of_tokens.model.upstream import (
     maybe_install_capturing_hooks,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -157,8 +157,9 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             raise ValueError("num_experts_alone is for a Mixture of Tokens; this model serves each row alone as it is")
         for mixture in mixtures:
             mixture.serve_alone(alone, num_experts_alone)
-        if alone and any(mixture.group_size > 1 and not mixture.companion.any() for mixture in mixtures):
-            logger.warning(
+        with_companions = [mixture.companion for mixture in mixtures if mixture.group_size > 1]
+        if alone and not all(companion.is_meta or companion.any() for companion in with_companions):
+            logger.warning_once(
                 "Served alone, companions stand for the other texts, and those of this model were never measured: call "
                 "calibrate_companions first, or the loss is much higher."
             )

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from mixture_of_tokens.formatting import duration
 from mixture_of_tokens.process import is_main
-from mixture_of_tokens.reports.comparison import by_model, check_comparable, comparison, runs_of, write
+from mixture_of_tokens.reports.comparison import COMPARISON, by_model, check_comparable, comparison, write
 from mixture_of_tokens.reports.report import Report, write_page
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
@@ -104,8 +104,9 @@ def _compared(
 def _compared_before(out: Path) -> set[str]:
     """The runs of an earlier comparison there."""
     try:
-        return {str(run.directory) for run in runs_of([out])[0]}
-    except (ValueError, OSError):  # there is none, or it cannot be read any more
+        models = records.as_fields(out / COMPARISON)["models"]
+        return {str(out / run["directory"]) for model in models for run in model["runs"]}
+    except (ValueError, KeyError, TypeError):  # there is none, or it is damaged
         return set()
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from mixture_of_tokens.formatting import Result, Summary
+from mixture_of_tokens.formatting import Result, Summary, few_of
 from mixture_of_tokens.model.cost import memory, parameters
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import converted_from, properties
@@ -170,7 +170,9 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """
     if not runs:
         raise ValueError("name at least one run directory")
-    conditions = {str(run.directory): {"their text": run.text} | run.config.conditions() for run in runs}
+    for run in runs:
+        runs[0].check_same_text(run)
+    conditions = {str(run.directory): run.config.conditions() for run in runs}
     check_comparable({run: {what: own[what] for what in own if what != STEPS} for run, own in conditions.items()})
     _check_steps(runs)
     models: list[list[Run]] = []
@@ -385,7 +387,7 @@ def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
         elif directory.is_dir() and not any((directory / name).exists() for name in (records.FACTS, records.CONFIG)):
             inside = [str(file.parent) for name in (records.FACTS, COMPARISON) for file in directory.glob(f"*/{name}")]
             what = f"{directory} is no finished run or comparison: it has no {records.FACTS} and no {COMPARISON}"
-            raise ValueError(f"{what}; in it are {', '.join(sorted(inside))}" if inside else what)
+            raise ValueError(f"{what}; in it are {few_of(sorted(inside))}" if inside else what)
         else:
             runs.append(read(directory))
     return runs, command

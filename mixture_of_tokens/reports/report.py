@@ -115,7 +115,8 @@ def _train_again(directory: Path) -> str:
 
 def summary_of(result: Comparison) -> str:
     """The table, and the findings in sentences."""
-    columns = ["model", "loss", "vs first", "reached at step", "bits/byte", "parameters", "FLOPs/token", "s", "tokens/s"]
+    columns = ["model", "loss", "vs first", "reached at step"]
+    columns += ["bits/byte", "parameters", "FLOPs/token", "s", "tokens/s"]
     count = len(result.seeds)
     table = []
     for model in result.models:

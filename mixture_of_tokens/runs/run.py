@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.names import config_from_name
@@ -130,17 +131,12 @@ class Run:
     def seed(self) -> int:
         return self.facts.seed
 
-    @property
-    def text(self) -> str:
-        """Its sources, with the hashes of text and tokenizer, which tell texts apart."""
-        return f"{', '.join(self.facts.corpus.get('source', []))} ({' '.join(map(str, self.facts.text))})"
-
     def __str__(self) -> str:
         facts = self.facts
         loss, bits = f"{facts.final_loss:.4f} nats a token", f"{facts.bits_per_byte:.4f} bits a byte"
         lines = [f"{self.name}: loss {loss} of all {facts.evaluated_on} text, {bits}"]
         if facts.regrouping_spread is not None:
-            lines.append(f"with that text in other groups it differs by {facts.regrouping_spread:.4f} nats at most")
+            lines.append(f"In other groups of that text the loss differs by {facts.regrouping_spread:.4f} nats at most")
         speed = f"{facts.seconds:.0f} s of training, {facts.tokens_per_second} tokens/s"
         lines.append(f"{speed}. Everything is in {self.directory}.")
         if facts.sample is None:
@@ -214,7 +210,9 @@ class Run:
     def check_same_text(self, other: "Run") -> None:
         """Raises ValueError where the other saw different text: no loss of theirs compares."""
         if self.facts.text != other.facts.text:
-            raise ValueError(f"{self.directory} and {other.directory} saw different text: no loss of theirs compares")
+            seen = " and ".join(few_of(run.facts.corpus.get("source", ["an unknown text"])) for run in (self, other))
+            what = f"{self.directory} and {other.directory} saw different text ({seen}, or another version of it)"
+            raise ValueError(f"{what}: no loss of theirs compares")
 
     def inherited(self, other: "Run") -> int:
         """How many evaluations it has from another run: all of that one's, if it continues it, else 0.

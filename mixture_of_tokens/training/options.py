@@ -4,7 +4,7 @@ import dataclasses
 import json
 import typing
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from types import NoneType
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,11 @@ def listed_seeds(given: Any) -> list[int]:
             raise ValueError(f"--seeds has {seed} twice; each seed is one run")
     return seeds
 
+
+NUMBERS: dict[Any, tuple[type, str]] = {  # by types of fields
+    int | None: (Integral, "a whole number"),
+    float | None: (Real, "a number"),
+}
 
 Rates = Annotated[list[float], Parameter(converter=_numbers, n_tokens=1)]
 Seeds = Annotated[list[int], Parameter(converter=_numbers, n_tokens=1)]
@@ -95,12 +100,13 @@ class Options:
     def __post_init__(self):
         """From Python one source may be a word, and fields of the model and of training values of any type.
 
-        Raises ValueError for a number that is none.
+        Raises ValueError for what is no number where one is wanted.
         """
         for field in dataclasses.fields(self):
+            kind, what = NUMBERS.get(field.type, (object, ""))
             value = getattr(self, field.name)
-            if field.type == int | None and value is not None and not isinstance(value, Integral):
-                raise ValueError(f"{field.name} takes a whole number, not {value!r}")
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ValueError(f"{field.name} takes {what}, not {value!r}")
         object.__setattr__(self, "data", listed_values(self.data))
         for name in ("model", "training"):
             words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in getattr(self, name).items()}

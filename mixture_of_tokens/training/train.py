@@ -251,6 +251,7 @@ def _finish(
     try:
         with checkpoints.plain_errors(out / "model"):
             model.save_pretrained(beside, max_shard_size=IN_ONE_FILE)
+            # Not before, or it would warn of every longer document.
             prepared.tokenizer.model_max_length = config.max_position_embeddings
             prepared.tokenizer.save_pretrained(beside)
             checkpoints.describe(beside)
