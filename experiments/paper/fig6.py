@@ -8,9 +8,9 @@ Tokens ends level with the best of Expert Choice and Token Choice, by 0.01 nats;
 of 256 experts with a capacity of 1.25, or 8 of 256 with nothing dropped, at the default temperature. The paper: it
 matches the better of Expert Choice and Token Choice (abstract; values not available). Beside these stand routings that
 are younger: Token Choice with sigmoid gates and biases in place of a balancing loss, Expert Threshold and ReMoE. Peak
-rates were swept for the dense model, /8 and Token Choice; the others have the same. The dense model, /8, Token Choice
-of one expert, Token Choice that drops nothing and the best of all have three seeds, the others one. The verdict is of
-the seeds that /8 and another have.
+rates were swept (`micro.py --sweep`), but for /4 and for 8 of 256 experts with a capacity, which have the others' best.
+The dense model, /8, Token Choice of one expert, Token Choice that drops nothing and the best of all have three seeds,
+the others one. The verdict is of the seeds that /8 and another have. What serves one text alone: `alone.py`.
 """
 
 from functools import partial
