@@ -188,6 +188,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/partial_groups/run.py": (14, "serving"),
     "experiments/paper/ledger.py": (12, "results"),
     "experiments/paper/fig6.py": (12, "results"),
+    "experiments/paper/alone.py": (15, "results"),
     "experiments/paper/length.py": (12, "results"),
     "experiments/paper/fig7.py": (13, "results"),
     "experiments/paper/router_rate.py": (5, "results"),
