@@ -430,7 +430,7 @@ def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source):
             load_tokenizer(str(tmp_path / name))
         assert "\n" not in str(raised.value)
     for name in ("empty", "missing.json"):
-        with pytest.raises(OSError, match="there is no"):
+        with pytest.raises(ValueError, match=rf"--tokenizer .*{name}: there is no"):
             prepare([source], tokenizer=str(tmp_path / name))
     with pytest.raises(ValueError, match="an empty name"):
         load_tokenizer("")
