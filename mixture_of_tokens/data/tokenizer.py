@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedT
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A tokenizer from a tokenizer.json, from a folder that holds one, or from the Hub; it pads on the left.
 
-    Raises ValueError if it is not a tokenizer is not there, or names no end-of-text token; OSError if the Hub does not have it.
+    Raises ValueError if it is missing or no tokenizer, or names no end-of-text token; OSError if the Hub lacks it.
     """
     path = located(name)
     file = path / "tokenizer.json" if path.is_dir() else path
