@@ -254,7 +254,11 @@ def anchors(page: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(map(anchor_of, headings))
+
+
+def anchor_of(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: page.stem)
@@ -293,7 +297,7 @@ def section_of(page, anchor: str) -> str:
     for level, heading, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         if found and len(level) <= len(found[0]):
             break
-        if found or re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") == anchor:
+        if found or anchor_of(heading) == anchor:
             found += [text] if found else [level, text]
     return "".join(found[1:])
 

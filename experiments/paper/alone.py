@@ -70,8 +70,9 @@ def make(file: Path) -> None:
 def served(file: Path) -> list[Served]:
     """The least loss first."""
     label = f"{BEST_MIXTURE.label}, alone by {parse_name(BEST_MIXTURE.name).granularity} of its experts"
-    alone = {int(row["seed"]): float(row["alone"]) for row in read_csv(file)}
-    in_groups = [float(row["in_groups"]) for row in read_csv(file)]
+    measured = read_csv(file)
+    alone = {int(row["seed"]): float(row["alone"]) for row in measured}
+    in_groups = [float(row["in_groups"]) for row in measured]
     found = [Served(label, alone, [(BEST_MIXTURE, SHORT)], in_groups=in_groups)]
     for row in fig6.ROWS:
         if row.runs and parse_name(row.system.name).routing.private:

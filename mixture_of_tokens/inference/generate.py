@@ -156,8 +156,8 @@ def generate(
         print(f"mot: the context of {context} tokens {ends}", file=sys.stderr)
     if _mixes(model) and max(map(len, batches)) > 1 and is_main():
         served = all(routing.serves_alone for routing in model.config.routings)
-        hint = "with --alone each is served by itself" if served else "with --batch-size 1 only copies of it do"
-        print(f"mot: prompts of a batch influence each other; {hint}", file=sys.stderr)
+        hint = "; with --alone each is served by itself" if served else ""
+        print(f"mot: prompts of a batch influence each other{hint}", file=sys.stderr)
 
     def write(number: int, streamer: TextStreamer | None = None) -> list[Continuation]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)

@@ -103,9 +103,11 @@ class Options:
         Raises ValueError for what is no number where one is wanted.
         """
         for field in dataclasses.fields(self):
-            kind, what = NUMBERS.get(field.type, (object, ""))
             value = getattr(self, field.name)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            if value is None or field.type not in NUMBERS:
+                continue
+            kind, what = NUMBERS[field.type]
+            if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{field.name} takes {what}, not {value!r}")
         object.__setattr__(self, "data", listed_values(self.data))
         for name in ("model", "training"):
