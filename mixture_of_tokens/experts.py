@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixture_of_tokens.checks import check
 from mixture_of_tokens.layout import expert_linear, full_precision, precise_linear
 
 INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
@@ -63,6 +64,8 @@ class Experts(nn.Module):
         self, hidden_size: int, expert_size: int, num_experts: int, *, gated: bool = True, activation: str = "silu"
     ):
         super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("expert_size", expert_size), ("num_experts", num_experts)):
+            check(name, size, int)
         if min(hidden_size, expert_size, num_experts) < 1:
             raise ValueError(f"sizes must be at least 1: {hidden_size=}, {expert_size=}, {num_experts=}")
         if activation not in ACTIVATIONS:
@@ -121,6 +124,7 @@ class Router(nn.Module):
         self.set_temperature(temperature)
 
     def set_temperature(self, temperature: float) -> None:
+        check("temperature", temperature, float)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, not {temperature}")
         self.temperature_setting = temperature

@@ -31,6 +31,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from mixture_of_tokens.checks import check
 from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, highest, softmax
 from mixture_of_tokens.layout import check_shapes, combine, dispatch, grouped, ungrouped
 from mixture_of_tokens.slots import dropless
@@ -69,6 +70,7 @@ class MixtureOfTokens(Routed):
         uniform: bool = False,
         **options: Unpack[RoutedOptions],
     ):
+        check("group_size", group_size, int)
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {group_size}")
         super().__init__(hidden_size, expert_size, num_experts, **options)
@@ -104,6 +106,8 @@ class MixtureOfTokens(Routed):
 
         E = G * k experts of width intermediate_size / k, where k is the granularity.
         """
+        for name, size in (("intermediate_size", intermediate_size), ("granularity", granularity)):
+            check(name, size, int)
         if granularity < 1 or intermediate_size % granularity:
             legal = ", ".join(str(k) for k in range(1, min(intermediate_size, 128) + 1) if intermediate_size % k == 0)
             raise ValueError(f"granularity {granularity} does not divide {intermediate_size=}; legal are {legal}")

@@ -27,6 +27,8 @@ def check_shapes(x_BTD: Tensor, token_mask: Tensor | None) -> None:
         )
     if token_mask is not None and token_mask.shape != x_BTD.shape[:2]:
         raise ValueError(f"token_mask must be {tuple(x_BTD.shape[:2])}, not {tuple(token_mask.shape)}")
+    if token_mask is not None and token_mask.is_floating_point():  # perhaps one that is added, 0 for real tokens
+        raise ValueError(f"token_mask must be true where a token is real, so bool or integer, not {token_mask.dtype}")
 
 
 def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -118,6 +118,41 @@ def test_a_number_from_python_is_a_number():
     assert mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=1).steps == 3
 
 
+@pytest.mark.parametrize(
+    ("command", "given", "options", "told"),
+    [
+        ("train", [5], {}, "name takes text, not 5"),
+        ("train", ["MoT-Nano/4E"], {"seed": "a"}, "seed takes a whole number, not 'a'"),
+        ("train", ["MoT-Nano/4E"], {"learning_rate": "1e-3"}, "learning_rate takes a number, not '1e-3'"),
+        ("train", ["MoT-Nano/4E"], {"options": {"steps": 5}}, r"options takes Options\(...\), not {'steps': 5}"),
+        ("compare", ["MoT-Nano/4E"], {"seeds": "0,1"}, "seeds takes a whole number, or a list of such, not '0,1'"),
+        ("compare", ["MoT-Nano/4E", 5], {}, "names takes text, or a list of such, not"),
+        ("audit", ["runs/mine"], {"expect": "safe"}, "expect takes causal or private, not 'safe'"),
+        ("audit", ["runs/mine"], {"alone": "yes"}, "alone takes True or False, not 'yes'"),
+        ("export", ["runs/mine", 5], {}, "out takes a path, not 5"),
+        ("export", ["runs/mine", "out"], {"scores": "top"}, "scores takes softmax or sigmoid, not 'top'"),
+        ("transition", ["runs/mine"], {"calibrate": "no"}, "calibrate takes distil or scales or none, not 'no'"),
+        ("generate", ["runs/mine"], {"prompt": ["a", 5]}, r"prompt takes text, or a list of such, not \['a', 5\]"),
+        ("report", [["runs/mine", 5]], {}, "runs takes a path, or a list of such, not"),
+        ("Options", [], {"device": "gpu"}, "device takes cpu or cuda, not 'gpu'"),
+        ("Options", [], {"evaluate_on": "test"}, "evaluate_on takes validation or tuning, not 'test'"),
+        ("Options", [], {"model": "router_temperature"}, "model takes a dictionary, not 'router_temperature'"),
+    ],
+)
+def test_from_python_a_wrong_value_is_told_by_its_argument(command, given, options, told):
+    with pytest.raises(ValueError, match=f"^{told}"):
+        getattr(mixture_of_tokens, command)(*given, **options)
+
+
+def test_a_checked_function_is_still_itself():
+    """For help, documentation and type checkers."""
+    signature = inspect.signature(mixture_of_tokens.train)
+    assert list(signature.parameters)[:3] == ["name", "out", "seed"]
+    assert mixture_of_tokens.train.__doc__.startswith("Train one model and write a run directory.")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
+        mixture_of_tokens.train("MoT-Nano/4E", sed=1)
+
+
 def test_a_layer_shows_what_it_is_made_of():
     shown = repr(mixture_of_tokens.MixtureOfTokens(8, 7, 6, 5, temperature=0.25))
     for part in ("group_size=5", "hidden_size=8", "num_experts=6", "temperature=0.25"):

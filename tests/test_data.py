@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, collisions, deal, grouped_order, segmented
 from mixture_of_tokens.data.tokens import TokenFiles
@@ -184,3 +185,29 @@ def test_rows_depend_on_seed_and_step_alone():
     assert rows(0)[:400].tolist() == rows(0, steps=20).tolist() == rows(0, steps=40, batch_size=10).tolist()
     assert rows(0).tolist() != rows(1).tolist()
     assert rows(0)[:480].tolist() != rows(0, steps=48)[480:960].tolist()  # another order in the next epoch
+
+
+@pytest.mark.parametrize(
+    "rows", [[0, 1, 2, 3, 9], [1, 2, 3, 4, 5], [5, 6, 7], [4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6], []]
+)
+def test_rows_that_are_no_whole_groups_are_refused(rows):
+    batches = GroupedBatches(blocks_of([97] * 40, context=8), group_size=5, batch_size=20, steps=4, seed=0)
+    with pytest.raises(ValueError, match="no whole groups of 5: do not shuffle"):
+        batches.__getitems__(rows)
+
+
+def test_a_loader_that_shuffles_rows_or_cuts_groups_is_refused():
+    def loaded(**options):
+        rows = GroupedBatches(blocks_of([97] * 40, context=8), group_size=5, batch_size=20, steps=4, seed=0)
+        return [len(batch["input_ids"]) for batch in DataLoader(rows, collate_fn=dict, **options)]
+
+    assert loaded(batch_size=20) == loaded(batch_sampler=[range(20)] * 4) == [20] * 4
+    assert loaded(batch_size=10) == [10] * 8
+    for options in ({"batch_size": 20, "shuffle": True}, {"batch_size": 12}):
+        with pytest.raises(ValueError, match="no whole groups"):
+            loaded(**options)
+
+
+def test_a_step_of_incomplete_groups_is_refused():
+    with pytest.raises(ValueError, match="batch_size 12 must be a multiple of the group size, 5"):
+        GroupedBatches(blocks_of([97] * 40, context=8), group_size=5, batch_size=12, steps=4, seed=0)

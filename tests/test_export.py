@@ -28,7 +28,7 @@ from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM
 from mixture_of_tokens.convert import export as export_module
 from mixture_of_tokens.convert import serving
 from mixture_of_tokens.convert.export import to_plain
-from mixture_of_tokens.convert.serving import serve
+from mixture_of_tokens.convert.serving import Served, TopK, best_of, serve
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from processes import finish, mot, mot_on_a_full_disk, start
 from routings import randomized
@@ -186,6 +186,14 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"the loss was {served.source.loss:.4f} before, with texts in groups, and is {fewest.loss:.4f} now" in card
     assert "a sigmoid each" in card if words else "a softmax over all" in card
+
+
+@pytest.mark.parametrize(("losses", "best"), [((2.0, 2.0, 2.1), 4), ((2.2, 2.1, 2.3), 4), ((2.2, 2.3, 2.0), 2)])
+def test_the_fewest_experts_that_are_enough_are_written_or_else_the_best(losses, best):
+    source, *tried = (TopK(k, loss, 1.0, 1.0) for k, loss in zip((32, 8, 4, 2), (2.0, *losses), strict=True))
+    assert best_of(tried, source).top_k == best
+    why = "the fewest experts with a loss at most" if min(losses) <= 2.01 else "the lowest loss, as none is at most"
+    assert f"Top {best} is written: {why} 0.01 nats above" in str(Served(source, tried, best_of(tried, source)))
 
 
 @pytest.mark.usefixtures("tiny_cache")

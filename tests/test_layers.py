@@ -337,6 +337,10 @@ def test_matched_has_the_experts_of_the_name():
         (lambda: Experts(0, F, E), "sizes must be at least 1: hidden_size=0"),
         (lambda: MixtureOfTokens(D, -1, E, G), "sizes must be at least 1.* expert_size=-1"),
         (lambda: TokenChoice(D, F, 0), "sizes must be at least 1.* num_experts=0"),
+        (lambda: TokenChoice(D, "7", E), "expert_size takes a whole number, not '7'"),
+        (lambda: MixtureOfTokens(D, F, E, 2.5), "group_size takes a whole number, not 2.5"),
+        (lambda: MixtureOfTokens.matched(D, 8, G, "2"), "granularity takes a whole number, not '2'"),
+        (lambda: MixtureOfTokens(D, F, E, G, temperature="1"), "temperature takes a number, not '1'"),
         (lambda: Experts(D, F, E, activation="swish"), "'swish' is unknown; legal are silu, relu, gelu"),
         (lambda: MixtureOfTokens(D, F, E, 0), "group_size must be at least 1, not 0"),
         (lambda: MixtureOfTokens(D, F, E, G, temperature=0), "temperature must be positive and finite, not 0"),
@@ -427,6 +431,9 @@ def test_shapes_that_no_layer_takes_are_refused_by_name(name):
     for mask in (torch.ones(T, B), torch.ones(B, T + 1), torch.ones(B)):
         with pytest.raises(ValueError, match=r"token_mask must be \(6, 4\)"):
             layer(tokens(), mask.bool())
+    with pytest.raises(ValueError, match=r"token_mask must be .* bool or integer, not torch.float32"):
+        layer(tokens(), torch.zeros(B, T))  # as attention adds it, 0 where a token is real
+    torch.testing.assert_close(layer(tokens(), some_mask().long()), layer(tokens(), some_mask()))
 
 
 @pytest.mark.parametrize("name", ROUTINGS)

@@ -22,6 +22,7 @@ from transformers import (
 import routings
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router
 from mixture_of_tokens.loss import IGNORE, l1_loss, load_balancing_loss
+from mixture_of_tokens.model import modeling
 from mixture_of_tokens.model.routings import ROUTINGS, ROWS
 
 KINDS = [row.kind for row in ROWS]
@@ -41,6 +42,19 @@ def kind(request) -> str:
 @pytest.fixture(params=[row.kind for row in ROWS if row.causal])
 def causal(request) -> str:
     return request.param
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "told"), [("mixture_of_tokens", 1, 1), ("mixture_of_tokens", 0, 0), ("token_choice", 1, 0)]
+)
+def test_training_in_an_incomplete_group_is_told_once(name, more, told, caplog):
+    modeling.logger.warning_once.cache_clear()
+    model = tiny(name).train()
+    rows = 2 * model.config.group_size + more
+    for _ in range(2):
+        model(tokens(rows, 9), labels=tokens(rows, 9))
+    model.eval()(tokens(1, 9))
+    assert caplog.text.count(f"A batch of {rows} rows is no multiple of the group size") == told
 
 
 # Loading, saving, names of parameters

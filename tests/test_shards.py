@@ -111,12 +111,27 @@ def test_one_document_of_a_tenth_of_the_corpus_meets_itself_nowhere(tmp_path, ca
     given.append(sentences(5000, sum(text.count("\n") + 1 for text in given) // 9))
     prepared = prepare([write(tmp_path / "rows.jsonl", given)], context=16)
     assert prepared.facts["documents_cut"] == 1
+    kept = sum(prepared.facts[name]["bytes"] for name in SPLITS)
+    assert prepared.facts["bytes_cut"] == sum(len(text.encode()) for text in given) - kept > 0
     assert prepared.facts["segments"] == 0
-    assert "too few documents" not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "too few documents" not in error
+    assert "bytes are cut" not in error
     for epoch in range(5):
         assert len(collisions(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))[0]) == 0
     for name in SPLITS:
         grouped_order(getattr(prepared, name), 32, everything=True)
+
+
+def test_where_much_of_the_text_is_cut_away_that_is_told_with_the_bytes(tmp_path, capsys):
+    given = [*texts(200, lines=10), *(sentences(10**5 + 300 * number, 200) for number in range(10))]
+    path = write(tmp_path / "rows.jsonl", given)
+    for _ in range(2):  # made, and read from the cache
+        facts = prepare([path], context=16).facts
+        whole = sum(len(text.encode()) for text in given)
+        assert facts["bytes_cut"] == whole - sum(facts[name]["bytes"] for name in SPLITS) > 0.2 * whole
+        told = f"rows.jsonl: {facts['bytes_cut']:,} of {whole:,} bytes are cut from the ends of long documents"
+        assert capsys.readouterr().err.count(told) == 1
 
 
 def test_one_file_is_divided_and_its_far_apart_segments_count_as_documents(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Micros: the systems of figures 5 to 7, their rates, the time of a step, and when each reaches the dense loss.
 
-    python experiments/paper/micro.py --sweep    # rates, temperatures, on the tuning split; of 19 runs of 20 min
+    python experiments/paper/micro.py --sweep    # rates, temperatures, on the tuning split; of 23 runs of 20 min
     python experiments/paper/micro.py --time     # a step of every system with a run, in turns; 8 min of an idle machine
     python experiments/paper/micro.py --table    # both as Markdown
 
@@ -59,12 +59,12 @@ SYSTEMS = (DENSE, *MIXTURES.values(), *THE_PAPERS, DROPLESS, *YOUNGER)
 
 # Peak rates and temperatures, tried with seed 1.
 SWEEPS: tuple[Sweep, ...] = (
-    ("Transformer-Micro", [4e-3, 8e-3], {}),
-    ("MoT-Micro/32E/8", [8e-3, 4e-3], {}),
+    ("Transformer-Micro", [4e-3, 8e-3, 1.6e-2], {}),
+    ("MoT-Micro/32E/8", [4e-3, 8e-3, 1.6e-2], {}),
     ("MoT-Micro/32E/8", [8e-3], {"router_temperature": "0.125,0.5"}),
-    ("TC-Micro/32E", [4e-3, 8e-3], SHARP),
+    ("TC-Micro/32E", [4e-3, 8e-3, 1.6e-2], SHARP),
     ("TC-Micro/32E", [8e-3], {"router_temperature": "1"}),
-    ("TC-Micro/32E/8", [4e-3, 8e-3], DROPLESS.model),
+    ("TC-Micro/32E/8", [4e-3, 8e-3, 1.6e-2], DROPLESS.model),
     ("STC-Micro/32E/8", [4e-3, 8e-3], {}),
     ("EC-Micro/32E", [4e-3, 8e-3], {}),
     ("ET-Micro/32E", [4e-3, 8e-3], {}),

@@ -27,6 +27,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from mixture_of_tokens.checks import checked
 from mixture_of_tokens.convert.distil import STEPS, check_flags
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores
@@ -45,10 +46,9 @@ TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that 
 ROWS = 4
 # Fields of our configuration that Qwen3 and Qwen3-MoE have under the same name.
 COMMON = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
-    *("tie_word_embeddings", "rope_parameters", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id"),
-    "pad_token_id",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    *("num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_bias"),
+    *("tie_word_embeddings", "rope_parameters", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob")
 NONE_SHARED = "Qwen3-MoE, with softmax gates, has no shared experts"
@@ -88,6 +88,7 @@ class Exported(Result):
         return "\n".join([*lines, f"{self.directory} is a {self.architecture}. {differ}"])
 
 
+@checked
 def export(
     run: str,
     out: Path,
@@ -112,7 +113,7 @@ def export(
         run: A run directory or a checkpoint.
         out: The directory to write.
         top_k: Of a Mixture of Tokens, experts that a token goes to. By default the granularity, half of it and a
-            quarter are tried, and the fewest with a loss at most 0.01 above the source's in full groups are taken.
+            quarter are tried, and the fewest with a loss at most 0.01 above the source's in full groups, or the best.
         scores: Of a Mixture of Tokens, gates of the exported model: softmax over the experts, the default (Qwen3-MoE),
             or a sigmoid each (Dots1), the default for a model with shared experts.
         distil_steps: Of a Mixture of Tokens, steps of distillation for each layer; a model that was trained longer may

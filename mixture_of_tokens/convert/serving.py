@@ -55,7 +55,7 @@ class Served:
         within = f"at most {ENOUGH:g} nats above the source's in groups"
         why = f"the fewest experts with a loss {within}"
         if self.chosen.loss > self.source.loss + ENOUGH:
-            why = f"none has a loss {within}"
+            why = f"the lowest loss, as none is {within}"
         return f"{table}\n\nTop {self.chosen.top_k} is written: {why}. --top-k chooses another."
 
 
@@ -67,7 +67,8 @@ def serve(
     Args:
         source: with calibrated companions, as `mot train` saves it.
         text: that it was trained on.
-        top_k: experts a token; by default the fewest of k, k / 2 and k / 4, k being the granularity, that do.
+        top_k: experts a token; by default the fewest of k, k / 2 and k / 4, k being the granularity, that do, or the
+            best.
         distil_steps: for the first k; for fewer experts a quarter as many follow.
 
     Raises ValueError for what cannot be switched.
@@ -93,9 +94,14 @@ def serve(
             (source.config.num_experts, first, *fewer), (source, *made), _milliseconds([source, *made]), strict=True
         )
     ]
-    enough = [place for place, each in enumerate(tried) if each.loss <= before.loss + ENOUGH]
-    best = max(enough, default=0)
-    return made[best], Served(before, tried, tried[best])
+    best = best_of(tried, before)
+    return made[tried.index(best)], Served(before, tried, best)
+
+
+def best_of(tried: list[TopK], source: TopK) -> TopK:
+    """The fewest experts with a loss that is close enough to the source's; without any, those with the lowest."""
+    enough = [each for each in tried if each.loss <= source.loss + ENOUGH]
+    return min(enough, key=lambda each: each.top_k) if enough else min(tried, key=lambda each: each.loss)
 
 
 def _loss(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:

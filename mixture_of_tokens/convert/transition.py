@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mixture_of_tokens.checks import checked
 from mixture_of_tokens.convert.beginning import Beginning, carry_moments, go_on_from
 from mixture_of_tokens.convert.distil import STEPS, check_flags
 from mixture_of_tokens.convert.switch import Scores, default_scores, kind_of, token_choice_config
@@ -105,6 +106,7 @@ class Transitioned(Result):
         return "\n".join(lines)
 
 
+@checked
 def transition(
     run: Path,
     *,

@@ -151,11 +151,15 @@ class GroupedBatches(Dataset):
     Consecutive rows form groups. So a micro-batch whose size is a multiple of the group size holds complete groups,
     however processes and accumulation divide a step's rows in order. `first_step` is the number of steps of the run
     that this one continues.
+
+    Raises ValueError where rows are shuffled, or groups cut in two: rows of other groups may be of the same document.
     """
 
     def __init__(self, blocks: Blocks, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
         self.blocks, self.group_size, self.seed, self.first_step = blocks, group_size, seed, first_step
         self.batch_size, self.length, self.gone = batch_size, steps * batch_size, first_step * batch_size
+        if batch_size < 1 or batch_size % group_size:
+            raise ValueError(f"batch_size {batch_size} must be a multiple of the group size, {group_size}")
         self.rows_per_epoch = len(blocks) // group_size * group_size
         self._order: tuple[int, np.ndarray] | None = None
         self._rows_of(0)  # fail now rather than in a worker
@@ -195,6 +199,17 @@ class GroupedBatches(Dataset):
         pass
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        firsts = rows[:: self.group_size]
+        whole = [row for first in firsts for row in range(first, first + self.group_size)]
+        if not whole or list(rows) != whole or any(first % self.group_size for first in firsts):
+            raise ValueError(
+                f"{len(rows)} rows, the first {', '.join(map(str, rows[:3]))}, are no whole groups of "
+                f"{self.group_size}: do not shuffle these rows, and take batches of a multiple of {self.group_size}; "
+                'a Trainer needs train_sampling_strategy="sequential"'
+            )
+        return self._batch(rows)
+
+    def _batch(self, rows: list[int]) -> dict[str, Tensor]:
         return self.blocks.batch(self.block_numbers(rows))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.data.groups import Blocks, collisions, deal
 from mixture_of_tokens.data.prepare import SPLITS, prepare
 from mixture_of_tokens.formatting import Result, aligned
@@ -33,6 +34,7 @@ class DataReport(Result):
         return "\n".join([aligned(rows), "", *facts])
 
 
+@checked
 def data_report(
     *data: str,
     field: str = "text",
@@ -61,7 +63,7 @@ def data_report(
     Raises ValueError for bad sources or options.
     """
     prepared = prepare(
-        data or None,
+        [source for given in data for source in listed(given)] or None,
         field=field,
         max_bytes=max_bytes,
         vocab_size=vocab_size if tokenizer is None else None,

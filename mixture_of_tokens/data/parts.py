@@ -142,7 +142,7 @@ class PartedBatches(GroupedBatches):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_ahead": None}  # for the loader's workers
 
-    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+    def _batch(self, rows: list[int]) -> dict[str, Tensor]:
         batches: list[dict[str, Tensor]] = []
         places = [self.place(row) for row in rows]
         for key in dict.fromkeys(place[:2] for place in places):

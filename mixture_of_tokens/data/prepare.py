@@ -33,6 +33,7 @@ from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import is_main
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
+MUCH = 0.2  # of the text is cut away: worth a word
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
 SMALLEST_GROUP = 32  # documents are cut for groups of this size or more, so that models with smaller ones share data
 
@@ -42,8 +43,9 @@ class Prepared:
     """A tokenized corpus: its splits, its tokenizer, and what is known of it.
 
     Settings are chosen on `tuning`, results reported on `validation`. `tuning` may be shorter than a block.
-    facts: `hash` (of the kept text), `source`, `duplicates_dropped`, `documents_cut`, `segments` (how many far-apart
-    parts of documents count as documents), `dtype`, `tokenizer` (a hash) and, by split, documents, tokens and bytes.
+    facts: `hash` (of the kept text), `source`, `duplicates_dropped`, `documents_cut` and what they lost, `bytes_cut`,
+    `segments` (how many far-apart parts of documents count as documents), `dtype`, `tokenizer` (a hash) and, by split,
+    documents, tokens and bytes.
     """
 
     train: Blocks
@@ -95,7 +97,7 @@ def prepare(
             raise ValueError(f"{name} must be positive, not {value}")
     if sources is not None and not sources:  # as of a pattern that no file fits
         raise ValueError("there are no sources; give none at all for the source text of Python's standard library")
-    sources = [str(source) for source in sources or ()]
+    sources = [sources] if isinstance(sources, str) else [str(source) for source in sources or ()]
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if given is None:
         vocab_size = check_vocab_size(vocab_size)
@@ -130,6 +132,11 @@ def prepare(
     named = sources or [f"the standard library of Python {platform.python_version()}"]
     if segments:
         _say_segments(named, group_size, segments, once=together)  # a part is opened several times
+    cut = facts.get("bytes_cut", 0)  # not in caches of earlier versions
+    whole = cut + sum(facts[name]["bytes"] for name in SPLITS)
+    if cut > MUCH * whole:
+        what = f"{cut:,} of {whole:,} bytes are cut from the ends of long documents, so that none is in a group twice"
+        _say(f"{few_of(named)}: {what}; with more documents less is cut", once=together)
     facts |= {"source": named, "segments": segments}
     kept = given or _tokenizer_in(directory)
     made = Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
@@ -175,8 +182,12 @@ def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
 
 def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, once: bool = False) -> None:
     what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
+    _say(f"{what}: {segments} far-apart segments count as documents", once=once)
+
+
+def _say(what: str, *, once: bool) -> None:
     if is_main() and not (once and what in _SAID):
-        print(f"{what}: {segments} far-apart segments count as documents", file=sys.stderr)
+        print(what, file=sys.stderr)
         _SAID.add(what)
 
 

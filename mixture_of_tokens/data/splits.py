@@ -28,11 +28,15 @@ FEW = 20  # if there are fewer documents, each is divided among the splits; so a
 
 @dataclass(frozen=True)
 class Splits:
-    """By split: offset and length (documents, 2), int64, of its documents in the text file, and which ones are cut."""
+    """By split: offset and length (documents, 2), int64, of its documents in the text file, and which ones are cut.
+
+    bytes: of all documents before they were cut, duplicates left out.
+    """
 
     places: dict[str, np.ndarray]
     cut: dict[str, np.ndarray]
     duplicates: int
+    bytes: int
 
 
 def spool(
@@ -109,7 +113,7 @@ def split(
     for name, part, before in zip(SPLITS, parts, uncut, strict=True):
         some = part[:, 1] > 0
         result[name], cut[name] = part[some], (part != before).any(axis=1)[some]
-    return Splits(result, cut, duplicates)
+    return Splits(result, cut, duplicates, int(documents[:, 1].sum()))
 
 
 def _enough(documents: int, group_size: int) -> bool:

@@ -72,6 +72,7 @@ def tokenize(
     except Exception as error:  # on a full disk tokenizers raises the bare class
         raise OSError(f"the tokenizer cannot be written to {directory}: {first_line(error)}") from error
     facts |= {"hash": digest.hexdigest()[:16], "duplicates_dropped": splits.duplicates, "documents_cut": cut}
+    facts["bytes_cut"] = splits.bytes - sum(facts[name]["bytes"] for name in splits.places)
     return {"format": FORMAT, "shard_tokens": shard_tokens, "shards": shards, "facts": facts}
 
 

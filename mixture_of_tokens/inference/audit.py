@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mixture_of_tokens.checks import checked
 from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.placement import Device
@@ -130,6 +131,7 @@ class Audit(Result):
         return "\n".join(lines)
 
 
+@checked
 def audit(
     run: str,
     *,
@@ -177,6 +179,7 @@ def audit(
     return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, expect, alone, experts)
 
 
+@checked
 def audit_model(
     model: nn.Module,
     *,

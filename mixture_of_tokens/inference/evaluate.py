@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mixture_of_tokens.checks import checked
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.data.prepare import whole_text
 from mixture_of_tokens.experts import Router
@@ -93,6 +94,7 @@ class _Measured(NamedTuple):
     speeds: list[float]
 
 
+@checked
 def evaluate(
     run: str,
     *,

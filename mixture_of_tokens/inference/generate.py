@@ -14,6 +14,7 @@ import torch
 from cyclopts import Parameter
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from mixture_of_tokens.checks import checked
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, say_speed, to_file
 from mixture_of_tokens.model.calibration import evaluating
@@ -75,6 +76,7 @@ class Generated(Result):
         return "\n\n".join(each.prompt + each.text for each in self.continuations)
 
 
+@checked
 def generate(
     run: str,
     *,

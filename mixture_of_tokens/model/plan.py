@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from textwrap import indent
 from typing import Literal
 
+from mixture_of_tokens.checks import checked
 from mixture_of_tokens.formatting import Result, aligned, duration, short
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, training_flops
@@ -137,6 +138,7 @@ def _short(number: float) -> str:
     return f"{number:.0f}  "
 
 
+@checked
 def plan(
     name: str,
     *,

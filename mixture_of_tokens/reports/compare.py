@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
+from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import duration
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.reports.comparison import COMPARISON, by_model, check_comparable, comparison, write
@@ -16,7 +17,7 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
-from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds, listed_values
+from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.sweep import PlannedRun, Plans, check_text, trained_on
 from mixture_of_tokens.training.train import run_merged
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
         return self.merged.config.name
 
 
+@checked
 def compare(
     *names: str,
     seeds: Seeds = [0],  # noqa: B006, it is only read
@@ -61,8 +63,8 @@ def compare(
 
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
-    names = tuple(name for given in names for name in listed_values(given))
-    seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed_values(learning_rate)
+    names = tuple(name for given in names for name in listed(given))
+    seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
     out = Path("runs/compare") if out is None else Path(out)
     check_holds_runs(out)
     plans = _plans(names, seeds, _rates(learning_rate, len(names)), options, out)

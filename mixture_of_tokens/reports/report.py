@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import fill, indent
 from typing import Any
 
+from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.reports.comparison import Comparison, by_model, comparison, runs_of
@@ -38,6 +39,7 @@ class Report(Result):
         return "\n".join([*lines, f"The page: {self.page}"])
 
 
+@checked
 def report(*runs: Path, out: Path | None = None) -> Report:
     """Print the runs' losses side by side, the first one as the baseline, and write a page about them.
 
@@ -52,7 +54,7 @@ def report(*runs: Path, out: Path | None = None) -> Report:
 
     Raises ValueError for runs that are not finished, damaged, or cannot be compared.
     """
-    runs = tuple(map(Path, runs))
+    runs = tuple(Path(each) for given in runs for each in listed(given))
     found, command = runs_of(runs)
     models = by_model(found)
     here = ["mot", "report", *map(str, runs), *([] if out is None else ["--out", str(out)])]

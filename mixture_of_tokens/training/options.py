@@ -4,13 +4,13 @@ import dataclasses
 import json
 import typing
 from collections.abc import Sequence
-from numbers import Integral, Real
 from types import NoneType
 from typing import Annotated, Any, Literal
 
 import yaml
 from cyclopts import Parameter
 
+from mixture_of_tokens.checks import check, listed
 from mixture_of_tokens.model.placement import Device
 
 
@@ -27,24 +27,14 @@ def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
     return found
 
 
-def listed_values(given: Any) -> list[Any]:
-    """A list from Python, or one value of it."""
-    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-
-
 def listed_seeds(given: Any) -> list[int]:
-    """`listed_values`. Raises ValueError for a seed that is there twice, as it is one run."""
-    seeds = listed_values(given)
+    """`listed`. Raises ValueError for a seed that is there twice, as it is one run."""
+    seeds = listed(given)
     for seed in seeds:
         if seeds.count(seed) > 1:
             raise ValueError(f"--seeds has {seed} twice; each seed is one run")
     return seeds
 
-
-NUMBERS: dict[Any, tuple[type, str]] = {  # by types of fields
-    int | None: (Integral, "a whole number"),
-    float | None: (Real, "a number"),
-}
 
 Rates = Annotated[list[float], Parameter(converter=_numbers, n_tokens=1)]
 Seeds = Annotated[list[int], Parameter(converter=_numbers, n_tokens=1)]
@@ -100,16 +90,11 @@ class Options:
     def __post_init__(self):
         """From Python one source may be a word, and fields of the model and of training values of any type.
 
-        Raises ValueError for what is no number where one is wanted.
+        Raises ValueError for what a field does not take.
         """
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None or field.type not in NUMBERS:
-                continue
-            kind, what = NUMBERS[field.type]
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{field.name} takes {what}, not {value!r}")
-        object.__setattr__(self, "data", listed_values(self.data))
+            check(field.name, getattr(self, field.name), field.type)
+        object.__setattr__(self, "data", listed(self.data))
         for name in ("model", "training"):
             words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in getattr(self, name).items()}
             object.__setattr__(self, name, words)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from mixture_of_tokens.checks import checked
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.placement import check_numbers
@@ -27,6 +28,7 @@ class PreparedText(Result):
         return f"{self.tokens:,} tokens for training in {parts}. They are in {self.directories[0]} and beside it."
 
 
+@checked
 def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEFAULTS) -> PreparedText | None:
     """Prepare the text that mot train with the same flags would train on.
 

@@ -12,13 +12,14 @@ from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
+from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import Result, aligned, short
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
-from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds, listed_values
+from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 
@@ -124,6 +125,7 @@ class _Planned(NamedTuple):
     directory: Path
 
 
+@checked
 def sweep(
     name: str,
     *,
@@ -150,7 +152,7 @@ def sweep(
 
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
-    seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed_values(learning_rate)
+    seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
     out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else Path(out)
     check_holds_runs(out)
     if options.evaluate_on is None:

@@ -16,6 +16,7 @@ import transformers
 from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
 
+from mixture_of_tokens.checks import checked
 from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
 from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
@@ -50,6 +51,7 @@ REGROUPINGS = 3
 Begin = Callable[[GroupedTrainer, Prepared], None]
 
 
+@checked
 def train(
     name: str,
     *,
