@@ -21,6 +21,7 @@ from cyclopts import (
     CycloptsError,
     MissingArgumentError,
     Parameter,
+    UnknownOptionError,
     UnusedCliTokensError,
 )
 
@@ -206,8 +207,14 @@ def _run(words: list[str]) -> None:
         sys.exit(1)
 
 
-def _told(error: Exception) -> str:
-    """What is wrong, where cyclopts' own words name what was not written."""
+def _told(error: Exception, words: list[str]) -> str:
+    """What is wrong, where cyclopts' own words name what was not written, or not what is legal."""
+    if isinstance(error, UnknownOptionError):
+        told, flag = str(error), (error.token.keyword or error.token.value).partition("=")[0]
+        if not any(word.partition("=")[0] == flag for word in words):
+            told = told.replace("Unknown option", "Unknown option of the --config file")
+        hint = "" if "Did you mean" in told else f" {' '.join(('mot', *words[:1]))} --help shows what is legal."
+        return f"{told}{hint}"
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         first, *more = error.unused_tokens
         hint = "a flag with several values is repeated, and a pattern quoted"
@@ -223,14 +230,15 @@ def main(words: list[str] | None = None) -> None:
 
     The exit status is 2 for bad use, 1 for training that diverges and for a failed check.
     """
+    words = sys.argv[1:] if words is None else words
     try:
-        _run(sys.argv[1:] if words is None else words)
+        _run(words)
     except BrokenPipeError:  # the reader of the output has closed it, as in `mot generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         if not is_told(error):
-            print("mot: error:", " ".join(_told(error).split()), file=sys.stderr)
+            print("mot: error:", " ".join(_told(error, words).split()), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}  # torch's, which is not imported for --help

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer
 
 from mixture_of_tokens.data import sources
 from mixture_of_tokens.data.groups import collisions, grouped_order
@@ -435,7 +436,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(source, tmp_path):
     assert prepared.train.tokens[prepared.train.ends - 1].tolist() == [90_000] * len(prepared.train.ends)
 
 
-def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source):
+def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source, monkeypatch, capsys):
     (tmp_path / "false.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     bare = Tokenizer(models.BPE({"a": 0}, []))
@@ -447,6 +448,14 @@ def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source):
     for name in ("empty", "missing.json"):
         with pytest.raises(ValueError, match=rf"--tokenizer .*{name}: there is no"):
             prepare([source], tokenizer=str(tmp_path / name))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refused)
+    with pytest.raises(ValueError, match=r"nosuch: there is no such file, and as a name on the Hub .*: no connection"):
+        load_tokenizer("nosuch")
+    assert "nosuch is no file here, so it is a name on the Hub" in capsys.readouterr().err
     with pytest.raises(ValueError, match="an empty name"):
         load_tokenizer("")
 

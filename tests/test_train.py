@@ -314,7 +314,8 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["train", "MoT-Nano/32E", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),
         (["train", "MoT-Nano/32E", "--stps", 3], "Did you mean --steps?"),
-        (["train", "MoT-Nano/32E", "--config", "stps.yaml"], "Did you mean --steps?"),
+        (["train", "MoT-Nano/32E", "--config", "stps.yaml"], "of the --config file: --stps. Did you mean --steps?"),
+        (["train", "MoT-Nano/32E", "--lr", 3], "Unknown option: --lr. mot train --help shows what is legal."),
         (["train", "MoT-Nano/32E", "--config", "wight.yaml"], "did you mean weight_decay?"),
         (["train", "MoT-Nano/32E", "--data", "nowhere.txt"], "nowhere.txt"),
         (["train", "MoT-Nano/32E", "--data", "empty.txt"], "empty.txt"),
@@ -446,7 +447,7 @@ def test_an_existing_run_is_not_overwritten(runs, capsys):
     with pytest.raises(SystemExit) as stopped:
         mot("train", "MoT-Nano/32E/4", "--out", runs["MoT-Nano/32E/4"], "--steps", STEPS)
     assert stopped.value.code == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already; go on with --resume" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in runs["MoT-Nano/32E/4"].rglob("*")} == before
 
 

@@ -1,6 +1,7 @@
 """Tokenizers: a byte-level BPE trained on the corpus, or an existing one; as transformers tokenizers."""
 
 import hashlib
+import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mixture_of_tokens.data.sources import first_line, located, naming
+from mixture_of_tokens.process import is_main
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257  # 256 bytes and the end of text
@@ -42,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedT
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A tokenizer from a tokenizer.json, from a folder that holds one, or from the Hub; it pads on the left.
 
-    Raises ValueError if it is missing or no tokenizer, or names no end-of-text token; OSError if the Hub lacks it.
+    Raises ValueError if it is missing or no tokenizer, or names no end-of-text token.
     """
     path = located(name)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -54,8 +56,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         elif file.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)))
         else:
+            if is_main():  # it takes half a minute where there is no connection
+                print(f"mot: --tokenizer {name} is no file here, so it is a name on the Hub", file=sys.stderr)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
+        if not path.exists():
+            what = "there is no such file, and as a name on the Hub it cannot be loaded"
+            raise ValueError(f"--tokenizer {name}: {what}: {first_line(error)}") from None
         raise naming(error, file) from error
     except BaseException as error:  # of many kinds
         refuse(error, f"{name} is no tokenizer")

@@ -43,7 +43,8 @@ def check_free(out: Path) -> None:
     if is_main() and out.is_file():
         raise ValueError(f"{out} is a file; name a directory with --out")
     if is_main() and not _is_empty(out):
-        raise ValueError(f"{out} exists already; go on with --resume, name another with --out, or remove it")
+        what = "; go on with --resume" if (out / records.CONFIG).is_file() else " and is no run directory"
+        raise ValueError(f"{out} exists already{what}, name another with --out, or remove it")
 
 
 def check_holds_runs(out: Path) -> None:
