@@ -149,7 +149,7 @@ def audit(
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
-        expect: Exit with status 1 unless the model is this.
+        expect: Exit with status 1 unless the model is this; from Python, `failure` of what is returned says so.
         alone: Audit a Mixture of Tokens as `mot generate --alone` serves it.
         experts: With --alone, experts that a token goes to; by default all.
         batches: Number of batches.
