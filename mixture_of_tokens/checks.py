@@ -18,7 +18,7 @@ KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
-    str: ((str, os.PathLike), "text"),
+    str: (str, "text"),
     Path: ((str, os.PathLike), "a path"),
 }
 
@@ -26,17 +26,29 @@ KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which raises ValueError, naming the argument, for a value that its annotation does not take."""
     signature, hints = inspect.signature(function), typing.get_type_hints(function)
+    inner: Callable[..., R] = function
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
             if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
                 check(name, [each for one in value for each in listed(one)], list[hints[name]])
             else:
                 check(name, value, hints[name])
-        return function(*args, **kwargs)
+                bound.arguments[name] = plain(value)
+        return inner(*bound.args, **bound.kwargs)
 
     return call
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy as Python's, which can be written to a file; other values as they are."""
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def listed(given: Any) -> list[Any]:

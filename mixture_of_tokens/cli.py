@@ -213,7 +213,8 @@ def _told(error: Exception, words: list[str]) -> str:
         told, flag = str(error), (error.token.keyword or error.token.value).partition("=")[0]
         if not any(word.partition("=")[0] == flag for word in words):
             told = told.replace("Unknown option", "Unknown option of the --config file")
-        hint = "" if "Did you mean" in told else f" {' '.join(('mot', *words[:1]))} --help shows what is legal."
+        command = next((f" {word}" for word in words if word in COMMANDS), "")
+        hint = "" if "Did you mean" in told else f" mot{command} --help shows what is legal."
         return f"{told}{hint}"
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         first, *more = error.unused_tokens

@@ -123,7 +123,9 @@ class Router(nn.Module):
         self.register_buffer("fixed_temperature", torch.empty((), dtype=at_least_fp32()), persistent=False)
         self.set_temperature(temperature)
 
-    def set_temperature(self, temperature: float) -> None:
+    def set_temperature(self, temperature: float | Tensor) -> None:
+        if isinstance(temperature, Tensor):  # of a schedule
+            temperature = float(temperature)
         check("temperature", temperature, float)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, not {temperature}")

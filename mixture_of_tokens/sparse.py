@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixture_of_tokens.checks import check
 from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, highest, softmax, summed_over_processes
 from mixture_of_tokens.layout import check_shapes, grouped, ungrouped
 from mixture_of_tokens.slots import Slots, dropless
@@ -32,6 +33,8 @@ class ExpertChoice(Routed):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, **options)
+        check("group_size", group_size, int)
+        check("num_experts_per_tok", num_experts_per_tok, int)
         if min(group_size, num_experts_per_tok) < 1:
             raise ValueError(f"{group_size=} and {num_experts_per_tok=} must be at least 1")
         self.group_size, self.capacity = group_size, max(1, round(group_size * num_experts_per_tok / num_experts))

@@ -3,6 +3,7 @@
 import inspect
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +116,16 @@ def test_a_number_from_python_is_a_number():
     for given in ("0.5", False):
         with pytest.raises(ValueError, match=f"anneal_temperature_to takes a number, not {given!r}"):
             mixture_of_tokens.Options(anneal_temperature_to=given)
-    assert mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=1).steps == 3
+
+
+def test_numbers_of_numpy_and_paths_are_as_good_as_plain_ones(tmp_path):
+    """They are written to a configuration, which is read again."""
+    options = mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=np.float64(0.5), data=tmp_path)
+    given = {"seed": np.int64(3), "learning_rate": np.float64(3e-3), "options": options}
+    planned = mixture_of_tokens.train("MoT-Nano/4E", dry_run=True, **given)
+    (tmp_path / "config.yaml").write_text(str(planned))
+    assert RunConfig.read(tmp_path / "config.yaml").identity() == planned.identity()
+    assert (planned.steps, planned.seed, planned.learning_rate, planned.data) == (3, 3, 3e-3, [str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +143,7 @@ def test_a_number_from_python_is_a_number():
         ("export", ["runs/mine", "out"], {"scores": "top"}, "scores takes softmax or sigmoid, not 'top'"),
         ("transition", ["runs/mine"], {"calibrate": "no"}, "calibrate takes distil or scales or none, not 'no'"),
         ("generate", ["runs/mine"], {"prompt": ["a", 5]}, r"prompt takes text, or a list of such, not \['a', 5\]"),
+        ("train", [Path("MoT-Nano/4E")], {}, "name takes text, not .*Path"),
         ("report", [["runs/mine", 5]], {}, "runs takes a path, or a list of such, not"),
         ("Options", [], {"device": "gpu"}, "device takes cpu or cuda, not 'gpu'"),
         ("Options", [], {"evaluate_on": "test"}, "evaluate_on takes validation or tuning, not 'test'"),

@@ -187,13 +187,22 @@ def test_rows_depend_on_seed_and_step_alone():
     assert rows(0)[:480].tolist() != rows(0, steps=48)[480:960].tolist()  # another order in the next epoch
 
 
-@pytest.mark.parametrize(
-    "rows", [[0, 1, 2, 3, 9], [1, 2, 3, 4, 5], [5, 6, 7], [4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6], []]
-)
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 9], [1, 2, 3, 4, 5], [5, 6, 7], [4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6]])
 def test_rows_that_are_no_whole_groups_are_refused(rows):
     batches = GroupedBatches(blocks_of([97] * 40, context=8), group_size=5, batch_size=20, steps=4, seed=0)
-    with pytest.raises(ValueError, match="no whole groups of 5: do not shuffle"):
+    with pytest.raises(ValueError, match="no whole groups of 5 consecutive rows: do not shuffle"):
         batches.__getitems__(rows)
+
+
+def test_a_model_that_mixes_fewer_rows_or_none_may_have_parts_of_a_group():
+    blocks, sizes = blocks_of([97] * 60, context=8), {"group_size": 8, "batch_size": 16, "steps": 4, "seed": 0}
+    for mixed in (1, 2, 4):
+        parts = GroupedBatches(blocks, mixed=mixed, **sizes)
+        found = [parts.__getitems__(list(range(at, at + 4)))["input_ids"] for at in range(0, 64, 4)]
+        assert torch.equal(torch.cat(found), GroupedBatches(blocks, **sizes).__getitems__(list(range(64)))["input_ids"])
+        if mixed > 1:
+            with pytest.raises(ValueError, match=f"no whole groups of {mixed}"):
+                parts.__getitems__([1, 2, 3, 4])
 
 
 def test_a_loader_that_shuffles_rows_or_cuts_groups_is_refused():

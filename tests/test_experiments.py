@@ -4,7 +4,6 @@ import csv
 import html
 import importlib
 import json
-import math
 import random
 import re
 import runpy
@@ -355,20 +354,24 @@ def test_the_readme_says_how_far_token_choice_is_ahead_after_a_long_training():
     assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
-def test_micros_are_trained_at_the_rates_and_temperatures_that_were_best(paper):
-    best: dict[str, tuple[float, str]] = {}
-    micro = paper("micro")
+def test_micros_are_trained_at_rates_and_temperatures_as_good_as_the_best(paper):
+    """By 0.01 nats: seeds of a Micro differ by 0.006 to 0.094."""
+    micro, fig6, found = paper("micro"), paper("fig6"), {}
     for row in micro.read_csv(micro.SWEPT):
-        best[row["name"]] = min(best.get(row["name"], (math.inf, "")), (float(row["tuning_loss"]), row["settings"]))
-    assert len(best) >= 3
-    for name, (_, settings) in best.items():
-        asked = {flag.removeprefix("--model."): value for flag, value in re.findall(r"(\S+) (\S+)", settings)}
-        rate = float(asked.pop("--learning-rate"))
-        wanted = {field: None if value == "null" else float(value) for field, value in asked.items()}
-        systems = [system for system in micro.SYSTEMS if system.name == name]
+        found.setdefault(row["name"], []).append((float(row["tuning_loss"]), row["settings"]))
+    assert len(found) >= 7
+    for name, rows in found.items():
+        good = [settings for loss, settings in rows if loss <= min(rows)[0] + 0.01]
+        systems = [system for system in fig6.SYSTEMS if system.name == name]
         configs = [merge(name, 1, each.learning_rate, each.options(1)).config for each in systems]
-        of_best = [each for each in configs if wanted.items() <= vars(each.model_config).items()]
-        assert rate in {each.learning_rate for each in of_best}, name
+        assert any(_is_set(config, settings) for config in configs for settings in good), name
+
+
+def _is_set(config, settings: str) -> bool:
+    asked = {flag.removeprefix("--model."): value for flag, value in re.findall(r"(\S+) (\S+)", settings)}
+    rate = float(asked.pop("--learning-rate"))
+    wanted = {field: None if value == "null" else float(value) for field, value in asked.items()}
+    return config.learning_rate == rate and wanted.items() <= vars(config.model_config).items()
 
 
 def test_steps_of_micros_take_what_the_docs_say(paper):

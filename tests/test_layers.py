@@ -339,6 +339,7 @@ def test_matched_has_the_experts_of_the_name():
         (lambda: TokenChoice(D, F, 0), "sizes must be at least 1.* num_experts=0"),
         (lambda: TokenChoice(D, "7", E), "expert_size takes a whole number, not '7'"),
         (lambda: MixtureOfTokens(D, F, E, 2.5), "group_size takes a whole number, not 2.5"),
+        (lambda: ExpertChoice(D, F, E, "3"), "group_size takes a whole number, not '3'"),
         (lambda: MixtureOfTokens.matched(D, 8, G, "2"), "granularity takes a whole number, not '2'"),
         (lambda: MixtureOfTokens(D, F, E, G, temperature="1"), "temperature takes a number, not '1'"),
         (lambda: Experts(D, F, E, activation="swish"), "'swish' is unknown; legal are silu, relu, gelu"),

@@ -11,6 +11,7 @@ Runs may share the machine, so their own clocks are not used. The time of a run 
 one step, which `--time` measures on an idle machine, as a share of a dense step in the same round.
 """
 
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -51,7 +52,7 @@ SHARP = {"router_temperature": "0.25"}
 DENSE = System("Transformer-Micro")
 MIXTURES = {k: System(f"MoT-Micro/32E/{k}".removesuffix("/1")) for k in (1, 4, 8)}
 BEST_MIXTURE = MIXTURES[8]
-TOKEN_CHOICE = System("TC-Micro/32E", SHARP)
+TOKEN_CHOICE, AT_1 = System("TC-Micro/32E", SHARP), System("TC-Micro/32E")
 THE_PAPERS = (TOKEN_CHOICE, System("TC-Micro/32E/8", SHARP), System("EC-Micro/32E"))
 DROPLESS = System("TC-Micro/32E/8", {"capacity_factor": "null"})
 YOUNGER = (System("STC-Micro/32E/8"), System("ET-Micro/32E"), System("ReMoE-Micro/32E"))
@@ -111,9 +112,17 @@ def result_of(row: Row) -> Result | None:
 
 
 def share_of_step(system: System) -> float | None:
-    """The time of a step over the dense model's, both compiled; None if it was not taken."""
+    """The time of a step over the dense model's, both compiled; None if it was not taken.
+
+    A temperature is taken to cost no time.
+    """
     rows = [row for row in read_csv(TIMES) if row["way"] == "compiled"] if TIMES.is_file() else []
-    return next((float(row["share_of_dense"]) for row in rows if row["system"] == system.label), None)
+    label = _without_temperature(system.label)
+    return next((float(row["share_of_dense"]) for row in rows if _without_temperature(row["system"]) == label), None)
+
+
+def _without_temperature(label: str) -> str:
+    return re.sub(r", router_temperature [^,]+", "", label)
 
 
 def table_of(rows: Iterable[Row], *, lengths: bool = True) -> str:

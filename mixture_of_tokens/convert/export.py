@@ -90,7 +90,7 @@ class Exported(Result):
 
 @checked
 def export(
-    run: str,
+    run: str | Path,
     out: Path,
     *,
     top_k: int | None = None,

@@ -149,17 +149,32 @@ class GroupedBatches(Dataset):
     """Training rows in order: row i is of step i // batch_size, and the rows of a step depend on (seed, step) alone.
 
     Consecutive rows form groups. So a micro-batch whose size is a multiple of the group size holds complete groups,
-    however processes and accumulation divide a step's rows in order. `first_step` is the number of steps of the run
-    that this one continues.
+    however processes and accumulation divide a step's rows in order.
 
-    Raises ValueError where rows are shuffled, or groups cut in two: rows of other groups may be of the same document.
+    Args:
+        mixed: rows that the model mixes, by default those of a group; groups of the data may be several times as large.
+        first_step: the number of steps of the run that this one continues.
+
+    Batches must be whole groups of mixed rows, in order: rows of two groups may be of one document. Raises ValueError
+    for others, as of a loader that shuffles.
     """
 
-    def __init__(self, blocks: Blocks, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
+    def __init__(
+        self,
+        blocks: Blocks,
+        *,
+        group_size: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        mixed: int | None = None,
+        first_step: int = 0,
+    ):
         self.blocks, self.group_size, self.seed, self.first_step = blocks, group_size, seed, first_step
+        self.mixed = mixed or group_size
         self.batch_size, self.length, self.gone = batch_size, steps * batch_size, first_step * batch_size
-        if batch_size < 1 or batch_size % group_size:
-            raise ValueError(f"batch_size {batch_size} must be a multiple of the group size, {group_size}")
+        if batch_size < 1 or batch_size % self.mixed:
+            raise ValueError(f"batch_size {batch_size} must be a multiple of the group size, {self.mixed}")
         self.rows_per_epoch = len(blocks) // group_size * group_size
         self._order: tuple[int, np.ndarray] | None = None
         self._rows_of(0)  # fail now rather than in a worker
@@ -199,13 +214,13 @@ class GroupedBatches(Dataset):
         pass
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
-        firsts = rows[:: self.group_size]
-        whole = [row for first in firsts for row in range(first, first + self.group_size)]
-        if not whole or list(rows) != whole or any(first % self.group_size for first in firsts):
+        firsts = rows[:: self.mixed]
+        whole = [row for first in firsts for row in range(first, first + self.mixed)]
+        if list(rows) != whole or any(first % self.mixed for first in firsts):
             raise ValueError(
-                f"{len(rows)} rows, the first {', '.join(map(str, rows[:3]))}, are no whole groups of "
-                f"{self.group_size}: do not shuffle these rows, and take batches of a multiple of {self.group_size}; "
-                'a Trainer needs train_sampling_strategy="sequential"'
+                f"rows {', '.join(map(str, rows[:3]))}, ... are no whole groups of {self.mixed} consecutive rows: do "
+                f"not shuffle them, and take batches of a multiple of {self.mixed}; a Trainer needs "
+                'train_sampling_strategy="sequential"'
             )
         return self._batch(rows)
 

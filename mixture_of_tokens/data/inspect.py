@@ -1,6 +1,7 @@
 """How a corpus was prepared, and whether the blocks of every group come from different documents."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class DataReport(Result):
 
 @checked
 def data_report(
-    *data: str,
+    *data: str | Path,
     field: str = "text",
     max_bytes: int | None = None,
     tokenizer: str | None = None,
@@ -63,7 +64,7 @@ def data_report(
     Raises ValueError for bad sources or options.
     """
     prepared = prepare(
-        [source for given in data for source in listed(given)] or None,
+        [str(source) for given in data for source in listed(given)] or None,
         field=field,
         max_bytes=max_bytes,
         vocab_size=vocab_size if tokenizer is None else None,

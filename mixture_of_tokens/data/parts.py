@@ -89,14 +89,11 @@ class PartedBatches(GroupedBatches):
     wait for a part at the same time and outside of what they do together, and the main process knows all rows.
     """
 
-    def __init__(self, parts: Parts, *, group_size: int, batch_size: int, steps: int, seed: int, first_step: int = 0):
+    def __init__(self, parts: Parts, **options: Any):
         self.parts, self.rows_of_parts = parts, []
         self._open: dict[int, Blocks] = {}
         self._ahead: Any = None
-        first = self._part(0)
-        super().__init__(
-            first, group_size=group_size, batch_size=batch_size, steps=steps, seed=seed, first_step=first_step
-        )
+        super().__init__(self._part(0), **options)
         self.rows_of_parts = [self.rows_per_epoch]
 
     def _part(self, number: int) -> Blocks:

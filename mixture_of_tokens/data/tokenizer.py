@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterable
+from functools import cache
 from typing import NoReturn
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -56,8 +57,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         elif file.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)))
         else:
-            if is_main():  # it takes half a minute where there is no connection
-                print(f"mot: --tokenizer {name} is no file here, so it is a name on the Hub", file=sys.stderr)
+            _say_hub(name)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         if not path.exists():
@@ -79,6 +79,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+@cache  # a text in parts loads it for each
+def _say_hub(name: str) -> None:
+    if is_main():  # it takes half a minute where there is no connection
+        print(f"mot: --tokenizer {name} is no file here, so it is a name on the Hub", file=sys.stderr)
 
 
 def refuse(error: BaseException, what: str) -> NoReturn:

@@ -13,6 +13,7 @@ model that ignores its input would pass, and so would an audit that replaces not
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -133,7 +134,7 @@ class Audit(Result):
 
 @checked
 def audit(
-    run: str,
+    run: str | Path,
     *,
     expect: Literal["causal", "private"] | None = None,
     alone: bool = False,

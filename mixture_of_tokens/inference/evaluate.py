@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ class _Measured(NamedTuple):
 
 @checked
 def evaluate(
-    run: str,
+    run: str | Path,
     *,
     data: list[str] | None = None,
     field: str = "text",

@@ -78,7 +78,7 @@ class Generated(Result):
 
 @checked
 def generate(
-    run: str,
+    run: str | Path,
     *,
     prompt: list[str] | None = None,
     prompts_file: Path | None = None,

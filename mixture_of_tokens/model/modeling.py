@@ -186,12 +186,12 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         return any(routing.shares_batch and not getattr(block.mlp, "alone", False) for routing, block in blocks)
 
     def _check_groups(self, inputs: Any) -> None:
-        """Warn, once, of batches that leave a group incomplete in training, as a Trainer's usual eight rows do."""
-        size, rows = self.config.group_size, len(inputs)
-        if rows % size and any(routing.shares_batch for routing in self.config.routings):
+        """Warn, once a size, of batches that leave a group incomplete in training, as a Trainer's eight rows do."""
+        size = self.config.group_size
+        if inputs is not None and len(inputs) % size and self.mixes_examples:
             logger.warning_once(
-                f"A batch of {rows} rows is no multiple of the group size, {size}: the last group is trained "
-                f"incomplete, which raises the loss. Take batches of a multiple of {size}, and drop the last one."
+                f"A batch of {len(inputs)} rows is no multiple of the group size, {size}: the last group is trained "
+                f"incomplete. Take batches of a multiple of {size}, and drop the last one."
             )
 
     def _summed_cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         shift_labels = kwargs.pop("shift_labels", None)
         if token_mask is None:
             token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids)
-        if self.training and not torch.compiler.is_compiling():
+        if self.training and not torch.compiler.is_compiling():  # which cannot trace a warning
             self._check_groups(input_ids if inputs_embeds is None else inputs_embeds)
         weights = self._auxiliary_weights() if self.training else {}
         with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import typing
 from collections.abc import Sequence
 from types import NoneType
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from cyclopts import Parameter
 
-from mixture_of_tokens.checks import check, listed
+from mixture_of_tokens.checks import check, listed, plain
 from mixture_of_tokens.model.placement import Device
 
 
@@ -88,13 +89,17 @@ class Options:
     training: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        """From Python one source may be a word, and fields of the model and of training values of any type.
+        """From Python: one source may stand alone, sources may be paths, numbers numpy's, other fields of any type.
 
         Raises ValueError for what a field does not take.
         """
+        sources = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in listed(self.data)]
+        object.__setattr__(self, "data", sources)
+        if isinstance(self.tokenizer, os.PathLike):
+            object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name), field.type)
-        object.__setattr__(self, "data", listed(self.data))
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("model", "training"):
             words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in getattr(self, name).items()}
             object.__setattr__(self, name, words)

@@ -128,7 +128,7 @@ def build(
     config.eos_token_id = vocabulary[str(prepared.tokenizer.eos_token)]
     config.pad_token_id = vocabulary[str(prepared.tokenizer.pad_token)]
     order = {"group_size": run.group_size, "batch_size": run.batch_size, "steps": run.steps}
-    order |= {"seed": run.seed, "first_step": run.first_step}
+    order |= {"seed": run.seed, "first_step": run.first_step, "mixed": run.model_config.group_size}
     parts = run.parts
     rows = GroupedBatches(prepared.train, **order) if parts is None else PartedBatches(parts, **order)
     set_seed(run.seed)
