@@ -64,8 +64,9 @@ class Experts(nn.Module):
         self, hidden_size: int, expert_size: int, num_experts: int, *, gated: bool = True, activation: str = "silu"
     ):
         super().__init__()
-        for name, size in (("hidden_size", hidden_size), ("expert_size", expert_size), ("num_experts", num_experts)):
-            check(name, size, int)
+        check("hidden_size", hidden_size, int)
+        check("expert_size", expert_size, int)
+        check("num_experts", num_experts, int)
         if min(hidden_size, expert_size, num_experts) < 1:
             raise ValueError(f"sizes must be at least 1: {hidden_size=}, {expert_size=}, {num_experts=}")
         if activation not in ACTIVATIONS:

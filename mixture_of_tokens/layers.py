@@ -106,8 +106,8 @@ class MixtureOfTokens(Routed):
 
         E = G * k experts of width intermediate_size / k, where k is the granularity.
         """
-        for name, size in (("intermediate_size", intermediate_size), ("granularity", granularity)):
-            check(name, size, int)
+        check("intermediate_size", intermediate_size, int)
+        check("granularity", granularity, int)
         if granularity < 1 or intermediate_size % granularity:
             legal = ", ".join(str(k) for k in range(1, min(intermediate_size, 128) + 1) if intermediate_size % k == 0)
             raise ValueError(f"granularity {granularity} does not divide {intermediate_size=}; legal are {legal}")

@@ -116,6 +116,7 @@ def test_a_number_from_python_is_a_number():
     for given in ("0.5", False):
         with pytest.raises(ValueError, match=f"anneal_temperature_to takes a number, not {given!r}"):
             mixture_of_tokens.Options(anneal_temperature_to=given)
+    assert mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=1).steps == 3
 
 
 def test_numbers_of_numpy_and_paths_are_as_good_as_plain_ones(tmp_path):

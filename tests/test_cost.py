@@ -355,5 +355,7 @@ def test_a_model_without_a_name_has_a_plan():
 def test_plan_refuses_what_it_cannot_plan():
     with pytest.raises(ValueError, match="micro-batch 48 is not legal; legal are 32, 64, 128, 256"):
         plan("MoT-Medium/32E", micro_batch=48)
+    with pytest.raises(ValueError, match="dtype 'float8' is unknown; legal are float32, bfloat16"):
+        plan_of(config_from_name("MoT-Medium/32E"), batch=256, dtype="float8")
     with pytest.raises(ValueError, match="dtype takes float32 or bfloat16, not 'float8'"):
         plan("MoT-Medium/32E", dtype="float8")  # pyright: ignore[reportArgumentType]

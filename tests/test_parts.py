@@ -159,6 +159,13 @@ def test_a_first_part_without_text_to_evaluate_on_is_refused_and_another_is_not(
     assert "Part 4 of 5 is ready" in capsys.readouterr().err
 
 
+def test_rows_of_parts_are_refused_too_where_they_are_no_whole_groups(parts):
+    rows = PartedBatches(parts, group_size=GROUP, batch_size=BATCH, steps=100, seed=0)
+    assert len(rows.__getitems__(list(range(GROUP, 3 * GROUP)))["input_ids"]) == 2 * GROUP
+    with pytest.raises(ValueError, match=f"no whole groups of {GROUP}"):
+        rows.__getitems__(list(range(1, GROUP + 1)))
+
+
 def test_rows_depend_on_seed_and_number_alone(parts):
     rows, others = batches(parts), batches(parts, seed=1)
     numbers = list(range(rows.rows_of_parts[0] - 6, rows.rows_of_parts[0] + 6))  # over the edge of two parts

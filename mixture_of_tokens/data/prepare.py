@@ -24,6 +24,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
+from mixture_of_tokens.checks import listed
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.groups import Blocks, segmented
 from mixture_of_tokens.data.splits import SPLITS, opened, pieces_of, split, spool
@@ -97,7 +98,7 @@ def prepare(
             raise ValueError(f"{name} must be positive, not {value}")
     if sources is not None and not sources:  # as of a pattern that no file fits
         raise ValueError("there are no sources; give none at all for the source text of Python's standard library")
-    sources = [sources] if isinstance(sources, str) else [str(source) for source in sources or ()]
+    sources = [str(source) for source in listed(sources or ())]
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if given is None:
         vocab_size = check_vocab_size(vocab_size)

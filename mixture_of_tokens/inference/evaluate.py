@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mixture_of_tokens.checks import checked
+from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.data.prepare import whole_text
 from mixture_of_tokens.experts import Router
@@ -150,11 +150,7 @@ def evaluate(
         blocks = dataclasses.replace(text_of(run).validation, context=context)
     else:
         blocks = whole_text(
-            [data] if isinstance(data, str) else data,
-            load_tokenizer_of(run),
-            field=field,
-            context=context,
-            group_size=group_size or BATCH_SIZE,
+            listed(data), load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
         )
     lines = _lines(model, blocks, regroupings, sweep_tokens, experts)
     return Evaluation(run, group_size, context, blocks.bytes, lines)

@@ -14,7 +14,7 @@ import torch
 from cyclopts import Parameter
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from mixture_of_tokens.checks import checked
+from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, say_speed, to_file
 from mixture_of_tokens.model.calibration import evaluating
@@ -136,7 +136,7 @@ def generate(
             raise ValueError(f"{flag} must be at least 1, not {value}")
     most = DEFAULT.max_new_tokens if max_new_tokens is None else max_new_tokens
     (sampling := Sampling(most, temperature, top_p, seed)).check()
-    run, texts = str(run), [prompt] if isinstance(prompt, str) else prompt or []
+    run, texts = str(run), [] if prompt is None else listed(prompt)
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     placement = placed(shard, expert_parallel, experts)
     model = load_model(run, alone=alone, experts=experts, device=device, placement=placement)
