@@ -218,6 +218,7 @@ def step_times(
     group: int,
     rounds: int,
     steps: int,
+    turns: int = 1,
     bf16: bool = False,
     compiled: bool = False,
 ) -> list[dict[str, object]]:
@@ -228,7 +229,8 @@ def step_times(
 
     Args:
         rows, group: rows of a step, and of a group in it.
-        steps: of a model in a round.
+        steps, turns: of a model in a turn, and of it in a round. Many short turns fare alike on a machine whose speed
+            changes from second to second.
     """
     keep_large_blocks()
     batches = [blocks.batch(part) for part in np.split(grouped_order(blocks, group, seed=0).ravel()[: 8 * rows], 8)]
@@ -236,14 +238,17 @@ def step_times(
     seconds: dict[str, list[float]] = {label: [] for label in made}
     # The first two are warm-ups: once a model was not compiled in one piece, torch compiles all the others again.
     for number in range(-1, 1 + rounds):
-        for label in random.sample(list(made), len(made)):
+        spent = dict.fromkeys(made, 0.0)
+        for label in (label for _ in range(turns) for label in random.sample(list(made), len(made))):
             start = time.perf_counter()
             # By default the ninth model of a class is silently not compiled.
             with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
                 for _ in range(steps):
                     made[label]()
-            if number > 0:
-                seconds[label].append((time.perf_counter() - start) / steps)
+            spent[label] += time.perf_counter() - start
+        if number > 0:
+            for label, own in spent.items():
+                seconds[label].append(own / (turns * steps))
         print(f"round {max(0, number)} of {rounds} timed", file=sys.stderr)
     first, times = next(iter(seconds)), []
     where = {"commit": provenance.commit(), "torch": torch.__version__, **provenance.hardware("cpu")}

@@ -539,13 +539,13 @@ def test_a_budget_holds_the_steps_before_and_after_a_switch(fresh):
         fresh.System("TC-Nano/32E/8", fresh.DROPLESS),
     )
     times = {
-        each.label: {"milliseconds": ms, "distil_seconds": 40}
-        for each, ms in zip(systems, (100, 160, 200), strict=True)
+        each.label: {"share_of_dense": share, "distil_steps_of_dense": 400}
+        for each, share in zip(systems, (1, 1.6, 2), strict=True)
     }
     dense, mixture, _ = systems
-    assert fresh.steps_within(600, dense, times) == (6000, 0)
-    assert fresh.steps_within(600, mixture, times) == (3111, 311)  # 560 s, of which 0.160 + 0.1 x 0.200 a step
-    assert fresh.steps_within(600, mixture._replace(early=True), times) == (375, 2650)  # 60 s, 10 s, 530 s
+    assert fresh.steps_within(6000, dense, times) == (6000, 0)
+    assert fresh.steps_within(6000, mixture, times) == (3111, 311)  # 5,600, of which 1.6 + 0.1 x 2 a step
+    assert fresh.steps_within(6000, mixture._replace(early=True), times) == (375, 2650)  # 600, 100 and 5,300
 
 
 def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, tmp_path):
@@ -585,6 +585,7 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
         "OPTIONS": tiny,
         "GROUP": 4,
         "ROUNDS": 2,
+        "TURNS": 2,
         "TIMED": 1,
         "STEPS": 20,
         "EARLY_STEPS": 10,
@@ -595,7 +596,7 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     here.kept.mkdir()
     fresh.timed(here.kept)
     times = {row["system"]: row for row in fresh.read_csv(here.kept / "fresh-timings.csv")}
-    assert [bool(row["distil_seconds"]) for row in times.values()] == [False, True, False]
+    assert [bool(row["distil_steps_of_dense"]) for row in times.values()] == [False, True, False]
     monkeypatch.setattr(fresh, "steps_within", lambda budget, system, times: (10, 3 if system.mixes else 0))
     for _ in range(2):  # the second time nothing is missing
         fresh.make(here)

@@ -1,16 +1,18 @@
 """What one serves after 10 minutes of training, on text of which nothing is read twice.
 
-    python experiments/verdict/fresh.py           # what is missing; some 20 minutes of one thread a run
+    python experiments/verdict/fresh.py           # what is missing; some 15 minutes of one thread a run
     python experiments/verdict/fresh.py --sweep   # peak rates that no other sweep has, on the tuning split; an hour
     python experiments/verdict/fresh.py --time    # a step of every system in turns, and the fits; an idle machine
     python experiments/verdict/fresh.py --table   # Markdown
 
-The text is the source of the installed packages. `--time` measures steps of untrained models in rounds that take every
-system in turn, and how long distillation takes at each switch. The medians say how many steps the budget holds, for
-each system a whole schedule of its own. Of a mixture's budget the switch and a tenth of its steps come after the
-training in groups; of the one that is switched early, a tenth of the time comes before it. So what is trained may train
-beside other work, or be stopped: the same command goes on. Rates are the best of fresh-sweeps.csv, where it has the
-system. Expected: a switched mixture is level with the best Token Choice, by 0.01 nats.
+The text is the source of the installed packages. The budget is the time of BUDGET steps of the dense model, which take
+ten minutes where one takes 86 milliseconds (two idle cores of an AMD EPYC). `--time` measures steps of untrained models
+in rounds that take every system in turn, and the distillation of each switch beside dense steps, all of it as a
+multiple of those. So it says how many steps the budget holds, for each system a whole schedule of its own. Of a
+mixture's budget the switch and a tenth of its steps come after the training in groups; of the one that is switched
+early, a tenth of the time comes before it. What is trained may train beside other work, or be stopped: the same command
+goes on. Rates are the best of fresh-sweeps.csv, where it has the system. Expected: a switched mixture is level with the
+best Token Choice, by 0.01 nats.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
 fresh.csv has a row each; of a mixture before its switch also its loss in full groups, and alone, a token by as many
@@ -53,11 +55,11 @@ from common import (
     write_csv,
 )
 
-BUDGET, SEEDS = 600, (1, 2, 3)  # seconds
+BUDGET, SEEDS = 7000, (1, 2, 3)  # in steps of the dense model
 SHARE_AFTER, SHARE_BEFORE = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
 EARLY_STEPS = 500  # of distillation, for a layer, where the switch is early
 OPTIONS = Options(device="cpu", data=["packages"])
-ROUNDS, TIMED, GROUP = 7, 15, 32  # of a timing, steps of each system in a round, and rows of a group
+ROUNDS, TURNS, TIMED, GROUP = 7, 6, 3, 32  # rounds, turns of each system in one, steps of a turn; rows of a group
 DROPLESS, SHARP = {"capacity_factor": "null"}, {"router_temperature": "0.25"}
 
 
@@ -112,7 +114,7 @@ Times = Mapping[str, Mapping[str, str]]  # rows of fresh-timings.csv by system
 
 
 def timed(kept: Path) -> None:
-    """Steps of all systems and of what mixtures are after their switch; and seconds of distillation."""
+    """Steps of all systems and of what mixtures are after their switch; and distillation, in steps of the dense one."""
     systems = {system.label: system for system in SYSTEMS if not system.early}
     systems |= {system.after.label: system.after for system in SYSTEMS if system.mixes}
     models = {}
@@ -120,10 +122,18 @@ def timed(kept: Path) -> None:
         config = merge(system.name, 0, None, replace(OPTIONS, model=dict(system.model))).config.model_config
         models[label] = MixtureOfTokensForCausalLM(config)
     text = merge(SYSTEMS[0].name, 0, None, OPTIONS).config.prepare().train
-    rows = step_times(models, text, rows=SIZES["Nano"].batch, group=GROUP, rounds=ROUNDS, steps=TIMED)
+    sizes = {"rows": SIZES["Nano"].batch, "group": GROUP}
+    rows = step_times(models, text, rounds=ROUNDS, turns=TURNS, steps=TIMED, **sizes)
+    first, *_ = models
     for row in rows:
         label = str(row["system"])
-        row["distil_seconds"] = distillation(models[label], text) if systems[label].mixes else ""
+        row["distil_steps_of_dense"] = ""
+        if systems[label].mixes:
+            dense = [step_times({first: models[first]}, text, rounds=1, steps=5 * TIMED, **sizes)]
+            seconds = distillation(models[label], text)
+            dense.append(step_times({first: models[first]}, text, rounds=1, steps=5 * TIMED, **sizes))
+            each = sum(float(str(one["milliseconds"])) for (one,) in dense) / len(dense) / 1000
+            row["distil_steps_of_dense"] = round(seconds / each)
     write_csv(kept / TIMES, list(rows[0]), rows)
 
 
@@ -135,7 +145,7 @@ def distillation(source: MixtureOfTokensForCausalLM, text: Blocks) -> float:
     target = MixtureOfTokensForCausalLM(token_choice_config(source.config)).eval()
     to_token_choice(source, target)
     distil(source, target, text, steps=STEPS)
-    return round(time.perf_counter() - begun, 1)
+    return time.perf_counter() - begun
 
 
 def best_rate(system: System, sweeps: Path) -> float | None:
@@ -150,12 +160,12 @@ def best_rate(system: System, sweeps: Path) -> float | None:
 
 
 def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]:
-    """Those that fit into the seconds: in all or before the switch, and after it."""
+    """Those that fit into the time of so many dense steps: in all or before the switch, and after it."""
     own = times[system._replace(early=False).label]
-    each = float(own["milliseconds"]) / 1000
+    each = float(own["share_of_dense"])
     if not system.mixes:
         return int(budget / each), 0
-    after, fit = float(times[system.after.label]["milliseconds"]) / 1000, float(own["distil_seconds"])
+    after, fit = float(times[system.after.label]["share_of_dense"]), float(own["distil_steps_of_dense"])
     if system.early:
         before = int(SHARE_BEFORE * budget / each)
         return before, int((budget - before * each - fit * EARLY_STEPS / STEPS) / after)
