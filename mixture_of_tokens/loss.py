@@ -1,10 +1,9 @@
 """Cross-entropy without all logits in memory, and the auxiliary losses that balance sparse routings."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.experts import highest, softmax
 from mixture_of_tokens.layout import autocast_to
 
 IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers
@@ -60,36 +59,45 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def load_balancing_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
-    """Switch Transformer's loss (arXiv 2101.03961, eq. 4-6) of one layer, over real tokens: 1 when balanced, at most E.
+class AuxiliaryLoss(nn.Module):
+    """What balances a sparse routing by a loss: a module, called in training, so that a forward hook gets its output.
+
+    It is of one layer and over real tokens; what it is multiplied by is the model's to say.
+    """
+
+
+class LoadBalancingLoss(AuxiliaryLoss):
+    """Switch Transformer's loss (arXiv 2101.03961, eq. 4-6): 1 when balanced, at most E.
 
     E * sum_e f_e * P_e, where f_e is the share of the assignments (tokens times choices) that name expert e and P_e
     the mean probability of e. Capacity plays no part: assignments that are dropped later still count.
-
-    Args:
-        logits: (..., E), before the softmax; token_mask: (...), true where a token is real, or None.
     """
-    probabilities = softmax(logits, dim=-1)  # as the layer has it, so that a compiled step searches once
-    chosen = torch.zeros_like(probabilities).scatter(-1, highest(probabilities, top_k)[1], 1.0)
-    return _uneven(probabilities, chosen, top_k, token_mask)
+
+    def forward(self, probabilities: Tensor, expert: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Of the probabilities (..., E), each token's K experts (..., K), and its mask (...), true where it is real."""
+        E, K, counted = probabilities.shape[-1], expert.shape[-1], probabilities.new_ones(expert.numel())
+        if token_mask is not None:
+            real = token_mask[..., None].to(probabilities.dtype)
+            probabilities, counted = probabilities * real, real.expand_as(expert).flatten()
+        tokens = counted.sum().clamp(min=1) / K
+        asked = counted.new_zeros(E).index_add(0, expert.flatten(), counted) / (tokens * K)
+        return E * (asked * probabilities.flatten(0, -2).sum(0) / tokens).sum()
 
 
-def l1_loss(logits: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
-    """ReMoE's penalty (arXiv 2412.14711, eq. 8 and 9) of one layer, over real tokens, of the gates relu(logits).
+class L1Loss(AuxiliaryLoss):
+    """ReMoE's penalty (arXiv 2412.14711, eq. 8 and 9): the mean L1 norm of a token's gates.
 
-    The mean L1 norm of a token's gates, in which expert e counts E * f_e / top_k times: f_e is the share of the tokens
-    with a gate above zero. Arguments as above.
+    Expert e counts E * f_e / K times in it, where f_e is the share of the tokens with a gate above zero.
     """
-    gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).relu()
-    return _uneven(gates, (gates > 0).to(gates.dtype), top_k, token_mask)
 
+    def __init__(self, num_experts_per_tok: int):
+        super().__init__()
+        self.num_experts_per_tok = num_experts_per_tok
 
-def _uneven(weights: Tensor, chosen: Tensor, top_k: int, token_mask: Tensor | None) -> Tensor:
-    """E * sum_e f_e * P_e of weights and choices (..., E)."""
-    weights, chosen = (each.reshape(-1, each.shape[-1]) for each in (weights, chosen))
-    real = torch.ones_like(weights[:, :1])
-    if token_mask is not None:
-        real = token_mask.reshape(-1, 1).to(real.dtype)
-    tokens = real.sum().clamp(min=1)
-    asked, mean_weight = (chosen * real).sum(0) / (tokens * top_k), (weights * real).sum(0) / tokens
-    return weights.shape[-1] * (asked * mean_weight).sum()
+    def forward(self, gates: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Of the gates (..., E), zero or more, and the mask of tokens (...), true where one is real."""
+        gates, tokens = gates.flatten(0, -2), gates[..., 0].numel()
+        if token_mask is not None:
+            gates, tokens = gates * token_mask.reshape(-1, 1), token_mask.sum().clamp(min=1)
+        asked = (gates > 0).sum(0) / (tokens * self.num_experts_per_tok)
+        return gates.shape[-1] * (asked * gates.sum(0) / tokens).sum()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from mixture_of_tokens.checks import check
 from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, highest, softmax, summed_over_processes
 from mixture_of_tokens.layout import check_shapes, grouped, ungrouped
+from mixture_of_tokens.loss import AuxiliaryLoss, LoadBalancingLoss
 from mixture_of_tokens.slots import Slots, dropless
 
 
@@ -81,13 +82,19 @@ class TokenChoice(Routed):
             raise ValueError(f"capacity_factor must be positive, or None to drop nothing, not {capacity_factor}")
         self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
         self.capacity_factor = capacity_factor
+        self.auxiliary_loss: AuxiliaryLoss | None = LoadBalancingLoss()
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates and numbers of each token's K experts, by the router's logits (..., E)."""
-        return highest(softmax(logits, dim=-1), self.num_experts_per_tok)
+    def scores(self, logits: Tensor) -> Tensor:
+        return softmax(logits, dim=-1)
 
-    def note(self, expert_A: Tensor) -> None:
-        """Called with the tokens' experts, E for masked tokens, unless a capacity applies."""
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates and numbers of each token's K experts, by its scores (..., E)."""
+        return highest(scores, self.num_experts_per_tok)
+
+    def note(self, scores: Tensor, expert: Tensor, real: Tensor | None) -> None:
+        """Called in training: scores (..., E), the experts of tokens (..., K), and which tokens are real (...)."""
+        if self.auxiliary_loss is not None:
+            self.auxiliary_loss(scores, expert, real)
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         check_shapes(x_BTD, token_mask)
@@ -96,7 +103,10 @@ class TokenChoice(Routed):
         if token_mask is not None:
             masked_TB1 = ~token_mask.bool().T[..., None]
             x_TBD = x_TBD.masked_fill(masked_TB1, 0)
-        gate_TBK, expert_TBK = self.choose(self.gate(x_TBD))
+        scores_TBE = self.scores(self.gate(x_TBD))
+        gate_TBK, expert_TBK = self.choose(scores_TBE)
+        if self.training:
+            self.note(scores_TBE, expert_TBK, None if masked_TB1 is None else ~masked_TB1[..., 0])
         if self.norm_topk_prob:
             gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
         if masked_TB1 is not None:  # masked tokens go to no expert
@@ -108,7 +118,6 @@ class TokenChoice(Routed):
             y_ND = self.experts(slots.dispatch(x_SD).unflatten(0, (E, -1))).flatten(0, 1)
             y_SD = slots.combine(y_ND, gate_A)
         else:
-            self.note(expert_A)
             y_SD = dropless(self, x_SD, token_A, expert_A, gate_A)
         return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
 
@@ -167,19 +176,21 @@ class SigmoidChoice(TokenChoice):
         )
         if not 0 <= balance_rate < math.inf:
             raise ValueError(f"balance_rate must be 0 or more, and finite, not {balance_rate}")
-        self.balance_rate = balance_rate
+        self.balance_rate, self.auxiliary_loss = balance_rate, None
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=at_least_fp32()))
         self.load_E: Tensor | None = None  # choices since the last `balance`; no buffer, which DDP would overwrite
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    def scores(self, logits: Tensor) -> Tensor:
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         _, expert = highest(scores.detach() + self.selection_bias, self.num_experts_per_tok)
         return scores.gather(-1, expert), expert
 
-    def note(self, expert_A: Tensor) -> None:
-        if self.training and torch.is_grad_enabled():  # not of telemetry
-            counts = expert_A.new_zeros(self.num_experts + 1).index_add(0, expert_A, torch.ones_like(expert_A))
-            load_E = counts[:-1]  # the last counts masked tokens
+    def note(self, scores: Tensor, expert: Tensor, real: Tensor | None) -> None:
+        if torch.is_grad_enabled():  # not of telemetry
+            counted = torch.ones_like(expert) if real is None else real[..., None].expand_as(expert).to(expert.dtype)
+            load_E = expert.new_zeros(self.num_experts).index_add(0, expert.flatten(), counted.flatten())
             self.load_E = load_E if self.load_E is None else self.load_E + load_E
 
     def reset_state(self) -> None:

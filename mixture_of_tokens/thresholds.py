@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, summed_over_processes
 from mixture_of_tokens.layout import check_shapes
+from mixture_of_tokens.loss import AuxiliaryLoss, L1Loss
 from mixture_of_tokens.slots import dropless
 
 SCORES = ("softmax", "sigmoid")
@@ -35,6 +36,7 @@ class _Above(Routed):
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
         self.num_experts_per_tok = num_experts_per_tok
+        self.auxiliary_loss: AuxiliaryLoss | None = None
 
     def gates(self, logits_SE: Tensor) -> Tensor:
         """The gates (S, E) by the router's logits, zero for the experts that a token does not go to."""
@@ -54,6 +56,8 @@ class _Above(Routed):
         logits_SE = self.gate(x_SD.view(T, B, D)).flatten(0, 1)
         gate_SE = self.gates(logits_SE).masked_fill(~real_S[:, None], 0)
         token_A, expert_A = (gate_SE > 0).nonzero(as_tuple=True)
+        if self.training and self.auxiliary_loss is not None:
+            self.auxiliary_loss(gate_SE, None if token_mask is None else real_S)
         if self.training and torch.is_grad_enabled():  # not of telemetry
             noted_SE = logits_SE.detach()
             self.note(noted_SE if token_mask is None else noted_SE[real_S])
@@ -67,7 +71,7 @@ class ReMoE(_Above):
         gate[t, e] = relu(x_t . c_e / temperature)
 
     The gates are continuous: an expert comes in and goes out with weight zero. The loss adds `l1_weight` times the mean
-    over layers of `loss.l1_loss` of the gates, their L1 norm in which each expert counts by its load (their
+    over layers of `auxiliary_loss` (`L1Loss`), the L1 norm of the gates in which each expert counts by its load (their
     equation 9). After each step `balance` multiplies the weight, the same in all layers, by `l1_factor` where tokens go
     to more than K experts on average, over all layers, and divides it where they go to fewer (their equation 7). It
     starts at `l1_start`, next to nothing: at first half of the experts are active and then most of them, so the first
@@ -90,7 +94,7 @@ class ReMoE(_Above):
         super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
         if not (l1_start > 0 and l1_factor > 1):
             raise ValueError(f"l1_start must be above 0 and l1_factor above 1, not {l1_start} and {l1_factor}")
-        self.l1_start, self.l1_factor = l1_start, l1_factor
+        self.l1_start, self.l1_factor, self.auxiliary_loss = l1_start, l1_factor, L1Loss(num_experts_per_tok)
         self.register_buffer("l1_weight", torch.empty((), dtype=at_least_fp32()))
         self.reset_state()
         self.noted: Tensor | None = None  # choices and tokens since the last `balance`; no buffer: DDP would overwrite

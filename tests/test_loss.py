@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy, load_balancing_loss
+from mixture_of_tokens.loss import IGNORE, LoadBalancingLoss, chunked_cross_entropy
 from routings import build, relative_error, some_mask, tokens
 
 S, D, V = 11, 5, 7
@@ -140,6 +140,11 @@ def test_peak_memory_is_below_a_quarter_of_the_logits():
 # The load-balancing loss.
 
 
+def balance(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
+    probabilities = logits.softmax(-1)
+    return LoadBalancingLoss()(probabilities, probabilities.topk(top_k).indices, mask)
+
+
 def literal_balance(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
     """E * sum_e f_e P_e, token by token."""
     num_experts = logits.shape[-1]
@@ -160,7 +165,7 @@ def literal_balance(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_load_balancing_loss_is_the_papers_sum(top_k, mask):
     logits = tokens(4, 6, 5).requires_grad_()
-    loss, expected = load_balancing_loss(logits, top_k, mask), literal_balance(logits, top_k, mask)
+    loss, expected = balance(logits, top_k, mask), literal_balance(logits, top_k, mask)
     assert_close(loss, expected)
     assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
 
@@ -169,16 +174,16 @@ def test_load_balancing_loss_is_the_papers_sum(top_k, mask):
 def test_load_balancing_loss_is_one_when_balanced_and_more_when_not(top_k):
     # Token s likes expert s most, then s + 1 and so on: each expert is asked as often and as strongly as the others.
     balanced = torch.stack([torch.arange(5.0).flip(0).roll(s) for s in range(5)])
-    assert_close(load_balancing_loss(balanced, top_k, None), torch.tensor(1.0))
+    assert_close(balance(balanced, top_k, None), torch.tensor(1.0))
     # All tokens on the same: f is 1/k for k of them, P is all but 1/k: E * k * 1/k * 1/k.
     crowded = (100.0 * (torch.arange(5) < top_k)).expand(4, 5)
-    assert_close(load_balancing_loss(crowded, top_k, None), torch.tensor(5 / top_k))
+    assert_close(balance(crowded, top_k, None), torch.tensor(5 / top_k))
 
 
 def test_load_balancing_loss_pushes_the_router_towards_balance():
     layer, x, losses = build("tc_top1"), tokens(), []
     for _ in range(20):
-        loss = load_balancing_loss(layer.gate(x), 1, None)
+        loss = balance(layer.gate(x), 1, None)
         losses.append(loss.item())
         (gradient,) = torch.autograd.grad(loss, layer.gate.weight)
         assert gradient.norm() > 1e-3
@@ -193,10 +198,10 @@ def test_load_balancing_loss_does_not_see_padding(padding):
     padded = functional.pad(logits, (0, 0, *padding), value=9.0)
     padded[..., 0] += 9 * (padded[..., 0] == 9.0)  # all of the padding wants expert 0
     padded_mask = functional.pad(mask, padding, value=False)
-    expected = load_balancing_loss(logits, 2, mask)
-    assert_close(load_balancing_loss(padded, 2, padded_mask), expected)
-    assert not torch.isclose(load_balancing_loss(padded, 2, None), expected)  # the control
+    expected = balance(logits, 2, mask)
+    assert_close(balance(padded, 2, padded_mask), expected)
+    assert not torch.isclose(balance(padded, 2, None), expected)  # the control
 
 
 def test_load_balancing_loss_of_nothing_is_zero():
-    assert not load_balancing_loss(tokens(4, 6, 5), 1, torch.zeros(4, 6, dtype=torch.bool))
+    assert not balance(tokens(4, 6, 5), 1, torch.zeros(4, 6, dtype=torch.bool))

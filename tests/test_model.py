@@ -21,7 +21,7 @@ from transformers import (
 
 import routings
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router
-from mixture_of_tokens.loss import IGNORE, l1_loss, load_balancing_loss
+from mixture_of_tokens.loss import IGNORE, L1Loss, LoadBalancingLoss
 from mixture_of_tokens.model import modeling
 from mixture_of_tokens.model.routings import ROUTINGS, ROWS
 
@@ -178,7 +178,9 @@ def test_auxiliary_loss_is_the_mean_over_blocks_and_only_in_training():
         if hasattr(block.mlp, "capacity_factor"):
             block.mlp.capacity_factor = None
     out = model.train()(x, labels=x, output_router_logits=True)
-    expected = torch.stack([load_balancing_loss(logits, 1, None) for logits in out.router_logits]).mean()
+    expected = torch.stack(
+        [LoadBalancingLoss()(logits.softmax(-1), logits.argmax(-1, keepdim=True), None) for logits in out.router_logits]
+    ).mean()
     torch.testing.assert_close(out.aux_loss, expected)
     torch.testing.assert_close(out.loss, cross_entropy + model.config.router_aux_loss_coef * expected)
 
@@ -188,7 +190,7 @@ def test_remoe_s_penalty_counts_with_its_weight_and_reaches_the_router_also_when
     for block in model.model.layers[1:]:
         block.mlp.l1_weight.fill_(0.5)
     out = model(x, labels=x, output_router_logits=True)
-    expected = torch.stack([l1_loss(logits, 1, None) for logits in out.router_logits]).mean()
+    expected = torch.stack([L1Loss(1)(logits.relu(), None) for logits in out.router_logits]).mean()
     torch.testing.assert_close(out.aux_loss, expected)
     torch.testing.assert_close(out.loss, out.cross_entropy + 0.5 * expected)
     with_penalty = gradients(model, x)

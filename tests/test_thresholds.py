@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from mixture_of_tokens import MixtureOfTokensForCausalLM, train
 from mixture_of_tokens.data.groups import GROUPS, training_groups
 from mixture_of_tokens.experts import Routed
-from mixture_of_tokens.loss import l1_loss, load_balancing_loss
+from mixture_of_tokens.loss import L1Loss
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
@@ -150,12 +150,12 @@ def test_the_penalty_weighs_more_while_the_layers_together_have_too_many_experts
 def test_the_penalty_brings_the_number_of_experts_to_the_target():
     layer, found = remoe(l1_factor=1.1), []
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-2)
-    logits: list[Tensor] = []
-    layer.gate.register_forward_hook(lambda module, args, output: logits.append(output))
+    penalties: list[Tensor] = []
+    layer.auxiliary_loss.register_forward_hook(lambda module, args, penalty: penalties.append(penalty))
     target = nn.Linear(D, D, bias=False).requires_grad_(False)
     for step in range(400):
         x = tokens(16, 16, D, seed=step, dtype=torch.float32) + 2  # around zero, half of all logits are positive
-        loss = (layer(x) - target(x)).square().mean() + layer.l1_weight * l1_loss(logits.pop(), K, None)
+        loss = (layer(x) - target(x)).square().mean() + layer.l1_weight * penalties.pop()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -168,11 +168,11 @@ def test_the_penalty_brings_the_number_of_experts_to_the_target():
 def test_the_penalty_is_the_l1_norm_with_busy_experts_counted_more():
     # Gates of two tokens for three experts: (2, 0, 4) and (0, 0, 1). Shares of tokens: 1/2, 0, 1; over k = 2 and times
     # E = 3: 3/4, 0, 3/2. Mean gates: 1, 0, 5/2.
-    logits = torch.tensor([[2.0, -1, 4], [-3, 0, 1]])
-    assert l1_loss(logits, 2, None).item() == pytest.approx(3 / 4 * 1 + 3 / 2 * 5 / 2)
-    masked = torch.cat([logits, torch.full((1, 3), 9.0)])
-    assert l1_loss(masked, 2, torch.tensor([True, True, False])).item() == pytest.approx(4.5)
-    assert load_balancing_loss(logits, 2, None).item() != pytest.approx(4.5)
+    gates, penalty = torch.tensor([[2.0, 0, 4], [0, 0, 1]]), L1Loss(2)
+    assert penalty(gates, None).item() == pytest.approx(3 / 4 * 1 + 3 / 2 * 5 / 2)
+    masked = torch.cat([gates, torch.full((1, 3), 9.0)])
+    assert penalty(masked, torch.tensor([True, True, False])).item() == pytest.approx(4.5)
+    assert penalty(masked, None).item() != pytest.approx(4.5)  # the control
 
 
 def options(data, **training: str) -> Options:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from mixture_of_tokens.experts import Experts, Routed, Router, truncated_normal_
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.loss import IGNORE, chunked_cross_entropy
+from mixture_of_tokens.loss import IGNORE, AuxiliaryLoss, chunked_cross_entropy
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.generation import GroupedGeneration, real_tokens
 from mixture_of_tokens.model.routings import ROUTINGS, Routing, dense_feed_forward
@@ -69,6 +69,7 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
     _keep_in_fp32_modules_strict = ["selection_bias", "threshold", "l1_weight", "companion", "companion_logit"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(Router, index=0),
+        "auxiliary_losses": OutputRecorder(AuxiliaryLoss, index=0),
         "hidden_states": MixtureOfTokensDecoderLayer,
         "attentions": Qwen3MoeAttention,
     }
@@ -174,9 +175,10 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         """The weights of auxiliary losses, without those of weight zero."""
         weights = {}
         for routing, block in zip(self.config.routings, self.model.layers, strict=True):
-            weight = routing.auxiliary_weight(self.config, block.mlp)
-            if isinstance(weight, Tensor) or weight > 0:
-                weights.setdefault(routing, weight)  # the same in all blocks of a kind
+            if routing.auxiliary_weight is not None:
+                weight = routing.auxiliary_weight(self.config, block.mlp)
+                if isinstance(weight, Tensor) or weight > 0:
+                    weights.setdefault(routing, weight)  # the same in all blocks of a kind
         return weights
 
     @property
@@ -249,7 +251,8 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             token_mask=token_mask,
-            output_router_logits=with_routers or bool(weights),
+            output_router_logits=with_routers,
+            output_auxiliary_losses=bool(weights),
             return_dict=True,
             **kwargs,
         )
@@ -261,16 +264,11 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
         if weights:
-            mask_TB = None if token_mask is None else token_mask.T.to(hidden.device)
-            routed = [routing for routing in self.config.routings if routing.routed]
+            balanced = [routing for routing in self.config.routings if routing.auxiliary_weight is not None]
             means = []
             for routing, weight in weights.items():
-                assert routing.auxiliary is not None
-                recorded = [
-                    x.to(hidden.device) for of, x in zip(routed, outputs.router_logits, strict=True) if of is routing
-                ]
-                losses = [routing.auxiliary(x, self.config.num_experts_per_tok, mask_TB) for x in recorded]
-                means.append(torch.stack(losses).mean())
+                recorded = zip(balanced, outputs.auxiliary_losses, strict=True)
+                means.append(torch.stack([loss.to(hidden.device) for of, loss in recorded if of is routing]).mean())
                 weight = weight.to(hidden.device) if isinstance(weight, Tensor) else weight
                 weighted = weighted + weight * means[-1]
             aux_loss = torch.stack(means).mean()
@@ -284,7 +282,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             cross_entropy = total / divisor
             loss = cross_entropy if aux_loss is None else (total + weighted * count) / divisor
-        inner = ("last_hidden_state", *(() if with_routers else ("router_logits",)))
+        inner = ("last_hidden_state", "auxiliary_losses")
         others = {name: value for name, value in outputs.items() if name not in inner}
         others |= {"loss": loss, "aux_loss": aux_loss, "logits": logits, "cross_entropy": cross_entropy}
         return CausalLMOutput(**others)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mixture_of_tokens.experts import ACTIVATIONS
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.loss import l1_loss, load_balancing_loss
 from mixture_of_tokens.model.upstream import Qwen3MoeMLP
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
@@ -46,8 +45,8 @@ class Routing:
         balance: what keeps the load of the experts even; "" where there is nothing to balance.
         exports_as: the architecture of transformers that computes the same; None if there is none.
         converts_to: the kinds that it can be converted to, with softmax and with sigmoid gates; empty if to none.
-        auxiliary: its auxiliary loss of one layer in training, from the router's logits, the number of experts per
-            token and the token mask; auxiliary_weight: what the loss of the model adds it with.
+        auxiliary_weight: what the loss of the model adds its layers' `auxiliary_loss` with, in training, from
+            (configuration, layer); None if they have none.
 
     What it costs beside its experts' matrices, which `cost.py` adds up:
         sparse: it has experts. Nothing below applies to a dense block.
@@ -73,8 +72,7 @@ class Routing:
     balance: str = ""
     exports_as: str | None = None
     converts_to: tuple[str, ...] = ()
-    auxiliary: Callable[[Tensor, int, Tensor | None], Tensor] | None = None
-    auxiliary_weight: Callable[["MixtureOfTokensConfig", Any], float | Tensor] = lambda config, layer: 0.0
+    auxiliary_weight: Callable[["MixtureOfTokensConfig", Any], float | Tensor] | None = None
     sparse: bool = True
     rows: Callable[["MixtureOfTokensConfig", int, int, bool], int] = lambda config, batch, context, training: 0
     varies: bool = False
@@ -249,11 +247,9 @@ ROWS = (
         build=_token_choice,
         exports_as="Qwen3MoeForCausalLM",
         balance="by a loss",
-        auxiliary=load_balancing_loss,
         auxiliary_weight=lambda config, layer: config.router_aux_loss_coef,
         rows=_token_choice_rows,
         grouped=False,
-        kept_weights=(2, 0),
     ),
     Routing(
         kind="sigmoid_choice",
@@ -300,13 +296,12 @@ ROWS = (
         build=lambda config: ReMoE(num_experts_per_tok=config.num_experts_per_tok, **_common(config)),
         differentiable=True,
         balance="by a loss",
-        auxiliary=l1_loss,
         auxiliary_weight=lambda config, layer: layer.l1_weight,
         rows=_chosen_rows,
         varies=True,
         most=lambda config: config.num_experts,
         grouped=False,
-        kept_weights=(2, 0),
+        kept_weights=(1, 0),
     ),
     Routing(
         kind="soft_moe",

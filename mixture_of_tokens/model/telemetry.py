@@ -120,7 +120,8 @@ def combine_weights(layer: Routed, logits: Tensor | None, token_mask: Tensor) ->
 def _stand_in(layer: Routed, logits: Tensor | None, experts: Callable[..., Tensor] | None = None) -> Any:
     """A copy of the layer with another router and experts. Call its methods, not the copy: hooks are the layer's."""
     copied = copy.copy(layer)
-    vars(copied)["_modules"] = {"gate": None if logits is None else lambda x: logits, "experts": experts}
+    router = None if logits is None else lambda x: logits
+    vars(copied)["_modules"] = {"gate": router, "experts": experts, "auxiliary_loss": None}
     return copied
 
 

@@ -76,7 +76,7 @@ def check_resumed(out: Path, config: RunConfig) -> None:
                 "give the same flags, or name another directory with --out"
             )
     sizes = {started.micro_batch or config.micro_batch, config.micro_batch}  # not known of a run of format 0
-    balanced = [routing.title for routing in config.model_config.routings if routing.auxiliary or routing.varies]
+    balanced = [routing.title for routing in config.model_config.routings if routing.auxiliary_weight or routing.varies]
     if balanced and len(sizes) > 1 and not (out / records.FACTS).is_file():
         raise ValueError(
             f"{out} was started with micro-batches of {started.micro_batch} rows, now they have {config.micro_batch}: "
