@@ -171,13 +171,16 @@ def swept(file: Path, sweeps: Iterable[Sweep], options: Options, out: Path, **ow
         own: more cells of each new row.
     """
     for name, rates, model in sweeps:
-        rows = read_csv(file) if file.is_file() else []
+        rows = read_csv(file)
         if is_swept(rows, name, rates, model):
             continue
         there = out / directory_of(f"sweep-{name}", *(f"{field}={values}" for field, values in model.items()))
         cells = sweep(name, learning_rate=rates, seeds=[1], out=there, options=replace(options, model=model))
         made = [(settings_of(cell["settings"], model), cell["loss"]) for cell in cells.as_dict()["cells"]]
-        new = ({"name": name, **own, "settings": settings, "tuning_loss": found} for settings, found in made)
+        new = (
+            {"name": name, **own, "settings": settings, "tuning_loss": math.inf if found is None else found}
+            for settings, found in made  # of a rate at which training diverged there is none
+        )
         all_rows = with_new(rows, new)
         write_csv(file, list(all_rows[0]), all_rows)
 
@@ -344,6 +347,9 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:
+    """No rows where the file is missing."""
+    if not file.is_file():
+        return []
     with file.open() as opened:
         return list(csv.DictReader(opened))
 

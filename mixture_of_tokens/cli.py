@@ -25,7 +25,7 @@ from cyclopts import (
     UnusedCliTokensError,
 )
 
-from mixture_of_tokens import __version__
+from mixture_of_tokens import __version__, yaml12
 from mixture_of_tokens.process import is_main, is_told, process_count
 
 # Each command's function, as module:name, and the first line of its docstring.
@@ -89,7 +89,7 @@ def _positive(flag: str) -> str:
 def _entries(config: Path) -> Any:
     try:
         with config.open(encoding="utf-8") as file:
-            return yaml.safe_load(file)
+            return yaml12.load(file)
     except RecursionError:
         raise ValueError(f"--config {config} is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -208,7 +208,7 @@ def _run(words: list[str]) -> None:
 
 
 def _told(error: Exception, words: list[str]) -> str:
-    """What is wrong, where cyclopts' own words name what was not written, or not what is legal."""
+    """cyclopts' message, reworded where it names a word that the user did not write, or does not say what is legal."""
     if isinstance(error, UnknownOptionError):
         told, flag = str(error), (error.token.keyword or error.token.value).partition("=")[0]
         if not any(word.partition("=")[0] == flag for word in words):

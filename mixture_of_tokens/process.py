@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 # How long a thread of OpenMP spins before it sleeps: of GNU's, turns of a loop (some 10 microseconds); of LLVM's and
@@ -48,6 +49,13 @@ def by_itself() -> Iterator[None]:
 def is_main() -> bool:
     """Whether this process is the first of those that torchrun started, or the only one."""
     return process_number() == 0
+
+
+@cache
+def say_once(what: str) -> None:
+    """A line on standard error, of the first process."""
+    if is_main():
+        print(what, file=sys.stderr)
 
 
 def end_with_parent() -> None:

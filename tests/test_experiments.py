@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -573,6 +574,14 @@ def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
         ("MoT-Nano/4E", "2", each) for each in flags
     ]
     assert all(float(row["tuning_loss"]) > 0 for row in rows)
+
+
+def test_a_rate_at_which_training_diverges_is_the_worst(fresh, tiny, tmp_path, monkeypatch):
+    cells = [{"settings": {"--learning-rate": rate}, "loss": loss} for rate, loss in (("1", None), ("0.01", 2.5))]
+    made = SimpleNamespace(as_dict=lambda: {"cells": cells})
+    monkeypatch.setattr(sys.modules["common"], "sweep", lambda *args, **options: made)
+    fresh.swept(tmp_path / "sweeps.csv", [("MoT-Nano/4E", [1.0, 0.01], {})], tiny, tmp_path)
+    assert fresh.best_rate(fresh.System("MoT-Nano/4E"), tmp_path / "sweeps.csv") == 0.01
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from mixture_of_tokens import cli
 from mixture_of_tokens.runs import loading
 from mixture_of_tokens.training import arguments
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.options import Options, typed
 from processes import function, mot
 
 START: dict[str, tuple[str, ...]] = {
@@ -301,3 +301,27 @@ def test_a_prompt_in_a_deep_nest_is_a_line_of_its_file(capsys):
     Path("prompts.jsonl").write_text(DEEP + "\n")
     line = refused(("generate", "nowhere", "--prompts-file", "prompts.jsonl"), capsys)
     assert "--prompts-file prompts.jsonl: line 1 is no object" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("010", int, 10),
+        ("1e-3", float, 1e-3),
+        ("{rope_type: default, rope_theta: 1e6}", dict[str, Any], {"rope_type": "default", "rope_theta": 1e6}),
+        ("[1e-3, 0x10, no, 1:30]", list[Any], [1e-3, 16, "no", "1:30"]),
+        ("off", str, "off"),
+        ("null", float | None, None),
+    ],
+)
+def test_a_field_s_value_is_yaml_1_2(text, kind, value):
+    read = typed("--model.field", text, kind)
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_numbers_in_a_file_of_flags_are_yaml_1_2_too(tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    file.write_text("learning_rate: 1e-2\nmodel: {rope_parameters: {rope_type: default, rope_theta: 1e6}}\n")
+    mot("train", "MoT-Nano/32E", "--config", file, "--dry-run")
+    assert "1000000.0" in capsys.readouterr().out

@@ -54,6 +54,16 @@ def test_sampling_depends_on_the_seed_and_top_p_narrows_it(tiny_runs, capsys):
     assert text("--top-p", 1e-6) == text("--temperature", 0) != text("--seed", 1)
 
 
+def test_sampling_leaves_the_random_state_of_its_caller_alone(run):
+    model, tokenizer = load_model(str(run), device="cpu"), load_tokenizer_of(str(run))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second = (continue_prompts(model, tokenizer, ["def "], Sampling(temperature=1.0)) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_it_says_where_the_context_cuts_a_continuation(run, capsys):
     mot("generate", run, "--prompt", "abc", "--max-new-tokens", 5)
     assert "the context" not in capsys.readouterr().err

@@ -422,6 +422,8 @@ def test_generation_refuses_what_would_be_wrong():
         model.generate(x, attention_mask=mask, max_new_tokens=2, stopping_criteria=[MaxLengthCriteria(7)])
     with pytest.raises(ValueError, match="rows that end by other criteria"):
         model.generate(x, attention_mask=mask, max_new_tokens=2, stop_strings=["a"])
+    with pytest.raises(ValueError, match="generate makes the token mask itself: give attention_mask"):
+        model.generate(x, token_mask=mask.bool(), max_new_tokens=2)
     with pytest.raises(ValueError, match="one ends with the padding token"):
         model.generate(torch.tensor([[8, 9], [8, PAD]]), max_new_tokens=2)
     tiny("dense").generate(x, attention_mask=mask, max_new_tokens=2, num_beams=2, do_sample=False)

@@ -58,6 +58,12 @@ def test_every_file_is_in_one_part_in_order(parts, folder):
         ["09", "10", "11"],
     ]
     assert Parts.of([str(folder)], 1, **HOW).files == [[str(file)] for file in sorted(folder.iterdir())]
+
+
+def test_a_file_that_is_named_twice_is_in_one_part(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    names = [str(folder), f"{folder.name}/00.jsonl", f"./{folder.name}/0*.jsonl"]
+    assert Parts.of(names, 1, **HOW).files == Parts.of([str(folder)], 1, **HOW).files
     assert len(Parts.of([str(folder)], 10**9, **HOW).files) == 1
     size = (folder / "00.jsonl").stat().st_size
     left_over = Parts.of([str(folder)], 5 * size, **HOW).files  # 5 or 6 files, and what is left is less than half of it

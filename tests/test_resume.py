@@ -354,9 +354,28 @@ def test_a_run_does_not_go_on_with_another_text(small_corpus, tmp_path, capsys):
     (tmp_path / "run" / "run.json").unlink()  # as if it had been stopped before its end
     with (tmp_path / "texts" / "7.txt").open("a") as file:
         file.write(" and more")
-    with pytest.raises(SystemExit, match="2"):
-        mot(*words, "--resume")
-    assert "checkpoint-2 was trained on text and tokenizer" in capsys.readouterr().err.splitlines()[-1]
+    for again in ((*words, "--resume"), ("evaluate", tmp_path / "run" / "checkpoint-2", "--device", "cpu")):
+        with pytest.raises(SystemExit, match="2"):
+            mot(*again)
+    trained, evaluated = (line for line in capsys.readouterr().err.splitlines() if "mot: error:" in line)
+    assert "checkpoint-2 was trained on text and tokenizer" in trained
+    assert "the text of" in evaluated
+    assert "has changed: its hash is" in evaluated
+
+
+def test_text_may_lie_elsewhere_when_a_run_goes_on(small_corpus, tmp_path, capsys):
+    shutil.copytree(small_corpus, tmp_path / "texts")
+    words = ["train", "MoT-Nano/4E", "--steps", 2, "--batch-size", 8, "--device", "cpu", "--out", tmp_path / "run"]
+    mot(*words, "--data", tmp_path / "texts")
+    (tmp_path / "texts").rename(tmp_path / "moved")
+    with pytest.raises(SystemExit, match="2"):  # of a finished run nothing is compared but the names
+        mot(*words, "--data", tmp_path / "moved", "--resume")
+    assert "was started with --data" in capsys.readouterr().err
+    before = json.loads((tmp_path / "run" / "run.json").read_text())["final_loss"]
+    (tmp_path / "run" / "run.json").unlink()
+    mot(*words, "--data", tmp_path / "moved", "--resume")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["final_loss"] == before
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"] == [str(tmp_path / "moved")]
 
 
 def test_a_foreign_directory_is_not_resumed(tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer, models
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -424,6 +425,22 @@ def test_a_given_tokenizer_sets_the_vocabulary(runs, directory, small_corpus, ca
         )
     assert stopped.value.code == 2
     assert "vocab_size 300 is less than the 512 ids of" in capsys.readouterr().err
+
+
+def test_a_run_ends_and_is_compared_where_its_tokenizer_cannot_write_the_sample_prompts(tmp_path, capsys):
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["<|endoftext|>", *"ACGT"])}, merges=[]))
+    made.save(str(tmp_path / "dna.json"))
+    for number in range(40):
+        letters = torch.randint(4, (600,), generator=torch.manual_seed(number)).tolist()
+        (tmp_path / f"{number:02}.txt").write_text("".join("ACGT"[letter] for letter in letters))
+    words = ["--steps", 2, "--batch-size", 8, "--data", tmp_path / "*.txt", "--tokenizer", tmp_path / "dna.json"]
+    mot("train", "Transformer-Nano", *words, "--device", "cpu", "--out", tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "nats a token" in shown
+    assert "continued" not in shown
+    assert "causal" not in shown
+    mot("report", tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):

@@ -57,7 +57,7 @@ class Served(NamedTuple):
 def make(file: Path) -> None:
     """Of the mixture served alone, over the whole validation text, with the same run's loss in groups."""
     for seed in SEEDS:
-        rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+        rows: list[dict[str, Any]] = list(read_csv(file))
         if any(row["seed"] == str(seed) for row in rows):
             continue
         check_text("Micro")

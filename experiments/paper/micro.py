@@ -118,7 +118,7 @@ def share_of_step(system: System) -> float | None:
 
     A temperature is taken to cost no time.
     """
-    rows = [row for row in read_csv(TIMES) if row["way"] == "compiled"] if TIMES.is_file() else []
+    rows = [row for row in read_csv(TIMES) if row["way"] == "compiled"]
     label = _without_temperature(system.label)
     return next((float(row["share_of_dense"]) for row in rows if _without_temperature(row["system"]) == label), None)
 

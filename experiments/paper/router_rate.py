@@ -44,13 +44,16 @@ def with_rate(multiple: float) -> type[GroupedTrainer]:
 
 def make(file: Path) -> None:
     for multiple in MULTIPLES:
-        rows = list(read_csv(file)) if file.is_file() else []
+        rows = list(read_csv(file))
         if any(float(row["multiple"]) == multiple for row in rows):
             continue
-        training.GroupedTrainer = with_rate(multiple)
+        usual, training.GroupedTrainer = training.GroupedTrainer, with_rate(multiple)
         out = EXPERIMENT.trained / directory_of(BASE.name, f"router_rate={multiple:g}", f"{STEPS}-seed{SEED}")
         shutil.rmtree(out, ignore_errors=True)
-        run = train(BASE.name, out=out, seed=SEED, options=BASE.options(STEPS))
+        try:
+            run = train(BASE.name, out=out, seed=SEED, options=BASE.options(STEPS))
+        finally:
+            training.GroupedTrainer = usual
         assert run is not None
         run.check_same_text(run_in(row(BASE)))
         write_csv(file, COLUMNS, [*rows, {"multiple": multiple, "seed": SEED, "loss": run.facts.final_loss}])

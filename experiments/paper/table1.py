@@ -48,7 +48,7 @@ def _measure(name: str, split: Any, rates: tuple[float, ...], seeds: tuple[int, 
     out = EXPERIMENT.trained / directory_of(f"table1-{name}", split)
     found = sweep(name, learning_rate=list(rates), seeds=list(seeds), out=out, options=options)
     assert isinstance(found, Sweep)
-    rows: list[dict[str, Any]] = list(read_csv(LOSSES)) if LOSSES.is_file() else []
+    rows: list[dict[str, Any]] = list(read_csv(LOSSES))
     for cell in found.cells:
         for run in cell.runs:
             row = {"name": name, "split": split, "seed": run.seed}
@@ -58,7 +58,7 @@ def _measure(name: str, split: Any, rates: tuple[float, ...], seeds: tuple[int, 
 
 
 def rows_of(name: str, split: str) -> list[dict[str, str]]:
-    rows = read_csv(LOSSES) if LOSSES.is_file() else []
+    rows = read_csv(LOSSES)
     return [row for row in rows if (row["name"], row["split"]) == (name, split)]
 
 

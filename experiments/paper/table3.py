@@ -138,7 +138,7 @@ def scores_of(directory: Path, tasks: Sequence[str], folder: Path) -> dict[str, 
 
 def make(tasks: Sequence[str]) -> None:
     """Score what is not scored yet, exported and, where its weights are not in runs/, trained before."""
-    rows: list[dict[str, Any]] = list(read_csv(SCORES)) if SCORES.is_file() else []
+    rows: list[dict[str, Any]] = list(read_csv(SCORES))
     for size, (system, steps, (seed,)) in ((size, row) for size, its in ROWS.items() for row in its):
         missing = [task for task in tasks if (system.label, task) not in {(row["system"], row["task"]) for row in rows}]
         if not missing:
@@ -161,7 +161,7 @@ def make(tasks: Sequence[str]) -> None:
 def accuracies() -> dict[str, dict[str, tuple[float, float]]]:
     """Accuracy and its standard error, by system and task."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in read_csv(SCORES) if SCORES.is_file() else []:
+    for row in read_csv(SCORES):
         found.setdefault(row["system"], {})[row["task"]] = (float(row["accuracy"]), float(row["standard_error"]))
     return found
 

@@ -59,7 +59,7 @@ def make(kept: Path) -> None:
     file = kept / "few.csv"
     for name, (experiment, options, seeds) in SOURCES.items():
         for seed in seeds:
-            rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+            rows: list[dict[str, Any]] = list(read_csv(file))
             this = {"source": name, "seed": str(seed)}
             if any(this.items() <= row.items() for row in rows):
                 continue

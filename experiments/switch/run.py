@@ -147,7 +147,7 @@ def make(kept: Path) -> None:
     file = kept / "losses.csv"
     for source in SOURCES:
         for seed in source.seeds:
-            rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+            rows: list[dict[str, Any]] = list(read_csv(file))
             this = {"source": source.name, "steps": str(source.options.steps), "seed": str(seed)}
             known = {row["way"] for row in rows if this.items() <= row.items()}
             if not (wanted := missing(parse_name(source.name).granularity, known)):

@@ -67,7 +67,7 @@ def distilled(source: MixtureOfTokensForCausalLM, seen: Any, gates: Any, chosen:
 
 def make(kept: Path) -> None:
     file = kept / "shared.csv"
-    rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+    rows: list[dict[str, Any]] = list(read_csv(file))
     for seed in SEEDS:
         if any(row["seed"] == str(seed) for row in rows):
             continue

@@ -77,7 +77,7 @@ def loss_of(experiment: Experiment, share: float | str) -> float:
 def make(experiment: Experiment) -> None:
     file = experiment.kept / "when.csv"
     for share in SHARES:
-        rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+        rows: list[dict[str, Any]] = list(read_csv(file))
         if any((row["budget"], row["share"]) == (str(BUDGET), str(share)) for row in rows):
             continue
         steps, found = steps_of(share), loss_of(experiment, share)

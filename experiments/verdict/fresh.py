@@ -151,7 +151,7 @@ def distillation(source: MixtureOfTokensForCausalLM, text: Blocks) -> float:
 def best_rate(system: System, sweeps: Path) -> float | None:
     """None where it was not swept: the default is the best of earlier sweeps."""
     rates = {}
-    for row in read_csv(sweeps) if sweeps.is_file() else []:
+    for row in read_csv(sweeps):
         flags = dict(re.findall(r"--(\S+) (\S+)", row["settings"]))
         rate = float(flags.pop("learning-rate"))
         if row["name"] == system.name and flags == {f"model.{field}": value for field, value in system.model.items()}:
@@ -197,7 +197,7 @@ def make(experiment: Experiment) -> None:
     file, times = experiment.kept / RESULTS, times_in(experiment.kept)
     for seed in SEEDS:
         for system in SYSTEMS:
-            rows: list[dict[str, Any]] = list(read_csv(file)) if file.is_file() else []
+            rows: list[dict[str, Any]] = list(read_csv(file))
             if any((row["system"], row["seed"]) == (system.label, str(seed)) for row in rows):
                 continue
             row = made(experiment, system, seed, *steps_within(BUDGET, system, times))

@@ -82,7 +82,7 @@ def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarr
 
 
 def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, everything: bool = False) -> np.ndarray:
-    """`grouped_order` without its check."""
+    """`grouped_order`, but a document may meet itself. Raises ValueError for too few blocks."""
     count = blocks.total if everything else len(blocks)
     groups = -(-count // group_size) if everything else count // group_size
     fewest = min(2, group_size)  # a single group would hold neighbouring blocks

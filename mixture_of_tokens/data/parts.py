@@ -50,7 +50,10 @@ class Parts:
             raise ValueError("--part-bytes is for files: name them, their folders or globs with --data")
         parts: list[list[str]] = [[]]
         size = 0
+        once: dict[Path, Path] = {}
         for path in (path for source in sources for path in corpus.files(source)):
+            once.setdefault(path.resolve(), path)
+        for path in once.values():
             if size >= part_bytes:
                 parts.append([])
                 size = 0

@@ -31,7 +31,7 @@ from mixture_of_tokens.data.splits import SPLITS, opened, pieces_of, split, spoo
 from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, encoded, progress_bar, tokenize
 from mixture_of_tokens.formatting import few_of
-from mixture_of_tokens.process import is_main
+from mixture_of_tokens.process import is_main, say_once
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
 MUCH = 0.2  # of the text is cut away: worth a word
@@ -187,12 +187,10 @@ def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, onc
 
 
 def _say(what: str, *, once: bool) -> None:
-    if is_main() and not (once and what in _SAID):
+    if once:
+        say_once(what)
+    elif is_main():
         print(what, file=sys.stderr)
-        _SAID.add(what)
-
-
-_SAID: set[str] = set()
 
 
 @contextmanager

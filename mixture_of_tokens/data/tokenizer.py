@@ -1,16 +1,14 @@
 """Tokenizers: a byte-level BPE trained on the corpus, or an existing one; as transformers tokenizers."""
 
 import hashlib
-import sys
 from collections.abc import Iterable
-from functools import cache
 from typing import NoReturn
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mixture_of_tokens.data.sources import first_line, located, naming
-from mixture_of_tokens.process import is_main
+from mixture_of_tokens.process import say_once
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257  # 256 bytes and the end of text
@@ -57,7 +55,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         elif file.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)))
         else:
-            _say_hub(name)
+            # As it takes half a minute where there is no connection.
+            say_once(f"mot: --tokenizer {name} is no file here, so it is a name on the Hub")
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         if not path.exists():
@@ -79,12 +78,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
-
-
-@cache  # a text in parts loads it for each
-def _say_hub(name: str) -> None:
-    if is_main():  # it takes half a minute where there is no connection
-        print(f"mot: --tokenizer {name} is no file here, so it is a name on the Hub", file=sys.stderr)
 
 
 def refuse(error: BaseException, what: str) -> NoReturn:

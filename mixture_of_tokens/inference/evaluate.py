@@ -293,7 +293,7 @@ def evaluate_blocks(
     """Mean cross-entropy in nats a token, in fixed groups of different documents.
 
     Args:
-        batch_size: rows at a time, a multiple of the group size.
+        batch_size: rows at a time, a multiple of the rows that the model mixes.
         groups: how many groups to take. None, or more than there are, takes all of the text, each token once, fills
             incomplete groups with masked rows, and computes bits per byte too.
         seed: of the groups.

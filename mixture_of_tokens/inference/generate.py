@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, TextIO
 
 import torch
 from cyclopts import Parameter
-from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import Result
@@ -277,20 +277,22 @@ def _continue(
 
     Rows that are mixed end together. Others do when each has filled the context: without the longest, they go on.
     """
-    set_seed(sampling.seed)
     new: list[list[int]] = [[] for _ in encoded]
     going, done = list(range(len(encoded))), 0
-    while going:
-        rows = [encoded[i] + new[i] for i in going]
-        room = min(sampling.max_new_tokens - done, context_of(model) - max(map(len, rows)))
-        written = _written(model, tokenizer, rows, room, sampling, streamer)
-        for i, tokens in zip(going, written, strict=True):
-            new[i] += tokens
-        done += room
-        if _mixes(model) or done == sampling.max_new_tokens:
-            break
-        whole = [i for i, tokens in zip(going, written, strict=True) if len(tokens) == room]
-        going = [i for i in whole if len(encoded[i]) + done < context_of(model)]
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices, device_type=model.device.type):  # the caller's own numbers go on
+        torch.manual_seed(sampling.seed)
+        while going:
+            rows = [encoded[i] + new[i] for i in going]
+            room = min(sampling.max_new_tokens - done, context_of(model) - max(map(len, rows)))
+            written = _written(model, tokenizer, rows, room, sampling, streamer)
+            for i, tokens in zip(going, written, strict=True):
+                new[i] += tokens
+            done += room
+            if _mixes(model) or done == sampling.max_new_tokens:
+                break
+            whole = [i for i, tokens in zip(going, written, strict=True) if len(tokens) == room]
+            going = [i for i in whole if len(encoded[i]) + done < context_of(model)]
     return [(_text_after(tokenizer, tokens, row), len(row)) for tokens, row in zip(encoded, new, strict=True)]
 
 

@@ -44,11 +44,13 @@ class GroupedGeneration:
 
         The samples of num_return_sequences are rows like any others: samples of one prompt are mixed with each other.
 
-        Raises ValueError where mixtures would be wrong: prompts padded on the right, beam search, stop strings; and
-        for a model that is not causal.
+        Raises ValueError where mixtures would be wrong: prompts padded on the right, beam search, stop strings; for
+        a token mask, which is made here; and for a model that is not causal.
         """
         if not self.config.causal:
             raise ValueError(CANNOT_WRITE)
+        if kwargs.get("token_mask") is not None:
+            raise ValueError("generate makes the token mask itself: give attention_mask, (B, T), for padding")
 
         def setting(name: str) -> Any:
             """Upstream's order: the argument, else the given configuration's value, else the model's."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from mixture_of_tokens.formatting import Summary, duration, listed, loss, ratio, short
+from mixture_of_tokens.formatting import Summary, duration, enumerated, loss, ratio, short
 from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel
 from mixture_of_tokens.reports.markup import Child, document, html, table, with_swatch
@@ -30,7 +30,7 @@ def page(
         commands: Those that make it again.
     """
     labels, found = list(models), findings(comparison)
-    title = f"{listed(labels)} compared" if len(labels) > 1 else labels[0]
+    title = f"{enumerated(labels)} compared" if len(labels) > 1 else labels[0]
     sections = {
         "curves": ("Loss while training", _curves(comparison, _switches(models))),
         **({"switch": ("The switch to Token Choice", _through_the_switch(models))} if _switches(models) else {}),
@@ -159,7 +159,7 @@ def _through_the_switch(models: dict[str, list[Run]]) -> Child:
     before = [f"{labels[i]} at {loss(of[0].source_in_groups)} before" for i, of in switches.items()]
     figure = panel(
         lines,
-        label=f"Evaluation loss around the switch: {listed(before)}.",
+        label=f"Evaluation loss around the switch: {enumerated(before)}.",
         x_label="steps",
         y_label="loss, nats a token",
         x_range=(max(0, start), None),
@@ -187,7 +187,7 @@ def _ends(models: list[ComparedModel], key: str) -> str:
         line = _mean_curve(0, [run.curve for run in model.runs], key)
         at = {"step": f"step {line.x[-1]:,.0f}", "seconds": duration(line.x[-1]), "flops": f"{short(line.x[-1])}FLOPs"}
         ends.append(f"{model.label} ends at {loss(line.y[-1])}, at {at[key]}")
-    return f"{listed(ends)}."
+    return f"{enumerated(ends)}."
 
 
 def _caption(comparison: Comparison, key: str, head: str) -> Child:
@@ -204,7 +204,10 @@ def _caption(comparison: Comparison, key: str, head: str) -> Child:
             shares.append(f"{model.label} {ratio(found.mean)}{few}")
     if not shares:
         return [html("b", f"{head}.")]
-    return [html("b", f"{head}."), f" To reach {baseline.label}'s last loss, as a share of its own: {listed(shares)}."]
+    return [
+        html("b", f"{head}."),
+        f" To reach {baseline.label}'s last loss, as a share of its own: {enumerated(shares)}.",
+    ]
 
 
 def _layers(comparison: Comparison, models: dict[str, list[Run]]) -> Child:
@@ -221,7 +224,7 @@ def _layers(comparison: Comparison, models: dict[str, list[Run]]) -> Child:
     intro = (
         "Measured during training on one group of evaluation text"
         f"{', after the same steps in all models' * comparison.at_equal_steps}; "
-        f"{'means over the seeds' if len(seeds) > 1 else 'seed'} {listed(list(map(str, seeds)))}. "
+        f"{'means over the seeds' if len(seeds) > 1 else 'seed'} {enumerated(list(map(str, seeds)))}. "
         "The number at the end of a line is the layer, counted from 0. Dense layers have no routing to measure."
     )
     return [html("p", intro), content]
@@ -264,7 +267,7 @@ def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], s
         ends = [f"layer {layer} from {line[0]:.3g} to {line[-1]:.3g}" for layer, (_, line) in layers.items()]
         figure = panel(
             lines,
-            label=f"{title} of {label} over training: {listed(ends)}.",
+            label=f"{title} of {label} over training: {enumerated(ends)}.",
             x_label="steps",
             y_label=title.lower(),
             y_range=(0, top),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixture_of_tokens.formatting import Summary, difference, duration, listed, loss, ratio, span, with_span
+from mixture_of_tokens.formatting import Summary, difference, duration, enumerated, loss, ratio, span, with_span
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import ROWS, converted_from
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison
@@ -38,7 +38,7 @@ MEASURES = {
 def differing(environments: Sequence[Mapping[str, Any]]) -> str | None:
     """A sentence on what the runs were not made alike in, if there is such."""
     names = [name for name in environments[0] if any(each[name] != environments[0][name] for each in environments)]
-    return f"The runs differ in {listed(names)}: times may not be comparable." if names else None
+    return f"The runs differ in {enumerated(names)}: times may not be comparable." if names else None
 
 
 def seeds_of(comparison: Comparison) -> str:
@@ -50,7 +50,7 @@ def steps_of(comparison: Comparison) -> str:
     """The steps of all models, or of each where they are not equal."""
     if comparison.at_equal_steps:
         return f"{comparison.steps:,} steps"
-    return listed([f"{model.steps:,} steps of {model.label}" for model in comparison.models])
+    return enumerated([f"{model.steps:,} steps of {model.label}" for model in comparison.models])
 
 
 def findings(comparison: Comparison) -> dict[str, list[str]]:

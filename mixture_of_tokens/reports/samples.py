@@ -19,7 +19,8 @@ PROMPTS = (
 def continued(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
     """Continuations of the first prompts by the models of run directories, by prompt and label, with a fixed seed.
 
-    All prompts are one batch. Empty where a run has no model/ any more; a model that is not causal has none.
+    All prompts are one batch. Empty where a run has no model/ any more; a model has none that is not causal, or that
+    they do not suit: its tokenizer has no token for one, or its context is as short as one.
     """
     if not all((directory / "model").is_dir() for directory in directories.values()):
         return {}
@@ -28,7 +29,10 @@ def continued(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
         model, tokenizer = load_model(str(directory)), load_tokenizer_of(str(directory))
         if not model.config.causal:
             continue
-        texts = continue_prompts(model, tokenizer, PROMPTS, Sampling(temperature=TEMPERATURE))
+        try:
+            texts = continue_prompts(model, tokenizer, PROMPTS, Sampling(temperature=TEMPERATURE))
+        except ValueError:
+            continue
         for prompt, text in zip(SHOWN, texts, strict=False):
             written[prompt][label] = text
     return written

@@ -213,7 +213,7 @@ def facts_of(checkpoint: Path) -> dict[str, Any]:
 def keep_newest(run: Path, step: int, count: int | None) -> None:
     """Remove all but the newest `count` checkpoints; None keeps all.
 
-    Checkpoints above `step`, where the run is now, are damaged ones that it was not resumed from: they go too.
+    Later ones than `step`, where the run is now, go too: they were damaged, as it was not resumed from them.
     """
     if count is not None:
         damaged = [checkpoint for checkpoint in _all(run) if int(checkpoint.name.partition("-")[2]) > step]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.sources import first_line
@@ -79,7 +79,7 @@ def load_model(
         print(f"mot: {run} is no directory here, so it is a name on the Hub", file=sys.stderr)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if type(config) not in AutoModelForCausalLM._model_mapping:  # pyright: ignore[reportOperatorIssue]
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {config.model_type} model is no causal language model")
         model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
@@ -175,8 +175,7 @@ def text_of(run: str) -> Prepared:
     if directory is None:
         raise ValueError(f"{run} is no run directory, so its text is not known; name one with --data")
     prepared = RunConfig.read(directory / records.CONFIG).prepare()
-    facts = directory / records.FACTS
-    before = RunFacts.read(facts).corpus if facts.is_file() else prepared.facts
+    before = _corpus_of(Path(run), directory) or prepared.facts
     for what, key in {"text": "hash", "tokenizer": "tokenizer"}.items():
         was, now = before.get(key), prepared.facts.get(key)
         if was != now:
@@ -184,3 +183,12 @@ def text_of(run: str) -> Prepared:
                 f"the {what} of {run} has changed: its hash is {now} now and was {was}; put back what it was trained on"
             )
     return prepared
+
+
+def _corpus_of(run: Path, directory: Path) -> dict[str, Any] | None:
+    """Hashes of the text and the tokenizer of a finished run, or of a checkpoint."""
+    if (directory / records.FACTS).is_file():
+        return RunFacts.read(directory / records.FACTS).corpus
+    if not (run / checkpoints.MANIFEST).is_file() or "corpus" not in (facts := checkpoints.facts_of(run)):
+        return None
+    return dict(zip(("hash", "tokenizer"), facts["corpus"].split(), strict=True))

@@ -30,6 +30,7 @@ COMMON_GROUP = 32
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
 # Fields of a model's configuration that earlier runs do not have, which are as if they had the default.
 ADDED = {"balance_rate": 1e-3, "threshold_decay": 0.9, "threshold_scores": "softmax", "shared_experts": 0}
+MAY_MOVE = ("data", "tokenizer", "transition.source")  # paths, of which a resumed run may name others
 DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
 
 
@@ -166,7 +167,7 @@ class RunFacts:
         batch do not influence each other, and of the tuning split.
     parameters, forward_flops_per_token: of the model; corpus: `Prepared.facts`.
     versions, commit, hardware, cores, threads: software and machine; sample: a continuation of `SAMPLE_PROMPT`, None
-        of a model that is not causal.
+        of a model that is not causal, or whose tokenizer or context the prompt does not suit.
     """
 
     name: str

@@ -68,8 +68,10 @@ def check_resumed(out: Path, config: RunConfig) -> None:
         raise ValueError(f"{out} is no run directory to go on with: it has no config.yaml; name another with --out")
     started = RunConfig.read(out / records.CONFIG)
     before, now = started.identity(), config.identity()
+    # Until it is finished, whose checkpoints hold hashes of the text.
+    may_move = () if (out / records.FACTS).is_file() else records.MAY_MOVE
     for key in [*before, *now]:
-        if before.get(key) != now.get(key):
+        if key not in may_move and before.get(key) != now.get(key):
             flag = key if key.startswith(("model.", "training.")) else key.removeprefix("transition.").replace("_", "-")
             raise ValueError(
                 f"{out} was started with --{flag} {before.get(key)}, now it is {now.get(key)}; "
@@ -140,10 +142,11 @@ class Run:
             lines.append(f"In other groups of that text the loss differs by {facts.regrouping_spread:.4f} nats at most")
         speed = f"{facts.seconds:.0f} s of training, {facts.tokens_per_second} tokens/s"
         lines.append(f"{speed}. Everything is in {self.directory}.")
-        if facts.sample is None:
+        if not self.model_config.causal:
             lines.append("It is not causal: its loss is low because it sees what follows, and it cannot write.")
-            return "\n".join(lines)
-        return "\n".join([*lines, f"A lone prompt, continued:\n\n{SAMPLE_PROMPT}{facts.sample}"])
+        elif facts.sample is not None:
+            lines.append(f"A lone prompt, continued:\n\n{SAMPLE_PROMPT}{facts.sample}")
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         return json.dumps({"directory": str(self.directory)} | asdict(self.facts), indent=2)

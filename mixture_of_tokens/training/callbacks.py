@@ -46,6 +46,8 @@ class Clock:
         self._since = time.perf_counter()
 
     def stop(self) -> None:
+        if self._since is not None and torch.accelerator.is_available():  # steps that are still to be computed
+            torch.accelerator.synchronize()
         self.before, self._since = self.seconds, None
 
     @contextmanager

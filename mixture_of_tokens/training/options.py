@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from cyclopts import Parameter
 
+from mixture_of_tokens import yaml12
 from mixture_of_tokens.checks import check, listed, plain
 from mixture_of_tokens.model.placement import Device
 
@@ -108,23 +109,13 @@ class Options:
 DEFAULTS = Options()
 
 
-def _scalar(text: str) -> Any:
-    """A flag's text as YAML 1.2 reads it: unlike 1.1, 1e-3 is a number, and `no` and `off` are words."""
-    if text.lower() in ("yes", "no", "on", "off"):
-        return text
-    try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except ValueError:
-        return yaml.safe_load(text)
-
-
 def typed(flag: str, text: str, kind: Any) -> Any:
     """A flag's text as the declared type of its field. Raises ValueError for text of another type.
 
     Lists, dictionaries and undeclared fields take any YAML, for their owner to check.
     """
     try:
-        value = _scalar(text)
+        value = yaml12.load(text)
         json.dumps(value, default=str)  # not of what holds itself
     except RecursionError:
         raise ValueError(f"{flag} is nested too deeply") from None

@@ -239,7 +239,7 @@ def _outcome(seed: int, merged: Merged, directory: Path) -> Outcome | None:
         except FloatingPointError as error:  # in all processes
             said = str(error)
             if is_main():
-                diverged.write_text(said)
+                checkpoints.write_text(diverged, said)
         else:
             if run is None:
                 return None

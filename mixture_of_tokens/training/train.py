@@ -276,8 +276,16 @@ def _finish(
         forward_flops_per_token=round(sum(flops_per_token(config, batch=run.batch_size).forward.values())),
         corpus=prepared.facts,
         **made_by,
-        sample=continue_prompts(model, prepared.tokenizer, [SAMPLE_PROMPT])[0] if config.causal else None,
+        sample=_sample(model, prepared.tokenizer),
         **provenance.hardware("cpu" if trainer.args.use_cpu else None),
     )
     facts.write(out / records.FACTS)
     return read(out)
+
+
+def _sample(model: MixtureOfTokensForCausalLM, tokenizer: Any) -> str | None:
+    """None where the model is not causal, or the prompt is no text of its tokenizer, or fills its context."""
+    try:
+        return continue_prompts(model, tokenizer, [SAMPLE_PROMPT])[0] if model.config.causal else None
+    except ValueError:
+        return None

@@ -120,7 +120,6 @@ class GroupedTrainer(Trainer):
                 self._reported += [tuple(pair)] * self.args.gradient_accumulation_steps  # pyright: ignore
         self._seconds = self.clock.before
         forget_companions(self.causal_lm)  # of a source that it goes on from
-        self.rows.begin(step)
         if self.is_world_process_zero():
             self.run_log.forget_after(self.rows.first_step + step)
         if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
@@ -128,6 +127,7 @@ class GroupedTrainer(Trainer):
             writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
             self.add_callback(TensorBoardCallback(writer))
         try:
+            self.rows.begin(step)
             return super().train(None if checkpoint is None else str(checkpoint))
         except OSError:  # such as of a full disk, which `close` would meet too
             with suppress(OSError):
@@ -363,11 +363,11 @@ class _Ready(TrainerCallback):
 
 
 def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int) -> None:
-    """In a new worker of the loader: signals to the whole process group are the main process's to answer.
+    """In a new worker of the loader: ignore ^C and SIGTERM, which the main process answers.
 
-    It needs its workers until it has saved. When it ends, the interpreter ends workers that are left by SIGTERM, and
-    waits for them. Workers end with a main process that is killed: torch's look at their parent, which is not enough
-    where that is a fork server.
+    It needs its workers until it has saved. Once `ending` is set, SIGTERM ends a worker: the interpreter sends it at
+    its end, and waits. A worker also ends with a main process that is killed; torch's own check watches its parent,
+    which may be a fork server.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)

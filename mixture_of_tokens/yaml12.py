@@ -1,0 +1,32 @@
+"""YAML 1.2, which PyYAML does not read: 1e-3 is a number, 010 is ten, and `no` and `off` are words."""
+
+import re
+from typing import IO, Any
+
+import yaml
+
+_TAG = "tag:yaml.org,2002:"
+_OTHERS = ("bool", "int", "float")  # that 1.1 writes in other ways
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_TAG) not in _OTHERS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+# Of the core schema (https://yaml.org/spec/1.2.2, 10.3.2), each with the characters that it may begin with.
+_NUMBER = "-+.0123456789"
+for _name, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", _NUMBER),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", _NUMBER),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
+_Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(node.value, 0 if node.value[1:2] in ("o", "x") else 10))
+
+
+def load(text: str | IO[str]) -> Any:
+    """One document. Raises yaml.YAMLError for what is none."""
+    return yaml.load(text, Loader=_Loader)
