@@ -13,14 +13,14 @@ Micro is away from the Nanos, the verdict is open.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import micro
 import nano
 import numpy as np
-from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, OPEN, Row, Study, System, run_of
+from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, OPEN, Row, Study, System
 
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio
 from mixture_of_tokens.reports.comparison import reached
@@ -70,7 +70,7 @@ def points(size: Size) -> list[Point]:
     found = []
     for steps in size.lengths:
         first = FIRST_SEEDS[size.name]
-        dense, *others = [_runs(system, steps, range(first, first + SEEDS)) for system in size.systems]
+        dense, *others = [Row(system, steps, range(first, first + SEEDS)).runs for system in size.systems]
         over = Summary.of(run.facts.final_loss for run in dense.values())
         if over is not None:
             facts = next(iter(dense.values())).facts
@@ -78,11 +78,6 @@ def points(size: Size) -> list[Point]:
                 Point(facts.tokens, facts.tokens / facts.parameters, over, [gain(its, dense) for its in others])
             )
     return found
-
-
-def _runs(system: System, steps: int, seeds: Iterable[int]) -> dict[int, Run]:
-    found = {seed: run_of(system, steps, seed) for seed in seeds}
-    return {seed: run for seed, run in found.items() if run is not None}
 
 
 def gain(runs: Mapping[int, Run], dense: Mapping[int, Run]) -> Gain | None:
