@@ -13,6 +13,8 @@ def main() -> None:
     ^C while the command line itself is imported is answered as later on.
     """
     spin_briefly()  # before anything loads torch
+    if not sys.stderr.isatty():  # a log file needs fewer lines of a progress bar than a screen
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it would tell of every retry
     try:
         from mixture_of_tokens import cli

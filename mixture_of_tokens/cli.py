@@ -93,7 +93,7 @@ def _entries(config: Path) -> Any:
     except RecursionError:
         raise ValueError(f"--config {config} is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {config} cannot be read: {error}") from None
+        raise ValueError(f"--config {config} cannot be read: {yaml12.fault(error)}") from None
 
 
 def _check_words(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -207,6 +207,30 @@ class Routed(nn.Module):
         self.gate.reset_parameters(initializer_scale)
         self.weights_of_an_expert = sum(weight[0].numel() for weight in self.experts.parameters())
 
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """What the layer adds to a residual stream.
+
+        Args:
+            x_BTD: (B, T, D), floating point; B examples of T positions.
+            token_mask: (B, T), bool or integer, true where a token is real. Masked tokens influence nothing, and get 0.
+
+        Returns (B, T, D), in the type of x. Where rows form groups, these are rows 0 to G - 1, G to 2G - 1 and so on.
+
+        Raises ValueError for other shapes and types.
+        """
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Routed":
+        """As a module's; but `to(torch.bfloat16)` leaves in fp32 what is measured or moves by small steps."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = getattr(self, name)
+            precise = torch.promote_types(now.dtype, torch.float32)
+            if now.dtype != precise:
+                setattr(self, name, buffer.to(now.device, precise))
+        return self
+
     def reset_state(self) -> None:
         """Set what a layer keeps beside its weights as at the beginning of training."""
 

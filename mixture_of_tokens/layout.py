@@ -25,6 +25,8 @@ def check_shapes(x_BTD: Tensor, token_mask: Tensor | None) -> None:
             "x must be (examples, positions, hidden size) with at least one example and position, not "
             f"{tuple(x_BTD.shape)}"
         )
+    if not x_BTD.is_floating_point():
+        raise ValueError(f"x must be of a floating-point type, not {x_BTD.dtype}")
     if token_mask is not None and token_mask.shape != x_BTD.shape[:2]:
         raise ValueError(f"token_mask must be {tuple(x_BTD.shape[:2])}, not {tuple(token_mask.shape)}")
     if token_mask is not None and token_mask.is_floating_point():  # perhaps one that is added, 0 for real tokens
@@ -42,15 +44,20 @@ def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[
     rows = min(group_size, B)
     dtype = torch.promote_types(x_BTD.dtype, torch.float32)
     if token_mask is None and B % rows == 0:
-        x_MGD = x_BTD.unflatten(0, (-1, rows)).transpose(1, 2).flatten(0, 1).contiguous()
+        x_MGD = _in_groups(x_BTD, rows)
         lacking = group_size - rows
         return x_MGD, None, x_MGD.new_full((len(x_MGD), 1, 1), lacking, dtype=dtype) if lacking else None
     mask_BT1 = x_BTD.new_ones((B, T, 1), dtype=torch.bool) if token_mask is None else token_mask.bool()[..., None]
     missing = -B % rows
-    x_MGD, _, _ = grouped(F.pad(x_BTD.masked_fill(~mask_BT1, 0), (0, 0, 0, 0, 0, missing)), None, rows)
+    x_MGD = _in_groups(F.pad(x_BTD.masked_fill(~mask_BT1, 0), (0, 0, 0, 0, 0, missing)), rows)
     # Not F.pad: of a bool with sizes that vary, torch 2.13 compiles C++ that does not compile.
-    mask_MG1, _, _ = grouped(torch.cat([mask_BT1, mask_BT1.new_zeros(missing, T, 1)]), None, rows)
+    mask_MG1 = _in_groups(torch.cat([mask_BT1, mask_BT1.new_zeros(missing, T, 1)]), rows)
     return x_MGD, mask_MG1, group_size - mask_MG1.sum(1, keepdim=True, dtype=dtype)
+
+
+def _in_groups(x_BTD: Tensor, rows: int) -> Tensor:
+    """(B, T, D) -> (B / rows * T, rows, D)"""
+    return x_BTD.unflatten(0, (-1, rows)).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def ungrouped(y_MGD: Tensor, mask_MG1: Tensor | None, B: int, T: int) -> Tensor:

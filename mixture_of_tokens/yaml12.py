@@ -27,6 +27,13 @@ for _name, _pattern, _first in (
 _Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(node.value, 0 if node.value[1:2] in ("o", "x") else 10))
 
 
+def fault(error: Exception) -> str:
+    """What is wrong, and where, without pieces of the text."""
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    return where + " ".join(str(getattr(error, "problem", None) or error).split())
+
+
 def load(text: str | IO[str]) -> Any:
     """One document. Raises yaml.YAMLError for what is none."""
     return yaml.load(text, Loader=_Loader)

@@ -75,6 +75,10 @@ def test_a_model_that_is_not_transformers_is_audited_too():
     assert not audit_model(model, vocab_size=30, length=9, group_size=4).causal
     with pytest.raises(ValueError, match="give vocab_size: Own has no config"):
         audit_model(model)
+    with pytest.raises(
+        ValueError, match=r"Own does not take tokens \(8, 64\) below 99: .*give the length and vocab_size"
+    ):
+        audit_model(model, vocab_size=99, group_size=4)
     with pytest.raises(ValueError, match="length must be at least 2, not 1"):
         audit_model(model, vocab_size=30, length=1)
 

@@ -345,7 +345,7 @@ def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
     shares = [f"{float(row['share_of_dense']):.2f}" for row in (its, other)]
     spans = [" to ".join(f"{float(row[f'share_{end}']):.2f}" for end in ("low", "high")) for row in (its, other)]
     assert f"takes {shares[0]} times a dense one's time, one of Token Choice {shares[1]}" in said
-    assert f"([{spans[0]} and {spans[1]}](docs/speed.md#a-training-step), by the round)" in said
+    assert f"([seven rounds of timing](docs/speed.md#a-training-step) gave {spans[0]} and {spans[1]})" in said
 
 
 def test_the_readme_says_how_far_token_choice_is_ahead_after_a_long_training():

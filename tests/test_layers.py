@@ -1,5 +1,6 @@
 """The layers against literal loops, hand-worked numbers and identities; their arguments, autocast, compilation."""
 
+import inspect
 import itertools
 import math
 from typing import Any
@@ -633,3 +634,33 @@ def test_a_router_s_logits_keep_their_precision_under_autocast_and_gradients_hav
     for gradient, expected in zip(of_autocast, exact_gradients, strict=True):
         assert gradient.dtype == torch.float32
         assert 1e-4 < relative_error(gradient, expected) < 1e-2
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_help_of_a_layer_says_what_it_takes_and_gives(name):
+    layer = build(name)
+    assert "token_mask: (B, T)" in (inspect.getdoc(layer.forward) or "")
+    with pytest.raises(ValueError, match=r"x must be of a floating-point type, not torch\.int64"):
+        layer(torch.ones(B, T, D, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_what_moves_by_small_steps_stays_in_fp32_at_least(name, dtype):
+    layer = build(name, dtype=torch.float32)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)}
+    layer.to(dtype)
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    for name, buffer in layer.named_buffers(recurse=False):
+        assert buffer.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.equal(buffer.float(), before[name])
+
+
+def test_loads_are_balanced_in_a_layer_of_bf16():
+    """The bias moves by less than two numbers of bf16 are apart."""
+    layer = SigmoidChoice(D, F, 2).to(torch.bfloat16)
+    layer.selection_bias.copy_(torch.tensor([0.5, -0.5]))  # expert 0 has nearly all tokens
+    for seed in range(20):
+        layer(tokens(seed=seed, dtype=torch.bfloat16))
+        SigmoidChoice.balance([layer])
+    assert_close(layer.selection_bias, torch.tensor([0.48, -0.48]))

@@ -264,6 +264,29 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_said(whole, tmp_path)
     assert_same(out, whole)
 
 
+def test_a_run_without_a_whole_checkpoint_is_left_as_it_is(whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "run.json").unlink()
+    shutil.rmtree(out / "model")
+    for checkpoint in out.glob("checkpoint-*"):
+        os.truncate(checkpoint / "model.safetensors", 1000)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        mot(*FLAGS, "--out", out, "--resume")
+    assert "cannot go on: none of its checkpoints is whole; put back" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    with pytest.raises(SystemExit, match="2"):
+        mot("generate", out, "--prompt", "def ")
+    assert "it is not finished, and none of its checkpoints is whole" in capsys.readouterr().err
+
+
+def test_resuming_what_is_not_there_says_that_it_begins(small_corpus, tmp_path, capsys):
+    words = ["train", "Transformer-Nano", "--steps", 1, "--batch-size", 8, "--device", "cpu", "--data", small_corpus]
+    mot(*words, "--out", tmp_path / "run", "--resume")
+    assert f"{tmp_path / 'run'} is not there yet: training begins at step 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["manifest.json", "optimizer/.metadata"])
 def test_every_missing_file_is_noticed(whole, tmp_path, damage):
     shutil.copytree(whole, tmp_path / "run")

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from mixture_of_tokens.checks import checked
 from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
+from mixture_of_tokens.data.sources import first_line
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, text_of
@@ -203,7 +204,8 @@ def audit_model(
         length: tokens of a row; by default 64, or fewer where logits would take much memory or the model takes fewer.
         group_size: of its layers; a batch has two groups. None where rows do not meet.
 
-    Raises ValueError for numbers that are too small, and where `vocab_size` is missing and there is no `config`.
+    Raises ValueError for numbers that are too small, where `vocab_size` is missing and there is no `config`, and for a
+    model that does not take such tokens.
     """
     least = {"vocab_size": (vocab_size, 2), "length": (length, 2)}
     least |= {"group_size": (group_size, 1), "batches": (batches, 1)}
@@ -221,6 +223,12 @@ def audit_model(
     length = min(longest, length) if length is not None else length_of(rows, longest, vocab_size)
     model = model.float().eval()
     seen = random_tokens((batches, 2, rows, length), vocab_size, seed)
+    try:
+        with torch.no_grad():
+            _look(model, seen[0][0])
+    except (RuntimeError, IndexError) as error:
+        what = f"{type(model).__name__} does not take tokens ({rows}, {length}) below {vocab_size}: {first_line(error)}"
+        raise ValueError(f"{what}; give the length and vocab_size of your model") from error
     return Audit(type(model).__name__, length, leaks(model, seen, seed))
 
 

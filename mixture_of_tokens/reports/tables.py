@@ -61,7 +61,8 @@ def tables(comparison: Comparison) -> Child:
     )
     cost = table(
         "Cost",
-        "Active parameters are those that a token's computation uses. Memory is an estimate of weights, gradients, "
+        "Active parameters are those that a token uses; of a Mixture of Tokens, whose experts read one row for a whole "
+        "group, all experts over the group size. Memory is an estimate of weights, gradients, "
         "optimizer and what is kept for the backward pass, not a measurement."
         + " For a switched model all are of the part after the switch."
         * any(model.switched for model in models),

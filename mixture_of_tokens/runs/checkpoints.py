@@ -196,6 +196,11 @@ def newest(run: Path) -> Path | None:
     return None
 
 
+def has_any(run: Path) -> bool:
+    """Checkpoints, whole or not."""
+    return next(_all(run), None) is not None
+
+
 def _lacks(checkpoint: Path) -> str | None:
     """What a training cannot go on without; manifests without a digest may have lost it."""
     facts, step = facts_of(checkpoint), int(checkpoint.name.partition("-")[2])

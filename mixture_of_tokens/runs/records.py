@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import yaml
 
+from mixture_of_tokens import yaml12
 from mixture_of_tokens.data.parts import Parts
 from mixture_of_tokens.data.prepare import Prepared, prepare
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -302,7 +303,7 @@ def _yaml(file: Path) -> Any:
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{file} cannot be read: {yaml12.fault(error)}") from None
 
 
 def record(kind: Any, written: Any, file: Path) -> Any:

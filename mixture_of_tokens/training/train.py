@@ -82,6 +82,8 @@ def train(
     if dry_run:
         return merged.config
     out = Path("runs") / f"{name.replace('/', '-')}-seed{seed}" if out is None else Path(out)
+    if resume and not out.exists() and is_main():
+        print(f"{out} is not there yet: training begins at step 0", file=sys.stderr)
     return run_merged(merged, out, resume=resume)
 
 
@@ -214,10 +216,20 @@ def _saying_where(stopped: str) -> Iterator[None]:
 
 
 def _newest(out: Path) -> Path | None:
-    """The checkpoint to go on from, which the first process chooses. Raises OSError where another one lacks it."""
-    checkpoint = checkpoints.newest(out) if is_main() and out.exists() else None
+    """The checkpoint to go on from, which the first process chooses.
+
+    Raises ValueError where there are some, and none is whole: to begin anew would remove them. Raises OSError where
+    another process lacks it.
+    """
+    checkpoint, damaged = None, False
+    if is_main() and out.exists():
+        checkpoint = checkpoints.newest(out)
+        damaged = checkpoint is None and checkpoints.has_any(out)
     if process_count() > 1:
-        checkpoint = broadcast(checkpoint)
+        checkpoint, damaged = broadcast((checkpoint, damaged))
+    if damaged:
+        what = f"{out} cannot go on: none of its checkpoints is whole"
+        raise ValueError(f"{what}; put back what is missing, or name another directory with --out")
     if checkpoint is not None and not checkpoint.is_dir():
         what = "all processes need the run directory on a file system that they share"
         raise OSError(f"{checkpoint} is not there for process {process_number()}: {what}")
