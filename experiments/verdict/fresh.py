@@ -102,9 +102,9 @@ SYSTEMS = (
 # Peak rates that were tried, with seed 1, at this number of steps.
 SWEPT_STEPS = 1500
 SWEEPS: tuple[Sweep, ...] = (
-    ("TC-Nano/32E/8", [1e-2, 2e-2, 5e-3], DROPLESS),
-    ("TC-Nano/32E/8", [1e-2], DROPLESS | SHARP),
-    ("STC-Nano/32E/8", [1e-2, 2e-2, 5e-3], {}),
+    ("TC-Nano/32E/8", [1e-2, 2e-2, 5e-3, 4e-2], DROPLESS),
+    ("TC-Nano/32E/8", [1e-2, 2e-2], DROPLESS | SHARP),
+    ("STC-Nano/32E/8", [1e-2, 2e-2, 5e-3, 4e-2], {}),
     ("MoT-Nano/32E/4", [2e-2, 1e-2], {}),
     ("MoT-Nano/32E/8", [2e-2, 1e-2], {}),
 )
