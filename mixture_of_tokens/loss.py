@@ -99,5 +99,5 @@ class L1Loss(AuxiliaryLoss):
         gates, tokens = gates.flatten(0, -2), gates[..., 0].numel()
         if token_mask is not None:
             gates, tokens = gates * token_mask.reshape(-1, 1), token_mask.sum().clamp(min=1)
-        asked = (gates > 0).sum(0) / (tokens * self.num_experts_per_tok)
+        asked = (gates > 0).sum(0).to(gates.dtype) / (tokens * self.num_experts_per_tok)
         return gates.shape[-1] * (asked * gates.sum(0) / tokens).sum()
