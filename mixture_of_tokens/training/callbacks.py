@@ -1,6 +1,7 @@
 """What happens around the steps of a training: the clock, metrics.jsonl, the temperature, signals, gradients."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -82,7 +83,10 @@ class RunLog(TrainerCallback):
         self.clock.start()  # not earlier: a resumed run loads its checkpoint first
         if state.is_world_process_zero:
             name, first = self.path.parent.name, state.global_step
-            self.bar = tqdm(desc=name, total=state.max_steps, initial=first, unit="step", dynamic_ncols=True)
+            every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a screen
+            self.bar = tqdm(
+                desc=name, total=state.max_steps, initial=first, unit="step", dynamic_ncols=True, mininterval=every
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
