@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from mixture_of_tokens import MixtureOfTokensForCausalLM, train
 from mixture_of_tokens.data.groups import GROUPS, training_groups
 from mixture_of_tokens.experts import Routed
-from mixture_of_tokens.loss import L1Loss
+from mixture_of_tokens.loss import L1Loss, LoadBalancingLoss
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
@@ -173,6 +173,8 @@ def test_the_penalty_is_the_l1_norm_with_busy_experts_counted_more():
     masked = torch.cat([gates, torch.full((1, 3), 9.0)])
     assert penalty(masked, torch.tensor([True, True, False])).item() == pytest.approx(4.5)
     assert penalty(masked, None).item() != pytest.approx(4.5)  # the control
+    shares, experts = gates.softmax(-1), gates.topk(2).indices
+    assert LoadBalancingLoss()(shares, experts, None).item() != pytest.approx(4.5)
 
 
 def options(data, **training: str) -> Options:

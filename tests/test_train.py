@@ -222,6 +222,17 @@ def test_products_are_in_full_precision_and_only_a_gpus_batches_are_pinned():
     ]
 
 
+def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, runs):
+    out = directory / "accumulated"
+    flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu")
+    flags += ("--training.gradient_accumulation_steps", 2, "--max-bytes", BYTES)
+    mot("train", "MoT-Nano/32E/4", "--out", out, "--steps", STEPS, "--batch-size", ROWS, *flags)
+    losses = []
+    for run in (runs["MoT-Nano/32E/4"], out):
+        losses.append([json.loads(line)["train_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # sums in another order; 1e-6 after the first step
+
+
 def test_no_group_of_the_embedded_corpus_holds_a_document_twice():
     prepared = prepare(vocab_size=512, context=64, max_bytes=3_000_000)
     for epoch in range(3):

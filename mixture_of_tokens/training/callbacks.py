@@ -82,8 +82,8 @@ class RunLog(TrainerCallback):
         state.compute_steps(args, state.max_steps)  # a resumed run may have another save_steps
         self.clock.start()  # not earlier: a resumed run loads its checkpoint first
         if state.is_world_process_zero:
-            name, first = self.path.parent.name, state.global_step
             every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a screen
+            name, first = self.path.parent.name, state.global_step
             self.bar = tqdm(
                 desc=name, total=state.max_steps, initial=first, unit="step", dynamic_ncols=True, mininterval=every
             )
