@@ -1,6 +1,6 @@
 """`mot` in this process, and in processes of its own for what has to be killed, signalled or run in several at once."""
 
-import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -27,8 +27,11 @@ def _run(function, words: tuple, environment: dict[str, str], log: Path) -> None
         None, force=True
     )  # a shell's: workers would start, and import, a server of their own
     os.environ.update(environment)
-    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        function(*words)
+    with log.open("a") as file:
+        for stream in (1, 2):  # so that it has the traceback too, and what C++ says
+            os.dup2(file.fileno(), stream)
+    faulthandler.enable()
+    function(*words)
 
 
 def start(function, *words, log: Path, **environment: object):
@@ -59,7 +62,8 @@ def in_processes(function, words: Sequence, count: int, log: Path, exits: int | 
     ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)] if count > 1 else [{}]
     processes = [start(function, *words, log=log, **(world if count > 1 else {}), **rank) for rank in ranks]
     expected = list(exits if isinstance(exits, tuple) else [exits] * count)
-    assert [finish(process) for process in processes] == expected, log.read_text()
+    ended = [finish(process) for process in processes]
+    assert ended == expected, f"{ended}:\n{log.read_text()}"
 
 
 def function(command: str) -> Callable[..., Any]:
