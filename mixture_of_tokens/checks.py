@@ -24,13 +24,23 @@ KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which raises ValueError, naming the argument, for a value that its annotation does not take."""
+    """The function, which raises ValueError, naming the argument, for a value that its annotation does not take.
+
+    TypeError for an argument that it does not have says where that belongs, if it is a field of its `options`.
+    """
     signature, hints = inspect.signature(function), typing.get_type_hints(function)
+    inside = getattr(hints.get("options"), "__dataclass_fields__", {})
     inner: Callable[..., R] = function
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if key in inside and key not in hints)
+            raise TypeError(
+                f"{function.__name__}() {error}" + f"; give options=Options({given})" * bool(given)
+            ) from None
         for name, value in bound.arguments.items():
             if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
                 check(name, [each for one in value for each in listed(one)], list[hints[name]])
@@ -58,15 +68,16 @@ def listed(given: Any) -> list[Any]:
 
 def check(name: str, value: Any, hint: Any) -> None:
     """Raises ValueError for a value that is none of the annotation's; a list's may stand alone."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    wanted = [what for option in options if (what := _refusal(value, option))]
-    if len(wanted) == len(options):
-        legal = [what for option, what in zip(options, wanted, strict=True) if option is not types.NoneType]
-        raise ValueError(f"{name} takes {' or '.join(legal)}, not {value!r}")
+    if legal := _refusal(value, hint):
+        raise ValueError(f"{name} takes {legal}, not {value!r}")
 
 
 def _refusal(value: Any, option: Any) -> str | None:
     """What an option takes, where that is something else than the value."""
+    if typing.get_origin(option) in (typing.Union, types.UnionType):
+        wanted = {kind: _refusal(value, kind) for kind in typing.get_args(option)}
+        legal = [what for kind, what in wanted.items() if what and kind is not types.NoneType]
+        return " or ".join(legal) if all(wanted.values()) else None
     if typing.get_origin(option) is Literal:
         choices = typing.get_args(option)
         return None if value in choices else " or ".join(choices)

@@ -141,7 +141,8 @@ def _common(
     if config is None:
         return list(words), json
     if not config.is_file():
-        raise ValueError(f"--config {config}: there is no such file")
+        what = "it is a directory" if config.is_dir() else "there is no such file"
+        raise ValueError(f"--config {config}: {what}")
     entries = _entries(config)
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")

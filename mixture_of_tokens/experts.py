@@ -139,6 +139,14 @@ class Router(nn.Module):
         truncated_normal_(self.weight, scale)
         self.set_temperature(self.temperature_setting)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """As a module's; but `to(torch.bfloat16)` does not round the temperature, and `to_empty` does not lose it."""
+        super()._apply(fn, recurse)
+        now = self.fixed_temperature
+        precise = torch.promote_types(now.dtype, torch.float32)
+        self.fixed_temperature = torch.full_like(now, self.temperature_setting, dtype=precise)
+        return self
+
     @property
     def temperature(self) -> Tensor:
         return self.fixed_temperature if self.log_temperature is None else self.log_temperature.exp()

@@ -4,6 +4,7 @@ import re
 from typing import IO, Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 _TAG = "tag:yaml.org,2002:"
 _OTHERS = ("bool", "int", "float")  # that 1.1 writes in other ways
@@ -14,6 +15,15 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_TAG) not in _OTHERS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises yaml.YAMLError for a key that stands there twice, of which PyYAML takes the last."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
 
 # Of the core schema (https://yaml.org/spec/1.2.2, 10.3.2), each with the characters that it may begin with.

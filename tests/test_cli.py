@@ -150,6 +150,9 @@ def test_numbers_of_numpy_and_paths_are_as_good_as_plain_ones(tmp_path):
         ("generate", ["runs/mine"], {"prompt": ["a", 5]}, r"prompt takes text, or a list of such, not \['a', 5\]"),
         ("train", [Path("MoT-Nano/4E")], {}, "name takes text, not .*Path"),
         ("report", [["runs/mine", 5]], {}, "runs takes a path, or a list of such, not"),
+        ("generate", ["runs/mine"], {"prompt": []}, "give either --prompt, which may be repeated, or --prompts-file"),
+        ("evaluate", ["runs/mine"], {"data": [5]}, r"data takes text or a path, or a list of such, not \[5\]"),
+        ("config_from_name", [None], {}, "name takes text, not None"),
         ("Options", [], {"device": "gpu"}, "device takes cpu or cuda, not 'gpu'"),
         ("Options", [], {"evaluate_on": "test"}, "evaluate_on takes validation or tuning, not 'test'"),
         ("Options", [], {"model": "router_temperature"}, "model takes a dictionary, not 'router_temperature'"),
@@ -165,8 +168,13 @@ def test_a_checked_function_is_still_itself():
     signature = inspect.signature(mixture_of_tokens.train)
     assert list(signature.parameters)[:3] == ["name", "out", "seed"]
     assert mixture_of_tokens.train.__doc__.startswith("Train one model and write a run directory.")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
+    with pytest.raises(TypeError, match=r"^train\(\) got an unexpected keyword argument 'sed'$"):
         mixture_of_tokens.train("MoT-Nano/4E", sed=1)
+
+
+def test_a_flag_that_is_a_field_of_options_is_told_where_it_belongs():
+    with pytest.raises(TypeError, match=r"argument 'steps'; give options=Options\(steps=3, data='a'\)$"):
+        mixture_of_tokens.train("MoT-Nano/4E", seed=1, steps=3, data="a")
 
 
 def test_a_layer_shows_what_it_is_made_of():

@@ -328,6 +328,9 @@ def test_companions_that_cannot_be_measured_stay_as_they_were():
     model = mixing()
     calibrate_companions(model, [batch()])
     before = layer_of(model).companion.clone()
+    for loader in (model, torch.nn.Sequential(model)):
+        with pytest.raises(ValueError, match="a tensor or a dictionary of keyword arguments for each, not list"):
+            calibrate_companions(loader, [[batch()]])
     with pytest.raises(ValueError, match="no batch has a group"):
         calibrate_companions(model, [batch(rows=2)])
     assert_close(layer_of(model).companion, before, rtol=0, atol=0)

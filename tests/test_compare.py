@@ -150,6 +150,13 @@ def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path)
     assert "no measurements of their layers" in page
 
 
+def test_a_page_that_cannot_be_written_is_refused_as_a_run_is(compared, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        mot("report", compared / "Transformer-Nano-seed0", "--out", tmp_path / "file" / "x.html")
+    assert f"{tmp_path / 'file'} is no directory that can be written to" in capsys.readouterr().err
+
+
 def test_models_that_saw_other_text_are_refused(compared, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(compared / "TC-Nano-4E-seed0", other, ignore=shutil.ignore_patterns("checkpoint-*", "model"))

@@ -206,6 +206,13 @@ def test_bad_sources_are_named_in_one_line(name, tmp_path):
     assert name in str(raised.value)
 
 
+def test_a_link_to_nothing_in_a_folder_is_named(tmp_path):
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "link.txt").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"link\.txt is a link to nowhere, which is not there; remove it"):
+        read(tmp_path)
+
+
 def test_a_bad_file_in_a_folder_is_named(tmp_path):
     (tmp_path / "good.txt").write_text("text")
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n")

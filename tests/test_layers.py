@@ -383,6 +383,18 @@ def test_routing_is_in_float32_for_bfloat16_tokens():
         assert_close(layer.weights(x_MGD), logits_MGE.softmax(1).float())
 
 
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_layer_keeps_its_temperature_where_its_type_and_device_change(name):
+    layer, x = build(name, dtype=torch.float32, temperature=0.3), tokens(dtype=torch.float32)
+    if layer.gate is not None and layer.gate.log_temperature is None:
+        for changed in (layer.bfloat16(), layer.float(), layer.double(), layer.float()):
+            assert float(changed.gate.temperature) == pytest.approx(0.3, rel=1e-7)
+    with torch.device("meta"):
+        empty = ROUTINGS[name](temperature=0.3)
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    assert_close(empty.eval()(x), layer.eval()(x))
+
+
 def test_the_softmax_is_in_float32_for_a_bfloat16_router():
     layer = build("mot", dtype=torch.bfloat16, router_dtype=torch.bfloat16)
     x_MGD = tokens(T, G, D, dtype=torch.bfloat16)

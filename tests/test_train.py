@@ -279,6 +279,16 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
             ["compare", "Transformer-Nano", "MoT-Nano/64E"],
             "the size of their groups, which --model.group_size N sets for all: 32 and 64",
         ),
+        (
+            ["compare", "Transformer-Nano", "MoT-Nano/4E", "--batch-size", 16],
+            "which --model.group_size N, or a --batch-size that 32 divides, sets for all: 1 and 4",
+        ),
+        (
+            ["train", "MoT-Nano/32E", "--steps", 20, "--training.warmup_steps", 21],
+            "--training.warmup_steps 21 is more than the 20 steps of the training",
+        ),
+        (["train", "MoT-Nano/32E", "--expert-parallel", 2], "--expert-parallel 2 is for 2 processes (torchrun"),
+        (["train", "MoT-Nano/32E", "--config", "."], "--config .: it is a directory"),
         (["train", "MoT-Nano/32E", "--learning-rate", "nan"], "--learning-rate takes a finite number, not 'nan'"),
         (["train", "MoT-Nano/32E", "--model.router_temprature", 1], "did you mean router_temperature?"),
         (["train", "MoT-Nano/32E", "--training.wight_decay", 1], "did you mean weight_decay?"),

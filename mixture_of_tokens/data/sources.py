@@ -104,8 +104,13 @@ def located(source: str) -> Path:
 
 
 def _regular(path: Path) -> Path:
-    """The path itself. Raises ValueError unless it is a regular file: opening a named pipe would wait forever."""
-    mode = path.stat().st_mode
+    """The path itself. Raises ValueError unless it is a regular file, or a link to one: a named pipe would wait."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; remove it") from None
+        raise
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
         kind = kinds.get(stat.S_IFMT(mode), "something else")

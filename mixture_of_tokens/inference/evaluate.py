@@ -99,7 +99,7 @@ class _Measured(NamedTuple):
 def evaluate(
     run: str | Path,
     *,
-    data: list[str] | None = None,
+    data: list[str | Path] | None = None,
     field: str = "text",
     context: int | None = None,
     regroupings: int = 3,
@@ -150,7 +150,11 @@ def evaluate(
         blocks = dataclasses.replace(text_of(run).validation, context=context)
     else:
         blocks = whole_text(
-            listed(data), load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
+            [str(each) for each in listed(data)],
+            load_tokenizer_of(run),
+            field=field,
+            context=context,
+            group_size=group_size or BATCH_SIZE,
         )
     lines = _lines(model, blocks, regroupings, sweep_tokens, experts)
     return Evaluation(run, group_size, context, blocks.bytes, lines)

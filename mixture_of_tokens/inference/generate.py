@@ -127,7 +127,8 @@ def generate(
 
     Raises ValueError for bad options, prompts that are empty or too long, and a run without a model.
     """
-    if (prompts_file is None) == (prompt is None):
+    texts = [] if prompt is None else listed(prompt)
+    if (prompts_file is None) == (not texts):
         raise ValueError("give either --prompt, which may be repeated, or --prompts-file")
     if prompts_file is None and out is not None:
         raise ValueError("--out is for --prompts-file; continuations of --prompt are printed")
@@ -136,7 +137,7 @@ def generate(
             raise ValueError(f"{flag} must be at least 1, not {value}")
     most = DEFAULT.max_new_tokens if max_new_tokens is None else max_new_tokens
     (sampling := Sampling(most, temperature, top_p, seed)).check()
-    run, texts = str(run), [] if prompt is None else listed(prompt)
+    run = str(run)
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     placement = placed(shard, expert_parallel, experts)
     model = load_model(run, alone=alone, experts=experts, device=device, placement=placement)

@@ -46,6 +46,9 @@ def watch(
     try:
         with evaluating(model):
             for batch in batches:
+                if not isinstance(batch, Tensor | Mapping):
+                    what = "a tensor or a dictionary of keyword arguments"
+                    raise ValueError(f"batches takes {what} for each, not {type(batch).__name__}")
                 if isinstance(model, MixtureOfTokensForCausalLM):
                     given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
                     known = ("input_ids", "attention_mask", "token_mask")

@@ -25,6 +25,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from mixture_of_tokens.checks import check
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE, Routing
 
@@ -126,6 +127,7 @@ def nearest(word: str, legal: Iterable[str]) -> str:
 
 def parse_name(name: str) -> Name:
     """The parts of a name. Raises ValueError, with the legal values, if it does not follow the grammar."""
+    check("name", name, str)
     head, *parts = name.split("/")
     system, _, size = head.partition("-")
     for what, word, legal in (("system", system, BY_PREFIX), ("size", size, SIZES)):

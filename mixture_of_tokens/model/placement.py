@@ -68,6 +68,9 @@ class Placement:
             raise ValueError(f"--shard {shard}{times} does not make up the {count} {what}; --shard can be {legal}")
         expert_parallel = expert_parallel or 1
         if shard % expert_parallel:
+            if count == 1:
+                many = f"{expert_parallel} {what}, or a multiple"
+                raise ValueError(f"--expert-parallel {expert_parallel} is for {many}, and there is one")
             legal = ", ".join(str(n) for n in range(1, shard + 1) if shard % n == 0)
             raise ValueError(f"--expert-parallel {expert_parallel} does not divide --shard {shard}; legal are {legal}")
         return cls(shard, replicate, expert_parallel)

@@ -15,7 +15,7 @@ from mixture_of_tokens.reports.prose import differing, findings
 from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.records import CONFIG, Transition
-from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.runs.run import Run, check_writable
 
 WIDTH = 110  # of sentences beside the table
 
@@ -62,6 +62,7 @@ def report(*runs: Path, out: Path | None = None) -> Report:
     commands = [*dict.fromkeys(again), shlex.join(here)]
     if out is None:
         out = (runs[0] if len(runs) == 1 and runs[0].is_dir() else runs[0].parent) / "report.html"
+    check_writable(Path(out).parent)
     return write_page(comparison(models, command), models, commands, Path(out))
 
 

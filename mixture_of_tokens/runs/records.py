@@ -128,12 +128,13 @@ class RunConfig:
 
     def conditions(self) -> dict[str, Any]:
         """What runs have to share to be compared, by the flag that sets it."""
+        batch = f", or a --batch-size that {COMMON_GROUP} divides," if self.batch_size % COMMON_GROUP else ""
         return {
             "--evaluate-on": self.evaluate_on,
             "--model.max_position_embeddings": self.model_config.max_position_embeddings,
             "--batch-size": self.batch_size,
             "--steps": self.last_step,
-            "the size of their groups, which --model.group_size N sets for all": self.group_size,
+            f"the size of their groups, which --model.group_size N{batch} sets for all": self.group_size,
         }
 
     def prepare(self) -> Prepared:

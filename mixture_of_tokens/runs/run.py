@@ -6,6 +6,7 @@ A finished run is a directory with config.yaml, metrics.jsonl, run.json and, aft
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -45,6 +46,13 @@ def check_free(out: Path) -> None:
     if is_main() and not _is_empty(out):
         what = "; go on with --resume" if (out / records.CONFIG).is_file() else " and is no run directory"
         raise ValueError(f"{out} exists already{what}, name another with --out, or remove it")
+
+
+def check_writable(out: Path) -> None:
+    """Raises ValueError where no directory can be made, or written to."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
 
 
 def check_holds_runs(out: Path) -> None:

@@ -208,6 +208,8 @@ def try_out(arguments: TrainingArguments) -> None:
     if arguments.optim_args is not None and arguments.optim in ("adamw_torch", "adamw_torch_fused", "adafactor"):
         raise ValueError(f"{flag}: {OptimizerNames(arguments.optim).value} takes none")
     steps = arguments.max_steps
+    if (warm_up := arguments.get_warmup_steps(steps)) > steps:
+        raise ValueError(f"--training.warmup_steps {warm_up} is more than the {steps} steps of the training")
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = kind([torch.zeros(1, requires_grad=True)], **settings)
@@ -215,7 +217,7 @@ def try_out(arguments: TrainingArguments) -> None:
         schedule: Any = get_scheduler(
             arguments.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_warmup_steps=warm_up,
             num_training_steps=steps,
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # pyright: ignore[reportArgumentType]
         )

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import os
 import shutil
 import signal
 import sys
@@ -40,7 +39,7 @@ from mixture_of_tokens.process import is_main, keep_large_blocks, process_count,
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
-from mixture_of_tokens.runs.run import Run, check_free, check_resumed, read
+from mixture_of_tokens.runs.run import Run, check_free, check_resumed, check_writable, read
 from mixture_of_tokens.training.callbacks import AnnealTemperature, StopOnSignal, ended_by_sigterm
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, merge
@@ -100,9 +99,7 @@ def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None =
             return None
         print(f"{out} is finished already", file=sys.stderr)
         return read(out)
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--out {out}: {existing} is no directory that can be written to")
+    check_writable(out)
     with owned(out) if is_main() else nullcontext():
         _check(out, merged, resume)  # another process may have begun meanwhile
         taken = TrainingArguments(output_dir=str(out), **merged.arguments)
