@@ -219,7 +219,8 @@ def table(kept: Path) -> str:
             continue
         steps = " + ".join(f"{int(own[0][key]):,}" for key in ("steps", "after") if int(own[0][key]))
         losses = (spread((row[key] for row in own if row[key]), loss) for key in ("loss", "in_groups", "alone"))
-        shares = [times[system._replace(early=False).label]] + [times[system.after.label]] * system.mixes
+        stages = [system._replace(early=False), *([system.after] if system.mixes else [])]
+        shares = [times[stage.label] for stage in stages]
         each = ", then ".join(f"{float(row['share_of_dense']):.2f}" for row in shares)
         lines.append([system.label, str(len(own)), *losses, steps, each])
     return markdown(lines)
