@@ -278,7 +278,7 @@ def _finish(
         final_loss=final["loss"],
         regrouping_spread=max(losses) - min(losses) if others else None,
         bits_per_byte=final["bits_per_byte"],
-        seconds=round(seconds, 1),
+        seconds=round(seconds, 3),  # as rows have them
         tokens_per_second=round(tokens / seconds),
         vocab_size=config.vocab_size,
         parameters=model.num_parameters(),
