@@ -18,11 +18,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Raises yaml.YAMLError for a key that stands there twice, of which PyYAML takes the last."""
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+        seen: set[tuple[str, str]] = set()
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []  # PyYAML refuses other nodes
+        for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
                 raise ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
-            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None)
+            seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 

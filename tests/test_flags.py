@@ -268,6 +268,7 @@ def test_a_variable_that_changes_a_training_silently_is_refused(name, monkeypatc
         *("a: [", "x: y: z", "- a", "3", "", "\t", "a: *b", "{a: !!python/object:os.system x}", DEEP, "a: " + DEEP),
         *("training: &a {b: *a}", "training: {[1, 2]: 3}", "training: {? {a: 1} : 2}", "a: 2001-13-45", "a\0b"),
         *("a: " + "9" * 5000, "steps: 1\nsteps: 2", "model: {gated: true, gated: false}"),
+        *("a: !!map [b]", "a: !!map b"),
     ],
 )
 def test_a_bad_file_of_flags_is_named(text, capsys):

@@ -61,16 +61,14 @@ class Placement:
         replicate = max(1, count // shard) if replicate is None else replicate
         if shard == 1 and replicate > 1:
             raise ValueError(f"--replicate {replicate} is for --shard above 1; without shards every process has a copy")
+        expert_parallel = expert_parallel or 1
+        for flag, number in {"--shard": shard, "--expert-parallel": expert_parallel}.items():
+            if number > count == 1:
+                raise ValueError(f"{flag} {number} is for {number} {what}, or a multiple, and there is one")
         if shard > 1 and shard * replicate != count:
-            if count == 1:
-                raise ValueError(f"--shard {shard} is for {shard} {what}, or a multiple, and there is one")
             legal = ", ".join(str(n) for n in range(2, count + 1) if count % n == 0)
             raise ValueError(f"--shard {shard}{times} does not make up the {count} {what}; --shard can be {legal}")
-        expert_parallel = expert_parallel or 1
         if shard % expert_parallel:
-            if count == 1:
-                many = f"{expert_parallel} {what}, or a multiple"
-                raise ValueError(f"--expert-parallel {expert_parallel} is for {many}, and there is one")
             legal = ", ".join(str(n) for n in range(1, shard + 1) if shard % n == 0)
             raise ValueError(f"--expert-parallel {expert_parallel} does not divide --shard {shard}; legal are {legal}")
         return cls(shard, replicate, expert_parallel)
