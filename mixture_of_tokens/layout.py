@@ -4,6 +4,7 @@ Shape letters as in `layers.py`. Each product could be one einsum. They are auto
 
 - torch returns the weight gradient of `bmm(x, weight.mT)` transposed. Its accumulation into `.grad` then copies it:
   134 MB per matrix and step at Medium size. `expert_linear` computes it in the weight's own layout.
+- So is the gradient of the weights in `bmm(weights.mT, x)`, with which mixtures are made: `dispatch`.
 - Mixtures are made group by group and read expert by expert. In between they are a transposed view: matrix products
   read it as fast as a copy, and a copy would be as large as all mixtures. Writing each product straight into its
   place (`out=`) is no faster, and many times slower when another process uses a core.
@@ -99,44 +100,46 @@ def _copied_swapped(x: Tensor) -> Tensor:
 
 
 _copied_swapped.register_fake(lambda x: x.new_empty(x.shape[1], x.shape[0], x.shape[2]))
+_copied_swapped.register_autograd(lambda ctx, grad: _copied_swapped(grad))
 
 
-class _Dispatch(torch.autograd.Function):
+def save_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+class _Mixtures(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights_MGE, x_MGD):
-        ctx.save_for_backward(weights_MGE, x_MGD)
-        return _swapped(torch.bmm(weights_MGE.mT, x_MGD))
+    def forward(weights_MGE, x_MGD):
+        return torch.bmm(weights_MGE.mT, x_MGD)
+
+    setup_context = staticmethod(save_inputs)
 
     @staticmethod
-    def backward(ctx, grad_EMD):
+    def backward(ctx, grad_MED):
         weights_MGE, x_MGD = ctx.saved_tensors
-        grad_MED = _swapped(grad_EMD)
         return torch.bmm(x_MGD, grad_MED.mT), torch.bmm(weights_MGE, grad_MED)
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weights_MGE, y_EMD):
-        y_MED = _swapped(y_EMD)
-        ctx.save_for_backward(weights_MGE, y_MED)
-        return torch.bmm(weights_MGE, y_MED)
-
-    @staticmethod
-    def backward(ctx, grad_MGD):
-        weights_MGE, y_MED = ctx.saved_tensors
-        return torch.bmm(grad_MGD, y_MED.mT), _swapped(torch.bmm(weights_MGE.mT, grad_MGD))
 
 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ERI, weight_EOI):
-        ctx.save_for_backward(x_ERI, weight_EOI)
+    def forward(x_ERI, weight_EOI):
         return torch.bmm(x_ERI, weight_EOI.mT)
+
+    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx, grad_ERO):
         x_ERI, weight_EOI = ctx.saved_tensors
         return torch.bmm(grad_ERO, weight_EOI), torch.bmm(grad_ERO.mT, x_ERI)
+
+
+def once_only(what: str, instead: str) -> None:
+    """For the backward of an autograd function that keeps what it has computed: to autograd that is a constant.
+
+    Raises RuntimeError if a graph of the gradients is asked for.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} has no second derivatives: {instead}")
 
 
 class _PreciseLinear(torch.autograd.Function):
@@ -147,6 +150,7 @@ class _PreciseLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_SO):
+        once_only("the router of float32 under autocast", "turn autocast off")
         x_SI, weight_OI = ctx.saved_tensors
         grad = grad_SO.to(x_SI.dtype)
         return (grad @ weight_OI).to(grad_SO.dtype), (grad.T @ x_SI).to(grad_SO.dtype), None
@@ -166,12 +170,13 @@ def precise_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 def dispatch(weights_MGE: Tensor, x_MGD: Tensor) -> Tensor:
     """mix[e, m] = sum_g weights[m, g, e] * x[m, g]: (M, G, E), (M, G, D) -> (E, M, D)."""
-    return _Dispatch.apply(*autocast_to(weights_MGE, x_MGD))
+    return _swapped(_Mixtures.apply(*autocast_to(weights_MGE, x_MGD)))
 
 
 def combine(weights_MGE: Tensor, y_EMD: Tensor) -> Tensor:
     """out[m, g] = sum_e weights[m, g, e] * y[e, m]: (M, G, E), (E, M, D) -> (M, G, D)."""
-    return _Combine.apply(*autocast_to(weights_MGE, y_EMD))
+    weights_MGE, y_EMD = autocast_to(weights_MGE, y_EMD)
+    return torch.bmm(weights_MGE, _swapped(y_EMD))
 
 
 def expert_linear(x_ERI: Tensor, weight_EOI: Tensor) -> Tensor:

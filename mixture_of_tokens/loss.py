@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layout import autocast_to
+from mixture_of_tokens.layout import autocast_to, once_only
 
 IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers
 # 64 MiB in fp32, which a CPU has in its cache in part; a GPU's products want more rows.
@@ -15,7 +15,7 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, *, logit
     """Sum over tokens of the cross-entropy of softmax(hidden @ head.T), in nats, in fp32 (float64 for float64).
 
     Only one chunk of tokens has its logits in memory at a time. Gradients are computed in the same pass,
-    while these logits are in memory, so nothing is computed twice. Double backward is not supported.
+    while these logits are in memory, so nothing is computed twice. Raises RuntimeError for second derivatives.
 
     Args:
         hidden: (S, D); head: (V, D); labels: (S,), `IGNORE` where nothing is predicted.
@@ -54,6 +54,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
+        once_only("chunked_cross_entropy", "give the model no labels, and take the cross-entropy of its logits")
         grad_hidden, grad_head = ctx.saved_tensors
         grads = (grad_hidden * grad_loss).to(grad_hidden.dtype), (grad_head * grad_loss).to(grad_head.dtype)
         return *grads, None, None, None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixture_of_tokens.experts import Routed
-from mixture_of_tokens.layout import autocast_to, expert_linear
+from mixture_of_tokens.layout import autocast_to, expert_linear, save_inputs
 
 SMALL = 2**17  # bytes of an expert, up to which a CPU multiplies several at once
 COPIED = 2**22  # weights that are copied at most, where an expert has few rows, as where text is written
@@ -23,9 +23,12 @@ WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_SD, token_N, slot_A, start_S, kept_A):
-        ctx.save_for_backward(slot_A, start_S, kept_A)
+    def forward(x_SD, token_N, slot_A, start_S, kept_A):
         return _at_rows(x_SD, token_N)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx, grad_ND):
@@ -35,13 +38,14 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_ND, gate_A, token_N, assignment_N, slot_A, start_S):
-        ctx.save_for_backward(y_ND, gate_A, token_N, assignment_N, slot_A)
+    def forward(y_ND, gate_A, token_N, assignment_N, slot_A, start_S):
         return _sum_by_token(y_ND, slot_A, start_S, gate_A)
+
+    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx, grad_SD):
-        y_ND, gate_A, token_N, assignment_N, slot_A = ctx.saved_tensors
+        y_ND, gate_A, token_N, assignment_N, slot_A, _ = ctx.saved_tensors
         grad_ND = _at_rows(grad_SD, token_N)
         gate_N1 = _at_rows(gate_A[:, None], assignment_N)
         of_gate_A = (grad_ND * y_ND).sum(-1).index_select(0, slot_A)
@@ -232,17 +236,19 @@ def _runs(ends_E: Tensor) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
         first, start = end, stop
 
 
-def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _ragged_backward(ctx, grad_NO):
     x_NI, weight_EOI, ends_E = ctx.saved_tensors
     grad_NI = _ragged_mm(grad_NO, weight_EOI.mT, ends_E)
     return grad_NI, _ragged_weight_gradient(grad_NO, x_NI, ends_E), None
 
 
+def _ragged_second_backward(ctx, grad_EOI):
+    grad_NO, x_NI, ends_E = ctx.saved_tensors
+    return _ragged_mm(x_NI, grad_EOI, ends_E), _ragged_mm(grad_NO, grad_EOI.mT, ends_E), None
+
+
 # Of shapes, as `len` would be a constant to the compiler.
 _ragged_mm.register_fake(lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]))
 _ragged_weight_gradient.register_fake(lambda g, x, ends: x.new_empty(ends.shape[0], g.shape[1], x.shape[1]))
-_ragged_mm.register_autograd(_ragged_backward, setup_context=_save_for_backward)
+_ragged_mm.register_autograd(_ragged_backward, setup_context=save_inputs)
+_ragged_weight_gradient.register_autograd(_ragged_second_backward, setup_context=save_inputs)

@@ -413,6 +413,14 @@ def test_gates_are_in_float32_for_a_bfloat16_router(name, monkeypatch):
     assert [scores.dtype for scores in seen] == [torch.float32]
 
 
+def test_second_derivatives_of_a_float32_router_under_autocast_are_refused():
+    layer, x = build("mot", dtype=torch.float32), tokens(dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    with pytest.raises(RuntimeError, match="router of float32 under autocast has no second derivatives: turn autocast"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
 COMPILED = ["mot", "mot_normalized", "uniform", "ec_takes_2", "tc_top1", "tc_top1_dropping", "tc_top2_dropping"]
 
 

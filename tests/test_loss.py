@@ -96,6 +96,15 @@ def test_a_label_that_is_no_class_is_an_error(label):
         chunked_cross_entropy(hidden, head, torch.tensor([2, label, IGNORE]))
 
 
+def test_second_derivatives_are_refused():
+    hidden, head, labels = example(torch.float64)
+    loss = chunked_cross_entropy(hidden, head, labels)
+    with pytest.raises(
+        RuntimeError, match=r"chunked_cross_entropy has no second derivatives: give the model no labels"
+    ):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 def test_evaluation_gives_the_same_loss():
     hidden, head, labels = example(torch.float64)
     expected = chunked_cross_entropy(hidden, head, labels).detach()

@@ -4,6 +4,8 @@ A property is a `check_...` that asserts. Beside each stands a control: a layer 
 it must flag, so that a check that sees nothing cannot pass for a promise that is kept.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -249,13 +251,13 @@ def test_a_parameter_without_a_gradient_is_caught():
         check_gradients(layer, None)
 
 
-def check_derivative(layer: nn.Module, x: Tensor, mask: Tensor | None) -> None:
+def check_derivative(layer: nn.Module, x: Tensor, mask: Tensor | None, check=torch.autograd.gradcheck) -> None:
     names, values = zip(*layer.named_parameters(), strict=True)
 
     def call(x, *values):
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x, mask))
 
-    assert torch.autograd.gradcheck(call, (x.requires_grad_(), *values))
+    assert check(call, (x.requires_grad_(), *values))
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -263,6 +265,67 @@ def test_gradcheck(name):
     layer, x = build(name, hidden_size=3, expert_size=2), tokens(4, 2, 3)
     check_derivative(layer, x, some_mask(4, 2))
     check_derivative(layer, x, None)
+
+
+second = partial(torch.autograd.gradgradcheck, fast_mode=True)
+
+
+@pytest.mark.parametrize("rows", [4, 40], ids=["few_tokens", "many_tokens"])  # for which sparse routings differ
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_gradgradcheck(name, rows):
+    layer = build(name, hidden_size=3, expert_size=2)
+    check_derivative(layer, tokens(rows, 2, 3), some_mask(rows, 2), second)
+    check_derivative(layer, tokens(rows, 2, 3), None, second)
+
+
+def check_functional_gradients(layer: nn.Module, x: Tensor) -> None:
+    """`torch.func`'s gradients and Jacobians are those of autograd."""
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def call(values, x):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,)).square().sum()
+
+    values = tuple(value.detach().requires_grad_() for value in values)
+    assert_close(torch.func.grad(call)(values, x), torch.autograd.grad(call(values, x), values))
+    assert_close(torch.func.jacrev(layer)(x), torch.autograd.functional.jacobian(layer, x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of torch's embedding_bag
+@pytest.mark.parametrize("name", MIXTURES | EXPERT_CHOICES | DROPPING | SOFT)
+def test_functional_gradients(name):
+    check_functional_gradients(build(name, hidden_size=3, expert_size=2), tokens(4, 2, 3))
+
+
+def test_an_autograd_function_of_the_older_form_is_caught():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    layer = Faulty(build("mot", hidden_size=3), lambda layer, x, mask: Twice.apply(layer(x, mask)))
+    with pytest.raises(RuntimeError, match="must override the setup_context"):
+        check_functional_gradients(layer, tokens(4, 2, 3))
+
+
+def test_a_wrong_second_derivative_is_caught():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(2 * x)  # neither an input nor an output, so a constant to autograd
+            return x.square()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]
+
+    layer, x = Faulty(build("mot", hidden_size=3), lambda layer, x, mask: Square.apply(layer(x, mask))), tokens(4, 2, 3)
+    check_derivative(layer, x, None)
+    with pytest.raises(GradcheckError):
+        check_derivative(layer, x, None, second)
 
 
 def test_a_wrong_derivative_is_caught():
