@@ -4,7 +4,6 @@ Shape letters as in `layers.py`. Each product could be one einsum. They are auto
 
 - torch returns the weight gradient of `bmm(x, weight.mT)` transposed. Its accumulation into `.grad` then copies it:
   134 MB per matrix and step at Medium size. `expert_linear` computes it in the weight's own layout.
-- So is the gradient of the weights in `bmm(weights.mT, x)`, with which mixtures are made: `dispatch`.
 - Mixtures are made group by group and read expert by expert. In between they are a transposed view: matrix products
   read it as fast as a copy, and a copy would be as large as all mixtures. Writing each product straight into its
   place (`out=`) is no faster, and many times slower when another process uses a core.
@@ -104,10 +103,11 @@ _copied_swapped.register_autograd(lambda ctx, grad: _copied_swapped(grad))
 
 
 def save_inputs(ctx, inputs, output) -> None:
+    """Keep what second derivatives pass through; what a function computes for itself is a constant to autograd."""
     ctx.save_for_backward(*inputs)
 
 
-class _Mixtures(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(weights_MGE, x_MGD):
         return torch.bmm(weights_MGE.mT, x_MGD)
@@ -118,6 +118,19 @@ class _Mixtures(torch.autograd.Function):
     def backward(ctx, grad_MED):
         weights_MGE, x_MGD = ctx.saved_tensors
         return torch.bmm(x_MGD, grad_MED.mT), torch.bmm(weights_MGE, grad_MED)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(weights_MGE, y_MED):
+        return torch.bmm(weights_MGE, y_MED)
+
+    setup_context = staticmethod(save_inputs)
+
+    @staticmethod
+    def backward(ctx, grad_MGD):
+        weights_MGE, y_MED = ctx.saved_tensors
+        return torch.bmm(grad_MGD, y_MED.mT), torch.bmm(weights_MGE.mT, grad_MGD)
 
 
 class _ExpertLinear(torch.autograd.Function):
@@ -134,10 +147,7 @@ class _ExpertLinear(torch.autograd.Function):
 
 
 def once_only(what: str, instead: str) -> None:
-    """For the backward of an autograd function that keeps what it has computed: to autograd that is a constant.
-
-    Raises RuntimeError if a graph of the gradients is asked for.
-    """
+    """Raises RuntimeError in a backward of which a second one is asked for, where what was kept are no inputs."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{what} has no second derivatives: {instead}")
 
@@ -170,13 +180,13 @@ def precise_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 def dispatch(weights_MGE: Tensor, x_MGD: Tensor) -> Tensor:
     """mix[e, m] = sum_g weights[m, g, e] * x[m, g]: (M, G, E), (M, G, D) -> (E, M, D)."""
-    return _swapped(_Mixtures.apply(*autocast_to(weights_MGE, x_MGD)))
+    return _swapped(_Dispatch.apply(*autocast_to(weights_MGE, x_MGD)))
 
 
 def combine(weights_MGE: Tensor, y_EMD: Tensor) -> Tensor:
     """out[m, g] = sum_e weights[m, g, e] * y[e, m]: (M, G, E), (E, M, D) -> (M, G, D)."""
     weights_MGE, y_EMD = autocast_to(weights_MGE, y_EMD)
-    return torch.bmm(weights_MGE, _swapped(y_EMD))
+    return _Combine.apply(weights_MGE, _swapped(y_EMD))
 
 
 def expert_linear(x_ERI: Tensor, weight_EOI: Tensor) -> Tensor:
