@@ -181,7 +181,7 @@ def kept() -> list[Path]:
 def test_all_runs_are_kept_with_evaluations_and_one_seed_with_telemetry():
     folders = [file.parent.name for file in kept()]
     assert {name: folders.count(name) for name in folders} == {
-        "nano": 12, "prose": 3, "long": 3, "transition": 47, "verdict": 37, "routings": 36, "paper": 67
+        "nano": 12, "prose": 3, "long": 3, "transition": 47, "verdict": 44, "routings": 36, "paper": 67
     }  # fmt: skip
     for file in kept():
         run = read(file)
@@ -580,6 +580,15 @@ def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
     assert all(float(row["tuning_loss"]) > 0 for row in rows)
 
 
+def test_the_rate_after_an_early_switch_is_the_best_that_was_tried(fresh, tmp_path):
+    early, file = fresh.System("MoT-Nano/4E", early=True), tmp_path / "after.csv"
+    assert fresh.best_rate_after(early, file) is None
+    rows = [{"system": early.label, "learning_rate": rate, "loss": loss} for rate, loss in ((0.02, 2.5), (0.01, 2.4))]
+    fresh.write_csv(file, list(rows[0]), rows)
+    assert fresh.best_rate_after(early, file) == 0.01
+    assert fresh.best_rate_after(early._replace(early=False), file) is None
+
+
 def test_a_rate_at_which_training_diverges_is_the_worst(fresh, tiny, tmp_path, monkeypatch):
     cells = [{"settings": {"--learning-rate": rate}, "loss": loss} for rate, loss in (("1", None), ("0.01", 2.5))]
     made = SimpleNamespace(as_dict=lambda: {"cells": cells})
@@ -601,8 +610,10 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=5e-4)
         if system.mixes:
             assert run.switch.step == steps
-        elif (rate := fresh.best_rate(system, kept / fresh.SWEPT)) is not None:
-            assert run.config.learning_rate == rate
+            rate = fresh.best_rate_after(system, kept / fresh.SWEPT_AFTER)
+        else:
+            rate = fresh.best_rate(system, kept / fresh.SWEPT)
+        assert rate is None or run.config.learning_rate == rate
 
 
 @pytest.mark.slow
@@ -629,6 +640,12 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     times = {row["system"]: row for row in fresh.read_csv(here.kept / "fresh-timings.csv")}
     assert [bool(row["distil_steps_of_dense"]) for row in times.values()] == [False, True, False, False]
     monkeypatch.setattr(fresh, "steps_within", lambda budget, system, times: (10, 3 if system.mixes else 0))
+    monkeypatch.setattr(fresh, "AFTER", [("MoT-Nano/4E", (2e-2, 1e-2))])
+    for _ in range(2):
+        fresh.swept_after(here)
+    rows = fresh.read_csv(here.kept / "fresh-after.csv")
+    assert [(row["system"], row["learning_rate"]) for row in rows] == [(systems[2].label, r) for r in ("0.02", "0.01")]
+    best = float(min(rows, key=lambda row: float(row["loss"]))["learning_rate"])
     for _ in range(2):  # the second time nothing is missing
         fresh.make(here)
     rows = fresh.read_csv(here.kept / "fresh.csv")
@@ -638,6 +655,7 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
         run = read(here.kept / f"{system.directory(1)}{'-transition' * system.mixes}.json")
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=1e-3)
         assert bool(row["in_groups"]) == bool(row["alone"]) == system.mixes
+    assert read(here.kept / f"{systems[2].directory(1)}-transition.json").config.learning_rate == best
     assert "| MoT-Nano/4E, switched early | 1 |" in fresh.table(here.kept)
 
 

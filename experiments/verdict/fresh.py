@@ -1,7 +1,7 @@
 """What one serves after 10 minutes of training, on text of which nothing is read twice.
 
     python experiments/verdict/fresh.py           # what is missing; some 15 minutes of one thread a run
-    python experiments/verdict/fresh.py --sweep   # peak rates that no other sweep has, on the tuning split; an hour
+    python experiments/verdict/fresh.py --sweep   # rates that no other sweep has, on the tuning split; two hours
     python experiments/verdict/fresh.py --time    # a step of every system in turns, and the fits; an idle machine
     python experiments/verdict/fresh.py --table   # Markdown
 
@@ -11,8 +11,10 @@ in rounds that take every system in turn, and the distillation of each switch be
 multiple of those. So it says how many steps the budget holds, for each system a whole schedule of its own. Of a
 mixture's budget the switch and a tenth of its steps come after the training in groups; of the one that is switched
 early, a tenth of the time comes before it. What is trained may train beside other work, or be stopped: the same command
-goes on. Rates are the best of fresh-sweeps.csv, where it has the system. Expected: a switched mixture is level with the
-best Token Choice, by 0.01 nats.
+goes on. Rates are the best of fresh-sweeps.csv, where it has the system, and after an early switch, from which on they
+fall, the best of fresh-after.csv, whose runs are as long as these; where those of the first turned out to be too high
+for that length, a system has another beside it. Expected: a switched mixture is level with the best Token Choice, by
+0.01 nats.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
 fresh.csv has a row each; of a mixture before its switch also its loss in full groups, and alone, a token by as many
@@ -35,7 +37,7 @@ from mixture_of_tokens.convert.switch import to_token_choice, token_choice_confi
 from mixture_of_tokens.data.groups import Blocks, training_groups
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.model.names import SIZES
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.run import Run, read
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 
@@ -56,6 +58,7 @@ from common import (
 )
 
 BUDGET, SEEDS = 7000, (1, 2, 3)  # in steps of the dense model
+TUNING_SEED = 0  # which no result uses
 SHARE_AFTER, SHARE_BEFORE = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
 EARLY_STEPS = 500  # of distillation, for a layer, where the switch is early
 OPTIONS = Options(device="cpu", data=["packages"])
@@ -67,6 +70,7 @@ class System(NamedTuple):
     name: str
     model: Mapping[str, str] = {}
     early: bool = False
+    rate: float | None = None  # another than the sweeps'
 
     @property
     def mixes(self) -> bool:
@@ -76,7 +80,8 @@ class System(NamedTuple):
     def label(self) -> str:
         settings = [f"{field} {value}" for field, value in self.model.items()]
         switch = ["switched early" if self.early else "switched"] if self.mixes else []
-        return ", ".join([self.name, *settings, *switch])
+        rate = [] if self.rate is None else [f"rate {self.rate:g}"]
+        return ", ".join([self.name, *settings, *switch, *rate])
 
     @property
     def after(self) -> "System":
@@ -85,18 +90,27 @@ class System(NamedTuple):
 
     def directory(self, seed: int) -> str:
         settings = [f"{field}={value}" for field, value in self.model.items()]
-        return directory_of(self.name, *settings, *["early"] * self.early, "fresh", f"seed{seed}")
+        rate = [] if self.rate is None else [f"rate={self.rate:g}"]
+        return directory_of(self.name, *settings, *["early"] * self.early, *rate, "fresh", f"seed{seed}")
+
+    @property
+    def as_timed(self) -> "System":
+        """The one whose steps take the same time."""
+        return self._replace(early=False, rate=None)
 
 
 SYSTEMS = (
     System("Transformer-Nano"),
     System("TC-Nano/32E", SHARP),
     System("TC-Nano/32E", SHARP | DROPLESS),
+    System("TC-Nano/32E/4", DROPLESS, rate=1e-2),
     System("TC-Nano/32E/8", DROPLESS),
     System("STC-Nano/32E/8"),
+    System("STC-Nano/32E/8", rate=1e-2),
     System("MoT-Nano/32E"),
     System("MoT-Nano/32E/4"),
     System("MoT-Nano/32E/8"),
+    System("MoT-Nano/32E/4", early=True),
     System("MoT-Nano/32E/8", early=True),
 )
 # Peak rates that were tried, with seed 1, at this number of steps.
@@ -108,14 +122,16 @@ SWEEPS: tuple[Sweep, ...] = (
     ("MoT-Nano/32E/4", [2e-2, 1e-2], {}),
     ("MoT-Nano/32E/8", [2e-2, 1e-2], {}),
 )
-TIMES, RESULTS, SWEPT = "fresh-timings.csv", "fresh.csv", "fresh-sweeps.csv"
+# Rates after an early switch that were tried, for the whole budget. Other mixtures go on with the rate before it.
+AFTER = [("MoT-Nano/32E", (2e-2, 1e-2)), ("MoT-Nano/32E/4", (2e-2, 1e-2, 5e-3)), ("MoT-Nano/32E/8", (2e-2, 1e-2))]
+TIMES, RESULTS, SWEPT, SWEPT_AFTER = "fresh-timings.csv", "fresh.csv", "fresh-sweeps.csv", "fresh-after.csv"
 COLUMNS = ("system", "seed", "steps", "after", "loss", "in_groups", "alone")
 Times = Mapping[str, Mapping[str, str]]  # rows of fresh-timings.csv by system
 
 
 def timed(kept: Path) -> None:
     """Steps of all systems and of what mixtures are after their switch; and distillation, in steps of the dense one."""
-    systems = {system.label: system for system in SYSTEMS if not system.early}
+    systems = {system.as_timed.label: system.as_timed for system in SYSTEMS}
     systems |= {system.after.label: system.after for system in SYSTEMS if system.mixes}
     models = {}
     for label, system in systems.items():
@@ -150,6 +166,8 @@ def distillation(source: MixtureOfTokensForCausalLM, text: Blocks) -> float:
 
 def best_rate(system: System, sweeps: Path) -> float | None:
     """None where it was not swept: the default is the best of earlier sweeps."""
+    if system.rate is not None:
+        return system.rate
     rates = {}
     for row in read_csv(sweeps):
         flags = dict(re.findall(r"--(\S+) (\S+)", row["settings"]))
@@ -161,7 +179,7 @@ def best_rate(system: System, sweeps: Path) -> float | None:
 
 def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]:
     """Those that fit into the time of so many dense steps: in all or before the switch, and after it."""
-    own = times[system._replace(early=False).label]
+    own = times[system.as_timed.label]
     each = float(own["share_of_dense"])
     if not system.mixes:
         return int(budget / each), 0
@@ -173,24 +191,59 @@ def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]
     return steps, round(SHARE_AFTER * steps)
 
 
+def best_rate_after(system: System, file: Path) -> float | None:
+    """None where it was not swept: that of before the switch."""
+    rates = {float(row["loss"]): float(row["learning_rate"]) for row in read_csv(file) if row["system"] == system.label}
+    return rates[min(rates)] if rates else None
+
+
+def trained(out: Path, system: System, seed: int, steps: int, kept: Path, options: Options) -> None:
+    """Train a system, or a mixture up to its switch."""
+    # Before an early switch the rate stays, and falls after it (../switch/when.py).
+    schedule = {"lr_scheduler_type": "constant_with_warmup"} if system.early else {}
+    options = replace(options, steps=steps, model=dict(system.model), training=schedule)
+    train(system.name, out=out, seed=seed, learning_rate=best_rate(system, kept / SWEPT), options=options, resume=True)
+
+
+def switched(source: Path, out: Path, system: System, steps: int, rate: float | None) -> Run:
+    """Switch a mixture, and train it on."""
+    early: dict[str, Any] = {"schedule": "decay", "distil_steps": EARLY_STEPS, "learning_rate": rate}
+    how = early if system.early else {"distil_steps": STEPS}
+    transition(source, out=out, steps=steps, device="cpu", resume=True, **how)
+    return read(out)
+
+
 def made(experiment: Experiment, system: System, seed: int, steps: int, after: int) -> dict[str, Any]:
     """A row of fresh.csv."""
     row: dict[str, Any] = {"system": system.label, "seed": seed, "steps": steps, "after": after}
     row |= {"in_groups": "", "alone": ""}
     out = experiment.trained / system.directory(seed)
-    # Before an early switch the rate stays, and falls after it (../switch/when.py).
-    schedule = {"lr_scheduler_type": "constant_with_warmup"} if system.early else {}
-    options = replace(OPTIONS, steps=steps, model=dict(system.model), training=schedule)
-    rate = best_rate(system, experiment.kept / SWEPT)
-    train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)
+    trained(out, system, seed, steps, experiment.kept, OPTIONS)
     if system.mixes:
         row |= {"in_groups": read(out).facts.final_loss, "alone": loss_alone(out, "validation")}
-        how: dict[str, Any] = {"schedule": "decay", "distil_steps": EARLY_STEPS} if system.early else {}
-        transition(out, steps=after, device="cpu", resume=True, **{"distil_steps": STEPS} | how)
-        out = out.with_name(f"{out.name}-transition")
+        source, out = out, out.with_name(f"{out.name}-transition")
+        switched(source, out, system, after, best_rate_after(system, experiment.kept / SWEPT_AFTER))
     keep([read(out)], experiment.kept, first_seed=SEEDS[0])
     (row["loss"],) = by_plain_transformers("loss", out)
     return row
+
+
+def swept_after(experiment: Experiment) -> None:
+    """Rates after an early switch, on the tuning split; what the file has is not tried again."""
+    file, times = experiment.kept / SWEPT_AFTER, times_in(experiment.kept)
+    for name, rates in AFTER:
+        system = System(name, early=True)
+        before, after = steps_within(BUDGET, system, times)
+        source = experiment.trained / f"{system.directory(TUNING_SEED)}-tuning"
+        for rate in rates:
+            rows: list[dict[str, Any]] = list(read_csv(file))
+            if any((row["system"], float(row["learning_rate"])) == (system.label, rate) for row in rows):
+                continue
+            options = replace(OPTIONS, evaluate_on="tuning")
+            trained(source, system, TUNING_SEED, before, experiment.kept, options)
+            run = switched(source, source.with_name(f"{source.name}-{rate:g}"), system, after, rate)
+            row = {"system": system.label, "learning_rate": rate, "loss": run.facts.final_loss}
+            write_csv(file, list(row), [*rows, row])
 
 
 def make(experiment: Experiment) -> None:
@@ -219,7 +272,7 @@ def table(kept: Path) -> str:
             continue
         steps = " + ".join(f"{int(own[0][key]):,}" for key in ("steps", "after") if int(own[0][key]))
         losses = (spread((row[key] for row in own if row[key]), loss) for key in ("loss", "in_groups", "alone"))
-        stages = [system._replace(early=False), *([system.after] if system.mixes else [])]
+        stages = [system.as_timed, *([system.after] if system.mixes else [])]
         shares = [times[stage.label] for stage in stages]
         each = ", then ".join(f"{float(row['share_of_dense']):.2f}" for row in shares)
         lines.append([system.label, str(len(own)), *losses, steps, each])
@@ -237,6 +290,7 @@ def main() -> None:
     if given.sweep:
         options = replace(OPTIONS, steps=SWEPT_STEPS)
         swept(experiment.kept / SWEPT, SWEEPS, options, experiment.trained)
+        swept_after(experiment)
     elif given.time:
         timed(experiment.kept)
     else:
