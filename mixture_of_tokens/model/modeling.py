@@ -252,7 +252,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             inputs_embeds=inputs_embeds,
             token_mask=token_mask,
             output_router_logits=with_routers,
-            output_auxiliary_losses=bool(weights),
+            output_auxiliary_losses=len(weights) > 0,  # the compiler of torch 2.10 cannot trace bool(weights)
             return_dict=True,
             **kwargs,
         )
