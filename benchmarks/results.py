@@ -28,8 +28,14 @@ def surroundings(device: str | None) -> dict:
         "commit": provenance.commit() or "unknown",
         **{name: versions[name] for name in ("torch", "transformers", "python")},
         **provenance.hardware(device),
-        "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all"),
+        "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA") or ("all with AMX" if has_amx() else "all"),
     }
+
+
+def has_amx() -> bool:
+    """Whether the processor has units for products of matrices; two of one name may differ in that."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_tile" in cpuinfo.read_text().split()
 
 
 def check_columns(path: Path, columns: Sequence[str]) -> None:
