@@ -245,9 +245,8 @@ def test_shares_of_dense_are_the_benchmarks(monkeypatch):
             expected = f"{float(row['share_of_dense']):.2f}"
             floor = f" ({float(row['share_of_floor']):.2f})" if row["share_of_floor"] else ""
             assert cell.strip() == expected + floor, (provider, column)
-    without = [
-        f"{float(of[xeon, 'float32', 'all with AMX', 'default', 'plain', mot]['share_of_dense']):.2f}" for mot in providers[:2]
-    ]
+    conditions = (xeon, "float32", "all with AMX", "default", "plain")
+    without = [f"{float(of[*conditions, mot]['share_of_dense']):.2f}" for mot in providers[:2]]
     assert "ran at {} and {} of dense".format(*without) in " ".join(text_of("speed").split())
 
 
