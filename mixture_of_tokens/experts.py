@@ -67,6 +67,7 @@ class Experts(nn.Module):
         check("hidden_size", hidden_size, int)
         check("expert_size", expert_size, int)
         check("num_experts", num_experts, int)
+        check("gated", gated, bool)
         if min(hidden_size, expert_size, num_experts) < 1:
             raise ValueError(f"sizes must be at least 1: {hidden_size=}, {expert_size=}, {num_experts=}")
         if activation not in ACTIVATIONS:
@@ -185,7 +186,8 @@ class Routed(nn.Module):
         temperature, learnable_temperature, router_dtype: see `Router`.
         initializer_scale: see `truncated_normal_`.
 
-    Raises ValueError for a size below 1, a temperature that is not positive and finite, or an unknown activation.
+    Raises ValueError for a size below 1, a temperature that is not positive and finite, an unknown activation, or an
+    argument of another type.
     """
 
     def __init__(
@@ -202,6 +204,9 @@ class Routed(nn.Module):
         initializer_scale: float = INITIALIZER_SCALE,
     ):
         super().__init__()
+        check("learnable_temperature", learnable_temperature, bool)
+        if not isinstance(router_dtype, torch.dtype) or not router_dtype.is_floating_point:
+            raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {router_dtype!r}")
         self.num_experts = num_experts
         self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation)
         self.gate = Router(

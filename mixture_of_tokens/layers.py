@@ -71,6 +71,8 @@ class MixtureOfTokens(Routed):
         **options: Unpack[RoutedOptions],
     ):
         check("group_size", group_size, int)
+        check("normalize_mixture", normalize_mixture, bool)
+        check("uniform", uniform, bool)
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {group_size}")
         super().__init__(hidden_size, expert_size, num_experts, **options)

@@ -36,18 +36,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=at_least_fp32)
         for start in range(0, len(hidden), size):
-            chunk, label = hidden[start : start + size], labels[start : start + size, None]
+            label = labels[start : start + size, None]
             real = label != IGNORE
+            chunk = hidden[start : start + size].masked_fill(~real, 0)  # what is not predicted may be NaN
             label = label.where(real, 0)  # another negative label is an error, as one beyond the vocabulary
             log_probabilities = F.linear(chunk, head).log_softmax(-1, dtype=at_least_fp32)
-            loss -= (log_probabilities.gather(1, label) * real).sum()
+            loss -= log_probabilities.gather(1, label).where(real, 0).sum()
             if with_gradients:
                 grad = log_probabilities.exp_()
                 grad.scatter_add_(1, label, grad.new_full(label.shape, -1.0))
                 grad = grad.to(hidden.dtype)
                 # Tokens that are not predicted are left out here, where they have D columns and not V.
-                grad_hidden[start : start + size] = (grad @ head) * real
-                grad_head += grad.T @ (chunk * real)
+                grad_hidden[start : start + size] = (grad @ head).where(real, 0)
+                grad_head += grad.T @ chunk
         if with_gradients:
             ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         return loss

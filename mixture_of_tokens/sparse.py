@@ -61,7 +61,8 @@ class TokenChoice(Routed):
 
     In training an expert takes at most max(1, ceil(capacity_factor * n * k / E)) of the n real tokens; the rest are
     dropped: they get no update from it. Earlier positions have priority, then first choices, then earlier rows, so
-    dropping never depends on a later token. In evaluation, and with `capacity_factor=None`, nothing is dropped.
+    dropping never depends on what a later token is, only on how many there are. In evaluation, and with
+    `capacity_factor=None`, nothing is dropped.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class TokenChoice(Routed):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, **options)
+        check("norm_topk_prob", norm_topk_prob, bool)
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
         if capacity_factor is not None and not capacity_factor > 0:
@@ -108,7 +110,7 @@ class TokenChoice(Routed):
         if self.training:
             self.note(scores_TBE, expert_TBK, None if masked_TB1 is None else ~masked_TB1[..., 0])
         if self.norm_topk_prob:
-            gate_TBK = gate_TBK / gate_TBK.sum(-1, keepdim=True)
+            gate_TBK = gate_TBK / (gate_TBK.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0; as Dots1 has it
         if masked_TB1 is not None:  # masked tokens go to no expert
             gate_TBK, expert_TBK = gate_TBK.masked_fill(masked_TB1, 0), expert_TBK.masked_fill(masked_TB1, E)
         x_SD, gate_A, expert_A = x_TBD.flatten(0, 1), gate_TBK.flatten(), expert_TBK.flatten()

@@ -175,6 +175,7 @@ BAD = {
     "false.txt.zst": (lambda p: p.write_bytes(b"text"), "false.txt.zst is not a complete zstd file"),
     "short.txt.zst": (lambda p: p.write_bytes(zstd(b"text")[:-3]), "short.txt.zst is not a complete zstd file"),
     "bad.jsonl": (lambda p: p.write_text('{"text": "a"}\n\n{"text": '), "bad.jsonl:3 is no JSON: Expecting value"),
+    "control.jsonl": (lambda p: p.write_text('{"a": "\t"}'), "is no JSON: Invalid control character at column 8"),
     "list.jsonl": (lambda p: p.write_text("[1]"), "list.jsonl:1 is no object"),
     "field.jsonl": (lambda p: p.write_text('{"a": "x", "b": 1}'), "jsonl:1 has no field 'text'; it has 'a', 'b'"),
     "deep.jsonl": (lambda p: p.write_text('{"text": ' + "[" * 10**5), "deep.jsonl:1 is nested too deeply"),
@@ -204,6 +205,14 @@ def test_bad_sources_are_named_in_one_line(name, tmp_path):
         read(tmp_path / name)
     assert "\n" not in str(raised.value)
     assert name in str(raised.value)
+
+
+def test_a_table_that_is_read_as_one_text_is_told(tmp_path, capsys):
+    for name in ("a.csv", "b.txt"):
+        (tmp_path / name).write_text("id,text\n1,a\n")
+        assert len(read(tmp_path / name)) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"{tmp_path / 'a.csv'} is read as one text: rows are documents in .jsonl and .parquet"]
 
 
 def test_a_link_to_nothing_in_a_folder_is_named(tmp_path):

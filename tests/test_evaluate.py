@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mixture_of_tokens import MixtureOfTokens, Options, evaluate, train
-from mixture_of_tokens.data.groups import grouped_order
+from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.inference.evaluate import argmax_routing, cross_entropy, evaluate_blocks, in_parts
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, text_of
@@ -139,6 +139,31 @@ def test_argmax_routing_reads_one_token_and_ends_with_the_block():
     expected = torch.zeros(3, 8).index_add(0, best, outputs)
     torch.testing.assert_close(y[:, 0], expected)
     assert torch.equal(layer(x), before)
+
+
+def test_argmax_routing_of_an_incomplete_group_weighs_what_stands_for_missing_tokens_alike():
+    torch.manual_seed(0)
+    layer, x = MixtureOfTokens(8, 6, 5, 4, temperature=0.5).double(), torch.randn(2, 1, 8, dtype=torch.float64)
+    logits = x[:, 0] @ layer.gate.weight.T / 0.5
+    highest, best = logits.max(0)
+    above = torch.tensor([True, False, True, False, True])  # of each expert, whether a token is above the companion
+    layer.companion_logit = highest - above.double() * 2 + 1
+    before = layer(x)
+    with argmax_routing(layer):
+        weights = layer.weights(x.transpose(0, 1), None, torch.full((1, 1, 1), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(weights[0], F.one_hot(best, 2).T.double() * above)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_text_of_one_group_and_a_part_is_evaluated_whole(tiny_runs):
+    model, length = load_model(str(tiny_runs[MIXED])), 64 * 5 + 1
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, length)
+    blocks = Blocks(tokens, np.arange(1, length + 1), 64, length)  # every token is a document
+    found = evaluate_blocks(model, blocks, group_size=4, batch_size=4, groups=1)
+    assert len(blocks) == 5
+    assert found == evaluate_blocks(model, blocks, group_size=4, batch_size=4)
+    assert found["tokens"] == 64 * 5
 
 
 def test_smaller_groups_are_parts_of_full_ones():

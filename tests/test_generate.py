@@ -232,6 +232,8 @@ def test_prompts_that_are_mixed_are_told_of(run, capsys):
         (["--prompts-file", "latin.txt"], "latin.txt is not UTF-8 at byte"),
         (["--prompts-file", "."], "cannot be read: Is a directory"),
         (["--prompts-file", "other.jsonl"], 'other.jsonl: line 1 is no object with the text "prompt"'),
+        (["--prompts-file", "gap.jsonl"], "gap.jsonl: line 2 is empty"),
+        (["--prompt", "long " * 200], "and leaves no room in the context of 64"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -241,6 +243,7 @@ def test_bad_use_is_one_line_and_leaves_nothing(run, words, message, tmp_path, m
     (tmp_path / "blank.txt").write_text("a\n\nb\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "gap.jsonl").write_text('{"prompt": "a"}\n\n')
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="2"):
         mot("generate", run, *words)

@@ -64,6 +64,22 @@ def test_autocast_takes_the_products_in_bfloat16():
         assert 0 < relative_error(actual, exact) < 1.6e-2
 
 
+def test_autocast_leaves_float64_as_it_is():
+    expected = with_gradients(chunked_cross_entropy, *example(torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(chunked_cross_entropy, *example(torch.float64))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_predicted_may_be_anything(chunked, value):
+    hidden, head, labels = example(torch.float64)
+    expected = with_gradients(chunked, hidden, head, labels)
+    found = with_gradients(chunked, hidden.masked_fill((labels == IGNORE)[:, None], value), head, labels)
+    assert (labels == IGNORE).any()
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_sum_over_many_chunks_is_not_rounded_away():
     # 1,024 tokens one by one. Added up in bf16, the gradient of the head would stop growing at 256 of them.
     hidden, head = torch.ones(1024, 1).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()

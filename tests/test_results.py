@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixture_of_tokens.model.cost import flops_per_token
+from mixture_of_tokens.model.cost import flops_per_token, memory
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
 from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig, RunFacts, Switch, Transition
@@ -118,6 +118,17 @@ def test_flops_are_counted_by_the_experts_that_tokens_had(tmp_path):
     kept = read(tmp_path / "kept")
     assert kept.rows[0].layers == {"2": {"experts_per_token": 3.0}, "3": {"experts_per_token": 5.0}}
     assert [point.flops for point in kept.curve] == [point.flops for point in made.curve]
+
+
+def test_a_comparison_has_the_flops_that_were_measured_and_the_memory_of_a_devices_rows(tmp_path):
+    made = run(tmp_path, "ReMoE-Nano/4E")
+    made = replace(made, rows=[replace(row, layers={"2": {"experts_per_token": 3.0}}) for row in made.rows])
+    made = replace(made, config=replace(made.config, micro_batch=32))
+    (model,) = comparison(by_model([made])).models
+    forward, backward = (sum(f.values()) for f in flops_per_token(made.model_config, batch=128, experts_per_token=3.0))
+    assert model.flops_per_token == pytest.approx({"forward": forward, "training": forward + backward})
+    assert model.memory_estimate == sum(memory(made.model_config, 32).values())
+    assert model.memory_estimate < sum(memory(made.model_config, 128).values())
 
 
 def test_the_stages_of_a_switch_are_read_off_the_rows_after_it(tmp_path):

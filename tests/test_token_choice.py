@@ -148,6 +148,15 @@ def test_the_bias_decides_the_choice_and_not_the_gate():
     assert_close(layer(crowd(1, 1))[0, 0, 0].item(), 3 * sigmoid(-1))
 
 
+def test_gates_that_are_all_zero_are_not_divided_by_their_sum():
+    torch.manual_seed(0)
+    layer = SigmoidChoice(4, 3, 5, num_experts_per_tok=2, norm_topk_prob=True)
+    with torch.no_grad():
+        layer.gate.weight.fill_(-50)
+    x = torch.ones(1, 2, 4)  # logits of -200, whose sigmoids are 0 in float32
+    assert torch.equal(layer(x), torch.zeros_like(x))
+
+
 def test_the_bias_moves_against_the_load_of_all_micro_batches():
     layer = sigmoid_experts(num_experts_per_tok=2, balance_rate=0.1)
     layer(crowd(2, 3))  # 6 tokens for experts 0 and 1 each, none for expert 2: the mean is 4

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import time
@@ -244,17 +245,28 @@ def test_the_rate_falls_from_the_source_s_last_one(tiny_runs, tmp_path, capsys):
 @pytest.mark.usefixtures("tiny_cache")
 def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_runs, tmp_path, capsys):
     out = tmp_path / "new"
-    mot("transition", tiny_runs[MIXED], "--steps", 6, "--anneal", 0.05, "--calibrate", "none", "--json", "--out", out)
+    mot("transition", tiny_runs[MIXED], "--steps", 7, "--anneal", 0.05, "--calibrate", "none", "--json", "--out", out)
     result = json.loads(capsys.readouterr().out)
     annealed = AutoModelForCausalLM.from_pretrained(tmp_path / "new-annealed" / "model")
     assert annealed.config.router_temperature == pytest.approx(0.05)
+    commands = []
+    for run in (out, tmp_path / "new-annealed"):  # one command makes both
+        mot("report", run)
+        commands.append(re.findall(r"^.*mot transition again/.*$", (run / "report.html").read_text(), re.MULTILINE))
+    assert commands[0] == commands[1]
+    assert len(commands[0]) == 1
+    assert "--out again/new --top-k 2 " in commands[0][0]
+    assert " --steps 7 " in commands[0][0]
+    assert " --calibrate none --optimizer carried --anneal 0.05" in commands[0][0]
+    out.rename(tmp_path / "other")  # what is known without the run after the switch
     mot("report", tmp_path / "new-annealed")
     again = f"mot transition again/{tiny_runs[MIXED].name} --out again/new --steps 6 --anneal 0.05 --optimizer carried"
     assert again in (tmp_path / "new-annealed" / "report.html").read_text()
+    (tmp_path / "other").rename(out)
     capsys.readouterr()
     assert annealed.config.feed_forwards[-1] == "mixture_of_tokens"
     assert result["source"].endswith("new-annealed")
-    assert [row["step"] for row in rows_of(out)][-1] == SOURCE_STEPS + 6
+    assert [row["step"] for row in rows_of(out)][-1] == SOURCE_STEPS + 7
     switch = json.loads((out / "switch.json").read_text())
     assert switch["step"] == SOURCE_STEPS + 3
     source = rows_of(tiny_runs[MIXED])

@@ -89,7 +89,8 @@ def _fit(
         beta, a_E, s_E = free["log_beta"].exp(), free["log_a"].exp(), free["log_s"].exp()
         scales = {"gate.weight": beta, first: a_E[:, None, None], "experts.down_proj": s_E[:, None, None]}
         biased_ED = before["gate.weight"] - free["bias"][:, None] * u_D
-        return {name: (biased_ED if name == "gate.weight" else before[name]) * s for name, s in scales.items()}, scales
+        folded = {name: (biased_ED if name == "gate.weight" else before[name]) * s for name, s in scales.items()}
+        return {name: weight.to(before[name].dtype) for name, weight in folded.items()}, scales
 
     slow = {"params": [free["bias"], free["log_beta"]], "lr": ROUTER_RATE}
     groups = [{"params": [free["log_a"], free["log_s"]], "lr": SCALE_RATE}, slow]

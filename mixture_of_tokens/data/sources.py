@@ -19,6 +19,8 @@ from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any
 
+from mixture_of_tokens.process import say_once
+
 PART = 2**20  # bytes of a file held at once
 PACKAGES = "packages"  # the source that is all Python packages installed for this interpreter
 
@@ -29,6 +31,7 @@ CODE = (
     ".pl .lua .r .jl .swift .m .hs .ml .ex .exs .erl .clj .lisp .el .sh .bash .sql .css .scss .yaml .yml .toml .ini"
 )
 TABLES = (".jsonl", ".parquet")
+OTHER_TABLES = (".csv", ".tsv", ".json")
 KNOWN = {*PROSE.split(), *CODE.split(), *TABLES}
 
 
@@ -175,6 +178,8 @@ def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
         elif kind == ".parquet":
             yield from _parquet_rows(path, field)
         else:
+            if kind in OTHER_TABLES and len(paths) == 1:
+                say_once(f"{path} is read as one text: rows are documents in .jsonl and .parquet")
             yield _text(path)
 
 
@@ -283,7 +288,8 @@ def _json_rows(path: Path, field: str) -> Iterator[Document]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{name} is not UTF-8 at byte {error.start} of the line") from error
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name} is no JSON: {error.msg} at column {error.colno}") from error
+                what = error.msg.removesuffix(" at")  # of control characters
+                raise ValueError(f"{name} is no JSON: {what} at column {error.colno}") from error
             except RecursionError as error:
                 raise ValueError(f"{name} is nested too deeply") from error
             except ValueError as error:  # an integer of more digits than Python converts

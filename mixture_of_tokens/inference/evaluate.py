@@ -23,6 +23,7 @@ from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.data.prepare import whole_text
 from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -233,16 +234,25 @@ def to_few_experts(model, few: int) -> Iterator[None]:
 
 @contextmanager
 def argmax_routing(model) -> Iterator[None]:
-    """Every expert reads only the token of a group with the largest weight, and writes back to it alone."""
+    """Every expert reads only the token of a group with the largest weight, and writes back to it alone.
+
+    What stands for missing tokens takes part: its logits are divided by the same temperature.
+    """
     routers = [module for module in model.modules() if isinstance(module, Router)]
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens) and module.gate is not None]
     before = [float(router.temperature) for router in routers]
+    companions = [layer.companion_logit.clone() for layer in layers]
     try:
+        for layer in layers:
+            layer.companion_logit *= float(layer.gate.temperature) / ARGMAX_TEMPERATURE
         for router in routers:
             router.set_temperature(ARGMAX_TEMPERATURE)
         yield
     finally:
         for router, temperature in zip(routers, before, strict=True):
             router.set_temperature(temperature)
+        for layer, companion_logit in zip(layers, companions, strict=True):
+            layer.companion_logit.copy_(companion_logit)
 
 
 def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> _Measured:
@@ -306,7 +316,8 @@ def evaluate_blocks(
 
     Returns `loss`, `tokens` and, over all of the text, `bits_per_byte`.
     """
-    everything = groups is None or groups * group_size > len(blocks)
+    # Of text that fills one group, and not two, none could be left out.
+    everything = groups is None or max(groups, min(2, group_size)) * group_size > len(blocks)
     order = grouped_order(blocks, group_size, seed=seed, everything=everything)[: None if everything else groups]
     device = model.device
     batches = np.split(order.ravel(), range(batch_size, order.size, batch_size))

@@ -218,11 +218,11 @@ def read_prompts(file: Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         if file.suffix == ".jsonl":
             try:
-                line = json.loads(line)["prompt"]
+                line = json.loads(line)["prompt"] if line.strip() else ""
             except (ValueError, KeyError, TypeError, RecursionError):
                 line = None
         if not isinstance(line, str) or not line:
-            what = 'is no object with the text "prompt"' if file.suffix == ".jsonl" else "is empty"
+            what = "is empty" if line == "" else 'is no object with the text "prompt"'
             raise ValueError(f"--prompts-file {file}: line {number} {what}")
         prompts.append(line)
     return prompts
@@ -235,7 +235,7 @@ def encode(
     for number, prompt in enumerate(prompts, 1):
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ValueError(f"prompt {number} is no text: it has bytes or escapes that are no Unicode character")
-    encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
+    encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True), 1):
         if not tokens or not prompt:
             raise ValueError(f"prompt {number} is empty; give at least one character")

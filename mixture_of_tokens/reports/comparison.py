@@ -335,6 +335,7 @@ def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> 
 def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list[ComparedRun]) -> ComparedModel:
     first = model[0]
     parts = first.config.training.get("gradient_accumulation_steps", 1)
+    rows = first.config.micro_batch or first.config.batch_size // parts
     count = parameters(first.model_config)
     pairs = list(zip(runs, baseline, strict=True))
     apart = Summary.of(
@@ -350,8 +351,8 @@ def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list
         properties=properties(first.model_config.routings),
         learning_rate=first.config.learning_rate,
         parameters={"total": count["total"], "active": count["active"]},
-        flops_per_token={"forward": first.flops[0], "training": first.training_flops_per_token},
-        memory_estimate=sum(memory(first.model_config, first.config.batch_size // parts).values()),
+        flops_per_token={"forward": first.training_flops_per_token / 3, "training": first.training_flops_per_token},
+        memory_estimate=sum(memory(first.model_config, rows).values()),
         final_loss=_summary(run.final_loss for run in runs),
         bits_per_byte=_summary(run.bits_per_byte for run in runs),
         seconds=_summary(run.seconds for run in runs),

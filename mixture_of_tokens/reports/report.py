@@ -15,7 +15,7 @@ from mixture_of_tokens.reports.prose import differing, findings
 from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.records import CONFIG, Transition
-from mixture_of_tokens.runs.run import Run, check_writable
+from mixture_of_tokens.runs.run import Run, check_writable, read
 
 WIDTH = 110  # of sentences beside the table
 
@@ -84,13 +84,15 @@ def _train_commands(run: Run) -> list[str]:
     if after is None:
         return [_train_again(run.directory)]
     source = Path(after.source)
-    if run.switch is None:  # of --anneal, before the switch; its rate is not the new run's
-        return [_train_again(source), _annealed(run, after)]
     steps, rate = run.config.steps, run.config.learning_rate
+    if run.switch is None:  # of --anneal, before the switch: one command makes it and the run after it
+        whole = _other_part(run, run.directory.name.removesuffix("-annealed"))
+        return [_train_again(source), _annealed(run, after)] if whole is None else _train_commands(whole)
+    before = None if after.anneal is None else _other_part(run, f"{run.directory.name}-annealed")
     out = run.directory.name if run.directory.name != source.name else f"{source.name}-transition"
     words = ["mot", "transition", f"again/{source.name}", "--out", f"again/{out}"]
     words += ["--top-k", str(config.num_experts_per_tok), "--learning-rate", repr(rate)]
-    words += ["--steps", str(steps if after.anneal is None else 2 * steps)]
+    words += ["--steps", str(steps + (before.config.steps if before else steps if after.anneal else 0))]
     words += [] if config.capacity_factor is None else ["--capacity", repr(config.capacity_factor)]
     words += ["--scores", "sigmoid" if "sigmoid_choice" in config.feed_forwards else "softmax"]
     if run.config.training["lr_scheduler_type"] == "constant":
@@ -103,7 +105,18 @@ def _train_commands(run: Run) -> list[str]:
     return [_train_again(source), shlex.join(words)]
 
 
+def _other_part(run: Run, name: str) -> Run | None:
+    """The finished run of this name in the same folder, if one command with --anneal made both."""
+    try:
+        other = read(run.directory.with_name(name))
+    except (OSError, ValueError):
+        return None
+    made_alike = other.config.transition == run.config.transition
+    return other if made_alike and (other.switch is None) != (run.switch is None) else None
+
+
 def _annealed(run: Run, after: Transition) -> str:
+    """The command without what is known of the run after the switch alone."""
     out = f"again/{run.directory.name.removesuffix('-annealed')}"
     words = ["mot", "transition", f"again/{Path(after.source).name}", "--out", out]
     words += ["--steps", str(2 * run.config.steps), "--anneal", str(after.anneal)]

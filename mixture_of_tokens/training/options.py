@@ -30,8 +30,10 @@ def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
 
 
 def listed_seeds(given: Any) -> list[int]:
-    """`listed`. Raises ValueError for a seed that is there twice, as it is one run."""
+    """`listed`. Raises ValueError for none, and for a seed that is there twice, as it is one run."""
     seeds = listed(given)
+    if not seeds:
+        raise ValueError("--seeds takes at least one seed")
     for seed in seeds:
         if seeds.count(seed) > 1:
             raise ValueError(f"--seeds has {seed} twice; each seed is one run")
