@@ -239,12 +239,13 @@ def argmax_routing(model) -> Iterator[None]:
     What stands for missing tokens takes part: its logits are divided by the same temperature.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens) and module.gate is not None]
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
     before = [float(router.temperature) for router in routers]
     companions = [layer.companion_logit.clone() for layer in layers]
     try:
         for layer in layers:
-            layer.companion_logit *= float(layer.gate.temperature) / ARGMAX_TEMPERATURE
+            if layer.gate is not None:
+                layer.companion_logit *= float(layer.gate.temperature) / ARGMAX_TEMPERATURE
         for router in routers:
             router.set_temperature(ARGMAX_TEMPERATURE)
         yield
