@@ -181,7 +181,7 @@ def kept() -> list[Path]:
 def test_all_runs_are_kept_with_evaluations_and_one_seed_with_telemetry():
     folders = [file.parent.name for file in kept()]
     assert {name: folders.count(name) for name in folders} == {
-        "nano": 12, "prose": 3, "long": 3, "transition": 47, "verdict": 45, "routings": 36, "paper": 67
+        "nano": 12, "prose": 3, "long": 3, "transition": 47, "verdict": 46, "routings": 36, "paper": 67
     }  # fmt: skip
     for file in kept():
         run = read(file)
@@ -554,7 +554,7 @@ def test_a_budget_holds_the_steps_before_and_after_a_switch(fresh):
 
 
 def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, tmp_path):
-    file = tmp_path / "sweeps.csv"
+    file = tmp_path / fresh.SWEPT
     of = {
         "--learning-rate 0.01": 2.5,
         "--learning-rate 0.02": 2.4,
@@ -563,8 +563,13 @@ def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, tmp_pat
     rows = [{"name": "TC-Nano/4E", "settings": settings, "tuning_loss": loss} for settings, loss in of.items()]
     fresh.write_csv(file, list(rows[0]), rows)
     systems = fresh.System("TC-Nano/4E"), fresh.System("TC-Nano/4E", fresh.DROPLESS), fresh.System("MoT-Nano/4E")
-    assert [fresh.best_rate(system, file) for system in systems] == [0.02, 0.04, None]
-    assert fresh.best_rate(systems[0], tmp_path / "missing.csv") is None
+    of_tc, of_mot = (merge(name, 0, None, Options()).config.learning_rate for name in ("TC-Nano/4E", "MoT-Nano/4E"))
+    assert [fresh.best_rate(system, tmp_path) for system in systems] == [0.02, 0.04, of_mot]
+    assert fresh.best_rate(systems[0], tmp_path / "missing") == of_tc != 0.02
+    longer = {"system": systems[0].label, "learning_rate": 0.005, "loss": 2.45}  # of the whole budget: it goes before
+    fresh.write_csv(tmp_path / fresh.TRIED, list(longer), [longer])
+    assert [fresh.best_rate(system, tmp_path) for system in systems] == [0.005, 0.04, of_mot]
+    assert fresh.best_rate(systems[0]._replace(rate=0.03), tmp_path) == 0.03
 
 
 def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
@@ -581,20 +586,22 @@ def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
 
 
 def test_the_rate_after_an_early_switch_is_the_best_that_was_tried(fresh, tmp_path):
-    early, file = fresh.System("MoT-Nano/4E", early=True), tmp_path / "after.csv"
-    assert fresh.best_rate_after(early, file) is None
-    rows = [{"system": early.label, "learning_rate": rate, "loss": loss} for rate, loss in ((0.02, 2.5), (0.01, 2.4))]
-    fresh.write_csv(file, list(rows[0]), rows)
-    assert fresh.best_rate_after(early, file) == 0.01
-    assert fresh.best_rate_after(early._replace(early=False), file) is None
+    early, losses = fresh.System("MoT-Nano/4E", early=True), {0.02: 2.5, 0.03: 2.4}
+    before = fresh.best_rate(early, tmp_path)
+    assert fresh.best_rate_after(early, tmp_path) is None
+    rows = [{"system": early.label, "learning_rate": rate, "loss": loss} for rate, loss in losses.items()]
+    fresh.write_csv(tmp_path / fresh.TRIED, list(rows[0]), rows)
+    assert fresh.best_rate_after(early, tmp_path) == 0.03
+    assert fresh.best_rate(early, tmp_path) == before != 0.03
+    assert fresh.best_rate_after(early._replace(early=False), tmp_path) is None
 
 
 def test_a_rate_at_which_training_diverges_is_the_worst(fresh, tiny, tmp_path, monkeypatch):
-    cells = [{"settings": {"--learning-rate": rate}, "loss": loss} for rate, loss in (("1", None), ("0.01", 2.5))]
+    cells = [{"settings": {"--learning-rate": rate}, "loss": loss} for rate, loss in (("1", None), ("0.03", 2.5))]
     made = SimpleNamespace(as_dict=lambda: {"cells": cells})
     monkeypatch.setattr(sys.modules["common"], "sweep", lambda *args, **options: made)
-    fresh.swept(tmp_path / "sweeps.csv", [("MoT-Nano/4E", [1.0, 0.01], {})], tiny, tmp_path)
-    assert fresh.best_rate(fresh.System("MoT-Nano/4E"), tmp_path / "sweeps.csv") == 0.01
+    fresh.swept(tmp_path / fresh.SWEPT, [("MoT-Nano/4E", [1.0, 0.03], {})], tiny, tmp_path)
+    assert fresh.best_rate(fresh.System("MoT-Nano/4E"), tmp_path) == 0.03
 
 
 def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
@@ -610,10 +617,9 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=5e-4)
         if system.mixes:
             assert run.switch.step == steps
-            rate = fresh.best_rate_after(system, kept / fresh.SWEPT_AFTER)
+            assert fresh.best_rate_after(system, kept) in (None, run.config.learning_rate)
         else:
-            rate = fresh.best_rate(system, kept / fresh.SWEPT)
-        assert rate is None or run.config.learning_rate == rate
+            assert run.config.learning_rate == fresh.best_rate(system, kept)
 
 
 @pytest.mark.slow
@@ -631,6 +637,7 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
         "TIMED": 1,
         "STEPS": 20,
         "EARLY_STEPS": 10,
+        "SERVED_ROUNDS": 2,
     }
     for name, value in sizes.items():
         monkeypatch.setattr(fresh, name, value)
@@ -640,11 +647,12 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     times = {row["system"]: row for row in fresh.read_csv(here.kept / "fresh-timings.csv")}
     assert [bool(row["distil_steps_of_dense"]) for row in times.values()] == [False, True, False, False]
     monkeypatch.setattr(fresh, "steps_within", lambda budget, system, times: (10, 3 if system.mixes else 0))
-    monkeypatch.setattr(fresh, "AFTER", [("MoT-Nano/4E", (2e-2, 1e-2))])
+    monkeypatch.setattr(fresh, "RATES", [(systems[2], (2e-2, 1e-2)), (systems[3], (2e-2,))])
     for _ in range(2):
-        fresh.swept_after(here)
-    rows = fresh.read_csv(here.kept / "fresh-after.csv")
+        fresh.try_rates(here)
+    *rows, other = fresh.read_csv(here.kept / "fresh-rates.csv")
     assert [(row["system"], row["learning_rate"]) for row in rows] == [(systems[2].label, r) for r in ("0.02", "0.01")]
+    assert (other["system"], other["learning_rate"]) == (systems[3].label, "0.02")
     best = float(min(rows, key=lambda row: float(row["loss"]))["learning_rate"])
     for _ in range(2):  # the second time nothing is missing
         fresh.make(here)
@@ -656,6 +664,12 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=1e-3)
         assert bool(row["in_groups"]) == bool(row["alone"]) == system.mixes
     assert read(here.kept / f"{systems[2].directory(1)}-transition.json").config.learning_rate == best
+    assert read(here.kept / f"{systems[3].directory(1)}.json").config.learning_rate == 2e-2
+    fresh.serve(here)
+    rows = fresh.read_csv(here.kept / "fresh-serving.csv")
+    exports = ["TC-Nano/4E", "TC-Nano/4E, capacity_factor null", "STC-Nano/4E"]
+    assert [row["system"] for row in rows] == 2 * exports
+    assert all(0 < float(row["token_ms"]) < 1000 for row in rows)
     assert "| MoT-Nano/4E, switched early | 1 |" in fresh.table(here.kept)
 
 

@@ -1,8 +1,9 @@
 """What one serves after 10 minutes of training, on text of which nothing is read twice.
 
     python experiments/verdict/fresh.py           # what is missing; some 15 minutes of one thread a run
-    python experiments/verdict/fresh.py --sweep   # rates that no other sweep has, on the tuning split; two hours
+    python experiments/verdict/fresh.py --sweep   # peak rates, on the tuning split; six hours of one thread
     python experiments/verdict/fresh.py --time    # a step of every system in turns, and the fits; an idle machine
+    python experiments/verdict/fresh.py --serve   # a token of every export in turns, by plain transformers; the same
     python experiments/verdict/fresh.py --table   # Markdown
 
 The text is the source of the installed packages. The budget is the time of BUDGET steps of the dense model, which take
@@ -11,10 +12,10 @@ in rounds that take every system in turn, and the distillation of each switch be
 multiple of those. So it says how many steps the budget holds, for each system a whole schedule of its own. Of a
 mixture's budget the switch and a tenth of its steps come after the training in groups; of the one that is switched
 early, a tenth of the time comes before it. What is trained may train beside other work, or be stopped: the same command
-goes on. Rates are the best of fresh-sweeps.csv, where it has the system, and after an early switch, from which on they
-fall, the best of fresh-after.csv, whose runs are as long as these; where those of the first turned out to be too high
-for that length, a system has another beside it. Expected: a switched mixture is level with the best Token Choice, by
-0.01 nats.
+goes on. Peak rates are the best of fresh-rates.csv, whose runs are as long as these, after an early switch the one from
+which it falls; of systems that it does not have, the best of fresh-sweeps.csv, whose runs are shorter, or the default.
+A system that stands twice has another rate beside it. Expected: a switched mixture is level with the best Token Choice,
+by 0.01 nats.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
 fresh.csv has a row each; of a mixture before its switch also its loss in full groups, and alone, a token by as many
@@ -22,6 +23,7 @@ experts as the granularity, which no plain architecture can hold.
 """
 
 import re
+import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -63,6 +65,7 @@ SHARE_AFTER, SHARE_BEFORE = 0.1, 0.1  # of the steps after a late switch, and of
 EARLY_STEPS = 500  # of distillation, for a layer, where the switch is early
 OPTIONS = Options(device="cpu", data=["packages"])
 ROUNDS, TURNS, TIMED, GROUP = 7, 6, 3, 32  # rounds, turns of each system in one, steps of a turn; rows of a group
+LITTLE = 4_000_000  # bytes of text, for a model that is only served
 DROPLESS, SHARP = {"capacity_factor": "null"}, {"router_temperature": "0.25"}
 
 
@@ -70,7 +73,7 @@ class System(NamedTuple):
     name: str
     model: Mapping[str, str] = {}
     early: bool = False
-    rate: float | None = None  # another than the sweeps'
+    rate: float | None = None  # another peak rate than the best that was tried
 
     @property
     def mixes(self) -> bool:
@@ -94,6 +97,11 @@ class System(NamedTuple):
         return directory_of(self.name, *settings, *["early"] * self.early, *rate, "fresh", f"seed{seed}")
 
     @property
+    def served(self) -> "System":
+        """What its export is one of."""
+        return self.after if self.mixes else self.as_timed
+
+    @property
     def as_timed(self) -> "System":
         """The one whose steps take the same time."""
         return self._replace(early=False, rate=None)
@@ -103,10 +111,10 @@ SYSTEMS = (
     System("Transformer-Nano"),
     System("TC-Nano/32E", SHARP),
     System("TC-Nano/32E", SHARP | DROPLESS),
+    System("TC-Nano/32E/4", DROPLESS),
     System("TC-Nano/32E/4", DROPLESS, rate=1e-2),
     System("TC-Nano/32E/8", DROPLESS),
     System("STC-Nano/32E/8"),
-    System("STC-Nano/32E/8", rate=1e-2),
     System("MoT-Nano/32E"),
     System("MoT-Nano/32E/4"),
     System("MoT-Nano/32E/8"),
@@ -122,9 +130,18 @@ SWEEPS: tuple[Sweep, ...] = (
     ("MoT-Nano/32E/4", [2e-2, 1e-2], {}),
     ("MoT-Nano/32E/8", [2e-2, 1e-2], {}),
 )
-# Rates after an early switch that were tried, for the whole budget. Other mixtures go on with the rate before it.
-AFTER = [("MoT-Nano/32E", (2e-2, 1e-2)), ("MoT-Nano/32E/4", (2e-2, 1e-2, 5e-3)), ("MoT-Nano/32E/8", (2e-2, 1e-2))]
-TIMES, RESULTS, SWEPT, SWEPT_AFTER = "fresh-timings.csv", "fresh.csv", "fresh-sweeps.csv", "fresh-after.csv"
+# Those that were tried, with TUNING_SEED, for the whole budget: from the start, or after an early switch.
+RATES: tuple[tuple[System, tuple[float, ...]], ...] = (
+    (System("TC-Nano/32E", SHARP), (1e-2, 5e-3)),
+    (System("TC-Nano/32E/4", DROPLESS), (2e-2, 1e-2, 5e-3)),
+    (System("TC-Nano/32E/8", DROPLESS), (2e-2, 1e-2)),
+    (System("STC-Nano/32E/8"), (2e-2, 1e-2, 5e-3)),
+    (System("MoT-Nano/32E", early=True), (2e-2, 1e-2)),
+    (System("MoT-Nano/32E/4", early=True), (2e-2, 1e-2, 5e-3)),
+    (System("MoT-Nano/32E/8", early=True), (2e-2, 1e-2)),
+)
+TIMES, RESULTS, SWEPT, TRIED = "fresh-timings.csv", "fresh.csv", "fresh-sweeps.csv", "fresh-rates.csv"
+SERVED, SERVED_ROUNDS = "fresh-serving.csv", 5
 COLUMNS = ("system", "seed", "steps", "after", "loss", "in_groups", "alone")
 Times = Mapping[str, Mapping[str, str]]  # rows of fresh-timings.csv by system
 
@@ -153,6 +170,20 @@ def timed(kept: Path) -> None:
     write_csv(kept / TIMES, list(rows[0]), rows)
 
 
+def serve(experiment: Experiment) -> None:
+    """Milliseconds a token of a row that is written by itself, of exports of models trained for one step."""
+    systems = {system.served.label: system.served for system in SYSTEMS}
+    rows: list[dict[str, Any]] = []
+    for number in range(SERVED_ROUNDS):
+        for label, system in systems.items():
+            options = replace(OPTIONS, steps=1, max_bytes=LITTLE, model=dict(system.model))
+            out = experiment.trained / f"{system.directory(TUNING_SEED)}-served"
+            train(system.name, out=out, options=options, resume=True)
+            _, token = by_plain_transformers("milliseconds", out)
+            rows.append({"system": label, "round": number, "token_ms": round(token, 3)})
+    write_csv(experiment.kept / SERVED, list(rows[0]), rows)
+
+
 def distillation(source: MixtureOfTokensForCausalLM, text: Blocks) -> float:
     """Seconds of what a switch fits: companions, and STEPS of distillation."""
     source.eval()
@@ -164,17 +195,29 @@ def distillation(source: MixtureOfTokensForCausalLM, text: Blocks) -> float:
     return time.perf_counter() - begun
 
 
-def best_rate(system: System, sweeps: Path) -> float | None:
-    """None where it was not swept: the default is the best of earlier sweeps."""
+def best_rate(system: System, kept: Path) -> float:
+    """The peak rate from the start on. The default, where none were tried, is the best of earlier sweeps."""
     if system.rate is not None:
         return system.rate
-    rates = {}
-    for row in read_csv(sweeps):
+    rates = {} if system.early else tried(system, kept)
+    for row in [] if rates else read_csv(kept / SWEPT):
         flags = dict(re.findall(r"--(\S+) (\S+)", row["settings"]))
         rate = float(flags.pop("learning-rate"))
         if row["name"] == system.name and flags == {f"model.{field}": value for field, value in system.model.items()}:
             rates[float(row["tuning_loss"])] = rate
+    return rates[min(rates)] if rates else merge(system.name, 0, None, OPTIONS).config.learning_rate
+
+
+def best_rate_after(system: System, kept: Path) -> float | None:
+    """The rate from which it falls after an early switch; None after a late one, which goes on with the one before."""
+    rates = tried(system, kept) if system.early else {}
     return rates[min(rates)] if rates else None
+
+
+def tried(system: System, kept: Path) -> dict[float, float]:
+    """Rates that were tried for the whole budget, by their losses."""
+    rows = read_csv(kept / TRIED)
+    return {float(row["loss"]): float(row["learning_rate"]) for row in rows if row["system"] == system.label}
 
 
 def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]:
@@ -191,18 +234,12 @@ def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]
     return steps, round(SHARE_AFTER * steps)
 
 
-def best_rate_after(system: System, file: Path) -> float | None:
-    """None where it was not swept: that of before the switch."""
-    rates = {float(row["loss"]): float(row["learning_rate"]) for row in read_csv(file) if row["system"] == system.label}
-    return rates[min(rates)] if rates else None
-
-
-def trained(out: Path, system: System, seed: int, steps: int, kept: Path, options: Options) -> None:
+def trained(out: Path, system: System, seed: int, steps: int, rate: float, options: Options) -> None:
     """Train a system, or a mixture up to its switch."""
     # Before an early switch the rate stays, and falls after it (../switch/when.py).
     schedule = {"lr_scheduler_type": "constant_with_warmup"} if system.early else {}
     options = replace(options, steps=steps, model=dict(system.model), training=schedule)
-    train(system.name, out=out, seed=seed, learning_rate=best_rate(system, kept / SWEPT), options=options, resume=True)
+    train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)
 
 
 def switched(source: Path, out: Path, system: System, steps: int, rate: float | None) -> Run:
@@ -218,32 +255,33 @@ def made(experiment: Experiment, system: System, seed: int, steps: int, after: i
     row: dict[str, Any] = {"system": system.label, "seed": seed, "steps": steps, "after": after}
     row |= {"in_groups": "", "alone": ""}
     out = experiment.trained / system.directory(seed)
-    trained(out, system, seed, steps, experiment.kept, OPTIONS)
+    trained(out, system, seed, steps, best_rate(system, experiment.kept), OPTIONS)
     if system.mixes:
         row |= {"in_groups": read(out).facts.final_loss, "alone": loss_alone(out, "validation")}
         source, out = out, out.with_name(f"{out.name}-transition")
-        switched(source, out, system, after, best_rate_after(system, experiment.kept / SWEPT_AFTER))
+        switched(source, out, system, after, best_rate_after(system, experiment.kept))
     keep([read(out)], experiment.kept, first_seed=SEEDS[0])
     (row["loss"],) = by_plain_transformers("loss", out)
     return row
 
 
-def swept_after(experiment: Experiment) -> None:
-    """Rates after an early switch, on the tuning split; what the file has is not tried again."""
-    file, times = experiment.kept / SWEPT_AFTER, times_in(experiment.kept)
-    for name, rates in AFTER:
-        system = System(name, early=True)
-        before, after = steps_within(BUDGET, system, times)
-        source = experiment.trained / f"{system.directory(TUNING_SEED)}-tuning"
+def try_rates(experiment: Experiment) -> None:
+    """Those of RATES that the file does not have, on the tuning split."""
+    times, options = times_in(experiment.kept), replace(OPTIONS, evaluate_on="tuning")
+    for system, rates in RATES:
+        steps, after = steps_within(BUDGET, system, times)
         for rate in rates:
-            rows: list[dict[str, Any]] = list(read_csv(file))
-            if any((row["system"], float(row["learning_rate"])) == (system.label, rate) for row in rows):
+            if rate in tried(system, experiment.kept).values():
                 continue
-            options = replace(OPTIONS, evaluate_on="tuning")
-            trained(source, system, TUNING_SEED, before, experiment.kept, options)
-            run = switched(source, source.with_name(f"{source.name}-{rate:g}"), system, after, rate)
-            row = {"system": system.label, "learning_rate": rate, "loss": run.facts.final_loss}
-            write_csv(file, list(row), [*rows, row])
+            source = experiment.trained / f"{system.directory(TUNING_SEED)}-tuning"
+            out = source.with_name(f"{source.name}-{rate:g}")
+            if system.early:
+                trained(source, system, TUNING_SEED, steps, best_rate(system, experiment.kept), options)
+                switched(source, out, system, after, rate)
+            else:
+                trained(out, system, TUNING_SEED, steps, rate, options)
+            row = {"system": system.label, "learning_rate": rate, "loss": read(out).facts.final_loss}
+            write_csv(experiment.kept / TRIED, list(row), [*read_csv(experiment.kept / TRIED), row])
 
 
 def make(experiment: Experiment) -> None:
@@ -265,7 +303,12 @@ def times_in(kept: Path) -> Times:
 
 def table(kept: Path) -> str:
     found, times = read_csv(kept / RESULTS), times_in(kept)
-    lines = [["", "seeds", "loss of the export", "before the switch, in groups", "alone", "steps", "a step, of dense"]]
+    head = ["loss of the export", "before the switch, in groups", "alone", "steps", "a step, of dense", "peak rate"]
+    head.append("ms a token, served")
+    tokens: dict[str, list[float]] = {}
+    for row in read_csv(kept / SERVED):
+        tokens.setdefault(row["system"], []).append(float(row["token_ms"]))
+    lines = [["", "seeds", *head]]
     for system in SYSTEMS:
         own = [row for row in found if row["system"] == system.label]
         if not own:
@@ -275,7 +318,23 @@ def table(kept: Path) -> str:
         stages = [system.as_timed, *([system.after] if system.mixes else [])]
         shares = [times[stage.label] for stage in stages]
         each = ", then ".join(f"{float(row['share_of_dense']):.2f}" for row in shares)
-        lines.append([system.label, str(len(own)), *losses, steps, each])
+        rates = best_rate(system, kept), best_rate_after(system, kept)
+        peaks = ", then ".join(f"{rate:g}" for rate in rates if rate is not None)
+        ms = tokens.get(system.served.label)
+        token = f"{statistics.median(ms):.2f} ({min(ms):.2f} to {max(ms):.2f})" if ms else ""
+        lines.append([system.label, str(len(own)), *losses, steps, each, peaks, token])
+    return markdown(lines)
+
+
+def rates_table(kept: Path) -> str:
+    """Losses of the rates that were tried for the whole budget, with one seed, on the tuning split."""
+    found = read_csv(kept / TRIED)
+    rates = sorted({float(row["learning_rate"]) for row in found}, reverse=True)
+    lines = [["peak rate, or the one after an early switch", *map("{:g}".format, rates)]]
+    for system, _ in RATES:
+        own = {rate: loss(value) for value, rate in tried(system, kept).items()}
+        if own:
+            lines.append([system.label, *(own.get(rate, "") for rate in rates)])
     return markdown(lines)
 
 
@@ -284,19 +343,22 @@ def main() -> None:
         __doc__,
         sweep="try rates, and stop",
         time="measure steps on an idle machine, and stop",
+        serve="measure tokens of exports on an idle machine, and stop",
         table="print the table, and stop",
     )
     experiment = Experiment.named("verdict")
     if given.sweep:
         options = replace(OPTIONS, steps=SWEPT_STEPS)
         swept(experiment.kept / SWEPT, SWEEPS, options, experiment.trained)
-        swept_after(experiment)
+        try_rates(experiment)
     elif given.time:
         timed(experiment.kept)
+    elif given.serve:
+        serve(experiment)
     else:
         if not given.table:
             make(experiment)
-        print(table(experiment.kept))
+        print(table(experiment.kept), rates_table(experiment.kept), sep="\n\n")
 
 
 if __name__ == "__main__":
