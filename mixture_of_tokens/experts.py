@@ -119,6 +119,9 @@ class Router(nn.Module):
         router_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
+        check("learnable_temperature", learnable_temperature, bool)
+        if not isinstance(router_dtype, torch.dtype) or not router_dtype.is_floating_point:
+            raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {router_dtype!r}")
         self.router_dtype = router_dtype
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.log_temperature = nn.Parameter(torch.empty(())) if learnable_temperature else None
@@ -204,9 +207,6 @@ class Routed(nn.Module):
         initializer_scale: float = INITIALIZER_SCALE,
     ):
         super().__init__()
-        check("learnable_temperature", learnable_temperature, bool)
-        if not isinstance(router_dtype, torch.dtype) or not router_dtype.is_floating_point:
-            raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {router_dtype!r}")
         self.num_experts = num_experts
         self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation)
         self.gate = Router(

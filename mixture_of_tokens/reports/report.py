@@ -88,11 +88,14 @@ def _train_commands(run: Run) -> list[str]:
     if run.switch is None:  # of --anneal, before the switch: one command makes it and the run after it
         whole = _other_part(run, run.directory.name.removesuffix("-annealed"))
         return [_train_again(source), _annealed(run, after)] if whole is None else _train_commands(whole)
-    before = None if after.anneal is None else _other_part(run, f"{run.directory.name}-annealed")
+    mixing = 0
+    if after.anneal is not None:  # half of the steps came before the switch
+        before = _other_part(run, f"{run.directory.name}-annealed")
+        mixing = steps if before is None else before.config.steps
     out = run.directory.name if run.directory.name != source.name else f"{source.name}-transition"
     words = ["mot", "transition", f"again/{source.name}", "--out", f"again/{out}"]
     words += ["--top-k", str(config.num_experts_per_tok), "--learning-rate", repr(rate)]
-    words += ["--steps", str(steps + (before.config.steps if before else steps if after.anneal else 0))]
+    words += ["--steps", str(steps + mixing)]
     words += [] if config.capacity_factor is None else ["--capacity", repr(config.capacity_factor)]
     words += ["--scores", "sigmoid" if "sigmoid_choice" in config.feed_forwards else "softmax"]
     if run.config.training["lr_scheduler_type"] == "constant":
