@@ -607,12 +607,13 @@ def test_a_rate_at_which_training_diverges_is_the_worst(fresh, tiny, tmp_path, m
 def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
     kept, systems = EXPERIMENTS / "verdict", {system.label: system for system in fresh.SYSTEMS}
     rows, times = fresh.read_csv(kept / fresh.RESULTS), fresh.times_in(kept)
-    assert {row["system"] for row in rows} == systems.keys()
-    assert len({(row["system"], row["seed"]) for row in rows}) == len(rows)
+    assert {row["system"] for row in rows if row["budget"] == str(fresh.BUDGET)} == systems.keys()
+    assert {int(row["budget"]) for row in rows} == {fresh.BUDGET, fresh.LONG_BUDGET}
+    assert len({(row["budget"], row["system"], row["seed"]) for row in rows}) == len(rows)
     for row in rows:
-        system, steps, after = systems[row["system"]], int(row["steps"]), int(row["after"])
-        assert (steps, after) == fresh.steps_within(fresh.BUDGET, system, times)
-        run = read(kept / f"{system.directory(int(row['seed']))}{'-transition' * system.mixes}.json")
+        budget, system, steps, after = (int(row["budget"]), systems[row["system"]], int(row["steps"]), int(row["after"]))
+        assert (steps, after) == fresh.steps_within(budget, system, times)
+        run = read(kept / f"{system.directory(int(row['seed']), budget)}{'-transition' * system.mixes}.json")
         assert (run.seed, run.facts.steps) == (int(row["seed"]), steps + after)
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=5e-4)
         if system.mixes:
@@ -629,6 +630,7 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     systems += (fresh.System("STC-Nano/4E"),)  # which no switch makes
     sizes = {
         "SYSTEMS": systems,
+        "LONG_SYSTEMS": systems[:1],
         "SEEDS": (1,),
         "OPTIONS": tiny,
         "GROUP": 4,
@@ -656,7 +658,10 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     best = float(min(rows, key=lambda row: float(row["loss"]))["learning_rate"])
     for _ in range(2):  # the second time nothing is missing
         fresh.make(here)
-    rows = fresh.read_csv(here.kept / "fresh.csv")
+    *rows, longer = fresh.read_csv(here.kept / "fresh.csv")
+    assert (longer["budget"], longer["system"]) == (str(fresh.LONG_BUDGET), "TC-Nano/4E")
+    assert read(here.kept / f"{systems[0].directory(1, fresh.LONG_BUDGET)}.json").facts.steps == 10
+    assert {row["budget"] for row in rows} == {str(fresh.BUDGET)}
     assert [row["system"] for row in rows[:3]] == ["TC-Nano/4E", "MoT-Nano/4E, switched", "MoT-Nano/4E, switched early"]
     assert [row["system"] for row in rows[3:]] == ["STC-Nano/4E"]
     for system, row in zip(systems, rows, strict=True):
@@ -670,7 +675,8 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     exports = ["TC-Nano/4E", "TC-Nano/4E, capacity_factor null", "STC-Nano/4E"]
     assert [row["system"] for row in rows] == 2 * exports
     assert all(0 < float(row["token_ms"]) < 1000 for row in rows)
-    assert "| MoT-Nano/4E, switched early | 1 |" in fresh.table(here.kept)
+    assert "| MoT-Nano/4E, switched early | 1 |" in fresh.table(here.kept, fresh.BUDGET)
+    assert "switched" not in fresh.table(here.kept, fresh.LONG_BUDGET)
 
 
 def test_partial_groups_are_treated_as_their_names_say(script):

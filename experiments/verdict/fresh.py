@@ -1,4 +1,4 @@
-"""What one serves after 10 minutes of training, on text of which nothing is read twice.
+"""What one serves after 10 minutes of training, on text of which nothing is read twice, and after four times that.
 
     python experiments/verdict/fresh.py           # what is missing; some 15 minutes of one thread a run
     python experiments/verdict/fresh.py --sweep   # peak rates, on the tuning split; six hours of one thread
@@ -7,7 +7,8 @@
     python experiments/verdict/fresh.py --table   # Markdown
 
 The text is the source of the installed packages. The budget is the time of BUDGET steps of the dense model, which take
-ten minutes where one takes 86 milliseconds (two idle cores of an AMD EPYC). `--time` measures steps of untrained models
+ten minutes where one takes 86 milliseconds (two idle cores of an AMD EPYC). The best of that have LONG_BUDGET too, in
+which the text is read twice, and peak rates are those of the short one. `--time` measures steps of untrained models
 in rounds that take every system in turn, and the distillation of each switch beside dense steps, all of it as a
 multiple of those. So it says how many steps the budget holds, for each system a whole schedule of its own. Of a
 mixture's budget the switch and a tenth of its steps come after the training in groups; of the one that is switched
@@ -22,6 +23,7 @@ fresh.csv has a row each; of a mixture before its switch also its loss in full g
 experts as the granularity, which no plain architecture can hold.
 """
 
+import itertools
 import re
 import statistics
 import sys
@@ -59,7 +61,7 @@ from common import (
     write_csv,
 )
 
-BUDGET, SEEDS = 7000, (1, 2, 3)  # in steps of the dense model
+BUDGET, LONG_BUDGET, SEEDS = 7000, 28_000, (1, 2, 3)  # in steps of the dense model
 TUNING_SEED = 0  # which no result uses
 SHARE_AFTER, SHARE_BEFORE = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
 EARLY_STEPS = 500  # of distillation, for a layer, where the switch is early
@@ -91,10 +93,11 @@ class System(NamedTuple):
         """What it is after its switch."""
         return System(self.name.replace("MoT-", "TC-"), DROPLESS)
 
-    def directory(self, seed: int) -> str:
+    def directory(self, seed: int, budget: int = BUDGET) -> str:
         settings = [f"{field}={value}" for field, value in self.model.items()]
         rate = [] if self.rate is None else [f"rate={self.rate:g}"]
-        return directory_of(self.name, *settings, *["early"] * self.early, *rate, "fresh", f"seed{seed}")
+        length = [] if budget == BUDGET else [budget]
+        return directory_of(self.name, *settings, *["early"] * self.early, *rate, "fresh", *length, f"seed{seed}")
 
     @property
     def served(self) -> "System":
@@ -121,6 +124,12 @@ SYSTEMS = (
     System("MoT-Nano/32E/4", early=True),
     System("MoT-Nano/32E/8", early=True),
 )
+LONG_SYSTEMS = (
+    System("TC-Nano/32E", SHARP),
+    System("TC-Nano/32E/4", DROPLESS),
+    System("STC-Nano/32E/8"),
+    System("MoT-Nano/32E/4", early=True),
+)
 # Peak rates that were tried, with seed 1, at this number of steps.
 SWEPT_STEPS = 1500
 SWEEPS: tuple[Sweep, ...] = (
@@ -142,7 +151,7 @@ RATES: tuple[tuple[System, tuple[float, ...]], ...] = (
 )
 TIMES, RESULTS, SWEPT, TRIED = "fresh-timings.csv", "fresh.csv", "fresh-sweeps.csv", "fresh-rates.csv"
 SERVED, SERVED_ROUNDS = "fresh-serving.csv", 5
-COLUMNS = ("system", "seed", "steps", "after", "loss", "in_groups", "alone")
+COLUMNS = ("budget", "system", "seed", "steps", "after", "loss", "in_groups", "alone")
 Times = Mapping[str, Mapping[str, str]]  # rows of fresh-timings.csv by system
 
 
@@ -250,11 +259,12 @@ def switched(source: Path, out: Path, system: System, steps: int, rate: float | 
     return read(out)
 
 
-def made(experiment: Experiment, system: System, seed: int, steps: int, after: int) -> dict[str, Any]:
+def made(experiment: Experiment, budget: int, system: System, seed: int) -> dict[str, Any]:
     """A row of fresh.csv."""
-    row: dict[str, Any] = {"system": system.label, "seed": seed, "steps": steps, "after": after}
+    steps, after = steps_within(budget, system, times_in(experiment.kept))
+    row: dict[str, Any] = {"budget": budget, "system": system.label, "seed": seed, "steps": steps, "after": after}
     row |= {"in_groups": "", "alone": ""}
-    out = experiment.trained / system.directory(seed)
+    out = experiment.trained / system.directory(seed, budget)
     trained(out, system, seed, steps, best_rate(system, experiment.kept), OPTIONS)
     if system.mixes:
         row |= {"in_groups": read(out).facts.final_loss, "alone": loss_alone(out, "validation")}
@@ -285,14 +295,13 @@ def try_rates(experiment: Experiment) -> None:
 
 
 def make(experiment: Experiment) -> None:
-    file, times = experiment.kept / RESULTS, times_in(experiment.kept)
-    for seed in SEEDS:
-        for system in SYSTEMS:
+    file, budgets = experiment.kept / RESULTS, ((BUDGET, SYSTEMS), (LONG_BUDGET, LONG_SYSTEMS))
+    for (budget, systems), seed in itertools.product(budgets, SEEDS):
+        for system in systems:
             rows: list[dict[str, Any]] = list(read_csv(file))
-            if any((row["system"], row["seed"]) == (system.label, str(seed)) for row in rows):
-                continue
-            row = made(experiment, system, seed, *steps_within(BUDGET, system, times))
-            write_csv(file, COLUMNS, [*rows, row])
+            wanted = (str(budget), system.label, str(seed))
+            if all((row["budget"], row["system"], row["seed"]) != wanted for row in rows):
+                write_csv(file, COLUMNS, [*rows, made(experiment, budget, system, seed)])
 
 
 def times_in(kept: Path) -> Times:
@@ -301,8 +310,8 @@ def times_in(kept: Path) -> Times:
     return {row["system"]: row for row in read_csv(kept / TIMES)}
 
 
-def table(kept: Path) -> str:
-    found, times = read_csv(kept / RESULTS), times_in(kept)
+def table(kept: Path, budget: int) -> str:
+    found, times = [row for row in read_csv(kept / RESULTS) if row["budget"] == str(budget)], times_in(kept)
     head = ["loss of the export", "before the switch, in groups", "alone", "steps", "a step, of dense", "peak rate"]
     head.append("ms a token, served")
     tokens: dict[str, list[float]] = {}
@@ -358,7 +367,8 @@ def main() -> None:
     else:
         if not given.table:
             make(experiment)
-        print(table(experiment.kept), rates_table(experiment.kept), sep="\n\n")
+        tables = [table(experiment.kept, budget) for budget in (BUDGET, LONG_BUDGET)]
+        print(*tables, rates_table(experiment.kept), sep="\n\n")
 
 
 if __name__ == "__main__":
