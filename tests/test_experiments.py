@@ -23,7 +23,9 @@ import yaml
 from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokens, transition
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.reports.report import report
+from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import FORMAT
 from mixture_of_tokens.runs.run import pack, read
 from mixture_of_tokens.training.options import Options
@@ -611,7 +613,12 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
     assert {int(row["budget"]) for row in rows} == {fresh.BUDGET, fresh.LONG_BUDGET}
     assert len({(row["budget"], row["system"], row["seed"]) for row in rows}) == len(rows)
     for row in rows:
-        budget, system, steps, after = (int(row["budget"]), systems[row["system"]], int(row["steps"]), int(row["after"]))
+        budget, system, steps, after = (
+            int(row["budget"]),
+            systems[row["system"]],
+            int(row["steps"]),
+            int(row["after"]),
+        )
         assert (steps, after) == fresh.steps_within(budget, system, times)
         run = read(kept / f"{system.directory(int(row['seed']), budget)}{'-transition' * system.mixes}.json")
         assert (run.seed, run.facts.steps) == (int(row["seed"]), steps + after)
@@ -677,6 +684,50 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     assert all(0 < float(row["token_ms"]) < 1000 for row in rows)
     assert "| MoT-Nano/4E, switched early | 1 |" in fresh.table(here.kept, fresh.BUDGET)
     assert "switched" not in fresh.table(here.kept, fresh.LONG_BUDGET)
+
+
+@pytest.fixture
+def attention(fresh):
+    sys.modules.pop("attention", None)
+    return importlib.import_module("attention")
+
+
+def test_attention_to_the_token_before_is_a_mean_share_of_later_positions(attention):
+    rows, heads, T = 2, 3, 30
+    before = torch.diag(torch.ones(T - 1), -1)
+    before[:20] = 0  # of positions that do not count
+    uniform = torch.ones(T, T).tril() / (1 + torch.arange(T))[:, None]
+    ahead = torch.diag(torch.ones(T - 1), 1)
+    for each, share in ((before, 1), (uniform, (1 / (1 + torch.arange(20, T))).mean()), (ahead, 0)):
+        assert attention.to_the_token_before(each.expand(rows, heads, T, T)) == pytest.approx(float(share))
+
+
+def test_rows_of_attention_are_of_runs_after_their_switch_and_of_short_ones(
+    attention, tiny_runs, tiny_cache, tmp_path, monkeypatch
+):
+    here = attention.Experiment(tmp_path / "kept", tmp_path / "trained")
+    for name, directory in (
+        ("Transformer-Nano", "Transformer-Nano-fresh-seed1"),
+        ("MoT-Nano/4E/2", "MoT-Nano-32E-4-early-fresh-seed1"),  # before its switch
+        ("MoT-Nano/4E/2", "MoT-Nano-32E-4-600-seed4"),
+        ("TC-Nano/4E", "TC-Nano-4E-fresh-seed0-served"),
+    ):
+        shutil.copytree(tiny_runs[name], here.trained / directory)
+    here.kept.mkdir()
+    run = read(tiny_runs["Transformer-Nano"])
+    monkeypatch.setattr(attention, "BLOCKS", len(run.config.prepare().validation))
+    for _ in range(2):  # the second time nothing is missing
+        attention.make(here)
+    mixture, dense = attention.read_csv(here.kept / attention.FILE)
+    assert (mixture["run"], dense["run"]) == ("MoT-Nano-32E-4-600-seed4", "Transformer-Nano-fresh-seed1")
+    assert float(dense["loss"]) == pytest.approx(run.facts.final_loss, abs=0.01)
+    model, text = load_model(str(tiny_runs["MoT-Nano/4E/2"]), alone=True), run.config.prepare().validation
+    alone = evaluate_blocks(model, text, group_size=4, batch_size=32)["loss"]
+    assert float(mixture["loss"]) == pytest.approx(alone, abs=0.01)
+    assert all(0 < float(row[f"block_{n}"]) < 1 for row in (mixture, dense) for n in (1, 2, 3, 4))
+    whole, short = attention.tables(here.kept)
+    assert "| Transformer-Nano-fresh-seed1 |" in whole
+    assert "| MoT-Nano-32E-4-600-seed4 |" in short
 
 
 def test_partial_groups_are_treated_as_their_names_say(script):
