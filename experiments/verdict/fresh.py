@@ -16,7 +16,7 @@ early, a tenth of the time comes before it. What is trained may train beside oth
 goes on. Peak rates are the best of fresh-rates.csv, whose runs are as long as these, after an early switch the one from
 which it falls; of systems that it does not have, the best of fresh-sweeps.csv, whose runs are shorter, or the default.
 A system that stands twice has another rate beside it. Expected: a switched mixture is level with the best Token Choice,
-by 0.01 nats.
+by 0.01 nats, and ahead of it after LONG_BUDGET.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
 fresh.csv has a row each; of a mixture before its switch also its loss in full groups, and alone, a token by as many
