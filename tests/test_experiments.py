@@ -23,9 +23,7 @@ import yaml
 from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokens, transition
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.reports.report import report
-from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import FORMAT
 from mixture_of_tokens.runs.run import pack, read
 from mixture_of_tokens.training.options import Options
@@ -702,14 +700,12 @@ def test_attention_to_the_token_before_is_a_mean_share_of_later_positions(attent
         assert attention.to_the_token_before(each.expand(rows, heads, T, T)) == pytest.approx(float(share))
 
 
-def test_rows_of_attention_are_of_runs_after_their_switch_and_of_short_ones(
-    attention, tiny_runs, tiny_cache, tmp_path, monkeypatch
-):
+def test_rows_of_attention_are_of_runs_that_do_not_mix(attention, tiny_runs, tiny_cache, tmp_path, monkeypatch):
     here = attention.Experiment(tmp_path / "kept", tmp_path / "trained")
     for name, directory in (
         ("Transformer-Nano", "Transformer-Nano-fresh-seed1"),
         ("MoT-Nano/4E/2", "MoT-Nano-32E-4-early-fresh-seed1"),  # before its switch
-        ("MoT-Nano/4E/2", "MoT-Nano-32E-4-600-seed4"),
+        ("TC-Nano/4E", "MoT-Nano-32E-4-early-fresh-seed1-transition"),
         ("TC-Nano/4E", "TC-Nano-4E-fresh-seed0-served"),
     ):
         shutil.copytree(tiny_runs[name], here.trained / directory)
@@ -718,16 +714,15 @@ def test_rows_of_attention_are_of_runs_after_their_switch_and_of_short_ones(
     monkeypatch.setattr(attention, "BLOCKS", len(run.config.prepare().validation))
     for _ in range(2):  # the second time nothing is missing
         attention.make(here)
-    mixture, dense = attention.read_csv(here.kept / attention.FILE)
-    assert (mixture["run"], dense["run"]) == ("MoT-Nano-32E-4-600-seed4", "Transformer-Nano-fresh-seed1")
-    assert float(dense["loss"]) == pytest.approx(run.facts.final_loss, abs=0.01)
-    model, text = load_model(str(tiny_runs["MoT-Nano/4E/2"]), alone=True), run.config.prepare().validation
-    alone = evaluate_blocks(model, text, group_size=4, batch_size=32)["loss"]
-    assert float(mixture["loss"]) == pytest.approx(alone, abs=0.01)
-    assert all(0 < float(row[f"block_{n}"]) < 1 for row in (mixture, dense) for n in (1, 2, 3, 4))
-    whole, short = attention.tables(here.kept)
-    assert "| Transformer-Nano-fresh-seed1 |" in whole
-    assert "| MoT-Nano-32E-4-600-seed4 |" in short
+    rows = attention.read_csv(here.kept / attention.FILE)
+    assert [row["run"] for row in rows] == [
+        "MoT-Nano-32E-4-early-fresh-seed1-transition",
+        "Transformer-Nano-fresh-seed1",
+    ]
+    for row, name in zip(rows, ("TC-Nano/4E", "Transformer-Nano"), strict=True):
+        assert float(row["loss"]) == pytest.approx(read(tiny_runs[name]).facts.final_loss, abs=0.01)
+        assert all(0 < float(row[f"block_{n}"]) < 1 for n in (1, 2, 3, 4))
+    assert "| Transformer-Nano-fresh-seed1 |" in attention.table(here.kept)
 
 
 def test_partial_groups_are_treated_as_their_names_say(script):
