@@ -82,6 +82,18 @@ def _flags(key: str, value: Any, negative: bool) -> Iterator[list[str]]:
         yield from ([key, str(item)] for item in (value if isinstance(value, list) else [value]))
 
 
+def _check_kinds(config: Path, command: str, entries: dict[str, Any]) -> None:
+    """Raises ValueError for an entry that as words of the command line would be taken for something else."""
+    arguments = _app([command])[command].assemble_argument_collection()
+    hints = {name: argument.hint for argument in arguments for name in argument.names} | {"--json": bool}
+    for flag, value in entries.items():
+        hint, field = hints.get(flag), flag.removeprefix("--")
+        if hint is bool and not isinstance(value, bool | None):
+            raise ValueError(f"--config {config}: {field} takes true or false, not {value!r}")
+        if hint not in (None, bool) and isinstance(value, bool):
+            raise ValueError(f"--config {config}: {field} takes a value, not {str(value).lower()}")
+
+
 def _positive(flag: str) -> str:
     return flag.replace("--no-", "--", 1)
 
@@ -135,7 +147,8 @@ def _common(
     """Any command.
 
     Args:
-        config: A YAML file of the command's flags; flags on the command line override it.
+        config: A YAML file of the command's flags; flags on the command line override it. Also a run's config.yaml; if
+            NAME or --steps are others, what it has by default for its own is left out.
         json: Print the result as JSON.
     """
     if config is None:
@@ -146,10 +159,19 @@ def _common(
     entries = _entries(config)
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
+    of_run = "format" in entries  # which has all fields, also those that nobody chose
     if isinstance(entries.get("config"), dict):  # a run in one file
         entries = entries["config"]
     if entries.get("transition") is not None:
         raise ValueError(f"--config {config} is of a converted run: repeat it with mot transition")
+    given = {_positive(word.partition("=")[0]) for word in words if word.startswith("--")}
+    name = next((word for word in words[1:2] if not word.startswith("-")), None)  # a positional word is the model's
+    if name is not None:
+        given.add("--name")
+    if of_run and "name" in entries and ("--steps" in given or name not in (None, entries["name"])):
+        from mixture_of_tokens.training.recipes import chosen_in
+
+        entries = chosen_in(entries)
     for field in (
         "format",
         "micro_batch",
@@ -158,14 +180,13 @@ def _common(
     ):  # a run directory's config.yaml has them beside the flags
         entries.pop(field, None)
     negative = bool(words) and words[0] in WITH_NEGATIVE_FLAGS
-    given = {_positive(word.partition("=")[0]) for word in words if word.startswith("--")}
-    if len(words) > 1 and not words[1].startswith("-"):  # a positional word is the model's name
-        given.add("--name")
     try:
         named = {f"--{str(key).replace('_', '-')}": value for key, value in entries.items()}
         flags = [flag for key, value in named.items() for flag in _flags(key, value, negative and key != "--json")]
     except (ValueError, TypeError, RecursionError) as error:  # an entry that holds itself, or a key that is a list
         raise ValueError(f"--config {config} is no file of flags: {error}") from None
+    if words and words[0] in COMMANDS:
+        _check_kinds(config, words[0], named)
     return [*words, *(word for flag in flags if _positive(flag[0]) not in given for word in flag)], json
 
 

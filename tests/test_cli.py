@@ -85,6 +85,28 @@ def test_a_run_s_configuration_is_a_file_of_flags(tiny_runs, tmp_path, capsys):
     assert capsys.readouterr().out == config.read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "entry", "said"),
+    [
+        (["audit", "runs/mine"], 'alone: "off"', "alone takes true or false, not 'off'"),
+        (
+            ["compare", "MoT-Nano/32E"],
+            "dry_run: Transformer-Nano",
+            "dry-run takes true or false, not 'Transformer-Nano'",
+        ),
+        (["plan", "MoT-Nano/32E"], "gated: 0", "gated takes true or false, not 0"),
+        (["plan", "MoT-Nano/32E"], "json: maybe", "json takes true or false, not 'maybe'"),
+        (["train", "MoT-Nano/32E"], "steps: true", "steps takes a value, not true"),
+    ],
+)
+def test_an_entry_that_a_flag_does_not_take_is_named(words, entry, said, tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    file.write_text(entry)
+    with pytest.raises(SystemExit, match="2"):
+        mot(*words, "--config", file)
+    assert capsys.readouterr().err == f"mot: error: --config {file}: {said}\n"
+
+
 def test_a_file_of_flags_has_those_that_are_on_by_default_too(tmp_path, capsys):
     shown = {}
     for name, value in {"plain": "false", "gated": "true"}.items():

@@ -157,6 +157,18 @@ def test_a_page_that_cannot_be_written_is_refused_as_a_run_is(compared, tmp_path
     assert f"{tmp_path / 'file'} is no directory that can be written to" in capsys.readouterr().err
 
 
+def test_a_page_takes_the_place_of_a_page_alone(compared, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(compared / "Transformer-Nano-seed0", run, ignore=shutil.ignore_patterns("checkpoint-*", "model"))
+    before = (run / "run.json").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        mot("report", run, "--out", run / "run.json")
+    assert f"{run / 'run.json'} is there already, and is no page of a report" in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before
+    for _ in range(2):
+        mot("report", run, "--out", tmp_path / "x.html")
+
+
 def test_models_that_saw_other_text_are_refused(compared, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(compared / "TC-Nano-4E-seed0", other, ignore=shutil.ignore_patterns("checkpoint-*", "model"))

@@ -168,6 +168,12 @@ def test_a_damaged_packed_run_is_one_error_that_names_its_file(tmp_path, damage)
         read(tmp_path / "packed")
 
 
+def test_a_file_that_is_no_packed_run_lacks_a_part(tmp_path):
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"other\.json is no run: it has no config"):
+        read(tmp_path / "other.json")
+
+
 def test_a_packed_run_that_cannot_be_parsed_is_one_error(tmp_path):
     (tmp_path / "packed.json").write_text('{"format": 1')
     with pytest.raises(ValueError, match=r"packed\.json cannot be read"):

@@ -163,6 +163,9 @@ def test_little_text_works_as_far_as_it_can(tmp_path, capsys):
     grouped_order(prepared.validation, 32, everything=True)
     with pytest.raises(ValueError, match=r"the validation split has \d+ tokens, less than a block of 1000"):
         prepare([str(tmp_path / "little.txt")], context=1000)
+    (tmp_path / "twins.jsonl").write_text(1000 * (json.dumps({"text": sentences(0, 8)}) + "\n"))
+    with pytest.raises(ValueError, match=r"give more text \(999 documents were dropped as duplicates\)"):
+        prepare([str(tmp_path / "twins.jsonl")], context=64)
     (tmp_path / "line.txt").write_text("one line\n")
     tiny = prepare([str(tmp_path / "line.txt")], context=1)  # its tuning split is shorter than a block
     assert len(tiny.tuning) == 0

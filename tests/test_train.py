@@ -189,6 +189,25 @@ def test_flags_and_file_reach_model_and_trainer(directory, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["name"] == "TC-Nano/32E"
 
 
+def test_of_a_run_s_configuration_another_name_takes_what_was_chosen(directory, capsys):
+    def shown(*words):
+        mot("train", *words, "--dry-run")
+        return yaml.safe_load(capsys.readouterr().out)
+
+    file = directory / "of-a-run.yaml"
+    chosen = ("--learning-rate", 0.003, "--model.initializer_scale", 0.5, "--training.weight_decay", 0.5)
+    file.write_text(yaml.safe_dump(shown("MoT-Nano/32E/4", "--steps", 300, *chosen)))
+    for name in ("MoT-Nano/8E", "TC-Nano/32E"):
+        plain = shown(name, "--steps", 300)
+        plain["learning_rate"] = 0.003
+        plain["model"]["initializer_scale"] = 0.5
+        plain["training"]["weight_decay"] = 0.5
+        assert shown(name, "--config", file) == plain
+    longer = shown("MoT-Nano/32E/4", "--steps", 6000, *chosen)
+    assert shown("--config", file, "--steps", 6000) == longer
+    assert longer["training"]["warmup_steps"] == 100 != shown("--config", file)["training"]["warmup_steps"]
+
+
 @pytest.mark.parametrize(("word", "value"), [("no", False), ("off", False), ("true", True), ("yes", True)])
 def test_a_word_for_a_flag_of_two_values_is_not_just_a_word(word, value, capsys):
     given = ("--model.normalize_mixture", word, "--training.torch_compile", word, "--training.eval_strategy", "no")

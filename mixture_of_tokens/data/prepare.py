@@ -61,9 +61,11 @@ class Prepared:
         for name in ("train", "validation"):
             blocks: Blocks = getattr(self, name)
             if not len(blocks):
+                dropped = self.facts["duplicates_dropped"]
+                why = f" ({dropped:,} documents were dropped as duplicates)" if dropped else ""
                 raise ValueError(
                     f"the {name} split has {len(blocks.tokens)} tokens, less than a block of {blocks.context}: give "
-                    "more text"
+                    f"more text{why}"
                 )
 
 

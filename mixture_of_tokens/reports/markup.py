@@ -10,6 +10,7 @@ from mixture_of_tokens.formatting import Summary, span
 from mixture_of_tokens.reports.figures import swatch
 
 NOTHING = "\N{EN DASH}"
+START = "<!doctype html>\n"  # of a page
 Child = Union[Element, str, Sequence["Child"], None]  # noqa: UP007, a name in quotes has no |
 Column = tuple[str, Callable[[Any], Child]]  # head, and cell of a row
 
@@ -56,7 +57,7 @@ def document(title: str, body: Element) -> str:
         html("title", title),
         html("style", Path(__file__).with_name("page.css").read_text()),
     )
-    return "<!doctype html>\n" + tostring(html("html", head, body, lang="en"), encoding="unicode", method="html")
+    return START + tostring(html("html", head, body, lang="en"), encoding="unicode", method="html")
 
 
 def with_swatch(series: int, label: str) -> Child:

@@ -10,6 +10,7 @@ from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.reports.comparison import Comparison, by_model, comparison, runs_of
+from mixture_of_tokens.reports.markup import START
 from mixture_of_tokens.reports.page import page
 from mixture_of_tokens.reports.prose import differing, findings
 from mixture_of_tokens.reports.samples import continued
@@ -63,7 +64,16 @@ def report(*runs: Path, out: Path | None = None) -> Report:
     if out is None:
         out = (runs[0] if len(runs) == 1 and runs[0].is_dir() else runs[0].parent) / "report.html"
     check_writable(Path(out).parent)
+    _check_no_other_file(Path(out))
     return write_page(comparison(models, command), models, commands, Path(out))
+
+
+def _check_no_other_file(out: Path) -> None:
+    """Raises ValueError for a file that is no page, such as one of a run."""
+    if out.is_file():
+        with out.open("rb") as file:
+            if file.read(len(START)) != START.encode():
+                raise ValueError(f"--out {out} is there already, and is no page of a report: name another file")
 
 
 def write_page(result: Comparison, models: dict[str, list[Run]], commands: list[str], out: Path) -> Report:

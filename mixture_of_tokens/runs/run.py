@@ -324,7 +324,9 @@ def _unpacked(file: Path) -> Run:
     for key, kind in kinds.items():
         if key == "switch" and written.get(key) is None:
             continue
-        if not isinstance(part := written.get(key), dict):
+        if key not in written:
+            raise ValueError(f"{file} is no run: it has no {key}")
+        if not isinstance(part := written[key], dict):
             raise ValueError(f"{file} is no run: {key} cannot be {repr(part)}")
         parts[key] = records.record(kind, part | number, file)
     if not isinstance(rows := written.get("metrics"), list):

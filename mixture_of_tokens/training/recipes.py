@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from transformers import TrainingArguments
 
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -40,6 +41,7 @@ RECIPES = {
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
 }
+RECOMMENDED = ("learning_rate", "batch_size")  # options that a name has a default for
 # Systems with another peak rate than their size's: of Nano and Micro by sweeps (experiments/LOG.md), else the authors'.
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
@@ -147,6 +149,17 @@ def merge(
         raise ValueError("--training.fp16 needs a GPU; --training.bf16 does not")
     try_out(arguments)
     return Merged(run, taken | training, placement)
+
+
+def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
+    """A run's config.yaml without what its name and steps give by themselves: for another name, or other steps."""
+    steps = entries.get("steps")
+    plain = merge(str(entries["name"]), 0, None, Options(steps=steps if type(steps) is int else None)).config
+    own, chosen = yaml.safe_load(str(plain)), dict(entries)
+    for kind in ("training", "model"):
+        if isinstance(given := entries.get(kind), dict):
+            chosen[kind] = {field: value for field, value in given.items() if value != own[kind].get(field, ...)}
+    return {key: value for key, value in chosen.items() if key not in RECOMMENDED or value != own[key]}
 
 
 def _check_model(config: MixtureOfTokensConfig) -> None:
