@@ -617,12 +617,8 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
     assert {int(row["budget"]) for row in rows} == {fresh.BUDGET, fresh.LONG_BUDGET}
     assert len({(row["budget"], row["system"], row["seed"]) for row in rows}) == len(rows)
     for row in rows:
-        budget, system, steps, after = (
-            int(row["budget"]),
-            systems[row["system"]],
-            int(row["steps"]),
-            int(row["after"]),
-        )
+        system = systems[row["system"]]
+        budget, steps, after = (int(row[column]) for column in ("budget", "steps", "after"))
         assert (steps, after) == fresh.steps_within(budget, system, times)
         run = read(kept / f"{system.directory(int(row['seed']), budget)}{'-transition' * system.mixes}.json")
         assert (run.seed, run.facts.steps) == (int(row["seed"]), steps + after)
