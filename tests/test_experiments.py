@@ -600,6 +600,10 @@ def test_the_rate_after_an_early_switch_is_the_best_that_was_tried(fresh, tmp_pa
     assert fresh.best_rate_after(early, tmp_path) == 0.03
     assert fresh.best_rate(early, tmp_path) == before != 0.03
     assert fresh.best_rate_after(early._replace(early=False), tmp_path) is None
+    other = early._replace(rate=0.005)  # after the switch: both have one source
+    assert fresh.best_rate_after(other, tmp_path) == 0.005
+    assert fresh.best_rate(other, tmp_path) == before
+    assert other.before.directory(1) == early.directory(1) != other.directory(1)
 
 
 def test_a_rate_at_which_training_diverges_is_the_worst(fresh, tiny, tmp_path, monkeypatch):
@@ -611,9 +615,10 @@ def test_a_rate_at_which_training_diverges_is_the_worst(fresh, tiny, tmp_path, m
 
 
 def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
-    kept, systems = EXPERIMENTS / "verdict", {system.label: system for system in fresh.SYSTEMS}
+    kept, short = EXPERIMENTS / "verdict", {system.label for system in fresh.SYSTEMS}
+    systems = {system.label: system for system in fresh.SYSTEMS + fresh.LONG_SYSTEMS}
     rows, times = fresh.read_csv(kept / fresh.RESULTS), fresh.times_in(kept)
-    assert {row["system"] for row in rows if row["budget"] == str(fresh.BUDGET)} == systems.keys()
+    assert {row["system"] for row in rows if row["budget"] == str(fresh.BUDGET)} == short
     assert {int(row["budget"]) for row in rows} == {fresh.BUDGET, fresh.LONG_BUDGET}
     assert len({(row["budget"], row["system"], row["seed"]) for row in rows}) == len(rows)
     for row in rows:

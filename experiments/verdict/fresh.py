@@ -28,7 +28,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ class System(NamedTuple):
     name: str
     model: Mapping[str, str] = {}
     early: bool = False
-    rate: float | None = None  # another peak rate than the best that was tried
+    rate: float | None = None  # another peak rate than the best that was tried; where the switch is early, after it
 
     @property
     def mixes(self) -> bool:
@@ -98,6 +98,11 @@ class System(NamedTuple):
         rate = [] if self.rate is None else [f"rate={self.rate:g}"]
         length = [] if budget == BUDGET else [budget]
         return directory_of(self.name, *settings, *["early"] * self.early, *rate, "fresh", *length, f"seed{seed}")
+
+    @property
+    def before(self) -> "System":
+        """What is trained first: an early switch may be followed by several rates."""
+        return self._replace(rate=None) if self.early else self
 
     @property
     def served(self) -> "System":
@@ -129,6 +134,7 @@ LONG_SYSTEMS = (
     System("TC-Nano/32E/4", DROPLESS),
     System("STC-Nano/32E/8"),
     System("MoT-Nano/32E/4", early=True),
+    System("MoT-Nano/32E/4", early=True, rate=5e-3),
 )
 # Peak rates that were tried, with seed 1, at this number of steps.
 SWEPT_STEPS = 1500
@@ -206,7 +212,7 @@ def distillation(source: MixtureOfTokensForCausalLM, text: Blocks) -> float:
 
 def best_rate(system: System, kept: Path) -> float:
     """The peak rate from the start on. The default, where none were tried, is the best of earlier sweeps."""
-    if system.rate is not None:
+    if system.rate is not None and not system.early:
         return system.rate
     rates = {} if system.early else tried(system, kept)
     for row in [] if rates else read_csv(kept / SWEPT):
@@ -219,8 +225,10 @@ def best_rate(system: System, kept: Path) -> float:
 
 def best_rate_after(system: System, kept: Path) -> float | None:
     """The rate from which it falls after an early switch; None after a late one, which goes on with the one before."""
-    rates = tried(system, kept) if system.early else {}
-    return rates[min(rates)] if rates else None
+    if not system.early:
+        return None
+    rates = tried(system, kept)
+    return system.rate or (rates[min(rates)] if rates else None)
 
 
 def tried(system: System, kept: Path) -> dict[float, float]:
@@ -265,10 +273,11 @@ def made(experiment: Experiment, budget: int, system: System, seed: int) -> dict
     row: dict[str, Any] = {"budget": budget, "system": system.label, "seed": seed, "steps": steps, "after": after}
     row |= {"in_groups": "", "alone": ""}
     out = experiment.trained / system.directory(seed, budget)
-    trained(out, system, seed, steps, best_rate(system, experiment.kept), OPTIONS)
+    source = experiment.trained / system.before.directory(seed, budget)
+    trained(source, system, seed, steps, best_rate(system, experiment.kept), OPTIONS)
     if system.mixes:
-        row |= {"in_groups": read(out).facts.final_loss, "alone": loss_alone(out, "validation")}
-        source, out = out, out.with_name(f"{out.name}-transition")
+        row |= {"in_groups": read(source).facts.final_loss, "alone": loss_alone(source, "validation")}
+        out = out.with_name(f"{out.name}-transition")
         switched(source, out, system, after, best_rate_after(system, experiment.kept))
     keep([read(out)], experiment.kept, first_seed=SEEDS[0])
     (row["loss"],) = by_plain_transformers("loss", out)
@@ -310,7 +319,7 @@ def times_in(kept: Path) -> Times:
     return {row["system"]: row for row in read_csv(kept / TIMES)}
 
 
-def table(kept: Path, budget: int) -> str:
+def table(kept: Path, budget: int, systems: Sequence[System]) -> str:
     found, times = [row for row in read_csv(kept / RESULTS) if row["budget"] == str(budget)], times_in(kept)
     head = ["loss of the export", "before the switch, in groups", "alone", "steps", "a step, of dense", "peak rate"]
     head.append("ms a token, served")
@@ -318,7 +327,7 @@ def table(kept: Path, budget: int) -> str:
     for row in read_csv(kept / SERVED):
         tokens.setdefault(row["system"], []).append(float(row["token_ms"]))
     lines = [["", "seeds", *head]]
-    for system in SYSTEMS:
+    for system in systems:
         own = [row for row in found if row["system"] == system.label]
         if not own:
             continue
@@ -367,7 +376,8 @@ def main() -> None:
     else:
         if not given.table:
             make(experiment)
-        tables = [table(experiment.kept, budget) for budget in (BUDGET, LONG_BUDGET)]
+        budgets = (BUDGET, SYSTEMS), (LONG_BUDGET, LONG_SYSTEMS)
+        tables = [table(experiment.kept, *each) for each in budgets]
         print(*tables, rates_table(experiment.kept), sep="\n\n")
 
 
