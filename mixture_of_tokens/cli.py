@@ -82,9 +82,8 @@ def _flags(key: str, value: Any, negative: bool) -> Iterator[list[str]]:
         yield from ([key, str(item)] for item in (value if isinstance(value, list) else [value]))
 
 
-def _check_kinds(config: Path, command: str, entries: dict[str, Any]) -> None:
+def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str, Any]) -> None:
     """Raises ValueError for an entry that as words of the command line would be taken for something else."""
-    arguments = _app([command])[command].assemble_argument_collection()
     hints = {name: argument.hint for argument in arguments for name in argument.names} | {"--json": bool}
     for flag, value in entries.items():
         hint, field = hints.get(flag), flag.removeprefix("--")
@@ -92,6 +91,13 @@ def _check_kinds(config: Path, command: str, entries: dict[str, Any]) -> None:
             raise ValueError(f"--config {config}: {field} takes true or false, not {value!r}")
         if hint not in (None, bool) and isinstance(value, bool):
             raise ValueError(f"--config {config}: {field} takes a value, not {str(value).lower()}")
+
+
+def _without_flag(arguments: ArgumentCollection, entries: dict[str, Any]) -> list[str]:
+    """Takes what has no flag from the entries, such as the NAMES of mot compare, as words of the command line."""
+    flags = [f"--{argument.name.lower()}" for argument in arguments if not argument.name.startswith("-")]
+    found = [entries.pop(flag) for flag in flags if flag in entries]
+    return [str(word) for value in found for word in (value if isinstance(value, list) else [value])]
 
 
 def _positive(flag: str) -> str:
@@ -147,8 +153,8 @@ def _common(
     """Any command.
 
     Args:
-        config: A YAML file of the command's flags; flags on the command line override it. Also a run's config.yaml; if
-            NAME or --steps are others, what it has by default for its own is left out.
+        config: A YAML file of the command's flags, and of `names` or `runs`; the command line overrides it. Also a
+            run's config.yaml; if NAME or --steps are others, what it has by default for its own is left out.
         json: Print the result as JSON.
     """
     if config is None:
@@ -177,17 +183,21 @@ def _common(
         "micro_batch",
         "first_step",
         "transition",
-    ):  # a run directory's config.yaml has them beside the flags
+    ):  # which a run's config.yaml has beside the flags
         entries.pop(field, None)
     negative = bool(words) and words[0] in WITH_NEGATIVE_FLAGS
     try:
         named = {f"--{str(key).replace('_', '-')}": value for key, value in entries.items()}
+        command = words[0] if words and words[0] in COMMANDS else None
+        arguments = ArgumentCollection() if command is None else _app(words)[command].assemble_argument_collection()
+        first = _without_flag(arguments, named)
         flags = [flag for key, value in named.items() for flag in _flags(key, value, negative and key != "--json")]
     except (ValueError, TypeError, RecursionError) as error:  # an entry that holds itself, or a key that is a list
         raise ValueError(f"--config {config} is no file of flags: {error}") from None
-    if words and words[0] in COMMANDS:
-        _check_kinds(config, words[0], named)
-    return [*words, *(word for flag in flags if _positive(flag[0]) not in given for word in flag)], json
+    _check_kinds(config, arguments, named)
+    first = [] if name is not None else first
+    others = (word for flag in flags if _positive(flag[0]) not in given for word in flag)
+    return [*words[:1], *first, *words[1:], *others], json
 
 
 def _app(words: list[str]) -> App:

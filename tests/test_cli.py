@@ -107,6 +107,17 @@ def test_an_entry_that_a_flag_does_not_take_is_named(words, entry, said, tmp_pat
     assert capsys.readouterr().err == f"mot: error: --config {file}: {said}\n"
 
 
+def test_a_file_of_flags_holds_the_names_too_and_words_go_before_it(tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    file.write_text("names: [MoT-Nano/4E, Transformer-Nano]\nsteps: 7\n")
+    shown = []
+    for words in ([], ["TC-Nano/4E"]):
+        mot("compare", *words, "--config", file, "--dry-run", "--json")
+        runs = json.loads(capsys.readouterr().out)["runs"]
+        shown.append([(Path(run["directory"]).name, run["steps"]) for run in runs])
+    assert shown == [[("MoT-Nano-4E-seed0", 7), ("Transformer-Nano-seed0", 7)], [("TC-Nano-4E-seed0", 7)]]
+
+
 def test_a_file_of_flags_has_those_that_are_on_by_default_too(tmp_path, capsys):
     shown = {}
     for name, value in {"plain": "false", "gated": "true"}.items():

@@ -339,6 +339,8 @@ def test_plan_says_how_long_a_training_takes(capsys):
     said = rf"^1,000 steps: 8.19 M tokens, {found.flops / 1e12:.3g} TFLOPs; {seconds / 3600:.1f} h at 0.0001 TFLOP/s"
     assert re.search(said, capsys.readouterr().out, re.MULTILINE)
     assert plan("MoT-Nano/4E").training is None
+    with pytest.raises(ValueError, match="--tflops is for --steps N"):
+        plan("MoT-Nano/4E", tflops=2)
     with pytest.raises(ValueError, match="--tflops must be positive and finite, not nan"):
         plan("MoT-Nano/4E", steps=1000, tflops=math.nan)
 

@@ -381,6 +381,7 @@ WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
         ),
         ("another order", "in Dots1 the first blocks are dense and all others sparse"),
         ("top k of a dense model", "--top-k and --scores are for a Mixture of Tokens, and"),
+        ("distillation of a dense model", "and so is --distil-steps; "),
         ("foreign tokenizer", "it is another model's"),
         ("transformers' own", "is a Qwen3ForCausalLM, which transformers loads without an export"),
         ("truncated", "cannot be loaded"),
@@ -426,6 +427,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
         out = tmp_path / "missing" / "out"
     capsys.readouterr()
     words = ["--top-k", 2] if given.startswith("top k") else []
+    words += ["--distil-steps", 5] if given.startswith("distillation") else []
     with pytest.raises(SystemExit, match="2"):
         mot("export", directory, out, *words)
     shown = capsys.readouterr()

@@ -388,6 +388,13 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         (["MIXED", "--capacity", "-1"], "--capacity must be positive and finite, not -1"),
         (["MIXED", "--anneal", "0.5"], "--anneal 0.5 must be above 0 and below the source's temperature, 0.25"),
         (["MIXED", "--out", "MIXED"], "is the source itself"),
+        (["MIXED", "--out", "MIXED/new"], "is the source itself, or inside it"),
+        (["MIXED", "--calibrate", "none", "--distil-steps", "5"], "--calibrate none leaves nothing for --distil-steps"),
+        (["MIXED", "--control", "router", "--calibrate", "scales"], "--control router leaves nothing for --calibrate"),
+        (
+            ["MIXED", "--control", "scratch", "--optimizer", "fresh", "--schedule", "decay"],
+            "--control scratch leaves nothing for --optimizer, --schedule to change",
+        ),
         (["MIXED", "--out", "taken"], "taken exists already"),
         (["WITHOUT"], "has no optimizer state to carry: it is not there; --optimizer fresh"),
         (["WITHOUT", "--optimizer", "frsh"], "optimizer"),
@@ -403,7 +410,7 @@ def test_bad_use_is_one_line_and_leaves_nothing(words, message, tiny_runs, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
-    named = {"DENSE": tiny_runs["Transformer-Nano"], "MIXED": tiny_runs[MIXED]}
+    named = {"DENSE": tiny_runs["Transformer-Nano"], "MIXED": tiny_runs[MIXED], "MIXED/new": tiny_runs[MIXED] / "new"}
     changes: dict[str, dict] = {"WITHOUT": {}, "SGD": {"training": {"optim": "sgd"}}}
     changes |= {"ANNEALED": {"anneal_temperature_to": 0.1}, "LEARNED": {"model": {"learnable_temperature": True}}}
     if words[0] in changes:

@@ -182,6 +182,8 @@ def plan(
         raise ValueError(f"--tflops must be positive and finite, not {tflops}")
     if devices is None and not shard == replicate == expert_parallel is None:
         raise ValueError("--shard, --replicate and --expert-parallel are for --devices N")
+    if steps is None and tflops != TFLOPS:
+        raise ValueError("--tflops is for --steps N, whose time it says")
     parsed, config = parse_name(name), config_from_name(name, gated=gated)
     batch = batch_size or -(-SIZES[parsed.size].batch // parsed.group_size) * parsed.group_size
     spread = None
