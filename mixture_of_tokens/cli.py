@@ -97,7 +97,8 @@ def _without_flag(arguments: ArgumentCollection, entries: dict[str, Any]) -> lis
     """Takes what has no flag from the entries, such as the NAMES of mot compare, as words of the command line."""
     flags = [f"--{argument.name.lower()}" for argument in arguments if not argument.name.startswith("-")]
     found = [entries.pop(flag) for flag in flags if flag in entries]
-    return [str(word) for value in found for word in (value if isinstance(value, list) else [value])]
+    words = [word for value in found for word in (value if isinstance(value, list) else [value])]
+    return [str(word) for word in words if word is not None]
 
 
 def _positive(flag: str) -> str:
@@ -178,12 +179,7 @@ def _common(
         from mixture_of_tokens.training.recipes import chosen_in
 
         entries = chosen_in(entries)
-    for field in (
-        "format",
-        "micro_batch",
-        "first_step",
-        "transition",
-    ):  # which a run's config.yaml has beside the flags
+    for field in ("format", "micro_batch", "first_step", "transition"):  # of a run, beside its flags
         entries.pop(field, None)
     negative = bool(words) and words[0] in WITH_NEGATIVE_FLAGS
     try:
