@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import types
 import typing
@@ -21,6 +22,12 @@ KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
     str: (str, "text"),
     Path: ((str, os.PathLike), "a path"),
 }
+
+
+def divisors(number: int) -> str:
+    """For a message; all of a number below 2**32."""
+    lower = [k for k in range(1, min(math.isqrt(number), 2**16) + 1) if number % k == 0]
+    return ", ".join(map(str, sorted({*lower, *(number // k for k in lower)})))
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

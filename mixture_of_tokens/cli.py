@@ -185,7 +185,7 @@ def _common(
     try:
         named = {f"--{str(key).replace('_', '-')}": value for key, value in entries.items()}
         command = words[0] if words and words[0] in COMMANDS else None
-        arguments = ArgumentCollection() if command is None else _app(words)[command].assemble_argument_collection()
+        arguments = ArgumentCollection() if command is None else _app([command])[command].assemble_argument_collection()
         first = _without_flag(arguments, named)
         flags = [flag for key, value in named.items() for flag in _flags(key, value, negative and key != "--json")]
     except (ValueError, TypeError, RecursionError) as error:  # an entry that holds itself, or a key that is a list

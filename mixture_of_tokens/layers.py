@@ -31,7 +31,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from mixture_of_tokens.checks import check
+from mixture_of_tokens.checks import check, divisors
 from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, highest, softmax
 from mixture_of_tokens.layout import check_shapes, combine, dispatch, grouped, ungrouped
 from mixture_of_tokens.slots import dropless
@@ -111,7 +111,7 @@ class MixtureOfTokens(Routed):
         check("intermediate_size", intermediate_size, int)
         check("granularity", granularity, int)
         if granularity < 1 or intermediate_size % granularity:
-            legal = ", ".join(str(k) for k in range(1, min(intermediate_size, 128) + 1) if intermediate_size % k == 0)
+            legal = divisors(intermediate_size)
             raise ValueError(f"granularity {granularity} does not divide {intermediate_size=}; legal are {legal}")
         return cls(
             hidden_size,

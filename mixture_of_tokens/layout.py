@@ -8,7 +8,8 @@ Shape letters as in `layers.py`. Each product could be one einsum. They are auto
   read it as fast as a copy, and a copy would be as large as all mixtures. Writing each product straight into its
   place (`out=`) is no faster, and many times slower when another process uses a core.
 
-Autocast does not reach into autograd functions, so each public function casts first.
+Each public function casts as autocast would, so that what it saves has one type, and `backward`, which runs outside of
+autocast, multiplies in that one too.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -32,6 +32,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, size, with_gradients):
         at_least_fp32 = torch.promote_types(hidden.dtype, torch.float32)
+        # A sum over many tokens is beyond the range of fp16, also where their mean is not.
+        wide = at_least_fp32 if hidden.dtype == torch.float16 else hidden.dtype
         loss = hidden.new_zeros((), dtype=at_least_fp32)
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=at_least_fp32)
@@ -48,17 +50,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad = grad.to(hidden.dtype)
                 # Tokens that are not predicted are left out here, where they have D columns and not V.
                 grad_hidden[start : start + size] = (grad @ head).where(real, 0)
-                grad_head += grad.T @ chunk
+                grad_head += grad.T.to(wide) @ chunk.to(wide)
         if with_gradients:
-            ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+            ctx.save_for_backward(grad_hidden, grad_head.to(wide))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         once_only("chunked_cross_entropy", "give the model no labels, and take the cross-entropy of its logits")
         grad_hidden, grad_head = ctx.saved_tensors
-        grads = (grad_hidden * grad_loss).to(grad_hidden.dtype), (grad_head * grad_loss).to(grad_head.dtype)
-        return *grads, None, None, None
+        dtype = grad_hidden.dtype  # the head's too
+        return (grad_hidden * grad_loss).to(dtype), (grad_head * grad_loss).to(dtype), None, None, None
 
 
 class AuxiliaryLoss(nn.Module):

@@ -190,16 +190,16 @@ class ExpertThreshold(_Above):
             noted[-1] = 1
         self.noted = noted if self.noted is None else self.noted + noted
 
-    def noted_mean(self) -> Tensor | None:
-        """Over all processes, the mean of the thresholds that batches since the last call wanted, if there were any."""
+    def noted_mean(self, *, over_processes: bool) -> Tensor | None:
+        """The mean of the thresholds that batches since the last call wanted, if there were any."""
         if self.noted is None:
             return None
-        noted, self.noted = summed_over_processes(self.noted), None
+        noted, self.noted = summed_over_processes(self.noted) if over_processes else self.noted, None
         return (noted[:-1] / noted[-1]).to(self.threshold.dtype) if noted[-1] > 0 else None
 
     @staticmethod
     @torch.no_grad()
     def balance(layers: "Sequence[ExpertThreshold]") -> None:
         for layer in layers:
-            if (mean_E := layer.noted_mean()) is not None:
+            if (mean_E := layer.noted_mean(over_processes=True)) is not None:
                 layer.threshold.lerp_(mean_E, 1 - layer.threshold_decay)

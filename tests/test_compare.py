@@ -8,10 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mixture_of_tokens.reports.markup import html, own_ids
 from mixture_of_tokens.reports.prose import differing
+from mixture_of_tokens.reports.samples import continued
 from processes import mot, rows_of
 
 NAMES = ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E")
@@ -137,6 +139,12 @@ def test_it_can_be_moved_and_reported_on_without_its_weights(compared, tmp_path,
     page = (moved / "report.html").read_text()
     assert "There are no samples" in page
     assert "mot compare" in page  # the command that made it, not only the one that reports
+
+
+def test_samples_are_made_on_the_device_that_was_asked_for(compared, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run = compared / "Transformer-Nano-seed0"
+    assert continued({"one": run}, "cpu")["def "].keys() == {"one"}
 
 
 def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path):

@@ -71,7 +71,10 @@ def test_a_model_that_is_not_transformers_is_audited_too():
     assert (found.causal, found.private, found.length) == (True, False, 9)
     model.layer.serve_alone(num_experts_alone=2)
     assert audit_model(model, vocab_size=30, length=9, group_size=4).private
+    for length in (2, 3):
+        assert audit_model(model, vocab_size=30, length=length, group_size=4).private
     model.looks_ahead = True
+    assert not audit_model(model, vocab_size=30, length=2, group_size=4).causal
     assert not audit_model(model, vocab_size=30, length=9, group_size=4).causal
     with pytest.raises(ValueError, match="give vocab_size: Own has no config"):
         audit_model(model)

@@ -361,6 +361,7 @@ def test_matched_has_the_experts_of_the_name():
         (lambda: MixtureOfTokens(D, F, E, G, temperature=math.nan), "temperature must be positive and finite, not nan"),
         (lambda: build("mot").gate.set_temperature(0), "temperature must be positive and finite, not 0"),
         (lambda: MixtureOfTokens.matched(D, 12, G, granularity=5), "5 does not divide .*legal are 1, 2, 3, 4, 6, 12$"),
+        (lambda: MixtureOfTokens.matched(D, 1024, G, granularity=3), "legal are 1, 2, 4, .*, 256, 512, 1024$"),
         (lambda: MixtureOfTokens.matched(D, 12, G, granularity=0), "0 does not divide .*legal are 1, 2, 3, 4, 6, 12$"),
         (lambda: ExpertChoice(D, F, E, 0), "group_size=0 and num_experts_per_tok=1 must be at least 1"),
         (lambda: ExpertChoice(D, F, E, G, num_experts_per_tok=0), "num_experts_per_tok=0 must be at least 1"),

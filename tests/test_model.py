@@ -1,6 +1,7 @@
 """The causal language model: what it inherits works with groups, and what it must not inherit is gone."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 
@@ -438,9 +439,9 @@ def gradients(model, x) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def enable_checkpointing(model) -> None:
+def enable_checkpointing(model, *how) -> None:
     # Renamed in transformers 5.24.
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*how)
 
 
 def test_gradient_checkpointing_changes_no_gradient(kind):
@@ -450,6 +451,18 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
     assert all(block.gradient_checkpointing for block in model.model.layers)
     for name, gradient in gradients(model, x).items():
         torch.testing.assert_close(gradient, plain[name])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # of torch
+def test_reentrant_checkpointing_would_lose_the_balancing_loss():
+    for kind, loses in {"token_choice": True, "remoe": True, "mixture_of_tokens": False}.items():
+        model, x = tiny(kind, use_cache=False).train(), tokens(6, 9)
+        enable_checkpointing(model, {"use_reentrant": True})
+        with pytest.raises(ValueError, match="drops the loss that balances") if loses else nullcontext():
+            model(x, labels=x)
+        for router in (module for module in model.modules() if isinstance(module, Router)):
+            router.requires_grad_(False)  # which have nothing to learn from it
+        model(x, labels=x)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch, where a graph breaks

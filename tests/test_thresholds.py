@@ -236,6 +236,19 @@ def test_calibrated_thresholds_are_the_means_over_batches_of_real_tokens():
     calibrate_thresholds(tiny("token_choice"), batches)  # which has none
 
 
+def test_thresholds_are_measured_by_each_process_alone(monkeypatch):
+    """One that saves the model may call it, and waits for no other."""
+
+    def waits(noted):
+        raise AssertionError("another process was asked")
+
+    monkeypatch.setattr("mixture_of_tokens.thresholds.summed_over_processes", waits)
+    model = tiny("expert_threshold")
+    before = thresholds_of(model)
+    calibrate_thresholds(model, [{"input_ids": torch.randint(model.config.vocab_size, (16, 12))}])
+    assert not torch.equal(thresholds_of(model), before)
+
+
 def test_a_run_ends_with_thresholds_of_its_last_weights(small_corpus, tmp_path):
     run = train("ET-Nano/4E", out=tmp_path / "run", options=options(small_corpus))
     assert run is not None

@@ -46,7 +46,7 @@ class Beginning:
         """Give the target its weights. Also returns the weights that Adam has to begin anew with."""
         if is_main():
             print("Measuring losses before the switch and at it", file=sys.stderr)
-        model = load_model(str(self.source.directory)).to(target.device)
+        model = load_model(str(self.source.directory), device="cpu").to(target.device)
         groups = list(training_groups(prepared.train, trainer.rows.group_size))
         started = time.perf_counter()
         calibrate_companions(model, groups)

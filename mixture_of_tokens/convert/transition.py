@@ -305,7 +305,7 @@ def _annealed(
     merged = merge(source.name, source.seed, _last_rate(source), options, first_step=first, transition=asked)
 
     def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
-        trainer.causal_lm.load_state_dict(load_model(str(source.directory)).state_dict())
+        trainer.causal_lm.load_state_dict(load_model(str(source.directory), device="cpu").state_dict())
         if optimizer is not None:
             carry_moments(trainer, optimizer, {}, without=())
         go_on_from(source, trainer, out)

@@ -249,7 +249,7 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         noise.append(_noise(model, ids, logits))
         rows, length = ids.shape
         own = torch.arange(rows) == int(torch.randint(rows, (), generator=generator))
-        for k in sorted({0, length // 4, length // 2, length - 2}):
+        for k in sorted({0, length // 4, min(length // 2, length - 2), length - 2}):
             for what, where in zip(future, (own, ~own, torch.ones_like(own)), strict=True):
                 if where.any():
                     changed = ids.clone()
@@ -264,8 +264,9 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         flips.append((before.argmax(-1) != after.argmax(-1)).float())
         pairs = zip(states, states_with_others, strict=True)
         layers.append([float((b[own] - a[own]).norm() / b[own].norm()) for b, a in pairs])
-    quarters = [torch.cat([each.tensor_split(QUARTERS)[i] for each in divergence]) for i in range(QUARTERS)]
-    flipped = [torch.cat([each.tensor_split(QUARTERS)[i] for each in flips]) for i in range(QUARTERS)]
+    count = min(QUARTERS, len(divergence[0]))
+    quarters = [torch.cat([each.tensor_split(count)[i] for each in divergence]) for i in range(count)]
+    flipped = [torch.cat([each.tensor_split(count)[i] for each in flips]) for i in range(count)]
     return Leaks(
         logits_std=max(std),
         noise=max(noise),

@@ -67,6 +67,8 @@ def watch(
 def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[dict[str, Tensor]]) -> None:
     """Set the thresholds of every Expert Threshold layer to their means over `batches`, if there are such layers.
 
+    Of several processes each measures on its own batches alone: give all of them the same.
+
     Args:
         model: uncompiled and unwrapped.
         batches: inputs of the model, each of many tokens: an expert's even share of a batch is to be some tokens.
@@ -76,7 +78,7 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
         return
     watch(model, dict.fromkeys(layers, _note), batches)
     for layer in layers:
-        if (mean_E := layer.noted_mean()) is not None:
+        if (mean_E := layer.noted_mean(over_processes=False)) is not None:
             layer.threshold.copy_(mean_E)
 
 

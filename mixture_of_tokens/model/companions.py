@@ -59,6 +59,8 @@ def forget_companions(model: nn.Module) -> None:
 def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] | Tensor]) -> None:
     """Set the companions of every Mixture of Tokens layer to their means over `batches`, if there are such layers.
 
+    Of several processes each measures on its own batches alone: give all of them the same.
+
     Args:
         model: any module with such layers, uncompiled and unwrapped. Full groups use no companions, so calibrating
             twice gives the same.

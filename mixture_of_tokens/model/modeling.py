@@ -196,6 +196,17 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 f"incomplete. Take batches of a multiple of {size}, and drop the last one."
             )
 
+    def _check_balanced(self, aux_loss: Tensor) -> None:
+        """Raises ValueError where reentrant checkpointing, whose first pass has no gradients, loses the loss's."""
+        checkpointed = any(block.gradient_checkpointing for block in self.model.layers)
+        if checkpointed and torch.is_grad_enabled() and not aux_loss.requires_grad:
+            routers = [module for module in self.modules() if isinstance(module, Router)]
+            if any(weight.requires_grad for router in routers for weight in router.parameters()):
+                raise ValueError(
+                    "reentrant gradient checkpointing drops the loss that balances experts: call "
+                    'gradient_checkpointing_enable({"use_reentrant": False})'
+                )
+
     def _summed_cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Of (S, D) and (S,), without all logits in memory where the head is a matrix, and on this device."""
         head = self.lm_head
@@ -273,6 +284,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 weight = weight.to(hidden.device) if isinstance(weight, Tensor) else weight
                 weighted = weighted + weight * means[-1]
             aux_loss = torch.stack(means).mean()
+            self._check_balanced(aux_loss)
         if has_labels:
             if shift_labels is None:
                 assert labels is not None

@@ -54,7 +54,7 @@ def compare(
         names: Models, such as Transformer-Nano MoT-Nano/32E/4; the first is the baseline.
         seeds: Seeds, as in 0,1,2.
         learning_rate: Peak learning rates: one for all models, or one for each in their order, as in 1e-2,2e-2; by
-            default the size's own.
+            default each model's own.
         out: Directory for all of it; by default runs/compare.
         dry_run: Print the runs and stop.
 
@@ -100,7 +100,7 @@ def _compared(
     if others := _compared_before(out) - {str(run.directory) for run in runs}:
         print(f"mot: {out} now compares these runs; no longer {', '.join(sorted(others))}", file=sys.stderr)
     write(result, out)
-    return write_page(result.relative(out), models, [command], out / "report.html")
+    return write_page(result.relative(out), models, [command], out / "report.html", options.device)
 
 
 def _compared_before(out: Path) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.reports.comparison import Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.markup import START
@@ -76,13 +77,15 @@ def _check_no_other_file(out: Path) -> None:
                 raise ValueError(f"--out {out} is there already, and is no page of a report: name another file")
 
 
-def write_page(result: Comparison, models: dict[str, list[Run]], commands: list[str], out: Path) -> Report:
+def write_page(
+    result: Comparison, models: dict[str, list[Run]], commands: list[str], out: Path, device: Device | None = None
+) -> Report:
     """Write the page of a comparison, with samples of each model's first seed.
 
     Args:
         models: The runs that `result` compares; commands: those that make it again.
     """
-    samples = continued({label: model[0].directory for label, model in models.items()})
+    samples = continued({label: model[0].directory for label, model in models.items()}, device)
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.write_text(out, page(result, models, samples, commands))
     return Report(result, samples, str(out))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
+from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
 
 TEMPERATURE = 0.8
@@ -16,7 +17,7 @@ PROMPTS = (
 )
 
 
-def continued(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
+def continued(directories: dict[str, Path], device: Device | None = None) -> dict[str, dict[str, str]]:
     """Continuations of the first prompts by the models of run directories, by prompt and label, with a fixed seed.
 
     All prompts are one batch. Empty where a run has no model/ any more; a model has none that is not causal, or that
@@ -26,7 +27,7 @@ def continued(directories: dict[str, Path]) -> dict[str, dict[str, str]]:
         return {}
     written = {prompt: {} for prompt in SHOWN}
     for label, directory in directories.items():
-        model, tokenizer = load_model(str(directory)), load_tokenizer_of(str(directory))
+        model, tokenizer = load_model(str(directory), device=device), load_tokenizer_of(str(directory))
         if not model.config.causal:
             continue
         try:

@@ -142,7 +142,7 @@ def sweep(
 
     Args:
         name: A model, such as MoT-Nano/32E/4.
-        learning_rate: Peak learning rates, as in 3e-3,1e-2,3e-2; by default the size's own.
+        learning_rate: Peak learning rates, as in 3e-3,1e-2,3e-2; by default the model's own.
         seeds: Seeds, as in 0,1,2.
         out: Directory of the run directories and of sweep.json; by default runs/sweep-NAME.
         dry_run: Print the runs and stop.

@@ -69,7 +69,7 @@ def train(
         name: A model, such as Transformer-Nano or MoT-Nano/32E/4.
         out: The run directory; by default runs/NAME-seedSEED.
         seed: Of the weights and of the order of the text.
-        learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the size's own.
+        learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own.
         resume: Go on from the newest valid checkpoint of the run directory, or start where there is none.
         dry_run: Print the merged configuration and stop.
 
