@@ -36,6 +36,10 @@ from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, high
 from mixture_of_tokens.layout import check_shapes, combine, dispatch, grouped, ungrouped
 from mixture_of_tokens.slots import dropless
 
+# Tokens served alone by all experts at a time. Each has E mixtures, which a CPU's cache is to hold and a GPU's memory;
+# the GPU's number is no measured one.
+ALONE_AT_ONCE = {"cpu": 64, "cuda": 1024}
+
 
 class MixtureOfTokens(Routed):
     """The layer of the module's docstring, for any batch, group size, number and width of experts.
@@ -57,7 +61,7 @@ class MixtureOfTokens(Routed):
     companion: Tensor
     companion_logit: Tensor
     companion_output: Any  # a tensor, where few experts run for a token alone
-    alone_at_once: int = 64  # tokens served alone at a time: each has E mixtures, which are to fit in a cache
+    alone_at_once: int | None = None  # tokens served alone at a time, by default of the device
 
     def __init__(
         self,
@@ -200,10 +204,11 @@ class MixtureOfTokens(Routed):
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         if self.alone and self.companion_output is not None:
             return self._to_few_experts(x_BTD, token_mask)
-        if self.alone and (len(x_BTD) > 1 or x_BTD.shape[1] > self.alone_at_once):  # tokens as positions of one example
+        at_once = self.alone_at_once or ALONE_AT_ONCE.get(x_BTD.device.type, ALONE_AT_ONCE["cpu"])
+        if self.alone and (len(x_BTD) > 1 or x_BTD.shape[1] > at_once):  # tokens as positions of one example
             mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
             x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)
-            parts = zip(x_1SD.split(self.alone_at_once, dim=1), mask_1S.split(self.alone_at_once, dim=1), strict=True)
+            parts = zip(x_1SD.split(at_once, dim=1), mask_1S.split(at_once, dim=1), strict=True)
             return torch.cat([self.forward(*part) for part in parts], dim=1).view_as(x_BTD)
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
         weights_MGE = self.weights(x_MGD, mask_MG1, missing_M11)

@@ -246,8 +246,8 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         Returns `loss` (`cross_entropy`, in nats, in training plus `aux_loss` times its weight), `aux_loss` (of the
         routing, such as Token Choice's load-balancing loss; the mean over its blocks), `logits`, and upstream's others.
         `router_logits` have the shapes in which routings choose: (M, G, E) of groups, (T, B, E) where each token
-        chooses, (B, T, E * P) of Soft MoE. Served alone by all experts, a Mixture of Tokens has several for a layer, of
-        64 tokens each.
+        chooses, (B, T, E * P) of Soft MoE. Served alone by all experts, a Mixture of Tokens has several for a layer,
+        of some tokens each.
         """
         # Not among the arguments: Trainer would take it for a label that every batch of an evaluation must have.
         shift_labels = kwargs.pop("shift_labels", None)
