@@ -136,8 +136,7 @@ class ExpertThreshold(_Above):
     even without a loss, once the logits have settled: while they grow, thresholds lag behind them. As in Expert Choice,
     experts choose the tokens; but nothing depends on the other tokens of the batch. At first it is the threshold for
     inputs whose elements are normal with variance one. A batch of which an even share is less than half a token moves
-    nothing. Their runs begin with Expert Choice over the whole batch, which
-    is not causal; this does not.
+    nothing. Their runs begin with Expert Choice over the whole batch, which is not causal; this does not.
     """
 
     threshold: Tensor
