@@ -251,6 +251,8 @@ def _told(error: Exception, words: list[str]) -> str:
     if type(error) is MissingArgumentError and error.argument is not None and error.keyword is None:
         command = " ".join(("mot", *(error.command_chain or ())))
         return f"{error.argument.name.lstrip('-').upper()} is missing; {command} --help shows what {command} takes"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # without the system's number
+        return f"{error.filename}: {error.strerror}"
     return str(error)
 
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def test_an_entry_that_a_flag_does_not_take_is_named(words, entry, said, tmp_pat
     with pytest.raises(SystemExit, match="2"):
         mot(*words, "--config", file)
     assert capsys.readouterr().err == f"mot: error: --config {file}: {said}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_system_s_errors_name_the_file_first(tiny_runs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        mot("report", tiny_runs["Transformer-Nano"], "--out", "/proc/missing/page.html")
+    assert capsys.readouterr().err == "mot: error: /proc/missing: No such file or directory\n"
 
 
 def test_a_file_of_flags_holds_the_names_too_and_words_go_before_it(tmp_path, capsys):
