@@ -11,13 +11,14 @@ import sys
 from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from cyclopts import (
     UNSET,
     App,
     ArgumentCollection,
+    CoercionError,
     CycloptsError,
     MissingArgumentError,
     Parameter,
@@ -64,22 +65,47 @@ COMMANDS = {
     "prepare": ("training.prepare:prepare", "Prepare the text that mot train with the same flags would train on."),
     "data-report": ("data.inspect:data_report", "Prepare a corpus and print what is in it."),
 }
+OF_A_RUN = {"train": (), "prepare": ("seed", "learning_rate")}  # commands that take its file, and what they leave out
 WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated
 WHOLE, DIGITS = re.compile(r"[+-]?[0-9]+"), 18  # whole numbers, and how long they may be to fit in 64 bits
+
+
+def _named(entries: dict[Any, Any]) -> dict[str, Any]:
+    """Entries of a configuration file by flag. Raises ValueError for a flag that two of them name."""
+    named: dict[str, Any] = {}
+    for key, value in entries.items():
+        word, dot, field = str(key).partition(".")  # model.router_temperature, whose field keeps its name
+        flag = f"--{word.replace('_', '-')}{dot}{field}"
+        if flag in named:
+            raise ValueError(f"{flag.removeprefix('--')} stands there twice")
+        named[flag] = value
+    return named
 
 
 def _flags(key: str, value: Any, negative: bool) -> Iterator[list[str]]:
     """An entry of a configuration file as the equivalent words of the command line, `negative` if that has --no-KEY."""
     if isinstance(value, dict):  # --model and --training, whose fields take any YAML
-        yield from (
-            [f"{key}.{name}", inner if isinstance(inner, str) else dumps(inner, default=str)]
-            for name, inner in value.items()
-        )
+        yield from (_field(f"{key}.{name}", inner) for name, inner in value.items())
+    elif "." in key:
+        yield _field(key, value)
     elif isinstance(value, bool):
         words = key if value else f"--no-{key.removeprefix('--')}"
         yield from [[words]] if value or negative else []
     elif value is not None:
-        yield from ([key, str(item)] for item in (value if isinstance(value, list) else [value]))
+        yield from ([key, word] for word in _words_of(key, value))
+
+
+def _field(flag: str, value: Any) -> list[str]:
+    return [flag, value if isinstance(value, str) else dumps(value, default=str)]
+
+
+def _words_of(key: str, value: Any) -> list[str]:
+    """A value, or those of a list. Raises ValueError for one that is no word of the command line."""
+    words = value if isinstance(value, list) else [value]
+    for word in words:
+        if word is None or isinstance(word, list | dict):
+            raise ValueError(f"{key.removeprefix('--')} holds {dumps(word, default=str)}, which is no single value")
+    return [str(word) for word in words]
 
 
 def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str, Any]) -> None:
@@ -91,14 +117,16 @@ def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str,
             raise ValueError(f"--config {config}: {field} takes true or false, not {value!r}")
         if hint not in (None, bool) and isinstance(value, bool):
             raise ValueError(f"--config {config}: {field} takes a value, not {str(value).lower()}")
+        takes_several = any(get_origin(kind) in (list, tuple) for kind in (hint, *get_args(hint)))
+        if hint is not None and isinstance(value, list) and not takes_several:
+            raise ValueError(f"--config {config}: {field} takes one value, not {dumps(value, default=str)}")
 
 
 def _without_flag(arguments: ArgumentCollection, entries: dict[str, Any]) -> list[str]:
     """Takes what has no flag from the entries, such as the NAMES of mot compare, as words of the command line."""
     flags = [f"--{argument.name.lower()}" for argument in arguments if not argument.name.startswith("-")]
-    found = [entries.pop(flag) for flag in flags if flag in entries]
-    words = [word for value in found for word in (value if isinstance(value, list) else [value])]
-    return [str(word) for word in words if word is not None]
+    found = {flag: entries.pop(flag) for flag in flags if flag in entries}
+    return [word for flag, value in found.items() if value is not None for word in _words_of(flag, value)]
 
 
 def _positive(flag: str) -> str:
@@ -154,8 +182,9 @@ def _common(
     """Any command.
 
     Args:
-        config: A YAML file of the command's flags, and of `names` or `runs`; the command line overrides it. Also a
-            run's config.yaml; if NAME or --steps are others, what it has by default for its own is left out.
+        config: A YAML file of the command's flags, as `steps: 100`, and of what has no flag, as `names: [A, B]`; the
+            command line overrides it. mot train and mot prepare take a run's config.yaml too; if NAME or --steps are
+            others, what it has by default for its own is left out.
         json: Print the result as JSON.
     """
     if config is None:
@@ -166,7 +195,13 @@ def _common(
     entries = _entries(config)
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
+    command = words[0] if words and words[0] in COMMANDS else None
     of_run = "format" in entries  # which has all fields, also those that nobody chose
+    if of_run and command not in OF_A_RUN:
+        what = (
+            f"{' and '.join(f'mot {each}' for each in OF_A_RUN)} take it; mot {command} takes a file of its own flags"
+        )
+        raise ValueError(f"--config {config} is of a run: {what}")
     if isinstance(entries.get("config"), dict):  # a run in one file
         entries = entries["config"]
     if entries.get("transition") is not None:
@@ -179,21 +214,22 @@ def _common(
         from mixture_of_tokens.training.recipes import chosen_in
 
         entries = chosen_in(entries)
-    for field in ("format", "micro_batch", "first_step", "transition"):  # of a run, beside its flags
+    beside = ("format", "micro_batch", "first_step", "transition")  # what a run has beside its flags
+    for field in (*beside, *(OF_A_RUN[command] if of_run and command is not None else ())):
         entries.pop(field, None)
     negative = bool(words) and words[0] in WITH_NEGATIVE_FLAGS
     try:
-        named = {f"--{str(key).replace('_', '-')}": value for key, value in entries.items()}
-        command = words[0] if words and words[0] in COMMANDS else None
+        named = _named(entries)
         arguments = ArgumentCollection() if command is None else _app([command])[command].assemble_argument_collection()
         first = _without_flag(arguments, named)
-        flags = [flag for key, value in named.items() for flag in _flags(key, value, negative and key != "--json")]
+        own = [(key, value) for key, value in named.items() if key != "--json"]
+        flags = [flag for key, value in own for flag in _flags(key, value, negative)]
     except (ValueError, TypeError, RecursionError) as error:  # an entry that holds itself, or a key that is a list
         raise ValueError(f"--config {config} is no file of flags: {error}") from None
     _check_kinds(config, arguments, named)
     first = [] if name is not None else first
     others = (word for flag in flags if _positive(flag[0]) not in given for word in flag)
-    return [*words[:1], *first, *words[1:], *others], json
+    return [*words[:1], *first, *words[1:], *others], json or named.get("--json") is True
 
 
 def _app(words: list[str]) -> App:
@@ -251,6 +287,9 @@ def _told(error: Exception, words: list[str]) -> str:
     if type(error) is MissingArgumentError and error.argument is not None and error.keyword is None:
         command = " ".join(("mot", *(error.command_chain or ())))
         return f"{error.argument.name.lstrip('-').upper()} is missing; {command} --help shows what {command} takes"
+    if isinstance(error, CoercionError) and "into dict" in str(error) and error.argument is not None:
+        flag = error.argument.name
+        return f"{flag} is given by its fields, as {flag}.FIELD VALUE, in a file {flag.lstrip('-')}: {{FIELD: VALUE}}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:  # without the system's number
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -98,6 +98,19 @@ def test_a_run_s_configuration_is_a_file_of_flags(tiny_runs, tmp_path, capsys):
         (["plan", "MoT-Nano/32E"], "gated: 0", "gated takes true or false, not 0"),
         (["plan", "MoT-Nano/32E"], "json: maybe", "json takes true or false, not 'maybe'"),
         (["train", "MoT-Nano/32E"], "steps: true", "steps takes a value, not true"),
+        (["compare"], "names: [MoT-Nano/32E, null]", "is no file of flags: names holds null, which is no single value"),
+        (["train", "MoT-Nano/32E"], "steps: [1, 2]", "steps takes one value, not [1, 2]"),
+        (["report"], "runs: [[a], b]", 'is no file of flags: runs holds ["a"], which is no single value'),
+        (
+            ["generate", "runs/mine"],
+            "max_new_tokens: 3\nmax-new-tokens: 6",
+            "is no file of flags: max-new-tokens stands there twice",
+        ),
+        (
+            ["sweep", "MoT-Nano/32E"],
+            "format: 1\nsteps: 3",
+            "is of a run: mot train and mot prepare take it; mot sweep takes a file of its own flags",
+        ),
     ],
 )
 def test_an_entry_that_a_flag_does_not_take_is_named(words, entry, said, tmp_path, capsys):
@@ -105,7 +118,8 @@ def test_an_entry_that_a_flag_does_not_take_is_named(words, entry, said, tmp_pat
     file.write_text(entry)
     with pytest.raises(SystemExit, match="2"):
         mot(*words, "--config", file)
-    assert capsys.readouterr().err == f"mot: error: --config {file}: {said}\n"
+    between = "" if said.startswith("is ") else ":"
+    assert capsys.readouterr().err == f"mot: error: --config {file}{between} {said}\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
@@ -113,6 +127,25 @@ def test_the_system_s_errors_name_the_file_first(tiny_runs, capsys):
     with pytest.raises(SystemExit, match="2"):
         mot("report", tiny_runs["Transformer-Nano"], "--out", "/proc/missing/page.html")
     assert capsys.readouterr().err == "mot: error: /proc/missing: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("model: 3", "--model is given by its fields, as --model.FIELD VALUE, in a file model: {FIELD: VALUE}"),
+        (
+            "model: {router_temperature: [0.5, 1]}",
+            "--model.router_temperature takes a number, not '[0.5, 1]'; mot sweep tries several, as in "
+            "--model.router_temperature 1,2",
+        ),
+    ],
+)
+def test_what_fields_take_is_told(entry, said, tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    file.write_text(entry)
+    with pytest.raises(SystemExit, match="2"):
+        mot("sweep", "MoT-Nano/4E", "--config", file, "--dry-run")
+    assert capsys.readouterr().err == f"mot: error: {said}\n"
 
 
 def test_a_file_of_flags_holds_the_names_too_and_words_go_before_it(tmp_path, capsys):
@@ -124,6 +157,23 @@ def test_a_file_of_flags_holds_the_names_too_and_words_go_before_it(tmp_path, ca
         runs = json.loads(capsys.readouterr().out)["runs"]
         shown.append([(Path(run["directory"]).name, run["steps"]) for run in runs])
     assert shown == [[("MoT-Nano-4E-seed0", 7), ("Transformer-Nano-seed0", 7)], [("TC-Nano-4E-seed0", 7)]]
+
+
+def test_a_file_of_flags_may_name_a_field_with_a_dot_and_ask_for_json(tmp_path, capsys):
+    file, shown = tmp_path / "flags.yaml", []
+    for text in ("model: {router_temperature: 0.5}", "model.router_temperature: 0.5"):
+        file.write_text(f"name: MoT-Nano/4E\njson: true\n{text}\n")
+        mot("sweep", "--config", file, "--learning-rate", "0.1,0.2", "--dry-run")
+        shown.append(json.loads(capsys.readouterr().out))
+        mot("train", "--config", file, "--dry-run")
+        assert json.loads(capsys.readouterr().out)["model"]["router_temperature"] == 0.5
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_text_is_prepared_for_the_configuration_of_a_run(tiny_runs, capsys):
+    mot("prepare", "--config", tiny_runs["MoT-Nano/4E/2"] / "config.yaml", "--json")
+    assert json.loads(capsys.readouterr().out)["tokens"] > 0
 
 
 def test_a_file_of_flags_has_those_that_are_on_by_default_too(tmp_path, capsys):

@@ -333,4 +333,6 @@ def test_companions_that_cannot_be_measured_stay_as_they_were():
             calibrate_companions(loader, [[batch()]])
     with pytest.raises(ValueError, match="no batch has a group"):
         calibrate_companions(model, [batch(rows=2)])
+    with pytest.raises(ValueError, match=r"batches takes several; of one, give \[batch\]"):
+        calibrate_companions(model, batch())
     assert_close(layer_of(model).companion, before, rtol=0, atol=0)

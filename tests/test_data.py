@@ -218,5 +218,7 @@ def test_a_loader_that_shuffles_rows_or_cuts_groups_is_refused():
 
 
 def test_a_step_of_incomplete_groups_is_refused():
+    with pytest.raises(ValueError, match="seed must be 0 or more, not -1"):
+        GroupedBatches(blocks_of([97] * 40, context=8), group_size=5, batch_size=10, steps=1, seed=-1)
     with pytest.raises(ValueError, match="batch_size 12 must be a multiple of the group size, 5"):
         GroupedBatches(blocks_of([97] * 40, context=8), group_size=5, batch_size=12, steps=4, seed=0)

@@ -156,6 +156,25 @@ def test_runs_after_a_switch_are_one_model_whatever_their_sources_and_not_that_f
     assert list(by_model([scratch[0], after(0), plain])) == labels
 
 
+def test_labels_of_switches_leave_out_what_follows_from_the_rest(tmp_path):
+    def after(name, first_step=5, **asked):
+        transition = Transition(source="of", optimizer="carried", **{"calibrate": "none"} | asked)
+        given = {"steps": 10 - first_step, "first_step": first_step, "transition": transition}
+        return after_a_switch(run(tmp_path / f"{len(list(tmp_path.iterdir()))}", name, **given), first_step, 2.5)
+
+    softmax, sigmoid, annealed = after("TC-Nano/32E"), after("STC-Nano/32E"), after("TC-Nano/32E", 6, anneal=0.1)
+    assert list(by_model([softmax, sigmoid])) == [
+        "MoT-Nano/32E, switched (name TC-Nano/32E)",
+        "MoT-Nano/32E, switched (name STC-Nano/32E)",
+    ]
+    assert list(by_model([softmax, annealed])) == [
+        "MoT-Nano/32E, switched (steps 5)",
+        "MoT-Nano/32E, switched (steps 4, anneal 0.1)",
+    ]
+    later = after("TC-Nano/32E", 6)
+    assert "steps 4" in list(by_model([softmax, later]))[1]
+
+
 def test_a_comparison_is_made_seed_by_seed_with_its_spread(tmp_path):
     dense = [run(tmp_path / f"d{seed}", seed=seed, losses=(3.0, 2.0 + seed / 10)) for seed in (0, 1)]
     name = "MoT-Nano/32E/4"

@@ -162,8 +162,7 @@ def export(
         scores = scores or default_scores(model.config)
         model, served = serve(model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps)
     elif top_k is not None or scores is not None or distil_steps != STEPS:
-        what = "--top-k and --scores are for a Mixture of Tokens"
-        raise ValueError(f"{what}, and so is --distil-steps; {run} is none")
+        raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and so is --distil-steps; {run} is none")
     model = model.cpu()
     plain = to_plain(model)
     tokenizer.model_max_length = model.config.max_position_embeddings

@@ -173,6 +173,9 @@ class GroupedBatches(Dataset):
         self.blocks, self.group_size, self.seed, self.first_step = blocks, group_size, seed, first_step
         self.mixed = mixed or group_size
         self.batch_size, self.length, self.gone = batch_size, steps * batch_size, first_step * batch_size
+        for what, number in {"seed": seed, "steps": steps, "first_step": first_step}.items():
+            if number < 0:
+                raise ValueError(f"{what} must be 0 or more, not {number}")
         if batch_size < 1 or batch_size % self.mixed:
             raise ValueError(f"batch_size {batch_size} must be a multiple of the group size, {self.mixed}")
         self.rows_per_epoch = len(blocks) // group_size * group_size

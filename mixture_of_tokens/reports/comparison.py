@@ -27,8 +27,8 @@ import numpy as np
 
 from mixture_of_tokens.formatting import Result, Summary, few_of
 from mixture_of_tokens.model.cost import memory, parameters
-from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.routings import converted_from, properties
+from mixture_of_tokens.model.routings import properties
+from mixture_of_tokens.reports.labels import labels
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.run import Point, Run, read
@@ -193,7 +193,7 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
                 f"runs are compared seed by seed, and {models[0][0].name} has the seeds {_listed(seeds[0])}, "
                 f"{model[0].name} {_listed(own)}"
             )
-    labelled = {_label(model[0], [other[0] for other in models]): model for model in models}
+    labelled = dict(zip(labels([model[0] for model in models]), models, strict=True))
     assert len(labelled) == len(models)  # a label has all that differs
     return labelled
 
@@ -223,31 +223,6 @@ def check_comparable(conditions: dict[str, dict[str, Any]]) -> None:
 
 def _listed(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
-
-
-def _label(run: Run, others: Sequence[Run]) -> str:
-    namesakes = [other for other in others if _title(other) == _title(run)]
-
-    def differs(key: str) -> bool:
-        return any(other.settings.get(key) != run.settings.get(key) for other in namesakes)
-
-    keys = {key: None for other in namesakes for key in other.settings}
-    values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in keys if differs(key)]
-    return f"{_title(run)} ({', '.join(values)})" if values else _title(run)
-
-
-def _title(run: Run) -> str:
-    """A switched run is titled after its source; the name in its configuration is Token Choice's."""
-    if run.switch is None:
-        return run.name
-    name = parse_name(run.name)
-    return f"{dataclasses.replace(name, system=converted_from(name.routing.kind).prefix)}, switched"
-
-
-def _setting(run: Run, key: str) -> Any:
-    """A model's setting is read from its configuration, as `settings` omits defaults; upstream keeps not all there."""
-    kind, _, field = key.rpartition(".")
-    return run.settings.get(key, getattr(run.model_config, field, None) if kind == "model" else None)
 
 
 def reached(run: Run, other: Run) -> Reached | None:

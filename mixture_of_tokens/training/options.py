@@ -57,8 +57,9 @@ class Options:
             May be given several times. By default the source text of Python's standard library.
         field: The field of a .jsonl, .parquet or Hub row that holds the text.
         max_bytes: Read at most this many bytes of text.
-        part_bytes: Prepare the files in parts of at least this many bytes, and begin to train when the first is ready.
-            For text that is too much to prepare at once; duplicates are then found within a part. Not with --max-bytes.
+        part_bytes: Prepare the files in parts of at least this many bytes on the disk, and begin to train when the
+            first is ready. For text that is too much to prepare at once; duplicates are then found within a part. Not
+            with --max-bytes.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
         anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
             by default the temperature is not annealed.
@@ -134,7 +135,9 @@ def typed(flag: str, text: str, kind: Any) -> Any:
     legal = kinds | ({int} if float in kinds else set())
     if type(value) not in legal:
         words = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
-        raise ValueError(f"{flag} takes {' or '.join(words[each] for each in words if each in kinds)}, not {text!r}")
+        several = f"; mot sweep tries several, as in {flag} 1,2" if isinstance(value, list) else ""
+        one = " or ".join(words[each] for each in words if each in kinds)
+        raise ValueError(f"{flag} takes {one}, not {text!r}{several}")
     return value
 
 

@@ -1,0 +1,46 @@
+"""What the models of a comparison are called: by name, and where names are alike by what differs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.model.routings import converted_from
+from mixture_of_tokens.runs.run import Run
+
+FOLLOWS = ("model.mlp_layer_types", "first_step")  # of a switched run, from its name and from its source
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Of models, each given by one run; no two are alike."""
+    brief = [_label(run, runs, brief=True) for run in runs]
+    return brief if len(set(brief)) == len(brief) else [_label(run, runs, brief=False) for run in runs]
+
+
+def _label(run: Run, others: Sequence[Run], *, brief: bool) -> str:
+    namesakes = [other for other in others if _title(other) == _title(run)]
+
+    def tells(key: str) -> bool:
+        if brief and run.switch is not None:
+            lacks = key.startswith("transition.") and run.settings.get(key) is None
+            if lacks or key in FOLLOWS:
+                return False
+        return any(other.settings.get(key) != run.settings.get(key) for other in namesakes)
+
+    keys = {key: None for other in namesakes for key in other.settings}
+    values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in keys if tells(key)]
+    return f"{_title(run)} ({', '.join(values)})" if values else _title(run)
+
+
+def _title(run: Run) -> str:
+    """A switched run is titled after its source; the name in its configuration is Token Choice's."""
+    if run.switch is None:
+        return run.name
+    name = parse_name(run.name)
+    return f"{dataclasses.replace(name, system=converted_from(name.routing.kind).prefix)}, switched"
+
+
+def _setting(run: Run, key: str) -> Any:
+    """A model's setting is read from its configuration, as `settings` omits defaults; upstream keeps not all there."""
+    kind, _, field = key.rpartition(".")
+    return run.settings.get(key, getattr(run.model_config, field, None) if kind == "model" else None)
