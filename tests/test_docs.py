@@ -114,6 +114,14 @@ def test_commands_are_legal(words, tiny_runs, small_corpus, tmp_path, monkeypatc
     assert shown.out or shown.err
 
 
+def test_the_file_of_flags_is_legal(tmp_path, capsys):
+    (text,) = blocks(ROOT / "docs" / "training.md", "yaml")
+    (tmp_path / "flags.yaml").write_text(text)
+    cli.main(["train", "--config", str(tmp_path / "flags.yaml"), "--dry-run", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["name"], shown["steps"], shown["training"]["save_steps"]) == ("MoT-Nano/32E/8", 300, 100)
+
+
 def test_the_result_is_what_report_prints_of_the_committed_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (shown,) = re.findall(r"```\n\$ mot report experiments/nano\n(.*?)```", text_of("results"), flags=re.DOTALL)

@@ -49,6 +49,7 @@ Where = dict[str, Any]  # fields of Options: device, and how the model lies over
 class Transitioned(Result):
     """A run after a switch.
 
+    source: what was switched, with `--anneal` the run that it wrote for that.
     switch, stages: losses over the part of the text that training is evaluated on.
     source_final_loss, final_loss: losses over all of it.
     """
@@ -80,20 +81,20 @@ class Transitioned(Result):
         switch, stages = self.switch, self.stages
         before = switch.source_in_groups
         rows = [
-            ("source, in full groups", before),
-            ("source, each row alone", switch.source_alone),
+            (f"{Path(self.source).name}, in full groups", before),
+            ("the same, each row alone", switch.source_alone),
             ("switched, unchanged weights", switch.plain_switch),
             ("switched, as training begins" if self.steps else "switched", switch.at_the_switch),
         ]
         if self.steps:
             rows.append((f"step {stages.tenth_step}, after a tenth of them", stages.tenth_loss))
             rows.append((f"step {switch.step + self.steps}, the end", stages.end_loss))
-        shown = [["", "loss", "vs source"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
+        shown = [["", "loss", "vs first"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
         lines = [
             aligned(shown),
             "",
             "These losses are over the part of the text that training is evaluated on.",
-            f"Over all of it the source's loss is {self.source_final_loss:.4f}, this run's {self.final_loss:.4f}.",
+            f"Over all of it the first is {self.source_final_loss:.4f}, this run's {self.final_loss:.4f}.",
         ]
         if stages.first is not None and stages.last is not None:
             lines.append(
