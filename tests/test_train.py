@@ -357,6 +357,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
             ["train", "MoT-Nano/32E", "--data", "few.txt"],
             "9 blocks of 64 tokens do not fill two groups of 32: give at least 8 times as much text",
         ),
+        (["prepare", "MoT-Nano/32E", "--data", "few.txt"], "9 blocks of 64 tokens do not fill two groups of 32"),
         (["train", "MoT-Nano/32E", "--max-bytes", 0], "--max-bytes must be positive, not 0"),
         (["train", "MoT-Nano/32E", "--tokenizer", "rows.jsonl"], "rows.jsonl"),
         (["train", "MoT-Nano/32E", "--model.vocab_size", 100], "at least 257"),

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from mixture_of_tokens.checks import checked
+from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.placement import check_numbers
@@ -47,7 +48,11 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
         run = merge(name, 0, None, options).config
     rank = process_number()
     if (parts := run.parts) is None:
-        return _found([run.prepare()]) if rank == 0 else None
+        if rank != 0:
+            return None
+        made = run.prepare()
+        grouped_order(made.train, run.group_size)  # or why a training would refuse it
+        return _found([made])
     count = len(parts.files)
     for number in range(rank, count, process_count()):
         parts.prepare(number)
