@@ -90,7 +90,7 @@ def _compared(
             check_text([(str(run.directory), trained_on(run)) for run in runs])  # reported now, not after the last run
     except (SystemExit, KeyboardInterrupt):
         if is_main():
-            print("mot: the comparison goes on with the same command, which takes no --resume", file=sys.stderr)
+            print("mot: of a comparison that is the same command, without --resume", file=sys.stderr)
         raise
     if not is_main():
         return None
