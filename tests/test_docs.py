@@ -107,7 +107,7 @@ def test_commands_are_legal(words, tiny_runs, small_corpus, tmp_path, monkeypatc
         (tmp_path / given[0]).symlink_to(tiny_runs["TC-Nano/4E" if switched else READING])
     if command == "report":
         shutil.copytree(ROOT / "experiments" / "nano", tmp_path / given[0])
-    if command in ("transition", "export") and not switched and "--calibrate" not in words:  # which distils
+    if command in ("transition", "export") and not switched:
         words = (*words, "--distil-steps", "40")
     cli.main([*words, "--dry-run"] if command in DRY and "--help" not in words else list(words))
     shown = capsys.readouterr()

@@ -389,7 +389,6 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         (["MIXED", "--anneal", "0.5"], "--anneal 0.5 must be above 0 and below the source's temperature, 0.25"),
         (["MIXED", "--out", "MIXED"], "is the source itself"),
         (["MIXED", "--out", "MIXED/new"], "is the source itself, or inside it"),
-        (["MIXED", "--calibrate", "none", "--distil-steps", "5"], "--calibrate none leaves nothing for --distil-steps"),
         (["MIXED", "--control", "router", "--calibrate", "scales"], "--control router leaves nothing for --calibrate"),
         (
             ["MIXED", "--control", "scratch", "--optimizer", "fresh", "--schedule", "decay"],

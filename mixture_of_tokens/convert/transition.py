@@ -182,24 +182,21 @@ def transition(
     if run.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--out {out} is the source itself, or inside it; name another")
     steps = max(1, source.facts.steps // 10) if steps is None else steps
-    fits = calibrate == "distil" and control is None
     without_effect = {
-        "--distil-steps": distil_steps != STEPS and not fits,
         "--calibrate": calibrate == "scales" and control is not None,
         "--optimizer": optimizer != "carried" and control == "scratch",
         "--schedule": schedule != "own" and control == "scratch",
     }
     if any(without_effect.values()):
         flags = ", ".join(flag for flag, is_given in without_effect.items() if is_given)
-        what = f"--calibrate {calibrate}" if control is None else f"--control {control}"
-        raise ValueError(f"{what} leaves nothing for {flags} to change")
+        raise ValueError(f"--control {control} leaves nothing for {flags} to change")
     asked = Transition(
         source=str(run.resolve()),
         calibrate="none" if control == "router" else calibrate,
         optimizer=optimizer,
         control=control,
         anneal=anneal,
-        distil_steps=distil_steps if fits else None,
+        distil_steps=distil_steps if calibrate == "distil" and control is None else None,
     )
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
