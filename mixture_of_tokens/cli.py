@@ -197,11 +197,9 @@ def _common(
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
     command = words[0] if words and words[0] in COMMANDS else None
     of_run = "format" in entries  # which has all fields, also those that nobody chose
-    if of_run and command not in OF_A_RUN:
-        what = (
-            f"{' and '.join(f'mot {each}' for each in OF_A_RUN)} take it; mot {command} takes a file of its own flags"
-        )
-        raise ValueError(f"--config {config} is of a run: {what}")
+    if of_run and command not in (None, *OF_A_RUN):
+        what = " and ".join(f"mot {each}" for each in OF_A_RUN)
+        raise ValueError(f"--config {config} is of a run: {what} take it; mot {command} takes a file of its own flags")
     if isinstance(entries.get("config"), dict):  # a run in one file
         entries = entries["config"]
     if entries.get("transition") is not None:

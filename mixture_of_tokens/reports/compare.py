@@ -90,7 +90,7 @@ def _compared(
             check_text([(str(run.directory), trained_on(run)) for run in runs])  # reported now, not after the last run
     except (SystemExit, KeyboardInterrupt):
         if is_main():
-            print("mot: of a comparison that is the same command, without --resume", file=sys.stderr)
+            print("mot: for a comparison give the same command again, without --resume", file=sys.stderr)
         raise
     if not is_main():
         return None

@@ -185,7 +185,7 @@ def _swept(
             outcome = _outcome(seed, merged, directory)
         except (SystemExit, KeyboardInterrupt):
             if is_main():
-                print("mot: of a sweep that is the same command, without --resume", file=sys.stderr)
+                print("mot: for a sweep give the same command again, without --resume", file=sys.stderr)
             raise
         if outcome is None:
             continue
