@@ -194,7 +194,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/transition/run.py": (16, "conversion"),
     "experiments/verdict/run.py": (11, "conversion"),
     "experiments/verdict/fresh.py": (29, "conversion"),
-    "experiments/verdict/attention.py": (14, "conversion"),
+    "experiments/verdict/attention.py": (15, "conversion"),
     "experiments/partial_groups/run.py": (14, "serving"),
     "experiments/paper/ledger.py": (12, "results"),
     "experiments/paper/fig6.py": (14, "results"),
