@@ -11,6 +11,7 @@ A change counts as a leak where it is more than MARGIN times the noise. The repl
 model that ignores its input would pass, and so would an audit that replaces nothing.
 """
 
+import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,8 +199,8 @@ def audit_model(
 
     Args:
         model: called with token ids (B, T) alone; gives logits (B, T, V), or an object that has them as `logits`.
-            transformers' models get an attention mask too. It is computed in float32 and float64, and left in float32
-            and evaluation mode.
+            transformers' models get an attention mask too. A copy of it is looked at, in evaluation mode, float32 and
+            float64.
         vocab_size: numbers of tokens are below this; by default that of the model's `config`, if it has one.
         length: tokens of a row; by default 64, or fewer where logits would take much memory or the model takes fewer.
         group_size: of its layers; a batch has two groups. None where rows do not meet.
@@ -221,7 +222,7 @@ def audit_model(
         raise ValueError(f"give vocab_size: {type(model).__name__} has no config that says it")
     rows = 2 * (group_size or ROWS // 2)
     length = min(longest, length) if length is not None else length_of(rows, longest, vocab_size)
-    model = model.float().eval()
+    model = copy.deepcopy(model).float().eval()
     seen = random_tokens((batches, 2, rows, length), vocab_size, seed)
     try:
         with torch.no_grad():
@@ -264,9 +265,7 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         flips.append((before.argmax(-1) != after.argmax(-1)).float())
         pairs = zip(states, states_with_others, strict=True)
         layers.append([float((b[own] - a[own]).norm() / b[own].norm()) for b, a in pairs])
-    count = min(QUARTERS, len(divergence[0]))
-    quarters = [torch.cat([each.tensor_split(count)[i] for each in divergence]) for i in range(count)]
-    flipped = [torch.cat([each.tensor_split(count)[i] for each in flips]) for i in range(count)]
+    quarters = _by_quarters(divergence)
     return Leaks(
         logits_std=max(std),
         noise=max(noise),
@@ -275,9 +274,15 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         mates=max(by_other_rows),
         kl_mean=[float(quarter.mean()) for quarter in quarters],
         kl_largest=[float(quarter.max()) for quarter in quarters],
-        top1_flips=[float(quarter.mean()) for quarter in flipped],
+        top1_flips=[float(quarter.mean()) for quarter in _by_quarters(flips)],
         layers=[max(layer) for layer in zip(*layers, strict=True)],
     )
+
+
+def _by_quarters(of_positions: list[Tensor]) -> list[Tensor]:
+    """The first quarters of some texts (T,), their second ones, and so on; of T parts where a text is shorter."""
+    parts = (each.tensor_split(min(QUARTERS, len(each))) for each in of_positions)
+    return [torch.cat(quarter) for quarter in zip(*parts, strict=True)]
 
 
 def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
