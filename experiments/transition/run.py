@@ -1,4 +1,4 @@
-"""The jump at the switch to Token Choice, and what comes after it, three seeds (docs/conversion.md).
+"""The jump at the switch to Token Choice, and what comes after it, three seeds (../LOG.md).
 
     python experiments/transition/run.py            # 100 minutes of one core, as measured beside other runs
     python experiments/transition/run.py --table    # Markdown

@@ -1,7 +1,7 @@
 """Why some runs of fresh.py end 0.05 to 0.07 above others of their system: which block looks far.
 
     python experiments/verdict/attention.py           # of the runs that fresh.py has trained here; a minute
-    python experiments/verdict/attention.py --table   # Markdown, as in docs/conversion.md
+    python experiments/verdict/attention.py --table   # Markdown, as in ../LOG.md
 
 A block of a Nano has one head. attention.csv has, of each run, the share of each block's attention that goes to the
 token before, from position LATER on, and losses over BLOCKS blocks of the validation text: in all, of the first FIRST

@@ -2,7 +2,7 @@
 
     python experiments/verdict/run.py           # 16 hours of one thread, as measured beside other work
     python experiments/verdict/run.py --time    # speeds, on an idle machine: a quarter of an hour
-    python experiments/verdict/run.py --table   # Markdown, as in docs/conversion.md, "Equal training time"
+    python experiments/verdict/run.py --table   # Markdown, as in ../LOG.md
 
 `--time` measures, in rounds that take every system in turn: milliseconds of a training step before and after the
 switch, seconds of the fit at the switch, and what the export costs plain transformers at batch 1, for a row and for a
