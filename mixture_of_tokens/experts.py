@@ -103,7 +103,8 @@ class Router(nn.Module):
     """Logits x . c_e / temperature, computed in `router_dtype` or in the input's type, whichever is more precise.
 
     The temperature is a setting outside the state dict; a schedule may change it between steps (`set_temperature`).
-    With `learnable_temperature` it is exp of the parameter `log_temperature`.
+    With `learnable_temperature` it is exp of the parameter `log_temperature`, which is not for weight decay: that would
+    draw the temperature to 1.
     """
 
     fixed_temperature: Tensor

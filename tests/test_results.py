@@ -172,10 +172,7 @@ def test_labels_of_switches_leave_out_what_follows_from_the_rest(tmp_path):
         "MoT-Nano/32E, switched (steps 4, anneal 0.1)",
     ]
     later = after("TC-Nano/32E", 6)
-    assert list(by_model([softmax, later])) == [
-        "MoT-Nano/32E, switched (steps 5)",
-        "MoT-Nano/32E, switched (steps 4)",
-    ]
+    assert list(by_model([softmax, later])) == ["MoT-Nano/32E, switched (steps 5)", "MoT-Nano/32E, switched (steps 4)"]
 
 
 def test_a_comparison_is_made_seed_by_seed_with_its_spread(tmp_path):

@@ -534,6 +534,21 @@ def test_attention_in_half_precision_on_a_cpu_is_by_products(training, model, ex
     assert load_model(str(tmp_path / "model")).config._attn_implementation == model.get("attn_implementation", "sdpa")
 
 
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_learned_temperature_is_not_decayed(small_corpus, tmp_path):
+    options = Options(
+        steps=1, batch_size=8, data=[str(small_corpus)], device="cpu", model={"learnable_temperature": "true"}
+    )
+    run, arguments, placement = merge("MoT-Nano/4E", 0, None, options)
+    trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
+    names = {parameter: name for name, parameter in trainer.causal_lm.named_parameters()}
+    decayed, kept = ({names[each] for each in group["params"]} for group in trainer.create_optimizer().param_groups)
+    learned = {name for name in names.values() if name.endswith("log_temperature")}
+    assert len(learned) == 2
+    assert learned < kept
+    assert sum(name.endswith("gate.weight") for name in decayed) == 2
+
+
 @pytest.mark.parametrize("name", ["Transformer-Nano", *(f"{row.prefix}-Nano/4E" for row in ROUTINGS if row.sparse)])
 @pytest.mark.usefixtures("tiny_cache")
 def test_training_in_bf16_alone_has_all_weights_and_moments_in_bf16(name, small_corpus, tmp_path):

@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
 from mixture_of_tokens.model.cost import training_flops
-from mixture_of_tokens.model.names import SIZES, config_from_name
+from mixture_of_tokens.model.names import SIZES
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
@@ -210,10 +210,10 @@ def times_table() -> str:
 
 def _flops_of_dense(label: str) -> float:
     """Of a step."""
-    its, dense = (
-        training_flops(config_from_name(name, vocab_size=SIZES["Micro"].vocab_size), SIZES["Micro"].batch)
-        for name in (label.partition(",")[0], DENSE.name)
-    )
+    (system,) = (each for each in SYSTEMS if each.label == label)
+    plain = (replace(each.options(SHORT), training={}) for each in (system, DENSE))  # compiled or not
+    configs = (merge(each.name, 2, None, options).config for each, options in zip((system, DENSE), plain, strict=True))
+    its, dense = (training_flops(config.model_config, config.batch_size) for config in configs)
     return its / dense
 
 

@@ -6,7 +6,7 @@
 A training may take the time of BUDGET steps of the dense Nano. For a share of it MoT-Nano/32E/8 trains in groups, at a
 constant rate after its warm-up. It is then switched to 8 of 256 experts a token, which takes time too, and trains on as
 that, while the rate falls to a tenth. With share 1 the rate falls in groups, and nothing follows the switch; with share
-0 the sparse model trains from scratch. KEPT trains in groups for all of the time and is not switched: it is served
+0 the sparse model trains from scratch, at the best of the rates of ../verdict/fresh-sweeps.csv. KEPT trains in groups for all of the time and is not switched: it is served
 alone, a token by as many experts as the others have. Steps are those that fit into the time, at the times of a step in
 STEP.
 
@@ -37,7 +37,8 @@ KEPT = "kept"
 SHARES = (1.0, 0.5, 0.0, 0.75, 0.25, KEPT, 0.9, 0.1)  # in the order in which they are measured
 OPTIONS = Options(device="cpu", evaluate_on="tuning", data=["packages"])
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
-SHARP = {"router_temperature": "0.25"}  # of Token Choice, which its sweep found better (../routings/sweeps.csv)
+# Of the sparse model from scratch: nothing dropped, as after a switch, and its best rate.
+DROPLESS, RATE = {"capacity_factor": "null"}, 0.02
 COLUMNS = ("budget", "share", "seed", "steps", "after", "loss")
 
 
@@ -61,7 +62,8 @@ def loss_of(experiment: Experiment, share: float | str) -> float:
     steps = steps_of(share)
     if not steps.before:
         out = experiment.trained / directory_of(SPARSE, "when", BUDGET)
-        train(SPARSE, out=out, seed=SEED, options=replace(OPTIONS, steps=steps.after, model=SHARP), resume=True)
+        options = replace(OPTIONS, steps=steps.after, model=DROPLESS)
+        train(SPARSE, out=out, seed=SEED, learning_rate=RATE, options=options, resume=True)
         return read(out).facts.final_loss
     out = experiment.trained / directory_of(MIXTURE, "when", BUDGET, share)
     options = replace(OPTIONS, steps=steps.before, training=CONSTANT if steps.after else {})

@@ -104,6 +104,10 @@ class GroupedTrainer(Trainer):
         self._output_dir: str | None = None  # where a checkpoint is written before it gets its name
         self._failure: OSError | None = None  # of this process, in writing one
 
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Not learned temperatures: decay would draw their logarithm to 0, and so the temperature to 1."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
+
     def train(self, checkpoint: Path | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         step = 0
         if checkpoint is not None:
