@@ -208,6 +208,7 @@ class Routed(nn.Module):
         initializer_scale: float = INITIALIZER_SCALE,
     ):
         super().__init__()
+        check("initializer_scale", initializer_scale, float)
         self.num_experts = num_experts
         self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation)
         self.gate = Router(

@@ -163,7 +163,7 @@ class MixtureOfTokens(Routed):
         few = self.num_experts if num_experts_alone is None else num_experts_alone
         if not isinstance(alone, bool):
             raise ValueError(f"serve_alone takes True or False, not {alone!r}; experts are num_experts_alone={alone!r}")
-        if not isinstance(few, int) or not 1 <= few <= self.num_experts:
+        if isinstance(few, bool) or not isinstance(few, int) or not 1 <= few <= self.num_experts:
             raise ValueError(f"served alone, a token can go to 1 to {self.num_experts} experts, not {few!r}")
         if not alone and few < self.num_experts:
             raise ValueError("num_experts_alone is for texts that are served alone")

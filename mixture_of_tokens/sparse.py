@@ -77,11 +77,15 @@ class TokenChoice(Routed):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, **options)
+        check("num_experts_per_tok", num_experts_per_tok, int)
         check("norm_topk_prob", norm_topk_prob, bool)
+        check("capacity_factor", capacity_factor, float | None)
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"capacity_factor must be positive, or None to drop nothing, not {capacity_factor}")
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            raise ValueError(
+                f"capacity_factor must be positive and finite, or None to drop nothing, not {capacity_factor}"
+            )
         self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
         self.capacity_factor = capacity_factor
         self.auxiliary_loss: AuxiliaryLoss | None = LoadBalancingLoss()
@@ -176,6 +180,7 @@ class SigmoidChoice(TokenChoice):
             capacity_factor=None,
             **options,
         )
+        check("balance_rate", balance_rate, float)
         if not 0 <= balance_rate < math.inf:
             raise ValueError(f"balance_rate must be 0 or more, and finite, not {balance_rate}")
         self.balance_rate, self.auxiliary_loss = balance_rate, None

@@ -12,6 +12,7 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
+from mixture_of_tokens.checks import check
 from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, summed_over_processes
 from mixture_of_tokens.layout import check_shapes
 from mixture_of_tokens.loss import AuxiliaryLoss, L1Loss
@@ -33,6 +34,7 @@ class _Above(Routed):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, **options)
+        check("num_experts_per_tok", num_experts_per_tok, int)
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
         self.num_experts_per_tok = num_experts_per_tok
@@ -92,6 +94,8 @@ class ReMoE(_Above):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
+        check("l1_start", l1_start, float)
+        check("l1_factor", l1_factor, float)
         if not (l1_start > 0 and l1_factor > 1):
             raise ValueError(f"l1_start must be above 0 and l1_factor above 1, not {l1_start} and {l1_factor}")
         self.l1_start, self.l1_factor, self.auxiliary_loss = l1_start, l1_factor, L1Loss(num_experts_per_tok)
@@ -123,6 +127,9 @@ class ReMoE(_Above):
             layer.noted = None
             step = torch.sign(choices - layer.num_experts_per_tok * tokens)
             layer.l1_weight *= layer.l1_factor ** step.to(layer.l1_weight.device)
+            layer.l1_weight.clamp_(
+                min=torch.finfo(layer.l1_weight.dtype).tiny
+            )  # from below that it would not come back
 
 
 class ExpertThreshold(_Above):
@@ -153,6 +160,7 @@ class ExpertThreshold(_Above):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
+        check("threshold_decay", threshold_decay, float)
         if not 0 <= threshold_decay < 1:
             raise ValueError(f"threshold_decay must be at least 0 and below 1, not {threshold_decay}")
         if scores not in SCORES:
@@ -190,16 +198,17 @@ class ExpertThreshold(_Above):
             noted[-1] = 1
         self.noted = noted if self.noted is None else self.noted + noted
 
-    def noted_mean(self, *, over_processes: bool) -> Tensor | None:
-        """The mean of the thresholds that batches since the last call wanted, if there were any."""
+    def move_threshold(self, by: float, *, over_processes: bool) -> None:
+        """By this share towards the mean of the thresholds that batches since the last call wanted, if any did."""
         if self.noted is None:
-            return None
+            return
         noted, self.noted = summed_over_processes(self.noted) if over_processes else self.noted, None
-        return (noted[:-1] / noted[-1]).to(self.threshold.dtype) if noted[-1] > 0 else None
+        mean_E = (noted[:-1] / noted[-1].clamp(min=1)).to(self.threshold.dtype)
+        # Without asking whether there were any: a step would wait for the device.
+        self.threshold.copy_(torch.where(noted[-1] > 0, self.threshold.lerp(mean_E, by), self.threshold))
 
     @staticmethod
     @torch.no_grad()
     def balance(layers: "Sequence[ExpertThreshold]") -> None:
         for layer in layers:
-            if (mean_E := layer.noted_mean(over_processes=True)) is not None:
-                layer.threshold.lerp_(mean_E, 1 - layer.threshold_decay)
+            layer.move_threshold(1 - layer.threshold_decay, over_processes=True)

@@ -214,6 +214,15 @@ def test_a_number_from_python_is_a_number():
     assert mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=1).steps == 3
 
 
+@pytest.mark.usefixtures("tiny_cache")
+def test_no_text_from_python_is_not_the_standard_library(tiny_runs, tmp_path):
+    """Such as of a glob that matches nothing."""
+    with pytest.raises(ValueError, match="data names no text; leave it out for the source of Python's standard"):
+        mixture_of_tokens.Options(data=list(tmp_path.glob("*.txt")))
+    with pytest.raises(ValueError, match="data names no text; leave it out for the run's own validation text"):
+        mixture_of_tokens.evaluate(tiny_runs["MoT-Nano/4E/2"], data=[])
+
+
 def test_numbers_of_numpy_and_paths_are_as_good_as_plain_ones(tmp_path):
     """They are written to a configuration, which is read again."""
     options = mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=np.float64(0.5), data=tmp_path)

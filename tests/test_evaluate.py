@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -50,6 +51,22 @@ def test_the_whole_text_is_counted_once_and_gives_the_loss_of_the_run(tiny_runs,
     assert first["loss"] == pytest.approx(facts["final_loss"], abs=1e-5 if name != MIXED else 0.05)
     assert first["bits_per_byte"] == pytest.approx(facts["bits_per_byte"], rel=1e-5 if name != MIXED else 0.02)
     assert first["perplexity"] == pytest.approx(math.exp(first["loss"]))
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_loss_whose_perplexity_is_no_number_any_more_is_told(tiny_runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_runs["Transformer-Nano"], run)
+    model = load_model(str(run))
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6
+    shutil.rmtree(run / "model")
+    model.save_pretrained(run / "model")
+    shutil.copy(tiny_runs["Transformer-Nano"] / "model" / "tokenizer.json", run / "model")
+    shutil.copy(tiny_runs["Transformer-Nano"] / "model" / "tokenizer_config.json", run / "model")
+    (line, *_) = evaluate(run, regroupings=1, sweep_tokens=100).lines
+    assert line.loss > 1000
+    assert line.perplexity == math.inf
 
 
 def test_rows_a_group_from_full_to_alone(tiny_runs, evaluated):

@@ -77,7 +77,7 @@ def test_a_model_that_is_not_transformers_is_audited_too():
     assert not audit_model(model, vocab_size=30, length=2, group_size=4).causal
     assert not audit_model(model, vocab_size=30, length=9, group_size=4).causal
     assert audit_model(model.bfloat16(), vocab_size=30, length=9, group_size=4).leaks.noise < 1e-4  # in float32
-    assert model.head.weight.dtype == torch.bfloat16 and model.training and model.head.training  # of a copy
+    assert (model.head.weight.dtype, model.training) == (torch.bfloat16, True)  # of a copy
     with pytest.raises(ValueError, match="give vocab_size: Own has no config"):
         audit_model(model)
     with pytest.raises(

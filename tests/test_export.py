@@ -30,6 +30,7 @@ from mixture_of_tokens.convert import serving
 from mixture_of_tokens.convert.export import to_plain
 from mixture_of_tokens.convert.serving import Served, TopK, best_of, serve
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.runs.ownership import owned_file
 from processes import finish, mot, mot_on_a_full_disk, start
 from routings import randomized
 
@@ -359,6 +360,33 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     assert not (out / "mine").exists()
     assert (out / "model.safetensors").stat().st_mode & 0o044 == (out / "config.json").stat().st_mode & 0o044
     assert (out / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == ["out"]
+
+
+def test_an_export_that_was_being_replaced_is_put_back_and_a_folder_of_that_name_is_not_touched(
+    saved, tmp_path, capsys
+):
+    directory, out, before = saved("dense"), tmp_path / "out", tmp_path / "out.replaced"
+    before.mkdir()
+    (before / "mine").write_text("mine")
+    mot("export", directory, out)
+    assert (before / "mine").read_text() == "mine"
+    shutil.rmtree(before)
+    (out / "README.md").write_text("the old one")
+    out.rename(before)  # as a kill between the two renames leaves it
+    with pytest.raises(SystemExit, match="2"):
+        mot("export", directory, out)
+    assert "exists already" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == "the old one"
+    assert not before.exists()
+
+
+def test_two_exports_to_one_directory_do_not_meet(saved, tmp_path, capsys):
+    directory, out = saved("dense"), tmp_path / "out"
+    with owned_file(out), pytest.raises(SystemExit, match="2"):
+        mot("export", directory, out)
+    assert f"{out} is being written by another process" in capsys.readouterr().err
+    mot("export", directory, out)
 
 
 WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")

@@ -97,6 +97,30 @@ def test_scheduled_temperature_is_saved_with_the_model(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, model(x).logits)
 
 
+def test_a_temperature_that_is_refused_is_not_kept_and_one_of_a_tensor_is_a_number(tmp_path):
+    model = tiny("mixture_of_tokens", router_temperature=0.5)
+    with pytest.raises(ValueError, match="temperature must be positive and finite, not -1"):
+        model.set_router_temperature(-1.0)
+    assert model.config.router_temperature == 0.5
+    model.set_router_temperature(torch.tensor(0.25))
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.router_temperature == 0.25
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("capacity_factor", "x", "capacity_factor takes a number, not 'x'"),
+        ("balance_rate", "x", "balance_rate takes a number, not 'x'"),
+        ("router_temperature", None, "router_temperature takes a number, not None"),
+        ("group_size", True, "group_size must be at least 1, not True"),
+    ],
+)
+def test_a_field_of_another_type_is_named(field, value, told):
+    with pytest.raises(ValueError, match=told):
+        MixtureOfTokensConfig(**{field: value})
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_weights_are_drawn_with_std_of_fan_in_and_cut_at_two(gated):
     scale = 0.5

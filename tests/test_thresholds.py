@@ -147,6 +147,18 @@ def test_the_penalty_weighs_more_while_the_layers_together_have_too_many_experts
     assert [float(layer.l1_weight) for layer in (many, few)] == pytest.approx([1e-4] * 2)
 
 
+def test_the_penalty_comes_back_from_next_to_nothing():
+    layer, x = remoe(l1_factor=1.5), tokens(4, 3, D, dtype=torch.float32).abs()
+    for sign, count in ((-1, 400), (1, 3)):
+        with torch.no_grad():
+            layer.gate.weight.fill_(sign)
+        for _ in range(count):
+            layer(x)
+            ReMoE.balance([layer])
+    tiny = torch.finfo(torch.float32).tiny
+    assert float(layer.l1_weight) == pytest.approx(1.5**3 * tiny, rel=1e-5)
+
+
 def test_the_penalty_brings_the_number_of_experts_to_the_target():
     layer, found = remoe(l1_factor=1.2), []
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from mixture_of_tokens.checks import checked
+from mixture_of_tokens.convert.card import card
 from mixture_of_tokens.convert.distil import STEPS, check_flags
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores
@@ -35,10 +36,9 @@ from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE
-from mixture_of_tokens.runs import checkpoints, provenance, records
+from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of
-from mixture_of_tokens.runs.records import RunFacts, Switch
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.ownership import owned_file
 from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
 
 EXPORT = "export"  # the fact `of` in the manifest of one
@@ -128,10 +128,6 @@ def export(
     check_flags(top_k, distil_steps)
     if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
-    if out.exists() and not force:
-        raise ValueError(f"{out} exists already; name another directory, or replace an export with --force")
-    if out.exists() and not checkpoints.is_described(out, EXPORT):
-        raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
     if not Path(run).exists():
@@ -140,6 +136,24 @@ def export(
         TemporaryDirectory(prefix=f"{out.name}.", dir=out.absolute().parent).cleanup()
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}; name another directory") from None
+    with owned_file(out, patience=0):
+        checkpoints.put_back(out, EXPORT)
+        if out.exists() and not force:
+            raise ValueError(f"{out} exists already; name another directory, or replace an export with --force")
+        if out.exists() and not checkpoints.is_described(out, EXPORT):
+            raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
+        return _export(run, out, top_k, scores, distil_steps, license, device)
+
+
+def _export(
+    run: str,
+    out: Path,
+    top_k: int | None,
+    scores: Scores | None,
+    distil_steps: int,
+    license: str | None,
+    device: Device | None,
+) -> Exported:
     model, tokenizer = load_model(run, device=device).float(), load_tokenizer_of(run)
     if not isinstance(model, MixtureOfTokensForCausalLM):
         raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads without an export")
@@ -186,8 +200,8 @@ def export(
             raise ValueError(f"{not_the_same}: {much}")
         with checkpoints.disk_errors(out):
             checkpoints.describe(beside, of=EXPORT)
-            card = _card(run, model, plain, what, difference, license, served)
-            (beside / "README.md").write_text(card, encoding="utf-8")  # which people edit
+            text = card(run, model, plain, what, difference, license, served)
+            (beside / "README.md").write_text(text, encoding="utf-8")  # which people edit
         checkpoints.publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -275,12 +289,6 @@ def different_weight(model: MixtureOfTokensForCausalLM, plain: Any) -> str | Non
     return next((name for name in names if not _equal(expected.get(name), found.get(name))), None)
 
 
-def _gates(model: MixtureOfTokensForCausalLM) -> str:
-    if model.config.sparse_routings[0].exports_as == "Dots1ForCausalLM":
-        return "a sigmoid each" + (", divided by their sum" if model.config.norm_topk_prob else "")
-    return f"a softmax over {'those' if model.config.norm_topk_prob else 'all'}"
-
-
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and torch.equal(a, b)
 
@@ -336,65 +344,3 @@ def in_plain_transformers(code: str, *words: str) -> str:
         last = done.stderr.strip().rpartition("\n")[2]
         raise ValueError(f"plain transformers cannot load what was written: {last}")
     return done.stdout
-
-
-def _card(
-    run: str,
-    model: MixtureOfTokensForCausalLM,
-    plain: Any,
-    compared: str,
-    difference: float,
-    license: str | None,
-    served: Served | None,
-) -> str:
-    """The model card."""
-    config, kind = model.config, type(plain).__name__
-    path = run_directory(run) or Path(run).absolute()
-    finished = path / records.FACTS
-    # Of a checkpoint before the end they are another model's.
-    of_the_end = finished.is_file() and Path(run).absolute() in (path, path / "model")
-    facts = RunFacts.read(finished) if of_the_end else None
-    licensed = [] if license is None else [f"license: {license}"]
-    lines = ["---", *licensed, "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
-    name = path.name if path == Path(run).absolute() or of_the_end else f"{path.name}, {Path(run).name}"
-    lines += [f"# {name}", ""]
-    lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
-    if blocks := len(config.sparse_routings):
-        lines.append(
-            f"{blocks} of its {config.num_hidden_layers} feed-forwards are sparse: {config.num_experts} experts of "
-            f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, weighted by "
-            f"{_gates(model)}. Nothing is dropped."
-        )
-    if facts is not None:
-        source = ", ".join(facts.corpus.get("source") or ["text"])
-        lines += ["", "## Training", "", f"{facts.name}, {facts.steps:,} steps, {facts.tokens:,} tokens of"]
-        lines.append(f"{source} (hash {facts.text[0]}), seed {facts.seed}.")
-        if (path / records.SWITCH).is_file():
-            switch, end = Switch.read(path / records.SWITCH), read(path).stages.end_loss
-            lines.append(
-                "It was a Mixture of Tokens (arXiv 2310.15961) first, and was switched to Token Choice after "
-                f"{switch.step:,} steps. Over a part of the {facts.evaluated_on} text the loss was "
-                f"{switch.source_in_groups:.4f} before, with texts in groups, {switch.source_alone:.4f} with "
-                f"each alone, {switch.at_the_switch:.4f} at the switch, and {end:.4f} at the end."
-            )
-        whose = "Loss" if served is None else "The Mixture of Tokens' loss"
-        lines.append(
-            f"{whose} on all {facts.evaluated_on} text: {facts.final_loss:.4f} nats a token, "
-            f"{facts.bits_per_byte:.4f} bits a byte."
-        )
-    if served is not None:
-        lines.append(
-            "It was trained as a Mixture of Tokens (arXiv 2310.15961) and distilled into a sparse model, without "
-            f"training it further. Over a part of the text the loss was {served.source.loss:.4f} before, with "
-            f"texts in groups, and is {served.chosen.loss:.4f} now."
-        )
-    lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += ['model = AutoModelForCausalLM.from_pretrained("this/directory")']
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("this/directory")']
-    lines += ['inputs = tokenizer("def ", return_tensors="pt")']
-    lines += ["written = model.generate(**inputs, max_new_tokens=40, do_sample=True)"]
-    lines += ["print(tokenizer.decode(written[0]))", "```", ""]
-    lines.append("Rows of a batch do not influence each other beyond rounding.")
-    lines.append(f"Logits in fp32 on {compared} are at most {difference:.1e} from the training library's.")
-    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
-    return "\n".join([*lines, "", f"Written by mixture-of-tokens ({versions}).", ""])

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import stat
+import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -146,6 +147,8 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
         source: None is the standard library.
         read: Called with the number of bytes read.
     """
+    if source == PACKAGES and os.path.isdir(PACKAGES):
+        print(f"mot: {PACKAGES} are those that are installed; the folder here is ./{PACKAGES}", file=sys.stderr)
     paths = _paths(source)
     if paths is None:
         assert source is not None

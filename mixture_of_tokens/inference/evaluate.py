@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,6 +44,7 @@ from mixture_of_tokens.runs.loading import (
 
 BATCH_SIZE = 32  # of models that do not mix rows
 ARGMAX_TEMPERATURE = 1e-6
+LARGEST = math.log(sys.float_info.max)  # of a loss whose perplexity is a number
 LOGITS = 2**27  # in memory at once, for models that compute all logits; half a gigabyte in fp32
 
 
@@ -136,6 +138,9 @@ def evaluate(
     for flag, value in (numbers | {"--experts": experts}).items():
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
+    sources = None if data is None else [str(each) for each in listed(data)]
+    if sources == []:
+        raise ValueError("data names no text; leave it out for the run's own validation text")
     run = str(run)
     model = load_model(run, device=device, placement=placed(shard, expert_parallel, experts))
     check_experts(run, model, experts)
@@ -147,15 +152,11 @@ def evaluate(
     if experts is not None:
         with to_few_experts(model, experts):  # or why not
             pass
-    if data is None:
+    if sources is None:
         blocks = dataclasses.replace(text_of(run).validation, context=context)
     else:
         blocks = whole_text(
-            [str(each) for each in listed(data)],
-            load_tokenizer_of(run),
-            field=field,
-            context=context,
-            group_size=group_size or BATCH_SIZE,
+            sources, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
         )
     lines = _lines(model, blocks, regroupings, sweep_tokens, experts)
     return Evaluation(run, group_size, context, blocks.bytes, lines)
@@ -205,7 +206,7 @@ def _lines(
                     rows=rows,
                     loss=loss,
                     spread=max(losses) - min(losses) if len(losses) > 1 else None,
-                    perplexity=math.exp(loss),
+                    perplexity=math.exp(loss) if loss < LARGEST else math.inf,
                     bits_per_byte=loss * found[0].tokens / math.log(2) / blocks.bytes if complete else None,
                     tokens=found[0].tokens,
                     seconds_per_group=seconds,

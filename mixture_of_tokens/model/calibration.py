@@ -78,8 +78,7 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
         return
     watch(model, dict.fromkeys(layers, _note), batches)
     for layer in layers:
-        if (mean_E := layer.noted_mean(over_processes=False)) is not None:
-            layer.threshold.copy_(mean_E)
+        layer.move_threshold(1, over_processes=False)
 
 
 def _note(layer: ExpertThreshold, x_BTD: Tensor, token_mask: Tensor | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+from mixture_of_tokens.checks import check
 from mixture_of_tokens.experts import ACTIVATIONS
 from mixture_of_tokens.model.routings import DENSE, MIXTURE, ROUTINGS, Routing
 from mixture_of_tokens.model.upstream import Qwen3MoeConfig
@@ -78,7 +79,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     def __post_init__(self, **kwargs):
         for name in POSITIVE:
             value = kwargs.get(name, getattr(self, name, None))
-            if value is not None and not (isinstance(value, int) and value >= 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.mlp_layer_types is None:
             blocks = self.num_hidden_layers
@@ -90,6 +91,9 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(ROUTINGS)}")
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
+        for name in ("initializer_scale", "router_temperature", "balance_rate", "threshold_decay"):
+            check(name, getattr(self, name), float)
+        check("capacity_factor", self.capacity_factor, float | None)
         if not 0 < self.initializer_scale < math.inf:
             raise ValueError(f"initializer_scale must be positive and finite, not {self.initializer_scale}")
         if not 0 < self.router_temperature < math.inf:

@@ -83,7 +83,7 @@ def write_page(
     """Write the page of a comparison, with samples of each model's first seed.
 
     Args:
-        models: The runs that `result` compares; commands: those that make it again; device: that samples are written on.
+        models: The runs that `result` compares; commands: those that make it again; device: for the samples.
     """
     samples = continued({label: model[0].directory for label, model in models.items()}, device)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -93,18 +93,30 @@ def publish(beside: Path, final: Path) -> None:
                 path.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
             _flush(path)
         _flush(beside)
-    before = final.with_name(f"{final.name}.replaced")
-    if final.exists():
+    before = _replaced(final)
+    if replaces := final.exists():
         shutil.rmtree(before, ignore_errors=True)
         final.rename(before)
     try:
         beside.rename(final)
     except BaseException:
-        if before.exists() and not final.exists():
+        if replaces and not final.exists():
             before.rename(final)
         raise
     _flush(final.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    if replaces:
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def put_back(final: Path, of: str) -> None:
+    """Rename back what `publish` was replacing when it was killed."""
+    before = _replaced(final)
+    if not final.exists() and is_described(before, of):
+        before.rename(final)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f"{final.name}.replaced")
 
 
 def describe(checkpoint: Path, **facts: Any) -> None:

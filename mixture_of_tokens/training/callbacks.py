@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -161,6 +163,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self):
         self.received: int | None = None
+        self._hosts: Any = None  # all processes, by way of the CPU: no step waits for a device
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -177,10 +180,19 @@ class StopOnSignal(TrainerCallback):
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second ^C does not wait
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            limit = timedelta(seconds=args.ddp_timeout)
+            self._hosts = torch.distributed.new_group(backend="gloo", timeout=limit)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._hosts is not None:
+            torch.distributed.destroy_process_group(self._hosts)
+
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # all processes stop after the same step
-            received = torch.tensor(self.received or 0, device=args.device)
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        if self._hosts is not None:  # all processes stop after the same step
+            received = torch.tensor(self.received or 0)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._hosts)
             self.received = int(received) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True

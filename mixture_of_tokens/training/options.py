@@ -59,7 +59,7 @@ class Options:
         max_bytes: Read at most this many bytes of text.
         part_bytes: Prepare the files in parts of at least this many bytes on the disk, and begin to train when the
             first is ready. For text that is too much to prepare at once; duplicates are then found within a part. Not
-            with --max-bytes.
+            with --max-bytes. Another process prepares ahead, so a script needs `if __name__ == "__main__":`.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
         anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
             by default the temperature is not annealed.
@@ -78,7 +78,7 @@ class Options:
 
     steps: int | None = None
     batch_size: int | None = None
-    data: list[str] = dataclasses.field(default_factory=list)
+    data: list[str] | None = None
     field: str = "text"
     max_bytes: int | None = None
     part_bytes: int | None = None
@@ -97,8 +97,11 @@ class Options:
 
         Raises ValueError for what a field does not take.
         """
-        sources = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in listed(self.data)]
-        object.__setattr__(self, "data", sources)
+        if self.data is not None:
+            sources = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in listed(self.data)]
+            if not sources:
+                raise ValueError("data names no text; leave it out for the source of Python's standard library")
+            object.__setattr__(self, "data", sources)
         if isinstance(self.tokenizer, os.PathLike):
             object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
         for field in dataclasses.fields(self):

@@ -1,0 +1,80 @@
+"""The model card of an export."""
+
+from pathlib import Path
+from typing import Any
+
+from mixture_of_tokens.convert.serving import Served
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.runs import provenance, records
+from mixture_of_tokens.runs.loading import run_directory
+from mixture_of_tokens.runs.records import RunFacts, Switch
+from mixture_of_tokens.runs.run import read
+
+
+def card(
+    run: str,
+    model: MixtureOfTokensForCausalLM,
+    plain: Any,
+    compared: str,
+    difference: float,
+    license: str | None,
+    served: Served | None,
+) -> str:
+    """The model card."""
+    config, kind = model.config, type(plain).__name__
+    path = run_directory(run) or Path(run).absolute()
+    finished = path / records.FACTS
+    # Of a checkpoint before the end they are another model's.
+    of_the_end = finished.is_file() and Path(run).absolute() in (path, path / "model")
+    facts = RunFacts.read(finished) if of_the_end else None
+    licensed = [] if license is None else [f"license: {license}"]
+    lines = ["---", *licensed, "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
+    name = path.name if path == Path(run).absolute() or of_the_end else f"{path.name}, {Path(run).name}"
+    lines += [f"# {name}", ""]
+    lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
+    if blocks := len(config.sparse_routings):
+        lines.append(
+            f"{blocks} of its {config.num_hidden_layers} feed-forwards are sparse: {config.num_experts} experts of "
+            f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, weighted by "
+            f"{_gates(model.config)}. Nothing is dropped."
+        )
+    if facts is not None:
+        source = ", ".join(facts.corpus.get("source") or ["text"])
+        lines += ["", "## Training", "", f"{facts.name}, {facts.steps:,} steps, {facts.tokens:,} tokens of"]
+        lines.append(f"{source} (hash {facts.text[0]}), seed {facts.seed}.")
+        if (path / records.SWITCH).is_file():
+            switch, end = Switch.read(path / records.SWITCH), read(path).stages.end_loss
+            lines.append(
+                "It was a Mixture of Tokens (arXiv 2310.15961) first, and was switched to Token Choice after "
+                f"{switch.step:,} steps. Over a part of the {facts.evaluated_on} text the loss was "
+                f"{switch.source_in_groups:.4f} before, with texts in groups, {switch.source_alone:.4f} with "
+                f"each alone, {switch.at_the_switch:.4f} at the switch, and {end:.4f} at the end."
+            )
+        whose = "Loss" if served is None else "The Mixture of Tokens' loss"
+        lines.append(
+            f"{whose} on all {facts.evaluated_on} text: {facts.final_loss:.4f} nats a token, "
+            f"{facts.bits_per_byte:.4f} bits a byte."
+        )
+    if served is not None:
+        lines.append(
+            "It was trained as a Mixture of Tokens (arXiv 2310.15961) and distilled into a sparse model, without "
+            f"training it further. Over a part of the text the loss was {served.source.loss:.4f} before, with "
+            f"texts in groups, and is {served.chosen.loss:.4f} now."
+        )
+    lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ['model = AutoModelForCausalLM.from_pretrained("this/directory")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("this/directory")']
+    lines += ['inputs = tokenizer("def ", return_tensors="pt")']
+    lines += ["written = model.generate(**inputs, max_new_tokens=40, do_sample=True)"]
+    lines += ["print(tokenizer.decode(written[0]))", "```", ""]
+    lines.append("Rows of a batch do not influence each other beyond rounding.")
+    lines.append(f"Logits in fp32 on {compared} are at most {difference:.1e} from the training library's.")
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
+    return "\n".join([*lines, "", f"Written by mixture-of-tokens ({versions}).", ""])
+
+
+def _gates(config: MixtureOfTokensConfig) -> str:
+    if config.sparse_routings[0].exports_as == "Dots1ForCausalLM":
+        return "a sigmoid each" + (", divided by their sum" if config.norm_topk_prob else "")
+    return f"a softmax over {'those' if config.norm_topk_prob else 'all'}"
