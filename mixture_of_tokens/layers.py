@@ -31,14 +31,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from mixture_of_tokens.alone import renew_alone, served_alone, set_alone
 from mixture_of_tokens.checks import check, divisors
-from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, highest, softmax
-from mixture_of_tokens.layout import check_shapes, combine, dispatch, grouped, ungrouped
-from mixture_of_tokens.slots import dropless
-
-# Tokens served alone by all experts at a time. Each has E mixtures, which a CPU's cache is to hold and a GPU's memory;
-# the GPU's number is no measured one.
-ALONE_AT_ONCE = {"cpu": 64, "cuda": 1024}
+from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, softmax
+from mixture_of_tokens.layout import combine, dispatch, grouped, ungrouped
 
 
 class MixtureOfTokens(Routed):
@@ -87,7 +83,7 @@ class MixtureOfTokens(Routed):
         self.register_buffer("companion", torch.zeros(num_experts, hidden_size, dtype=at_least_fp32()))
         self.register_buffer("companion_logit", torch.zeros(num_experts, dtype=at_least_fp32()))
         self.register_buffer("companion_output", None, persistent=False)
-        self.register_load_state_dict_post_hook(_with_its_companions_output)
+        self.register_load_state_dict_post_hook(renew_alone)
 
     def reset_state(self) -> None:
         nn.init.zeros_(self.companion)
@@ -142,74 +138,24 @@ class MixtureOfTokens(Routed):
         weights_MGE = softmax(logits_MGE, dim=1)
         return weights_MGE if missing_M11 is None else weights_MGE[:, :-1]
 
-    @torch.no_grad()
     def serve_alone(self, alone: bool = True, num_experts_alone: int | None = None) -> None:
-        """Compute each token by itself from here on, or in its group again.
+        """Compute each token by itself from here on, or in its group again (`alone.py`).
 
-        By default every expert runs for every token, at G times the FLOPs. With `num_experts_alone` only those of the
-        token's K largest weights do; the others give it what they give their companion, which is computed here, once:
-
-            out[t] = sum_e w[t, e] * FFN_e(w[t, e] * x_t + (1 - w[t, e]) * companion[e])     for e in t's top K
-                   + sum_e w[t, e] * FFN_e(companion[e])                                     for all other e
-
-        (with `normalize_mixture` both mixtures are divided by their norms). An expert of weight w is off by about w
-        squared, so with K = k, the granularity, where experts cost what a dense feed-forward does, the output is nearly
-        the same. What companions get is a constant without a gradient, of the weights as they are now, or as they are
-        loaded into this layer or a module that holds it; call this again when they are changed otherwise.
+        By default every expert runs for every token, at G times the FLOPs; with `num_experts_alone` only those of the
+        token's largest weights do, which gives nearly the same where they are as many as the granularity.
 
         Raises ValueError for a number of experts that there is not, and for few of them where all weights are the same
         or texts are not served alone.
         """
-        few = self.num_experts if num_experts_alone is None else num_experts_alone
-        if not isinstance(alone, bool):
-            raise ValueError(f"serve_alone takes True or False, not {alone!r}; experts are num_experts_alone={alone!r}")
-        if isinstance(few, bool) or not isinstance(few, int) or not 1 <= few <= self.num_experts:
-            raise ValueError(f"served alone, a token can go to 1 to {self.num_experts} experts, not {few!r}")
-        if not alone and few < self.num_experts:
-            raise ValueError("num_experts_alone is for texts that are served alone")
-        if few < self.num_experts and (self.gate is None or self.group_size == 1):
-            raise ValueError("served alone, a token goes to all experts where these weigh it alike")
-        self.alone, self.num_experts_alone, self.companion_output = alone, few if alone else self.num_experts, None
-        if self.num_experts_alone < self.num_experts:
-            mix_ED = self._beside_companions(torch.zeros_like(self.companion_logit), self.companion, self.companion)
-            y_E1D = self.experts(mix_ED[:, None].to(self.experts.down_proj.dtype))
-            self.companion_output = y_E1D[:, 0].to(self.companion.dtype)
-
-    def _beside_companions(self, weight: Tensor, x: Tensor, companion: Tensor) -> Tensor:
-        """Mixtures (..., D) of a token with an expert's companions, by the token's weight (...)."""
-        mix = weight[..., None] * x + (1 - weight[..., None]) * companion
-        if not self.normalize_mixture:
-            return mix
-        squares = weight.square() + (1 - weight).square() / (self.group_size - 1)
-        return mix / squares.sqrt()[..., None]
-
-    def _to_few_experts(self, x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
-        """The formula of `serve_alone`."""
-        check_shapes(x_BTD, token_mask)
-        masked_S1 = None if token_mask is None else ~token_mask.bool().reshape(-1, 1)
-        x_SD = x_BTD.flatten(0, 1) if masked_S1 is None else x_BTD.flatten(0, 1).masked_fill(masked_S1, 0)
-        S, K, dtype = len(x_SD), self.num_experts_alone, torch.promote_types(x_SD.dtype, torch.float32)
-        missing_S11 = x_SD.new_full((S, 1, 1), self.group_size - 1, dtype=dtype)
-        weights_SE = self.weights(x_SD[:, None], None, missing_S11)[:, 0]
-        weight_SK, expert_SK = highest(weights_SE, K)
-        mix_SKD = self._beside_companions(weight_SK, x_SD[:, None], self.companion[expert_SK]).to(x_SD.dtype)
-        each_A = torch.arange(S * K, device=x_SD.device)
-        own_AD = dropless(self, mix_SKD.flatten(0, 1), each_A, expert_SK.flatten(), weight_SK.flatten())
-        others_SE = weights_SE.scatter(1, expert_SK, 0)
-        y_SD = own_AD.view(S, K, -1).sum(1) + others_SE @ self.companion_output.to(others_SE.dtype)
-        if masked_S1 is not None:
-            y_SD = y_SD.masked_fill(masked_S1, 0)
-        return y_SD.view_as(x_BTD).to(x_BTD.dtype)
+        set_alone(self, alone, num_experts_alone)
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        if self.alone and self.companion_output is not None:
-            return self._to_few_experts(x_BTD, token_mask)
-        at_once = self.alone_at_once or ALONE_AT_ONCE.get(x_BTD.device.type, ALONE_AT_ONCE["cpu"])
-        if self.alone and (len(x_BTD) > 1 or x_BTD.shape[1] > at_once):  # tokens as positions of one example
-            mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
-            x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)
-            parts = zip(x_1SD.split(at_once, dim=1), mask_1S.split(at_once, dim=1), strict=True)
-            return torch.cat([self.forward(*part) for part in parts], dim=1).view_as(x_BTD)
+        if self.alone:
+            return served_alone(self, x_BTD, token_mask)
+        return self.in_groups(x_BTD, token_mask)
+
+    def in_groups(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """The equations of the module's docstring."""
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
         weights_MGE = self.weights(x_MGD, mask_MG1, missing_M11)
         cast_MGE = weights_MGE.to(x_MGD.dtype)
@@ -224,8 +170,3 @@ class MixtureOfTokens(Routed):
             mixtures_EMD = mixtures_EMD / squares_ME.sqrt().T[..., None].to(mixtures_EMD.dtype)
         y_MGD = combine(cast_MGE, self.experts(mixtures_EMD))
         return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
-
-
-def _with_its_companions_output(layer: MixtureOfTokens, _: object) -> None:
-    if layer.companion_output is not None:  # computed from the weights that were replaced
-        layer.serve_alone(num_experts_alone=layer.num_experts_alone)

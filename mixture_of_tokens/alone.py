@@ -1,0 +1,94 @@
+"""A Mixture of Tokens that is served alone: every token forms a group with G - 1 companions. Letters as in `layers.py`.
+
+By default every expert runs for every token, at G times the FLOPs. With `num_experts_alone` only those of the token's K
+largest weights do; the others give it what they give their companion, which `set_alone` computes, once:
+
+    out[t] = sum_e w[t, e] * FFN_e(w[t, e] * x_t + (1 - w[t, e]) * companion[e])     for e in t's top K
+           + sum_e w[t, e] * FFN_e(companion[e])                                     for all other e
+
+(with `normalize_mixture` both mixtures are divided by their norms). An expert of weight w is off by about w squared, so
+with K = k, the granularity, where experts cost what a dense feed-forward does, the output is nearly the same. What
+companions get is a constant without a gradient, of the weights as they are when `serve_alone` is called, or as they are
+loaded into the layer or a module that holds it; call it again when they are changed otherwise.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mixture_of_tokens.experts import highest
+from mixture_of_tokens.layout import check_shapes
+from mixture_of_tokens.slots import dropless
+
+if TYPE_CHECKING:
+    from mixture_of_tokens.layers import MixtureOfTokens
+
+# Tokens served by all experts at a time. Each has E mixtures, which a CPU's cache is to hold and a GPU's memory; the
+# GPU's number is no measured one.
+AT_ONCE = {"cpu": 64, "cuda": 1024}
+
+
+@torch.no_grad()
+def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | None) -> None:
+    few = layer.num_experts if num_experts_alone is None else num_experts_alone
+    if not isinstance(alone, bool):
+        raise ValueError(f"serve_alone takes True or False, not {alone!r}; experts are num_experts_alone={alone!r}")
+    if isinstance(few, bool) or not isinstance(few, int) or not 1 <= few <= layer.num_experts:
+        raise ValueError(f"served alone, a token can go to 1 to {layer.num_experts} experts, not {few!r}")
+    if not alone and few < layer.num_experts:
+        raise ValueError("num_experts_alone is for texts that are served alone")
+    if few < layer.num_experts and (layer.gate is None or layer.group_size == 1):
+        raise ValueError("served alone, a token goes to all experts where these weigh it alike")
+    layer.alone, layer.num_experts_alone, layer.companion_output = alone, few if alone else layer.num_experts, None
+    if layer.num_experts_alone < layer.num_experts:
+        mix_ED = _beside_companions(layer, torch.zeros_like(layer.companion_logit), layer.companion, layer.companion)
+        y_E1D = layer.experts(mix_ED[:, None].to(layer.experts.down_proj.dtype))
+        layer.companion_output = y_E1D[:, 0].to(layer.companion.dtype)
+
+
+def renew_alone(layer: "MixtureOfTokens", _: object) -> None:
+    """After other weights are loaded, what companions get is another constant."""
+    if layer.companion_output is not None:
+        set_alone(layer, True, layer.num_experts_alone)
+
+
+def served_alone(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
+    if layer.companion_output is not None:
+        return _to_few_experts(layer, x_BTD, token_mask)
+    at_once = layer.alone_at_once or AT_ONCE.get(x_BTD.device.type, AT_ONCE["cpu"])
+    if len(x_BTD) == 1 and x_BTD.shape[1] <= at_once:
+        return layer.in_groups(x_BTD, token_mask)
+    # Tokens as positions of one example.
+    mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
+    x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)
+    parts = zip(x_1SD.split(at_once, dim=1), mask_1S.split(at_once, dim=1), strict=True)
+    return torch.cat([layer.in_groups(*part) for part in parts], dim=1).view_as(x_BTD)
+
+
+def _beside_companions(layer: "MixtureOfTokens", weight: Tensor, x: Tensor, companion: Tensor) -> Tensor:
+    """Mixtures (..., D) of a token with an expert's companions, by the token's weight (...)."""
+    mix = weight[..., None] * x + (1 - weight[..., None]) * companion
+    if not layer.normalize_mixture:
+        return mix
+    squares = weight.square() + (1 - weight).square() / (layer.group_size - 1)
+    return mix / squares.sqrt()[..., None]
+
+
+def _to_few_experts(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
+    """The formula of the module's docstring."""
+    check_shapes(x_BTD, token_mask)
+    masked_S1 = None if token_mask is None else ~token_mask.bool().reshape(-1, 1)
+    x_SD = x_BTD.flatten(0, 1) if masked_S1 is None else x_BTD.flatten(0, 1).masked_fill(masked_S1, 0)
+    S, K, dtype = len(x_SD), layer.num_experts_alone, torch.promote_types(x_SD.dtype, torch.float32)
+    missing_S11 = x_SD.new_full((S, 1, 1), layer.group_size - 1, dtype=dtype)
+    weights_SE = layer.weights(x_SD[:, None], None, missing_S11)[:, 0]
+    weight_SK, expert_SK = highest(weights_SE, K)
+    mix_SKD = _beside_companions(layer, weight_SK, x_SD[:, None], layer.companion[expert_SK]).to(x_SD.dtype)
+    each_A = torch.arange(S * K, device=x_SD.device)
+    own_AD = dropless(layer, mix_SKD.flatten(0, 1), each_A, expert_SK.flatten(), weight_SK.flatten())
+    others_SE = weights_SE.scatter(1, expert_SK, 0)
+    y_SD = own_AD.view(S, K, -1).sum(1) + others_SE @ layer.companion_output.to(others_SE.dtype)
+    if masked_S1 is not None:
+        y_SD = y_SD.masked_fill(masked_S1, 0)
+    return y_SD.view_as(x_BTD).to(x_BTD.dtype)
