@@ -81,6 +81,13 @@ def asked(doc: str | None, **flags: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def script(doc: str | None, make: Callable[[], object], table: Callable[[], str]) -> None:
+    """Make what is missing, and print the table; with --table print it alone."""
+    if not asked(doc, table="print the table, and stop").table:
+        make()
+    print(table())
+
+
 def directory_of(name: str, *parts: object) -> str:
     return "-".join([name.replace("/", "-"), *map(str, parts)])
 

@@ -14,18 +14,12 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, compared, reached_table
+from common import Experiment, compared, reached_table, script
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/8", "TC-Nano/32E")
 SEEDS = [1]
 OPTIONS = Options(steps=12_000, device="cpu", training={"eval_steps": "300"})
 
 
-def main() -> None:
-    if not asked(__doc__, table="print the table, and stop").table:
-        compared(Experiment.named("long"), NAMES, SEEDS, OPTIONS)
-    print(reached_table())
-
-
 if __name__ == "__main__":
-    main()
+    script(__doc__, lambda: compared(Experiment.named("long"), NAMES, SEEDS, OPTIONS), reached_table)

@@ -19,7 +19,7 @@ import fig6
 import fig8
 from micro import BEST_MIXTURE, DENSE, DROPLESS, SEEDS, SHORT, YOUNGER, share_of_step
 from nano import losses_of, signed
-from studies import EXPERIMENT, System, check_text, kept_in_csv
+from studies import EXPERIMENT, System, check_text
 
 from mixture_of_tokens import train
 from mixture_of_tokens.formatting import Summary, loss, markdown, with_span
@@ -28,7 +28,7 @@ from mixture_of_tokens.runs.run import read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import loss_alone, read_csv, spread, write_csv
+from common import loss_alone, read_csv, script, spread, write_csv
 
 SIGMOID = YOUNGER[0]
 
@@ -112,4 +112,5 @@ def table(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    kept_in_csv(__doc__, "alone.csv", make, table)
+    file = EXPERIMENT.kept / "alone.csv"
+    script(__doc__, lambda: make(file), lambda: table(file))

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from nano import BASE, SEED, STEPS, signed
-from studies import EXPERIMENT, kept_in_csv
+from studies import EXPERIMENT
 
 import mixture_of_tokens.training.train as training
 from mixture_of_tokens import train
@@ -30,7 +30,7 @@ from mixture_of_tokens.training.trainer import GroupedTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, directory_of, read_csv, trained, write_csv
+from common import Experiment, directory_of, read_csv, script, trained, write_csv
 from partial_groups.run import losses
 
 SIZES, FULL = (8, 16, 32), 32
@@ -107,4 +107,5 @@ def table(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    kept_in_csv(__doc__, "random_groups.csv", make, table)
+    file = EXPERIMENT.kept / "random_groups.csv"
+    script(__doc__, lambda: make(file), lambda: table(file))

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from nano import BASE, SEED, STEPS, row, run_in, signed
-from studies import EXPERIMENT, kept_in_csv
+from studies import EXPERIMENT
 
 import mixture_of_tokens.training.train as training
 from mixture_of_tokens import train
@@ -21,7 +21,7 @@ from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
-from common import directory_of, read_csv, write_csv  # isort: skip
+from common import directory_of, read_csv, script, write_csv  # isort: skip
 
 MULTIPLES = (0.5, 2.0)
 COLUMNS = ("multiple", "seed", "loss")
@@ -70,4 +70,5 @@ def table(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    kept_in_csv(__doc__, "router_rate.csv", make, table)
+    file = EXPERIMENT.kept / "router_rate.csv"
+    script(__doc__, lambda: make(file), lambda: table(file))

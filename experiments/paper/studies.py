@@ -174,11 +174,3 @@ class Study:
             if self.draw is not None:
                 self.draw(self)
         print(self.table(self.rows))
-
-
-def kept_in_csv(doc: str | None, name: str, make: Callable[[Path], None], table: Callable[[Path], str]) -> None:
-    """What a script does whose rows are in a csv of this folder: make what is missing, print its table."""
-    file = EXPERIMENT.kept / name
-    if not asked(doc, table="print the table, and stop").table:
-        make(file)
-    print(table(file))

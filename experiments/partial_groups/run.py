@@ -36,7 +36,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, read_csv, spread, trained, write_csv
+from common import Experiment, read_csv, script, spread, trained, write_csv
 
 NAMES = ("MoT-Nano/32E", "MoT-Nano/32E/8")
 SEEDS = (1, 2, 3)
@@ -136,12 +136,6 @@ def table(kept: Path) -> str:
     return markdown(rows, left=3)
 
 
-def main() -> None:
-    experiment = Experiment.named("partial_groups")
-    if not asked(__doc__, table="print the table, and stop").table:
-        make(Experiment.named("nano"), experiment)
-    print(table(experiment.kept))
-
-
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("partial_groups")
+    script(__doc__, lambda: make(Experiment.named("nano"), experiment), lambda: table(experiment.kept))

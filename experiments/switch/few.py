@@ -23,7 +23,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, read_csv, spread, trained, write_csv
+from common import Experiment, read_csv, script, spread, trained, write_csv
 
 NANO = Options(steps=1200, device="cpu")
 MICRO = Options(steps=1500, device="cpu", data=["packages"], training={"bf16": "true", "torch_compile": "true"})
@@ -82,12 +82,6 @@ def table(kept: Path) -> str:
     return markdown(shown, left=1)
 
 
-def main() -> None:
-    experiment = Experiment.named("switch")
-    if not asked(__doc__, table="print the table, and stop").table:
-        make(experiment.kept)
-    print(table(experiment.kept))
-
-
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("switch")
+    script(__doc__, lambda: make(experiment.kept), lambda: table(experiment.kept))

@@ -34,7 +34,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, read_csv, spread, trained, write_csv
+from common import Experiment, read_csv, script, spread, trained, write_csv
 
 NAME, SEEDS, OPTIONS = "MoT-Nano/32E/8", (1,), Options(steps=1200, device="cpu")
 GATES: tuple[Any, ...] = ("softmax", "sigmoid")
@@ -103,13 +103,6 @@ def table(kept: Path) -> str:
     return markdown(shown)
 
 
-def main() -> None:
-    given = asked(__doc__, table="print the table, and stop")
-    kept = Experiment.named("switch").kept
-    if not given.table:
-        make(kept)
-    print(table(kept))
-
-
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("switch")
+    script(__doc__, lambda: make(experiment.kept), lambda: table(experiment.kept))

@@ -27,7 +27,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, directory_of, loss_alone, read_csv, write_csv
+from common import Experiment, directory_of, loss_alone, read_csv, script, write_csv
 
 MIXTURE, SPARSE, SEED = "MoT-Nano/32E/8", "TC-Nano/32E/8", 0
 BUDGET = 6000  # steps of the dense model
@@ -97,12 +97,6 @@ def table(kept: Path) -> str:
     return markdown(rows, left=1)
 
 
-def main() -> None:
-    experiment = Experiment.named("switch")
-    if not asked(__doc__, table="print the table, and stop").table:
-        make(experiment)
-    print(table(experiment.kept))
-
-
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("switch")
+    script(__doc__, lambda: make(experiment), lambda: table(experiment.kept))

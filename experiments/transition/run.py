@@ -26,7 +26,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, directory_of, keep, kept_runs, spread, trained
+from common import Experiment, directory_of, keep, kept_runs, script, spread, trained
 
 NAMES = ("MoT-Nano/32E", "MoT-Nano/32E/8")
 SEEDS = [1, 2, 3]
@@ -94,12 +94,6 @@ def table(experiment: Experiment) -> str:
     return markdown(rows, left=2)
 
 
-def main() -> None:
-    experiment = Experiment.named("transition")
-    if not asked(__doc__, table="print the table, and stop").table:
-        make(Experiment.named("nano"), experiment)
-    print(table(experiment))
-
-
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("transition")
+    script(__doc__, lambda: make(Experiment.named("nano"), experiment), lambda: table(experiment))

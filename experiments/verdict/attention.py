@@ -25,7 +25,7 @@ from mixture_of_tokens.runs.run import read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, read_csv, write_csv
+from common import Experiment, read_csv, script, write_csv
 
 FILE = Path(__file__).with_suffix(".csv").name
 BLOCKS, FIRST, LATER = 1024, 4, 20
@@ -74,13 +74,6 @@ def table(kept: Path) -> str:
     return markdown(lines)
 
 
-def main() -> None:
-    given = asked(__doc__, table="print the table, and stop")
-    experiment = Experiment.named("verdict")
-    if not given.table:
-        make(experiment)
-    print(table(experiment.kept))
-
-
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("verdict")
+    script(__doc__, lambda: make(experiment), lambda: table(experiment.kept))
