@@ -12,6 +12,7 @@ companions get is a constant without a gradient, of the weights as they are when
 loaded into the layer or a module that holds it; call it again when they are changed otherwise.
 """
 
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,13 +35,13 @@ def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | No
     few = layer.num_experts if num_experts_alone is None else num_experts_alone
     if not isinstance(alone, bool):
         raise ValueError(f"serve_alone takes True or False, not {alone!r}; experts are num_experts_alone={alone!r}")
-    if isinstance(few, bool) or not isinstance(few, int) or not 1 <= few <= layer.num_experts:
+    if isinstance(few, bool) or not isinstance(few, Integral) or not 1 <= few <= layer.num_experts:
         raise ValueError(f"served alone, a token can go to 1 to {layer.num_experts} experts, not {few!r}")
     if not alone and few < layer.num_experts:
         raise ValueError("num_experts_alone is for texts that are served alone")
     if few < layer.num_experts and (layer.gate is None or layer.group_size == 1):
         raise ValueError("served alone, a token goes to all experts where these weigh it alike")
-    layer.alone, layer.num_experts_alone, layer.companion_output = alone, few if alone else layer.num_experts, None
+    layer.alone, layer.num_experts_alone, layer.companion_output = alone, int(few) if alone else layer.num_experts, None
     if layer.num_experts_alone < layer.num_experts:
         mix_ED = _beside_companions(layer, torch.zeros_like(layer.companion_logit), layer.companion, layer.companion)
         y_E1D = layer.experts(mix_ED[:, None].to(layer.experts.down_proj.dtype))

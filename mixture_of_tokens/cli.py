@@ -289,7 +289,7 @@ def _told(error: Exception, words: list[str]) -> str:
         flag = error.argument.name
         return f"{flag} is given by its fields, as {flag}.FIELD VALUE, in a file {flag.lstrip('-')}: {{FIELD: VALUE}}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:  # without the system's number
-        return f"{error.filename}: {error.strerror}"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error)
 
 

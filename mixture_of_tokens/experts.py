@@ -78,14 +78,19 @@ class Experts(nn.Module):
         else:
             self.up_proj = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+        self.initializer_scale = INITIALIZER_SCALE
 
-    def reset_parameters(self, scale: float) -> None:
+    def reset_parameters(self, scale: float | None = None) -> None:
+        """Draw all weights (`truncated_normal_`), by default with the scale of the last time."""
+        self.initializer_scale = self.initializer_scale if scale is None else scale
         for weight in self.parameters():
-            truncated_normal_(weight, scale)
+            truncated_normal_(weight, self.initializer_scale)
 
     def forward(self, x_ERD: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = expert_linear) -> Tensor:
         """Row r of x[e] goes through expert e. `linear(x, weight)` multiplies every expert's rows by its matrix."""
-        act = ACTIVATIONS[self.activation]
+        act, own = ACTIVATIONS[self.activation], self.down_proj.dtype
+        if x_ERD.dtype != own and not torch.is_autocast_enabled(x_ERD.device.type):
+            raise ValueError(f"x is {x_ERD.dtype} and the experts are {own}: convert one of them, or use autocast")
         if self.gated:
             # Copied apart, since on narrow strided rows an activation takes three times as long.
             gate_ERF, up_ERF = (half.contiguous() for half in linear(x_ERD, self.gate_up_proj).chunk(2, dim=-1))
@@ -123,7 +128,7 @@ class Router(nn.Module):
         check("learnable_temperature", learnable_temperature, bool)
         if not isinstance(router_dtype, torch.dtype) or not router_dtype.is_floating_point:
             raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {router_dtype!r}")
-        self.router_dtype = router_dtype
+        self.router_dtype, self.initializer_scale = router_dtype, INITIALIZER_SCALE
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.log_temperature = nn.Parameter(torch.empty(())) if learnable_temperature else None
         self.register_buffer("fixed_temperature", torch.empty((), dtype=at_least_fp32()), persistent=False)
@@ -140,8 +145,10 @@ class Router(nn.Module):
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(temperature))
 
-    def reset_parameters(self, scale: float) -> None:
-        truncated_normal_(self.weight, scale)
+    def reset_parameters(self, scale: float | None = None) -> None:
+        """As of `Experts`; the temperature too is set anew."""
+        self.initializer_scale = self.initializer_scale if scale is None else scale
+        truncated_normal_(self.weight, self.initializer_scale)
         self.set_temperature(self.temperature_setting)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
@@ -245,6 +252,13 @@ class Routed(nn.Module):
             if now.dtype != precise:
                 setattr(self, name, buffer.to(now.device, precise))
         return self
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, and forget what was measured: after `to_empty`, for one."""
+        self.experts.reset_parameters()
+        if self.gate is not None:
+            self.gate.reset_parameters()
+        self.reset_state()
 
     def reset_state(self) -> None:
         """Set what a layer keeps beside its weights as at the beginning of training."""

@@ -19,6 +19,23 @@ Failure = TypeVar("Failure", bound=BaseException)
 OWN_CHOICE = ("OMP_WAIT_POLICY", *BRIEFLY)
 
 
+_TRAINING = threading.RLock()
+
+
+@contextmanager
+def the_only_training() -> Iterator[None]:
+    """Of this process: others would draw from the same random numbers, and reset what accelerate knows of this one.
+
+    Raises ValueError while another thread is training.
+    """
+    if not _TRAINING.acquire(blocking=False):
+        raise ValueError("another thread of this process is training: wait for it, or start a process for each")
+    try:
+        yield
+    finally:
+        _TRAINING.release()
+
+
 def process_count() -> int:
     """Of those that torchrun started."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -149,6 +149,18 @@ def test_a_file_is_continued_in_its_order(run, prompts):
     assert not out.with_name("prompts.continued.jsonl.unfinished").exists()
 
 
+def test_a_run_is_the_same_by_any_spelling_and_a_byte_order_mark_is_no_text(run, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfdef f\n")
+    mot("generate", run, "--prompts-file", file, "--max-new-tokens", 2)
+    (line,) = map(json.loads, (tmp_path / "prompts.continued.jsonl").read_text().splitlines())
+    assert line["prompt"] == "def f"
+    mot("generate", f"{run.parent}/./{run.name}/", "--prompts-file", file, "--max-new-tokens", 2)
+    said = capsys.readouterr().err
+    assert f"1 continuation is in {tmp_path / 'prompts.continued.jsonl'}" in said
+    assert "prompts.continued.jsonl is finished already" in said
+
+
 def test_json_lines_of_prompts_may_hold_line_ends(run, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     texts = ["two\nlines", "a \u2028 separator"]

@@ -345,6 +345,10 @@ def test_matched_has_the_experts_of_the_name():
         (lambda: MixtureOfTokens(D, F, E, G, temperature="1"), "temperature takes a number, not '1'"),
         (lambda: MixtureOfTokens(D, F, E, G, initializer_scale="1"), "initializer_scale takes a number, not '1'"),
         (lambda: MixtureOfTokens(D, F, E, G).serve_alone(True, True), "can go to 1 to .* experts, not True"),
+        (
+            lambda: MixtureOfTokens(D, F, E, G)(torch.ones(G, T, D).bfloat16()),
+            "x is torch.bfloat16 and the experts are",
+        ),
         (lambda: TokenChoice(D, F, E, num_experts_per_tok=1.5), "num_experts_per_tok takes a whole number, not 1.5"),
         (lambda: TokenChoice(D, F, E, capacity_factor="1"), "capacity_factor takes a number, not '1'"),
         (lambda: TokenChoice(D, F, E, capacity_factor=math.inf), "must be positive and finite, or None .*, not inf"),
@@ -703,3 +707,15 @@ def test_loads_are_balanced_in_a_layer_of_bf16():
         layer(tokens(seed=seed, dtype=torch.bfloat16))
         SigmoidChoice.balance([layer])
     assert_close(layer.selection_bias, torch.tensor([0.48, -0.48]))
+
+
+@pytest.mark.parametrize("make", [lambda: MixtureOfTokens(D, F, E, G), lambda: ExpertThreshold(D, F, E)])
+def test_a_layer_that_was_on_no_device_is_initialised_by_torch_s_convention(make):
+    with torch.device("meta"):
+        layer = make()
+    layer.to_empty(device="cpu")
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert layer(tokens(B, T, D, dtype=torch.float32)).isfinite().all()
+    assert all(buffer.isfinite().all() for buffer in layer.buffers())

@@ -58,6 +58,18 @@ def test_training_in_an_incomplete_group_is_told_once(name, more, told, caplog):
     assert caplog.text.count(f"A batch of {rows} rows is no multiple of the group size") == told
 
 
+@pytest.mark.parametrize(("name", "told"), [("mixture_of_tokens", 1), ("token_choice", 0)])
+def test_training_what_is_served_alone_is_told_once(name, told, caplog):
+    modeling.logger.warning_once.cache_clear()
+    model, rows = tiny(name), tokens(6, 9)
+    model.serve_alone()
+    model.eval()(rows)
+    assert "training forms no groups" not in caplog.text
+    for _ in range(2):
+        model.train()(rows, labels=rows)
+    assert caplog.text.count("so training forms no groups; call serve_alone(False) first") == told
+
+
 # Loading, saving, names of parameters
 
 

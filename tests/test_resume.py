@@ -386,6 +386,20 @@ def test_a_run_does_not_go_on_with_another_text(small_corpus, tmp_path, capsys):
     assert "has changed: its hash is" in evaluated
 
 
+def test_a_refused_text_leaves_the_run_as_it_was(small_corpus, tmp_path, capsys):
+    for name in ("one", "other"):
+        shutil.copytree(small_corpus, tmp_path / name)
+    (tmp_path / "other" / "7.txt").write_text("another text")
+    words = ["train", "MoT-Nano/4E", "--steps", 2, "--batch-size", 8, "--device", "cpu", "--out", tmp_path / "run"]
+    mot(*words, "--data", tmp_path / "one")
+    (tmp_path / "run" / "run.json").unlink()
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        mot(*words, "--data", tmp_path / "other", "--resume")
+    assert "put back what it was trained on, or name another directory with --out" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
 def test_text_may_lie_elsewhere_when_a_run_goes_on(small_corpus, tmp_path, capsys):
     shutil.copytree(small_corpus, tmp_path / "texts")
     words = ["train", "MoT-Nano/4E", "--steps", 2, "--batch-size", 8, "--device", "cpu", "--out", tmp_path / "run"]
@@ -436,10 +450,20 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(whole, tmp_path):
     assert finish(process) == 2
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("mot: error:")
-    assert "checkpoint-8 could not be written" in last
+    assert f"{out / 'checkpoint-8'} could not be written" in last
     assert not list(out.glob("checkpoint*"))
     assert finish(begin(out, "--resume")) == 0
     assert_same(out, whole)
+
+
+def test_a_full_disk_that_tensorboard_meets_first_is_one_line(tmp_path):
+    words = [str(word) for word in (*FLAGS, "--out", tmp_path / "run")]
+    assert finish(start(mot_on_a_full_disk, 6000, *words, log=tmp_path / "log")) == 2
+    said = (tmp_path / "log").read_text()
+    assert (
+        said.splitlines()[-1] == f"mot: error: {tmp_path / 'run' / 'tensorboard'} could not be written: File too large"
+    )
+    assert "Traceback" not in said
 
 
 def test_a_full_disk_is_told_of_metrics(whole, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -532,6 +533,31 @@ def test_attention_in_half_precision_on_a_cpu_is_by_products(training, model, ex
     trainer.train()
     trainer.causal_lm.save_pretrained(tmp_path / "model")
     assert load_model(str(tmp_path / "model")).config._attn_implementation == model.get("attn_implementation", "sdpa")
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_second_training_in_one_process_is_refused(small_corpus, tmp_path, monkeypatch):
+    """Both would draw from torch's one generator."""
+    options = Options(steps=1, batch_size=8, data=[str(small_corpus)], device="cpu")
+    told, trained = [], GroupedTrainer.train
+
+    def second():
+        with pytest.raises(ValueError, match="another thread of this process is training") as refused:
+            train("MoT-Nano/4E", out=tmp_path / "second", options=options)
+        told.append(str(refused.value))
+
+    def another(self, *args):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        return trained(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GroupedTrainer, "train", another)
+        train("MoT-Nano/4E", out=tmp_path / "first", options=options)
+    assert told
+    assert not (tmp_path / "second").exists()
+    train("MoT-Nano/4E", out=tmp_path / "second", options=options)
 
 
 @pytest.mark.usefixtures("tiny_cache")

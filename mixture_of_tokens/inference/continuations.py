@@ -79,8 +79,12 @@ def to_file(
     partial.unlink()
     if new:
         say_speed(new, time.perf_counter() - clock)
-    print(f"{len(done)} continuations are in {out}", file=sys.stderr)
+    print(said_of(len(done), out), file=sys.stderr)
     return [done[row] for row in sorted(done)]
+
+
+def said_of(count: int, out: str | Path) -> str:
+    return f"{'1 continuation is' if count == 1 else f'{count} continuations are'} in {out}"
 
 
 def _finished(out: Path, settings: str, rows: list[Row], prompts: list[str]) -> list[Continuation] | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import Result
-from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, say_speed, to_file
+from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, said_of, say_speed, to_file
 from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -72,7 +73,7 @@ class Generated(Result):
 
     def __str__(self) -> str:
         if self.file is not None:
-            return f"{len(self.continuations)} continuations are in {self.file}"
+            return said_of(len(self.continuations), self.file)
         return "\n\n".join(each.prompt + each.text for each in self.continuations)
 
 
@@ -177,7 +178,13 @@ def generate(
         return None
     if prompts_file is not None:
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-        settings = {"run": run, "prompts": digest, "samples": samples, "batch_size": batch_size, "alone": alone}
+        settings = {
+            "run": os.path.normpath(run),
+            "prompts": digest,
+            "samples": samples,
+            "batch_size": batch_size,
+            "alone": alone,
+        }
         file = Path(prompts_file)
         out = file.with_name(f"{file.stem}.continued.jsonl") if out is None else Path(out)
         settings |= {"experts": experts, "weights": weights_hash(run), **sampling._asdict()}
@@ -205,7 +212,9 @@ def _leading(write: Writer) -> Iterator[Writer]:
 def read_prompts(file: Path) -> list[str]:
     """Raises ValueError for a file that cannot be read as prompts, naming the line, and for one without any."""
     try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028, as splitlines would
+        lines = (
+            file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        )  # not at U+2028, as splitlines would
     except FileNotFoundError:
         raise ValueError(f"--prompts-file {file}: there is no such file") from None
     except OSError as error:

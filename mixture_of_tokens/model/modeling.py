@@ -188,13 +188,15 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         return any(routing.shares_batch and not getattr(block.mlp, "alone", False) for routing, block in blocks)
 
     def _check_groups(self, inputs: Any) -> None:
-        """Warn, once a size, of batches that leave a group incomplete in training, as a Trainer's eight rows do."""
+        """Warn, once each, where training leaves a group incomplete, as a Trainer's eight rows do, or forms none."""
         size = self.config.group_size
         if inputs is not None and len(inputs) % size and self.mixes_examples:
             logger.warning_once(
                 f"A batch of {len(inputs)} rows is no multiple of the group size, {size}: the last group is trained "
                 f"incomplete. Take batches of a multiple of {size}, and drop the last one."
             )
+        if self.config.mixes_examples and not self.mixes_examples:
+            logger.warning_once("Each row is served alone, so training forms no groups; call serve_alone(False) first.")
 
     def _check_balanced(self, aux_loss: Tensor) -> None:
         """Raises ValueError where reentrant checkpointing, whose first pass has no gradients, loses the loss's."""

@@ -81,9 +81,10 @@ def check_resumed(out: Path, config: RunConfig) -> None:
     for key in [*before, *now]:
         if key not in may_move and before.get(key) != now.get(key):
             flag = key if key.startswith(("model.", "training.")) else key.removeprefix("transition.").replace("_", "-")
+            flag, same = (f"--{flag}", "flags") if key != "transition.source" else ("the run", "run")
             raise ValueError(
-                f"{out} was started with --{flag} {before.get(key)}, now it is {now.get(key)}; "
-                "give the same flags, or name another directory with --out"
+                f"{out} was started with {flag} {before.get(key)}, now it is {now.get(key)}; "
+                f"give the same {same}, or name another directory with --out"
             )
     sizes = {started.micro_batch or config.micro_batch, config.micro_batch}  # not known of a run of format 0
     balanced = [routing.title for routing in config.model_config.routings if routing.auxiliary_weight or routing.varies]

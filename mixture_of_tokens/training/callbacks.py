@@ -158,6 +158,17 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def told_by_the_main_thread() -> Iterator[None]:
+    """TensorBoard's thread prints a traceback of what the next call raises, such as of a full disk: not that."""
+    before = threading.excepthook
+    threading.excepthook = lambda said: None if isinstance(said.exc_value, OSError) else before(said)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 class StopOnSignal(TrainerCallback):
     """SIGTERM or a first ^C ends the run after the current step, with a checkpoint; `received` is its number."""
 

@@ -16,7 +16,7 @@ from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
 from mixture_of_tokens.model.placement import Placement, check_device
-from mixture_of_tokens.process import process_count
+from mixture_of_tokens.process import process_count, the_only_training
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
 from mixture_of_tokens.runs.run import check_seed
 from mixture_of_tokens.training.arguments import FIXED, check_environment, check_number, given_fields, in_words, try_out
@@ -141,10 +141,11 @@ def merge(
     # turns on for the whole process: routers are in fp32.
     taken = {"max_steps": max(1, steps), "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
     taken |= {"per_device_train_batch_size": micro_batch, "tf32": False}
-    try:  # also before it starts
-        arguments = TrainingArguments(output_dir=os.devnull, **(taken | training))
-    except Exception as error:
-        raise ValueError(f"--training: {in_words(error)}") from error
+    with the_only_training():
+        try:  # also before it starts
+            arguments = TrainingArguments(output_dir=os.devnull, **(taken | training))
+        except Exception as error:
+            raise ValueError(f"--training: {in_words(error)}") from error
     if arguments.fp16 and on_cpu:
         raise ValueError("--training.fp16 needs a GPU; --training.bf16 does not")
     try_out(arguments)

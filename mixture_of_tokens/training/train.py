@@ -35,7 +35,7 @@ from mixture_of_tokens.model.sharding import (
     unsharded,
     whole_state,
 )
-from mixture_of_tokens.process import is_main, keep_large_blocks, process_count, process_number
+from mixture_of_tokens.process import is_main, keep_large_blocks, process_count, process_number, the_only_training
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
@@ -100,7 +100,7 @@ def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None =
         print(f"{out} is finished already", file=sys.stderr)
         return read(out)
     check_writable(out)
-    with owned(out) if is_main() else nullcontext():
+    with the_only_training(), owned(out) if is_main() else nullcontext():
         _check(out, merged, resume)  # another process may have begun meanwhile
         taken = TrainingArguments(output_dir=str(out), **merged.arguments)
         taken.run_name = taken.run_name or out.name
@@ -171,6 +171,8 @@ def _run(
     transformers.logging.disable_progress_bar()
     trainer, prepared = build(run, arguments, placement)
     checkpoint = _newest(out)
+    if checkpoint is not None:
+        trainer.facts_of(checkpoint)  # or why not, before anything is written
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
         checkpoints.write_text(out / records.CONFIG, str(run))

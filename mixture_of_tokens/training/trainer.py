@@ -44,7 +44,7 @@ from mixture_of_tokens.model.sharding import (
 from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
 from mixture_of_tokens.process import end_with_parent, of_all
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.training.callbacks import BalanceCallback, Clock, RunLog
+from mixture_of_tokens.training.callbacks import BalanceCallback, Clock, RunLog, told_by_the_main_thread
 
 EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
 BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # what a schedule has for each of the optimizer's groups
@@ -104,6 +104,16 @@ class GroupedTrainer(Trainer):
         self._output_dir: str | None = None  # where a checkpoint is written before it gets its name
         self._failure: OSError | None = None  # of this process, in writing one
 
+    def facts_of(self, checkpoint: Path) -> dict[str, Any]:
+        """What is known of a checkpoint. Raises ValueError where it was trained on another text."""
+        facts = checkpoints.facts_of(checkpoint)
+        if facts["corpus"] != self.corpus:
+            raise ValueError(
+                f"{checkpoint} was trained on text and tokenizer {facts['corpus']}, and now they are {self.corpus}; "
+                "put back what it was trained on, or name another directory with --out"
+            )
+        return facts
+
     def get_decay_parameter_names(self, model) -> list[str]:
         """Not learned temperatures: decay would draw their logarithm to 0, and so the temperature to 1."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
@@ -111,11 +121,7 @@ class GroupedTrainer(Trainer):
     def train(self, checkpoint: Path | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         step = 0
         if checkpoint is not None:
-            facts = checkpoints.facts_of(checkpoint)
-            if facts["corpus"] != self.corpus:
-                raise ValueError(
-                    f"{checkpoint} was trained on text and tokenizer {facts['corpus']}, and now they are {self.corpus}"
-                )
+            facts = self.facts_of(checkpoint)
             step = facts["step"]
             self.clock.before = facts["seconds"]
             self.rows.go_on_from(facts)
@@ -132,10 +138,13 @@ class GroupedTrainer(Trainer):
             self.add_callback(TensorBoardCallback(writer))
         try:
             self.rows.begin(step)
-            return super().train(None if checkpoint is None else str(checkpoint))
-        except OSError:  # such as of a full disk, which `close` would meet too
+            with told_by_the_main_thread():
+                return super().train(None if checkpoint is None else str(checkpoint))
+        except OSError as error:  # such as of a full disk, which `close` would meet too
             with suppress(OSError):
                 self.run_log.close()
+            if error.filename is None and error.strerror is not None:  # TensorBoard's
+                raise OSError(f"{self.run / 'tensorboard'} could not be written: {error.strerror}") from error
             raise
         finally:
             self.rows.end()
@@ -309,7 +318,7 @@ class GroupedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
         state = whole_state(self.causal_lm) if is_sharded(self.causal_lm) else None
-        with self._keeping_failure(Path(output_dir)):
+        with self._keeping_failure(self.run / Path(output_dir).name):
             if state is None:
                 super()._save(output_dir)
             elif self.args.should_save:
@@ -322,7 +331,7 @@ class GroupedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """By the names of weights, each process its part, so that a run may go on in any layout."""
         optimizer = cast(Any, self.optimizer)
-        with self._keeping_failure(Path(output_dir)):
+        with self._keeping_failure(self.run / Path(output_dir).name):
             save_optimizer(self.causal_lm, optimizer.optimizer, Path(output_dir))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # pyright: ignore
