@@ -127,9 +127,8 @@ class ReMoE(_Above):
             layer.noted = None
             step = torch.sign(choices - layer.num_experts_per_tok * tokens)
             layer.l1_weight *= layer.l1_factor ** step.to(layer.l1_weight.device)
-            layer.l1_weight.clamp_(
-                min=torch.finfo(layer.l1_weight.dtype).tiny
-            )  # from below that it would not come back
+            # From below that it would not come back.
+            layer.l1_weight.clamp_(min=torch.finfo(layer.l1_weight.dtype).tiny)
 
 
 class ExpertThreshold(_Above):

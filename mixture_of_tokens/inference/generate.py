@@ -178,13 +178,8 @@ def generate(
         return None
     if prompts_file is not None:
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-        settings = {
-            "run": os.path.normpath(run),
-            "prompts": digest,
-            "samples": samples,
-            "batch_size": batch_size,
-            "alone": alone,
-        }
+        settings = {"run": os.path.normpath(run), "prompts": digest, "samples": samples}
+        settings |= {"batch_size": batch_size, "alone": alone}
         file = Path(prompts_file)
         out = file.with_name(f"{file.stem}.continued.jsonl") if out is None else Path(out)
         settings |= {"experts": experts, "weights": weights_hash(run), **sampling._asdict()}
@@ -212,9 +207,8 @@ def _leading(write: Writer) -> Iterator[Writer]:
 def read_prompts(file: Path) -> list[str]:
     """Raises ValueError for a file that cannot be read as prompts, naming the line, and for one without any."""
     try:
-        lines = (
-            file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-        )  # not at U+2028, as splitlines would
+        # Not at U+2028, as splitlines would.
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise ValueError(f"--prompts-file {file}: there is no such file") from None
     except OSError as error:

@@ -160,9 +160,14 @@ def ended_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def told_by_the_main_thread() -> Iterator[None]:
-    """TensorBoard's thread prints a traceback of what the next call raises, such as of a full disk: not that."""
+    """TensorBoard's thread prints a traceback of what its next call raises, such as of a full disk: not that."""
     before = threading.excepthook
-    threading.excepthook = lambda said: None if isinstance(said.exc_value, OSError) else before(said)
+
+    def told(said: threading.ExceptHookArgs) -> None:
+        if type(said.thread).__name__ != "_AsyncWriterThread":
+            before(said)
+
+    threading.excepthook = told
     try:
         yield
     finally:

@@ -138,13 +138,11 @@ class GroupedTrainer(Trainer):
             self.add_callback(TensorBoardCallback(writer))
         try:
             self.rows.begin(step)
-            with told_by_the_main_thread():
+            with checkpoints.disk_errors(self.run / "tensorboard"), told_by_the_main_thread():  # all others are named
                 return super().train(None if checkpoint is None else str(checkpoint))
-        except OSError as error:  # such as of a full disk, which `close` would meet too
+        except OSError:  # such as of a full disk, which `close` would meet too
             with suppress(OSError):
                 self.run_log.close()
-            if error.filename is None and error.strerror is not None:  # TensorBoard's
-                raise OSError(f"{self.run / 'tensorboard'} could not be written: {error.strerror}") from error
             raise
         finally:
             self.rows.end()
