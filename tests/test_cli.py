@@ -215,10 +215,8 @@ def test_a_number_from_python_is_a_number():
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_no_text_from_python_is_not_the_standard_library(tiny_runs, tmp_path):
+def test_no_text_to_evaluate_is_not_the_standard_library(tiny_runs):
     """Such as of a glob that matches nothing."""
-    with pytest.raises(ValueError, match="data names no text; leave it out for the source of Python's standard"):
-        mixture_of_tokens.Options(data=list(tmp_path.glob("*.txt")))
     with pytest.raises(ValueError, match="data names no text; leave it out for the run's own validation text"):
         mixture_of_tokens.evaluate(tiny_runs["MoT-Nano/4E/2"], data=[])
 

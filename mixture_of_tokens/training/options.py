@@ -78,7 +78,7 @@ class Options:
 
     steps: int | None = None
     batch_size: int | None = None
-    data: list[str] | None = None
+    data: list[str] = dataclasses.field(default_factory=list)
     field: str = "text"
     max_bytes: int | None = None
     part_bytes: int | None = None
@@ -97,11 +97,8 @@ class Options:
 
         Raises ValueError for what a field does not take.
         """
-        if self.data is not None:
-            sources = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in listed(self.data)]
-            if not sources:
-                raise ValueError("data names no text; leave it out for the source of Python's standard library")
-            object.__setattr__(self, "data", sources)
+        sources = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in listed(self.data)]
+        object.__setattr__(self, "data", sources)
         if isinstance(self.tokenizer, os.PathLike):
             object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
         for field in dataclasses.fields(self):

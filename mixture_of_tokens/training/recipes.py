@@ -121,7 +121,7 @@ def merge(
         batch_size=batch_size,
         learning_rate=learning_rate,
         anneal_temperature_to=options.anneal_temperature_to,
-        data=options.data or [],
+        data=options.data,
         field=options.field,
         max_bytes=options.max_bytes,
         part_bytes=options.part_bytes,
