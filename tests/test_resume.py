@@ -400,6 +400,25 @@ def test_a_refused_text_leaves_the_run_as_it_was(small_corpus, tmp_path, capsys)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
+def test_before_the_first_checkpoint_a_run_begins_anew_on_its_own_text_and_says_so(small_corpus, tmp_path, capsys):
+    for name in ("one", "other"):
+        shutil.copytree(small_corpus, tmp_path / name)
+    words = ["train", "MoT-Nano/4E", "--steps", 2, "--batch-size", 8, "--device", "cpu", "--out", tmp_path / "run"]
+    mot(*words, "--data", tmp_path / "one")
+    whole = json.loads((tmp_path / "run" / "run.json").read_text())
+    for path in (tmp_path / "run").iterdir():
+        if path.name != "config.yaml":  # as if killed early
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        mot(*words, "--data", tmp_path / "other", "--resume")
+    assert "was started with --data" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    mot(*words, "--data", tmp_path / "one", "--resume")
+    assert f"{tmp_path / 'run'} has no checkpoint yet: training begins anew" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["final_loss"] == whole["final_loss"]
+
+
 def test_text_may_lie_elsewhere_when_a_run_goes_on(small_corpus, tmp_path, capsys):
     shutil.copytree(small_corpus, tmp_path / "texts")
     words = ["train", "MoT-Nano/4E", "--steps", 2, "--batch-size", 8, "--device", "cpu", "--out", tmp_path / "run"]

@@ -211,9 +211,12 @@ def times_table() -> str:
 def _flops_of_dense(label: str) -> float:
     """Of a step."""
     (system,) = (each for each in SYSTEMS if each.label == label)
-    plain = (replace(each.options(SHORT), training={}) for each in (system, DENSE))  # compiled or not
-    configs = (merge(each.name, 2, None, options).config for each, options in zip((system, DENSE), plain, strict=True))
-    its, dense = (training_flops(config.model_config, config.batch_size) for config in configs)
+    flops = []
+    for each in (system, DENSE):
+        plain = replace(each.options(SHORT), training={})  # compiled or not
+        config = merge(each.name, 2, None, plain).config
+        flops.append(training_flops(config.model_config, config.batch_size))
+    its, dense = flops
     return its / dense
 
 

@@ -11,7 +11,7 @@ from mixture_of_tokens.convert.beginning import Beginning, carry_moments, go_on_
 from mixture_of_tokens.convert.distil import STEPS, check_flags
 from mixture_of_tokens.convert.switch import Scores, default_scores, kind_of, token_choice_config
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.names import FIELDS, parse_name
 from mixture_of_tokens.model.placement import Device, Placement
 from mixture_of_tokens.model.routings import ROUTINGS
@@ -102,7 +102,7 @@ class Transitioned(Result):
                 f"first and {stages.last.largest_load:.1f} times at the end; {stages.first.dropped:.1%} and "
                 f"{stages.last.dropped:.1%} of tokens are dropped."
             )
-        times = f"{switch.fit_seconds or 0:.0f} s of fitting, {self.seconds_after:.0f} s of training after it."
+        times = f"{duration(switch.fit_seconds or 0)} of fitting, {duration(self.seconds_after)} of training after it."
         lines.append(f"{times} Everything is in {self.directory}; mot report {self.directory} draws the curve.")
         return "\n".join(lines)
 

@@ -285,9 +285,9 @@ def _samples(comparison: Comparison, samples: dict[str, dict[str, str]]) -> Chil
     count, seed = len(PROMPTS), comparison.seeds[0]
     intro = (
         f"Each model, trained with seed {seed}, continued the same {count} prompts as one batch. These are the first "
-        f"{len(samples)} continuations, sampled once at temperature {TEMPERATURE:g} and not selected. A Mixture of "
-        f"Tokens mixes the texts of a group and was trained in full groups: hence {count} prompts. They differ in "
-        "length, which the texts of a group in training did not."
+        f"{len(samples)} continuations, sampled once at temperature {TEMPERATURE:g} and not selected. They are so many "
+        "because a Mixture of Tokens mixes the texts of a group and was trained in full groups. They differ in length, "
+        "which the texts of a group in training did not."
     )
     content: list[Child] = [html("p", intro)]
     labels = [model.label for model in comparison.models]

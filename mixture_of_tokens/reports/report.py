@@ -7,7 +7,7 @@ from textwrap import fill, indent
 from typing import Any
 
 from mixture_of_tokens.checks import checked, listed
-from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.reports.comparison import Comparison, by_model, comparison, runs_of
@@ -156,7 +156,7 @@ def summary_of(result: Comparison) -> str:
         when = "never"
         if reached.step is not None and reached.seconds is not None:
             some = f" ({reached.step.seeds} of {count})" if reached.step.seeds < count else ""
-            when = f"{reached.step.mean:.0f}, {reached.seconds.mean:.0f} s{some}"
+            when = f"{reached.step.mean:.0f}, {duration(reached.seconds.mean)}{some}"
         row = [
             model.label,
             f"{model.final_loss.mean:.4f}",

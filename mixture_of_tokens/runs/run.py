@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from mixture_of_tokens.formatting import few_of
+from mixture_of_tokens.formatting import duration, few_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.process import is_main, process_count
-from mixture_of_tokens.runs import records
-from mixture_of_tokens.runs.checkpoints import write_text
+from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.ownership import LOCK
 from mixture_of_tokens.runs.records import FORMAT, SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
 
@@ -76,8 +75,8 @@ def check_resumed(out: Path, config: RunConfig) -> None:
         raise ValueError(f"{out} is no run directory to go on with: it has no config.yaml; name another with --out")
     started = RunConfig.read(out / records.CONFIG)
     before, now = started.identity(), config.identity()
-    # Until it is finished, whose checkpoints hold hashes of the text.
-    may_move = () if (out / records.FACTS).is_file() else records.MAY_MOVE
+    # While there are checkpoints, which hold hashes of the text.
+    may_move = () if (out / records.FACTS).is_file() or not checkpoints.has_any(out) else records.MAY_MOVE
     for key in [*before, *now]:
         if key not in may_move and before.get(key) != now.get(key):
             flag = key if key.startswith(("model.", "training.")) else key.removeprefix("transition.").replace("_", "-")
@@ -149,7 +148,7 @@ class Run:
         lines = [f"{self.name}: loss {loss} of all {facts.evaluated_on} text, {bits}"]
         if facts.regrouping_spread is not None:
             lines.append(f"In other groups of that text the loss differs by {facts.regrouping_spread:.4f} nats at most")
-        speed = f"{facts.seconds:.0f} s of training, {facts.tokens_per_second} tokens/s"
+        speed = f"{duration(facts.seconds)} of training, {facts.tokens_per_second} tokens/s"
         lines.append(f"{speed}. Everything is in {self.directory}.")
         if not self.model_config.causal:
             lines.append("It is not causal: its loss is low because it sees what follows, and it cannot write.")
@@ -223,7 +222,8 @@ class Run:
     def check_same_text(self, other: "Run") -> None:
         """Raises ValueError where the other saw different text: no loss of theirs compares."""
         if self.facts.text != other.facts.text:
-            seen = " and ".join(few_of(run.facts.corpus.get("source", ["an unknown text"])) for run in (self, other))
+            sources = (run.facts.corpus.get("source", ["an unknown text"]) for run in (self, other))
+            seen = " and ".join(f"[{few_of(each)}]" for each in sources)
             what = f"{self.directory} and {other.directory} saw different text ({seen}, or another version of it)"
             raise ValueError(f"{what}: no loss of theirs compares")
 
@@ -307,7 +307,7 @@ def pack(run: Run, file: Path, *, telemetry: bool) -> None:
     }
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in written.items() if key != "metrics"]
     metrics = ",\n".join(f"    {json.dumps(row)}" for row in written["metrics"])
-    write_text(file, "{\n" + ",\n".join(lines) + f',\n  "metrics": [\n{metrics}\n  ]\n}}\n')
+    checkpoints.write_text(file, "{\n" + ",\n".join(lines) + f',\n  "metrics": [\n{metrics}\n  ]\n}}\n')
 
 
 def _alone(row: MetricsRow, measure: str) -> dict[str, dict[str, float]] | None:

@@ -175,9 +175,11 @@ def _run(
         trainer.facts_of(checkpoint)  # or why not, before anything is written
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_text(out / records.CONFIG, str(run))
         if checkpoint is not None:
             print(f"Going on from {checkpoint}", file=sys.stderr)
+        elif (out / records.CONFIG).exists():
+            print(f"{out} has no checkpoint yet: training begins anew", file=sys.stderr)
+        checkpoints.write_text(out / records.CONFIG, str(run))
     if begin is not None and checkpoint is None:
         with _saying_where("before the first step; --resume begins anew"), ended_by_sigterm():
             begin(trainer, prepared)

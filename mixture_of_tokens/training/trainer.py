@@ -110,7 +110,7 @@ class GroupedTrainer(Trainer):
         if facts["corpus"] != self.corpus:
             raise ValueError(
                 f"{checkpoint} was trained on text and tokenizer {facts['corpus']}, and now they are {self.corpus}; "
-                "put back what it was trained on, or name another directory with --out"
+                "put back what it was trained on, or name another directory with --out; its paths are in config.yaml"
             )
         return facts
 
