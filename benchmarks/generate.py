@@ -14,14 +14,11 @@ a number, as in MoT-Nano/32E/8:8, is served alone, each token by so many experts
 """
 
 import argparse
-import random
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from results import quartiles, run, surroundings, with_brief_spinning
+from results import MACHINE, columns_of, in_turns, quartiles, run, surroundings, with_brief_spinning, with_quartiles
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.formatting import markdown
@@ -29,10 +26,7 @@ from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.process import keep_large_blocks
 
 RESULTS = Path(__file__).with_name("generate.csv")
-SPREAD = ("tokens_per_second", "share_of_first")
-COLUMNS = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa")
-COLUMNS += ("prompt", "new", "rounds", "model", "batch")
-COLUMNS += tuple(f"{name}{end}" for name in SPREAD for end in ("", "_low", "_high"))
+COLUMNS = (*MACHINE, "prompt", "new", "rounds", "model", "batch", *columns_of("tokens_per_second", "share_of_first"))
 
 
 def seconds(model, batch: int, args: argparse.Namespace) -> float:
@@ -61,20 +55,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
     turns = [(name, batch) for name in models for batch in args.batches]
     for name, batch in turns:
         seconds(models[name], batch, args)  # a warm-up: caches, threads, the allocator
-    times: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
-    for number in range(args.rounds):
-        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-        for name, batch in random.sample(turns, len(turns)):
-            times[name, batch].append(seconds(models[name], batch, args))
-    speeds = {(name, batch): batch * args.new / np.array(own) for (name, batch), own in times.items()}
+    times = in_turns(turns, args.rounds, lambda name, batch: seconds(models[name], batch, args))
+    speeds = {(name, batch): batch * args.new / own for (name, batch), own in times.items()}
     conditions = surroundings(args.device) | {"prompt": args.prompt, "new": args.new, "rounds": args.rounds}
     rows = []
     for (name, batch), own in speeds.items():
-        row = conditions | {"model": name, "batch": batch}
-        figures = {"tokens_per_second": own, "share_of_first": own / speeds[args.models[0], batch]}
-        for figure, values in figures.items():
-            row |= quartiles(figure, values)
-        rows.append(row)
+        figures = quartiles(tokens_per_second=own, share_of_first=own / speeds[args.models[0], batch])
+        rows.append(conditions | {"model": name, "batch": batch} | figures)
     return rows
 
 
@@ -82,10 +69,9 @@ def table(rows: list[dict]) -> str:
     first, batches = rows[0], list(dict.fromkeys(int(row["batch"]) for row in rows))
     cells: dict[str, list[str]] = {}
     for row in rows:
-        low, middle, high = (float(row[f"share_of_first{end}"]) for end in ("_low", "", "_high"))
         cell = f"{float(row['tokens_per_second']):,.0f}"
         if row["model"] != first["model"]:
-            cell += f" = {middle:.2f} ({low:.2f} to {high:.2f})"
+            cell += f" = {with_quartiles(row, 'share_of_first')}"
         cells.setdefault(row["model"], []).append(cell)
     facts = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, {first['new']} tokens after "
     facts += f"{first['prompt']}, {first['rounds']} rounds, commit {first['commit']}, {first['date'][:10]}: tokens/s, "

@@ -54,7 +54,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from providers import FLOORS, LAYERS, Provider, Sizes, build, granularity, qwen3_width
-from results import append, check_columns, latest, read, surroundings, with_brief_spinning
+from results import MACHINE, append, check_columns, columns_of, latest, read, surroundings, with_brief_spinning
 from tqdm import tqdm
 
 from mixture_of_tokens.formatting import markdown
@@ -64,21 +64,9 @@ PROVIDERS = (*LAYERS, *FLOORS)
 PASSES = ("forward", "forward+backward")
 WARM_UP = 2  # rounds
 SIZES = tuple(field.name for field in fields(Sizes))
-MACHINE = (
-    "date",
-    "commit",
-    "torch",
-    "transformers",
-    "python",
-    "hardware",
-    "cores",
-    "threads",
-    "onednn_isa",
-    "allocator",
-)
-TIMES = ("milliseconds", "milliseconds_low", "milliseconds_high", "tokens_per_second", "peak_memory_mib")
+TIMES = (*columns_of("milliseconds"), "tokens_per_second", "peak_memory_mib")
 SHARES = ("share_of_dense", "share_of_floor")
-COLUMNS = (*MACHINE, *SIZES, "dtype", "repeats", "provider", "pass", *TIMES, *SHARES, "note")
+COLUMNS = (*MACHINE, "allocator", *SIZES, "dtype", "repeats", "provider", "pass", *TIMES, *SHARES, "note")
 
 
 def resident(field: str) -> int:

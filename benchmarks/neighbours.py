@@ -22,16 +22,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from results import quartiles, run, surroundings
+from results import MACHINE, columns_of, quartiles, run, surroundings, with_quartiles
 
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.process import BRIEFLY, OWN_CHOICE
 
 RESULTS = Path(__file__).with_name("neighbours.csv")
 WAITING = ("openmp", "mot")
-COLUMNS = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa")
-COLUMNS += ("model", "batch", "steps", "rounds", "busy", "waiting")
-COLUMNS += tuple(f"{name}{end}" for name in ("milliseconds", "share_of_idle") for end in ("", "_low", "_high"))
+COLUMNS = (*MACHINE, "model", "batch", "steps", "rounds", "busy", "waiting")
+COLUMNS += columns_of("milliseconds", "share_of_idle")
 
 
 def train(name: str, batch: int, steps: int) -> None:
@@ -80,6 +79,8 @@ class Trained:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
+    if args.busy[0] != 0 or len(set(args.busy)) < len(args.busy):
+        raise ValueError("--busy: the first number must be 0, what the others are compared with, and none comes twice")
     trained = {waiting: Trained(waiting, args) for waiting in WAITING}
     seconds = {(busy, waiting): [] for busy in args.busy for waiting in WAITING}
     try:
@@ -106,16 +107,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
     for (busy, waiting), own in seconds.items():
         times, idle = np.array(own), np.array(seconds[args.busy[0], waiting])
         row = conditions | {"busy": busy, "waiting": waiting}
-        rows.append(row | quartiles("milliseconds", 1e3 * times) | quartiles("share_of_idle", times / idle))
+        rows.append(row | quartiles(milliseconds=1e3 * times, share_of_idle=times / idle))
     return rows
 
 
 def table(rows: list[dict]) -> str:
     def cell(row: dict) -> str:
-        milliseconds, share, low, high = (
-            float(row[name]) for name in ("milliseconds", "share_of_idle", "share_of_idle_low", "share_of_idle_high")
-        )
-        return f"{milliseconds:,.0f} = {share:.2f} ({low:.2f} to {high:.2f})"
+        return f"{float(row['milliseconds']):,.0f} = {with_quartiles(row, 'share_of_idle')}"
 
     of = {(int(row["busy"]), row["waiting"]): row for row in rows}
     lines = [(busy, *(cell(of[busy, waiting]) for waiting in WAITING)) for busy in dict.fromkeys(b for b, _ in of)]
@@ -134,13 +132,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
-    args, _ = parser.parse_known_args()
-    if args.train:
+    if "--train" in sys.argv:
+        args = parser.parse_args()
         train(args.model, args.batch_size, args.steps)
-    elif args.busy[0] != 0 or len(set(args.busy)) < len(args.busy):
-        parser.error("--busy: the first number must be 0, what the others are compared with, and none may come twice")
-    else:
-        run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "cores", "threads", "model", "torch"))
+        return
+    run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "cores", "threads", "model", "torch"))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,20 @@ import argparse
 import csv
 import datetime
 import os
+import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from mixture_of_tokens.process import spin_briefly
 from mixture_of_tokens.runs import provenance
+
+MACHINE = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa")
+ENDS = ("", "_low", "_high")  # of the columns of a figure: its median and its quartiles
+Key = TypeVar("Key", bound=tuple)
 
 
 def with_brief_spinning() -> None:
@@ -82,10 +88,29 @@ def run(
     print("\n\n".join(map(table, found)))
 
 
-def quartiles(figure: str, values: np.ndarray) -> dict[str, float]:
-    """The columns of a figure: its median, and its quartiles as low and high."""
-    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return {figure: round(median, 4), f"{figure}_low": round(low, 4), f"{figure}_high": round(high, 4)}
+def in_turns(keys: Sequence[Key], rounds: int, seconds: Callable[..., float], of: str = "") -> dict[Key, np.ndarray]:
+    """Seconds (rounds,) by key, in an order that is shuffled every round."""
+    times: dict[Key, list[float]] = {key: [] for key in keys}
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}{of}", file=sys.stderr)
+        for key in random.sample(keys, len(keys)):
+            times[key].append(seconds(*key))
+    return {key: np.array(own) for key, own in times.items()}
+
+
+def columns_of(*figures: str) -> tuple[str, ...]:
+    return tuple(f"{figure}{end}" for figure in figures for end in ENDS)
+
+
+def quartiles(**figures: np.ndarray) -> dict[str, float]:
+    """The columns of figures, as `columns_of` names them."""
+    found = [round(value, 4) for values in figures.values() for value in np.quantile(values, (0.5, 0.25, 0.75))]
+    return dict(zip(columns_of(*figures), found, strict=True))
+
+
+def with_quartiles(row: dict, figure: str, form: str = ".2f") -> str:
+    middle, low, high = (format(float(row[column]), form) for column in columns_of(figure))
+    return f"{middle} ({low} to {high})"
 
 
 def read(path: Path) -> list[dict]:

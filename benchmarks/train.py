@@ -5,7 +5,7 @@
     python benchmarks/train.py --processes 2    one process, and several that share its rows, by Trainer
     python benchmarks/train.py --table     the latest results of benchmarks/train.csv as Markdown; measures nothing
 
-Cost at Nano on two CPU cores: about seven minutes, ten with --widths --rounds 3 --steps 4, ten with --processes.
+Cost at Nano on two CPU cores: about seven minutes, ten with --widths --rounds 3 --steps 4, twenty with --processes.
 The machine must be quiet.
 
 Every model is trained in turns of `--steps` steps by two loops, in an order that is shuffled every round:
@@ -19,14 +19,14 @@ part of the cores and of the rows, as copies (DDP), as shards (FSDP2), and with 
 processes of its own, and its share is of the same model in one process.
 
 Columns: width, the hidden size, with a feed-forward some 2.67 times as wide; flops_of_first, the FLOPs of a step over
-the first model's; milliseconds, the median over the rounds of a step's time (low, high: quartiles); share_of_first, the
-time of a step over the first model's by the same loop; overhead, Trainer's time over the bare loop's, minus 1.
+the first model's (with --processes over the same model's: 1); milliseconds, the median over the rounds of a step's time
+(low, high: quartiles); share_of_first, the time of a step over the first model's by the same loop; overhead, Trainer's
+time over the bare loop's, minus 1.
 Both ratios are taken within each round, and their median is reported with its quartiles.
 """
 
 import argparse
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -34,9 +34,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from results import quartiles, run, surroundings, with_brief_spinning
+from results import MACHINE, columns_of, in_turns, quartiles, run, surroundings, with_brief_spinning, with_quartiles
 from transformers import TrainingArguments, get_scheduler
 
 from mixture_of_tokens.formatting import markdown
@@ -52,10 +51,8 @@ RESULTS = Path(__file__).with_name("train.csv")
 WIDTHS = (32, 64, 128, 256)
 PLACEMENTS = {"copies": [], "shards": ["--shard"], "experts divided": ["--shard", "--expert-parallel"]}
 WARM_UP = 3  # steps of every turn before its clock starts
-SPREAD = ("milliseconds", "share_of_first", "overhead")
-COLUMNS = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa")
-COLUMNS += ("batch", "steps", "rounds", "width", "model", "loop", "flops_of_first")
-COLUMNS += tuple(f"{name}{end}" for name in SPREAD for end in ("", "_low", "_high"))
+COLUMNS = (*MACHINE, "batch", "steps", "rounds", "width", "model", "loop", "flops_of_first")
+COLUMNS += columns_of("milliseconds", "share_of_first", "overhead")
 
 
 def sizes_of(width: int) -> dict[str, int]:
@@ -149,13 +146,9 @@ def _measured(args: argparse.Namespace, width: int | None, loops: tuple[str, ...
         turns = {key: Turn(*key, width, args, f"{out}/{i}") for i, key in enumerate(keys)}
         for turn in turns.values():
             turn.seconds_per_step()  # a warm-up: caches, threads, the allocator
-        times = {key: [] for key in keys}
-        for number in range(args.rounds):
-            of = "" if width is None else f", width {width}"
-            print(f"round {number + 1} of {args.rounds}{of}", file=sys.stderr)
-            for key in random.sample(keys, len(keys)):
-                times[key].append(turns[key].seconds_per_step())
-    milliseconds = {key: 1e3 * np.array(seconds) for key, seconds in times.items()}
+        of = "" if width is None else f", width {width}"
+        times = in_turns(keys, args.rounds, lambda *key: turns[key].seconds_per_step(), of)
+    milliseconds = {key: 1e3 * seconds for key, seconds in times.items()}
     rows = []
     for (name, loop), own in milliseconds.items():
         config, flops = turns[name, loop].config, turns[name, loop].flops
@@ -165,9 +158,7 @@ def _measured(args: argparse.Namespace, width: int | None, loops: tuple[str, ...
         figures = {"milliseconds": own, "share_of_first": own / milliseconds[args.models[0], loop]}
         if loop == "trainer":
             figures["overhead"] = own / milliseconds[name, "loop"] - 1
-        for figure, values in figures.items():
-            row |= quartiles(figure, values)
-        rows.append(row)
+        rows.append(row | quartiles(**figures))
     return rows
 
 
@@ -185,18 +176,13 @@ def _over_processes(args: argparse.Namespace, conditions: dict) -> list[dict]:
         for way in ways
         if "divided" not in way or divided in legal_placements(turn.config.model_config, args.processes)
     ]
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
-    for number in range(args.rounds):
-        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-        for name, way in random.sample(keys, len(keys)):
-            times[name, way].append(_in_processes(args, name, *ways[way]))
+    times = in_turns(keys, args.rounds, lambda name, way: _in_processes(args, name, *ways[way]))
     rows = []
-    for (name, way), seconds in times.items():
-        config, own = turns[name].config, 1e3 * np.array(seconds)
+    for (name, way), own in times.items():
+        config = turns[name].config
         row = conditions | {"model": name, "loop": way, "batch": config.batch_size, "flops_of_first": 1.0}
         row |= {"width": config.model_config.hidden_size}
-        shares = own / (1e3 * np.array(times[name, "one process"]))
-        rows.append(row | quartiles("milliseconds", own) | quartiles("share_of_first", shares))
+        rows.append(row | quartiles(milliseconds=1e3 * own, share_of_first=own / times[name, "one process"]))
     return rows
 
 
@@ -227,9 +213,6 @@ def take_a_turn(args: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    def cell(row: dict, name: str, form: str) -> str:
-        return f"{float(row[name]):{form}} ({float(row[f'{name}_low']):{form}} to {float(row[f'{name}_high']):{form}})"
-
     first = rows[0]
     facts = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, {first['batch']} rows a step, "
     facts += f"{first['rounds']} rounds of {first['steps']} steps, commit {first['commit']}, {first['date'][:10]}"
@@ -237,8 +220,8 @@ def table(rows: list[dict]) -> str:
         return f"{facts}: time of a step over {first['model']}'s, by its FLOPs over those\n\n{_by_width(rows)}"
     lines = []
     for row in rows:
-        overhead = cell(row, "overhead", ".1%") if row.get("overhead") not in (None, "") else ""
-        shown = (cell(row, "milliseconds", ".1f"), cell(row, "share_of_first", ".2f"), overhead)
+        overhead = with_quartiles(row, "overhead", ".1%") if row.get("overhead") not in (None, "") else ""
+        shown = (with_quartiles(row, "milliseconds", ".1f"), with_quartiles(row, "share_of_first"), overhead)
         lines.append((f"{row['model']}, {row['loop']}", *shown))
     if first["loop"] == "one process":
         lines = [line[:-1] for line in lines]
@@ -255,9 +238,8 @@ def _by_width(rows: list[dict]) -> str:
     for width in dict.fromkeys(row["width"] for row in rows):
         cells = [f"{float(of[width, first]['milliseconds']):,.0f}"]
         for row in (of[width, model] for model in models):
-            time, low, high = (float(row[f"share_of_first{end}"]) for end in ("", "_low", "_high"))
-            flops = float(row["flops_of_first"])
-            cells.append(f"{time:.2f} ({low:.2f} to {high:.2f}) / {flops:.2f} = {time / flops:.2f}")
+            time, flops = float(row["share_of_first"]), float(row["flops_of_first"])
+            cells.append(f"{with_quartiles(row, 'share_of_first')} / {flops:.2f} = {time / flops:.2f}")
         lines.append((width, *cells))
     return markdown([("width", f"{first}, ms", *models), *lines])
 
@@ -276,8 +258,8 @@ def main() -> None:
             "TC-Nano/32E/8",
         ],
     )
-    parser.add_argument("--widths", nargs="*", type=int, help="by default 32 64 128 256")
-    parser.add_argument("--steps", type=int, help="of a turn; by default 40, and 10 with --widths")
+    parser.add_argument("--widths", nargs="*", type=int, help="wider models; without a number 32 64 128 256")
+    parser.add_argument("--steps", type=int, help="of a turn; by default 40, 20 with --processes, 10 with --widths")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--data", nargs="+", default=[], help="as in mot train")

@@ -20,10 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from mixture_of_tokens import compare, sweep, train
 from mixture_of_tokens.data.groups import Blocks, grouped_order
@@ -33,7 +31,6 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.process import keep_large_blocks
 from mixture_of_tokens.reports import comparison
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_model, runs_of
-from mixture_of_tokens.reports.figures import DASHES
 from mixture_of_tokens.reports.prose import seeds_of
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.checkpoints import write_text
@@ -45,18 +42,8 @@ from mixture_of_tokens.training.options import Options
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
 COMPARISONS = ("nano", "prose", "long")
+NANO = Options(steps=1200, device="cpu")  # of the runs of nano, which several folders go on with
 MEASURED = 60  # rows of telemetry that are kept of a run, beside its evaluations
-
-# Of pictures: greys and colours that can be read on white and on black. In all of them dense models are grey, and Token
-# Choice, the first one of a picture, is green.
-COLORS = ("#2f81d6", "#d9632a", "#a45bb0", "#b08a00", "#c2407a", "#2b9aa8", "#8c6d4f")
-KINDS = {"Transformer-": "#808890", "TC-": "#2a9d6f", "Token Choice": "#2a9d6f"}
-BESIDE = 5  # curves, above which their names stand beside a picture
-GREY = "#858585"
-STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
-STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 10, "axes.spines.top": False}
-STYLE |= {"axes.spines.right": False}
-
 
 Row = Mapping[str, Any]  # of a csv
 
@@ -73,23 +60,30 @@ class Experiment(NamedTuple):
         return cls(Path(os.path.relpath(HERE / name)), Path(os.path.relpath(RUNS / "experiments" / name)))
 
 
-def asked(doc: str | None, **flags: str) -> argparse.Namespace:
-    """What stands on the command line, of flags by what they do."""
+def script(
+    doc: str | None, make: Callable[[], object], table: Callable[[], str], **others: tuple[str, Callable[[], object]]
+) -> None:
+    """Make what is missing, and print the table; with --table print it alone.
+
+    Args:
+        others: by their names, flags that make something else, as their help says.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, meaning in flags.items():
-        parser.add_argument(f"--{name}", action="store_true", help=meaning)
-    return parser.parse_args()
-
-
-def script(doc: str | None, make: Callable[[], object], table: Callable[[], str]) -> None:
-    """Make what is missing, and print the table; with --table print it alone."""
-    if not asked(doc, table="print the table, and stop").table:
-        make()
+    for name, (meaning, _) in others.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"{meaning}, and print the table")
+    parser.add_argument("--table", action="store_true", help="print the table, and stop")
+    given = parser.parse_args()
+    if not given.table:
+        next((other for name, (_, other) in others.items() if getattr(given, name)), make)()
     print(table())
 
 
 def directory_of(name: str, *parts: object) -> str:
-    return "-".join([name.replace("/", "-"), *map(str, parts)])
+    """A mapping's fields stand with their values, and what is empty is left out."""
+    words = [name.replace("/", "-")]
+    for part in parts:
+        words += [f"{field}={value}" for field, value in part.items()] if isinstance(part, Mapping) else [str(part)]
+    return "-".join(filter(None, words))
 
 
 def trained(experiment: Experiment, name: str, seed: int, options: Options) -> Path:
@@ -109,15 +103,10 @@ def compared(
     """
     made = compare(*names, seeds=seeds, out=experiment.trained, options=options)
     runs, command = runs_of([experiment.trained])
-    write_comparison(experiment, keep(runs, experiment.kept, without), command, without)
+    for prefix in without:
+        command = command and command.replace(prefix, "")
+    comparison.write(comparison.comparison(by_model(keep(runs, experiment.kept, without)), command), experiment.kept)
     print(made, file=sys.stderr)
-
-
-def write_comparison(experiment: Experiment, runs: list[Run], command: str | None, without: Sequence[str] = ()) -> None:
-    if command is not None:
-        for prefix in without:
-            command = command.replace(prefix, "")
-    comparison.write(comparison.comparison(by_model(runs), command), experiment.kept)
 
 
 def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = (), *, first_seed: int | None = None) -> list[Run]:
@@ -157,14 +146,14 @@ def after_switch(run: Run, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
     return [] if run.switch is None else [row for row in rows if row.step > run.switch.step]
 
 
-def kept_runs(experiment: Experiment) -> list[Run]:
-    return [read(file) for file in sorted(experiment.kept.glob("*-seed*.json"))]
-
-
 def spread(values: Iterable[str | float], shown: Callable[[float], str] = loss) -> str:
     """The mean and, of several, the least and the greatest; nothing of none."""
     summary = Summary.of(map(float, values))
     return "" if summary is None else with_span(summary, shown)
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}"
 
 
 Sweep = tuple[str, list[float], dict[str, str]]  # a name, peak rates, and fields of the model with values to try
@@ -181,7 +170,7 @@ def swept(file: Path, sweeps: Iterable[Sweep], options: Options, out: Path, **ow
         rows = read_csv(file)
         if is_swept(rows, name, rates, model):
             continue
-        there = out / directory_of(f"sweep-{name}", *(f"{field}={values}" for field, values in model.items()))
+        there = out / directory_of(f"sweep-{name}", model)
         cells = sweep(name, learning_rate=rates, seeds=[1], out=there, options=replace(options, model=model))
         made = [(settings_of(cell["settings"], model), cell["loss"]) for cell in cells.as_dict()["cells"]]
         new = (
@@ -289,61 +278,6 @@ def _step_of(
     return step
 
 
-class Curve(NamedTuple):
-    """Losses at x: one row of them a seed."""
-
-    label: str
-    x: np.ndarray
-    losses: np.ndarray
-
-
-def save_picture(
-    panels: Mapping[str, Sequence[Curve]],
-    y_label: str,
-    file: Path,
-    level: float | None = None,
-    logarithmic: bool = False,
-) -> None:
-    """Panels by the label of their x; means over the seeds in a band from the least to the greatest.
-
-    Args:
-        level: the loss of a dotted line.
-        logarithmic: whether x is.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        colors = colors_of(dict.fromkeys(curve.label for curves in panels.values() for curve in curves))
-        dashes_of = dict(zip(colors, itertools.cycle(DASHES), strict=False))
-        for panel, (x_label, curves) in zip(axes, panels.items(), strict=True):
-            for label, x, losses in curves:
-                color, dashes = colors[label], dashes_of[label]
-                panel.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.25, linewidth=0)
-                panel.plot(x, losses.mean(0), color=color, linestyle=dashes, linewidth=1.8, label=label)
-            if level is not None:
-                panel.axhline(level, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
-            panel.set_xlabel(x_label)
-            panel.set_xscale("log" if logarithmic else "linear")
-        axes[0].set_ylabel(y_label)
-        if len(colors) > BESIDE:
-            lines = {
-                line.get_label(): line for panel in axes for line in panel.get_lines() if line.get_label() in colors
-            }
-            figure.legend(list(lines.values()), list(lines), loc="outside right upper", frameon=False)
-        else:
-            axes[0].legend(frameon=False)
-        figure.savefig(file, transparent=True, metadata={"Date": None})
-
-
-def colors_of(labels: Iterable[str]) -> dict[str, str]:
-    colors: dict[str, str] = {}
-    others = itertools.cycle(COLORS)
-    for label in labels:
-        own = next((color for kind, color in KINDS.items() if label.startswith(kind)), None)
-        colors[label] = next(others) if own is None or own in colors.values() else own
-    return colors
-
-
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
     """In one step: a stopped script leaves the old rows or the new ones."""
     text = io.StringIO()
@@ -351,6 +285,15 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     writer.writeheader()
     writer.writerows(rows)
     write_text(file, text.getvalue())
+
+
+def once(file: Path, key: Row, measured: Callable[..., Iterable[Row]], *given: object) -> None:
+    """Add to a csv what is measured of a key, the other columns of one row or several, unless it has a row of it."""
+    wanted = {column: str(value) for column, value in key.items()}
+    if not any(wanted.items() <= row.items() for row in read_csv(file)):
+        made = [{**key, **row} for row in measured(*given)]
+        rows = [*read_csv(file), *made]  # read again: another process may have added some in the meantime
+        write_csv(file, list(rows[0]), rows)
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ The picture: loss against steps and against time, of evaluations during training
 """
 
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Curve, Experiment, asked, compared, comparison_of, reached_table, save_picture
+from common import Experiment, compared, comparison_of, reached_table, script
+from pictures import curve_of, save_picture
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/8", "TC-Nano/32E")
 SEEDS = [1, 2, 3]
@@ -28,28 +30,21 @@ OPTIONS = Options(steps=1200, device="cpu")
 
 
 def draw(experiment: Experiment) -> None:
-    found, panels = comparison_of(experiment), {}
-    for key, label in (("step", "steps"), ("seconds", "training time, s")):
-        curves = panels.setdefault(label, [])
-        for model in found.models:
-            points = [[point for point in run.curve if 6 * point.step >= found.steps] for run in model.runs]
-            losses = np.array([[point.loss for point in run] for run in points])
-            x = np.mean([[getattr(point, key) for point in run] for run in points], axis=0)
-            curves.append(Curve(model.label, x, losses))
+    found = comparison_of(experiment)
+    panels = {
+        label: [curve_of(model.label, model.runs, found.steps / 6, x) for model in found.models]
+        for label, x in (("steps", attrgetter("step")), ("training time, s", attrgetter("seconds")))
+    }
     level = float(np.mean([run.curve[-1].loss for run in found.models[0].runs]))
     save_picture(panels, f"{found.evaluated_on} loss, nats a token", experiment.kept / "curves.svg", level)
 
 
-def main() -> None:
-    given = asked(__doc__, table="print the table, and stop", draw="draw the curves, and stop")
-    experiment = Experiment.named("nano")
-    if not (given.table or given.draw):
-        compared(experiment, NAMES, SEEDS, OPTIONS)
-    if not given.table:
-        draw(experiment)
-    if not given.draw:
-        print(reached_table())
+def make(experiment: Experiment) -> None:
+    compared(experiment, NAMES, SEEDS, OPTIONS)
+    draw(experiment)
 
 
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("nano")
+    draws = ("draw curves.svg of what is committed", lambda: draw(experiment))
+    script(__doc__, lambda: make(experiment), reached_table, draw=draws)

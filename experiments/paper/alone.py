@@ -13,22 +13,21 @@ Expected: the mixture alone, at most 0.01 above the best sparse model, at equal 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import fig6
 import fig8
 from micro import BEST_MIXTURE, DENSE, DROPLESS, SEEDS, SHORT, YOUNGER, share_of_step
 from nano import losses_of, signed
-from studies import EXPERIMENT, System, check_text
+from studies import EXPERIMENT, System, with_weights
 
-from mixture_of_tokens import train
-from mixture_of_tokens.formatting import Summary, loss, markdown, with_span
+from mixture_of_tokens.formatting import Summary, markdown, with_span
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.runs.run import read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import loss_alone, read_csv, script, spread, write_csv
+from common import loss_alone, once, read_csv, script, spread
 
 SIGMOID = YOUNGER[0]
 
@@ -54,25 +53,23 @@ class Served(NamedTuple):
         return sum(known) if len(known) == len(times) else None
 
 
-def make(file: Path) -> None:
+def measured(seed: int) -> list[dict[str, float]]:
     """Of the mixture served alone, over the whole validation text, with the same run's loss in groups."""
+    run = with_weights(BEST_MIXTURE, SHORT, seed)
+    return [{"in_groups": read(run).facts.final_loss, "alone": loss_alone(run, "validation")}]
+
+
+def make(file: Path) -> None:
     for seed in SEEDS:
-        rows: list[dict[str, Any]] = list(read_csv(file))
-        if any(row["seed"] == str(seed) for row in rows):
-            continue
-        check_text("Micro")
-        run = EXPERIMENT.trained / BEST_MIXTURE.directory(SHORT, seed)
-        train(BEST_MIXTURE.name, out=run, seed=seed, options=BEST_MIXTURE.options(SHORT), resume=True)
-        row = {"seed": seed, "in_groups": read(run).facts.final_loss, "alone": loss_alone(run, "validation")}
-        write_csv(file, list(row), [*rows, row])
+        once(file, {"seed": seed}, measured, seed)
 
 
 def served(file: Path) -> list[Served]:
     """The least loss first."""
     label = f"{BEST_MIXTURE.label}, alone by {parse_name(BEST_MIXTURE.name).granularity} of its experts"
-    measured = read_csv(file)
-    alone = {int(row["seed"]): float(row["alone"]) for row in measured}
-    in_groups = [float(row["in_groups"]) for row in measured]
+    rows = read_csv(file)
+    alone = {int(row["seed"]): float(row["alone"]) for row in rows}
+    in_groups = [float(row["in_groups"]) for row in rows]
     found = [Served(label, alone, [(BEST_MIXTURE, SHORT)], in_groups=in_groups)]
     for row in fig6.ROWS:
         if row.runs and parse_name(row.system.name).routing.private:
@@ -104,7 +101,7 @@ def table(file: Path) -> str:
     for each in rows:
         over = Summary.of(value - alone[seed] for seed, value in each.losses.items() if seed in alone)
         steps = " + ".join(f"{steps:,}" for _, steps in each.steps)
-        cells = [each.label, str(len(each.losses)), spread(each.in_groups, loss), spread(each.losses.values(), loss)]
+        cells = [each.label, str(len(each.losses)), spread(each.in_groups), spread(each.losses.values())]
         cells += ["" if over is None or each.losses is alone else with_span(over, signed), steps]
         cells += ["" if each.time is None else f"{each.time:,.0f}", "" if each.fit is None else f"{each.fit:.0f}"]
         lines.append(cells)

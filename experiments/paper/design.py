@@ -11,7 +11,7 @@ none lowers the loss by more than 0.01. The paper has no table of it. What fills
 """
 
 from nano import BASE, against, flops_of, row, signed, table_of
-from studies import CONFIRMED, CONTRADICTED, Study, System
+from studies import Said, Study, System, verdict
 
 from mixture_of_tokens.model.routings import MIXTURE
 
@@ -27,7 +27,7 @@ CHANGES = (
 )
 
 
-def says() -> tuple[str, str] | None:
+def says() -> Said | None:
     """Of the changes that cost what the default does."""
     rows = [row(system) for system in CHANGES]
     above = {
@@ -39,7 +39,7 @@ def says() -> tuple[str, str] | None:
         return None
     best = min(above, key=lambda label: above[label])
     measured = f"Nano, one seed, the best of {len(above)} changes at its FLOPs: {best}, {signed(above[best])}"
-    return measured, CONFIRMED if above[best] >= -BETTER else CONTRADICTED
+    return [measured], verdict(above[best] >= -BETTER, in_part=False)
 
 
 STUDY = Study(

@@ -13,7 +13,7 @@ more, and mixing with equal weights gains next to nothing. The paper's end losse
 
 import micro
 from nano import against, draw_curves, row, signed, table_of
-from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Row, Study, System
+from studies import Row, Said, Study, System, verdict
 
 LEARNED = (8, 32, 64)  # numbers of experts
 SIZES = ("Nano", "Micro")
@@ -46,7 +46,7 @@ def rows_of(size: str) -> list[Row]:
 ROWS = [row for size in SIZES for row in rows_of(size)]
 
 
-def says() -> tuple[str, str] | None:
+def says() -> Said | None:
     if not all(row.complete for row in ROWS):
         return None
     told, ordered, right = [], [], []
@@ -61,7 +61,7 @@ def says() -> tuple[str, str] | None:
         losses = [0.0, *above.values()]
         ordered.append(losses == sorted(losses, reverse=True) and even > above[COMMON])
         right.append(above[COMMON] < 0 and even > above[COMMON])
-    return "; ".join(told), CONFIRMED if all(ordered) else NOT_HERE if all(right) else CONTRADICTED
+    return told, verdict(all(ordered), in_part=all(right))
 
 
 def _above_dense(its: Row, dense: Row) -> float:

@@ -11,7 +11,7 @@ Micro's says less (see `nano.py`).
 
 import micro
 from nano import draw_curves, losses_of, row, table_of
-from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Row, Study, System
+from studies import Row, Said, Study, System, verdict
 
 GRANULARITIES = (1, 2, 4, 8, 16)
 
@@ -26,7 +26,7 @@ ROWS = {
 }
 
 
-def says() -> tuple[str, str] | None:
+def says() -> Said | None:
     told, ordered, lower = [], [], []
     for size, rows in ROWS.items():
         if not all(row.complete for row in rows):
@@ -36,7 +36,7 @@ def says() -> tuple[str, str] | None:
         told.append(f"{size}, one seed, {numbers}: {', '.join(f'{loss:.3f}' for loss in losses)}")
         ordered.append(losses == sorted(losses, reverse=True))
         lower.append(losses[-1] < losses[0])
-    return "; ".join(told), CONFIRMED if all(ordered) else NOT_HERE if all(lower) else CONTRADICTED
+    return told, verdict(all(ordered), in_part=all(lower))
 
 
 STUDY = Study(

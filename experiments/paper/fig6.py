@@ -1,6 +1,6 @@
 """Figure 6: Mixture of Tokens is on a par with the best sparse mixture of experts.
 
-    python experiments/paper/fig6.py            # what is missing of 24 runs of 1,500 steps; nine hours of one core
+    python experiments/paper/fig6.py            # what is missing of 23 runs of 1,500 steps; nine hours of one core
     python experiments/paper/fig6.py --table    # the table of what is committed
 
 Every system has the dense model's FLOPs in its experts, and 32 times its parameters. Expected: the best Mixture of
@@ -32,7 +32,7 @@ from micro import (
     table_of,
 )
 from nano import against, signed
-from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Row, Study
+from studies import Row, Said, Study, verdict
 
 LEVEL = 0.01
 WITH_SEEDS = (DENSE, BEST_MIXTURE, TOKEN_CHOICE, DROPLESS, YOUNGER[0])
@@ -44,7 +44,7 @@ ROWS = [
 ]
 
 
-def says() -> tuple[str, str] | None:
+def says() -> Said | None:
     rows = {row.system.label: row for row in ROWS}
     above = {system.label: against(rows[BEST_MIXTURE.label], rows[system.label]) for system in (DENSE, *BASELINES)}
     if None in above.values():
@@ -52,9 +52,7 @@ def says() -> tuple[str, str] | None:
     over = {label: found.mean for label, found in above.items() if found}
     best = max((system.label for system in BASELINES), key=lambda label: over[label])
     told = f"{BEST_MIXTURE.label} over the best of Token and Expert Choice ({best}), seed by seed, {signed(over[best])}"
-    if over[best] <= LEVEL:
-        return told, CONFIRMED
-    return told, NOT_HERE if over[DENSE.label] < 0 else CONTRADICTED
+    return [told], verdict(over[best] <= LEVEL, in_part=over[DENSE.label] < 0)
 
 
 def draw(study: Study) -> None:

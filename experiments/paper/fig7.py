@@ -10,8 +10,10 @@ time, which is where the verdict looks. The paper: 33 % of the compute for the b
 authors' Mini needs 25 % of 250,000 steps and 31 % of the time (plot data of their blog post).
 """
 
+import math
+
 from micro import BEST_MIXTURE, DENSE, LENGTHS, SEEDS, SHORT, TOKEN_CHOICE, TOKENS, draw_curves, result_of, table_of
-from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Row, Study
+from studies import Row, Said, Study, verdict
 
 SYSTEMS = (DENSE, BEST_MIXTURE, TOKEN_CHOICE)
 ROWS = [
@@ -22,8 +24,8 @@ ROWS = [
 AT, TARGET = LENGTHS[2], (0.45, 0.5)  # of the steps and of the time, at 49 million tokens
 
 
-def says() -> tuple[str, str] | None:
-    told, of_steps, of_time = [], None, None
+def says() -> Said | None:
+    told, of_steps, of_time = [], math.inf, math.inf
     for row in ROWS:
         if row.system != BEST_MIXTURE or (found := result_of(row)) is None:
             continue
@@ -36,11 +38,7 @@ def says() -> tuple[str, str] | None:
             of_steps, of_time = found.steps.mean, found.time.mean
     if not told:
         return None
-    if of_steps is None or of_time is None:
-        return "; ".join(told), CONTRADICTED
-    if of_steps <= TARGET[0] and of_time <= TARGET[1]:
-        return "; ".join(told), CONFIRMED
-    return "; ".join(told), NOT_HERE if of_time < 1 else CONTRADICTED
+    return told, verdict(of_steps <= TARGET[0] and of_time <= TARGET[1], in_part=of_time < 1)
 
 
 STUDY = Study(

@@ -14,20 +14,22 @@ figure 8; values not available). The same question with budgets of time is in `.
 
 import sys
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import micro
 import numpy as np
-from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, SIZES, Study, check_text
+from studies import EXPERIMENT, FIRST_SEEDS, SIZES, Said, Study, verdict, with_weights
 
-from mixture_of_tokens import train, transition
+from mixture_of_tokens import transition
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.runs.run import Run, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Curve, Experiment, directory_of, keep, save_picture, spread
+from common import Experiment, directory_of, keep, spread
+from pictures import curve_of, save_picture
 
 PLAIN, SCRATCH, SIGMOID_SCRATCH = "plain", "scratch", "sigmoid-scratch"
 DRAWN = 0.6  # of all steps, after which curves are drawn
@@ -51,7 +53,7 @@ class Source(NamedTuple):
     ways: Ways
 
     def transitions(self, way: str) -> list[Run]:
-        return [read(TRANSITION / "-".join(filter(None, [run, way]))) for run in self.runs]
+        return [read(TRANSITION / directory_of(run, way)) for run in self.runs]
 
 
 TRANSITION = Experiment.named("transition").kept
@@ -71,9 +73,7 @@ def make() -> None:
         out = EXPERIMENT.trained / f"{name}-{way}"
         if (TRANSITION / f"{out.name}.json").is_file():
             continue
-        check_text("Micro")
-        source = EXPERIMENT.trained / name
-        train(SYSTEM.name, out=source, seed=SEED, options=SYSTEM.options(micro.SHORT), resume=True)
+        source = with_weights(SYSTEM, micro.SHORT, SEED)
         transition(source, out=out, device=SIZES["Micro"].device, resume=True, **options)
         keep([read(out)], TRANSITION, first_seed=SEED)
 
@@ -87,7 +87,7 @@ def stages_of(source: Source, way: str) -> list[list[float]]:
     ]
 
 
-def says() -> tuple[str, str] | None:
+def says() -> Said | None:
     if not all((TRANSITION / f"{run}-{way}.json").is_file() for run in MICRO.runs for way in OF_MICROS | CONTROLS):
         return None
     told, recovered = [], True
@@ -98,7 +98,7 @@ def says() -> tuple[str, str] | None:
             f"{source.name}: {before:.3f} in groups, {at:.3f} at the switch, {end:.3f} after a tenth more steps"
         )
         recovered &= all(first < jumped and last < first for first, jumped, last in stages)
-    return "; ".join(told), CONFIRMED if recovered else CONTRADICTED
+    return told, verdict(recovered, in_part=False)
 
 
 def table_of(_: object = ()) -> str:
@@ -118,9 +118,7 @@ def draw(study: Study) -> None:
         for way, (label, _) in (source.ways | (CONTROLS if source is MICRO else CONTROL)).items():
             runs = source.transitions(way)
             since = DRAWN * max(run.curve[-1].step for run in runs)
-            points = [[point for point in run.curve if point.step >= since] for run in runs]
-            losses = np.array([[point.loss for point in each] for each in points])
-            curves.append(Curve(label, np.array([point.step for point in points[0]]), losses))
+            curves.append(curve_of(label, runs, since, attrgetter("step")))
     save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg")
 
 

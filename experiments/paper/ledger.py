@@ -4,9 +4,9 @@
     python experiments/paper/ledger.py --table    # docs/results.md's table
 
 Both are of what is committed; seconds. Verdicts are computed from the committed runs: "confirmed" where the claim holds
-as the claim's script states it; "not at this scale" where only its direction does; "contradicted"; "open" as long as
-runs are missing. The paper's values are those of its captions, of its authors' blog post and configuration files, and
-of others' descriptions of its figures.
+as the claim's script states it; "not at this scale" where only something weaker does; "contradicted"; "open" as long
+as runs are missing, or seeds differ by more than what is asked. The paper's values are those of its captions, of its
+authors' blog post and configuration files, and of others' descriptions of its figures.
 """
 
 import sys
@@ -31,7 +31,7 @@ from mixture_of_tokens.reports.markup import table as html_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import asked
+from common import script
 
 STUDIES = tuple(module.STUDY for module in (fig4, fig5, fig6, fig7, length, fig8, table1, table3, temperature, design))
 PAGE = EXPERIMENT.trained / "ledger.html"
@@ -87,13 +87,11 @@ def _section(study: Study) -> Child:
     return html("section", parts, aria_labelledby=study.id)
 
 
-def main() -> None:
-    if not asked(__doc__, table="print the table, and stop").table:
-        PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(page())
-        print(f"The page: {PAGE}", file=sys.stderr)
-    print(table())
+def make() -> None:
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(page())
+    print(f"The page: {PAGE}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    script(__doc__, make, table)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import micro
 import nano
 import numpy as np
-from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, OPEN, Row, Study, System
+from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, OPEN, Row, Said, Study, System
 
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio
 from mixture_of_tokens.reports.comparison import reached
@@ -28,7 +28,7 @@ from mixture_of_tokens.runs.run import Run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Curve, save_picture
+from pictures import Curve, save_picture
 
 LEVEL = 0.05
 LONG = 12_000  # steps of the runs of `../long`, which that trains, with fewer evaluations
@@ -103,7 +103,7 @@ def steps_of(point: Point, number: int) -> Summary | None:
     return None if found is None else found.steps
 
 
-def says() -> tuple[str, str] | None:
+def says() -> Said | None:
     """Of the Micros that saw as many tokens a parameter as some Nano."""
     (x, of_nano), (at, of_micro) = line(NANO, MIXTURE), line(MICRO, MIXTURE)
     if not len(x) or not len(at):
@@ -116,7 +116,7 @@ def says() -> tuple[str, str] | None:
     away = np.abs(of_micro - expected)[inside].max(initial=0)
     spreads = [found.greatest - found.least for each in points(MICRO) if (found := steps_of(each, MIXTURE))]
     told.append(f"a Micro is {away:.2f} away at most, and seeds of one differ by up to {max(spreads):.2f}")
-    return "; ".join(told), CONFIRMED if away <= LEVEL else OPEN if away <= max(spreads) else CONTRADICTED
+    return told, CONFIRMED if away <= LEVEL else OPEN if away <= max(spreads) else CONTRADICTED
 
 
 def table(_: object = ()) -> str:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ from mixture_of_tokens.training.train import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Curve, Sweep, asked, read_csv, save_picture, step_times, swept, write_csv
+from common import Sweep, read_csv, script, step_times, swept, write_csv
+from pictures import Curve, curve_of, save_picture
 
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
 SHORT = 1500  # steps of the figures that compare many systems, and of sweeps: 12.3 M tokens; fewer mislead (../LOG.md)
@@ -146,19 +148,17 @@ def table_of(rows: Iterable[Row], *, lengths: bool = True) -> str:
 
 def draw_curves(study: Study, drawn: int = SHORT, since: float = 1 / 6) -> None:
     """Evaluations of runs of so many steps, since this share of them. Dotted: the dense model's last."""
-    panels: dict[str, list[Curve]] = {"M tokens": [], "time, as a number of dense steps": []}
+    in_tokens: list[Curve] = []
+    in_time: list[Curve] = []
     for row in study.rows:
         if row.steps != drawn or not row.runs:
             continue
-        share = share_of_step(row.system)
-        points = [[point for point in run.curve if point.step >= since * drawn] for run in row.runs.values()]
-        losses = np.array([[point.loss for point in each] for each in points])
-        at = np.array([point.step for point in points[0]])
-        x = (at * TOKENS / 1e6, None if share is None else at * share)
-        for curves, its in zip(panels.values(), x, strict=True):
-            if its is not None:
-                curves.append(Curve(row.system.label, its, losses))
-    level = next((curve.losses[:, -1].mean() for curve in panels["M tokens"] if curve.label == DENSE.label), None)
+        curve = curve_of(row.system.label, row.runs.values(), since * drawn, attrgetter("step"))
+        in_tokens.append(curve._replace(x=curve.x * TOKENS / 1e6))
+        if (share := share_of_step(row.system)) is not None:
+            in_time.append(curve._replace(x=curve.x * share))
+    level = next((curve.losses[:, -1].mean() for curve in in_tokens if curve.label == DENSE.label), None)
+    panels = {"M tokens": in_tokens, "time, as a number of dense steps": in_time}
     save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg", level)
 
 
@@ -220,22 +220,15 @@ def _flops_of_dense(label: str) -> float:
     return its / dense
 
 
-def main() -> None:
-    given = asked(
-        __doc__,
-        sweep="try rates, and stop",
-        time="time steps, and stop",
-        table="print what was swept and timed, and stop",
-    )
-    if given.sweep:
-        swept(SWEPT, SWEEPS, DENSE.options(SHORT), EXPERIMENT.trained, steps=SHORT)
-    elif given.time:
-        timed()
-    if SWEPT.is_file():
-        print(sweeps_table(), end="\n\n")
-    if TIMES.is_file():
-        print(times_table())
+def sweep() -> None:
+    swept(SWEPT, SWEEPS, DENSE.options(SHORT), EXPERIMENT.trained, steps=SHORT)
 
 
 if __name__ == "__main__":
-    main()
+    script(
+        __doc__,
+        lambda: None,
+        lambda: f"{sweeps_table()}\n\n{times_table()}",
+        sweep=("try rates and temperatures", sweep),
+        time=("time steps on an idle machine", timed),
+    )

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from studies import EXPERIMENT, Row, Study, System, run_of
 
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
@@ -17,7 +16,8 @@ from mixture_of_tokens.runs.run import Run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Curve, save_picture
+from common import signed
+from pictures import curve_of, save_picture
 
 STEPS, SEED = 1200, 1
 DENSE, BASE = System("Transformer-Nano"), System("MoT-Nano/32E/8")
@@ -72,16 +72,11 @@ def run_in(row: Row) -> Run:
     return next(iter(row.runs.values()))
 
 
-def signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
 def draw_curves(study: Study) -> None:
     """The evaluations of the Nanos of the first one's text during training, without the first sixth."""
     curves, nanos = [], [row for row in study.rows if parse_name(row.system.name).size == "Nano" and row.runs]
     for row in nanos:
         if run_in(row).facts.text == run_in(nanos[0]).facts.text:
-            points = [[point for point in run.curve if 6 * point.step >= row.steps] for run in row.runs.values()]
-            losses = np.array([[point.loss for point in each] for each in points])
-            curves.append(Curve(row.system.label, np.array([point.tokens / 1e6 for point in points[0]]), losses))
+            runs = row.runs.values()
+            curves.append(curve_of(row.system.label, runs, row.steps / 6, lambda point: point.tokens / 1e6))
     save_picture({"M tokens": curves}, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg")

@@ -18,6 +18,7 @@ random_groups.csv has a row for each measurement; what is in it is not trained a
 import random
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from nano import BASE, SEED, STEPS, signed
 from studies import EXPERIMENT
@@ -30,18 +31,18 @@ from mixture_of_tokens.training.trainer import GroupedTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, directory_of, read_csv, script, trained, write_csv
+from common import Experiment, directory_of, once, read_csv, script, trained
 from partial_groups.run import losses
 
 SIZES, FULL = (8, 16, 32), 32
 ALWAYS, SCALED, SOFTMAX = "32", "8, 16 or 32, scaled", "8, 16 or 32, softmax"
-COLUMNS = ("groups", "seed", "treatment", "rows", "loss")
+COLUMNS = ("seed", "treatment", "rows", "loss")
 
 
-class RandomGroups(GroupedTrainer):
+class Softmax(GroupedTrainer):
     """Each step's groups are of a size that is drawn for it."""
 
-    scaled: bool
+    scaled = False
 
     def training_step(self, *args, **kwargs):
         n = random.Random(f"{self.args.seed}, {self.state.global_step}").choice(SIZES)
@@ -60,12 +61,8 @@ class RandomGroups(GroupedTrainer):
                 hook.remove()
 
 
-class Scaled(RandomGroups):
+class Scaled(Softmax):
     scaled = True
-
-
-class Softmax(RandomGroups):
-    scaled = False
 
 
 TRAINERS = {ALWAYS: None, SCALED: Scaled, SOFTMAX: Softmax}
@@ -76,21 +73,18 @@ def run_in(groups: str) -> Path:
     if trainer is None:
         return trained(Experiment.named("nano"), BASE.name, SEED, BASE.options(STEPS))
     out = EXPERIMENT.trained / directory_of(BASE.name, f"groups-{trainer.__name__.lower()}", f"{STEPS}-seed{SEED}")
-    usual, training.GroupedTrainer = training.GroupedTrainer, trainer
-    try:
+    with patch.object(training, "GroupedTrainer", trainer):
         train(BASE.name, out=out, seed=SEED, options=BASE.options(STEPS), resume=True)
-    finally:
-        training.GroupedTrainer = usual
     return out
+
+
+def measured(groups: str) -> list[dict[str, object]]:
+    return [{column: row[column] for column in COLUMNS} for row in losses(run_in(groups))]
 
 
 def make(file: Path) -> None:
     for groups in TRAINERS:
-        rows = list(read_csv(file))
-        if any(row["groups"] == groups for row in rows):
-            continue
-        found = [{"groups": groups} | row for row in losses(run_in(groups))]
-        write_csv(file, COLUMNS, [*rows, *({column: row[column] for column in COLUMNS} for row in found)])
+        once(file, {"groups": groups}, measured, groups)
 
 
 def table(file: Path) -> str:

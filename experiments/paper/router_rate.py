@@ -11,6 +11,7 @@ trained again, and a run that was stopped begins anew: a checkpoint does not kno
 
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 from nano import BASE, SEED, STEPS, row, run_in, signed
 from studies import EXPERIMENT
@@ -21,10 +22,9 @@ from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
-from common import directory_of, read_csv, script, write_csv  # isort: skip
+from common import directory_of, once, read_csv, script  # isort: skip
 
 MULTIPLES = (0.5, 2.0)
-COLUMNS = ("multiple", "seed", "loss")
 
 
 def with_rate(multiple: float) -> type[GroupedTrainer]:
@@ -42,21 +42,19 @@ def with_rate(multiple: float) -> type[GroupedTrainer]:
     return RouterRate
 
 
+def measured(multiple: float) -> list[dict[str, float]]:
+    out = EXPERIMENT.trained / directory_of(BASE.name, f"router_rate={multiple:g}", f"{STEPS}-seed{SEED}")
+    shutil.rmtree(out, ignore_errors=True)
+    with patch.object(training, "GroupedTrainer", with_rate(multiple)):
+        run = train(BASE.name, out=out, seed=SEED, options=BASE.options(STEPS))
+    assert run is not None
+    run.check_same_text(run_in(row(BASE)))
+    return [{"seed": SEED, "loss": run.facts.final_loss}]
+
+
 def make(file: Path) -> None:
     for multiple in MULTIPLES:
-        rows = list(read_csv(file))
-        if any(float(row["multiple"]) == multiple for row in rows):
-            continue
-        usual, training.GroupedTrainer = training.GroupedTrainer, with_rate(multiple)
-        out = EXPERIMENT.trained / directory_of(BASE.name, f"router_rate={multiple:g}", f"{STEPS}-seed{SEED}")
-        shutil.rmtree(out, ignore_errors=True)
-        try:
-            run = train(BASE.name, out=out, seed=SEED, options=BASE.options(STEPS))
-        finally:
-            training.GroupedTrainer = usual
-        assert run is not None
-        run.check_same_text(run_in(row(BASE)))
-        write_csv(file, COLUMNS, [*rows, {"multiple": multiple, "seed": SEED, "loss": run.facts.final_loss}])
+        once(file, {"multiple": multiple}, measured, multiple)
 
 
 def table(file: Path) -> str:

@@ -24,7 +24,7 @@ from mixture_of_tokens.training.recipes import merge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, asked, directory_of, keep
+from common import Experiment, directory_of, keep, script
 
 EXPERIMENT, *PLAIN_NANOS = (Experiment.named(name) for name in ("paper", "nano", "long", "routings"))
 SIZES = {
@@ -64,9 +64,7 @@ class System(NamedTuple):
         return replace(size, steps=steps, training=training, **own)
 
     def directory(self, steps: int, seed: int) -> str:
-        settings = [f"{field}={value}" for field, value in self.settings.items()]
-        settings = [self.title.replace(" ", "-")] if self.title else settings
-        return directory_of(self.name, *settings, f"{steps}-seed{seed}")
+        return directory_of(self.name, self.title.replace(" ", "-") or self.settings, f"{steps}-seed{seed}")
 
 
 class Row(NamedTuple):
@@ -117,11 +115,17 @@ def trained(rows: Iterable[Row]) -> None:
     missing = [(steps, seed, system) for system, steps, seeds in rows for seed in seeds]
     for steps, seed, system in sorted(missing, key=lambda run: run[:2]):
         if run_of(system, steps, seed) is None:
-            check_text(parse_name(system.name).size)
-            out = EXPERIMENT.trained / system.directory(steps, seed)
-            options, rate = system.options(steps), system.learning_rate
-            train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)
+            out = with_weights(system, steps, seed)
             keep([read(out)], EXPERIMENT.kept, first_seed=FIRST_SEEDS[parse_name(system.name).size])
+
+
+def with_weights(system: System, steps: int, seed: int) -> Path:
+    """The directory of a run, which is trained where it is missing."""
+    check_text(parse_name(system.name).size)
+    out = EXPERIMENT.trained / system.directory(steps, seed)
+    options, rate = system.options(steps), system.learning_rate
+    train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)
+    return out
 
 
 def run_of(system: System, steps: int, seed: int) -> Run | None:
@@ -137,12 +141,19 @@ CONFIRMED, NOT_HERE, CONTRADICTED = "confirmed", "not at this scale", "contradic
 OPEN = "open"  # as long as runs are missing, or seeds differ by more than what is asked
 
 
+def verdict(holds: bool, in_part: bool) -> str:
+    return CONFIRMED if holds else NOT_HERE if in_part else CONTRADICTED
+
+
+Said = tuple[list[str], str]
+
+
 @dataclass(frozen=True)
 class Study:
     """A claim, the runs that test it, and what they say.
 
     paper: its value there.
-    says: what was measured, and the verdict of complete rows; None where nothing can be said yet.
+    says: what was measured, in parts, and the verdict of complete rows; None where nothing can be said yet.
     table: of the rows of which a run is kept, as Markdown.
     make: trains what is missing, by default of the rows.
     draw: its picture, if it has one.
@@ -151,7 +162,7 @@ class Study:
     id: str
     claim: str
     paper: str
-    says: Callable[[], tuple[str, str] | None]
+    says: Callable[[], Said | None]
     table: Callable[[Sequence[Row]], str]
     rows: Sequence[Row] = ()
     make: Callable[[], None] | None = None
@@ -160,17 +171,17 @@ class Study:
     @property
     def found(self) -> tuple[str, str]:
         """What was measured, and the verdict."""
-        measured, verdict = self.says() or ("", OPEN)
-        return measured, verdict if all(row.complete for row in self.rows) else OPEN
+        told, verdict = self.says() or ([], OPEN)
+        return "; ".join(told), verdict if all(row.complete for row in self.rows) else OPEN
 
     @property
     def command(self) -> str:
         return f"python experiments/paper/{self.id}.py"
 
     def main(self, doc: str | None) -> None:
-        given = asked(doc, table="print the table, and stop")
-        if not given.table:
+        def make() -> None:
             (self.make or partial(trained, self.rows))()
             if self.draw is not None:
                 self.draw(self)
-        print(self.table(self.rows))
+
+        script(doc, make, lambda: self.table(self.rows))

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, NOT_HERE, Row, Study, System
+from studies import CONTRADICTED, EXPERIMENT, Row, Said, Study, System, verdict
 
 from mixture_of_tokens import sweep
 from mixture_of_tokens.formatting import Summary, difference, loss, markdown, with_span
@@ -24,7 +24,7 @@ from mixture_of_tokens.training.sweep import Sweep
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import directory_of, read_csv, write_csv
+from common import directory_of, once, read_csv
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/8", "EC-Nano/32E")
 ALONE = {"dtype": "bfloat16"}
@@ -35,26 +35,21 @@ LOSSES = EXPERIMENT.kept / "table1.csv"
 def make() -> None:
     """One system after the other; what is in the file is not trained again."""
     for name in NAMES:
-        _measure(name, "tuning", RATES, (SWEPT,))
+        once(LOSSES, {"name": name, "split": "tuning"}, measured, name, "tuning", RATES, (SWEPT,))
     for name in NAMES:
         if (best := best_rate(name)) is not None:
-            _measure(name, "validation", (best,), SEEDS)
+            once(LOSSES, {"name": name, "split": "validation"}, measured, name, "validation", (best,), SEEDS)
 
 
-def _measure(name: str, split: Any, rates: tuple[float, ...], seeds: tuple[int, ...]) -> None:
-    if rows_of(name, split):
-        return
+def measured(name: str, split: Any, rates: tuple[float, ...], seeds: tuple[int, ...]) -> list[dict[str, object]]:
     options = replace(System(name, ALONE).options(STEPS), evaluate_on=split)
     out = EXPERIMENT.trained / directory_of(f"table1-{name}", split)
     found = sweep(name, learning_rate=list(rates), seeds=list(seeds), out=out, options=options)
     assert isinstance(found, Sweep)
-    rows: list[dict[str, Any]] = list(read_csv(LOSSES))
-    for cell in found.cells:
-        for run in cell.runs:
-            row = {"name": name, "split": split, "seed": run.seed}
-            row |= {"learning_rate": cell.settings["--learning-rate"], "loss": "" if run.loss is None else run.loss}
-            rows.append(row)
-    write_csv(LOSSES, list(rows[0]), rows)
+    runs = [(cell.settings["--learning-rate"], run) for cell in found.cells for run in cell.runs]
+    return [
+        {"seed": run.seed, "learning_rate": rate, "loss": "" if run.loss is None else run.loss} for rate, run in runs
+    ]
 
 
 def rows_of(name: str, split: str) -> list[dict[str, str]]:
@@ -82,7 +77,7 @@ def diverged(name: str, split: str) -> str:
     return f"{sum(not row['loss'] for row in rows)} of {len(rows)}" if rows else ""
 
 
-def says() -> tuple[str, str] | None:
+def says() -> Said | None:
     runs = [rows_of(name, "validation") for name in NAMES]
     if not all(runs):
         return None
@@ -90,9 +85,9 @@ def says() -> tuple[str, str] | None:
     told.append(f"mixtures that diverged: {diverged(NAMES[1], 'validation')}")
     _, mixture, choice = ({row["seed"]: row["loss"] for row in its} for its in runs)
     if not all(mixture.values()):
-        return "; ".join(told), CONTRADICTED
+        return told, CONTRADICTED
     ahead = [not choice[seed] or float(mixture[seed]) < float(choice[seed]) for seed in mixture]
-    return "; ".join(told), CONFIRMED if all(ahead) else NOT_HERE if any(ahead) else CONTRADICTED
+    return told, verdict(all(ahead), in_part=any(ahead))
 
 
 def table_of(_: object = ()) -> str:

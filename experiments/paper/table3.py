@@ -30,15 +30,15 @@ from typing import Any
 import micro
 import nano
 import numpy as np
-from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, NOT_HERE, Row, Study, System, check_text
+from studies import EXPERIMENT, FIRST_SEEDS, Row, Said, Study, System, verdict, with_weights
 
-from mixture_of_tokens import export, train
+from mixture_of_tokens import export
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.runs.loading import load_tokenizer_of, text_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import asked, read_csv, write_csv
+from common import read_csv, script, write_csv
 
 # By size, the dense model first.
 ROWS = {
@@ -143,11 +143,9 @@ def make(tasks: Sequence[str]) -> None:
         missing = [task for task in tasks if (system.label, task) not in {(row["system"], row["task"]) for row in rows}]
         if not missing:
             continue
-        check_text(size)
+        run = with_weights(system, steps, seed)
         folder = EXPERIMENT.trained / "table3" / size
         folder.mkdir(parents=True, exist_ok=True)
-        run = EXPERIMENT.trained / system.directory(steps, seed)
-        train(system.name, out=run, seed=seed, options=system.options(steps), resume=True)
         exported = folder / f"{run.name}-exported"
         if not exported.exists():
             export(str(run), exported)
@@ -166,7 +164,7 @@ def accuracies() -> dict[str, dict[str, tuple[float, float]]]:
     return found
 
 
-def says() -> tuple[str, str] | None:
+def says() -> Said | None:
     found = accuracies()
     if any(task not in found.get(row.system.label, {}) for rows in ROWS.values() for row in rows for task in TASKS):
         return None
@@ -177,9 +175,7 @@ def says() -> tuple[str, str] | None:
             scores = " and ".join(f"{each[0]:.3f}" for each in mixtures)
             told.append(f"{size}, {title}: dense {dense[0]:.3f}, mixture{'s' * (len(mixtures) > 1)} {scores}")
             better += [(each[0] - dense[0]) / math.hypot(each[1], dense[1]) for each in mixtures]
-    if min(better) > 2:
-        return "; ".join(told), CONFIRMED
-    return "; ".join(told), NOT_HERE if min(better) > -2 and max(better) > 2 else CONTRADICTED
+    return told, verdict(min(better) > 2, in_part=min(better) > -2 and max(better) > 2)
 
 
 def table_of(_: object = ()) -> str:
@@ -201,14 +197,6 @@ STUDY = Study(
 )
 
 
-def main() -> None:
-    given = asked(
-        __doc__, hub="score the authors' tasks too, which are read from the Hub", table="print the table, and stop"
-    )
-    if not given.table:
-        make([*TASKS, *HUB_TASKS] if given.hub else list(TASKS))
-    print(table_of())
-
-
 if __name__ == "__main__":
-    main()
+    hub = ("score the authors' tasks too, which are read from the Hub", lambda: make([*TASKS, *HUB_TASKS]))
+    script(__doc__, lambda: make(list(TASKS)), table_of, hub=hub)

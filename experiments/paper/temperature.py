@@ -13,7 +13,7 @@ swept at 0.25; one seed.
 import statistics
 
 from nano import BASE, against, last_measured, row, signed, table_of
-from studies import CONFIRMED, CONTRADICTED, NOT_HERE, Study, System
+from studies import Said, Study, System, verdict
 
 LEARNED = {"learnable_temperature": "true"}
 FIXED_AT = {"0.25": BASE, "1": System(BASE.name, {"router_temperature": "1"})}
@@ -26,7 +26,7 @@ def entropy(system: System) -> list[float]:
     return last_measured(system, "mixture_entropy")
 
 
-def says() -> tuple[str, str] | None:
+def says() -> Said | None:
     told, as_claimed = [], []
     for at, fixed in FIXED_AT.items():
         learned = LEARNED_FROM[at]
@@ -38,9 +38,7 @@ def says() -> tuple[str, str] | None:
         as_claimed.append((above.mean > 0, after < before))
     if not told:
         return None
-    if all(map(all, as_claimed)):
-        return "; ".join(told), CONFIRMED
-    return "; ".join(told), NOT_HERE if any(map(all, as_claimed)) else CONTRADICTED
+    return told, verdict(all(map(all, as_claimed)), in_part=any(map(all, as_claimed)))
 
 
 STUDY = Study(

@@ -17,6 +17,7 @@ A row alone is better than a full group, by 0.058 nats (/32E) and 0.048 (/32E/8)
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +33,14 @@ from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read
-from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, read_csv, script, spread, trained, write_csv
+from common import NANO, Experiment, read_csv, script, spread, trained, write_csv
 
 NAMES = ("MoT-Nano/32E", "MoT-Nano/32E/8")
 SEEDS = (1, 2, 3)
-OPTIONS = Options(steps=1200, device="cpu")  # as in nano
-NORMALIZED = Options(steps=1200, device="cpu", model={"normalize_mixture": "true"})  # of the first name and seed
+NORMALIZED = replace(NANO, model={"normalize_mixture": "true"})  # of the first name and seed
 TOKENS = 100_000
 COLUMNS = ("name", "normalize_mixture", "seed", "treatment", "rows", "loss")
 
@@ -106,7 +105,7 @@ def losses(run: Path, most: int = TOKENS) -> list[dict[str, object]]:
 
 def make(sources: Experiment, experiment: Experiment) -> None:
     """Train the runs that are missing, and measure those that have not been."""
-    runs = [trained(sources, name, seed, OPTIONS) for name in NAMES for seed in SEEDS]
+    runs = [trained(sources, name, seed, NANO) for name in NAMES for seed in SEEDS]
     runs.append(trained(experiment, NAMES[0], SEEDS[0], NORMALIZED))
     experiment.trained.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, str]] = []

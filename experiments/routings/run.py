@@ -1,6 +1,6 @@
 """Routings side by side, three seeds: the losses of docs/results.md, and when each reaches the dense model's.
 
-    python experiments/routings/run.py            # some three hours of one core; goes on where it was stopped
+    python experiments/routings/run.py            # some two hours and a half of one core; goes on where it was stopped
     python experiments/routings/run.py --sweep    # peak rates and settings on the tuning split; two hours of one core
     python experiments/routings/run.py --time     # a step of the trained models; four minutes of an idle machine
     python experiments/routings/run.py --load     # how evenly the trained models' experts are used; some minutes
@@ -28,13 +28,12 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.telemetry import combine_weights, measure
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.runs.records import FACTS
 from mixture_of_tokens.runs.run import Run, experts_per_token, read
 from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, Sweep, asked, directory_of, keep, read_csv, spread, step_times, swept, write_csv
+from common import Experiment, Sweep, directory_of, keep, read_csv, script, spread, step_times, swept, write_csv
 
 STEPS, SEEDS = 1200, [1, 2, 3]
 UNTRAINED = ", untrained"
@@ -64,7 +63,7 @@ class System(NamedTuple):
         return Options(steps=STEPS, device="cpu", model=dict(self.model))
 
     def directory(self, seed: int) -> str:
-        return directory_of(self.name, *(f"{field}={value}" for field, value in self.model.items()), f"seed{seed}")
+        return directory_of(self.name, self.model, f"seed{seed}")
 
 
 SHARED, SIGMOID = {"shared_experts": "1"}, {"threshold_scores": "sigmoid"}
@@ -109,12 +108,7 @@ def trained(experiment: Experiment) -> None:
             if not system.nano:
                 out = experiment.trained / system.directory(seed)
                 train(system.name, out=out, seed=seed, learning_rate=system.rate, options=system.options, resume=True)
-        keep(finished(experiment), experiment.kept)
-
-
-def finished(experiment: Experiment) -> list[Run]:
-    directories = [experiment.trained / system.directory(seed) for system in SYSTEMS for seed in SEEDS]
-    return [read(directory) for directory in directories if (directory / FACTS).is_file()]
+                keep([read(out)], experiment.kept, first_seed=SEEDS[0])
 
 
 def runs_of(experiment: Experiment, system: System) -> list[Run]:
@@ -300,29 +294,17 @@ def _last_layers(run: Run) -> list[dict[str, float]]:
     return [layer for layer in measured[-1].values() if "largest_load" in layer] if measured else []
 
 
-def main() -> None:
-    given = asked(
-        __doc__,
-        sweep="try rates and settings, and stop",
-        time="time steps of the trained models, and stop",
-        load="measure the load of the trained models' experts, and stop",
-        table="print the table, and stop",
-    )
-    experiment = Experiment.named("routings")
-    if given.sweep:
-        options = Options(steps=STEPS, device="cpu")
-        swept(experiment.kept / "sweeps.csv", SWEEPS, options, experiment.trained)
-    elif given.time:
-        timed(experiment)
-    elif given.load:
-        loaded(experiment)
-    elif not given.table:
-        trained(experiment)
-    if (experiment.kept / "timings.csv").is_file():
-        print(table(experiment))
-    if (experiment.kept / LOADS).is_file():
-        print(f"\n{load_table(experiment.kept)}")
-
-
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("routings")
+    options = Options(steps=STEPS, device="cpu")
+    script(
+        __doc__,
+        lambda: trained(experiment),
+        lambda: f"{table(experiment)}\n\n{load_table(experiment.kept)}",
+        sweep=(
+            "try rates and settings",
+            lambda: swept(experiment.kept / "sweeps.csv", SWEEPS, options, experiment.trained),
+        ),
+        time=("time steps of the trained models", lambda: timed(experiment)),
+        load=("measure the load of the trained models' experts", lambda: loaded(experiment)),
+    )

@@ -14,18 +14,16 @@ it is at granularity 8; at 1 it is 0.013 to 0.014.
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, read_csv, script, spread, trained, write_csv
+from common import NANO, Experiment, once, read_csv, script, signed, spread, trained
 
-NANO = Options(steps=1200, device="cpu")
 MICRO = Options(steps=1500, device="cpu", data=["packages"], training={"bf16": "true", "torch_compile": "true"})
 SOURCES = {  # the experiment whose runs they are, how they are trained, their seeds
     "MoT-Nano/32E": ("nano", NANO, (1, 2, 3)),
@@ -35,36 +33,31 @@ SOURCES = {  # the experiment whose runs they are, how they are trained, their s
 GROUPS = 64  # of a Micro's validation text
 OF_GRANULARITY = (4, 2, 1, 0.5, 0.25)  # how many experts, beside all of them
 IN_GROUPS, ALL = "in groups", "all"
-COLUMNS = ("source", "seed", "experts", "loss")
 
 
-def losses(name: str, run: Path) -> dict[str, float]:
-    """By the number of experts of a token."""
+def measured(experiment: str, name: str, seed: int, options: Options) -> list[dict[str, object]]:
+    """A row for each number of experts of a token."""
+    run = trained(Experiment.named(experiment), name, seed, options)
     model, text = load_model(str(run)), text_of(str(run)).validation
     size, granularity = model.config.group_size, model.config.num_experts_per_tok
     few = [int(granularity * share) for share in OF_GRANULARITY if granularity * share >= 1]
-    found = {}
+    rows = []
     for label in (IN_GROUPS, *map(str, few), ALL):
         if label != IN_GROUPS:
             model.serve_alone(num_experts_alone=None if label == ALL else int(label))
         part = None if name.startswith("MoT-Nano") else GROUPS
         title = f"{run.name}: {label}"
-        scored = evaluate_blocks(model, text, group_size=size, batch_size=size, groups=part, progress=title)
-        found[label] = scored["loss"]
-        print(f"{title} {found[label]:.4f}", file=sys.stderr)
-    return found
+        found = evaluate_blocks(model, text, group_size=size, batch_size=size, groups=part, progress=title)["loss"]
+        rows.append({"experts": label, "loss": found})
+        print(f"{title} {found:.4f}", file=sys.stderr)
+    return rows
 
 
 def make(kept: Path) -> None:
-    file = kept / "few.csv"
     for name, (experiment, options, seeds) in SOURCES.items():
         for seed in seeds:
-            rows: list[dict[str, Any]] = list(read_csv(file))
-            this = {"source": name, "seed": str(seed)}
-            if any(this.items() <= row.items() for row in rows):
-                continue
-            found = losses(name, trained(Experiment.named(experiment), name, seed, options))
-            write_csv(file, COLUMNS, [*rows, *(this | {"experts": few, "loss": value} for few, value in found.items())])
+            key = {"source": name, "seed": seed}
+            once(kept / "few.csv", key, measured, experiment, name, seed, options)
 
 
 def table(kept: Path) -> str:
@@ -75,10 +68,10 @@ def table(kept: Path) -> str:
         for few in dict.fromkeys(few for few, _ in of):
             own = {seed: value for (label, seed), value in of.items() if label == few}
             above = [
-                "" if few == other else spread((own[seed] - of[other, seed] for seed in own), lambda d: f"{d:+.3f}")
+                "" if few == other else spread((own[seed] - of[other, seed] for seed in own), signed)
                 for other in (ALL, IN_GROUPS)
             ]
-            shown.append([name, few, spread(own.values(), loss), *above])
+            shown.append([name, few, spread(own.values()), *above])
     return markdown(shown, left=1)
 
 

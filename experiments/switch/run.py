@@ -22,7 +22,7 @@ from mixture_of_tokens.convert.distil import STEPS, distil
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
-from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.runs.loading import load_model, text_of
@@ -30,9 +30,9 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, read_csv, script, spread, trained, write_csv
+from common import NANO, Experiment, read_csv, script, signed, spread, trained, write_csv
 
-SHORT, LONG = 1200, 13_700
+LONG = 13_700
 FEW = 500  # steps of distillation
 COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds")
 
@@ -46,8 +46,8 @@ class Source(NamedTuple):
 
 
 SOURCES = (
-    Source("MoT-Nano/32E", Options(steps=SHORT, device="cpu"), (1, 2, 3), "nano"),
-    Source("MoT-Nano/32E/8", Options(steps=SHORT, device="cpu"), (1, 2, 3), "nano"),
+    Source("MoT-Nano/32E", NANO, (1, 2, 3), "nano"),
+    Source("MoT-Nano/32E/8", NANO, (1, 2, 3), "nano"),
     Source(
         "MoT-Nano/32E/8",
         Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"}),
@@ -166,11 +166,9 @@ def table(kept: Path) -> str:
             these = [row for row in own if row["way"] == way]
             if not these:
                 continue
-            losses = spread((float(row["loss"]) for row in these), loss)
-            above = spread(
-                (float(row["loss"]) - in_groups[row["seed"]] for row in these), lambda value: f"{value:+.3f}"
-            )
-            seconds = "" if way in OF_SOURCE else spread((float(row["seconds"]) for row in these), lambda v: f"{v:.0f}")
+            losses = spread(row["loss"] for row in these)
+            above = spread((float(row["loss"]) - in_groups[row["seed"]] for row in these), signed)
+            seconds = "" if way in OF_SOURCE else spread((row["seconds"] for row in these), "{:.0f}".format)
             title = f"{source.name}, {source.options.steps:,} steps"
             shown.append([title, label, these[0]["top_k"], losses, "" if way == "groups" else above, seconds])
     return markdown(shown, left=2)

@@ -27,11 +27,11 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, directory_of, loss_alone, read_csv, script, write_csv
+from common import Experiment, directory_of, loss_alone, once, read_csv, script
 
 MIXTURE, SPARSE, SEED = "MoT-Nano/32E/8", "TC-Nano/32E/8", 0
 BUDGET = 6000  # steps of the dense model
-STEP = {MIXTURE: 1.65, SPARSE: 1.95}  # of a dense step's time (benchmarks/train.csv, width 32)
+STEP = {MIXTURE: 1.65, SPARSE: 1.95}  # of a dense step's time, before the balancing loss became cheaper (../LOG.md)
 DISTIL_STEPS, DISTILLING = 500, 300  # a layer, and the time of that in dense steps: 25 s on two idle cores
 KEPT = "kept"
 SHARES = (1.0, 0.5, 0.0, 0.75, 0.25, KEPT, 0.9, 0.1)  # in the order in which they are measured
@@ -39,7 +39,6 @@ OPTIONS = Options(device="cpu", evaluate_on="tuning", data=["packages"])
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
 # Of the sparse model from scratch: nothing dropped, as after a switch, and the better of two rates (../LOG.md).
 DROPLESS, RATE = {"capacity_factor": "null"}, 0.01
-COLUMNS = ("budget", "share", "seed", "steps", "after", "loss")
 
 
 class Steps(NamedTuple):
@@ -76,15 +75,14 @@ def loss_of(experiment: Experiment, share: float | str) -> float:
     return made.final_loss
 
 
+def measured(experiment: Experiment, share: float | str) -> list[dict[str, object]]:
+    steps = steps_of(share)
+    return [{"seed": SEED, "steps": steps.before, "after": steps.after, "loss": loss_of(experiment, share)}]
+
+
 def make(experiment: Experiment) -> None:
-    file = experiment.kept / "when.csv"
     for share in SHARES:
-        rows: list[dict[str, Any]] = list(read_csv(file))
-        if any((row["budget"], row["share"]) == (str(BUDGET), str(share)) for row in rows):
-            continue
-        steps, found = steps_of(share), loss_of(experiment, share)
-        row = {"budget": BUDGET, "share": share, "seed": SEED, "steps": steps.before, "after": steps.after}
-        write_csv(file, COLUMNS, [*rows, row | {"loss": found}])
+        once(experiment.kept / "when.csv", {"budget": BUDGET, "share": share}, measured, experiment, share)
 
 
 def table(kept: Path) -> str:

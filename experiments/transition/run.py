@@ -22,15 +22,13 @@ from mixture_of_tokens import transition
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.runs.records import Switch
 from mixture_of_tokens.runs.run import Run, read
-from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, directory_of, keep, kept_runs, script, spread, trained
+from common import NANO, Experiment, directory_of, keep, script, spread, trained
 
 NAMES = ("MoT-Nano/32E", "MoT-Nano/32E/8")
 SEEDS = [1, 2, 3]
-OPTIONS = Options(steps=1200, device="cpu")  # of the sources, as in nano
 
 
 class Way(NamedTuple):
@@ -69,14 +67,14 @@ OF_A_SWITCH: dict[str, Callable[[Run], float]] = {
 }
 
 
-def make(sources: Experiment, experiment: Experiment, names=NAMES, seeds=SEEDS, options=OPTIONS, ways=WAYS) -> None:
+def make(sources: Experiment, experiment: Experiment, names=NAMES, seeds=SEEDS, options=NANO, ways=WAYS) -> None:
     """Train what is missing, seed by seed, and keep it."""
     runs = []
     for seed in seeds:
         for name in names:
             source = trained(sources, name, seed, options)
             for end, way in ways.items():
-                out = experiment.trained / directory_of(source.name, *filter(None, [end]))
+                out = experiment.trained / directory_of(source.name, end)
                 transition(source, out=out, device=options.device, resume=True, **way.options)
                 runs.append(read(out))
     keep(runs, experiment.kept)
@@ -84,10 +82,9 @@ def make(sources: Experiment, experiment: Experiment, names=NAMES, seeds=SEEDS, 
 
 def table(experiment: Experiment) -> str:
     rows = [["source", "way", *OF_A_SWITCH, "at the end, whole split"]]
-    runs = {run.directory.name: run for run in kept_runs(experiment)}
     for name in NAMES:
         for end, way in WAYS.items():
-            found = [runs[directory_of(name, f"seed{seed}", *filter(None, [end]))] for seed in SEEDS]
+            found = [read(experiment.kept / directory_of(name, f"seed{seed}", end)) for seed in SEEDS]
             switched = [run for run in found if run.switch is not None]
             cells = [spread(map(of, switched)) for of in OF_A_SWITCH.values()]
             rows.append([directory_of(name), way.label, *cells, spread(run.facts.final_loss for run in found)])

@@ -50,11 +50,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (
     Experiment,
     Sweep,
-    asked,
     directory_of,
     keep,
     loss_alone,
+    once,
     read_csv,
+    script,
     spread,
     step_times,
     swept,
@@ -94,10 +95,9 @@ class System(NamedTuple):
         return System(self.name.replace("MoT-", "TC-"), DROPLESS)
 
     def directory(self, seed: int, budget: int = BUDGET) -> str:
-        settings = [f"{field}={value}" for field, value in self.model.items()]
-        rate = [] if self.rate is None else [f"rate={self.rate:g}"]
-        length = [] if budget == BUDGET else [budget]
-        return directory_of(self.name, *settings, *["early"] * self.early, *rate, "fresh", *length, f"seed{seed}")
+        rate = "" if self.rate is None else f"rate={self.rate:g}"
+        length = "" if budget == BUDGET else budget
+        return directory_of(self.name, self.model, "early" * self.early, rate, "fresh", length, f"seed{seed}")
 
     @property
     def before(self) -> "System":
@@ -157,7 +157,6 @@ RATES: tuple[tuple[System, tuple[float, ...]], ...] = (
 )
 TIMES, RESULTS, SWEPT, TRIED = "fresh-timings.csv", "fresh.csv", "fresh-sweeps.csv", "fresh-rates.csv"
 SERVED, SERVED_ROUNDS = "fresh-serving.csv", 5
-COLUMNS = ("budget", "system", "seed", "steps", "after", "loss", "in_groups", "alone")
 Times = Mapping[str, Mapping[str, str]]  # rows of fresh-timings.csv by system
 
 
@@ -219,8 +218,8 @@ def best_rate(system: System, kept: Path) -> float:
         flags = dict(re.findall(r"--(\S+) (\S+)", row["settings"]))
         rate = float(flags.pop("learning-rate"))
         if row["name"] == system.name and flags == {f"model.{field}": value for field, value in system.model.items()}:
-            rates[float(row["tuning_loss"])] = rate
-    return rates[min(rates)] if rates else merge(system.name, 0, None, OPTIONS).config.learning_rate
+            rates[rate] = float(row["tuning_loss"])
+    return min(rates, key=rates.__getitem__) if rates else merge(system.name, 0, None, OPTIONS).config.learning_rate
 
 
 def best_rate_after(system: System, kept: Path) -> float | None:
@@ -228,13 +227,13 @@ def best_rate_after(system: System, kept: Path) -> float | None:
     if not system.early:
         return None
     rates = tried(system, kept)
-    return system.rate or (rates[min(rates)] if rates else None)
+    return system.rate or min(rates, key=rates.__getitem__, default=None)
 
 
 def tried(system: System, kept: Path) -> dict[float, float]:
-    """Rates that were tried for the whole budget, by their losses."""
+    """Losses of the rates that were tried for the whole budget."""
     rows = read_csv(kept / TRIED)
-    return {float(row["loss"]): float(row["learning_rate"]) for row in rows if row["system"] == system.label}
+    return {float(row["learning_rate"]): float(row["loss"]) for row in rows if row["system"] == system.label}
 
 
 def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]:
@@ -267,50 +266,53 @@ def switched(source: Path, out: Path, system: System, steps: int, rate: float | 
     return read(out)
 
 
-def made(experiment: Experiment, budget: int, system: System, seed: int) -> dict[str, Any]:
-    """A row of fresh.csv."""
+def made(experiment: Experiment, budget: int, system: System, seed: int) -> list[dict[str, object]]:
+    """The one row of fresh.csv."""
     steps, after = steps_within(budget, system, times_in(experiment.kept))
-    row: dict[str, Any] = {"budget": budget, "system": system.label, "seed": seed, "steps": steps, "after": after}
-    row |= {"in_groups": "", "alone": ""}
     out = experiment.trained / system.directory(seed, budget)
     source = experiment.trained / system.before.directory(seed, budget)
     trained(source, system, seed, steps, best_rate(system, experiment.kept), OPTIONS)
+    before = {"in_groups": "", "alone": ""}
     if system.mixes:
-        row |= {"in_groups": read(source).facts.final_loss, "alone": loss_alone(source, "validation")}
+        before = {"in_groups": read(source).facts.final_loss, "alone": loss_alone(source, "validation")}
         out = out.with_name(f"{out.name}-transition")
         switched(source, out, system, after, best_rate_after(system, experiment.kept))
     keep([read(out)], experiment.kept, first_seed=SEEDS[0])
-    (row["loss"],) = by_plain_transformers("loss", out)
-    return row
+    (of_export,) = by_plain_transformers("loss", out)
+    return [{"steps": steps, "after": after, "loss": of_export, **before}]
 
 
 def try_rates(experiment: Experiment) -> None:
     """Those of RATES that the file does not have, on the tuning split."""
-    times, options = times_in(experiment.kept), replace(OPTIONS, evaluate_on="tuning")
     for system, rates in RATES:
-        steps, after = steps_within(BUDGET, system, times)
         for rate in rates:
-            if rate in tried(system, experiment.kept).values():
-                continue
-            source = experiment.trained / f"{system.directory(TUNING_SEED)}-tuning"
-            out = source.with_name(f"{source.name}-{rate:g}")
-            if system.early:
-                trained(source, system, TUNING_SEED, steps, best_rate(system, experiment.kept), options)
-                switched(source, out, system, after, rate)
-            else:
-                trained(out, system, TUNING_SEED, steps, rate, options)
-            row = {"system": system.label, "learning_rate": rate, "loss": read(out).facts.final_loss}
-            write_csv(experiment.kept / TRIED, list(row), [*read_csv(experiment.kept / TRIED), row])
+            key = {"system": system.label, "learning_rate": rate}
+            once(experiment.kept / TRIED, key, tuned, experiment, system, rate)
+
+
+def tuned(experiment: Experiment, system: System, rate: float) -> list[dict[str, float]]:
+    """The one row of fresh-rates.csv."""
+    options = replace(OPTIONS, evaluate_on="tuning")
+    steps, after = steps_within(BUDGET, system, times_in(experiment.kept))
+    source = experiment.trained / f"{system.directory(TUNING_SEED)}-tuning"
+    out = source.with_name(f"{source.name}-{rate:g}")
+    if system.early:
+        trained(source, system, TUNING_SEED, steps, best_rate(system, experiment.kept), options)
+        switched(source, out, system, after, rate)
+    else:
+        trained(out, system, TUNING_SEED, steps, rate, options)
+    return [{"loss": read(out).facts.final_loss}]
+
+
+def budgets() -> tuple[tuple[int, Sequence[System]], ...]:
+    return (BUDGET, SYSTEMS), (LONG_BUDGET, LONG_SYSTEMS)
 
 
 def make(experiment: Experiment) -> None:
-    file, budgets = experiment.kept / RESULTS, ((BUDGET, SYSTEMS), (LONG_BUDGET, LONG_SYSTEMS))
-    for (budget, systems), seed in itertools.product(budgets, SEEDS):
+    for (budget, systems), seed in itertools.product(budgets(), SEEDS):
         for system in systems:
-            rows: list[dict[str, Any]] = list(read_csv(file))
-            wanted = (str(budget), system.label, str(seed))
-            if all((row["budget"], row["system"], row["seed"]) != wanted for row in rows):
-                write_csv(file, COLUMNS, [*rows, made(experiment, budget, system, seed)])
+            key = {"budget": budget, "system": system.label, "seed": seed}
+            once(experiment.kept / RESULTS, key, made, experiment, budget, system, seed)
 
 
 def times_in(kept: Path) -> Times:
@@ -332,7 +334,7 @@ def table(kept: Path, budget: int, systems: Sequence[System]) -> str:
         if not own:
             continue
         steps = " + ".join(f"{int(own[0][key]):,}" for key in ("steps", "after") if int(own[0][key]))
-        losses = (spread((row[key] for row in own if row[key]), loss) for key in ("loss", "in_groups", "alone"))
+        losses = (spread(row[key] for row in own if row[key]) for key in ("loss", "in_groups", "alone"))
         stages = [system.as_timed, *([system.after] if system.mixes else [])]
         shares = [times[stage.label] for stage in stages]
         each = ", then ".join(f"{float(row['share_of_dense']):.2f}" for row in shares)
@@ -350,36 +352,28 @@ def rates_table(kept: Path) -> str:
     rates = sorted({float(row["learning_rate"]) for row in found}, reverse=True)
     lines = [["peak rate, or the one after an early switch", *map("{:g}".format, rates)]]
     for system, _ in RATES:
-        own = {rate: loss(value) for value, rate in tried(system, kept).items()}
+        own = tried(system, kept)
         if own:
-            lines.append([system.label, *(own.get(rate, "") for rate in rates)])
+            lines.append([system.label, *(loss(own[rate]) if rate in own else "" for rate in rates)])
     return markdown(lines)
 
 
-def main() -> None:
-    given = asked(
-        __doc__,
-        sweep="try rates, and stop",
-        time="measure steps on an idle machine, and stop",
-        serve="measure tokens of exports on an idle machine, and stop",
-        table="print the table, and stop",
-    )
-    experiment = Experiment.named("verdict")
-    if given.sweep:
-        options = replace(OPTIONS, steps=SWEPT_STEPS)
-        swept(experiment.kept / SWEPT, SWEEPS, options, experiment.trained)
-        try_rates(experiment)
-    elif given.time:
-        timed(experiment.kept)
-    elif given.serve:
-        serve(experiment)
-    else:
-        if not given.table:
-            make(experiment)
-        budgets = (BUDGET, SYSTEMS), (LONG_BUDGET, LONG_SYSTEMS)
-        tables = [table(experiment.kept, *each) for each in budgets]
-        print(*tables, rates_table(experiment.kept), sep="\n\n")
+def tables(kept: Path) -> str:
+    return "\n\n".join([*(table(kept, *each) for each in budgets()), rates_table(kept)])
+
+
+def sweep(experiment: Experiment) -> None:
+    swept(experiment.kept / SWEPT, SWEEPS, replace(OPTIONS, steps=SWEPT_STEPS), experiment.trained)
+    try_rates(experiment)
 
 
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("verdict")
+    script(
+        __doc__,
+        lambda: make(experiment),
+        lambda: tables(experiment.kept),
+        sweep=("try rates", lambda: sweep(experiment)),
+        time=("measure steps on an idle machine", lambda: timed(experiment.kept)),
+        serve=("measure tokens of exports on an idle machine", lambda: serve(experiment)),
+    )

@@ -31,7 +31,7 @@ import numpy as np
 from safetensors.torch import save_file
 
 from mixture_of_tokens.convert.export import in_plain_transformers
-from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.loading import text_of
@@ -39,7 +39,7 @@ from mixture_of_tokens.runs.run import Run, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, after_switch, asked, directory_of, keep, read_csv, spread, write_csv
+from common import Experiment, after_switch, directory_of, keep, read_csv, script, spread, write_csv
 
 SYSTEMS = ("Transformer-Nano", "TC-Nano/32E", "MoT-Nano/32E/8")
 BUDGETS = (150, 600, 2400)  # seconds
@@ -200,8 +200,8 @@ def table(kept: Path) -> str:
         for budget in budgets:
             own = [row for row in found if (row["system"], row["budget"]) == (system, budget)]
             if own:
-                cells[0].append(spread((row["loss"] for row in own), loss))
-                cells[1].append(spread((row["in_training"] for row in own), loss))
+                cells[0].append(spread(row["loss"] for row in own))
+                cells[1].append(spread(row["in_training"] for row in own))
                 cells[2].append(steps_of(kept, own))
         label = f"{system}, switched" if any(rounds["step_after_ms"]) else system
         milliseconds = [spread(rounds[key], lambda value: f"{value:.1f}") for key in ("row_ms", "token_ms")]
@@ -221,21 +221,16 @@ def steps_of(kept: Path, own: Sequence[dict[str, str]]) -> str:
 
 def name_of(row: dict[str, str]) -> str:
     """Of the run of a row of results.csv."""
-    after = ["switched"] if int(row["after"]) else []
-    return directory_of(row["system"], f"{row['budget']}s", f"seed{row['seed']}", *after)
+    after = "switched" if int(row["after"]) else ""
+    return directory_of(row["system"], f"{row['budget']}s", f"seed{row['seed']}", after)
 
 
-def main() -> None:
-    given = asked(__doc__, table="print the table, and stop", time="measure speeds on an idle machine, and stop")
-    experiment = Experiment.named("verdict")
-    if given.time:
-        rows = [time_system(system, number, experiment.trained) for number in range(ROUNDS) for system in SYSTEMS]
-        write_csv(experiment.kept / "timings.csv", TIMINGS, rows)
-        return
-    if not given.table:
-        make(experiment)
-    print(table(experiment.kept))
+def timed(experiment: Experiment) -> None:
+    rows = [time_system(system, number, experiment.trained) for number in range(ROUNDS) for system in SYSTEMS]
+    write_csv(experiment.kept / "timings.csv", TIMINGS, rows)
 
 
 if __name__ == "__main__":
-    main()
+    experiment = Experiment.named("verdict")
+    times = ("measure speeds on an idle machine", lambda: timed(experiment))
+    script(__doc__, lambda: make(experiment), lambda: table(experiment.kept), time=times)
