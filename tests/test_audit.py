@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mixture_of_tokens import ExpertChoice
-from mixture_of_tokens.inference.audit import Audit, leaks, texts
+from mixture_of_tokens.inference.audit import Audit, audit_model, leaks, texts
 from mixture_of_tokens.model.routings import ROWS
 from mixture_of_tokens.runs.loading import text_of
 from processes import mot
@@ -84,6 +84,20 @@ def test_planted_leaks_are_found(fault, where):
     assert not found.causal
     assert not found.private
     assert found.leaks.future[where] > 100 * found.leaks.allowed
+
+
+def test_logits_that_a_later_token_makes_no_numbers_are_a_leak():
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Embedding(50, 50)
+
+        def forward(self, ids):
+            return torch.where((ids[:, 2:] == 7).any(1)[:, None, None], torch.nan, self.head(ids))
+
+    torch.manual_seed(0)
+    for seed in range(6):
+        assert not audit_model(Breaks(), vocab_size=50, length=16, seed=seed).causal
 
 
 def test_a_model_that_looks_at_nothing_passes_as_nothing():

@@ -252,6 +252,7 @@ def test_what_comes_from_files_is_text_on_the_page():
 
     shown = tostring(html("pre", "<script>\x00&", "\x1b[0m"), encoding="unicode", method="html")
     assert shown == "<pre>&lt;script&gt;\N{REPLACEMENT CHARACTER}&amp;\N{REPLACEMENT CHARACTER}[0m</pre>"
+    assert tostring(html("pre", "a\r\nb\rc"), encoding="unicode", method="html") == "<pre>a\nb\nc</pre>"
 
 
 def test_ids_of_two_figures_differ_and_their_references_follow():

@@ -16,6 +16,8 @@ from mixture_of_tokens.data import duplicates
 from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.data.sources import documents, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
 from texts import sentences, texts
 
 ODD = "naïve  \t<|x|> 漢字\r\n\rend of a line\x0b, 🙂\u2028 and no line end"
@@ -104,6 +106,9 @@ def test_rows_of_a_hub_data_set_read_from_a_local_folder(tmp_path, monkeypatch):
     assert read(f"hf:{folder}") == given[0::2] + given[1::2]
     marks = [fingerprint(source, lambda size: None) for source in (str(folder), f"hf:{folder}", f"hf:{folder}:other")]
     assert len(set(map(tuple, marks))) == 3  # each is another text
+    (folder / "train-1.jsonl").rename(folder / "test.jsonl")
+    assert fingerprint(f"hf:{folder}", lambda size: None) != marks[1]  # of another split
+    (folder / "test.jsonl").rename(folder / "train-1.jsonl")
     with pytest.raises(ValueError, match=r"row 1 has no field 'body'; it has 'text', 'url'"):
         read(f"hf:{folder}", field="body")
     (folder / "train-1.jsonl").write_text(json.dumps({"text": given[1], "url": "u"}) + '\n{"text": broken')
@@ -285,6 +290,44 @@ def test_a_sketch_sees_lines_and_not_where_parts_begin(tmp_path):
     assert (whole[0] != whole[1]).any()
 
 
+def test_documents_from_one_template_are_left_out_and_kept_where_asked(work):
+    given = [
+        f"<system>\nYou help.\n</system> and now:\n{text}\n<answer>\nThis is it."
+        for text in (sentences(i, 1) for i in range(100))
+    ]
+    left = dealt(work, given)[1]
+    assert left.duplicates > 80
+    found, kept = dealt(work, [*given, *given[:7]], keep_near=True)
+    assert kept.duplicates == 7
+    assert sorted(text for part in found.values() for text in part) == sorted(given)
+
+
+def test_preparing_says_when_many_documents_are_left_out(tmp_path, fresh_cache, capsys):
+    own = (sentences(i, 1) for i in range(100))
+    rows = [{"text": f"<system>\nYou help.\n</system> and now:\n{text}\n<answer>"} for text in own]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    few = prepare([str(tmp_path / "chats.jsonl")], vocab_size=300, context=8, group_size=2)
+    dropped = few.facts["duplicates_dropped"]
+    assert 100 > dropped > 30
+    assert f"{dropped} documents are left out, as they share many lines with others" in capsys.readouterr().err
+    every = prepare([str(tmp_path / "chats.jsonl")], vocab_size=300, context=8, group_size=2, keep_near_duplicates=True)
+    assert every.facts["duplicates_dropped"] == 0
+    assert sum(every.facts[name]["documents"] for name in ("train", "tuning", "validation")) == 100
+    assert "share many lines" not in capsys.readouterr().err
+    asked = Options(data=[str(tmp_path / "chats.jsonl")], near_duplicates="keep", model={"vocab_size": "300"})
+    kept = merge("MoT-Nano/4E", 0, None, asked).config
+    assert kept.prepare().facts["duplicates_dropped"] == 0
+    assert "near_duplicates: keep" in str(kept)
+    assert "near_duplicates" not in str(merge("MoT-Nano/4E", 0, None, Options()).config)  # as in earlier runs
+
+
+def test_short_lines_count_where_a_document_has_next_to_nothing_else(work):
+    numbers = np.random.default_rng(0).integers(10**5, size=(30, 400))
+    given = ["# Readings of a day\n" + "\n".join(map(str, each)) for each in numbers]
+    assert dealt(work, given)[1].duplicates == 0
+    assert dealt(work, [*given, given[3] + "\n17"])[1].duplicates == 1
+
+
 def test_sketches_are_the_same_for_ever(tmp_path):
     # Computed by datasketch 2.0.0, before MinHash was written out here: runs are compared where corpus hashes agree.
     (tmp_path / "text").write_bytes(sentences(0, 30).encode() + b"\nshort\n" + bytes(range(1, 256)))
@@ -321,6 +364,18 @@ def test_splits_share_no_document_and_leave_none_out(work):
     assert {name: len(part) for name, part in found.items()} == {"train": 51, "tuning": 3, "validation": 6}
     assert sorted(text for part in found.values() for text in part) == sorted(texts())
     assert not any(cut.any() for cut in result.cut.values())
+
+
+def test_a_document_that_is_longer_than_a_held_out_split_is_in_all_of_them(work):
+    huge = sentences(99, 3000)
+    found, result = dealt(work, [*texts(59), huge])
+    assert {name: len(part) for name, part in found.items()} == {"train": 51, "tuning": 4, "validation": 7}
+    parts = {name: [text for text in part if text in huge] for name, part in found.items()}
+    assert [len(part) for part in parts.values()] == [1, 1, 1]
+    places = {name: part[part[:, 1].argmax()] for name, part in result.places.items()}
+    assert sum(int(length) for _, length in places.values()) <= len(huge)
+    assert places["train"][0] < places["tuning"][0] < places["validation"][0]
+    assert int(result.places["train"][:, 1].sum()) > 0.8 * sum(int(p[:, 1].sum()) for p in result.places.values())
 
 
 def test_held_out_splits_get_enough_documents_to_need_no_segments(work):

@@ -345,6 +345,23 @@ def test_plan_says_how_long_a_training_takes(capsys):
         plan("MoT-Nano/4E", steps=1000, tflops=math.nan)
 
 
+def test_plan_has_the_micro_batches_that_train_takes(capsys):
+    assert plan("TC-Nano/32E").legal_micro_batches == [32, 64, 128]
+    assert plan("Transformer-Nano").legal_micro_batches == [1, 2, 4, 8, 16, 32, 64, 128]
+    with pytest.raises(ValueError, match="a batch of 100 sequences does not divide into groups of 32; 96 would"):
+        plan("TC-Nano/32E", batch_size=100)
+
+
+def test_the_floor_counts_shared_experts():
+    config = config_from_name("MoT-Medium/32E/8", shared_experts=4)
+    forward = plan_of(config, batch=256).flops_per_token["forward"]
+    dense = plan_of(config_from_name("Transformer-Medium"), batch=256).flops_per_token["forward"]["feed_forward"]
+    routing = forward["router"] + forward["dispatch"] + forward["combine"]
+    shared = forward["feed_forward"] - dense / 2  # half of the blocks are dense
+    floor = dense / 2 / (forward["experts"] + shared + routing)
+    assert plan_of(config, batch=256).floor["feed_forward"] == pytest.approx(floor)
+
+
 def test_plan_takes_a_batch_that_the_group_divides():
     planned = plan("MoT-Nano/24E")
     assert (planned.batch, planned.micro_batch) == (144, 48)  # 128 is no multiple of 24

@@ -143,6 +143,14 @@ def test_the_text_of_a_file_is_taken_whole(tiny_runs, evaluated, tmp_path):
     assert result["lines"][0]["tokens"] == len(tokenizer(file.read_bytes().decode())["input_ids"])
 
 
+def test_a_run_is_evaluated_in_shorter_blocks_than_its_own(tiny_runs, evaluated):
+    """Segments of documents that could not meet in long blocks could in short ones."""
+    for context in (8, 16, 32):
+        result = evaluated(tiny_runs[MIXED], "--context", context)
+        assert result["context"] == context
+        assert result["lines"][0]["tokens"] == evaluated(tiny_runs[MIXED])["lines"][0]["tokens"]
+
+
 def test_argmax_routing_reads_one_token_and_ends_with_the_block():
     torch.manual_seed(0)
     layer = MixtureOfTokens(8, 6, 5, 3, temperature=0.5)
@@ -299,7 +307,9 @@ def test_groups_that_a_short_text_does_not_fill_are_not_called_full(tiny_runs, t
     assert lines[0]["tokens_per_second"] < 2.5 * 64 / lines[0]["seconds_per_group"]  # of what is there
     (tmp_path / "short.txt").write_text("hello world")
     mot("evaluate", tiny_runs[MIXED], "--data", tmp_path / "short.txt", "--json")
-    labels = [line["label"] for line in json.loads(capsys.readouterr().out)["lines"]]
+    lines = json.loads(capsys.readouterr().out)["lines"]
+    assert 0 < lines[0]["tokens_per_second"] <= 1.01 * lines[0]["tokens"] / lines[0]["seconds_per_group"]
+    labels = [line["label"] for line in lines]
     assert labels == ["groups of 1 of 4 rows", "groups of 1 of 4 rows, argmax routing", "alone", *FEW]
 
 

@@ -3,12 +3,15 @@
 import json
 from dataclasses import astuple, replace
 from pathlib import Path
+from xml.etree.ElementTree import tostring
 
 import pytest
 
 from mixture_of_tokens.model.cost import flops_per_token, memory
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
+from mixture_of_tokens.reports.prose import findings
 from mixture_of_tokens.reports.report import summary_of
+from mixture_of_tokens.reports.tables import tables
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig, RunFacts, Switch, Transition
 from mixture_of_tokens.runs.run import Load, Run, Stages, pack, read
 
@@ -215,6 +218,38 @@ def test_settings_that_upstream_keeps_elsewhere_are_told_apart_too(tmp_path):
         "MoT-Nano/32E (attn_implementation None)",
         "MoT-Nano/32E (attn_implementation eager)",
     ]
+
+
+def test_settings_that_are_as_by_default_and_paths_make_no_other_model(tmp_path):
+    usual = run(tmp_path / "a", "MoT-Nano/32E")
+    for number, same in enumerate(
+        (
+            {"training": {"adam_beta1": 0.9}},
+            {"training": {"optim_args": None}},
+            {"model": {"sliding_window": None}},
+            {"data": ["there"]},
+        ),
+        1,
+    ):
+        other = run(tmp_path / str(number), "MoT-Nano/32E", seed=number, **same)
+        assert list(by_model([usual, other])) == ["MoT-Nano/32E"]
+    faster = run(tmp_path / "b", "MoT-Nano/32E", training={"adam_beta1": 0.8})
+    assert list(by_model([usual, faster])) == ["MoT-Nano/32E (adam_beta1 0.9)", "MoT-Nano/32E (adam_beta1 0.8)"]
+
+
+def test_a_loss_at_equal_time_of_some_seeds_says_so(tmp_path):
+    names = {"Transformer-Nano": (10.0, 4.0), "TC-Nano/32E": (6.0, 6.0)}  # seconds between evaluations, by seed
+    runs = [
+        run(tmp_path / f"{name[:2]}{seed}", name, seed, losses=(3.0, 2.0), seconds=seconds[seed] / 2)
+        for name, seconds in names.items()
+        for seed in (0, 1)
+    ]
+    runs[2] = replace(runs[2], rows=[replace(row, seconds=row.seconds + 20) for row in runs[2].rows])
+    found = comparison(by_model(runs))
+    assert found.models[1].equal_time_loss.seeds == 1
+    assert "At equal time of 1 of 2 seeds, when" in " ".join(findings(found)["TC-Nano/32E"])
+    page = tostring(tables(found)[0], encoding="unicode")
+    assert page.count("1 of 2 seeds") == 2  # the loss and the difference
 
 
 def continued(source: Run, to, losses, at_the_switch: float) -> Run:

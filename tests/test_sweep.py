@@ -96,6 +96,10 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
         (["--learning-rate", "1e-3,-1"], "--learning-rate must be positive, not -1"),
         (["--model.vocab_size", "300,512"], "losses a token of different vocabularies cannot be compared"),
         (["--model.router_temperature", "1,0"], "router_temperature must be positive"),
+        (
+            ["--model.max_position_embeddings", "32,64"],
+            "settings that differ in --model.max_position_embeddings cannot",
+        ),
     ],
 )
 def test_the_whole_grid_is_checked_before_the_first_run(words, message, tmp_path, capsys):

@@ -296,6 +296,10 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         ),
         (["compare", "MoT-Nano/32E", "--training.eval_strategy", "no"], "eval_strategy no leaves no curves to compare"),
         (
+            ["compare", "MoT-Nano/32E", "--steps", 100, "--training.eval_delay", 101],
+            "--training.eval_delay is beyond the last step, which leaves no curves to compare",
+        ),
+        (
             ["compare", "Transformer-Nano", "MoT-Nano/64E"],
             "the size of their groups, which --model.group_size N sets for all: 32 and 64",
         ),

@@ -26,7 +26,8 @@ from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
-GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "batch_size", "evaluate_on")  # copied from the source
+# Fields that are copied from the source.
+GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")
 # By --schedule, fields of TrainingArguments; own has the defaults of a new run.
 SCHEDULES = {
     "own": {},

@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 
 # Two documents are duplicates if they agree in one of 16 bands of 4 hashes. With a share s of common lines they do so
-# with the probability 1 - (1 - s^4)^16, which is 0.12 for 0.3, 0.64 for 0.5 and 0.99 for 0.7.
+# with the probability 1 - (1 - s^4)^16, which is 0.12 for 0.3, 0.64 for 0.5 and 0.99 for 0.7. Of many documents from
+# one template nearly every one agrees with some other where the template has half of its lines.
 BANDS, ROWS = 16, 4
 # Random odd numbers: the hashes of a band times these, added up modulo 2^64, are one number for the band.
 FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], dtype=np.uint64)
-SHORTEST_LINE = 9  # bytes; shorter lines (`else:`) do not count, unless a document has no others
+SHORTEST_LINE = 9  # bytes; shorter lines (`else:`) do not count, unless the others are next to nothing of a document
+NEXT_TO_NOTHING = 0.03
 CHUNK = 2**26  # bytes per process, which takes half a second to start and a second or two to sketch them
 PART = 2**20  # bytes held at once
 
@@ -62,18 +64,20 @@ def sketch(file: int, offset: int, length: int, *, part: int = PART) -> np.ndarr
     The text is read in parts of `part` bytes, which the result depends on only where a line is longer.
     """
     for shortest in (SHORTEST_LINE, 1):
-        lowest, rest = HIGHEST, b""
+        lowest, rest, counted = HIGHEST, b"", 0
         for start in range(offset, offset + length, part):
             text = rest + os.pread(file, min(part, offset + length - start), start)
             last = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
             if last == 0 and len(text) > part:  # a very long line
                 last = len(text)
             rest = text[last:]
-            lines = {line for line in map(bytes.strip, text[:last].splitlines()) if len(line) >= shortest}
-            lowest = lowered(lowest, lines)
+            lines = [line for line in map(bytes.strip, text[:last].splitlines()) if len(line) >= shortest]
+            counted += sum(map(len, lines))
+            lowest = lowered(lowest, set(lines))
         if len(rest.strip()) >= shortest:
+            counted += len(rest)
             lowest = lowered(lowest, [rest.strip()])
-        if (lowest < HIGHEST).any():
+        if (lowest < HIGHEST).any() and (shortest == 1 or counted >= NEXT_TO_NOTHING * length):
             bands = lowest.astype(np.uint64).reshape(BANDS, ROWS) * FACTORS
             return np.maximum(bands.sum(axis=1, dtype=np.uint64), np.uint64(1))
     return np.zeros(BANDS, dtype=np.uint64)
@@ -110,12 +114,19 @@ def _chunks(text: Path, places: np.ndarray, chunk: int) -> Iterator[tuple[slice,
 
 
 def unlike(
-    text: Path, places: np.ndarray, digests: np.ndarray, work: Path, read: Callable[[int], Any], *, chunk: int = CHUNK
+    text: Path,
+    places: np.ndarray,
+    digests: np.ndarray,
+    work: Path,
+    read: Callable[[int], Any],
+    *,
+    keep_near: bool = False,
+    chunk: int = CHUNK,
 ) -> tuple[np.ndarray, int]:
     """The numbers of the documents to keep, in an order set by their content alone, and the number of duplicates.
 
-    A document is a duplicate if it agrees in a band with an earlier one, whether that one is kept or not. Blank
-    documents are left out too, but not counted.
+    A document is a duplicate if it agrees in a band with an earlier one, whether that one is kept or not; with
+    `keep_near` if it is the same as an earlier one. Blank documents are left out too, but not counted.
 
     Args:
         text, places: A file and the offset and length (documents, 2), int64, of each document in it.
@@ -140,7 +151,9 @@ def unlike(
     order = np.argsort(digests, kind="stable")
     order = order[band(0)[order] > 0]
     first = np.ones(len(order), dtype=bool)
-    for number in range(BANDS):
+    if keep_near:
+        first[1:] = np.diff(digests[order]) != 0
+    for number in range(0 if keep_near else BANDS):
         here = np.zeros(len(order), dtype=bool)
         here[np.unique(band(number)[order], return_index=True)[1]] = True
         first &= here

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,6 +44,7 @@ def data_report(
     vocab_size: int = 512,
     context: int = 64,
     group_size: int = 32,
+    near_duplicates: Literal["drop", "keep"] = "drop",
 ) -> DataReport:
     """Prepare a corpus and print what is in it.
 
@@ -60,6 +61,7 @@ def data_report(
         vocab_size: Size of the tokenizer that is trained.
         context: Tokens in a block.
         group_size: Blocks in a group.
+        near_duplicates: What is done with documents that share about half of their lines with others.
 
     Raises ValueError for bad sources or options.
     """
@@ -71,6 +73,7 @@ def data_report(
         context=context,
         tokenizer=tokenizer,
         group_size=group_size,
+        keep_near_duplicates=near_duplicates == "keep",
     )
     splits = {name: _facts(getattr(prepared, name), prepared.facts[name], group_size) for name in SPLITS}
     whole = {key: value for key, value in prepared.facts.items() if key not in SPLITS}

@@ -34,8 +34,9 @@ from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import is_main, say_once
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
-MUCH = 0.2  # of the text is cut away: worth a word
+MUCH = 0.2  # of the text is cut away, or of the documents left out: worth a word
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
+KEEP_NEAR = "near-duplicates are kept"  # in the key of the cache
 SMALLEST_GROUP = 32  # documents are cut for groups of this size or more, so that models with smaller ones share data
 
 
@@ -78,6 +79,7 @@ def prepare(
     context: int = 64,
     tokenizer: str | None = None,
     group_size: int = 32,
+    keep_near_duplicates: bool = False,
     together: bool = False,
 ) -> Prepared:
     """Text without near-duplicates, split by document and tokenized; read from the cache if it is there.
@@ -91,6 +93,7 @@ def prepare(
         tokenizer: A tokenizer.json, a folder with one or a Hub name.
         group_size: Documents are cut, or divided into segments, such that groups of this size, or smaller ones, can
             be made of different documents.
+        keep_near_duplicates: Drop exact duplicates only, not documents that share many lines.
         together: The sources are parts of one, of which some may be empty, or shorter than a block.
 
     Raises ValueError for bad sources or options, and if the training or validation split is shorter than a block.
@@ -113,6 +116,7 @@ def prepare(
     with progress_bar("Looking for the data in the cache", total) as bar:
         content = [corpus.fingerprint(source, bar.update) for source in sources or [None]]
     options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else hash_of(given)]
+    options += [KEEP_NEAR] * keep_near_duplicates
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
     directory = corpus.cache_directory() / f"tokens-{key}"
     manifest, _ = _whole(directory)
@@ -124,7 +128,9 @@ def prepare(
                 total = max_bytes if total is None or max_bytes is None else min(total, max_bytes)
                 if damage is not None:
                     print(f"{damage}: the prepared text is made again.", file=sys.stderr)
-                manifest = _make(directory, documents, max_bytes, total, group_size, given, vocab_size)
+                manifest = _make(
+                    directory, documents, max_bytes, total, group_size, given, vocab_size, keep_near_duplicates
+                )
     splits, facts, segments = {}, manifest["facts"], 0
     for name in SPLITS:
         paths = [directory / file for file in manifest["shards"][name]]
@@ -140,6 +146,10 @@ def prepare(
     if cut > MUCH * whole:
         what = f"{cut:,} of {whole:,} bytes are cut from the ends of long documents, so that none is in a group twice"
         _say(f"{few_of(named)}: {what}; with more documents less is cut", once=together)
+    dropped, trained = facts["duplicates_dropped"], facts["train"]["documents"]
+    if dropped > MUCH * (dropped + trained):
+        what = f"{dropped:,} documents are left out, as they share many lines with others; {trained:,} are for training"
+        _say(f"{few_of(named)}: {what}. --near-duplicates keep drops exact duplicates only", once=together)
     facts |= {"source": named, "segments": segments}
     kept = given or _tokenizer_in(directory)
     made = Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
@@ -276,6 +286,7 @@ def _make(
     group_size: int,
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int | None,
+    keep_near: bool,
 ) -> dict:
     """Make a cache entry; one that is there is damaged. Returns its manifest.
 
@@ -293,7 +304,9 @@ def _make(
         with progress_bar("Reading", total) as bar:
             places, digests = spool(documents, text, max_bytes, bar.update)
         with progress_bar("Looking for duplicates", int(places[:, 1].sum())) as bar:
-            parts = split(text, places, digests, group_size=group_size, work=beside, read=bar.update)
+            parts = split(
+                text, places, digests, group_size=group_size, work=beside, read=bar.update, keep_near=keep_near
+            )
         with _parallel_tokenizers():
             if tokenizer is None:
                 tokenizer = train_tokenizer(_training_text(text, parts.places["train"]), vocab_size)

@@ -156,7 +156,10 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
         return [name, config, _hub_commit(name)]
     # A data set's files are read differently from a folder's, and its configuration selects them.
     result = ["hf", _hub_name(source)[1]] if source is not None and source.startswith("hf:") else []
-    result += [f"{''.join(path.suffixes[-2:])} {hash_of_file(path, read)}" for path in paths]
+    folder = _hub_name(str(source))[0] if result else None  # a data set's files are of splits by their names
+    for path in paths:
+        kind = "".join(path.suffixes[-2:]) if folder is None else os.path.relpath(path, folder)
+        result.append(f"{kind} {hash_of_file(path, read)}")
     return result
 
 

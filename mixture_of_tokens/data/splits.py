@@ -79,6 +79,7 @@ def split(
     group_size: int,
     work: Path,
     read: Callable[[int], Any],
+    keep_near: bool = False,
     held_out: int = HELD_OUT,
 ) -> Splits:
     """Leave out duplicates, assign documents to splits in an order set by their content, cut those that are too long.
@@ -88,23 +89,30 @@ def split(
         group_size: no document may have more than 1 / (2.5 * group_size) of its split's bytes.
         work: a folder for temporary files.
         read: called with the number of bytes sketched.
+        keep_near: keep near-duplicates.
         held_out: about the most bytes for tuning, and for validation.
 
     Raises ValueError if there is no text.
     """
-    kept, duplicates = unlike(file, places, digests, work, read) if places.any() else ([], 0)
+    kept, duplicates = unlike(file, places, digests, work, read, keep_near=keep_near) if places.any() else ([], 0)
     if not len(kept):
         raise ValueError("there is no text in the corpus")
     documents = places[kept]
-    shares = [min(share, held_out / int(documents[:, 1].sum())) for share in (VALIDATION, TUNING)]
+    total = int(documents[:, 1].sum())
+    shares = [min(share, held_out / total) for share in (VALIDATION, TUNING)]
+    huge = documents[:, 1] > max(shares) * total  # longer than a split that is held out
+    # Few documents, or such large ones that a single one exceeds what is held out.
+    divide_all = len(documents) < FEW or round(min(shares) * int((~huge).sum())) < 1
     with opened(file) as text:
-        # Few documents, or such large ones that a single one exceeds what is held out.
-        if len(documents) < FEW or round(min(shares) * len(documents)) < 1:
-            divided = np.array([_divided(text, offset, length, *shares) for offset, length in documents.tolist()])
-            parts = uncut = list(divided.swapaxes(0, 1))  # each (documents, 2)
+        divided = [_divided(text, *place, *shares) for place in documents[huge | divide_all].tolist()]
+        in_parts = list(np.array(divided, dtype=np.int64).reshape(-1, len(SPLITS), 2).swapaxes(0, 1))
+        if divide_all:
+            parts = uncut = in_parts
         else:
-            counts = [_count(len(documents), share, group_size) for share in shares]
-            uncut = np.split(documents, np.cumsum(counts))[::-1]
+            rest = documents[~huge]
+            counts = [_count(len(rest), share, group_size) for share in shares]
+            dealt = np.split(rest, np.cumsum(counts))[::-1]
+            uncut = [np.concatenate(both) for both in zip(dealt, in_parts, strict=True)]
             # Training divides documents into segments rather than lose half of its text; evaluation loses text.
             parts = [
                 _cut(text, p, group_size, 0.5 if s == "train" else 0.125) for s, p in zip(SPLITS, uncut, strict=True)
@@ -113,7 +121,7 @@ def split(
     for name, part, before in zip(SPLITS, parts, uncut, strict=True):
         some = part[:, 1] > 0
         result[name], cut[name] = part[some], (part != before).any(axis=1)[some]
-    return Splits(result, cut, duplicates, int(documents[:, 1].sum()))
+    return Splits(result, cut, duplicates, total)
 
 
 def _enough(documents: int, group_size: int) -> bool:

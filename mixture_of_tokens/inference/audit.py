@@ -64,7 +64,7 @@ class Leaks:
     @property
     def none_from_the_future(self) -> bool:
         """False also where the replaced part itself did not move: then nothing was tested."""
-        return self.moved > self.allowed and max(self.future.values()) <= self.allowed
+        return self.moved > self.allowed and all(change <= self.allowed for change in self.future.values())
 
 
 @dataclass(frozen=True)
@@ -268,15 +268,20 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
     quarters = _by_quarters(divergence)
     return Leaks(
         logits_std=max(std),
-        noise=max(noise),
-        future={what: max(changes, default=0.0) for what, changes in future.items()},
+        noise=_largest(noise),
+        future={what: _largest(changes) for what, changes in future.items()},
         moved=min(moved),
-        mates=max(by_other_rows),
+        mates=_largest(by_other_rows),
         kl_mean=[float(quarter.mean()) for quarter in quarters],
         kl_largest=[float(quarter.max()) for quarter in quarters],
         top1_flips=[float(quarter.mean()) for quarter in _by_quarters(flips)],
         layers=[max(layer) for layer in zip(*layers, strict=True)],
     )
+
+
+def _largest(changes: list[float]) -> float:
+    """NaN where one is: what cannot be compared is no small change."""
+    return float(torch.tensor(changes, dtype=torch.float64).max()) if changes else 0.0
 
 
 def _by_quarters(of_positions: list[Tensor]) -> list[Tensor]:

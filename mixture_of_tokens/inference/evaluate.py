@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mixture_of_tokens.checks import checked, listed
-from mixture_of_tokens.data.groups import Blocks, grouped_order
-from mixture_of_tokens.data.prepare import whole_text
+from mixture_of_tokens.data.groups import Blocks, grouped_order, segmented
+from mixture_of_tokens.data.prepare import SMALLEST_GROUP, whole_text
 from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.layers import MixtureOfTokens
@@ -153,7 +153,9 @@ def evaluate(
         with to_few_experts(model, experts):  # or why not
             pass
     if sources is None:
-        blocks = dataclasses.replace(text_of(run).validation, context=context)
+        blocks = text_of(run).validation
+        ends, _ = segmented(blocks.ends, context, max(SMALLEST_GROUP, group_size or BATCH_SIZE))
+        blocks = dataclasses.replace(blocks, context=context, ends=ends)
     else:
         blocks = whole_text(
             sources, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
@@ -260,7 +262,7 @@ def argmax_routing(model) -> Iterator[None]:
 def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> _Measured:
     """Summed cross-entropy of blocks by number (groups, n), one group at a time, and the seconds of each group."""
     nats, tokens, seconds, speeds = 0.0, 0, [], []
-    for rows in groups:
+    for rows in groups[(groups >= 0).any(axis=1)]:  # of short text there are empty groups
         padded = bool((rows < 0).any() or rows.max() >= len(blocks))
         inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=padded).items()}
         start = time.perf_counter()

@@ -178,12 +178,15 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, siz
     return kept
 
 
-def legal_micro_batches(config: MixtureOfTokensConfig, batch: int) -> list[int]:
+def legal_micro_batches(config: MixtureOfTokensConfig, batch: int, *, in_groups: bool = False) -> list[int]:
     """Legal numbers of sequences per device at once: multiples of the group size that divide the step's batch.
+
+    Args:
+        in_groups: also where the model mixes no rows, as in `mot train`, which gives all systems the same groups.
 
     Raises ValueError if the batch does not divide into groups.
     """
-    group = config.group_size if config.mixes_examples else 1
+    group = config.group_size if config.mixes_examples or in_groups else 1
     if batch < 1 or batch % group:
         nearest = max(1, round(batch / group)) * group
         raise ValueError(f"a batch of {batch} sequences does not divide into groups of {group}; {nearest} would")

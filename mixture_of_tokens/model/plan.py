@@ -99,7 +99,7 @@ def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None =
 
     Raises ValueError for a batch or micro_batch that is not legal, or an unknown dtype.
     """
-    legal = legal_micro_batches(config, batch)
+    legal = legal_micro_batches(config, batch, in_groups=True)
     if micro_batch is None:
         micro_batch = next((size for size in legal if size >= 32), legal[-1])
     if micro_batch not in legal:
@@ -108,8 +108,9 @@ def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None =
     dense.mlp_layer_types = [DENSE.kind] * config.num_hidden_layers
     forward, backward = map(_with_total, flops_per_token(config, batch=micro_batch))
     of_dense = _with_total(flops_per_token(dense, batch=micro_batch).forward)
-    matched = of_dense["feed_forward"] - forward["feed_forward"]
-    sparse = sum(forward[part] for part in ("experts", "router", "dispatch", "combine"))
+    matched = of_dense["feed_forward"] * len(config.sparse_routings) / config.num_hidden_layers
+    shared = forward["feed_forward"] - (of_dense["feed_forward"] - matched)
+    sparse = shared + sum(forward[part] for part in ("experts", "router", "dispatch", "combine"))
     share = {part: flops / of_dense["total"] for part, flops in forward.items()}
     return Plan(
         name=name,

@@ -80,9 +80,9 @@ def spread_of(
     Raises ValueError where the batch does not divide, and for a model that cannot lie so.
     """
     placement.check(config)
-    legal = [size for size in legal_micro_batches(config, batch) if batch % (size * devices) == 0]
+    legal = [size for size in legal_micro_batches(config, batch, in_groups=True) if batch % (size * devices) == 0]
     if not legal:
-        group = config.group_size if config.mixes_examples else 1
+        group = config.group_size
         raise ValueError(
             f"a batch of {batch} sequences does not divide over {devices} devices into groups of {group}: at most "
             f"{batch // group} devices, or --batch-size {group * devices}"

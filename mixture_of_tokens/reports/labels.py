@@ -6,6 +6,7 @@ from typing import Any
 
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import converted_from
+from mixture_of_tokens.runs.records import OF_TRAINING
 from mixture_of_tokens.runs.run import Run
 
 FOLLOWS = ("model.mlp_layer_types", "first_step")  # of a switched run, from its name and from its source
@@ -43,4 +44,5 @@ def _title(run: Run) -> str:
 def _setting(run: Run, key: str) -> Any:
     """A model's setting is read from its configuration, as `settings` omits defaults; upstream keeps not all there."""
     kind, _, field = key.rpartition(".")
-    return run.settings.get(key, getattr(run.model_config, field, None) if kind == "model" else None)
+    default = getattr(run.model_config, field, None) if kind == "model" else OF_TRAINING.get(key)
+    return run.settings.get(key, default)

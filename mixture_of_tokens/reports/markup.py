@@ -10,6 +10,7 @@ from mixture_of_tokens.formatting import Summary, span
 from mixture_of_tokens.reports.figures import swatch
 
 NOTHING = "\N{EN DASH}"
+ILLEGAL = r"[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]"  # in HTML
 START = "<!doctype html>\n"  # of a page
 Child = Union[Element, str, Sequence["Child"], None]  # noqa: UP007, a name in quotes has no |
 Column = tuple[str, Callable[[Any], Child]]  # head, and cell of a row
@@ -26,7 +27,8 @@ def _append(element: Element, child: Child) -> None:
     if isinstance(child, Element):
         element.append(child)
     elif isinstance(child, str):
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", child)  # illegal in HTML
+        text = child.replace("\r\n", "\n").replace("\r", "\n")
+        text = re.sub(ILLEGAL, "\N{REPLACEMENT CHARACTER}", text)
         if len(element):
             element[-1].tail = (element[-1].tail or "") + text
         else:

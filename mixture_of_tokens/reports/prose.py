@@ -66,7 +66,9 @@ def findings(comparison: Comparison) -> dict[str, list[str]]:
         ]
         apart, when = model.equal_time_loss_difference, duration(comparison.equal_time_seconds.mean)
         if apart is not None:
-            sentences[model.label].append(f"At equal time, when the fastest run ended ({when}), {_beside(apart)}.")
+            some = f" of {apart.seeds} of {seeds_of(comparison)}" if apart.seeds < len(comparison.seeds) else ""
+            at = f"At equal time{some}, when the fastest run ended ({when})"
+            sentences[model.label].append(f"{at}, {_beside(apart)}.")
         if (regrouped := model.regrouping_spread) is not None:
             sentences[model.label].append(f"Three ways to group the text differ by {regrouped.greatest:.4f} at most.")
     end = with_span(baseline.final_loss, loss)

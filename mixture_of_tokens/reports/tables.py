@@ -21,15 +21,25 @@ def tables(comparison: Comparison) -> Child:
             if model.label == baseline:
                 return ["1"]
             found = model.reached[baseline].share(whole)
-            if found is None:
-                return "never"
-            few = html("span", f"{found.seeds} of {count} seeds", class_="range")
-            return [cell_of(found, ratio), few if found.seeds < count else None]
+            return "never" if found is None else [cell_of(found, ratio), few(found)]
 
         return cell
 
+    def few(found: Summary | None) -> Child:
+        if found is None or found.seeds == count:
+            return None
+        return html("span", f"{found.seeds} of {count} seeds", class_="range")
+
     def against(key: str) -> Callable[[ComparedModel], Child]:
-        return lambda model: [NOTHING] if model.label == baseline else cell_of(getattr(model, key), difference)
+        def cell(model: ComparedModel) -> Child:
+            found = getattr(model, key)
+            return [NOTHING] if model.label == baseline else [cell_of(found, difference), few(found)]
+
+        return cell
+
+    def at_equal_time(model: ComparedModel) -> Child:
+        found = model.equal_time_loss
+        return [cell_of(found, loss, "not yet evaluated"), few(found)]
 
     steps = () if comparison.at_equal_steps else (("Steps", lambda model: f"{model.steps:,}"),)
     result = table(
@@ -49,13 +59,7 @@ def tables(comparison: Comparison) -> Child:
                 ),
             ),
             (f"To {baseline}'s last loss", [(f"Of the {w}", share(w.lower())) for w in ("steps", "time", "FLOPs")]),
-            (
-                "At equal time",
-                (
-                    ("Loss", lambda model: cell_of(model.equal_time_loss, loss, "not yet evaluated")),
-                    ("Difference", against("equal_time_loss_difference")),
-                ),
-            ),
+            ("At equal time", (("Loss", at_equal_time), ("Difference", against("equal_time_loss_difference")))),
         ),
         _rows(comparison),
     )

@@ -15,6 +15,7 @@ from reprlib import repr  # of a part of what is long or nested
 from typing import Any, Self
 
 import yaml
+from transformers import TrainingArguments
 
 from mixture_of_tokens import yaml12
 from mixture_of_tokens.data.parts import Parts
@@ -31,6 +32,8 @@ COMMON_GROUP = 32
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
 # Fields of a model's configuration that earlier runs do not have, which are as if they had the default.
 ADDED = {"balance_rate": 1e-3, "threshold_decay": 0.9, "threshold_scores": "softmax", "shared_experts": 0}
+# What transformers takes for fields of `identity` that are not there.
+OF_TRAINING = {f"training.{field.name}": field.default for field in fields(TrainingArguments)}
 MAY_MOVE = ("data", "tokenizer", "transition.source")  # paths, of which a resumed run may name others
 DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
 
@@ -72,6 +75,7 @@ class RunConfig:
     micro_batch: int | None = None
     first_step: int = 0
     part_bytes: int | None = None
+    near_duplicates: str = "drop"
     transition: Transition | None = None
 
     @classmethod
@@ -84,6 +88,8 @@ class RunConfig:
         for key in ("micro_batch", "first_step", "part_bytes", "transition"):
             if not written[key]:
                 del written[key]
+        if self.near_duplicates == "drop":  # as in all earlier runs
+            del written["near_duplicates"]
         for key in ("anneal", "distil_steps"):
             if self.transition is not None and written["transition"][key] is None:
                 del written["transition"][key]
@@ -153,6 +159,7 @@ class RunConfig:
         vocab_size = self.model_config.vocab_size if self.tokenizer is None else self.model.get("vocab_size")
         context, group_size = self.model_config.max_position_embeddings, self.group_size
         how = {"field": self.field, "tokenizer": self.tokenizer, "vocab_size": vocab_size}
+        how |= {"keep_near_duplicates": self.near_duplicates == "keep"}
         return how | {"context": context, "group_size": group_size}
 
 

@@ -239,8 +239,14 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What identifies the run's model: its `identity` without the seed and the source, which differs by seed."""
-        return {k: v for k, v in self.config.identity().items() if k not in ("seed", "transition.source")}
+        """What identifies the run's model: its `identity` without the seed, paths, and what is as transformers has it.
+
+        Sources of a switch differ by seed, and texts are compared by their hashes.
+        """
+        known, left_out, usual = self.config.identity(), ("seed", *records.MAY_MOVE), config_from_name(self.name)
+        empty = {f"model.{field}": None for field in self.config.model if getattr(usual, field, None) is None}
+        defaults = records.OF_TRAINING | empty
+        return {k: v for k, v in known.items() if k not in left_out and (k, v) not in defaults.items()}
 
     @property
     def stages(self) -> Stages:

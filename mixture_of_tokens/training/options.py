@@ -61,6 +61,8 @@ class Options:
             first is ready. For text that is too much to prepare at once; duplicates are then found within a part. Not
             with --max-bytes. Another process prepares ahead, so a script needs `if __name__ == "__main__":`.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
+        near_duplicates: What is done with documents that share about half of their lines with others: drop, as in a
+            group one would show the other's future, or keep, for documents that are made from one template.
         anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
             by default the temperature is not annealed.
         evaluate_on: The split for losses: by default validation, in mot sweep tuning, so that settings are not chosen
@@ -83,6 +85,7 @@ class Options:
     max_bytes: int | None = None
     part_bytes: int | None = None
     tokenizer: str | None = None
+    near_duplicates: Literal["drop", "keep"] = "drop"
     anneal_temperature_to: float | None = None
     evaluate_on: Literal["validation", "tuning"] | None = None
     device: Device | None = None

@@ -126,6 +126,7 @@ def merge(
         max_bytes=options.max_bytes,
         part_bytes=options.part_bytes,
         tokenizer=options.tokenizer,
+        near_duplicates=options.near_duplicates,
         evaluate_on=options.evaluate_on or "validation",
         training=training,
         model={field: value for field, value in written.items() if value is not None or field in nothing},

@@ -81,7 +81,8 @@ class Cell:
         losses = [run.loss for run in runs if run.loss is not None]
         if len(losses) < len(runs):
             return cls(settings, runs, None, None)
-        return cls(settings, runs, statistics.mean(losses), max(losses) - min(losses))
+        apart = max(losses) - min(losses) if len(losses) > 1 else None
+        return cls(settings, runs, statistics.mean(losses), apart)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,11 @@ def sweep(
             merged, directory = merge(name, seed, rate, chosen), out / _directory(settings, seed)
             check_resumed(directory, merged.config)
             planned.append(_Planned(settings, seed, merged, directory))
+    first = planned[0].merged.config.conditions()
+    for each in planned:
+        for what, value in each.merged.config.conditions().items():
+            if value != first[what]:
+                raise ValueError(f"settings that differ in {what} cannot be compared: {first[what]} and {value}")
     if dry_run:
         return Plans([PlannedRun.of(directory, merged) for _, _, merged, directory in planned])
     with owned(out) if is_main() else nullcontext():
