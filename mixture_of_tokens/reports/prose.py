@@ -89,17 +89,17 @@ def _when(model: ComparedModel, baseline: ComparedModel) -> str:
 
 
 def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:
-    """When a model reaches another's final loss: the rest of a sentence after the model's name."""
+    """When a model reaches another's last loss: the rest of a sentence after the model's name."""
     found, seeds = model.reached[target], seeds_of(comparison)
     steps, time = found.of_steps, found.of_time
     if steps is None or time is None:
-        return f"never reaches {target}'s final loss ({seeds})"
+        return f"never reaches {target}'s last loss ({seeds})"
     joint = "but" if (steps.mean <= 1) != (time.mean <= 1) else "and"
     took = f"{_share(steps, 'steps', seeds)} {joint} {_share(time, 'time')}"
     if steps.seeds < len(comparison.seeds):
         took = f"{_share(steps, 'steps')} {joint} {_share(time, 'time')}"
-        return f"reaches {target}'s final loss on only {steps.seeds} of {seeds}, in {took}"
-    return f"reaches {target}'s final loss in {took}"
+        return f"reaches {target}'s last loss on only {steps.seeds} of {seeds}, in {took}"
+    return f"reaches {target}'s last loss in {took}"
 
 
 def _share(share: Summary, of: str, seeds: str = "") -> str:
