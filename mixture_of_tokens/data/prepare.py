@@ -147,7 +147,7 @@ def prepare(
         what = f"{cut:,} of {whole:,} bytes are cut from the ends of long documents, so that none is in a group twice"
         _say(f"{few_of(named)}: {what}; with more documents less is cut", once=together)
     dropped, trained = facts["duplicates_dropped"], facts["train"]["documents"]
-    if dropped > MUCH * (dropped + trained):
+    if dropped > MUCH * (dropped + trained) and not keep_near_duplicates:
         what = f"{dropped:,} documents are left out, as they share many lines with others; {trained:,} are for training"
         _say(f"{few_of(named)}: {what}. --near-duplicates keep drops exact duplicates only", once=together)
     facts |= {"source": named, "segments": segments}
