@@ -367,7 +367,7 @@ def test_splits_share_no_document_and_leave_none_out(work):
 
 
 def test_a_document_that_is_longer_than_a_held_out_split_is_in_all_of_them(work):
-    huge = sentences(99, 3000)
+    huge = sentences(99, 9000)
     found, result = dealt(work, [*texts(59), huge])
     assert {name: len(part) for name, part in found.items()} == {"train": 51, "tuning": 4, "validation": 7}
     parts = {name: [text for text in part if text in huge] for name, part in found.items()}

@@ -1,6 +1,7 @@
 """Blocks and groups: nothing lost, nothing doubled, no document beside itself."""
 
 import pickle
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -8,7 +9,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mixture_of_tokens.data.groups import Blocks, GroupedBatches, collisions, deal, grouped_order, segmented
+from mixture_of_tokens.data.groups import (
+    Blocks,
+    GroupedBatches,
+    collisions,
+    deal,
+    grouped_order,
+    in_blocks_of,
+    segmented,
+)
 from mixture_of_tokens.data.tokens import TokenFiles
 
 
@@ -147,6 +156,19 @@ def test_only_documents_that_could_meet_themselves_are_divided():
     ends, segments = segmented(np.cumsum(lengths), context=8, group_size=5)
     assert np.diff(ends, prepend=0).tolist() == [32, 11, 11, 11, *[16] * 10, 31, *[13] * 5]
     assert segments == 18
+
+
+@pytest.mark.parametrize("context", [1024, 512, 256, 2048])
+def test_a_text_in_shorter_blocks_has_no_mates_from_one_document_either(context):
+    """Segments that could not meet in long blocks could in short ones."""
+    long = in_segments([1865] * 40, context=2048, group_size=32)
+    shorter = in_blocks_of(long, context, 32)
+    assert len(collisions(shorter, grouped_order(shorter, 32, everything=True))[0]) == 0
+    if context < 2048:
+        with pytest.raises(ValueError, match="could be in a group twice"):  # the control
+            grouped_order(replace(long, context=context), 32, everything=True)
+    else:
+        assert shorter.ends.tolist() == long.ends.tolist()
 
 
 def test_the_order_of_many_blocks_takes_little_memory_and_is_the_same_every_time():

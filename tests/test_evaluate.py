@@ -143,14 +143,6 @@ def test_the_text_of_a_file_is_taken_whole(tiny_runs, evaluated, tmp_path):
     assert result["lines"][0]["tokens"] == len(tokenizer(file.read_bytes().decode())["input_ids"])
 
 
-def test_a_run_is_evaluated_in_shorter_blocks_than_its_own(tiny_runs, evaluated):
-    """Segments of documents that could not meet in long blocks could in short ones."""
-    for context in (8, 16, 32):
-        result = evaluated(tiny_runs[MIXED], "--context", context)
-        assert result["context"] == context
-        assert result["lines"][0]["tokens"] == evaluated(tiny_runs[MIXED])["lines"][0]["tokens"]
-
-
 def test_argmax_routing_reads_one_token_and_ends_with_the_block():
     torch.manual_seed(0)
     layer = MixtureOfTokens(8, 6, 5, 3, temperature=0.5)

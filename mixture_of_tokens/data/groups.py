@@ -8,7 +8,7 @@ is divided into segments, which count as documents: see `segmented`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,12 @@ def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarr
     document = np.repeat(np.arange(len(ends)), parts)
     part = np.arange(1, len(document) + 1) - (np.cumsum(parts) - parts)[document]
     return (ends - lengths)[document] + part * lengths[document] // parts[document], int(parts[parts > 1].sum())
+
+
+def in_blocks_of(blocks: Blocks, context: int, group_size: int) -> Blocks:
+    """The same text in blocks of another length, its documents divided once more where those could meet."""
+    ends, _ = segmented(blocks.ends, context, group_size)
+    return replace(blocks, context=context, ends=ends)
 
 
 def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, everything: bool = False) -> np.ndarray:

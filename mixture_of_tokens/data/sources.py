@@ -157,10 +157,8 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
     # A data set's files are read differently from a folder's, and its configuration selects them.
     result = ["hf", _hub_name(source)[1]] if source is not None and source.startswith("hf:") else []
     folder = _hub_name(str(source))[0] if result else None  # a data set's files are of splits by their names
-    for path in paths:
-        kind = "".join(path.suffixes[-2:]) if folder is None else os.path.relpath(path, folder)
-        result.append(f"{kind} {hash_of_file(path, read)}")
-    return result
+    kinds = ["".join(path.suffixes[-2:]) if folder is None else os.path.relpath(path, folder) for path in paths]
+    return result + [f"{kind} {hash_of_file(path, read)}" for kind, path in zip(kinds, paths, strict=True)]
 
 
 def hash_of_file(path: Path, read: Callable[[int], Any]) -> str:

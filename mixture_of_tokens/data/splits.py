@@ -23,7 +23,8 @@ from mixture_of_tokens.data.sources import Document
 SPLITS = ("train", "tuning", "validation")
 VALIDATION, TUNING = 0.1, 0.05  # of the documents; with few documents, of each document
 HELD_OUT = 10**7  # about the most bytes: a split is evaluated in full, and a tenth of a large corpus would take minutes
-FEW = 20  # if there are fewer documents, each is divided among the splits; so are huge ones
+FEW = 20  # if there are fewer documents, each is divided among the splits; so are huge ones,
+HUGE = 2.5  # times as long as the validation split is to be
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def split(
     documents = places[kept]
     total = int(documents[:, 1].sum())
     shares = [min(share, held_out / total) for share in (VALIDATION, TUNING)]
-    huge = documents[:, 1] > max(shares) * total  # longer than a split that is held out
+    huge = documents[:, 1] > HUGE * max(shares) * total
     # Few documents, or such large ones that a single one exceeds what is held out.
     divide_all = len(documents) < FEW or round(min(shares) * int((~huge).sum())) < 1
     with opened(file) as text:

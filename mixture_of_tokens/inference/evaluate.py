@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mixture_of_tokens.checks import checked, listed
-from mixture_of_tokens.data.groups import Blocks, grouped_order, segmented
+from mixture_of_tokens.data.groups import Blocks, grouped_order, in_blocks_of
 from mixture_of_tokens.data.prepare import SMALLEST_GROUP, whole_text
 from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import Result, aligned
@@ -153,9 +153,7 @@ def evaluate(
         with to_few_experts(model, experts):  # or why not
             pass
     if sources is None:
-        blocks = text_of(run).validation
-        ends, _ = segmented(blocks.ends, context, max(SMALLEST_GROUP, group_size or BATCH_SIZE))
-        blocks = dataclasses.replace(blocks, context=context, ends=ends)
+        blocks = in_blocks_of(text_of(run).validation, context, max(SMALLEST_GROUP, group_size or BATCH_SIZE))
     else:
         blocks = whole_text(
             sources, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
