@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from mixture_of_tokens.data import duplicates
 from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.data.sources import documents, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
+from mixture_of_tokens.runs.run import check_resumed
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from texts import sentences, texts
@@ -318,6 +320,13 @@ def test_preparing_says_when_many_documents_are_left_out(tmp_path, fresh_cache, 
     kept = merge("MoT-Nano/4E", 0, None, asked).config
     assert kept.prepare().facts["duplicates_dropped"] == 0
     assert "near_duplicates: keep" in str(kept)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(str(kept))
+    dropping = merge("MoT-Nano/4E", 0, None, replace(asked, near_duplicates="drop")).config
+    with pytest.raises(
+        ValueError, match="was started with --near-duplicates keep, now it is drop; give the same flags"
+    ):
+        check_resumed(tmp_path / "run", dropping)
     assert "near_duplicates" not in str(merge("MoT-Nano/4E", 0, None, Options()).config)  # as in earlier runs
 
 

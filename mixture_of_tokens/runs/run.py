@@ -81,8 +81,9 @@ def check_resumed(out: Path, config: RunConfig) -> None:
         if key not in may_move and before.get(key) != now.get(key):
             flag = key if key.startswith(("model.", "training.")) else key.removeprefix("transition.").replace("_", "-")
             flag, same = (f"--{flag}", "flags") if key != "transition.source" else ("the run", "run")
+            was, wanted = getattr(started, key, before.get(key)), getattr(config, key, now.get(key))
             raise ValueError(
-                f"{out} was started with {flag} {before.get(key)}, now it is {now.get(key)}; "
+                f"{out} was started with {flag} {was}, now it is {wanted}; "
                 f"give the same {same}, or name another directory with --out"
             )
     sizes = {started.micro_batch or config.micro_batch, config.micro_batch}  # not known of a run of format 0
