@@ -42,7 +42,7 @@ from mixture_of_tokens.training.options import Options
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
 COMPARISONS = ("nano", "prose", "long")
-NANO = Options(steps=1200, device="cpu")  # of the runs of nano, which several folders go on with
+NANO = Options(steps=1200, device="cpu")  # of the runs of nano, which several folders go on with, and of prose
 MEASURED = 60  # rows of telemetry that are kept of a run, beside its evaluations
 
 Row = Mapping[str, Any]  # of a csv

@@ -277,6 +277,7 @@ def test_a_run_is_compared_with_its_source_at_unequal_steps_which_are_told(tmp_p
     said = summary_of(result)
     assert "After 15 steps, 5 more than MoT-Nano/32E," in said
     assert "At equal steps" not in said
+    assert "Seconds of a switched model are with its source's" in said
     assert said.split()[:4] == ["model", "steps", "loss", "spread"]
     backwards = comparison(by_model([*after, *sources]))
     assert "After 10 steps, 5 fewer than MoT-Nano/32E, switched," in summary_of(backwards)

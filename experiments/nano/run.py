@@ -17,16 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mixture_of_tokens.training.options import Options
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, compared, comparison_of, reached_table, script
+from common import NANO, Experiment, compared, comparison_of, reached_table, script
 from pictures import curve_of, save_picture
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/8", "TC-Nano/32E")
 SEEDS = [1, 2, 3]
-OPTIONS = Options(steps=1200, device="cpu")
 
 
 def draw(experiment: Experiment) -> None:
@@ -40,7 +37,7 @@ def draw(experiment: Experiment) -> None:
 
 
 def make(experiment: Experiment) -> None:
-    compared(experiment, NAMES, SEEDS, OPTIONS)
+    compared(experiment, NAMES, SEEDS, NANO)
     draw(experiment)
 
 

@@ -13,15 +13,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mixture_of_tokens.training.options import Options
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, compared, reached_table
+from common import NANO, Experiment, compared, reached_table
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/8", "TC-Nano/32E")
 SEEDS = [1]
-OPTIONS = Options(steps=1200, device="cpu")
 TEXT = "**/*.rst.gz"
 
 
@@ -34,7 +31,7 @@ def main() -> None:
         if given.folder is None or not given.folder.is_dir():
             parser.error("name the folder of the text")
         folder = given.folder.resolve()
-        options = replace(OPTIONS, data=[str(folder / TEXT)])
+        options = replace(NANO, data=[str(folder / TEXT)])
         compared(Experiment.named("prose"), NAMES, SEEDS, options, without=[f"{folder.parent}/"])
     print(reached_table())
 

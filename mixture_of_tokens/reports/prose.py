@@ -187,7 +187,8 @@ def method(comparison: Comparison) -> str:
     return (
         f"Final losses are over the whole {evaluated} split. Curves, and what is read off them, are over one fixed "
         f"part of it, in fixed groups of {group}. A model reaches another's last loss where its own curve first falls "
-        "to it, on a straight line between two evaluations. The curves are convex, so this is late rather than early. "
+        "to it, on a straight line between two evaluations, or at its first evaluation if that is as low. The curves "
+        "are convex, so this is late rather than early. "
         "Shares are of the step, time or FLOPs of the other model's last evaluation, seed by seed. The loss at equal "
         "time is read off the same lines, when the fastest run of a seed ended. Slower models are then in the middle "
         "of their schedule, with a higher learning rate than at its end; a schedule for that time would suit them "

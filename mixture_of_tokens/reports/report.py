@@ -181,5 +181,7 @@ def summary_of(result: Comparison) -> str:
     paragraphs = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
     apart = differing(result.environments)
     paragraphs += [] if apart is None else [apart]
+    if any(model.switched for model in result.models):
+        paragraphs.append("Seconds of a switched model are with its source's; its tokens/s are those after the switch.")
     properties = aligned([["model", *PROPERTIES], *kinds])
     return "\n".join([aligned([columns, *table]), "", properties, "", *paragraphs]) + "\n"
