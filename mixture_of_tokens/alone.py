@@ -41,7 +41,8 @@ def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | No
         raise ValueError("num_experts_alone is for texts that are served alone")
     if few < layer.num_experts and (layer.gate is None or layer.group_size == 1):
         raise ValueError("served alone, a token goes to all experts where these weigh it alike")
-    layer.alone, layer.num_experts_alone, layer.companion_output = alone, int(few) if alone else layer.num_experts, None
+    layer.alone, layer.num_experts_alone = alone, int(few) if alone else layer.num_experts
+    layer.companion_output = layer.companion.new_empty(0)
     if layer.num_experts_alone < layer.num_experts:
         mix_ED = _beside_companions(layer, torch.zeros_like(layer.companion_logit), layer.companion, layer.companion)
         y_E1D = layer.experts(mix_ED[:, None].to(layer.experts.down_proj.dtype))
@@ -50,12 +51,12 @@ def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | No
 
 def renew_alone(layer: "MixtureOfTokens", _: object) -> None:
     """After other weights are loaded, what companions get is another constant."""
-    if layer.companion_output is not None:
+    if layer.num_experts_alone < layer.num_experts:
         set_alone(layer, True, layer.num_experts_alone)
 
 
 def served_alone(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
-    if layer.companion_output is not None:
+    if layer.num_experts_alone < layer.num_experts:
         return _to_few_experts(layer, x_BTD, token_mask)
     at_once = layer.alone_at_once or AT_ONCE.get(x_BTD.device.type, AT_ONCE["cpu"])
     if len(x_BTD) == 1 and x_BTD.shape[1] <= at_once:

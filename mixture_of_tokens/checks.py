@@ -12,6 +12,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
+LARGEST = 2**31 - 1  # of whole numbers: steps times rows are counted in 64 bits
+
 P = ParamSpec("P")
 R = TypeVar("R")
 # What is taken for a kind, and how it is called. A kind that is not here is its owner's to check.
@@ -24,10 +26,10 @@ KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
 }
 
 
-def divisors(number: int) -> str:
-    """For a message; all of a number below 2**32."""
+def divisors(number: int) -> list[int]:
+    """In ascending order; all of a number below 2**32."""
     lower = [k for k in range(1, min(math.isqrt(number), 2**16) + 1) if number % k == 0]
-    return ", ".join(map(str, sorted({*lower, *(number // k for k in lower)})))
+    return sorted({*lower, *(number // k for k in lower)})
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

@@ -70,12 +70,16 @@ WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, a
 WHOLE, DIGITS = re.compile(r"[+-]?[0-9]+"), 18  # whole numbers, and how long they may be to fit in 64 bits
 
 
+def _flag(name: str) -> str:
+    word, dot, field = name.partition(".")  # model.router_temperature, whose field keeps its name
+    return f"{word.replace('_', '-')}{dot}{field}"
+
+
 def _named(entries: dict[Any, Any]) -> dict[str, Any]:
     """Entries of a configuration file by flag. Raises ValueError for a flag that two of them name."""
     named: dict[str, Any] = {}
     for key, value in entries.items():
-        word, dot, field = str(key).partition(".")  # model.router_temperature, whose field keeps its name
-        flag = f"--{word.replace('_', '-')}{dot}{field}"
+        flag = _flag(f"--{key}")
         if flag in named:
             raise ValueError(f"{flag.removeprefix('--')} stands there twice")
         named[flag] = value
@@ -204,7 +208,7 @@ def _common(
         entries = entries["config"]
     if entries.get("transition") is not None:
         raise ValueError(f"--config {config} is of a converted run: repeat it with mot transition")
-    given = {_positive(word.partition("=")[0]) for word in words if word.startswith("--")}
+    given = {_positive(_flag(word.partition("=")[0])) for word in words if word.startswith("--")}
     name = next((word for word in words[1:2] if not word.startswith("-")), None)  # a positional word is the model's
     if name is not None:
         given.add("--name")
@@ -314,9 +318,10 @@ def main(words: list[str] | None = None) -> None:
             what = "another process has ended, or has not answered in time"
             print(f"mot: error: {what}; training goes on from its last checkpoint with --resume", file=sys.stderr)
             sys.exit(2)
-        if "OutOfMemoryError" not in kinds:
+        what = str(error)
+        if "OutOfMemoryError" not in kinds and "DefaultCPUAllocator" not in what:
             raise
-        first = str(error).partition(". ")[0]
+        first = what[max(0, what.find("DefaultCPUAllocator")) :].partition(". ")[0]
         print(f"mot: error: {first}; in training, --training.gradient_accumulation_steps N needs less", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:  # training that diverged

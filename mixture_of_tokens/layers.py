@@ -26,7 +26,7 @@ Beyond the paper: masked and incomplete groups, in which each expert's companion
 missing token; the option `normalize_mixture`; a softmax in fp32 or better, whatever the input's precision.
 """
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class MixtureOfTokens(Routed):
 
     companion: Tensor
     companion_logit: Tensor
-    companion_output: Any  # a tensor, where few experts run for a token alone
+    companion_output: Tensor  # (E, D), empty unless few experts run for a token alone
     alone_at_once: int | None = None  # tokens served alone at a time, by default of the device
 
     def __init__(
@@ -82,7 +82,7 @@ class MixtureOfTokens(Routed):
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
         self.register_buffer("companion", torch.zeros(num_experts, hidden_size, dtype=at_least_fp32()))
         self.register_buffer("companion_logit", torch.zeros(num_experts, dtype=at_least_fp32()))
-        self.register_buffer("companion_output", None, persistent=False)
+        self.register_buffer("companion_output", torch.empty(0, dtype=at_least_fp32()), persistent=False)
         self.register_load_state_dict_post_hook(renew_alone)
 
     def reset_state(self) -> None:
@@ -111,7 +111,7 @@ class MixtureOfTokens(Routed):
         check("intermediate_size", intermediate_size, int)
         check("granularity", granularity, int)
         if granularity < 1 or intermediate_size % granularity:
-            legal = divisors(intermediate_size)
+            legal = ", ".join(map(str, divisors(intermediate_size)))
             raise ValueError(f"granularity {granularity} does not divide {intermediate_size=}; legal are {legal}")
         return cls(
             hidden_size,

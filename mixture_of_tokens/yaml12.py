@@ -10,6 +10,10 @@ _TAG = "tag:yaml.org,2002:"
 _OTHERS = ("bool", "int", "float")  # that 1.1 writes in other ways
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version would take for something else than text."""
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_TAG) not in _OTHERS]
@@ -34,7 +38,8 @@ for _name, _pattern, _first in (
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", _NUMBER),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", _NUMBER),
 ):
-    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
+    for _either in (_Loader, _Dumper):
+        _either.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
 _Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(node.value, 0 if node.value[1:2] in ("o", "x") else 10))
 
 
@@ -48,3 +53,8 @@ def fault(error: Exception) -> str:
 def load(text: str | IO[str]) -> Any:
     """One document. Raises yaml.YAMLError for what is none."""
     return yaml.load(text, Loader=_Loader)
+
+
+def dump(value: Any) -> str:
+    """Text that readers of 1.1 and of 1.2 take for the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)

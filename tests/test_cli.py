@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
 import mixture_of_tokens
 from mixture_of_tokens import cli
@@ -84,6 +86,41 @@ def test_a_run_s_configuration_is_a_file_of_flags(tiny_runs, tmp_path, capsys):
     config = tiny_runs["MoT-Nano/4E/2"] / "config.yaml"
     mot("train", "--config", config, "--out", tmp_path / "again", "--dry-run")
     assert capsys.readouterr().out == config.read_text()
+
+
+def test_a_run_s_configuration_serves_another_group_size(tmp_path, capsys):
+    """What followed from the first one's follows from the other's."""
+    file, few = tmp_path / "config.yaml", ("--steps", 5, "--dry-run")
+    mot("train", "MoT-Nano/4E", "--batch-size", 32, *few)
+    file.write_text(capsys.readouterr().out)
+    mot("train", "MoT-Nano/64E", "--config", file, "--batch-size", 64, *few)
+    shown = capsys.readouterr().out
+    mot("train", "MoT-Nano/64E", "--batch-size", 64, *few)
+    assert shown == capsys.readouterr().out
+
+
+def test_text_of_a_configuration_is_text_when_it_is_read_again(tmp_path, monkeypatch, capsys):
+    """YAML 1.1 and 1.2 take other words for numbers, and 1.1 some for dates."""
+    monkeypatch.chdir(tmp_path)
+    names = ["1e3", "0o17", "010", "no", "2024-03-01T10:00:00Z", "2024-13-45", "1_000", "1:30"]
+    for name in names:
+        Path(name).write_text("text")
+    flags = [word for name in names for word in ("--data", name)]
+    mot("train", "MoT-Nano/4E", *flags, "--dry-run")
+    shown = capsys.readouterr().out
+    assert yaml.safe_load(shown)["data"] == names
+    Path("config.yaml").write_text(shown)
+    mot("train", "--config", "config.yaml", "--dry-run")
+    assert capsys.readouterr().out == shown
+    assert RunConfig.read(Path("config.yaml")).data == names
+
+
+def test_a_flag_goes_before_a_file_s_however_it_is_spelled(tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    file.write_text("name: MoT-Nano/4E\nbatch_size: 64\n")
+    for flag in ("--batch-size", "--batch_size"):
+        mot("train", "--config", file, flag, 32, "--dry-run", "--json")
+        assert json.loads(capsys.readouterr().out)["batch_size"] == 32
 
 
 @pytest.mark.parametrize(
@@ -229,6 +266,15 @@ def test_numbers_of_numpy_and_paths_are_as_good_as_plain_ones(tmp_path):
     (tmp_path / "config.yaml").write_text(str(planned))
     assert RunConfig.read(tmp_path / "config.yaml").identity() == planned.identity()
     assert (planned.steps, planned.seed, planned.learning_rate, planned.data) == (3, 3, 3e-3, [str(tmp_path)])
+
+
+def test_fields_of_options_take_what_python_has_for_them():
+    options = mixture_of_tokens.Options(
+        model={"dtype": torch.bfloat16}, training={"weight_decay": np.float32(0.25), "run_name": Path("again")}
+    )
+    planned = mixture_of_tokens.train("MoT-Nano/4E", dry_run=True, options=options)
+    assert planned.model["dtype"] == "bfloat16"
+    assert (planned.training["weight_decay"], planned.training["run_name"]) == (0.25, "again")
 
 
 @pytest.mark.parametrize(

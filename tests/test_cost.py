@@ -362,6 +362,12 @@ def test_the_floor_counts_shared_experts():
     assert plan_of(config, batch=256).floor["feed_forward"] == pytest.approx(floor)
 
 
+def test_plan_answers_for_any_batch():
+    assert plan("Transformer-Nano", batch_size=2**31 - 1).legal_micro_batches == [1, 2**31 - 1]
+    with pytest.raises(ValueError, match="--devices must be 1 to 2147483647, not 10000000000"):
+        plan("Transformer-Nano", devices=10**10)
+
+
 def test_plan_takes_a_batch_that_the_group_divides():
     planned = plan("MoT-Nano/24E")
     assert (planned.batch, planned.micro_batch) == (144, 48)  # 128 is no multiple of 24

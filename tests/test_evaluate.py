@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mixture_of_tokens import MixtureOfTokens, Options, evaluate, train
+from mixture_of_tokens import MixtureOfTokens, Options, evaluate, export, train
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.inference.evaluate import argmax_routing, cross_entropy, evaluate_blocks, in_parts
 from mixture_of_tokens.loss import IGNORE
@@ -86,6 +86,17 @@ def test_rows_a_group_from_full_to_alone(tiny_runs, evaluated):
 def test_alone_by_a_number_of_experts_that_is_asked_for(tiny_runs, evaluated):
     labels = [line["label"] for line in evaluated(tiny_runs[MIXED], "--experts", 3, "--sweep-tokens", 600)["lines"]]
     assert labels[-2:] == ["alone", "alone, 3 of 8 experts"]
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_experts_of_groups_of_one_are_served_and_distilled_all(small_corpus, tmp_path, monkeypatch):
+    """Each weighs a token alike, so none can be left out."""
+    sizes = {"group_size": "1", "num_experts": "16"}
+    options = Options(steps=1, batch_size=32, device="cpu", data=[str(small_corpus)], model=sizes)
+    train("MoT-Nano/4E/2", out=tmp_path / "run", options=options)
+    labels = [line.label for line in evaluate(tmp_path / "run", regroupings=1, sweep_tokens=600).lines]
+    assert labels[-1] == "alone"
+    assert export(tmp_path / "run", tmp_path / "out", distil_steps=2, top_k=2).served is not None
 
 
 @pytest.mark.parametrize("name", ["STC-Nano/4E", "EC-Nano/4E", "SoftMoE-Nano/4E", "Uniform-Nano/4E"])

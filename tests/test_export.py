@@ -136,10 +136,12 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
     kind, options, expected, saved, elsewhere, tmp_path, capsys
 ):
     directory = saved(kind, **options)
-    (tmp_path / "out.partial").mkdir()  # what a killed export may have left
-    (tmp_path / "out.partial" / "stale").write_text("stale")
+    for name in (".out.partial", "out.partial"):  # what a killed export may have left, and a folder of somebody's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stale").write_text("stale")
     mot("export", directory, tmp_path / "out")
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / ".out.partial").exists()
+    assert (tmp_path / "out.partial" / "stale").read_text() == "stale"
     assert not (tmp_path / "out" / "stale").exists()
     check_keys_and_shapes(tmp_path / "out", tmp_path / "own")
     assert "differ from the run's by at most" in capsys.readouterr().out
@@ -389,6 +391,28 @@ def test_two_exports_to_one_directory_do_not_meet(saved, tmp_path, capsys):
     mot("export", directory, out)
 
 
+def test_an_export_through_a_link_is_written_where_the_link_leads(saved, tmp_path, monkeypatch):
+    directory, link = saved("dense"), tmp_path / "link"
+    link.symlink_to("big")
+    for flags in ([], ["--force"], ["--force"]):
+        mot("export", directory, link, *flags)
+        assert link.is_symlink()
+        assert (tmp_path / "big" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path / "big")
+    mot("export", directory, ".", "--force")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {directory.name, "link", "big"}
+
+
+def test_an_export_runs_no_code_from_where_it_is_called(saved, tmp_path, monkeypatch):
+    directory = saved("dense")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "random.py").write_text("raise RuntimeError('mine')")
+    monkeypatch.chdir(tmp_path / "here")
+    mot("export", directory, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
 
 
@@ -407,6 +431,7 @@ WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
             "narrow",
             "has experts of width 6: plain transformers multiplies experts by grouped_mm, which takes multiples",
         ),
+        ("windows", "models whose attention has a sliding window cannot be exported; train without one"),
         ("another order", "in Dots1 the first blocks are dense and all others sparse"),
         ("top k of a dense model", "--top-k and --scores are for a Mixture of Tokens, and"),
         ("distillation of a dense model", "and so is --distil-steps; "),
@@ -426,6 +451,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
         directory = saved("token_choice", gated=False, hidden_act="relu")
     elif given == "narrow":
         directory = saved("token_choice", moe_intermediate_size=6)
+    elif given == "windows":
+        directory = saved("token_choice", use_sliding_window=True, sliding_window=4)
     elif given == "another order":
         directory = saved("sigmoid_choice", mlp_layer_types=["sigmoid_choice", "dense", "sigmoid_choice"])
     elif given == "foreign tokenizer":

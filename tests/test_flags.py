@@ -155,6 +155,7 @@ OF_TRAINING = [
         for value in ("foo", "1", "[]")
     ),
     *(("logging_strategy", value) for value in ("no", "epoch")),
+    ("eval_strategy", "epoch"),
     *(("lr_scheduler_type", value) for value in ("reduce_lr_on_plateau", "greedy", "foo", "1")),
     *(("lr_scheduler_kwargs", value) for value in ("{foo: 1}", "1", "foo", "{min_lr_rate: x}")),
     *(("optim", value) for value in ("adamw_bnb_8bit", "foo", "1", "lomo", "schedule_free_adamw", "galore_adamw")),

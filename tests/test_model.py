@@ -7,6 +7,7 @@ from inspect import signature
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from transformers import (
     GenerationConfig,
     MaxLengthCriteria,
     Qwen3MoeForCausalLM,
+    StaticCache,
 )
 
 import routings
@@ -346,6 +348,34 @@ def test_cached_decoding_equals_the_full_forward(causal):
         steps.append(model(x[:, t : t + 1], use_cache=True, **inputs, **cache).logits)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(steps, dim=1)[real], full[real])
+
+
+def test_a_mask_of_all_that_a_static_cache_has_room_for_is_of_the_same_tokens(causal):
+    model = tiny(causal).double()
+    x, mask = left_padded([9, 4, 7, 9, 2])
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = model(x, attention_mask=mask, position_ids=position, use_cache=True)
+    full, name = whole.logits, "cache" if "cache" in whole.keys() else "past_key_values"  # noqa: SIM118 - as above
+    cache, steps = StaticCache(config=model.config, max_cache_len=16), []
+    for start, end in ((0, 6), (6, 7), (7, 9)):
+        seen = F.pad(mask[:, :end], (0, 16 - end))
+        inputs = {"attention_mask": seen, "position_ids": position[:, start:end], name: cache}
+        steps.append(model(x[:, start:end], use_cache=True, **inputs).logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(steps, dim=1)[real], full[real])
+
+
+def test_a_model_whose_layers_cannot_tell_packed_texts_apart_says_so():
+    with pytest.raises(ValueError, match="continuous batching is not for this model's sparse layers: use generate"):
+        tiny("token_choice").generate_batch([[1, 2]])
+
+
+def test_weights_and_buffers_may_be_moved_from_elsewhere_layer_by_layer(kind):
+    """As accelerate does for a model that a device has no room for."""
+    model, x = tiny(kind), tokens(4, 9)
+    expected = model(x).logits
+    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    torch.testing.assert_close(model(x).logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from mixture_of_tokens.runs.checkpoints import fault, keep_newest, newest
 from mixture_of_tokens.runs.ownership import owned
+from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.runs.run import check_free, check_resumed
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
@@ -460,6 +462,42 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_state(tmp_path
     weights = load_file(checkpoint / "model.safetensors")
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_loss_that_only_the_last_evaluation_sees_is_no_result(tmp_path, capsys):
+    flags = [*FLAGS[:2], *FLAGS[-2:], "--steps", 3, "--batch-size", 32, "--device", "cpu", "--out", tmp_path / "run"]
+    flags += ["--training.eval_strategy", "no", "--training.save_strategy", "no", "--training.logging_steps", 9]
+    with pytest.raises(SystemExit) as stopped:
+        mot(*flags, "--learning-rate", 1e30)
+    assert stopped.value.code == 1
+    assert "the evaluation loss is nan after step 3: try a lower learning rate" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_what_a_kill_left_of_a_model_is_not_published(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "run.json").unlink()
+    shutil.rmtree(out / "model")
+    (out / "model.partial").mkdir()
+    (out / "model.partial" / ".tmpA1b2C3").write_text("half a file of safetensors")
+    process = start(mot, *FLAGS, "--out", out, "--resume", log=tmp_path / "log")
+    assert finish(process) == 0, (tmp_path / "log").read_text()
+    assert_same(out, whole)
+    assert {path.name for path in (out / "model").iterdir()} == {path.name for path in (whole / "model").iterdir()}
+
+
+def test_a_run_that_needs_less_memory_goes_on(whole, tmp_path):
+    """Recomputation decides how a run is carried out, not what it computes."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(whole / "config.yaml", out)
+    shutil.copytree(whole / "checkpoint-48", out / "checkpoint-48")
+    started = RunConfig.read(out / "config.yaml")
+    check_resumed(out, replace(started, training=started.training | {"gradient_checkpointing": True, "run_name": "b"}))
+    with pytest.raises(ValueError, match=r"was started with --training\.weight_decay 0\.1, now it is 0\.5"):
+        check_resumed(out, replace(started, training=started.training | {"weight_decay": 0.5}))
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(whole, tmp_path):

@@ -112,6 +112,22 @@ def test_a_run_ends_with_one_model_like_that_of_one_process(runs, layout):
     )
 
 
+@pytest.mark.parametrize("layout", ["copies", "experts"])
+def test_every_process_draws_its_own_random_numbers(runs, layout):
+    """Of dropout: the rows of another process are dropped elsewhere."""
+    states = [torch.load(runs / layout / "checkpoint-2" / f"rng_state_{i}.pth", weights_only=False) for i in (0, 1)]
+    assert not torch.equal(states[0]["cpu"], states[1]["cpu"])
+
+
+def test_shards_of_bf16_weights_end_as_a_model_in_bf16(small_corpus, tmp_path):
+    command = words("shards", small_corpus, tmp_path / "run", "--model.dtype", "bfloat16")
+    in_processes(train_all, ([command],), 2, tmp_path / "log")
+    for folder in ("model", "checkpoint-4"):
+        assert json.loads((tmp_path / "run" / folder / "config.json").read_text())["dtype"] == "bfloat16"
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {weights[name].dtype for name in weights if "companion" not in name} == {torch.bfloat16}
+
+
 def killed_while_saving(command: list[str]) -> None:
     """The second process is killed while all write the second checkpoint."""
     save, calls = training.save_optimizer, []

@@ -130,7 +130,7 @@ def test_the_command(capsys):
     [
         (
             ("--devices", 64),
-            "does not divide over 64 devices into groups of 32: at most 8 devices, or --batch-size 2048",
+            "does not divide over 64 devices into groups of 32: at most 8 devices, or --batch-size 2048; it divides",
         ),
         (("--devices", 8, "--shard", 3), "--shard 3 does not make up the 8 devices; --shard can be 2, 4, 8"),
         (("--devices", 8, "--micro-batch", 64), "micro-batch 64 is not legal for 256 sequences on 8 devices: 32"),

@@ -74,7 +74,7 @@ def test_fields_of_the_model_are_settings_too(flags, tmp_path, capsys):
 
 
 def test_a_value_that_is_given_twice_is_one_setting(flags, tmp_path, capsys):
-    mot("sweep", *flags, "--out", tmp_path / "grid", "--model.router_temperature", "0.25,1,0.25", "--dry-run")
+    mot("sweep", *flags, "--out", tmp_path / "grid", "--model.router_temperature", "0.25,1, 0.25", "--dry-run")
     assert len(capsys.readouterr().out.splitlines()) == 2 * 2 * 2
 
 

@@ -1,5 +1,6 @@
 """Expert Threshold and ReMoE: what brings load and number of experts to where they are to be. Soft MoE, as a model."""
 
+import copy
 import json
 import re
 import shutil
@@ -246,6 +247,20 @@ def test_calibrated_thresholds_are_the_means_over_batches_of_real_tokens():
     calibrate_thresholds(model, [{"input_ids": batches[0]["input_ids"][:1, :1]}])  # too few tokens for a share
     assert torch.equal(thresholds_of(model), once)
     calibrate_thresholds(tiny("token_choice"), batches)  # which has none
+
+
+def test_calibrated_thresholds_have_nothing_of_training_or_of_a_batch_that_failed():
+    x, model = torch.randint(37, (16, 12), generator=torch.Generator().manual_seed(0)), tiny("expert_threshold")
+    noted = copy.deepcopy(model)
+    noted.train()(torch.randint(37, (16, 12), generator=torch.Generator().manual_seed(1)))  # and no `balance`
+    noted.eval()
+    for each in (model, noted):
+        calibrate_thresholds(each, [{"input_ids": x}])
+    assert torch.equal(thresholds_of(noted), thresholds_of(model))
+    with pytest.raises(ValueError, match="batches takes"):
+        calibrate_thresholds(noted, [{"input_ids": x.flip(0)}, [1]])
+    noted.balance()
+    assert torch.equal(thresholds_of(noted), thresholds_of(model))
 
 
 def test_thresholds_are_measured_by_each_process_alone(monkeypatch):

@@ -489,6 +489,15 @@ def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == f"mot: error: CUDA out of memory; {way}\n"
 
 
+def test_too_little_memory_of_a_cpu_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_run", lambda words: torch.empty(2**62, dtype=torch.uint8))
+    with pytest.raises(SystemExit, match="2"):
+        mot("train")
+    said = capsys.readouterr().err
+    assert "can't allocate memory: you tried to allocate 4611686018427387904 bytes; in training, --training" in said
+    assert said.count("\n") == 1
+
+
 def test_a_checkout_that_is_not_installed_has_no_version():
     found = provenance.versions(("torch", "not-installed-anywhere"))
     assert (found["torch"], found["not-installed-anywhere"]) == (importlib.metadata.version("torch"), None)

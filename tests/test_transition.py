@@ -385,6 +385,13 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         (["MIXED", "--scores", "softplus"], "softplus"),
         (["MIXED", "--calibrate", "full"], "full"),
         (["MIXED", "--distil-steps", "-1"], "--distil-steps must be at least 1, not -1"),
+        (["MIXED", "--calibrate", "none", "--distil-steps", "7"], "--distil-steps is for --calibrate distil"),
+        (["MIXED", "--control", "router", "--distil-steps", "7"], "--distil-steps is for --calibrate distil"),
+        (
+            ["MIXED", "--steps", "0", "--schedule", "decay"],
+            "--steps 0 leaves nothing for --learning-rate or --schedule",
+        ),
+        (["MIXED", "--scores", "sigmoid", "--capacity", "1.25"], "--capacity 1.25 is for --scores softmax"),
         (["MIXED", "--capacity", "-1"], "--capacity must be positive and finite, not -1"),
         (["MIXED", "--anneal", "0.5"], "--anneal 0.5 must be above 0 and below the source's temperature, 0.25"),
         (["MIXED", "--out", "MIXED"], "is the source itself"),

@@ -1,10 +1,12 @@
 """What a run after a switch begins with: weights, moments of Adam, the clock and the rows of its source."""
 
+import copy
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mixture_of_tokens.convert.distil import distil
@@ -63,7 +65,11 @@ class Beginning:
         if self.asked.calibrate == "scales":
             errors = fit_scales(model, target, groups, scales)
         elif (steps := self.asked.distil_steps) is not None:
-            errors = distil(model, target, prepared.train, steps=steps)
+            # In bf16 the layers would end a sixth further from the source's.
+            fitted = target if torch.finfo(target.dtype).bits >= 32 else copy.deepcopy(target).float()
+            errors = distil(model.to(fitted.dtype), fitted, prepared.train, steps=steps)
+            if fitted is not target:
+                target.load_state_dict(fitted.state_dict())
             layers = [f"model.layers.{i}.mlp." for i, _ in sparse_layers(target, TokenChoice)]
             new += [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
         fit_seconds += time.perf_counter() - started

@@ -67,7 +67,9 @@ def distil(
     Raises ValueError where the text has no group of different texts.
     """
     layers, groups = sparse_layers(target, TokenChoice), _endless(text, source.config.group_size)
-    few = min(source.config.num_experts, FEW * source.config.num_experts_per_tok)
+    few = None  # of a group of one, whose experts weigh a token alike
+    if source.config.group_size > 1:
+        few = min(source.config.num_experts, FEW * source.config.num_experts_per_tok)
     before: dict[int, float] = {}
     fits: dict[int, Fit] = {}
     seen: Branches = {}

@@ -100,14 +100,15 @@ def export(
     force: bool = False,
     device: Device | None = None,
 ) -> Exported:
-    """Write a model as plain transformers: a Mixture of Tokens and Token Choice as Qwen3-MoE, a dense one as Qwen3.
+    """Write a model as plain transformers: as Qwen3-MoE, with sigmoid gates as Dots1, a dense one as Qwen3.
 
     A Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled, on text that the run was
     trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes two or three
     minutes of two cores.
 
-    Every weight that was written is compared with the run's. Another process, which cannot import this library, loads
-    the directory and computes logits. If they differ from the run's by more than rounding, the directory is removed.
+    Every weight that was written is compared with the run's, or with the switched model's. Another process, which
+    cannot import this library, loads the directory and computes logits. If they differ by more than rounding, the
+    directory is removed.
 
     Args:
         run: A run directory or a checkpoint.
@@ -125,6 +126,8 @@ def export(
     Raises ValueError for layers without a counterpart in plain transformers, and for a checkpoint of another model.
     """
     run, out = str(run), Path(out)
+    if out.is_symlink() or out.name in ("", ".."):  # what it names is written, and needs a name
+        out = out.resolve()
     check_flags(top_k, distil_steps)
     if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
@@ -166,6 +169,7 @@ def _export(
     if model.config.sparse_routings and width % 4:  # known before the distillation
         what = "plain transformers multiplies experts by grouped_mm, which takes multiples of 4 in fp32"
         raise ValueError(f"{run} has experts of width {width}: {what}")
+    _check_windows(model.config)  # and this
     served = None
     if any(routing.converts_to for routing in model.config.routings):
         if run_directory(run) is None:
@@ -181,7 +185,7 @@ def _export(
     plain = to_plain(model)
     tokenizer.model_max_length = model.config.max_position_embeddings
     ids, what = _text(run, model)
-    beside = out.with_name(f"{out.name}.partial")
+    beside = out.with_name(f".{out.name}.partial")  # no name that a user gives
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with checkpoints.plain_errors(out):
@@ -220,6 +224,7 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
             f"{', '.join(sorted(ours))} layers are not in plain transformers: they cannot be exported; models that can "
             f"are {', '.join(can)}"
         )
+    _check_windows(config)
     if not config.gated:
         raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
@@ -239,6 +244,11 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
     sparse = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
     sparse.load_state_dict(plain_weights(model))
     return sparse.eval()
+
+
+def _check_windows(config: Any) -> None:
+    if config.sliding_window is not None:
+        raise ValueError("models whose attention has a sliding window cannot be exported; train without one")
 
 
 def _to_dots1(model: MixtureOfTokensForCausalLM, common: dict[str, Any]) -> Any:
@@ -339,7 +349,7 @@ def in_plain_transformers(code: str, *words: str) -> str:
     Raises ValueError with the last line of its errors where it fails.
     """
     alone = f"import sys\nsys.modules['mixture_of_tokens'] = None\n{code}"
-    done = subprocess.run([sys.executable, "-c", alone, *words], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", alone, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
         raise ValueError(f"plain transformers cannot load what was written: {last}")

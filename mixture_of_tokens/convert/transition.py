@@ -183,6 +183,10 @@ def transition(
     if run.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--out {out} is the source itself, or inside it; name another")
     steps = max(1, source.facts.steps // 10) if steps is None else steps
+    if distil_steps != STEPS and (calibrate != "distil" or control is not None):
+        raise ValueError("--distil-steps is for --calibrate distil, which controls do without")
+    if steps == 0 and (learning_rate is not None or schedule != "own"):
+        raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
     without_effect = {
         "--calibrate": calibrate == "scales" and control is not None,
         "--optimizer": optimizer != "carried" and control == "scratch",
@@ -203,7 +207,10 @@ def transition(
     if anneal is not None:
         _check_anneal(source, anneal, steps, control)
     where: Where = {"device": device, "shard": shard, "replicate": replicate, "expert_parallel": expert_parallel}
-    chosen = (top_k, capacity, scores or default_scores(source.model_config), schedule, where)
+    scores = scores or default_scores(source.model_config)
+    if capacity is not None and scores == "sigmoid":
+        raise ValueError(f"--capacity {capacity} is for --scores softmax: with sigmoid gates no token is dropped")
+    chosen = (top_k, capacity, scores, schedule, where)
     merged = _merged(source, asked, steps - mixing, *chosen, learning_rate)
     if control == "scratch":
         merged = _from_scratch(source, merged.config, steps, where, learning_rate)

@@ -185,7 +185,7 @@ def _lines(
     plan += [(f"{n} rows a group", [in_parts(part, n)], nullcontext()) for n in reversed(sizes)]
     if all(routing.serves_alone for routing in routings_of(model)):
         plan.append(("alone", [in_parts(part, 1)], nullcontext()))
-        if mixes and routed and all(routed) and not is_sharded(model):
+        if mixes and group_size > 1 and routed and all(routed) and not is_sharded(model):
             count, granularity = model.config.num_experts, model.config.num_experts_per_tok
             wanted = (2 * granularity, granularity) if experts is None else (experts,)
             for few in (few for few in wanted if few < count):

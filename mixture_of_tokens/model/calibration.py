@@ -76,7 +76,14 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
     layers = [module for module in model.modules() if isinstance(module, ExpertThreshold)]
     if not layers:
         return
-    watch(model, dict.fromkeys(layers, _note), batches)
+    for layer in layers:
+        layer.noted = None  # of training that no `balance` followed
+    try:
+        watch(model, dict.fromkeys(layers, _note), batches)
+    except BaseException:
+        for layer in layers:
+            layer.noted = None
+        raise
     for layer in layers:
         layer.move_threshold(1, over_processes=False)
 

@@ -8,6 +8,7 @@ counter; kernels that skip the masked half do half of it.
 import math
 from typing import NamedTuple
 
+from mixture_of_tokens.checks import divisors
 from mixture_of_tokens.loss import LOGITS_AT_ONCE
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import groups_of
@@ -190,4 +191,4 @@ def legal_micro_batches(config: MixtureOfTokensConfig, batch: int, *, in_groups:
     if batch < 1 or batch % group:
         nearest = max(1, round(batch / group)) * group
         raise ValueError(f"a batch of {batch} sequences does not divide into groups of {group}; {nearest} would")
-    return [size for size in range(group, batch + 1, group) if batch % size == 0]
+    return [group * groups for groups in divisors(batch // group)]

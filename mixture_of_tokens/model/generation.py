@@ -13,8 +13,11 @@ CANNOT_WRITE = (
 )
 
 
-def real_tokens(attention_mask: Any, current: Any) -> Any:
+def real_tokens(attention_mask: Any, current: Any, cache: Any = None) -> Any:
     """The token mask (B, T) of `current`, the newest T tokens, from an attention mask; None without one.
+
+    Args:
+        cache: of the tokens before, as upstream's; a mask may be of all that a static one has room for.
 
     Raises ValueError for an attention mask that is not two-dimensional, from which padding cannot be read.
     """
@@ -22,7 +25,10 @@ def real_tokens(attention_mask: Any, current: Any) -> Any:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         raise ValueError("padding cannot be read from an attention mask that is not (B, T): give token_mask too")
-    return attention_mask[:, -current.shape[1] :].bool().to(current.device)
+    width = current.shape[1]
+    if cache is not None:
+        attention_mask = attention_mask[:, : int(cache.get_seq_length()) + width]
+    return attention_mask[:, -width:].bool().to(current.device)
 
 
 def _ends_in_padding(prompt: Tensor, pad: int | None, stop: Any) -> bool:
@@ -78,6 +84,16 @@ class GroupedGeneration:
             else:  # without ids it starts from one token, or from embeddings, which are not among the ids
                 kwargs["prompt_length"] = 1 if kwargs.get("inputs_embeds") is None else 0
         return super().generate(inputs, generation_config=generation_config, **kwargs)  # pyright: ignore
+
+    def generate_batch(self, *args, **kwargs):
+        """Upstream's continuous batching, for a model without sparse layers.
+
+        Raises ValueError for others: it packs texts into one row, whose tokens these layers cannot tell apart.
+        """
+        if self.config.sparse_routings:
+            instead = "use generate, or serve what mot export writes"
+            raise ValueError(f"continuous batching is not for this model's sparse layers: {instead}")
+        return super().generate_batch(*args, **kwargs)  # pyright: ignore
 
     def prepare_inputs_for_generation(
         self,

@@ -116,8 +116,9 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
         **kwargs,
     ):
         """As upstream's, with `token_mask` (B, T), true where a token is real; by default from a 2-D attention mask."""
-        if token_mask is None:
-            token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids)
+        if token_mask is None and self.config.sparse_routings:
+            cache = kwargs.get("past_key_values", kwargs.get("cache"))  # the name depends on transformers' version
+            token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids, cache)
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "token_mask": token_mask}
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
@@ -253,8 +254,6 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         """
         # Not among the arguments: Trainer would take it for a label that every batch of an evaluation must have.
         shift_labels = kwargs.pop("shift_labels", None)
-        if token_mask is None:
-            token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids)
         if self.training and not torch.compiler.is_compiling():  # which cannot trace a warning
             self._check_groups(input_ids if inputs_embeds is None else inputs_embeds)
         weights = self._auxiliary_weights() if self.training else {}

@@ -171,8 +171,8 @@ def config_from_name(
     routed = k - _shared(parsed, overrides.get("shared_experts", 0))
     width = overrides.get("intermediate_size", size.gated_width if gated else size.plain_width)
     if width % k:
-        what = f"granularity {k} does not divide the feed-forward width {width}"
-        raise ValueError(f"{name!r}: {what}; legal are {divisors(width)}")
+        what, legal = f"granularity {k} does not divide the feed-forward width {width}", map(str, divisors(width))
+        raise ValueError(f"{name!r}: {what}; legal are {', '.join(legal)}")
     heads = overrides.get("num_attention_heads", size.heads)
     blocks = overrides.get("num_hidden_layers", size.blocks)
     dense = 0 if size.sparse_everywhere else blocks // 2

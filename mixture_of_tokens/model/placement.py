@@ -5,11 +5,13 @@ replicate        such sets of processes, each with a copy (HSDP)
 expert_parallel  processes of a set that divide the experts: each owns E / P of them and computes these for all
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from mixture_of_tokens.checks import divisors
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import BY_CONSTRUCTION
 
@@ -66,10 +68,10 @@ class Placement:
             if number > count == 1:
                 raise ValueError(f"{flag} {number} is for {number} {what}, or a multiple, and there is one")
         if shard > 1 and shard * replicate != count:
-            legal = ", ".join(str(n) for n in range(2, count + 1) if count % n == 0)
+            legal = ", ".join(map(str, divisors(count)[1:]))
             raise ValueError(f"--shard {shard}{times} does not make up the {count} {what}; --shard can be {legal}")
         if shard % expert_parallel:
-            legal = ", ".join(str(n) for n in range(1, shard + 1) if shard % n == 0)
+            legal = ", ".join(map(str, divisors(shard)))
             raise ValueError(f"--expert-parallel {expert_parallel} does not divide --shard {shard}; legal are {legal}")
         return cls(shard, replicate, expert_parallel)
 
@@ -102,7 +104,7 @@ class Placement:
                 )
         count = config.num_experts
         if count % self.expert_parallel:
-            legal = ", ".join(str(n) for n in range(1, self.shard + 1) if self.shard % n == 0 and count % n == 0)
+            legal = ", ".join(map(str, divisors(math.gcd(self.shard, count))))
             raise ValueError(f"{flag} does not divide the {count} experts; legal are {legal}")
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from textwrap import indent
 from typing import Literal
 
-from mixture_of_tokens.checks import checked
+from mixture_of_tokens.checks import LARGEST, checked
 from mixture_of_tokens.formatting import Result, aligned, duration, short
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, training_flops
@@ -166,7 +166,7 @@ def plan(
             --devices a device's whole share of the batch.
         dtype: The type of weights, gradients, optimizer state and activations.
         gated: SwiGLU feed-forwards. Otherwise the paper's plain ones with ReLU.
-        batch_size: Sequences a step; by default the size's own number.
+        batch_size: Sequences a step; by default the size's own number, in whole groups.
         devices: Devices that train together.
         shard: Devices that hold one copy of the model together, as in mot train.
         replicate: Copies of a sharded model.
@@ -177,8 +177,8 @@ def plan(
     Raises ValueError for an unknown name, and for a micro-batch or a placement that is not legal.
     """
     for flag, value in {"batch-size": batch_size, "devices": devices, "steps": steps}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag} must be at least 1, not {value}")
+        if value is not None and not 1 <= value <= LARGEST:
+            raise ValueError(f"--{flag} must be 1 to {LARGEST}, not {value}")
     if not 0 < tflops < math.inf:
         raise ValueError(f"--tflops must be positive and finite, not {tflops}")
     if devices is None and not shard == replicate == expert_parallel is None:

@@ -191,6 +191,8 @@ def unsharded(model: MixtureOfTokensForCausalLM, state: dict[str, Tensor] | None
     config = copy.deepcopy(model.config)
     vars(config).pop("distributed_config", None)
     plain = MixtureOfTokensForCausalLM(config)
+    for name, weight in plain.named_parameters():  # buffers have their own
+        weight.data = weight.data.to(model.get_parameter(name).dtype)
     if state is not None:
         plain.load_state_dict(state)
     return plain

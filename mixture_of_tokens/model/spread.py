@@ -14,10 +14,11 @@ all-reduce. N parameters, of them N_e of experts; S shards, R copies, X devices 
 from dataclasses import dataclass
 from itertools import product
 
+from mixture_of_tokens.checks import divisors
 from mixture_of_tokens.formatting import aligned
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import legal_micro_batches, memory, parameters
-from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.model.placement import COPIES, Placement
 from mixture_of_tokens.model.routings import BY_CONSTRUCTION
 
 WEIGHT, EXCHANGED = 4, 2  # bytes of an element, as with --training.bf16 true
@@ -85,7 +86,8 @@ def spread_of(
         group = config.group_size
         raise ValueError(
             f"a batch of {batch} sequences does not divide over {devices} devices into groups of {group}: at most "
-            f"{batch // group} devices, or --batch-size {group * devices}"
+            f"{batch // group} devices, or --batch-size {group * devices}; it divides over "
+            f"{', '.join(map(str, divisors(batch // group)))}"
         )
     micro_batch = legal[-1] if micro_batch is None else micro_batch
     if micro_batch not in legal:
@@ -106,9 +108,8 @@ def spread_of(
 
 
 def legal_placements(config: MixtureOfTokensConfig, devices: int) -> list[Placement]:
-    found = [Placement()]
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for shard, expert_parallel in product(divisors[1:], divisors):
+    found, numbers = [COPIES], divisors(devices)
+    for shard, expert_parallel in product(numbers[1:], numbers):
         if shard % expert_parallel == 0:
             placement = Placement(shard, devices // shard, expert_parallel)
             try:

@@ -137,7 +137,7 @@ def _plans(
             plans.append(Plan(merged, directory, PlannedRun.of(directory, merged).flops))
     configs = [plan.merged.config for plan in plans]
     if any(config.training["eval_strategy"] == "no" for config in configs):
-        raise ValueError("--training.eval_strategy no leaves no curves to compare; steps or epoch would")
+        raise ValueError("--training.eval_strategy no leaves no curves to compare; steps would")
     if any(config.training.get("eval_delay", 0) > config.steps for config in configs):
         raise ValueError("--training.eval_delay is beyond the last step, which leaves no curves to compare")
     check_comparable({c.name: c.conditions() | {"--model.vocab_size": c.model.get("vocab_size")} for c in configs})

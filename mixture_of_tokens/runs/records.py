@@ -30,6 +30,7 @@ CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metr
 COMMON_GROUP = 32
 # Fields of TrainingArguments that decide how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
+CARRIED_OUT += ("gradient_checkpointing", "activation_checkpointing", "run_name", "log_level")
 # Fields of a model's configuration that earlier runs do not have, which are as if they had the default.
 ADDED = {"balance_rate": 1e-3, "threshold_decay": 0.9, "threshold_scores": "softmax", "shared_experts": 0}
 # What transformers takes for fields of `identity` that are not there.
@@ -93,7 +94,7 @@ class RunConfig:
         for key in ("anneal", "distil_steps"):
             if self.transition is not None and written["transition"][key] is None:
                 del written["transition"][key]
-        return yaml.safe_dump(written, sort_keys=False)
+        return yaml12.dump(written)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | asdict(self), indent=2)

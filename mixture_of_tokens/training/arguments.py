@@ -17,6 +17,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
 
+from mixture_of_tokens.checks import LARGEST
 from mixture_of_tokens.model.names import nearest
 from mixture_of_tokens.training.options import typed
 
@@ -68,6 +69,7 @@ REFUSED_VALUES = {
     "lr_scheduler_type": dict.fromkeys(
         ("reduce_lr_on_plateau", "greedy"), "the learning rate is a function of the step alone"
     ),
+    "eval_strategy": {"epoch": "all steps are one epoch; --training.eval_steps N evaluates every N steps"},
     "save_strategy": {"best": "a run is resumed from its newest checkpoint"},
     "logging_strategy": dict.fromkeys(
         ("no", "epoch"), "metrics.jsonl has a row every logging_steps; give more of them"
@@ -109,7 +111,6 @@ ENVIRONMENT = {
     "ACCELERATE_MIXED_PRECISION": "--training.bf16 true sets the precision",
     "ACCELERATE_DYNAMO_BACKEND": "--training.torch_compile true compiles",
 }
-LARGEST = 2**31 - 1  # of whole numbers: steps times rows are counted in 64 bits
 
 
 def given_fields(given: Mapping[str, str]) -> dict[str, Any]:

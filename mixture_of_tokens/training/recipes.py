@@ -16,7 +16,7 @@ from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
 from mixture_of_tokens.model.placement import Placement, check_device
-from mixture_of_tokens.process import process_count, the_only_training
+from mixture_of_tokens.process import by_itself, process_count, the_only_training
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
 from mixture_of_tokens.runs.run import check_seed
 from mixture_of_tokens.training.arguments import FIXED, check_environment, check_number, given_fields, in_words, try_out
@@ -156,8 +156,10 @@ def merge(
 def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
     """A run's config.yaml without what its name and steps give by themselves: for another name, or other steps."""
     steps = entries.get("steps")
-    plain = merge(str(entries["name"]), 0, None, Options(steps=steps if type(steps) is int else None)).config
+    with by_itself():
+        plain = merge(str(entries["name"]), 0, None, Options(steps=steps if type(steps) is int else None)).config
     own, chosen = yaml.safe_load(str(plain)), dict(entries)
+    own["training"]["per_device_eval_batch_size"] = entries.get("micro_batch")  # its default
     for kind in ("training", "model"):
         if isinstance(given := entries.get(kind), dict):
             chosen[kind] = {field: value for field, value in given.items() if value != own[kind].get(field, ...)}

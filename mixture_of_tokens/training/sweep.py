@@ -218,7 +218,7 @@ def _grid(rates: list[float] | None, options: Options) -> list[dict[str, str]]:
     for kind, fields in (("model", options.model), ("training", options.training)):
         for field, value in fields.items():
             if "," in value and value[:1] not in "[{":  # those are one YAML value
-                lists[f"--{kind}.{field}"] = list(dict.fromkeys(value.split(",")))
+                lists[f"--{kind}.{field}"] = list(dict.fromkeys(word.strip() for word in value.split(",")))
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 

@@ -263,6 +263,7 @@ def _finish(
         return None
     losses = [final["loss"], *(other["loss"] for other in others)]
     beside = out / "model.partial"
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
     try:
         with checkpoints.plain_errors(out / "model"):
             model.save_pretrained(beside, max_shard_size=IN_ONE_FILE)

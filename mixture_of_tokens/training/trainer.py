@@ -125,11 +125,15 @@ class GroupedTrainer(Trainer):
             step = facts["step"]
             self.clock.before = facts["seconds"]
             self.rows.go_on_from(facts)
-            for loss, aux in facts["reported"]:  # on the device of the losses that follow
-                pair = [None if each is None else torch.tensor(each, device=self.args.device) for each in (loss, aux)]
+            precision = torch.promote_types(self.causal_lm.dtype, torch.float32)
+            of_losses = {"dtype": precision, "device": self.args.device}  # as those that follow
+            for loss, aux in facts["reported"]:
+                pair = [None if each is None else torch.tensor(each, **of_losses) for each in (loss, aux)]
                 self._reported += [tuple(pair)] * self.args.gradient_accumulation_steps  # pyright: ignore
         self._seconds = self.clock.before
         forget_companions(self.causal_lm)  # of a source that it goes on from
+        if self.args.world_size > 1:  # each drops other elements of its rows; a checkpoint has all their states
+            torch.manual_seed(self.args.seed + self.args.process_index)
         if self.is_world_process_zero():
             self.run_log.forget_after(self.rows.first_step + step)
         if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
@@ -235,11 +239,6 @@ class GroupedTrainer(Trainer):
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         with self.clock.stopped():
             loss = self.loss_of(self.causal_lm)
-        if not math.isfinite(loss):
-            step = self.state.global_step
-            raise of_all(
-                FloatingPointError(f"the evaluation loss is {loss} after step {step}: try a lower learning rate")
-            )
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -257,7 +256,13 @@ class GroupedTrainer(Trainer):
     def _evaluate_blocks(self, model: Any, **options: Any) -> dict[str, float]:
         """By all processes together."""
         sizes = {"group_size": self.rows.group_size, "batch_size": self.args.per_device_eval_batch_size}
-        return evaluate_blocks(model, self.evaluated, accelerator=self.accelerator, **sizes, **options)
+        found = evaluate_blocks(model, self.evaluated, accelerator=self.accelerator, **sizes, **options)
+        if not math.isfinite(loss := found["loss"]):
+            step = self.state.global_step
+            raise of_all(
+                FloatingPointError(f"the evaluation loss is {loss} after step {step}: try a lower learning rate")
+            )
+        return found
 
     def _get_output_dir(self, trial) -> str:
         return self._output_dir or super()._get_output_dir(trial)
