@@ -1,0 +1,93 @@
+"""On another device than the CPU nothing is left behind, numbers are the same, and no training step waits."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import processes
+from mixture_of_tokens import calibrate_companions, calibrate_thresholds
+from mixture_of_tokens.convert.distil import distil
+from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
+from mixture_of_tokens.data.groups import Blocks
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.routings import ROUTINGS, ROWS
+from mixture_of_tokens.model.telemetry import measure
+from routings import tiny
+
+
+def text() -> Blocks:
+    drawn = np.random.default_rng(0).integers(1, 97, 3600).astype(np.uint16)
+    return Blocks(drawn, np.arange(120, 3601, 120), 12, 2 * len(drawn))
+
+
+def check(kind: str) -> None:
+    from played_device import DEVICE, Playing, moved, waits
+
+    def numbers(model, device: torch.device | str) -> dict:
+        """All that a model is used for, on a device."""
+        ids = torch.randint(1, 97, (6, 12), generator=torch.Generator().manual_seed(0)).to(device)
+        mask = torch.ones_like(ids)
+        mask[1, :5] = 0
+        found, waits[:] = {}, []
+        model.train()
+        found["loss"] = model(ids, attention_mask=mask, labels=ids * mask - 100 * (1 - mask), use_cache=False).loss
+        found["loss"].backward()
+        model.balance()
+        waited = list(waits)
+        found["gradients"] = {name: weight.grad for name, weight in model.named_parameters()}
+        found["measures"] = measure(model.eval(), {"input_ids": ids, "attention_mask": mask})
+        calibrate_thresholds(model, [{"input_ids": ids}])
+        calibrate_companions(model, [{"input_ids": ids}])
+        found["evaluation"] = evaluate_blocks(model, text(), group_size=3, batch_size=6)["loss"]
+        if ROUTINGS[kind].causal:
+            written = {"attention_mask": mask[:, -9:], "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+            found["written"] = model.generate(ids[:, -9:], **written)
+        if ROUTINGS[kind].serves_alone:
+            model.serve_alone()
+            found["alone"] = model(ids).logits
+        if kind == "mixture_of_tokens":
+            model.serve_alone(num_experts_alone=2)
+            found["alone, few experts"] = model(ids).logits
+            model.serve_alone(False)
+            target = MixtureOfTokensForCausalLM(token_choice_config(model.config, top_k=2)).eval()
+            target = target if device == "cpu" else moved(target)
+            to_token_choice(model, target)
+            found["errors"] = distil(model, target, text(), steps=2)
+        return {name: back(value) for name, value in found.items()} | {"waits": waited}
+
+    def back(value):
+        if isinstance(value, dict):
+            return {name: back(each) for name, each in value.items()}
+        return value.cpu().detach() if isinstance(value, torch.Tensor) else value
+
+    model = tiny(kind).double()
+    other = moved(copy.deepcopy(model))
+    expected = numbers(model, "cpu")
+    with Playing():
+        found = numbers(other, DEVICE)
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"waits"}:
+        assert_close(found[name], expected[name], rtol=1e-6, atol=1e-9, msg=lambda said, name=name: f"{name}: {said}")
+    assert bool(found["waits"]) == ROUTINGS[kind].varies, found["waits"]
+
+
+def check_that_it_can_fail() -> None:
+    from played_device import DEVICE, Playing
+
+    with Playing():
+        x = torch.ones(2, device=DEVICE)
+        with pytest.raises(RuntimeError, match=r"takes a tensor .* of the CPU"):
+            x + torch.ones(2)
+
+
+@pytest.mark.parametrize("kind", [row.kind for row in ROWS])
+def test_a_model_does_all_on_another_device_and_no_step_waits_for_it(kind, tmp_path):
+    processes.in_processes(check, (kind,), 1, tmp_path / "log")
+
+
+def test_a_tensor_that_is_left_behind_is_noticed(tmp_path):
+    processes.in_processes(check_that_it_can_fail, (), 1, tmp_path / "log")
