@@ -53,7 +53,7 @@ def check(kind: str) -> None:
             model.serve_alone(num_experts_alone=2)
             found["alone, few experts"] = model(ids).logits
             model.serve_alone(False)
-            target = MixtureOfTokensForCausalLM(token_choice_config(model.config, top_k=2)).eval()
+            target = MixtureOfTokensForCausalLM(token_choice_config(model.config, top_k=2)).eval().double()
             target = target if device == "cpu" else moved(target)
             to_token_choice(model, target)
             found["errors"] = distil(model, target, text(), steps=2)
