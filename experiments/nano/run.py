@@ -24,6 +24,7 @@ from pictures import curve_of, save_picture
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E", "MoT-Nano/32E/8", "TC-Nano/32E")
 SEEDS = [1, 2, 3]
+OPTIONS = NANO
 
 
 def draw(experiment: Experiment) -> None:
@@ -37,7 +38,7 @@ def draw(experiment: Experiment) -> None:
 
 
 def make(experiment: Experiment) -> None:
-    compared(experiment, NAMES, SEEDS, NANO)
+    compared(experiment, NAMES, SEEDS, OPTIONS)
     draw(experiment)
 
 

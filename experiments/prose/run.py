@@ -19,6 +19,7 @@ from common import NANO, Experiment, compared, reached_table
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/8", "TC-Nano/32E")
 SEEDS = [1]
+OPTIONS = NANO
 TEXT = "**/*.rst.gz"
 
 
@@ -31,7 +32,7 @@ def main() -> None:
         if given.folder is None or not given.folder.is_dir():
             parser.error("name the folder of the text")
         folder = given.folder.resolve()
-        options = replace(NANO, data=[str(folder / TEXT)])
+        options = replace(OPTIONS, data=[str(folder / TEXT)])
         compared(Experiment.named("prose"), NAMES, SEEDS, options, without=[f"{folder.parent}/"])
     print(reached_table())
 
