@@ -56,7 +56,7 @@ COMMANDS = {
     ),
     "export": (
         "convert.export:export",
-        "Write a model as plain transformers: a Mixture of Tokens and Token Choice as Qwen3-MoE, a dense one as Qwen3.",
+        "Write a model as plain transformers: as Qwen3-MoE, with sigmoid gates as Dots1, a dense one as Qwen3.",
     ),
     "plan": (
         "model.plan:plan",

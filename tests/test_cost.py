@@ -364,7 +364,7 @@ def test_the_floor_counts_shared_experts():
 
 def test_plan_answers_for_any_batch():
     assert plan("Transformer-Nano", batch_size=2**31 - 1).legal_micro_batches == [1, 2**31 - 1]
-    with pytest.raises(ValueError, match="--devices must be 1 to 2147483647, not 10000000000"):
+    with pytest.raises(ValueError, match="--devices is more than 2147483647"):
         plan("Transformer-Nano", devices=10**10)
 
 

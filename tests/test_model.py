@@ -366,7 +366,7 @@ def test_a_mask_of_all_that_a_static_cache_has_room_for_is_of_the_same_tokens(ca
 
 
 def test_a_model_whose_layers_cannot_tell_packed_texts_apart_says_so():
-    with pytest.raises(ValueError, match="continuous batching is not for this model's sparse layers: use generate"):
+    with pytest.raises(ValueError, match="continuous batching is not for this model: use generate"):
         tiny("token_choice").generate_batch([[1, 2]])
 
 

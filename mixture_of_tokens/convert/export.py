@@ -165,11 +165,11 @@ def _export(
             f"the tokenizer beside {run} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
             "another model's"
         )
+    _check_windows(model.config)  # this and the width are known before the distillation
     width = model.config.moe_intermediate_size
-    if model.config.sparse_routings and width % 4:  # known before the distillation
+    if model.config.sparse_routings and width % 4:
         what = "plain transformers multiplies experts by grouped_mm, which takes multiples of 4 in fp32"
         raise ValueError(f"{run} has experts of width {width}: {what}")
-    _check_windows(model.config)  # and this
     served = None
     if any(routing.converts_to for routing in model.config.routings):
         if run_directory(run) is None:

@@ -86,14 +86,8 @@ class GroupedGeneration:
         return super().generate(inputs, generation_config=generation_config, **kwargs)  # pyright: ignore
 
     def generate_batch(self, *args, **kwargs):
-        """Upstream's continuous batching, for a model without sparse layers.
-
-        Raises ValueError for others: it packs texts into one row, whose tokens these layers cannot tell apart.
-        """
-        if self.config.sparse_routings:
-            instead = "use generate, or serve what mot export writes"
-            raise ValueError(f"continuous batching is not for this model's sparse layers: {instead}")
-        return super().generate_batch(*args, **kwargs)  # pyright: ignore
+        """Raises ValueError: continuous batching packs texts into one row, whose tokens layers cannot tell apart."""
+        raise ValueError("continuous batching is not for this model: use generate, or serve what mot export writes")
 
     def prepare_inputs_for_generation(
         self,

@@ -116,7 +116,7 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
         **kwargs,
     ):
         """As upstream's, with `token_mask` (B, T), true where a token is real; by default from a 2-D attention mask."""
-        if token_mask is None and self.config.sparse_routings:
+        if token_mask is None:
             cache = kwargs.get("past_key_values", kwargs.get("cache"))  # the name depends on transformers' version
             token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids, cache)
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "token_mask": token_mask}

@@ -177,8 +177,10 @@ def plan(
     Raises ValueError for an unknown name, and for a micro-batch or a placement that is not legal.
     """
     for flag, value in {"batch-size": batch_size, "devices": devices, "steps": steps}.items():
-        if value is not None and not 1 <= value <= LARGEST:
-            raise ValueError(f"--{flag} must be 1 to {LARGEST}, not {value}")
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {value}")
+        if value is not None and value > LARGEST:
+            raise ValueError(f"--{flag} is more than {LARGEST}")
     if not 0 < tflops < math.inf:
         raise ValueError(f"--tflops must be positive and finite, not {tflops}")
     if devices is None and not shard == replicate == expert_parallel is None:
