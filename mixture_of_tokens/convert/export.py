@@ -141,9 +141,10 @@ def export(
         raise ValueError(f"{out} cannot be written: {error.strerror}; name another directory") from None
     with owned_file(out, patience=0):
         checkpoints.put_back(out, EXPORT)
-        if out.exists() and not force:
+        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+        if taken and not force:
             raise ValueError(f"{out} exists already; name another directory, or replace an export with --force")
-        if out.exists() and not checkpoints.is_described(out, EXPORT):
+        if taken and not checkpoints.is_described(out, EXPORT):
             raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
         return _export(run, out, top_k, scores, distil_steps, license, device)
 

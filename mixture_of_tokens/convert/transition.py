@@ -237,11 +237,11 @@ def transition(
 def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> None:
     """Raises ValueError where --anneal cannot be used."""
     before = source.config.anneal_temperature_to or source.model_config.router_temperature
-    if steps < 2:
-        raise ValueError(f"--steps must be at least 2 with --anneal, not {steps}")
     if control is not None or not 0 < end < before:
         legal = f"be above 0 and below the source's temperature, {before:g}"
         raise ValueError(f"--anneal {end:g} must {legal}, and is not for controls")
+    if steps < 2:
+        raise ValueError(f"--steps must be at least 2 with --anneal, not {steps}")
     if source.model_config.learnable_temperature:
         raise ValueError(f"--anneal {end:g} would replace the temperatures that {source.directory} has learned")
     check_one_process("--anneal")
