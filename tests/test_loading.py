@@ -1,12 +1,14 @@
 """Models by run directory and by name, and the device that they are loaded on."""
 
 import json
+import shutil
 
 import huggingface_hub
 import pytest
 import torch
+import yaml
 
-from mixture_of_tokens.runs.loading import load_model
+from mixture_of_tokens.runs.loading import load_model, text_of
 from processes import mot
 
 MIXED = "MoT-Nano/4E/2"
@@ -24,6 +26,15 @@ def test_code_beside_a_model_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_relative_path_of_text_is_looked_for_where_the_command_runs(tiny_runs, tmp_path, monkeypatch):
+    run = shutil.copytree(tiny_runs["TC-Nano/4E"], tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": ["texts"]}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="its --data as seen from here: texts: there is no such file or folder"):
+        text_of("run")
 
 
 @pytest.mark.parametrize("command", READS)

@@ -176,7 +176,10 @@ def text_of(run: str) -> Prepared:
     directory = run_directory(run)
     if directory is None:
         raise ValueError(f"{run} is no run directory, so its text is not known; name one with --data")
-    prepared = RunConfig.read(directory / records.CONFIG).prepare()
+    try:
+        prepared = RunConfig.read(directory / records.CONFIG).prepare()
+    except ValueError as error:  # such as of a relative path
+        raise ValueError(f"the text of {run}, its --data as seen from here: {error}") from None
     before = _corpus_of(Path(run), directory) or prepared.facts
     for what, key in {"text": "hash", "tokenizer": "tokenizer"}.items():
         was, now = before.get(key), prepared.facts.get(key)
