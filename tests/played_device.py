@@ -68,9 +68,10 @@ def _run(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if played and left and name not in COPIES:
         raise RuntimeError(f"{name} takes a tensor {tuple(left[0].shape)} of the CPU and others of {DEVICE}")
     if name in WAITING:
-        calls = [call for call in traceback.extract_stack() if "/mixture_of_tokens/" in call.filename]
-        others = [call for call in traceback.extract_stack() if "/transformers/masking_utils" in call.filename]
-        waits.extend(f"{call.filename}:{call.lineno}" for call in calls[-1:] if not others)
+        stack = traceback.extract_stack()
+        calls = [call for call in stack if "/mixture_of_tokens/" in call.filename]
+        theirs = any("/transformers/masking_utils" in call.filename for call in stack)
+        waits.extend(f"{call.filename}:{call.lineno}" for call in calls[-1:] if not theirs)
     flat = [value.own if isinstance(value, Played) else value for value in flat]
     inner, options = tree_unflatten(flat, structure)
     if device is not None and there:

@@ -116,6 +116,17 @@ def test_another_configuration_in_the_same_place_is_refused_before_anything_is_t
     assert {file: file.stat().st_mtime_ns for file in compared.glob("*/*")} == before
 
 
+def test_a_run_that_diverges_is_named(flags, tmp_path, capsys):
+    out = tmp_path / "diverges"
+    rates = ("--seeds", 0, *flags[2:], "--training.max_grad_norm", 0, "--learning-rate", "1e-3,1e30")
+    with pytest.raises(SystemExit) as stopped:
+        mot("compare", *NAMES[:2], *rates, "--out", out)
+    assert stopped.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"mot: error: {out / 'MoT-Nano-4E-2-seed0'}: ")
+    assert line.endswith("try a lower learning rate, and name another --out")
+
+
 @pytest.mark.parametrize("command", [("compare", "MoT-Nano/4E/2"), ("sweep", "MoT-Nano/4E/2", "--learning-rate", 0.01)])
 def test_several_runs_do_not_go_into_a_run(command, compared, flags, capsys):
     run = compared / "MoT-Nano-4E-2-seed0"

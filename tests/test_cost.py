@@ -366,6 +366,11 @@ def test_plan_answers_for_any_batch():
     assert plan("Transformer-Nano", batch_size=2**31 - 1).legal_micro_batches == [1, 2**31 - 1]
     with pytest.raises(ValueError, match="--devices is more than 2147483647"):
         plan("Transformer-Nano", devices=10**10)
+    with pytest.raises(ValueError, match=f"groups of 32; {2**31 - 32} would"):  # and would be taken
+        plan("MoT-Nano/32E", batch_size=2**31 - 1)
+    many = plan("MoT-Nano/32E", batch_size=32 * 55440)
+    assert len(many.legal_micro_batches) == 120
+    assert f"legal micro-batches: {', '.join(map(str, many.legal_micro_batches[:23]))}, 97 more\n" in str(many)
 
 
 def test_plan_takes_a_batch_that_the_group_divides():

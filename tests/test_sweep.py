@@ -62,6 +62,16 @@ def test_a_larger_grid_keeps_what_is_finished(swept, flags, capsys):
     assert "edge of the grid" not in out
 
 
+def test_a_sweep_of_which_nothing_is_left_fails(flags, tmp_path, capsys):
+    words = ["1e30,1e31" if word == "1e-30,1e-2" else 0 if word == "0,1" else word for word in flags]
+    with pytest.raises(SystemExit) as stopped:
+        mot("sweep", *words, "--out", tmp_path / "diverges", "--training.max_grad_norm", 0)
+    assert stopped.value.code == 1
+    out, err = capsys.readouterr()
+    assert out.count("diverged") == 2
+    assert err.endswith("mot: every setting diverged: try lower learning rates\n")
+
+
 def test_fields_of_the_model_are_settings_too(flags, tmp_path, capsys):
     kinds = '["dense", "dense", "dense", "mixture_of_tokens"]'
     words = ["--model.router_temperature", "0.25,1", "--model.mlp_layer_types", kinds, "--dry-run"]

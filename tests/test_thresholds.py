@@ -259,6 +259,8 @@ def test_calibrated_thresholds_have_nothing_of_training_or_of_a_batch_that_faile
     assert torch.equal(thresholds_of(noted), thresholds_of(model))
     with pytest.raises(ValueError, match="batches takes"):
         calibrate_thresholds(noted, [{"input_ids": x.flip(0)}, [1]])
+    with pytest.raises(ValueError, match=r"batches takes several; of one, give \[batch\]"):
+        calibrate_thresholds(noted, {"input_ids": x.flip(0)})  # pyright: ignore[reportArgumentType]
     noted.balance()
     assert torch.equal(thresholds_of(noted), thresholds_of(model))
 

@@ -1,8 +1,8 @@
 """Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
 
-import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
 from mixture_of_tokens.runs.run import Run, Stages, check_free, check_one_process, read
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.options import Options, as_word
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import GroupedTrainer
@@ -210,8 +210,17 @@ def transition(
     scores = scores or default_scores(source.model_config)
     if capacity is not None and scores == "sigmoid":
         raise ValueError(f"--capacity {capacity} is for --scores softmax: with sigmoid gates no token is dropped")
-    chosen = (top_k, capacity, scores, schedule, where)
-    merged = _merged(source, asked, steps - mixing, *chosen, learning_rate)
+    merged_with = partial(
+        _merged,
+        asked=asked,
+        steps=steps - mixing,
+        top_k=top_k,
+        capacity=capacity,
+        scores=scores,
+        schedule=schedule,
+        where=where,
+    )
+    merged = merged_with(source, learning_rate=learning_rate)
     if control == "scratch":
         merged = _from_scratch(source, merged.config, steps, where, learning_rate)
     if dry_run:
@@ -228,7 +237,7 @@ def transition(
         text_of(str(run))  # raises ValueError if it has changed
     if anneal is not None:
         source = _annealed(source, asked, mixing, carried, where, out.with_name(f"{out.name}-annealed"), resume)
-        merged = _merged(source, asked, steps - mixing, *chosen, merged.config.learning_rate)
+        merged = merged_with(source, learning_rate=merged.config.learning_rate)
         carried = _moments_of(source) if optimizer == "carried" and not begun else None
     made = run_merged(merged, out, resume=resume, begin=Beginning(source, asked, carried, out))
     return None if made is None else Transitioned.of(source, made)
@@ -249,6 +258,7 @@ def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> N
 
 def _merged(
     source: Run,
+    *,
     asked: Transition,
     steps: int,
     top_k: int | None,
@@ -278,7 +288,9 @@ def _options(
     """The source's text and batches, with these fields of the model and of TrainingArguments."""
     given = {key: getattr(source.config, key) for key in GIVEN}
     model = {field: value for field, value in model.items() if field not in DERIVED}
-    return Options(steps=steps, model=_words(model), training=_words(training), **where, **given, **others)
+    chosen = {"model": model, "training": training}
+    words = {kind: {field: as_word(value) for field, value in fields.items()} for kind, fields in chosen.items()}
+    return Options(steps=steps, **words, **where, **given, **others)
 
 
 def _training(source: Run) -> dict[str, Any]:
@@ -288,14 +300,6 @@ def _training(source: Run) -> dict[str, Any]:
 
 def _last_rate(source: Run) -> float:
     return [row.learning_rate for row in source.rows if row.learning_rate][-1]
-
-
-def _words(fields: dict[str, Any]) -> dict[str, str]:
-    """Values as they would stand on a command line."""
-    return {
-        field: json.dumps(value, default=lambda dtype: str(dtype).removeprefix("torch."))
-        for field, value in fields.items()
-    }
 
 
 def _annealed(

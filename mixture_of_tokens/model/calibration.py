@@ -42,6 +42,8 @@ def watch(
 
         return after
 
+    if isinstance(batches, Tensor | Mapping):
+        raise ValueError("batches takes several; of one, give [batch]")
     handles = [module.register_forward_hook(noted(hook), with_kwargs=True) for module, hook in hooks.items()]
     try:
         with evaluating(model):
@@ -80,12 +82,11 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
         layer.noted = None  # of training that no `balance` followed
     try:
         watch(model, dict.fromkeys(layers, _note), batches)
-    except BaseException:
+        for layer in layers:
+            layer.move_threshold(1, over_processes=False)
+    finally:
         for layer in layers:
             layer.noted = None
-        raise
-    for layer in layers:
-        layer.move_threshold(1, over_processes=False)
 
 
 def _note(layer: ExpertThreshold, x_BTD: Tensor, token_mask: Tensor | None = None) -> None:

@@ -12,7 +12,7 @@ of the noise that the other tokens of a random group bring.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,6 @@ def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] |
     layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
     if not layers:
         return
-    if isinstance(batches, Tensor | Mapping):
-        raise ValueError("batches takes several; of one, give [batch]")
     means = {layer: _Means(layer) for layer in layers}
     served = [(layer.alone, layer.num_experts_alone) for layer in layers]
     before = [(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers]

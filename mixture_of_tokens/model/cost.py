@@ -8,7 +8,7 @@ counter; kernels that skip the masked half do half of it.
 import math
 from typing import NamedTuple
 
-from mixture_of_tokens.checks import divisors
+from mixture_of_tokens.checks import LARGEST, divisors
 from mixture_of_tokens.loss import LOGITS_AT_ONCE
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import groups_of
@@ -189,6 +189,6 @@ def legal_micro_batches(config: MixtureOfTokensConfig, batch: int, *, in_groups:
     """
     group = config.group_size if config.mixes_examples or in_groups else 1
     if batch < 1 or batch % group:
-        nearest = max(1, round(batch / group)) * group
+        nearest = min(max(1, round(batch / group)), LARGEST // group) * group
         raise ValueError(f"a batch of {batch} sequences does not divide into groups of {group}; {nearest} would")
     return [group * groups for groups in divisors(batch // group)]

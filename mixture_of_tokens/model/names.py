@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from mixture_of_tokens.checks import check, divisors
+from mixture_of_tokens.checks import check, divisors_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE, Routing
 
@@ -171,8 +171,8 @@ def config_from_name(
     routed = k - _shared(parsed, overrides.get("shared_experts", 0))
     width = overrides.get("intermediate_size", size.gated_width if gated else size.plain_width)
     if width % k:
-        what, legal = f"granularity {k} does not divide the feed-forward width {width}", map(str, divisors(width))
-        raise ValueError(f"{name!r}: {what}; legal are {', '.join(legal)}")
+        what = f"granularity {k} does not divide the feed-forward width {width}"
+        raise ValueError(f"{name!r}: {what}; legal are {divisors_of(width)}")
     heads = overrides.get("num_attention_heads", size.heads)
     blocks = overrides.get("num_hidden_layers", size.blocks)
     dense = 0 if size.sparse_everywhere else blocks // 2

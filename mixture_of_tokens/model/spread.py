@@ -14,8 +14,8 @@ all-reduce. N parameters, of them N_e of experts; S shards, R copies, X devices 
 from dataclasses import dataclass
 from itertools import product
 
-from mixture_of_tokens.checks import divisors
-from mixture_of_tokens.formatting import aligned
+from mixture_of_tokens.checks import divisors, divisors_of
+from mixture_of_tokens.formatting import aligned, few_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import legal_micro_batches, memory, parameters
 from mixture_of_tokens.model.placement import COPIES, Placement
@@ -83,15 +83,14 @@ def spread_of(
     placement.check(config)
     legal = [size for size in legal_micro_batches(config, batch, in_groups=True) if batch % (size * devices) == 0]
     if not legal:
-        group = config.group_size
+        group, groups = config.group_size, batch // config.group_size
         raise ValueError(
             f"a batch of {batch} sequences does not divide over {devices} devices into groups of {group}: at most "
-            f"{batch // group} devices, or --batch-size {group * devices}; it divides over "
-            f"{', '.join(map(str, divisors(batch // group)))}"
+            f"{groups} devices, or --batch-size {group * devices}; it divides over {divisors_of(groups)}"
         )
     micro_batch = legal[-1] if micro_batch is None else micro_batch
     if micro_batch not in legal:
-        words = ", ".join(map(str, legal))
+        words = few_of(legal, 24)
         raise ValueError(f"micro-batch {micro_batch} is not legal for {batch} sequences on {devices} devices: {words}")
     steps = batch // (micro_batch * devices)
     return Spread(

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import duration
-from mixture_of_tokens.process import is_main
+from mixture_of_tokens.process import is_main, of_all
 from mixture_of_tokens.reports.comparison import COMPARISON, by_model, check_comparable, comparison, write
 from mixture_of_tokens.reports.report import Report, write_page
 from mixture_of_tokens.runs import records
@@ -83,7 +83,10 @@ def _compared(
             if is_main():
                 what = f"{plan.name}, seed {plan.merged.config.seed}{_time_left(plans, done)}"
                 print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
-            run = run_merged(plan.merged, plan.directory, resume=True)
+            try:
+                run = run_merged(plan.merged, plan.directory, resume=True)
+            except FloatingPointError as error:  # in all processes
+                raise of_all(FloatingPointError(f"{plan.directory}: {error}, and name another --out")) from None
             if run is None:  # in all processes but the first
                 continue
             runs.append(run)

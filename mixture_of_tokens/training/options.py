@@ -108,15 +108,15 @@ class Options:
             check(field.name, getattr(self, field.name), field.type)
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("model", "training"):
-            words = {k: v if isinstance(v, str) else _yaml(v) for k, v in getattr(self, name).items()}
+            words = {k: v if isinstance(v, str) else as_word(v) for k, v in getattr(self, name).items()}
             object.__setattr__(self, name, words)
 
 
 DEFAULTS = Options()
 
 
-def _yaml(value: Any) -> str:
-    """A value from Python as the text of a flag: numbers of numpy, paths and torch's types too."""
+def as_word(value: Any) -> str:
+    """A value from Python as the text of a flag: numbers of numpy, paths and torch's types too. Text is quoted."""
     return json.dumps(plain(value), default=lambda one: str(one).removeprefix("torch."))
 
 

@@ -94,6 +94,10 @@ class Sweep(Result):
     cells: list[Cell]
     best: str | None
 
+    @property
+    def failure(self) -> str | None:
+        return None if self.best else "every setting diverged: try lower learning rates"
+
     def __str__(self) -> str:
         flags = list(self.cells[0].settings)
         table = [[*(flag.lstrip("-") for flag in flags), "seeds", "loss", "spread", "s"]]
@@ -106,7 +110,7 @@ class Sweep(Result):
         what = f"Losses are nats a token of all {self.evaluated_on} text, means over seeds; spread is largest - least."
         lines = [aligned(table, left=0), "", what]
         if self.best is None:
-            return "\n".join([*lines, "Every setting diverged: try lower learning rates."])
+            return "\n".join(lines)
         lines.append(f"Best: {self.best}")
         rates = sorted({float(cell.settings[RATE]) for cell in self.cells if RATE in flags})
         if len(rates) > 1 and float(self.cells[0].settings[RATE]) in (rates[0], rates[-1]):
