@@ -512,6 +512,15 @@ def test_an_existing_run_is_not_overwritten(runs, capsys):
     assert {path: path.stat().st_mtime_ns for path in runs["MoT-Nano/32E/4"].rglob("*")} == before
 
 
+def test_every_row_has_the_gradients_of_the_routers(directory):
+    out, flags = directory / "first", ("--training.logging_steps", 2, "--training.logging_first_step", "true")
+    mot("train", "MoT-Nano/32E", "--out", out, "--steps", 4, "--batch-size", ROWS, "--max-bytes", BYTES, *flags)
+    rows = [row for row in rows_of(out) if "train_loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 4]
+    norms = [row["layers"]["3"]["router_gradient_norm"] for row in rows]
+    assert all(norms) and len(set(norms)) == 3
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(directory, capsys):
     flags = ("--learning-rate", 1e30, "--training.max_grad_norm", 0, "--training.logging_steps", 1)
     flags += ("--max-bytes", BYTES)

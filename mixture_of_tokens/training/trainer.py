@@ -362,7 +362,8 @@ class _RouterGradients(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if (state.global_step + 1) % state.logging_steps == 0:
+        step = state.global_step + 1
+        if step % state.logging_steps == 0 or (step == 1 and args.logging_first_step):
             total, norms = self.trainer.total_norm, router_gradient_norms(self.trainer.causal_lm)
             kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
             # Clipping sets all gradients to zero if one is infinite.
