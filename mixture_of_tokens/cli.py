@@ -3,6 +3,7 @@
 A function is imported only when its command is given, so `mot --help` and `mot --version` answer at once.
 """
 
+import io
 import math
 import os
 import re
@@ -303,6 +304,8 @@ def main(words: list[str] | None = None) -> None:
     The exit status is 2 for bad use, 1 for training that diverges and for a failed check.
     """
     words = sys.argv[1:] if words is None else words
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks, such as a minus sign, becomes \\u2212
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _run(words)
     except BrokenPipeError:  # the reader of the output has closed it, as in `mot generate ... | head`

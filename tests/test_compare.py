@@ -1,9 +1,12 @@
 """`mot compare` and the page that it and `mot report` write."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import yaml
 
 from mixture_of_tokens.reports.markup import html, own_ids
 from mixture_of_tokens.reports.prose import differing
+from mixture_of_tokens.reports.report import report
 from mixture_of_tokens.reports.samples import continued
 from processes import mot, rows_of
 
@@ -116,6 +120,14 @@ def test_another_configuration_in_the_same_place_is_refused_before_anything_is_t
     assert {file: file.stat().st_mtime_ns for file in compared.glob("*/*")} == before
 
 
+def test_one_model_under_two_names_is_named_twice(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        mot("compare", "MoT-Nano/4E", "MoT-Nano/4E/1", *flags, "--out", tmp_path / "none")
+    assert stopped.value.code == 2
+    assert "a model is named twice" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_run_that_diverges_is_named(flags, tmp_path, capsys):
     out = tmp_path / "diverges"
     rates = ("--seeds", 0, *flags[2:], "--training.max_grad_norm", 0, "--learning-rate", "1e-3,1e30")
@@ -199,6 +211,82 @@ def test_models_that_saw_other_text_are_refused(compared, tmp_path, capsys):
     assert stopped.value.code == 2
     assert "saw different text (" in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()
+
+
+def copied(runs: Iterable[Path], to: Path) -> list[Path]:
+    """Without weights."""
+    left_out = shutil.ignore_patterns("checkpoint-*", "model", "tensorboard")
+    return [Path(shutil.copytree(run, to / run.name, ignore=left_out)) for run in runs]
+
+
+def test_a_run_whose_measurements_lack_their_end_is_refused(compared, tmp_path):
+    first, second = copied((compared / "Transformer-Nano-seed0", compared / "MoT-Nano-4E-2-seed0"), tmp_path)
+    assert report(first, second, out=tmp_path / "x.html").comparison.models
+    metrics, lines = first / "metrics.jsonl", (first / "metrics.jsonl").read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:-1]))
+    told = f"{metrics} lacks its end: the run has 6 steps, and no evaluation after step 4"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        report(first, second, out=tmp_path / "x.html")
+    metrics.write_text("".join(lines))
+    facts = json.loads((first / "run.json").read_text())
+    (first / "run.json").write_text(json.dumps(facts | {"steps": 4}))
+    with pytest.raises(ValueError, match="the run has 4 steps by its results, and 6 by its configuration"):
+        report(first, second, out=tmp_path / "x.html")
+
+
+def test_seeds_that_were_evaluated_after_different_steps_are_refused(compared, tmp_path):
+    runs = copied((compared / f"Transformer-Nano-seed{seed}" for seed in (0, 1)), tmp_path)
+    lines = (runs[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs[1] / "metrics.jsonl").write_text("".join(lines[-1:]))
+    with pytest.raises(ValueError, match="seed1 are seeds of one model, but were evaluated after different steps"):
+        report(*runs, out=tmp_path / "x.html")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"seconds": 0}, "seconds cannot be 0"),
+        ({"steps": 0}, "steps cannot be 0"),
+        ({"corpus": {"hash": "1", "train": {"bytes": 1}}}, "train of the corpus has no number of documents, tokens,"),
+    ],
+)
+def test_results_that_no_run_has_are_refused(changed, told, compared, tmp_path):
+    (run,) = copied([compared / "Transformer-Nano-seed0"], tmp_path)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | changed))
+    with pytest.raises(ValueError, match=f"{re.escape(str(run / 'run.json'))}: {told}"):
+        report(run, out=tmp_path / "x.html")
+
+
+def test_a_size_that_is_not_the_name_s_is_told(flags, tmp_path):
+    rows = ("--seeds", 0, *flags[2:])
+    mot("train", "MoT-Nano/4E", *rows[2:], "--out", tmp_path / "8", "--model.group_size", 8)
+    page = report(tmp_path / "8", out=tmp_path / "x.html")
+    assert [model.label for model in page.comparison.models] == ["MoT-Nano/4E (group_size 8)"]
+    assert "groups of 4 tokens" in (text := (tmp_path / "x.html").read_text())
+    assert "Sizes in brackets take the place of the name&#x27;s." in text or "take the place of the name's." in text
+
+
+def test_one_evaluation_is_a_point(compared, tmp_path):
+    (run,) = copied([compared / "Transformer-Nano-seed0"], tmp_path)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:-1]:
+        line.pop("eval_loss", None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    marked = []
+    for directory in (run, compared / "Transformer-Nano-seed0"):
+        report(directory, out=tmp_path / "x.html")
+        figure = (tmp_path / "x.html").read_text().split("<figure", 2)[1]
+        marked.append(len(re.findall(r"<use ", figure.split("</figure>")[0])))
+    assert 0 < marked[0] < marked[1]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_what_the_output_s_encoding_lacks_is_no_error(encoding, compared, tmp_path, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, write_through=True))
+    mot("report", compared / "Transformer-Nano-seed0", "--out", tmp_path / "\N{MINUS SIGN}.html")
+    assert rb"\u2212.html" in written.getvalue()
 
 
 class Elements(HTMLParser):

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixture_of_tokens.data import duplicates
-from mixture_of_tokens.data.prepare import prepare
+from mixture_of_tokens.data.prepare import prepare, whole_text
 from mixture_of_tokens.data.sources import documents, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
+from mixture_of_tokens.data.tokenizer import train_tokenizer
 from mixture_of_tokens.runs.run import check_resumed
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
@@ -220,6 +221,54 @@ def test_a_table_that_is_read_as_one_text_is_told(tmp_path, capsys):
         assert len(read(tmp_path / name)) == 1
     told = capsys.readouterr().err.splitlines()
     assert told == [f"{tmp_path / 'a.csv'} is read as one text: rows are documents in .jsonl and .parquet"]
+
+
+def test_json_lines_are_rows_whatever_their_file_is_called(tmp_path, capsys):
+    given = [*texts(3), ODD]
+    rows = "\n".join(json.dumps({"id": 1, "body": text}) for text in given)
+    for name in ("a.ndjson", "b.json"):
+        (tmp_path / name).write_text(rows)
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(rows.encode()))
+    assert read(tmp_path / "*", field="body") == 3 * given
+    assert read(tmp_path, field="body") == given  # of a folder no .json, which may be settings
+    assert capsys.readouterr().err == ""
+    for name, other in {"a.json": "[1]\n", "b.json": '{\n"body": 1}', "c.json.gz": rows}.items():
+        data = other.encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert read(tmp_path / "*.json*") == ["[1]\n", '{\n"body": 1}', rows]  # as they have no field "text"
+    names = ", ".join(str(tmp_path / name) for name in ("a.json", "b.json", "c.json.gz"))
+    told = f"{names} are read as one text each: rows are documents in .jsonl and .parquet\n"
+    assert capsys.readouterr().err == told
+
+
+def test_folders_that_a_glob_matches_are_told_of(tmp_path, capsys):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "deep" / "b.txt").write_text("b")
+    assert read(tmp_path / "*") == ["a"]
+    folder = tmp_path / "deep"
+    what = f"{tmp_path}/* is read without the folders that it matches, {folder}; name them too, or use **\n"
+    assert capsys.readouterr().err == what
+    assert read(tmp_path / "**") == read(tmp_path / "*", folder) == ["a", "b"]
+    assert capsys.readouterr().err == ""  # it is told once
+
+
+def test_a_whole_text_has_no_blank_documents(tmp_path):
+    given = texts(3)
+    for name, between in {"dense.jsonl": [], "blank.jsonl": ["", " \n"]}.items():
+        rows = [json.dumps({"text": text}) for each in given for text in (each, *between)]
+        (tmp_path / name).write_text("\n".join(rows))
+    tokenizer = train_tokenizer(given, 300)
+    found = [whole_text([str(tmp_path / name)], tokenizer) for name in ("dense.jsonl", "blank.jsonl")]
+    assert np.array_equal(found[0].tokens, found[1].tokens)
+    assert found[0].bytes == found[1].bytes == sum(len(text.encode()) for text in given)
+
+
+@pytest.mark.parametrize("size", [256, 2**22 + 1])
+def test_a_vocabulary_that_cannot_be_trained_is_refused(size, fresh_cache):
+    with pytest.raises(ValueError, match=f"vocab_size must be at .* not {size}"):
+        prepare(vocab_size=size)
+    assert not fresh_cache.exists()
 
 
 def test_a_link_to_nothing_in_a_folder_is_named(tmp_path):

@@ -112,7 +112,7 @@ def test_rows_of_metrics(whole, tmp_path):
 
 def test_a_packed_run(whole, tmp_path):
     file = tmp_path / "packed.json"
-    short = whole | {"metrics": whole["metrics"][:2]}
+    short = whole | {"metrics": [whole["metrics"][0], whole["metrics"][-1]]}
 
     def act(content):
         file.write_text(json.dumps(content))

@@ -124,6 +124,15 @@ def test_a_cache_that_cannot_be_there_is_one_line_that_names_its_variable(small_
         prepare.prepare([str(small_corpus)], context=64, group_size=32)
 
 
+def test_the_folder_of_the_cache_may_be_named_from_home(small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", "~/kept")
+    monkeypatch.chdir(tmp_path)
+    made = prepare.prepare([str(small_corpus)], context=64, group_size=32)
+    assert made.directory.parent == tmp_path / "home" / "kept"
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.usefixtures("tiny_cache")
 @pytest.mark.parametrize("command", ["train", "compare", "sweep", "generate"])
 def test_what_another_process_writes_to_is_refused(command, tiny_runs, small_corpus, tmp_path, monkeypatch, capsys):

@@ -94,6 +94,20 @@ def test_a_file_without_text_is_no_error_in_a_part(folder, tmp_path):
     assert all(len(made.prepare(number).train) for number in range(4))
 
 
+def test_a_later_part_without_text_is_passed_over(folder, tmp_path):
+    files = sorted(folder.iterdir())
+    for number, file in enumerate((files[0], None, files[1])):
+        text = '{"text": ""}\n' * 1000 if file is None else file.read_text()
+        (tmp_path / f"{number}.jsonl").write_text(text)
+    made = Parts.of([str(tmp_path)], 5000, **HOW)
+    assert list(map(len, made.files)) == [1, 1, 1]
+    assert len(made.prepare(1).train) == 0
+    rows = len(made.prepare(0).train) // GROUP * GROUP
+    assert batches(made).place(rows) == (0, 2, 0)
+    with pytest.raises(ValueError, match="there is no text in the corpus"):
+        Parts.of([str(tmp_path / "1.jsonl")], 5000, **HOW).first()
+
+
 def test_a_turn_reads_every_block_of_every_part_once_and_the_next_in_another_order(parts):
     rows, blocks = batches(parts), [parts.prepare(number).train for number in range(4)]
     counts = [len(each) // GROUP * GROUP for each in blocks]

@@ -129,7 +129,15 @@ def prepare(
                 if damage is not None:
                     print(f"{damage}: the prepared text is made again.", file=sys.stderr)
                 manifest = _make(
-                    directory, documents, max_bytes, total, group_size, given, vocab_size, keep_near_duplicates
+                    directory,
+                    documents,
+                    max_bytes,
+                    total,
+                    group_size,
+                    given,
+                    vocab_size,
+                    keep_near_duplicates,
+                    together,
                 )
     splits, facts, segments = {}, manifest["facts"], 0
     for name in SPLITS:
@@ -166,7 +174,7 @@ def whole_text(
     context: int = 64,
     group_size: int = 32,
 ) -> Blocks:
-    """All text of the sources, in memory: no document is dropped, cut or split off, and all bytes are counted.
+    """All text of the sources, in memory: no document is dropped, cut or split off, but for blank ones.
 
     Raises ValueError for bad sources.
     """
@@ -174,6 +182,8 @@ def whole_text(
     with progress_bar("Tokenizing") as bar:
         for document in corpus.documents(sources, field):
             text = b"".join(document)
+            if not text.strip():
+                continue
             (tokens, _), *_ = encoded(tokenizer, [(text, True)])
             rows.append(np.array(tokens, dtype=np.int64))
             length += len(tokens)
@@ -287,6 +297,7 @@ def _make(
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int | None,
     keep_near: bool,
+    may_be_empty: bool,
 ) -> dict:
     """Make a cache entry; one that is there is damaged. Returns its manifest.
 
@@ -305,7 +316,14 @@ def _make(
             places, digests = spool(documents, text, max_bytes, bar.update)
         with progress_bar("Looking for duplicates", int(places[:, 1].sum())) as bar:
             parts = split(
-                text, places, digests, group_size=group_size, work=beside, read=bar.update, keep_near=keep_near
+                text,
+                places,
+                digests,
+                group_size=group_size,
+                work=beside,
+                read=bar.update,
+                keep_near=keep_near,
+                may_be_empty=may_be_empty and tokenizer is not None,
             )
         with _parallel_tokenizers():
             if tokenizer is None:

@@ -20,6 +20,7 @@ from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any
 
+from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import say_once
 
 PART = 2**20  # bytes of a file held at once
@@ -31,7 +32,8 @@ CODE = (
     ".py .pyi .js .mjs .ts .jsx .tsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cu .cuh .cs .go .rs .rb .php "
     ".pl .lua .r .jl .swift .m .hs .ml .ex .exs .erl .clj .lisp .el .sh .bash .sql .css .scss .yaml .yml .toml .ini"
 )
-TABLES = (".jsonl", ".parquet")
+LINES = (".jsonl", ".ndjson")  # an object a line; so may be .json
+TABLES = (*LINES, ".parquet")
 OTHER_TABLES = (".csv", ".tsv", ".json")
 KNOWN = {*PROSE.split(), *CODE.split(), *TABLES}
 
@@ -40,9 +42,10 @@ Document = Iterable[bytes]  # its UTF-8 text in parts, in order, as it may not f
 
 
 def documents(sources: Sequence[str], field: str = "text", *, together: bool = False) -> Iterator[Document]:
-    """The documents of all sources in order: files, rows of .jsonl and .parquet files, rows of Hub data sets.
+    """The documents of all sources in order: files, rows of JSON lines and .parquet files, rows of Hub data sets.
 
-    Read all parts of a document before taking the next document.
+    A .json file holds JSON lines if its first line is an object with the field; otherwise it is one document. Read all
+    parts of a document before taking the next document.
 
     Args:
         sources: Each a file, a folder (searched for known suffixes, hidden files left out), a glob,
@@ -88,9 +91,14 @@ def files(source: str) -> list[Path]:
         return found
     if glob.has_magic(source):
         matches = sorted(glob.glob(str(path), recursive=True))
-        found = [_regular(Path(match)) for match in matches if not os.path.isdir(match)]
+        folders = list(filter(os.path.isdir, matches))
+        found = [_regular(Path(match)) for match in matches if match not in folders]
         if not found:
             raise ValueError(f"{source} matches no file")
+        if folders and "**" not in source:
+            say_once(
+                f"{source} is read without the folders that it matches, {few_of(folders)}; name them too, or use **"
+            )
         return found
     if not path.exists():
         raise ValueError(f"{source}: there is no such file or folder")
@@ -175,16 +183,28 @@ def hash_of_file(path: Path, read: Callable[[int], Any]) -> str:
 
 
 def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
+    as_text = [path for path in paths if _suffix(path) in OTHER_TABLES and not _has_json_rows(path, field)]
+    if as_text:
+        what = "is read as one text" if len(as_text) == 1 else "are read as one text each"
+        say_once(f"{few_of(as_text)} {what}: rows are documents in .jsonl and .parquet")
     for path in paths:
-        kind = _suffix(path)
-        if kind == ".jsonl":
+        if _has_json_rows(path, field):
             yield from _json_rows(path, field)
-        elif kind == ".parquet":
+        elif _suffix(path) == ".parquet":
             yield from _parquet_rows(path, field)
         else:
-            if kind in OTHER_TABLES and len(paths) == 1:
-                say_once(f"{path} is read as one text: rows are documents in .jsonl and .parquet")
             yield _text(path)
+
+
+def _has_json_rows(path: Path, field: str) -> bool:
+    if _suffix(path) != ".json":
+        return _suffix(path) in LINES
+    with _opened(path) as file:
+        try:
+            first = json.loads(file.readline(PART))
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(first, dict) and field in first
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -329,7 +349,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
 
 def cache_directory() -> Path:
     base = os.environ.get("MIXTURE_OF_TOKENS_CACHE") or Path.home() / ".cache" / "mixture_of_tokens"
-    return Path(base)
+    return located(str(base))
 
 
 def _hub_name(source: str) -> tuple[str, str]:

@@ -82,6 +82,7 @@ def split(
     read: Callable[[int], Any],
     keep_near: bool = False,
     held_out: int = HELD_OUT,
+    may_be_empty: bool = False,
 ) -> Splits:
     """Leave out duplicates, assign documents to splits in an order set by their content, cut those that are too long.
 
@@ -93,9 +94,12 @@ def split(
         keep_near: keep near-duplicates.
         held_out: about the most bytes for tuning, and for validation.
 
-    Raises ValueError if there is no text.
+    Raises ValueError if there is no text, unless it may be empty.
     """
     kept, duplicates = unlike(file, places, digests, work, read, keep_near=keep_near) if places.any() else ([], 0)
+    if not len(kept) and may_be_empty:
+        none = np.zeros((0, 2), dtype=np.int64)
+        return Splits(dict.fromkeys(SPLITS, none), dict.fromkeys(SPLITS, none[:, 0] > 0), duplicates, 0)
     if not len(kept):
         raise ValueError("there is no text in the corpus")
     documents = places[kept]

@@ -15,7 +15,7 @@ from mixture_of_tokens.data.sources import first_line
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of, refuse
 
-FORMAT = 4  # of the files in the cache; after a change they are made anew
+FORMAT = 5  # of the files in the cache; after a change they are made anew
 SHARD_TOKENS = 2**27  # per file
 # Encoding takes some hundred bytes of memory per token, so tokenizers get small batches of small pieces of text.
 BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16

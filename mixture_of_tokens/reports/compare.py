@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import duration
+from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.process import is_main, of_all
 from mixture_of_tokens.reports.comparison import COMPARISON, by_model, check_comparable, comparison, write
 from mixture_of_tokens.reports.report import Report, write_page
@@ -63,7 +64,7 @@ def compare(
 
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
-    names = tuple(name for given in names for name in listed(given))
+    names = tuple(str(parse_name(name)) for given in names for name in listed(given))
     seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
     out = Path("runs/compare") if out is None else Path(out)
     check_holds_runs(out)

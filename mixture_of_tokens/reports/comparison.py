@@ -186,6 +186,10 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
             model.append(run)
     for model in models:
         model.sort(key=lambda run: run.seed)
+        for run in model[1:]:
+            if [row.step for row in run.evaluations] != [row.step for row in model[0].evaluations]:
+                pair = f"{model[0].directory} and {run.directory}"
+                raise ValueError(f"{pair} are seeds of one model, but were evaluated after different steps")
     seeds = [[run.seed for run in model] for model in models]
     for model, own in zip(models, seeds, strict=True):
         if own != seeds[0]:

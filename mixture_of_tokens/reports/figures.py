@@ -79,7 +79,8 @@ def panel(
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.18, linewidth=0)
             # By distance along the line, not by points: a switched run is evaluated more often after the switch.
-            axes.plot(line.x, line.y, alpha=line.alpha, markevery=(0.04 * (line.series % SERIES), 0.25), **style)
+            marked = (0.04 * (line.series % SERIES), 0.25) if len(line.x) > 1 else None
+            axes.plot(line.x, line.y, alpha=line.alpha, markevery=marked, **style)
         if level is not None:
             axes.axhline(level, color=TEXT, linewidth=0.9, linestyle=(0, (1, 2)))
         for series, x, y in points:

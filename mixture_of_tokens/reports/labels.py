@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.model.names import NAMED_OF_EXPERTS, config_from_name, parse_name
 from mixture_of_tokens.model.routings import converted_from
 from mixture_of_tokens.runs.records import OF_TRAINING
 from mixture_of_tokens.runs.run import Run
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", *NAMED_OF_EXPERTS)
 FOLLOWS = ("model.mlp_layer_types", "first_step")  # of a switched run, from its name and from its source
 
 
@@ -26,11 +27,20 @@ def _label(run: Run, others: Sequence[Run], *, brief: bool) -> str:
             lacks = key.startswith("transition.") and run.settings.get(key) is None
             if lacks or key in FOLLOWS:
                 return False
-        return any(other.settings.get(key) != run.settings.get(key) for other in namesakes)
+        return key in replaced or any(other.settings.get(key) != run.settings.get(key) for other in namesakes)
 
+    replaced = _in_place_of_the_name(run)
     keys = {key: None for other in namesakes for key in other.settings}
     values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in keys if tells(key)]
     return f"{_title(run)} ({', '.join(values)})" if values else _title(run)
+
+
+def _in_place_of_the_name(run: Run) -> set[str]:
+    """Settings of sizes that the name says otherwise."""
+    own = run.model_config
+    named = config_from_name(run.name, gated=own.gated, shared_experts=own.shared_experts)
+    sizes = SIZES if own.sparse_routings else set(SIZES) - set(NAMED_OF_EXPERTS)
+    return {f"model.{field}" for field in sizes if getattr(named, field) != getattr(own, field)}
 
 
 def _title(run: Run) -> str:

@@ -120,11 +120,12 @@ def _beside(apart: Summary) -> str:
 
 def glossary(comparison: Comparison) -> list[tuple[str, str]]:
     """Terms of the page and their meaning, for a reader who has not read the paper."""
-    names = [parse_name(model.name) for model in comparison.models]
-    switched = any(model.switched for model in comparison.models)
+    models = comparison.models
+    names = [parse_name(model.name) for model in models]
+    switched = any(model.switched for model in models)
     shown = {name.system for name in names}
     if switched:
-        kinds = {parse_name(model.name).routing.kind for model in comparison.models if model.switched}
+        kinds = {parse_name(model.name).routing.kind for model in models if model.switched}
         shown |= {converted_from(kind).prefix for kind in kinds}
     entries = [
         (row.title if row.title == row.prefix else f"{row.prefix}, {row.title}", row.meaning)
@@ -148,7 +149,8 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
                 f"A name is a configuration: size {example.size}, groups of {example.group_size} tokens, and experts "
                 f"with the parameters of {example.group_size} dense feed-forwards"
                 + f", each 1/{k} as wide as one (granularity {k})" * (k > 1)
-                + ".",
+                + "."
+                + " Sizes in brackets take the place of the name's." * any("(" in model.label for model in models),
             ),
             ("Expert", "One of the feed-forwards that a layer has in place of a single one."),
             ("Router", "The small matrix that decides which expert gets how much of which token."),

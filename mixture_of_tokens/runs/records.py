@@ -343,8 +343,8 @@ def record(kind: Any, written: Any, file: Path) -> Any:
     for name, value in values.items():
         if not _is(value, hints[name]):
             raise ValueError(f"{file}: {name} cannot be {repr(value)}")
-    if kind is RunFacts and not isinstance(values["corpus"].get("hash"), str):
-        raise ValueError(f"{file}: the corpus has no hash")
+    if kind is RunFacts:
+        _check_facts(values, file)
     if kind is MetricsRow and not all(layer.isdecimal() for layer in values.get("layers") or ()):
         raise ValueError(f"{file}: layers are named by their numbers")
     read: Any = kind(**values)
@@ -354,6 +354,18 @@ def record(kind: Any, written: Any, file: Path) -> Any:
         except Exception as error:  # transformers has its own for wrong fields of a model
             raise ValueError(f"{file} describes no model: {' '.join(str(error).split())}") from None
     return read
+
+
+def _check_facts(values: dict[str, Any], file: Path) -> None:
+    for name in ("steps", "tokens", "seconds"):
+        if values[name] <= 0:
+            raise ValueError(f"{file}: {name} cannot be {values[name]}")
+    corpus, counted = values["corpus"], ("documents", "tokens", "bytes")
+    if not isinstance(corpus.get("hash"), str):
+        raise ValueError(f"{file}: the corpus has no hash")
+    for name, part in corpus.items():
+        if isinstance(part, dict) and not all(_is(part.get(count), int) for count in counted):
+            raise ValueError(f"{file}: {name} of the corpus has no number of {', '.join(counted)}")
 
 
 def _without_null(measured: Any) -> Any:

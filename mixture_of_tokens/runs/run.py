@@ -292,7 +292,21 @@ def read(directory: Path) -> Run:
     facts = RunFacts.read(directory / records.FACTS)
     rows = records.metrics(directory / records.METRICS)
     switched = directory / records.SWITCH
-    return Run(directory, config, facts, rows, Switch.read(switched) if switched.is_file() else None)
+    run = Run(directory, config, facts, rows, Switch.read(switched) if switched.is_file() else None)
+    return _whole(run, directory / records.METRICS)
+
+
+def _whole(run: Run, metrics: Path) -> Run:
+    """The run itself. Raises ValueError where its records are of different lengths, as of a copy that is incomplete."""
+    steps, planned = run.facts.steps, run.config.last_step
+    if steps != planned:
+        raise ValueError(f"{metrics}: the run has {steps} steps by its results, and {planned} by its configuration")
+    evaluated = run.evaluations[-1].step if run.evaluations else steps
+    if evaluated != steps:
+        raise ValueError(
+            f"{metrics} lacks its end: the run has {steps} steps, and no evaluation after step {evaluated}"
+        )
+    return run
 
 
 def pack(run: Run, file: Path, *, telemetry: bool) -> None:
@@ -342,4 +356,4 @@ def _unpacked(file: Path) -> Run:
     if unknown := [key for key in written if key not in (*kinds, "format", "metrics")]:
         raise ValueError(f"{file} has an unknown field, {unknown[0]!r}")
     metrics = [records.record(MetricsRow, row, file) for row in rows]
-    return Run(file.with_suffix(""), parts["config"], parts["facts"], metrics, parts.get("switch"))
+    return _whole(Run(file.with_suffix(""), parts["config"], parts["facts"], metrics, parts.get("switch")), file)

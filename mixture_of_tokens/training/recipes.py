@@ -76,7 +76,7 @@ def merge(
     """
     check_environment()
     parsed = parse_name(name)
-    size = parsed.size
+    name, size = str(parsed), parsed.size  # /1 is left out
     hints = typing.get_type_hints(MixtureOfTokensConfig, localns={"torch": torch}) | {"head_dim": int | None}
     overrides = {}
     for field, text in options.model.items():
