@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 AT_ONCE = {"cpu": 64, "cuda": 1024}
 
 
+@torch.inference_mode(False)  # what is made here is for training too
 @torch.no_grad()
 def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | None) -> None:
     few = layer.num_experts if num_experts_alone is None else num_experts_alone
@@ -56,6 +57,7 @@ def renew_alone(layer: "MixtureOfTokens", _: object) -> None:
 
 
 def served_alone(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
+    check_shapes(x_BTD, token_mask)
     if layer.num_experts_alone < layer.num_experts:
         return _to_few_experts(layer, x_BTD, token_mask)
     at_once = layer.alone_at_once or AT_ONCE.get(x_BTD.device.type, AT_ONCE["cpu"])
@@ -79,7 +81,6 @@ def _beside_companions(layer: "MixtureOfTokens", weight: Tensor, x: Tensor, comp
 
 def _to_few_experts(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
     """The formula of the module's docstring."""
-    check_shapes(x_BTD, token_mask)
     masked_S1 = None if token_mask is None else ~token_mask.bool().reshape(-1, 1)
     x_SD = x_BTD.flatten(0, 1) if masked_S1 is None else x_BTD.flatten(0, 1).masked_fill(masked_S1, 0)
     S, K, dtype = len(x_SD), layer.num_experts_alone, torch.promote_types(x_SD.dtype, torch.float32)

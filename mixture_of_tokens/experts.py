@@ -153,11 +153,23 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """As a module's; but `to(torch.bfloat16)` does not round the temperature, and `to_empty` does not lose it."""
-        super()._apply(fn, recurse)
-        now = self.fixed_temperature
-        precise = torch.promote_types(now.dtype, torch.float32)
-        self.fixed_temperature = torch.full_like(now, self.temperature_setting, dtype=precise)
+
+        def but_precise(tensor: Tensor) -> Tensor:
+            now = fn(tensor)
+            dtype = torch.promote_types(now.dtype, torch.float32)
+            if now.dim() or now.dtype == dtype:  # the weight, or no rounding
+                return now
+            return torch.empty_like(now, dtype=dtype) if tensor.is_meta else tensor.to(now.device, dtype)
+
+        super()._apply(but_precise, recurse)
+        self.fixed_temperature = torch.full_like(self.fixed_temperature, self.temperature_setting)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.fixed_temperature.is_meta:  # of weights that are assigned to a module without memory
+            setting, dtype = self.temperature_setting, self.fixed_temperature.dtype
+            self.fixed_temperature = torch.full((), setting, dtype=dtype, device=self.weight.device)
 
     @property
     def temperature(self) -> Tensor:

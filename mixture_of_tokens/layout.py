@@ -109,6 +109,8 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 class _Dispatch(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weights_MGE, x_MGD):
         return torch.bmm(weights_MGE.mT, x_MGD)
@@ -122,6 +124,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weights_MGE, y_MED):
         return torch.bmm(weights_MGE, y_MED)
@@ -135,6 +139,8 @@ class _Combine(torch.autograd.Function):
 
 
 class _ExpertLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x_ERI, weight_EOI):
         return torch.bmm(x_ERI, weight_EOI.mT)

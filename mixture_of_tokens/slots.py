@@ -2,7 +2,7 @@
 
 A slot is a row that an expert reads; an expert's slots are neighbours. Tokens go to slots by a gather and come back by
 another, and so do their gradients: torch's index_add, and its gradient of an index, are several times slower on a CPU.
-Shape letters as in `layers.py`, and N slots.
+Shape letters as in `layers.py`, and N slots. Sizes are of `shape`, as `len` would be a constant to the compiler.
 """
 
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ class Slots(NamedTuple):
     @classmethod
     def of(cls, token_A: Tensor, slot_A: Tensor, num_slots: int, num_tokens: int) -> "Slots":
         """By the token of each assignment, in order, and its slot, which is N where it is dropped."""
-        A, device = len(token_A), token_A.device
+        A, device = token_A.shape[0], token_A.device
         empty_N = slot_A.new_full((num_slots + 1,), A)
         assignment_N = empty_N.index_copy(0, slot_A, torch.arange(A, device=device))[:-1]
         kept_A = slot_A < num_slots
@@ -107,14 +107,14 @@ def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gat
     Assignments are token by token; those to expert E, which there is not, count nothing, and have gate 0.
     """
     experts, E = layer.experts, layer.num_experts
-    if len(expert_A) <= min(FEW * E, COPIED // layer.weights_of_an_expert):
+    if expert_A.shape[0] <= min(FEW * E, COPIED // layer.weights_of_an_expert):
         which_A, x_A1D = expert_A.clamp(max=E - 1), x_SD.index_select(0, token_A)[:, None]
         y_A1D = experts(x_A1D, lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
         y_AD = (gate_A[:, None] * y_A1D[:, 0]).masked_fill(expert_A[:, None] == E, 0)
         return y_AD.new_zeros(x_SD.shape).index_add(0, token_A, y_AD)
-    order = order_of_slots(layer, x_SD, len(expert_A) // E)
+    order = order_of_slots(layer, x_SD, expert_A.shape[0] // E)
     slot_A, ends_E, order_E, num_slots = slots_without_limit(expert_A, E, *order)
-    slots = Slots.of(token_A, slot_A, num_slots, len(x_SD))
+    slots = Slots.of(token_A, slot_A, num_slots, x_SD.shape[0])
     y_ND = experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, ends_E, order_E))
     return slots.combine(y_ND, gate_A)
 
@@ -145,7 +145,7 @@ def slots_without_limit(
         multiple: of an expert's slots.
         by_rows: experts lie in the order of their numbers of slots; else in their own, and the order is None.
     """
-    A, device = len(expert_A), expert_A.device
+    A, device = expert_A.shape[0], expert_A.device
     sorted_A, order_A = expert_A.sort(stable=True)
     ends_E = torch.searchsorted(sorted_A, torch.arange(num_experts, device=device), right=True)
     load_E = _sizes(ends_E)
@@ -247,7 +247,6 @@ def _ragged_second_backward(ctx, grad_EOI):
     return _ragged_mm(x_NI, grad_EOI, ends_E), _ragged_mm(grad_NO, grad_EOI.mT, ends_E), None
 
 
-# Of shapes, as `len` would be a constant to the compiler.
 _ragged_mm.register_fake(lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]))
 _ragged_weight_gradient.register_fake(lambda g, x, ends: x.new_empty(ends.shape[0], g.shape[1], x.shape[1]))
 _ragged_mm.register_autograd(_ragged_backward, setup_context=save_inputs)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Unpack
 
 import torch
@@ -50,7 +51,7 @@ class ExpertChoice(Routed):
         row_MCE = token_MCE + torch.arange(0, M * G, G, device=x_MGD.device)[:, None, None]
         gate_ER, row_ER = gate_MCE.flatten(0, 1).T, row_MCE.flatten(0, 1).T  # R = M * C
         token_A, slot_A = row_ER.flatten().sort(stable=True)
-        slots = Slots.of(token_A, slot_A, len(slot_A), M * G)
+        slots = Slots.of(token_A, slot_A, slot_A.shape[0], M * G)
         y_ND = self.experts(slots.dispatch(x_MGD.flatten(0, 1)).view(*row_ER.shape, D)).flatten(0, 1)
         y_MGD = slots.combine(y_ND, gate_ER.flatten().index_select(0, slot_A)).view(M, G, D)
         return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
@@ -82,13 +83,23 @@ class TokenChoice(Routed):
         check("capacity_factor", capacity_factor, float | None)
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
-        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
-            raise ValueError(
-                f"capacity_factor must be positive and finite, or None to drop nothing, not {capacity_factor}"
-            )
         self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
         self.capacity_factor = capacity_factor
         self.auxiliary_loss: AuxiliaryLoss | None = LoadBalancingLoss()
+
+    @property
+    def capacity_factor(self) -> float | None:
+        return self._capacity_factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float | None) -> None:
+        if factor is not None and not 0 < factor < math.inf:
+            raise ValueError(f"capacity_factor must be positive and finite, or None to drop nothing, not {factor}")
+        self._capacity_factor = factor
+        # In whole numbers: 1.1 * 100 is above 110, and the compiler would take a float for one that varies. From E on
+        # it drops nothing.
+        exact = Fraction(0 if factor is None else str(min(factor, self.num_experts)))
+        self._capacity_ratio = exact.limit_denominator(10**6).as_integer_ratio()
 
     def scores(self, logits: Tensor) -> Tensor:
         return softmax(logits, dim=-1)
@@ -118,24 +129,24 @@ class TokenChoice(Routed):
         if masked_TB1 is not None:  # masked tokens go to no expert
             gate_TBK, expert_TBK = gate_TBK.masked_fill(masked_TB1, 0), expert_TBK.masked_fill(masked_TB1, E)
         x_SD, gate_A, expert_A = x_TBD.flatten(0, 1), gate_TBK.flatten(), expert_TBK.flatten()
-        token_A = torch.arange(len(x_SD), device=x_SD.device).repeat_interleave(K)
+        token_A = torch.arange(x_SD.shape[0], device=x_SD.device).repeat_interleave(K)
         if self.training and self.capacity_factor is not None:
-            slots = Slots.of(token_A, *self._slots_within_capacity(self.capacity_factor, expert_TBK), len(x_SD))
+            slots = Slots.of(token_A, *self._slots_within_capacity(expert_TBK), x_SD.shape[0])
             y_ND = self.experts(slots.dispatch(x_SD).unflatten(0, (E, -1))).flatten(0, 1)
             y_SD = slots.combine(y_ND, gate_A)
         else:
             y_SD = dropless(self, x_SD, token_A, expert_A, gate_A)
         return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
 
-    def _slots_within_capacity(self, factor: float, expert_TBK: Tensor) -> tuple[Tensor, int]:
+    def _slots_within_capacity(self, expert_TBK: Tensor) -> tuple[Tensor, int]:
         """The slot of each assignment, N where it is dropped, and N = E * R."""
         _, B, K = expert_TBK.shape
-        A, E = expert_TBK.numel(), self.num_experts
+        A, E, (times, over) = expert_TBK.numel(), self.num_experts, self._capacity_ratio
         # In order of priority (position, choice, row), then by expert with that order kept.
         expert_A, order_A = expert_TBK.transpose(1, 2).flatten().sort(stable=True)
         ends_E = torch.searchsorted(expert_A, torch.arange(E, device=expert_A.device), right=True)
-        R = min(A // K, max(1, math.ceil(factor * A / E)))  # no expert is chosen twice by a token
-        capacity = (factor * ends_E[-1].double() / E).ceil().clamp(min=1, max=R)  # below R where tokens are masked
+        R = min(A // K, max(1, -(-times * A // (over * E))))  # no expert is chosen twice by a token
+        capacity = (-(-times * ends_E[-1] // (over * E))).clamp(min=1, max=R)  # below R where tokens are masked
         rank_A = torch.arange(A, device=expert_A.device) - F.pad(ends_E, (1, 0))[expert_A]
         kept_A = (rank_A < capacity) & (expert_A < E)
         slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)

@@ -57,7 +57,7 @@ class _Above(Routed):
         x_SD = x_BTD.transpose(0, 1).flatten(0, 1).masked_fill(~real_S[:, None], 0)
         logits_SE = self.gate(x_SD.view(T, B, D)).flatten(0, 1)
         gate_SE = self.gates(logits_SE).masked_fill(~real_S[:, None], 0)
-        token_A, expert_A = (gate_SE > 0).nonzero(as_tuple=True)
+        token_A, expert_A = (~(gate_SE <= 0)).nonzero(as_tuple=True)  # also those that are not finite, to be seen
         if self.training and self.auxiliary_loss is not None:
             self.auxiliary_loss(gate_SE, None if token_mask is None else real_S)
         if self.training and torch.is_grad_enabled():  # not of telemetry
@@ -204,7 +204,8 @@ class ExpertThreshold(_Above):
         noted, self.noted = summed_over_processes(self.noted) if over_processes else self.noted, None
         mean_E = (noted[:-1] / noted[-1].clamp(min=1)).to(self.threshold.dtype)
         # Without asking whether there were any: a step would wait for the device.
-        self.threshold.copy_(torch.where(noted[-1] > 0, self.threshold.lerp(mean_E, by), self.threshold))
+        moves = (noted[-1] > 0) & mean_E.isfinite()
+        self.threshold.copy_(torch.where(moves, self.threshold.lerp(mean_E, by), self.threshold))
 
     @staticmethod
     @torch.no_grad()

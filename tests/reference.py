@@ -9,6 +9,7 @@ scalar tensor. Everything is computed in the precision of what is given. Returns
 """
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -146,7 +147,8 @@ def token_choice(
     gates = {(b, t): softmax([x[b, t] @ row / temperature for row in gate_weight]) for b, t in real}
     capacity = len(real) * num_experts_per_tok
     if capacity_factor is not None:
-        capacity = max(1, math.ceil(capacity_factor * len(real) * num_experts_per_tok / num_experts))
+        exact = Fraction(str(capacity_factor))  # 1.1 * 100 is above 110
+        capacity = max(1, math.ceil(exact * len(real) * num_experts_per_tok / num_experts))
     taken = [0] * num_experts
     out = _zeros(x)
     for t in range(T):

@@ -115,6 +115,28 @@ def test_alone_every_row_gets_what_it_gets_by_itself(name, masked):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
+@pytest.mark.parametrize("few", [None, 2])
+def test_alone_a_layer_refuses_what_it_refuses_in_groups(few):
+    layer, x = build("mot"), tokens(3, 5, 8)
+    layer.serve_alone(num_experts_alone=few)
+    for mask in (torch.ones(5, 3), torch.ones(15), torch.ones(3, 4)):
+        with pytest.raises(ValueError, match=r"token_mask must be \(3, 5\), not"):
+            layer(x, mask.bool())
+    with pytest.raises(ValueError, match=r"x must be \(examples, positions, hidden size\) .* not \(5, 8\)"):
+        layer(x[0])
+
+
+@pytest.mark.parametrize("few", [None, 2])
+def test_what_is_measured_in_inference_mode_is_for_training_too(few):
+    layer, x = build("mot", dtype=torch.float32), tokens(2 * G, T, 8, dtype=torch.float32)
+    with torch.inference_mode():
+        calibrate_companions(layer, [x])
+        layer.serve_alone(num_experts_alone=few)
+    assert not any(buffer.is_inference() for buffer in layer.buffers())
+    layer(x).sum().backward()
+    assert all(weight.grad is not None for weight in layer.parameters())
+
+
 @pytest.mark.usefixtures("tiny_cache")
 def test_a_checkpoint_has_its_companions_and_the_last_one_those_of_the_run(tiny_runs):
     run = tiny_runs["MoT-Nano/4E/2"]

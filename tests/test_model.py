@@ -9,8 +9,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 import routings
-from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router
+from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router, TokenChoice
 from mixture_of_tokens.loss import IGNORE, L1Loss, LoadBalancingLoss
 from mixture_of_tokens.model import modeling
 from mixture_of_tokens.model.routings import ROUTINGS, ROWS
@@ -616,6 +618,54 @@ def test_autocast_and_bf16_weights_train(kind):
     assert autocast.dtype == low_loss.dtype == torch.float32
     torch.testing.assert_close(autocast, expected, rtol=1.6e-2, atol=0.0)
     torch.testing.assert_close(low_loss, expected, rtol=1.6e-2, atol=0.0)
+
+
+class Adapted(nn.Linear):
+    """A head as adapters make it."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def with_bias(head: nn.Linear) -> nn.Module:
+    biased = nn.Linear(head.in_features, head.out_features)
+    nn.init.normal_(biased.bias)
+    return biased
+
+
+def hooked(head: nn.Linear) -> nn.Module:
+    head.register_forward_hook(lambda module, args, logits: 2 * logits)
+    return head
+
+
+def replaced(head: nn.Linear) -> nn.Module:
+    plain = head.forward
+    head.forward = lambda input: 2 * plain(input)  # as accelerate and quantizers do
+    return head
+
+
+def pruned(head: nn.Linear) -> nn.Module:
+    return prune.l1_unstructured(head, "weight", 0.5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("change", [with_bias, hooked, replaced, pruned, lambda head: Adapted(24, 97, bias=False)])
+def test_the_loss_is_of_the_logits_whatever_the_head_does(change, training):
+    model, x = tiny("mixture_of_tokens").train(training), tokens(6, 9)
+    model.set_output_embeddings(change(model.lm_head))
+    for _ in range(2):  # a hook may make the weight anew at each call
+        out = model(x, labels=x, return_logits=True)
+        expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+        torch.testing.assert_close(out.loss, expected)
+        out.loss.backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in model.lm_head.parameters())
+
+
+def test_a_layer_that_takes_the_place_of_another_is_told_where_its_loss_is_needed():
+    model, x = tiny("token_choice").train(), tokens(6, 9)
+    model.model.layers[1].mlp = TokenChoice(24, 16, 5)
+    with pytest.raises(ValueError, match="2 feed-forwards have an auxiliary loss by the configuration, and 1 gave one"):
+        model(x, labels=x)
 
 
 def test_the_router_works_in_fp32_whatever_the_weights():

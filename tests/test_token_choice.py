@@ -117,6 +117,11 @@ def test_capacity_counts_in_full_precision_whatever_the_padding():
     assert layer(crowd(8, 5), mask).any(-1).sum() == 6
 
 
+def test_capacity_is_what_its_formula_says_of_the_decimal_number():
+    layer = scaling_experts(10, capacity_factor=1.1)
+    assert layer(crowd(10, 10)).any(-1).sum() == 11  # 1.1 * 100 / 10; in float64 1.1 * 100 is above 110
+
+
 def test_a_huge_capacity_computes_no_more_rows_than_there_are_tokens():
     rows = []
     layer, x = scaling_experts(3, num_experts_per_tok=2, capacity_factor=1e9).train(), crowd(4, 5)

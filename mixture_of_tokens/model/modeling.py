@@ -65,8 +65,9 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
     config_class = MixtureOfTokensConfig
     config: MixtureOfTokensConfig
     _no_split_modules = ["MixtureOfTokensDecoderLayer"]
-    # Buffers that routings move by small steps, or measure.
+    # What moves by small steps, or is measured.
     _keep_in_fp32_modules_strict = ["selection_bias", "threshold", "l1_weight", "companion", "companion_logit"]
+    _keep_in_fp32_modules_strict += ["log_temperature"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(Router, index=0),
         "auxiliary_losses": OutputRecorder(AuxiliaryLoss, index=0),
@@ -121,6 +122,12 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
             token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids, cache)
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "token_mask": token_mask}
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def _is_matrix(head: nn.Module) -> bool:
+    """Whether a head does nothing but multiply: no bias, no hooks, no adapter's or quantizer's own forward."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
 
 
 class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedModel, Qwen3MoeForCausalLM):
@@ -211,11 +218,11 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 )
 
     def _summed_cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Of (S, D) and (S,), without all logits in memory where the head is a matrix, and on this device."""
+        """Of (S, D) and (S,), without all logits in memory where the head is only a matrix, and on this device."""
         head = self.lm_head
-        if isinstance(head, nn.Linear) and head.weight.device == hidden.device:
+        if _is_matrix(head) and head.weight.device == hidden.device:
             return chunked_cross_entropy(hidden, head.weight, labels)
-        logits = head(hidden).to(hidden.device)  # an adapter, or on another device, which hooks see to
+        logits = head(hidden).to(hidden.device)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
@@ -278,6 +285,12 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
         if weights:
             balanced = [routing for routing in self.config.routings if routing.auxiliary_weight is not None]
+            if len(outputs.auxiliary_losses) != len(balanced):
+                raise ValueError(
+                    f"{len(balanced)} feed-forwards have an auxiliary loss by the configuration, and "
+                    f"{len(outputs.auxiliary_losses)} gave one: those that the model was made with are recorded, and "
+                    "none that took the place of one"
+                )
             means = []
             for routing, weight in weights.items():
                 recorded = zip(balanced, outputs.auxiliary_losses, strict=True)
