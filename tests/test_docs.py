@@ -194,7 +194,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/transition/run.py": (16, "../experiments/LOG"),
     "experiments/verdict/run.py": (11, "../experiments/LOG"),
     "experiments/verdict/fresh.py": (31, "conversion"),
-    "experiments/verdict/attention.py": (23, "../experiments/LOG"),
+    "experiments/verdict/attention.py": (24, "../experiments/LOG"),
     "experiments/partial_groups/run.py": (14, "serving"),
     "experiments/paper/ledger.py": (12, "results"),
     "experiments/paper/fig6.py": (14, "results"),
