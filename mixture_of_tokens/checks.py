@@ -12,8 +12,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from mixture_of_tokens.formatting import few_of
-
 LARGEST = 2**31 - 1  # of whole numbers: steps times rows are counted in 64 bits
 
 P = ParamSpec("P")
@@ -32,11 +30,6 @@ def divisors(number: int) -> list[int]:
     """In ascending order; all of a number below 2**32."""
     lower = [k for k in range(1, min(math.isqrt(number), 2**16) + 1) if number % k == 0]
     return sorted({*lower, *(number // k for k in lower)})
-
-
-def divisors_of(number: int, most: int = 24) -> str:
-    """The least divisors as a message lists them, and how many more there are."""
-    return few_of(divisors(number), most)
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_tokens.alone import renew_alone, served_alone, set_alone
-from mixture_of_tokens.checks import check, divisors_of
+from mixture_of_tokens.checks import check, divisors
 from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, softmax
 from mixture_of_tokens.layout import combine, dispatch, grouped, ungrouped
 
@@ -111,7 +111,7 @@ class MixtureOfTokens(Routed):
         check("intermediate_size", intermediate_size, int)
         check("granularity", granularity, int)
         if granularity < 1 or intermediate_size % granularity:
-            legal = divisors_of(intermediate_size)
+            legal = ", ".join(map(str, divisors(intermediate_size)))
             raise ValueError(f"granularity {granularity} does not divide {intermediate_size=}; legal are {legal}")
         return cls(
             hidden_size,

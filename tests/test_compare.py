@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from mixture_of_tokens.reports.markup import html, own_ids
+from mixture_of_tokens.reports.page import _thinned
 from mixture_of_tokens.reports.prose import differing
 from mixture_of_tokens.reports.report import report
 from mixture_of_tokens.reports.samples import continued
@@ -265,6 +267,14 @@ def test_a_size_that_is_not_the_name_s_is_told(flags, tmp_path):
     assert [model.label for model in page.comparison.models] == ["MoT-Nano/4E (group_size 8)"]
     assert "groups of 4 tokens" in (text := (tmp_path / "x.html").read_text())
     assert "Sizes in brackets take the place of the name&#x27;s." in text or "take the place of the name's." in text
+
+
+def test_of_a_long_run_every_nth_measurement_is_drawn():
+    for count in (1, 2, 399, 400, 401, 799, 800, 801, 7500):
+        drawn = _thinned(range(count))
+        assert drawn[-1] == count - 1
+        assert len({b - a for a, b in pairwise(drawn)}) <= 1
+        assert len(drawn) == count if count <= 400 else 200 <= len(drawn) <= 400
 
 
 def test_one_evaluation_is_a_point(compared, tmp_path):

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.checks import listed
 from mixture_of_tokens.data import sources as corpus
+from mixture_of_tokens.data.files import Document, first_line, hash_of_file, naming
 from mixture_of_tokens.data.groups import Blocks, segmented
 from mixture_of_tokens.data.splits import SPLITS, opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tokenizer, train_tokenizer
@@ -200,7 +201,7 @@ def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # its file is as it was written, but perhaps by a newer version of tokenizers
-        raise ValueError(f"the tokenizer in {directory} cannot be read: {corpus.first_line(error)}") from error
+        raise ValueError(f"the tokenizer in {directory} cannot be read: {first_line(error)}") from error
 
 
 def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, once: bool = False) -> None:
@@ -283,14 +284,14 @@ def _hash_of_file(path: Path, read: Callable[[int], Any]) -> str:
     if digest and (changed, size) == (status.st_mtime_ns, status.st_size):
         read(size)
         return digest
-    digest = corpus.hash_of_file(path, read)
+    digest = hash_of_file(path, read)
     _CHECKED[path] = status.st_mtime_ns, status.st_size, digest
     return digest
 
 
 def _make(
     directory: Path,
-    documents: Iterable[corpus.Document],
+    documents: Iterable[Document],
     max_bytes: int | None,
     total: int | None,
     group_size: int,
@@ -335,7 +336,7 @@ def _make(
         made = sorted(beside.iterdir())
         with progress_bar("Hashing the tokens", sum(path.stat().st_size for path in made)) as bar:
             for path in made:
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": corpus.hash_of_file(path, bar.update)}
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_of_file(path, bar.update)}
         content = manifest | {"sha256": _hash_of_manifest(manifest)}
         (beside / MANIFEST).write_text(json.dumps(content, indent=2))
         for path in [*beside.iterdir(), beside]:
@@ -343,7 +344,7 @@ def _make(
         beside.rename(directory)
         _to_disk(directory.parent)
     except OSError as error:  # errors of reading name the file; those of a full disk name none
-        raise corpus.naming(error, directory.parent) from error
+        raise naming(error, directory.parent) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     for name, file in files.items():

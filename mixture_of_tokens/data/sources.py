@@ -3,27 +3,30 @@
 Text is read byte for byte, so that bits per byte count a file's own bytes, line ends included.
 """
 
-import codecs
 import glob
-import gzip
-import hashlib
 import itertools
-import json
 import os
 import stat
 import sys
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any
 
+from mixture_of_tokens.data.files import (
+    LINES,
+    Document,
+    documents_in,
+    first_line,
+    has_json_rows,
+    hash_of_file,
+    naming,
+    suffix,
+    text_of_row,
+)
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import say_once
 
-PART = 2**20  # bytes of a file held at once
 PACKAGES = "packages"  # the source that is all Python packages installed for this interpreter
 
 # Suffixes that a folder is searched for; a file that is named directly may have any suffix.
@@ -32,13 +35,9 @@ CODE = (
     ".py .pyi .js .mjs .ts .jsx .tsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cu .cuh .cs .go .rs .rb .php "
     ".pl .lua .r .jl .swift .m .hs .ml .ex .exs .erl .clj .lisp .el .sh .bash .sql .css .scss .yaml .yml .toml .ini"
 )
-LINES = (".jsonl", ".ndjson")  # an object a line; so may be .json
 TABLES = (*LINES, ".parquet")
 OTHER_TABLES = (".csv", ".tsv", ".json")
 KNOWN = {*PROSE.split(), *CODE.split(), *TABLES}
-
-
-Document = Iterable[bytes]  # its UTF-8 text in parts, in order, as it may not fit in memory
 
 
 def documents(sources: Sequence[str], field: str = "text", *, together: bool = False) -> Iterator[Document]:
@@ -85,7 +84,7 @@ def files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [_regular(file) for file in _walk(path) if _suffix(file) in KNOWN]
+        found = [_regular(file) for file in _walk(path) if suffix(file) in KNOWN]
         if not found:
             raise ValueError(f"{source} holds no file of a known kind, such as .txt, .md, .py, .jsonl or .parquet")
         return found
@@ -169,42 +168,13 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
     return result + [f"{kind} {hash_of_file(path, read)}" for kind, path in zip(kinds, paths, strict=True)]
 
 
-def hash_of_file(path: Path, read: Callable[[int], Any]) -> str:
-    """The SHA-256 of a file's content. read: called with the number of bytes read. Raises OSError with the name."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while part := file.read(PART):
-                digest.update(part)
-                read(len(part))
-    except OSError as error:
-        raise naming(error, path) from error
-    return digest.hexdigest()
-
-
 def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
-    as_text = [path for path in paths if _suffix(path) in OTHER_TABLES and not _has_json_rows(path, field)]
+    as_text = [path for path in paths if suffix(path) in OTHER_TABLES and not has_json_rows(path, field)]
     if as_text:
         what = "is read as one text" if len(as_text) == 1 else "are read as one text each"
         say_once(f"{few_of(as_text)} {what}: rows are documents in .jsonl and .parquet")
     for path in paths:
-        if _has_json_rows(path, field):
-            yield from _json_rows(path, field)
-        elif _suffix(path) == ".parquet":
-            yield from _parquet_rows(path, field)
-        else:
-            yield _text(path)
-
-
-def _has_json_rows(path: Path, field: str) -> bool:
-    if _suffix(path) != ".json":
-        return _suffix(path) in LINES
-    with _opened(path) as file:
-        try:
-            first = json.loads(file.readline(PART))
-        except (ValueError, RecursionError):
-            return False
-    return isinstance(first, dict) and field in first
+        yield from documents_in(path, field)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -214,10 +184,6 @@ def _walk(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder, onerror=stop):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def _library_files() -> list[Path]:
@@ -245,106 +211,6 @@ def _decodable(paths: list[Path]) -> Iterator[Document]:
         except UnicodeDecodeError:
             continue
         yield [text]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BufferedIOBase]:
-    kind = path.name.lower().rpartition(".")[2]
-    with gzip.open(path) if kind == "gz" else _zstd(path) if kind == "zst" else path.open("rb") as file:
-        try:
-            yield file
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a complete gzip file: {error}") from error
-        except OSError as error:
-            if kind == "zst" and error.errno is None:  # Arrow's, of the format
-                raise ValueError(f"{path} is not a complete zstd file: {first_line(error)}") from error
-            raise naming(error, path) from error
-
-
-def _zstd(path: Path) -> BufferedReader:
-    import pyarrow as pa  # here, as importing it takes time and few runs need it
-
-    return BufferedReader(pa.input_stream(path, compression="zstd"), PART)  # pyright: ignore[reportArgumentType]
-
-
-def naming(error: OSError, path: Path) -> OSError:
-    """The error itself if it names a file, as errors of opening do, or else one like it that names `path`."""
-    if error.filename is not None:
-        return error
-    if error.errno is None:
-        return OSError(f"{path}: {first_line(error)}")
-    return OSError(error.errno, error.strerror, str(path))
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _text(path: Path) -> Iterator[bytes]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    read = 0
-    with _opened(path) as file:
-        while True:
-            part = file.read(PART)
-            if b"\0" in part:
-                what = f"{path} is binary, no text: byte {read + part.index(0)} is NUL"
-                raise ValueError(f"{what}; leave it out, or, if it is UTF-16, convert it to UTF-8")
-            waiting = len(decoder.getstate()[0])  # bytes of a character whose end is in this part
-            try:
-                decoder.decode(part, final=not part)
-            except UnicodeDecodeError as error:
-                what = f"{path} is not UTF-8 at byte {read - waiting + error.start}"
-                raise ValueError(f"{what}; convert it, as iconv does, or leave it out") from error
-            if not part:
-                return
-            read += len(part)
-            yield part
-
-
-def _json_rows(path: Path, field: str) -> Iterator[Document]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            name = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{name} is not UTF-8 at byte {error.start} of the line") from error
-            except json.JSONDecodeError as error:
-                what = error.msg.removesuffix(" at")  # of control characters
-                raise ValueError(f"{name} is no JSON: {what} at column {error.colno}") from error
-            except RecursionError as error:
-                raise ValueError(f"{name} is nested too deeply") from error
-            except ValueError as error:  # an integer of more digits than Python converts
-                raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{name} is no object with a field {field!r}")
-            yield _row(name, row, field)
-
-
-def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
-    import pyarrow as pa  # here, as importing it takes time and few runs need it
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        # Without pre_buffer a row group, which may be the whole file, is read as it is needed.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PART) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise ValueError(_without(str(path), field, names))
-            if names.count(field) > 1:
-                raise ValueError(f"{path} has {names.count(field)} fields {field!r}: which one holds the text?")
-            for batch in file.iter_batches(batch_size=64, columns=[field], use_threads=False):
-                # By name: asked for `text`, pyarrow reads a column `text.x` too, which may be the first.
-                for value in batch.column(field).to_pylist():
-                    number += 1
-                    yield _row(f"{path}: row {number}", {field: value}, field)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # damaged pages are an OSError without a name
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        raise ValueError(f"{path} is no parquet file with text after row {number}: {first_line(error)}") from error
 
 
 def cache_directory() -> Path:
@@ -402,19 +268,4 @@ def _hub_rows(source: str, field: str) -> Iterator[Document]:
             return
         except Exception as error:  # errors of the network or of the file's format, of many kinds
             raise ValueError(f"{source} cannot be read beyond row {number - 1}: {first_line(error)}") from error
-        yield _row(f"{source}: row {number}", row, field)
-
-
-def _row(name: str, row: dict[str, Any], field: str) -> Document:
-    if field not in row:
-        raise ValueError(_without(name, field, row))
-    if not isinstance(row[field], str):
-        raise ValueError(f"{name}: the field {field!r} is no text but {type(row[field]).__name__}")
-    try:
-        return [row[field].encode()]
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: character {error.start} of the field {field!r} is half a surrogate pair") from error
-
-
-def _without(name: str, field: str, names: Iterable[str]) -> str:
-    return f"{name} has no field {field!r}; it has {', '.join(map(repr, names)) or 'none'}"
+        yield text_of_row(f"{source}: row {number}", row, field)

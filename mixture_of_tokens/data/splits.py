@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mixture_of_tokens.data.duplicates import unlike
-from mixture_of_tokens.data.sources import Document
+from mixture_of_tokens.data.files import Document
 
 SPLITS = ("train", "tuning", "validation")
 VALIDATION, TUNING = 0.1, 0.05  # of the documents; with few documents, of each document

@@ -7,7 +7,8 @@ from typing import NoReturn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mixture_of_tokens.data.sources import first_line, located, naming
+from mixture_of_tokens.data.files import first_line, naming
+from mixture_of_tokens.data.sources import located
 from mixture_of_tokens.process import say_once
 
 END_OF_TEXT = "<|endoftext|>"

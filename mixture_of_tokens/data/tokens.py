@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens.data.sources import first_line
+from mixture_of_tokens.data.files import first_line
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of, refuse
 

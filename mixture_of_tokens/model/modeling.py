@@ -125,9 +125,16 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
 
 
 def _is_matrix(head: nn.Module) -> bool:
-    """Whether a head does nothing but multiply: no bias, no hooks, no adapter's or quantizer's own forward."""
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
+    """Whether a head does nothing but multiply by a weight that is whole: no bias, adapter, quantizer or hook.
+
+    The hooks of FSDP make the weight whole, for the final norm and the head together.
+    """
+    if type(head).forward is not nn.Linear.forward or "forward" in vars(head) or head.bias is not None:
+        return False
+    kinds = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    plain = type(head.weight) in (nn.Parameter, Tensor)  # and no part of one
+    return plain and all(str(hook.__module__).startswith("torch.distributed.fsdp") for hook in hooks)
 
 
 class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedModel, Qwen3MoeForCausalLM):

@@ -25,7 +25,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from mixture_of_tokens.checks import check, divisors_of
+from mixture_of_tokens.checks import check, divisors
+from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE, Routing
 
@@ -172,7 +173,7 @@ def config_from_name(
     width = overrides.get("intermediate_size", size.gated_width if gated else size.plain_width)
     if width % k:
         what = f"granularity {k} does not divide the feed-forward width {width}"
-        raise ValueError(f"{name!r}: {what}; legal are {divisors_of(width)}")
+        raise ValueError(f"{name!r}: {what}; legal are {few_of(divisors(width), 24)}")
     heads = overrides.get("num_attention_heads", size.heads)
     blocks = overrides.get("num_hidden_layers", size.blocks)
     dense = 0 if size.sparse_everywhere else blocks // 2

@@ -14,7 +14,7 @@ all-reduce. N parameters, of them N_e of experts; S shards, R copies, X devices 
 from dataclasses import dataclass
 from itertools import product
 
-from mixture_of_tokens.checks import divisors, divisors_of
+from mixture_of_tokens.checks import divisors
 from mixture_of_tokens.formatting import aligned, few_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import legal_micro_batches, memory, parameters
@@ -86,7 +86,7 @@ def spread_of(
         group, groups = config.group_size, batch // config.group_size
         raise ValueError(
             f"a batch of {batch} sequences does not divide over {devices} devices into groups of {group}: at most "
-            f"{groups} devices, or --batch-size {group * devices}; it divides over {divisors_of(groups)}"
+            f"{groups} devices, or --batch-size {group * devices}; it divides over {few_of(divisors(groups), 24)}"
         )
     micro_batch = legal[-1] if micro_batch is None else micro_batch
     if micro_batch not in legal:

@@ -15,6 +15,7 @@ from mixture_of_tokens.reports.tables import switch_table, tables
 from mixture_of_tokens.runs.run import Point, Run
 
 PAPER = "https://arxiv.org/abs/2310.15961"
+POINTS = 400  # of a line of measurements, which is about as many pixels wide
 SKIPPED = 0.15  # of the steps, whose steep losses would flatten the rest of the picture
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -261,7 +262,7 @@ def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], s
         series = labels.index(label)
         alphas = [0.45 + 0.55 * (i + 1) / len(layers) for i in range(len(layers))]
         lines = [
-            Line(series, steps, line, label=layer, alpha=alpha)
+            Line(series, _thinned(steps), _thinned(line), label=layer, alpha=alpha)
             for (layer, (steps, line)), alpha in zip(layers.items(), alphas, strict=True)
         ]
         ends = [f"layer {layer} from {line[0]:.3g} to {line[-1]:.3g}" for layer, (_, line) in layers.items()]
@@ -277,6 +278,11 @@ def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], s
     unchanging = html("p", " ".join(constant), class_="quiet") if constant else None
     beside = {} if len(figures) < 3 else {"class_": "above"}
     return [html("div", html("h3", title), html("p", meaning), unchanging, **beside), figures]
+
+
+def _thinned(values: Sequence) -> Sequence:
+    """Every n-th, the last one included, and POINTS at most: of a long run all would be megabytes."""
+    return values[:: -max(1, -(-len(values) // POINTS))][::-1]
 
 
 def _samples(comparison: Comparison, samples: dict[str, dict[str, str]]) -> Child:
