@@ -56,6 +56,11 @@ def few_of(names: Iterable[object], most: int = 3) -> str:
     return ", ".join(words if len(words) <= most else [*words[: most - 1], f"{len(words) - most + 1} more"])
 
 
+def listing(numbers: Iterable[object]) -> str:
+    """Numbers as a message lists them: so many, and how many more there are."""
+    return few_of(numbers, 24)
+
+
 def short(number: float) -> str:
     """Three digits and an SI prefix, such as 221 k."""
     for letter, power in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -66,8 +66,8 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
     config: MixtureOfTokensConfig
     _no_split_modules = ["MixtureOfTokensDecoderLayer"]
     # What moves by small steps, or is measured.
-    _keep_in_fp32_modules_strict = ["selection_bias", "threshold", "l1_weight", "companion", "companion_logit"]
-    _keep_in_fp32_modules_strict += ["log_temperature"]
+    _keep_in_fp32_modules_strict = ["log_temperature", "selection_bias", "threshold", "l1_weight"]
+    _keep_in_fp32_modules_strict += ["companion", "companion_logit"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(Router, index=0),
         "auxiliary_losses": OutputRecorder(AuxiliaryLoss, index=0),

@@ -26,7 +26,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mixture_of_tokens.checks import check, divisors
-from mixture_of_tokens.formatting import few_of
+from mixture_of_tokens.formatting import listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE, Routing
 
@@ -173,7 +173,7 @@ def config_from_name(
     width = overrides.get("intermediate_size", size.gated_width if gated else size.plain_width)
     if width % k:
         what = f"granularity {k} does not divide the feed-forward width {width}"
-        raise ValueError(f"{name!r}: {what}; legal are {few_of(divisors(width), 24)}")
+        raise ValueError(f"{name!r}: {what}; legal are {listing(divisors(width))}")
     heads = overrides.get("num_attention_heads", size.heads)
     blocks = overrides.get("num_hidden_layers", size.blocks)
     dense = 0 if size.sparse_everywhere else blocks // 2

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from mixture_of_tokens.checks import divisors
-from mixture_of_tokens.formatting import few_of
+from mixture_of_tokens.formatting import listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import BY_CONSTRUCTION
 
@@ -69,10 +69,10 @@ class Placement:
             if number > count == 1:
                 raise ValueError(f"{flag} {number} is for {number} {what}, or a multiple, and there is one")
         if shard > 1 and shard * replicate != count:
-            legal = few_of(divisors(count)[1:], 24)
+            legal = listing(divisors(count)[1:])
             raise ValueError(f"--shard {shard}{times} does not make up the {count} {what}; --shard can be {legal}")
         if shard % expert_parallel:
-            legal = few_of(divisors(shard), 24)
+            legal = listing(divisors(shard))
             raise ValueError(f"--expert-parallel {expert_parallel} does not divide --shard {shard}; legal are {legal}")
         return cls(shard, replicate, expert_parallel)
 
@@ -105,7 +105,7 @@ class Placement:
                 )
         count = config.num_experts
         if count % self.expert_parallel:
-            legal = few_of(divisors(math.gcd(self.shard, count)), 24)
+            legal = listing(divisors(math.gcd(self.shard, count)))
             raise ValueError(f"{flag} does not divide the {count} experts; legal are {legal}")
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ from textwrap import indent
 from typing import Literal
 
 from mixture_of_tokens.checks import LARGEST, checked
-from mixture_of_tokens.formatting import Result, aligned, duration, few_of, short
+from mixture_of_tokens.formatting import Result, aligned, duration, listing, short
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, training_flops
 from mixture_of_tokens.model.names import SIZES, config_from_name, name_of, parse_name
@@ -75,7 +75,7 @@ class Plan(Result):
             [
                 f"{self.name or 'a model without a name'}: vocabulary {self.vocab_size:,}, a step of {tokens}",
                 f"matched: {', '.join(self.matched) or 'none'}",
-                f"legal micro-batches: {few_of(self.legal_micro_batches, 24)}",
+                f"legal micro-batches: {listing(self.legal_micro_batches)}",
                 "",
                 first,
                 "",
@@ -103,7 +103,7 @@ def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None =
     if micro_batch is None:
         micro_batch = next((size for size in legal if size >= 32), legal[-1])
     if micro_batch not in legal:
-        raise ValueError(f"micro-batch {micro_batch} is not legal; legal are {few_of(legal, 24)}")
+        raise ValueError(f"micro-batch {micro_batch} is not legal; legal are {listing(legal)}")
     name, dense = name_of(config), copy(config)
     dense.mlp_layer_types = [DENSE.kind] * config.num_hidden_layers
     forward, backward = map(_with_total, flops_per_token(config, batch=micro_batch))

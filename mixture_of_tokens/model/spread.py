@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from mixture_of_tokens.checks import divisors
-from mixture_of_tokens.formatting import aligned, few_of
+from mixture_of_tokens.formatting import aligned, listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import legal_micro_batches, memory, parameters
 from mixture_of_tokens.model.placement import COPIES, Placement
@@ -86,11 +86,11 @@ def spread_of(
         group, groups = config.group_size, batch // config.group_size
         raise ValueError(
             f"a batch of {batch} sequences does not divide over {devices} devices into groups of {group}: at most "
-            f"{groups} devices, or --batch-size {group * devices}; it divides over {few_of(divisors(groups), 24)}"
+            f"{groups} devices, or --batch-size {group * devices}; it divides over {listing(divisors(groups))}"
         )
     micro_batch = legal[-1] if micro_batch is None else micro_batch
     if micro_batch not in legal:
-        words = few_of(legal, 24)
+        words = listing(legal)
         raise ValueError(f"micro-batch {micro_batch} is not legal for {batch} sequences on {devices} devices: {words}")
     steps = batch // (micro_batch * devices)
     return Spread(

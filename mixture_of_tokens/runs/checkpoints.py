@@ -28,7 +28,8 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """To the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,7 +45,7 @@ def write_text(file: Path, text: str) -> None:
     beside = file.with_name(f"{file.name}.partial")
     try:
         beside.write_text(text, encoding="utf-8")
-        _flush(beside)
+        flush(beside)
         beside.replace(file)
     except OSError as error:
         raise OSError(f"{file} could not be written: {error.strerror or error}") from error
@@ -91,8 +92,8 @@ def publish(beside: Path, final: Path) -> None:
         for path in sorted(beside.rglob("*")):
             if path.is_file():
                 path.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
-            _flush(path)
-        _flush(beside)
+            flush(path)
+        flush(beside)
     before = _replaced(final)
     if replaces := final.exists():
         shutil.rmtree(before, ignore_errors=True)
@@ -103,7 +104,7 @@ def publish(beside: Path, final: Path) -> None:
         if replaces and not final.exists():
             before.rename(final)
         raise
-    _flush(final.parent)
+    flush(final.parent)
     if replaces:
         shutil.rmtree(before, ignore_errors=True)
 

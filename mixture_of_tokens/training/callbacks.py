@@ -118,6 +118,8 @@ class RunLog(TrainerCallback):
     def close(self) -> None:
         self.write()
         if self.bar is not None:
+            with checkpoints.disk_errors(self.path):
+                checkpoints.flush(self.path)  # before there is a run.json, which says that the run is whole
             self.bar.close()
 
     def write(self) -> None:
