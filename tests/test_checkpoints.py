@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, mo
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, "_flush", full)
+    monkeypatch.setattr(checkpoints, "flush", full)
     (tmp_path / "report.html").write_text("before")
     with pytest.raises(OSError, match=r"report\.html could not be written: No space left on device"):
         checkpoints.write_text(tmp_path / "report.html", "after")

@@ -133,8 +133,8 @@ def _is_matrix(head: nn.Module) -> bool:
         return False
     kinds = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
     hooks = [hook for kind in kinds for hook in kind.values()]
-    plain = type(head.weight) in (nn.Parameter, Tensor)  # and no part of one
-    return plain and all(str(hook.__module__).startswith("torch.distributed.fsdp") for hook in hooks)
+    whole = not hasattr(head.weight, "device_mesh")  # as a DTensor has
+    return whole and all(str(hook.__module__).startswith("torch.distributed.fsdp") for hook in hooks)
 
 
 class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedModel, Qwen3MoeForCausalLM):
