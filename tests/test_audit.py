@@ -86,6 +86,58 @@ def test_planted_leaks_are_found(fault, where):
     assert found.leaks.future[where] > 100 * found.leaks.allowed
 
 
+class ReadsWhere(nn.Module):
+    """Random logits of tokens, to which some positions of some rows add others' tokens."""
+
+    def __init__(self, leak):
+        super().__init__()
+        self.leak, self.head = leak, nn.Embedding(50, 50)
+
+    def forward(self, ids):
+        own = self.head(ids)
+        return own + 0.01 * self.leak(own)
+
+
+def at(*positions: int):
+    """A leak from the next token, at these positions alone."""
+
+    def leak(own):
+        where = torch.zeros(own.shape[1], 1)
+        where[list(positions)] = 1
+        return where * own.roll(-1, dims=1)
+
+    return leak
+
+
+@pytest.mark.parametrize("position", range(15))
+def test_a_leak_at_a_single_position_is_found(position):
+    torch.manual_seed(0)
+    for seed in range(3):
+        assert not audit_model(ReadsWhere(at(position)), vocab_size=50, length=16, seed=seed).causal
+    assert audit_model(ReadsWhere(at()), vocab_size=50, length=16).private
+
+
+@pytest.mark.parametrize("one", [0, 3, 7])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_leak_of_a_single_row_is_found(reads, one):
+    """One row reads all others, or is read by all others."""
+
+    def leak(own):
+        where = (torch.arange(len(own)) == one)[:, None, None]
+        return torch.where(where, own.mean(0), 0) if reads else torch.where(where, 0, own[one])
+
+    torch.manual_seed(0)
+    for seed in range(6):
+        found = audit_model(ReadsWhere(leak), vocab_size=50, length=16, seed=seed)
+        assert found.causal
+        assert not found.private
+
+
+def test_what_is_no_module_is_told():
+    with pytest.raises(ValueError, match="audit_model takes a module, not str; audit takes a run"):
+        audit_model("runs/mine")  # pyright: ignore[reportArgumentType]
+
+
 def test_logits_that_a_later_token_makes_no_numbers_are_a_leak():
     class Breaks(nn.Module):
         def __init__(self):

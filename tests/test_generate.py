@@ -1,6 +1,8 @@
 """`mot generate`: one prompt, several, a file of them that is interrupted."""
 
+import io
 import json
+import os
 import time
 
 import pytest
@@ -8,8 +10,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens.inference.generate import Row, Sampling, _text_after, continue_prompts, in_batches
-from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
+from mixture_of_tokens.inference.generate import (
+    Row,
+    Sampling,
+    _Streamer,
+    _text_after,
+    continue_prompts,
+    generate,
+    in_batches,
+)
+from mixture_of_tokens.runs.loading import check_tokens, load_model, load_tokenizer_of
 from processes import finish, mot, mot_on_a_full_disk, start
 
 MIXED = "MoT-Nano/4E/2"
@@ -243,6 +253,7 @@ def test_prompts_that_are_mixed_are_told_of(run, capsys):
         (["--prompts-file", "blank.txt"], "blank.txt: line 2 is empty"),
         (["--prompts-file", "latin.txt"], "latin.txt is not UTF-8 at byte"),
         (["--prompts-file", "."], "cannot be read: Is a directory"),
+        (["--prompts-file", "pipe"], "pipe is no regular file: name the file of continuations with --out"),
         (["--prompts-file", "other.jsonl"], 'other.jsonl: line 1 is no object with the text "prompt"'),
         (["--prompts-file", "gap.jsonl"], "gap.jsonl: line 2 is empty"),
         (["--prompt", "long " * 200], "and leaves no room in the context of 64"),
@@ -256,6 +267,7 @@ def test_bad_use_is_one_line_and_leaves_nothing(run, words, message, tmp_path, m
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "gap.jsonl").write_text('{"prompt": "a"}\n\n')
+    os.mkfifo(tmp_path / "pipe")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="2"):
         mot("generate", run, *words)
@@ -264,6 +276,58 @@ def test_bad_use_is_one_line_and_leaves_nothing(run, words, message, tmp_path, m
     assert message in shown.err
     assert not shown.out
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_s_own_defaults_change_nothing_but_where_a_text_ends(name, tiny_runs):
+    model, tokenizer = load_model(str(tiny_runs[name])), load_tokenizer_of(str(tiny_runs[name]))
+    likeliest = Sampling(max_new_tokens=12, temperature=0)
+    (expected,) = continue_prompts(model, tokenizer, ["abc def"], likeliest)
+    own = model.generation_config
+    own.repetition_penalty, own.num_beams, own.num_return_sequences, own.return_dict_in_generate = 1.3, 3, 2, True
+    assert continue_prompts(model, tokenizer, ["abc def"], likeliest) == [expected]
+    assert model.generation_config is own
+    assert own.num_beams == 3
+    tokens = tokenizer(expected)["input_ids"]
+    own.eos_token_id = [tokenizer.eos_token_id, end := tokens[5]]
+    before = tokenizer.decode(tokens[: tokens.index(end)])
+    assert continue_prompts(model, tokenizer, ["abc def"], likeliest) == [before]
+
+
+def test_a_token_that_the_model_does_not_know_is_told(run):
+    model = load_model(str(run))
+    check_tokens(model, "there", model.config.vocab_size - 1)
+    count = model.config.vocab_size
+    with pytest.raises(ValueError, match=f"there: its tokenizer gives token {count}, and its model .* below {count}"):
+        check_tokens(model, "there", count)
+
+
+def test_whole_numbers_are_numbers_in_a_file_s_settings(run, prompts):
+    words = {"prompts_file": prompts, "max_new_tokens": 2}
+    first = generate(run, temperature=1, top_p=1, **words)
+    assert generate(run, temperature=1.0, top_p=1.0, **words) == first
+
+
+def test_what_is_streamed_is_what_is_returned(run):
+    for prompt in ("a b", "caf\u00e9 \u2013 \u6f22"):
+        stream = io.StringIO()
+        found = generate(run, prompt=[prompt], max_new_tokens=20, temperature=1, stream=stream)
+        assert stream.getvalue() == str(found) + "\n"
+    with pytest.raises(ValueError, match=r"stream takes what can be written to, .* not str"):
+        generate(run, prompt=["a"], stream="x")  # pyright: ignore[reportArgumentType]
+
+
+def test_text_is_streamed_as_it_is_whatever_the_tokenizer():
+    words = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581b": 1, "<unk>": 2, "</s>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    stream = io.StringIO()
+    streamer = _Streamer(PreTrainedTokenizerFast(tokenizer_object=words), stream, ends=[3])
+    for tokens in ([[0, 0]], [1], [0], [3]):
+        streamer.put(torch.tensor(tokens))
+    assert stream.getvalue() == " b a"
+    streamer.end()
+    assert stream.getvalue() == " b a\n"
 
 
 def test_a_space_at_the_seam_is_kept_whatever_the_tokenizer():

@@ -20,6 +20,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     MaxLengthCriteria,
+    Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     StaticCache,
 )
@@ -491,6 +492,14 @@ def test_generation_refuses_what_would_be_wrong():
         model.generate(x, attention_mask=mask, max_new_tokens=2, stopping_criteria=[MaxLengthCriteria(7)])
     with pytest.raises(ValueError, match="rows that end by other criteria"):
         model.generate(x, attention_mask=mask, max_new_tokens=2, stop_strings=["a"])
+    with pytest.raises(ValueError, match="leave guidance_scale out"):
+        model.generate(x, attention_mask=mask, max_new_tokens=2, guidance_scale=1.5)
+    own = model.config
+    sizes = {"vocab_size": own.vocab_size, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    helper = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_key_value_heads=2, head_dim=8, num_experts=2)).eval()
+    with pytest.raises(ValueError, match="a Qwen3MoeForCausalLM takes no token mask, so it cannot assist"):
+        model.generate(x[:1], max_new_tokens=2, assistant_model=helper)
+    assert model.generate(x[:1], max_new_tokens=2, assistant_model=tiny("dense"), do_sample=False).shape[0] == 1
     with pytest.raises(ValueError, match="generate makes the token mask itself: give attention_mask"):
         model.generate(x, token_mask=mask.bool(), max_new_tokens=2)
     with pytest.raises(ValueError, match="one ends with the padding token"):

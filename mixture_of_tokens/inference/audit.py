@@ -40,7 +40,7 @@ class Leaks:
     """The largest changes of logits over some batches, in absolute numbers; `logits_std` is their scale.
 
     noise: of rounding; future: by what was replaced; moved: the least that a replaced part itself moved; mates: of a
-        row when all other rows were replaced.
+        row when all other rows were replaced, and of these when it alone was.
     kl_mean, kl_largest, top1_flips: how that changes the distributions, by quarters of the positions:
         Kullback-Leibler divergence in nats, and the share of positions with another likeliest token.
     layers: how far it moves the residual stream after each block, as a share of its size; of our models only.
@@ -208,6 +208,8 @@ def audit_model(
     Raises ValueError for numbers that are too small, where `vocab_size` is missing and there is no `config`, and for a
     model that does not take such tokens.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"audit_model takes a module, not {type(model).__name__}; audit takes a run")
     least = {"vocab_size": (vocab_size, 2), "length": (length, 2)}
     least |= {"group_size": (group_size, 1), "batches": (batches, 1)}
     for what, (value, smallest) in least.items():
@@ -244,15 +246,17 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
     noise, std, moved, by_other_rows, layers = [], [], [], [], []
     future: dict[str, list[float]] = {"its own": [], "its mates'": [], "both": []}
     divergence, flips = [], []
-    for ids, others in texts:
+    for number, (ids, others) in enumerate(texts):
         logits, states = _look(model, ids)
         std.append(float(logits.std()))
         noise.append(_noise(model, ids, logits))
         rows, length = ids.shape
         own = torch.arange(rows) == int(torch.randint(rows, (), generator=generator))
-        for k in sorted({0, length // 4, min(length // 2, length - 2), length - 2}):
+        some = {0, length // 4, min(length // 2, length - 2), length - 2}
+        every = range(number % (length - 1), length - 1, len(texts))  # all positions, over the batches
+        for k in sorted({*some, *every}):
             for what, where in zip(future, (own, ~own, torch.ones_like(own)), strict=True):
-                if where.any():
+                if where.any() and (k in some or what == "both"):
                     changed = ids.clone()
                     changed[where, k + 1 :] = others[where, k + 1 :]
                     apart = (_look(model, changed)[0] - logits).abs()
@@ -261,6 +265,9 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         with_others, states_with_others = _look(model, torch.where(own[:, None], ids, others))
         before, after = logits[own][0].log_softmax(-1), with_others[own][0].log_softmax(-1)
         by_other_rows.append(float((logits[own] - with_others[own]).abs().max()))
+        if not own.all():
+            with_another = _look(model, torch.where(own[:, None], others, ids))[0]
+            by_other_rows.append(float((logits[~own] - with_another[~own]).abs().max()))
         divergence.append((before.exp() * (before - after)).sum(-1))
         flips.append((before.argmax(-1) != after.argmax(-1)).float())
         pairs = zip(states, states_with_others, strict=True)
@@ -293,7 +300,8 @@ def _by_quarters(of_positions: list[Tensor]) -> list[Tensor]:
 def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Logits (B, T, V) and the residual stream (B, T, D) after each block."""
     if not isinstance(model, PreTrainedModel):
-        outputs = model(ids.to(next(model.parameters()).device))
+        weight = next(model.parameters(), None)
+        outputs = model(ids if weight is None else ids.to(weight.device))
         logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
         if logits is None:
             raise ValueError(
@@ -320,14 +328,14 @@ def _noise(model, ids: Tensor, logits: Tensor) -> float:
 
 def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs of batches for `leaks`: two groups of text as in training, or random tokens where there is no text."""
-    rows, config = 2 * (group_size_of(model) or ROWS // 2), model.config
-    length = length_of(rows, context_of(model), config.vocab_size)
+    rows, vocab_size = 2 * (group_size_of(model) or ROWS // 2), model.config.get_text_config().vocab_size
+    length = length_of(rows, context_of(model), vocab_size)
     if blocks is None:
-        return random_tokens((batches, 2, rows, length), config.vocab_size, seed)
+        return random_tokens((batches, 2, rows, length), vocab_size, seed)
     order = grouped_order(blocks, rows // 2, seed=seed)
     chosen = order[np.arange(4 * batches) % len(order)].reshape(batches, 2, rows)
     tokens = torch.stack([blocks.batch(each.ravel())["input_ids"][:, :length] for each in chosen])
-    return _different(tokens.unflatten(1, (2, rows)), config.vocab_size)
+    return _different(tokens.unflatten(1, (2, rows)), vocab_size)
 
 
 def length_of(rows: int, longest: int, vocab_size: int) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from mixture_of_tokens.model.sharding import is_sharded
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs.loading import (
     check_experts,
+    check_tokens,
     context_of,
     group_size_of,
     load_model,
@@ -158,6 +159,8 @@ def evaluate(
         blocks = whole_text(
             sources, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
         )
+        tokens: Any = blocks.tokens  # in memory
+        check_tokens(model, run, int(tokens.max()))
     lines = _lines(model, blocks, regroupings, sweep_tokens, experts)
     return Evaluation(run, group_size, context, blocks.bytes, lines)
 
@@ -283,7 +286,8 @@ def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOG
     if not count:
         return 0.0, 0
     if isinstance(model, PreTrainedModel) and not isinstance(model, MixtureOfTokensForCausalLM):
-        rows = max(1, logits_at_once // (labels.shape[1] * model.config.vocab_size))  # whose logits fit in memory
+        vocab_size = model.config.get_text_config().vocab_size
+        rows = max(1, logits_at_once // (labels.shape[1] * vocab_size))  # whose logits fit in memory
         nats = 0.0
         for start in range(0, len(labels), rows):
             given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}

@@ -1,6 +1,7 @@
 """Text from a model: the command `mot generate`."""
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -13,7 +14,8 @@ from typing import Annotated, Any, NamedTuple, TextIO
 
 import torch
 from cyclopts import Parameter
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import Result
@@ -25,6 +27,7 @@ from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.sharding import broadcast
 from mixture_of_tokens.process import is_main, process_count
 from mixture_of_tokens.runs.loading import (
+    check_tokens,
     context_of,
     group_size_of,
     load_model,
@@ -137,7 +140,11 @@ def generate(
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     most = DEFAULT.max_new_tokens if max_new_tokens is None else max_new_tokens
-    (sampling := Sampling(most, temperature, top_p, seed)).check()
+    (sampling := Sampling(most, float(temperature), float(top_p), seed)).check()
+    if prompts_file is not None and out is None and _is_stream(Path(prompts_file)):
+        raise ValueError(f"--prompts-file {prompts_file} is no regular file: name the file of continuations with --out")
+    if stream is not None and not hasattr(stream, "write"):
+        raise ValueError(f"stream takes what can be written to, such as sys.stdout, not {type(stream).__name__}")
     run = str(run)
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     placement = placed(shard, expert_parallel, experts)
@@ -149,6 +156,7 @@ def generate(
     # Our models are trained without special tokens; others may need one at the beginning of a text.
     special = not isinstance(model, MixtureOfTokensForCausalLM)
     encoded = encode(tokenizer, prompts, context, add_special_tokens=special)
+    check_tokens(model, run, max(map(max, encoded)))
     batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
     widths: list[int] = []  # in tokens, of all rows before they are continued
     for batch in batches:
@@ -163,7 +171,7 @@ def generate(
         hint = "; with --alone each is served by itself" if served else ""
         print(f"mot: prompts of a batch influence each other{hint}", file=sys.stderr)
 
-    def write(number: int, streamer: TextStreamer | None = None) -> list[Continuation]:
+    def write(number: int, streamer: BaseStreamer | None = None) -> list[Continuation]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)
         rows = batches[number]
         written = _continue(model, tokenizer, [encoded[row.prompt] for row in rows], drawn, streamer)
@@ -186,7 +194,8 @@ def generate(
         with owned_file(out), _leading(write) as led:
             return Generated(to_file(out, settings, batches, led, prompts), str(out))
     with _leading(write) as led:
-        return Generated(_to_screen(batches, led, prompts, tokenizer, stream))
+        streamer = None if stream is None else _Streamer(tokenizer, stream, ends_of(model, tokenizer))
+        return Generated(_to_screen(batches, led, prompts, stream, streamer))
 
 
 @contextmanager
@@ -202,6 +211,11 @@ def _leading(write: Writer) -> Iterator[Writer]:
 
     yield led
     broadcast(None)
+
+
+def _is_stream(path: Path) -> bool:
+    """Such as a pipe, beside which no file can be."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -248,6 +262,13 @@ def encode(
     return encoded
 
 
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's own, and those of the model's generation_config."""
+    theirs = getattr(model.generation_config, "eos_token_id", None)
+    known = [tokenizer.eos_token_id, *(theirs if isinstance(theirs, list) else [theirs])]
+    return list(dict.fromkeys(token for token in known if token is not None))
+
+
 def in_batches(lengths: Sequence[int], samples: int, batch_size: int, group_size: int) -> list[list[Row]]:
     """Every sample of every prompt once, prompts of similar lengths together, in complete groups but for the last."""
     size = -(-batch_size // group_size) * group_size
@@ -275,7 +296,7 @@ def _mixes(model: Any) -> bool:
 
 
 def _continue(
-    model, tokenizer: Any, encoded: list[list[int]], sampling: Sampling, streamer: TextStreamer | None = None
+    model, tokenizer: Any, encoded: list[list[int]], sampling: Sampling, streamer: BaseStreamer | None = None
 ) -> list[tuple[str, int]]:
     """Texts and numbers of tokens that continue a batch of prompts, as far as the context reaches.
 
@@ -302,14 +323,15 @@ def _continue(
 
 @torch.no_grad()
 def _written(
-    model, tokenizer: Any, encoded: list[list[int]], most: int, sampling: Sampling, streamer: TextStreamer | None
+    model, tokenizer: Any, encoded: list[list[int]], most: int, sampling: Sampling, streamer: BaseStreamer | None
 ) -> list[list[int]]:
     """So many tokens after each row, fewer after one that ends."""
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     width = max(map(len, encoded))
     ids = torch.tensor([[pad] * (width - len(tokens)) + tokens for tokens in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in encoded], device=model.device)
-    with evaluating(model):
+    ends = ends_of(model, tokenizer)
+    with evaluating(model), _no_defaults(model):
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -319,13 +341,21 @@ def _written(
             top_p=sampling.top_p if sampling.temperature else None,
             top_k=None,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends or None,
             streamer=streamer,
         )
-    new = written[:, width:].tolist()
-    if tokenizer.eos_token_id is not None:
-        new = [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in new]
-    return new
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in written[:, width:].tolist()]
+
+
+@contextmanager
+def _no_defaults(model: Any) -> Iterator[None]:
+    """A model without its generation_config, whose penalties and beams would replace what was asked for."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(cache_implementation=own.cache_implementation)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
@@ -335,12 +365,12 @@ def _text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
 
 
 def _to_screen(
-    batches: list[list[Row]], write: Writer, prompts: list[str], tokenizer: Any, stream: TextIO | None
+    batches: list[list[Row]], write: Writer, prompts: list[str], stream: TextIO | None, streamer: "_Streamer | None"
 ) -> list[Continuation]:
     clock = time.perf_counter()
     if sum(map(len, batches)) == 1 and stream is not None:
         print(prompts[0], end="", flush=True, file=stream)
-        results = write(0, _Streamer(tokenizer, stream))
+        results = write(0, streamer)
     else:
         results = sorted(result for number in range(len(batches)) for result in write(number))
         if stream is not None:
@@ -349,12 +379,28 @@ def _to_screen(
     return results
 
 
-class _Streamer(TextStreamer):
-    """Transformers' streamer, to a stream of our choice."""
+class _Streamer(BaseStreamer):
+    """Writes the text after one prompt as it grows, and at the end it is what `_text_after` gives."""
 
-    def __init__(self, tokenizer: Any, stream: TextIO):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stream = stream
+    def __init__(self, tokenizer: Any, stream: TextIO, ends: list[int]):
+        self.tokenizer, self.stream, self.ends = tokenizer, stream, ends
+        self.prompt: list[int] | None = None
+        self.new: list[int] = []
+        self.shown = ""
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print(text, flush=True, end="\n" if stream_end else "", file=self.stream)
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt is None:
+            self.prompt = value.flatten().tolist()
+            return
+        self.new += itertools.takewhile(lambda token: token not in self.ends, value.flatten().tolist())
+        text = _text_after(self.tokenizer, self.prompt, self.new)
+        if text.startswith(self.shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # of half a character
+            self._show(text)
+
+    def end(self) -> None:
+        self._show(_text_after(self.tokenizer, self.prompt or [], self.new))
+        print(flush=True, file=self.stream)
+
+    def _show(self, text: str) -> None:
+        print(text[len(self.shown) :], end="", flush=True, file=self.stream)
+        self.shown = text

@@ -50,8 +50,9 @@ class GroupedGeneration:
 
         The samples of num_return_sequences are rows like any others: samples of one prompt are mixed with each other.
 
-        Raises ValueError where mixtures would be wrong: prompts padded on the right, beam search, stop strings; for
-        a token mask, which is made here; and for a model that is not causal.
+        Raises ValueError where mixtures would be wrong: prompts padded on the right, beam search, stop strings,
+        guidance, and an assistant of another library; for a token mask, which is made here; and for a model that is not
+        causal.
         """
         if not self.config.causal:
             raise ValueError(CANNOT_WRITE)
@@ -75,6 +76,12 @@ class GroupedGeneration:
                 )
             if setting("stop_strings") or kwargs.get("stopping_criteria"):
                 raise ValueError("rows that end by other criteria would stay in the mixture; use eos_token_id")
+            if setting("guidance_scale") not in (None, 1):
+                raise ValueError("rows that have ended would be in the mixtures of guidance; leave guidance_scale out")
+            helper = kwargs.get("assistant_model")
+            if helper is not None and not isinstance(helper, GroupedGeneration):
+                what = f"a {type(helper).__name__} takes no token mask, so it cannot assist where rows are mixed"
+                raise ValueError(f"{what}; take an assistant of this library, or serve_alone()")
             stop, prompt = setting("eos_token_id"), kwargs.get("input_ids") if inputs is None else inputs
             if mask is None and prompt is not None and _ends_in_padding(prompt, setting("pad_token_id"), stop):
                 raise ValueError("prompts must be padded on the left, and one ends with the padding token")

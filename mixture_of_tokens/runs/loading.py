@@ -134,6 +134,13 @@ def group_size_of(model: Any) -> int | None:
     return model.config.group_size if getattr(model, "mixes_examples", False) else None
 
 
+def check_tokens(model: Any, run: str, largest: int) -> None:
+    """Raises ValueError for a token that the model has no embedding of."""
+    count = model.config.get_text_config().vocab_size
+    if largest >= count:
+        raise ValueError(f"{run}: its tokenizer gives token {largest}, and its model knows tokens below {count}")
+
+
 def context_of(model: Any) -> int:
     """The longest row that a model takes, in tokens; a large number where its configuration sets no limit."""
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
