@@ -147,8 +147,9 @@ def audit(
 ) -> Audit:
     """Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.
 
-    Causal: no logit moves when later tokens change, in its own row or in others. Private: causal, and no logit moves
-    when other rows of the batch change. The batches are text of the run where it is known, or else random tokens.
+    Causal: no logit moves when later tokens change, in its own row or in others; every position is looked at. Private:
+    causal, and no logit moves when other rows of the batch change. The batches are text of the run where it is known,
+    or else random tokens.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
