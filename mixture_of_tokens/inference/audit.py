@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mixture_of_tokens.checks import checked
@@ -255,7 +256,7 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         own = torch.arange(rows) == int(torch.randint(rows, (), generator=generator))
         some = {0, length // 4, min(length // 2, length - 2), length - 2}
         every = range(number % (length - 1), length - 1, len(texts))  # all positions, over the batches
-        for k in sorted({*some, *every}):
+        for k in _told(sorted({*some, *every}), f"Looking at batch {number + 1} of {len(texts)}"):
             for what, where in zip(future, (own, ~own, torch.ones_like(own)), strict=True):
                 if where.any() and (k in some or what == "both"):
                     changed = ids.clone()
@@ -285,6 +286,10 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         top1_flips=[float(quarter.mean()) for quarter in _by_quarters(flips)],
         layers=[max(layer) for layer in zip(*layers, strict=True)],
     )
+
+
+def _told(positions: list[int], what: str) -> tqdm:
+    return tqdm(positions, what, unit="position", delay=2, dynamic_ncols=True, file=sys.stderr, leave=False)
 
 
 def _largest(changes: list[float]) -> float:
