@@ -10,15 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens.inference.generate import (
-    Row,
-    Sampling,
-    _Streamer,
-    _text_after,
-    continue_prompts,
-    generate,
-    in_batches,
-)
+from mixture_of_tokens.inference.generate import Row, Sampling, continue_prompts, generate, in_batches
+from mixture_of_tokens.inference.stream import Streamer, text_after
 from mixture_of_tokens.runs.loading import check_tokens, load_model, load_tokenizer_of
 from processes import finish, mot, mot_on_a_full_disk, start
 
@@ -322,7 +315,7 @@ def test_text_is_streamed_as_it_is_whatever_the_tokenizer():
     words = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581b": 1, "<unk>": 2, "</s>": 3}, unk_token="<unk>"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     stream = io.StringIO()
-    streamer = _Streamer(PreTrainedTokenizerFast(tokenizer_object=words), stream, ends=[3])
+    streamer = Streamer(PreTrainedTokenizerFast(tokenizer_object=words), stream, ends=[3])
     for tokens in ([[0, 0]], [1], [0], [3]):
         streamer.put(torch.tensor(tokens))
     assert stream.getvalue() == " b a"
@@ -336,5 +329,5 @@ def test_a_space_at_the_seam_is_kept_whatever_the_tokenizer():
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     assert tokenizer.decode([1]) == "b"
-    assert _text_after(tokenizer, [0], [1]) == " b"
-    assert _text_after(tokenizer, [0, 0], []) == ""
+    assert text_after(tokenizer, [0], [1]) == " b"
+    assert text_after(tokenizer, [0, 0], []) == ""

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from mixture_of_tokens.data import sources
+from mixture_of_tokens.data.files import hash_of_file
 from mixture_of_tokens.data.groups import collisions, grouped_order
 from mixture_of_tokens.data.inspect import data_report
 from mixture_of_tokens.data.prepare import prepare
@@ -270,8 +270,9 @@ def test_a_damaged_entry_is_named_and_made_again(entry, tmp_path, fresh_cache, m
 def test_an_entry_is_checked_once_in_a_process_unless_it_changes(entry, fresh_cache, monkeypatch, capsys):
     shutil.copytree(entry / "cache", fresh_cache)
     hashed: list[str] = []
-    of_file = sources.hash_of_file
-    monkeypatch.setattr(sources, "hash_of_file", lambda path, read: hashed.append(path.name) or of_file(path, read))
+    for module in ("sources", "prepare"):
+        where = f"mixture_of_tokens.data.{module}.hash_of_file"
+        monkeypatch.setattr(where, lambda path, read: hashed.append(path.name) or hash_of_file(path, read))
     monkeypatch.setattr("mixture_of_tokens.data.prepare._CHECKED", {})
 
     def again() -> set[str]:

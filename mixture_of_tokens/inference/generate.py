@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, said_of, say_speed, to_file
+from mixture_of_tokens.inference.stream import Streamer, text_after
 from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -194,7 +195,7 @@ def generate(
         with owned_file(out), _leading(write) as led:
             return Generated(to_file(out, settings, batches, led, prompts), str(out))
     with _leading(write) as led:
-        streamer = None if stream is None else _Streamer(tokenizer, stream, ends_of(model, tokenizer))
+        streamer = None if stream is None else Streamer(tokenizer, stream, ends_of(model, tokenizer))
         return Generated(_to_screen(batches, led, prompts, stream, streamer))
 
 
@@ -318,7 +319,7 @@ def _continue(
                 break
             whole = [i for i, tokens in zip(going, written, strict=True) if len(tokens) == room]
             going = [i for i in whole if len(encoded[i]) + done < context_of(model)]
-    return [(_text_after(tokenizer, tokens, row), len(row)) for tokens, row in zip(encoded, new, strict=True)]
+    return [(text_after(tokenizer, tokens, row), len(row)) for tokens, row in zip(encoded, new, strict=True)]
 
 
 @torch.no_grad()
@@ -358,14 +359,8 @@ def _no_defaults(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _text_after(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """Decoded together with the prompt, as some tokenizers drop a space at the beginning of a text."""
-    before, both = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (prompt, prompt + new))
-    return both[len(before) :] if both.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
-
-
 def _to_screen(
-    batches: list[list[Row]], write: Writer, prompts: list[str], stream: TextIO | None, streamer: "_Streamer | None"
+    batches: list[list[Row]], write: Writer, prompts: list[str], stream: TextIO | None, streamer: Streamer | None
 ) -> list[Continuation]:
     clock = time.perf_counter()
     if sum(map(len, batches)) == 1 and stream is not None:
@@ -377,30 +372,3 @@ def _to_screen(
             print(Generated(results), file=stream)
     say_speed(results, time.perf_counter() - clock)
     return results
-
-
-class _Streamer(BaseStreamer):
-    """Writes the text after one prompt as it grows, and at the end it is what `_text_after` gives."""
-
-    def __init__(self, tokenizer: Any, stream: TextIO, ends: list[int]):
-        self.tokenizer, self.stream, self.ends = tokenizer, stream, ends
-        self.prompt: list[int] | None = None
-        self.new: list[int] = []
-        self.shown = ""
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.prompt is None:
-            self.prompt = value.flatten().tolist()
-            return
-        self.new += itertools.takewhile(lambda token: token not in self.ends, value.flatten().tolist())
-        text = _text_after(self.tokenizer, self.prompt, self.new)
-        if text.startswith(self.shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # of half a character
-            self._show(text)
-
-    def end(self) -> None:
-        self._show(_text_after(self.tokenizer, self.prompt or [], self.new))
-        print(flush=True, file=self.stream)
-
-    def _show(self, text: str) -> None:
-        print(text[len(self.shown) :], end="", flush=True, file=self.stream)
-        self.shown = text
