@@ -133,6 +133,7 @@ LONG_SYSTEMS = (
     System("TC-Nano/32E", SHARP),
     System("TC-Nano/32E/4", DROPLESS),
     System("STC-Nano/32E/8"),
+    System("STC-Nano/32E/8", rate=5e-3),
     System("MoT-Nano/32E/4", early=True),
     System("MoT-Nano/32E/4", early=True, rate=5e-3),
 )
