@@ -90,7 +90,7 @@ def files(source: str) -> list[Path]:
         return found
     if glob.has_magic(source):
         matches = sorted(glob.glob(str(path), recursive=True))
-        folders = list(filter(os.path.isdir, matches))
+        folders = dict.fromkeys(filter(os.path.isdir, matches))  # in order, and found at once among many
         found = [_regular(Path(match)) for match in matches if match not in folders]
         if not found:
             raise ValueError(f"{source} matches no file")
