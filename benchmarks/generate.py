@@ -18,7 +18,17 @@ import time
 from pathlib import Path
 
 import torch
-from results import MACHINE, columns_of, in_turns, quartiles, run, surroundings, with_brief_spinning, with_quartiles
+from results import (
+    MACHINE,
+    columns_of,
+    in_turns,
+    quartiles,
+    run,
+    surroundings,
+    threads_of,
+    with_brief_spinning,
+    with_quartiles,
+)
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.formatting import markdown
@@ -73,7 +83,7 @@ def table(rows: list[dict]) -> str:
         if row["model"] != first["model"]:
             cell += f" = {with_quartiles(row, 'share_of_first')}"
         cells.setdefault(row["model"], []).append(cell)
-    facts = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, {first['new']} tokens after "
+    facts = f"{first['hardware']}, {threads_of(first)}, torch {first['torch']}, {first['new']} tokens after "
     facts += f"{first['prompt']}, {first['rounds']} rounds, commit {first['commit']}, {first['date'][:10]}: tokens/s, "
     facts += f"and as a share of {first['model']}'s"
     titles = {label: label.replace(":", ", alone, experts: ") for label in cells}

@@ -54,7 +54,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from providers import FLOORS, LAYERS, Provider, Sizes, build, granularity, qwen3_width
-from results import MACHINE, append, check_columns, columns_of, latest, read, surroundings, with_brief_spinning
+from results import (
+    MACHINE,
+    append,
+    check_columns,
+    columns_of,
+    latest,
+    read,
+    surroundings,
+    threads_of,
+    with_brief_spinning,
+)
 from tqdm import tqdm
 
 from mixture_of_tokens.formatting import markdown
@@ -157,12 +167,12 @@ def measure(args: argparse.Namespace, sizes: Sizes, dtype: torch.dtype, conditio
 def tables(rows: list[dict]) -> str:
     """Markdown: for each of the conditions under which there are results, the latest of them."""
     parts = []
-    for run in latest(rows, ("hardware", "threads", "onednn_isa", "allocator", *SIZES, "dtype")):
+    for run in latest(rows, ("hardware", "threads", "onednn_isa", "waiting", "allocator", *SIZES, "dtype")):
         parts.append(
             "{feed_forward} {hidden} x {intermediate}, {dtype}, groups of {group_size}, {tokens} tokens, "
-            "context {context}, {repeats} repeats; {hardware}, {threads} threads, oneDNN ISA {onednn_isa}, "
+            "context {context}, {repeats} repeats; {hardware}, {with_threads}, oneDNN ISA {onednn_isa}, "
             "allocator {allocator}; torch {torch}, transformers {transformers}, commit {commit}, {date}\n"
-            "".format_map(run[0])
+            "".format_map(run[0] | {"with_threads": threads_of(run[0])})
         )
         lines = []
         for one, both in zip(run[::2], run[1::2], strict=True):

@@ -29,7 +29,7 @@ from mixture_of_tokens.process import BRIEFLY, OWN_CHOICE
 
 RESULTS = Path(__file__).with_name("neighbours.csv")
 WAITING = ("openmp", "mot")
-COLUMNS = (*MACHINE, "model", "batch", "steps", "rounds", "busy", "waiting")
+COLUMNS = (*MACHINE, "model", "batch", "steps", "rounds", "busy")
 COLUMNS += columns_of("milliseconds", "share_of_idle")
 
 

@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from mixture_of_tokens.process import spin_briefly
+from mixture_of_tokens.process import BRIEFLY, OWN_CHOICE, spin_briefly
 from mixture_of_tokens.runs import provenance
 
-MACHINE = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa")
+MACHINE = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa", "waiting")
 ENDS = ("", "_low", "_high")  # of the columns of a figure: its median and its quartiles
 Key = TypeVar("Key", bound=tuple)
 
@@ -35,7 +35,22 @@ def surroundings(device: str | None) -> dict:
         **{name: versions[name] for name in ("torch", "transformers", "python")},
         **provenance.hardware(device),
         "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA") or ("all with AMX" if has_amx() else "all"),
+        "waiting": waiting(),
     }
+
+
+def waiting() -> str:
+    """How OpenMP's threads wait for each other: as `mot` sets it, as OpenMP does, or as the environment says."""
+    own = {name: os.environ[name] for name in OWN_CHOICE if name in os.environ}
+    if own.items() <= BRIEFLY.items():
+        return "mot" if own else "openmp"
+    return " ".join(f"{name}={value}" for name, value in own.items())
+
+
+def threads_of(row: dict) -> str:
+    """How many a row had, and how they waited if not as `mot` sets it."""
+    how = {"mot": "", "openmp": " that wait as OpenMP has them"}.get(row["waiting"], f", {row['waiting']}")
+    return f"{row['threads']} threads{how}"
 
 
 def has_amx() -> bool:

@@ -35,7 +35,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import MACHINE, columns_of, in_turns, quartiles, run, surroundings, with_brief_spinning, with_quartiles
+from results import (
+    MACHINE,
+    columns_of,
+    in_turns,
+    quartiles,
+    run,
+    surroundings,
+    threads_of,
+    with_brief_spinning,
+    with_quartiles,
+)
 from transformers import TrainingArguments, get_scheduler
 
 from mixture_of_tokens.formatting import markdown
@@ -214,7 +224,7 @@ def take_a_turn(args: argparse.Namespace) -> None:
 
 def table(rows: list[dict]) -> str:
     first = rows[0]
-    facts = f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, {first['batch']} rows a step, "
+    facts = f"{first['hardware']}, {threads_of(first)}, torch {first['torch']}, {first['batch']} rows a step, "
     facts += f"{first['rounds']} rounds of {first['steps']} steps, commit {first['commit']}, {first['date'][:10]}"
     if len({row["width"] for row in rows}) > 1:
         return f"{facts}: time of a step over {first['model']}'s, by its FLOPs over those\n\n{_by_width(rows)}"
@@ -271,7 +281,7 @@ def main() -> None:
     if "--turn" in sys.argv:
         take_a_turn(parser.parse_args())
         return
-    run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "threads", "batch", "torch", "steps"))
+    run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "threads", "waiting", "batch", "torch", "steps"))
 
 
 if __name__ == "__main__":
