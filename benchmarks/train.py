@@ -281,7 +281,7 @@ def main() -> None:
     if "--turn" in sys.argv:
         take_a_turn(parser.parse_args())
         return
-    run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "threads", "waiting", "batch", "torch", "steps"))
+    run(parser, RESULTS, COLUMNS, measure, table, by=("hardware", "threads", "batch", "torch", "steps"))
 
 
 if __name__ == "__main__":

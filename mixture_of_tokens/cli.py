@@ -304,7 +304,7 @@ def main(words: list[str] | None = None) -> None:
     The exit status is 2 for bad use, 1 for training that diverges and for a failed check.
     """
     words = sys.argv[1:] if words is None else words
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks, such as a minus sign, becomes \\u2212
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks, such as a minus sign, becomes \u2212
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _run(words)

@@ -57,6 +57,12 @@ class ExpertChoice(Routed):
         return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
 
 
+def capacity_ratio(factor: float, num_experts: int) -> tuple[int, int]:
+    """A capacity factor as numerator and denominator: 1.1 * 100 is above 110, and compilers take a float for one that
+    varies. From the number of experts on nothing is dropped."""
+    return Fraction(str(min(factor, num_experts))).limit_denominator(10**6).as_integer_ratio()
+
+
 class TokenChoice(Routed):
     """Each token takes its top-k experts (Switch, arXiv 2101.03961); its gates are their probabilities.
 
@@ -96,10 +102,7 @@ class TokenChoice(Routed):
         if factor is not None and not 0 < factor < math.inf:
             raise ValueError(f"capacity_factor must be positive and finite, or None to drop nothing, not {factor}")
         self._capacity_factor = factor
-        # In whole numbers: 1.1 * 100 is above 110, and the compiler would take a float for one that varies. From E on
-        # it drops nothing.
-        exact = Fraction(0 if factor is None else str(min(factor, self.num_experts)))
-        self._capacity_ratio = exact.limit_denominator(10**6).as_integer_ratio()
+        self._capacity_ratio = (0, 1) if factor is None else capacity_ratio(factor, self.num_experts)
 
     def scores(self, logits: Tensor) -> Tensor:
         return softmax(logits, dim=-1)

@@ -132,13 +132,13 @@ def prepare(
                 manifest = _make(
                     directory,
                     documents,
-                    max_bytes,
-                    total,
-                    group_size,
-                    given,
-                    vocab_size,
-                    keep_near_duplicates,
-                    together,
+                    max_bytes=max_bytes,
+                    total=total,
+                    group_size=group_size,
+                    tokenizer=given,
+                    vocab_size=vocab_size,
+                    keep_near=keep_near_duplicates,
+                    may_be_empty=together,
                 )
     splits, facts, segments = {}, manifest["facts"], 0
     for name in SPLITS:
@@ -292,6 +292,7 @@ def _hash_of_file(path: Path, read: Callable[[int], Any]) -> str:
 def _make(
     directory: Path,
     documents: Iterable[Document],
+    *,
     max_bytes: int | None,
     total: int | None,
     group_size: int,

@@ -13,15 +13,16 @@ from mixture_of_tokens.process import say_once
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257  # 256 bytes and the end of text
-LARGEST = 2**22  # its trainer takes memory for all of them at once, and ends the process where there is too little
+# Its trainer takes memory for all of them at once, and ends the process where there is too little.
+LARGEST_VOCABULARY = 2**22
 
 
 def check_vocab_size(vocab_size: int | None) -> int:
     """Raises ValueError if a tokenizer of this size cannot be trained."""
     if vocab_size is None or vocab_size < SMALLEST:
         raise ValueError(f"vocab_size must be at least 257 (256 bytes and the end of text), not {vocab_size}")
-    if vocab_size > LARGEST:
-        raise ValueError(f"vocab_size must be at most {LARGEST}, not {vocab_size}")
+    if vocab_size > LARGEST_VOCABULARY:
+        raise ValueError(f"vocab_size must be at most {LARGEST_VOCABULARY}, not {vocab_size}")
     return vocab_size
 
 

@@ -45,7 +45,7 @@ from mixture_of_tokens.runs.loading import (
 
 BATCH_SIZE = 32  # of models that do not mix rows
 ARGMAX_TEMPERATURE = 1e-6
-LARGEST = math.log(sys.float_info.max)  # of a loss whose perplexity is a number
+LARGEST_LOSS = math.log(sys.float_info.max)  # of a loss whose perplexity is a number
 LOGITS = 2**27  # in memory at once, for models that compute all logits; half a gigabyte in fp32
 
 
@@ -209,7 +209,7 @@ def _lines(
                     rows=rows,
                     loss=loss,
                     spread=max(losses) - min(losses) if len(losses) > 1 else None,
-                    perplexity=math.exp(loss) if loss < LARGEST else math.inf,
+                    perplexity=math.exp(loss) if loss < LARGEST_LOSS else math.inf,
                     bits_per_byte=loss * found[0].tokens / math.log(2) / blocks.bytes if complete else None,
                     tokens=found[0].tokens,
                     seconds_per_group=seconds,

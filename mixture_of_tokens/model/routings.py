@@ -5,7 +5,6 @@ of kinds. A new routing is a layer (such as those of `sparse.py`), a row here, a
 `tests/reference.py`; the property tests run over the table.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from mixture_of_tokens.experts import ACTIVATIONS
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.upstream import Qwen3MoeMLP
 from mixture_of_tokens.soft import SoftMoE
-from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
+from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice, capacity_ratio
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
 
 if TYPE_CHECKING:  # the configuration checks its kinds against this table
@@ -190,8 +189,9 @@ def _token_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int
     assignments = _chosen_rows(config, batch, context, training)
     if not training or config.capacity_factor is None:
         return assignments
-    capacity = math.ceil(config.capacity_factor * assignments / config.num_experts)
-    return config.num_experts * min(capacity, batch * context)
+    times, over = capacity_ratio(config.capacity_factor, config.num_experts)
+    capacity = -(-times * assignments // (over * config.num_experts))  # rounded up
+    return config.num_experts * min(max(1, capacity), batch * context)
 
 
 ROWS = (

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Replicate
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -104,7 +104,9 @@ def limit_waits(model: MixtureOfTokensForCausalLM, seconds: float) -> None:
         names = ("dp_replicate", "fsdp", "efsdp", "ep")
         groups += [meshes.get_mesh(name).get_group() for name in names]
     for group in groups:
-        _set_pg_timeout(timedelta(seconds=seconds), group)
+        # torch 2.15 names it so; before, it was not public.
+        limit = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        limit(timedelta(seconds=seconds), group)
 
 
 def is_sharded(model: Any) -> bool:
