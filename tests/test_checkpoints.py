@@ -3,11 +3,15 @@
 import errno
 import json
 import os
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
+from mixture_of_tokens.model import sharding
 from mixture_of_tokens.runs import checkpoints
 
 
@@ -142,7 +146,7 @@ def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, mo
         checkpoints.write_text(tmp_path / "missing" / "a.json", "text")
 
 
-def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path):
+def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
     class Full:
         def write(self, data):
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
@@ -161,6 +165,17 @@ def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path):
         checkpoints.plain_errors(tmp_path / "optimizer"),
     ):
         raise RuntimeError(internal)
+
+    def full(*arguments):
+        raise CheckpointException("failed", {0: (RuntimeError(internal), traceback.StackSummary())})
+
+    nothing: Any = None
+    monkeypatch.setattr(sharding, "save_optimizer_distributed", full)
+    with (
+        pytest.raises(OSError, match="checkpoint-4 could not be written: No space left on device"),
+        checkpoints.plain_errors(tmp_path / "checkpoint-4"),
+    ):
+        sharding.save_optimizer(nothing, nothing, tmp_path)
 
 
 def test_only_a_disk_s_errors_get_a_name(tmp_path):

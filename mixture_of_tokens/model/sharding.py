@@ -126,7 +126,7 @@ def load_whole(model: MixtureOfTokensForCausalLM, state: dict[str, Tensor]) -> N
 def save_optimizer(model: MixtureOfTokensForCausalLM, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Write its state by the names of weights, each process its part. Every process calls it.
 
-    Raises OSError, in all of them, where one cannot write.
+    Raises, in all of them, what one raises that cannot write: OSError, or torch's RuntimeError of a full disk.
     """
     try:
         with _one_process_will_do():
@@ -145,7 +145,8 @@ def load_optimizer(model: MixtureOfTokensForCausalLM, optimizer: torch.optim.Opt
         with _one_process_will_do():
             load_optimizer_distributed(model, optimizer, str(checkpoint / OPTIMIZER))
     except CheckpointException as failed:
-        raise _first_of(failed) from None
+        error = _first_of(failed)
+        raise error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}") from None
 
 
 def check_optimizer(checkpoint: Path) -> None:
@@ -168,9 +169,8 @@ def _one_process_will_do() -> Iterator[None]:
         yield
 
 
-def _first_of(failed: CheckpointException) -> OSError:
-    error: Any = next(iter(failed.failures.values()))[0]
-    return error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
+def _first_of(failed: CheckpointException) -> BaseException:
+    return next(iter(failed.failures.values()))[0]
 
 
 @contextmanager
