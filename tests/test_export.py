@@ -490,3 +490,10 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
     assert shown.err.count("\n") == 1
     assert message in shown.err
     assert not list(tmp_path.glob("out*"))
+
+
+def test_an_impossible_top_k_is_refused_before_the_text_is_read(tiny_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export_module, "text_of", lambda run: pytest.fail("the text was read"))
+    with pytest.raises(SystemExit, match="2"):
+        mot("export", tiny_runs["MoT-Nano/4E/2"], tmp_path / "out", "--top-k", 9)
+    assert "--top-k must be 1 to 8, the number of experts, not 9" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from mixture_of_tokens.checks import checked
 from mixture_of_tokens.convert.card import card
 from mixture_of_tokens.convert.distil import STEPS, check_flags
 from mixture_of_tokens.convert.serving import Served, serve
-from mixture_of_tokens.convert.switch import Scores, default_scores
+from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
@@ -179,6 +179,7 @@ def _export(
         if model.config.shared_experts and scores == "softmax":  # known before the distillation
             raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
         scores = scores or default_scores(model.config)
+        token_choice_config(model.config, top_k=top_k, scores=scores)  # which refuses what is impossible
         model, served = serve(model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps)
     elif top_k is not None or scores is not None or distil_steps != STEPS:
         raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and so is --distil-steps; {run} is none")
