@@ -66,12 +66,14 @@ class System(NamedTuple):
         return directory_of(self.name, self.model, f"seed{seed}")
 
 
-SHARED, SIGMOID = {"shared_experts": "1"}, {"threshold_scores": "sigmoid"}
+SHARED, SIGMOID, DROPLESS = {"shared_experts": "1"}, {"threshold_scores": "sigmoid"}, {"capacity_factor": "null"}
 SYSTEMS = (
     System("Transformer-Nano", nano=True),
     System("MoT-Nano/32E/8", nano=True),
     System("TC-Nano/32E", nano=True),
+    System("TC-Nano/32E/8", DROPLESS),
     System("STC-Nano/32E"),
+    System("STC-Nano/32E/8"),
     System("EC-Nano/32E"),
     System("EC-Nano/32E", {"group_size": "128"}),
     System("ET-Nano/32E"),
@@ -97,6 +99,8 @@ SWEEPS: tuple[Sweep, ...] = (
     ("SoftMoE-Nano/32E", [1e-2, 2e-2, 4e-2], {}),
     ("STC-Nano/32E", [1e-2], {"router_temperature": "0.25,4"}),
     ("TC-Nano/32E", [1e-2], {"router_temperature": "0.25,1,4"}),
+    ("TC-Nano/32E/8", [5e-3, 1e-2, 2e-2, 4e-2], DROPLESS),
+    ("STC-Nano/32E/8", [5e-3, 1e-2, 2e-2, 4e-2], {}),
     ("EC-Nano/32E", [2e-2], {"router_temperature": "0.25,4"}),
 )
 
