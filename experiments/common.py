@@ -42,6 +42,7 @@ from mixture_of_tokens.training.options import Options
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
 COMPARISONS = ("nano", "prose", "long")
+IN_PEACE = ("nano",)  # whose runs had the machine for themselves
 NANO = Options(steps=1200, device="cpu")  # of the runs of nano, which several folders go on with, and of prose
 MEASURED = 60  # rows of telemetry that are kept of a run, beside its evaluations
 
@@ -312,7 +313,7 @@ def reached_table(names: Iterable[str] = COMPARISONS) -> str:
     """How early models reach each other's final losses, in several comparisons.
 
     Rows are a comparison's losses and two targets, its first model and its last one; a cell the share of the target's
-    steps after which a model is at the target's last loss, and the share of its time.
+    steps after which a model is at the target's last loss, and the share of its time where nothing ran beside.
     """
     comparisons = {name: comparison_of(Experiment.named(name)) for name in names}
     labels = list(dict.fromkeys(model.label for found in comparisons.values() for model in found.models))
@@ -323,16 +324,18 @@ def reached_table(names: Iterable[str] = COMPARISONS) -> str:
         losses = [with_span(models[label].final_loss, loss) if label in models else "" for label in labels]
         rows.append([f"{name}, {found.steps:,} steps, {seeds_of(found)}", "loss", *losses])
         for target in (first, last):
-            cells = [_reaching(models[label], target, found) if label in models else "" for label in labels]
+            cells = [
+                _reaching(models[label], target, found, name in IN_PEACE) if label in models else "" for label in labels
+            ]
             rows.append(["", f"reaches {target}'s in", *cells])
     return markdown(rows, left=2)
 
 
-def _reaching(model: ComparedModel, target: str, found: Comparison) -> str:
+def _reaching(model: ComparedModel, target: str, found: Comparison, timed: bool) -> str:
     if model.label == target:
         return "1"
     steps, time = model.reached[target].of_steps, model.reached[target].of_time
     if steps is None or time is None:
         return "never"
     some = f" on {steps.seeds} of {len(found.seeds)}" if steps.seeds < len(found.seeds) else ""
-    return f"{with_span(steps)}, time {ratio(time.mean)}{some}"
+    return f"{with_span(steps)}{f', time {ratio(time.mean)}' * timed}{some}"

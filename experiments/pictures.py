@@ -1,6 +1,7 @@
 """Pictures of losses, with colours that can be read on white and on black."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +13,11 @@ from matplotlib.figure import Figure
 from mixture_of_tokens.reports.figures import DASHES
 from mixture_of_tokens.runs.run import Point, Run
 
-# Dense models are grey, and Token Choice, the first one of a picture, is green.
-COLORS = ("#2f81d6", "#d9632a", "#a45bb0", "#b08a00", "#c2407a", "#2b9aa8", "#8c6d4f")
-KINDS = {"Transformer-": "#808890", "TC-": "#2a9d6f", "Token Choice": "#2a9d6f"}
+# By how labels begin: of those that begin alike, the first one of a picture.
+KINDS = {"Transformer-": "#808890", "TC-|Token Choice": "#2a9d6f", r"MoT-\S*32E/8\b": "#2f81d6"}
+COLORS = ("#d9632a", "#a45bb0", "#b08a00", "#c2407a", "#2b9aa8", "#8c6d4f", "#7f8f2a", "#6a6fd0", "#c97b8e")
 BESIDE = 5  # curves, above which their names stand beside a picture
-GREY = "#858585"
+GREY = "#767676"
 STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
 STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 10, "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False}
@@ -43,16 +44,18 @@ def save_picture(
     file: Path,
     level: float | None = None,
     logarithmic: bool = False,
+    apart: bool = False,
 ) -> None:
     """Panels by the label of their x; means over the seeds in a band from the least to the greatest.
 
     Args:
         level: the loss of a dotted line.
         logarithmic: whether x is.
+        apart: whether each panel has a range of its own.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        axes = figure.subplots(1, len(panels), sharey=not apart, squeeze=False)[0]
         colors = colors_of(dict.fromkeys(curve.label for curves in panels.values() for curve in curves))
         dashes_of = dict(zip(colors, itertools.cycle(DASHES), strict=False))
         for panel, (x_label, curves) in zip(axes, panels.items(), strict=True):
@@ -79,6 +82,6 @@ def colors_of(labels: Iterable[str]) -> dict[str, str]:
     colors: dict[str, str] = {}
     others = itertools.cycle(COLORS)
     for label in labels:
-        own = next((color for kind, color in KINDS.items() if label.startswith(kind)), None)
+        own = next((color for kind, color in KINDS.items() if re.match(kind, label)), None)
         colors[label] = next(others) if own is None or own in colors.values() else own
     return colors

@@ -119,7 +119,7 @@ def draw(study: Study) -> None:
             runs = source.transitions(way)
             since = DRAWN * max(run.curve[-1].step for run in runs)
             curves.append(curve_of(label, runs, since, attrgetter("step")))
-    save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg")
+    save_picture(panels, "validation loss, nats a token", EXPERIMENT.kept / f"{study.id}.svg", apart=True)
 
 
 STUDY = Study(

@@ -4,7 +4,7 @@
     python experiments/paper/ledger.py --table    # docs/results.md's table
 
 Both are of what is committed; seconds. Verdicts are computed from the committed runs: "confirmed" where the claim holds
-as the claim's script states it; "not at this scale" where only something weaker does; "contradicted"; "open" as long
+as the claim's script states it; "in part" where only something weaker does; "contradicted"; "open" as long
 as runs are missing, or seeds differ by more than what is asked. The paper's values are those of its captions, of its
 authors' blog post and configuration files, and of others' descriptions of its figures.
 """

@@ -137,7 +137,7 @@ def run_of(system: System, steps: int, seed: int) -> Run | None:
     return next((run for run in found if run.config.steps == steps), None)
 
 
-CONFIRMED, NOT_HERE, CONTRADICTED = "confirmed", "not at this scale", "contradicted"
+CONFIRMED, NOT_HERE, CONTRADICTED = "confirmed", "in part", "contradicted"
 OPEN = "open"  # as long as runs are missing, or seeds differ by more than what is asked
 
 

@@ -83,6 +83,15 @@ def says() -> Said | None:
         return None
     told = [f"{name} {each.mean:.3f}" if (each := loss_of(name)) else f"{name} diverged" for name in NAMES]
     told.append(f"mixtures that diverged: {diverged(NAMES[1], 'validation')}")
+    at_1, plain = (
+        Row(system, STEPS, SEEDS[:1]).runs.get(SEEDS[0])
+        for system in (System(NAMES[1], {"router_temperature": "1"}), System(NAMES[2]))
+    )
+    if at_1 and plain:
+        told.append(
+            f"at the paper's temperature of 1, in fp32, one seed: {NAMES[1]} {at_1.facts.final_loss:.3f}, "
+            f"{NAMES[2]} {plain.facts.final_loss:.3f}"
+        )
     _, mixture, choice = ({row["seed"]: row["loss"] for row in its} for its in runs)
     if not all(mixture.values()):
         return told, CONTRADICTED

@@ -1,5 +1,7 @@
 """What one serves after equal training time: a dense model, Token Choice, or a Mixture of Tokens switched to it.
 
+Superseded by `fresh.py`: here the text is read up to 20 times, and the switch is by fitted scales.
+
     python experiments/verdict/run.py           # 16 hours of one thread, as measured beside other work
     python experiments/verdict/run.py --time    # speeds, on an idle machine: a quarter of an hour
     python experiments/verdict/run.py --table   # Markdown, as in ../LOG.md
