@@ -58,8 +58,10 @@ class ExpertChoice(Routed):
 
 
 def capacity_ratio(factor: float, num_experts: int) -> tuple[int, int]:
-    """A capacity factor as numerator and denominator: 1.1 * 100 is above 110, and compilers take a float for one that
-    varies. From the number of experts on nothing is dropped."""
+    """A capacity factor in whole numbers; from E on it drops nothing.
+
+    1.1 * 100 is above 110, and the compiler would take a float for one that varies.
+    """
     return Fraction(str(min(factor, num_experts))).limit_denominator(10**6).as_integer_ratio()
 
 
@@ -101,8 +103,7 @@ class TokenChoice(Routed):
     def capacity_factor(self, factor: float | None) -> None:
         if factor is not None and not 0 < factor < math.inf:
             raise ValueError(f"capacity_factor must be positive and finite, or None to drop nothing, not {factor}")
-        self._capacity_factor = factor
-        self._capacity_ratio = (0, 1) if factor is None else capacity_ratio(factor, self.num_experts)
+        self._capacity_factor, self._capacity_ratio = factor, capacity_ratio(factor or 0.0, self.num_experts)
 
     def scores(self, logits: Tensor) -> Tensor:
         return softmax(logits, dim=-1)

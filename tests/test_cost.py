@@ -245,6 +245,16 @@ def test_token_choices_capacity_counts_whole_rows():
     assert one.forward["experts"] == 7 * flops_per_token(dropless, batch=1, context=1).forward["experts"]
 
 
+@pytest.mark.parametrize("factor", [1.1, 1.25, 2.2, 1e-9, 10])
+@pytest.mark.parametrize("tokens", [1, 100, 203])
+def test_token_choices_capacity_is_its_layers(factor, tokens):
+    """Also where a product of floats is above the whole number that it should be: 1.1 * 100 / 10."""
+    config = config_from_name("TC-Nano/4E", num_experts=10, capacity_factor=factor)
+    layer = ROUTINGS["token_choice"].build(config)
+    _, slots = layer._slots_within_capacity(torch.zeros(tokens, 1, 1, dtype=torch.long))
+    assert ROUTINGS["token_choice"].rows(config, 1, tokens, True) == slots
+
+
 @pytest.mark.parametrize(
     ("name", "floor"), [("MoT-Medium/32E", 0.977), ("MoT-Medium/32E/8", 0.842), ("Uniform-Medium/32E/8", 0.889)]
 )

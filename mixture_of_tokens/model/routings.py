@@ -190,8 +190,8 @@ def _token_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int
     if not training or config.capacity_factor is None:
         return assignments
     times, over = capacity_ratio(config.capacity_factor, config.num_experts)
-    capacity = -(-times * assignments // (over * config.num_experts))  # rounded up
-    return config.num_experts * min(max(1, capacity), batch * context)
+    capacity = max(1, -(-times * assignments // (over * config.num_experts)))
+    return config.num_experts * min(capacity, batch * context)
 
 
 ROWS = (
