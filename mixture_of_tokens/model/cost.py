@@ -115,12 +115,7 @@ def training_flops(config: MixtureOfTokensConfig, batch: int) -> float:
 
 
 def memory(
-    config: MixtureOfTokensConfig,
-    batch: int,
-    context: int | None = None,
-    dtype="float32",
-    *,
-    experts_per_token: int | None = None,
+    config: MixtureOfTokensConfig, batch: int, dtype="float32", *, experts_per_token: int | None = None
 ) -> dict[str, int]:
     """An estimate of the bytes held when training on `batch` sequences at once, by part.
 
@@ -138,33 +133,34 @@ def memory(
     """
     if dtype not in BYTES:
         raise ValueError(f"dtype {dtype!r} is unknown; legal are {', '.join(BYTES)}")
-    size, T = BYTES[dtype], context or config.max_position_embeddings
-    tokens, V, D = batch * T, config.vocab_size, config.hidden_size
+    size, tokens = BYTES[dtype], batch * config.max_position_embeddings
+    V, D = config.vocab_size, config.hidden_size
     weights = size * parameters(config)["total"]
     last_norm, loss = tokens * (4 + size) * D, size * (tokens + V) * D  # the loss keeps the gradients of its inputs
     return {
         "weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights,
-        "activations": _kept_by_blocks(config, batch, T, size, experts_per_token) + last_norm + loss,
+        "activations": _kept_by_blocks(config, batch, size, experts_per_token) + last_norm + loss,
         "logits": 2 * 4 * min(LOGITS_AT_ONCE["cuda"], tokens * V),
     }
 
 
-def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, context: int, size: int, experts: int | None) -> int:
+def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, size: int, experts: int | None) -> int:
     """Bytes that autograd keeps for the blocks: `size` an element, but 4 in RMSNorm and routing, which work in fp32.
 
     A norm keeps its input and its output before the learned scale; a linear layer its input; attention its queries,
     keys, values and output; a gated feed-forward four of its width (gate, up, silu(gate), their product).
     """
-    tokens, D, blocks, routings = batch * context, config.hidden_size, config.num_hidden_layers, config.sparse_routings
+    T, D, blocks = config.max_position_embeddings, config.hidden_size, config.num_hidden_layers
+    tokens, routings = batch * T, config.sparse_routings
     _, queries, keys = _attention_widths(config)
     hidden = 4 if config.gated else 1 if config.hidden_act == "relu" else 2
     norms_and_attention = (4 + size) * (2 * D + queries + keys) + size * (D + 2 * queries + 2 * keys)
     dense = size * (D + hidden * config.intermediate_size)
     kept = tokens * (blocks * norms_and_attention + (blocks - len(routings)) * dense)
     for routing in routings:
-        rows = routing.rows(config, batch, context, True)
+        rows = routing.rows(config, batch, T, True)
         if routing.varies:
             rows = tokens * (routing.most(config) if experts is None else experts)
         shared = config.shared_experts * config.moe_intermediate_size
