@@ -37,8 +37,8 @@ class BalanceCallback(TrainerCallback):
 class Clock:
     """Seconds of training."""
 
-    def __init__(self, seconds: float = 0.0):
-        self.before, self._since = seconds, None
+    def __init__(self):
+        self.before, self._since = 0.0, None
 
     @property
     def seconds(self) -> float:
