@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.thresholds import ExpertThreshold
 
+INPUTS = ("input_ids", "attention_mask", "token_mask")
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -25,6 +27,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+def pass_forward(model: MixtureOfTokensForCausalLM, batch: Mapping[str, Tensor]) -> None:
+    """For what hooks see: the head computes one position only, and what is no input, such as labels, is left out."""
+    inputs = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
+    model(**inputs, logits_to_keep=1, use_cache=False)
 
 
 @torch.no_grad()
@@ -52,10 +60,7 @@ def watch(
                     what = "a tensor or a dictionary of keyword arguments"
                     raise ValueError(f"batches takes {what} for each, not {type(batch).__name__}")
                 if isinstance(model, MixtureOfTokensForCausalLM):
-                    given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-                    known = ("input_ids", "attention_mask", "token_mask")
-                    inputs = {name: given[name].to(model.device) for name in known if name in given}
-                    model(**inputs, logits_to_keep=1, use_cache=False)
+                    pass_forward(model, {"input_ids": batch} if isinstance(batch, Tensor) else batch)
                 elif isinstance(batch, Tensor):
                     model(batch)
                 else:

@@ -46,13 +46,11 @@ class _Means:
         layer.companion.copy_(self.mixtures_ED / self.groups)
 
 
-@torch.no_grad()
 def forget_companions(model: nn.Module) -> None:
     """Set them to zero, as they are in training."""
     for module in model.modules():
         if isinstance(module, MixtureOfTokens):
-            module.companion.zero_()
-            module.companion_logit.zero_()
+            module.reset_state()
 
 
 @torch.no_grad()

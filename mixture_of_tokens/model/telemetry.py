@@ -34,12 +34,11 @@ from torch.utils.hooks import RemovableHandle
 from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import expert_linear, full_precision, grouped, ungrouped
-from mixture_of_tokens.model.calibration import evaluating
+from mixture_of_tokens.model.calibration import evaluating, pass_forward
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.soft import SoftMoE
 
 NEGLIGIBLE = 0.01
-INPUTS = ("input_ids", "attention_mask", "token_mask")
 
 
 @torch.no_grad()
@@ -63,7 +62,7 @@ def measure(model: MixtureOfTokensForCausalLM, batch: dict[str, Tensor]) -> dict
             for block, measures in zip(blocks, found, strict=True):
                 block.mlp.training = True
                 handles += _watch(block, model.config.group_size, measures)
-            model(**{name: batch[name] for name in INPUTS if name in batch}, logits_to_keep=1, use_cache=False)
+            pass_forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -130,13 +129,13 @@ def routing_measures(weights_BTE: Tensor, token_mask: Tensor, group_size: int) -
     weights_MGE, mask_MG1, _ = grouped(weights_BTE, token_mask, group_size)
     assert mask_MG1 is not None
     tokens_M1 = mask_MG1.sum(1)
-    entropy_ME, serves_ME = _entropy(weights_MGE, 1), weights_MGE.sum(1) > 0
+    entropy_ME, serves_ME = _entropy(weights_MGE), weights_MGE.sum(1) > 0
     weights_SE = weights_BTE[token_mask]
     token_S, expert_E = weights_SE.sum(1), weights_SE.sum(0)
     return {
         "mixture_entropy": _mean(entropy_ME / tokens_M1.log(), serves_ME & (tokens_M1 > 1)),
         "effective_tokens": _mean(entropy_ME.exp(), serves_ME),
-        "effective_experts": _mean(_entropy(weights_SE, 1).exp(), token_S > 0),
+        "effective_experts": _mean(_entropy(weights_SE).exp(), token_S > 0),
         "experts_per_token": (weights_SE > 0).sum(1, dtype=weights_SE.dtype).mean(),
         "dead_experts": (expert_E <= NEGLIGIBLE * expert_E.mean()).to(expert_E.dtype).mean(),
         "dropped": (token_S <= NEGLIGIBLE * token_S.mean()).to(token_S.dtype).mean(),
@@ -167,10 +166,10 @@ def _watch(block: Any, group_size: int, measures: dict[str, Tensor]) -> list[Rem
     return [module.register_forward_hook(hook) for module, hook in watched.items()]
 
 
-def _entropy(weights: Tensor, dim: int) -> Tensor:
-    """In nats, of the weights along `dim` divided by their sum; 0 where all are zero."""
-    total = weights.sum(dim, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    return torch.special.entr(weights / total).sum(dim)
+def _entropy(weights: Tensor) -> Tensor:
+    """In nats, of the weights along the second dimension divided by their sum; 0 where all are zero."""
+    total = weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return torch.special.entr(weights / total).sum(1)
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
