@@ -31,11 +31,9 @@ def real_tokens(attention_mask: Any, current: Any, cache: Any = None) -> Any:
     return attention_mask[:, -width:].bool().to(current.device)
 
 
-def _ends_in_padding(prompt: Tensor, pad: int | None, stop: Any) -> bool:
+def _ends_in_padding(prompt: Tensor, pad: int | None, stop_ids: list[int]) -> bool:
     """Whether upstream would infer a mask with padding on the right: only where the token is no end of text."""
-    if pad is None or (stop is not None and pad in torch.as_tensor(stop).flatten().tolist()):
-        return False
-    return bool((prompt[:, -1] == pad).any())
+    return pad is not None and pad not in stop_ids and bool((prompt[:, -1] == pad).any())
 
 
 class GroupedGeneration:
@@ -83,9 +81,9 @@ class GroupedGeneration:
                 what = f"a {type(helper).__name__} takes no token mask, so it cannot assist where rows are mixed"
                 raise ValueError(f"{what}; take an assistant of this library, or serve_alone()")
             stop, prompt = setting("eos_token_id"), kwargs.get("input_ids") if inputs is None else inputs
-            if mask is None and prompt is not None and _ends_in_padding(prompt, setting("pad_token_id"), stop):
+            kwargs["stop_ids"] = stop_ids = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
+            if mask is None and prompt is not None and _ends_in_padding(prompt, setting("pad_token_id"), stop_ids):
                 raise ValueError("prompts must be padded on the left, and one ends with the padding token")
-            kwargs["stop_ids"] = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
             if prompt is not None:
                 kwargs["prompt_length"] = prompt.shape[1]
             else:  # without ids it starts from one token, or from embeddings, which are not among the ids

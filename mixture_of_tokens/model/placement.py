@@ -56,12 +56,9 @@ class Placement:
         check_numbers(shard, replicate, expert_parallel)
         times = "" if replicate is None else f" times --replicate {replicate}"
         if shard is None:
-            shard = 1
-            if replicate is not None or expert_parallel is not None:
-                shard = max(1, count // (replicate or 1))
-        if shard == 1 and replicate is None:
-            replicate = 1  # DDP has its own copies
-        replicate = max(1, count // shard) if replicate is None else replicate
+            shard = 1 if replicate is expert_parallel is None else max(1, count // (replicate or 1))
+        if replicate is None:
+            replicate = 1 if shard == 1 else max(1, count // shard)  # DDP has its own copies
         if shard == 1 and replicate > 1:
             raise ValueError(f"--replicate {replicate} is for --shard above 1; without shards every process has a copy")
         expert_parallel = expert_parallel or 1
