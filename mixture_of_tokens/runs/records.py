@@ -168,8 +168,21 @@ def _carried_out(kind: str, field: str) -> bool:
     return field.startswith(CARRIED_OUT) if kind == "training" else kind == "model" and field in DERIVED
 
 
+class _JsonFile:
+    """A record that is a file of its own, as JSON."""
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Raises ValueError, naming the file, for what is no such record."""
+        return record(cls, as_fields(file), file)
+
+    def write(self, file: Path) -> None:
+        written: Any = self
+        write_text(file, json.dumps({"format": FORMAT} | asdict(written), indent=2) + "\n")
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunFacts:
+class RunFacts(_JsonFile):
     """The results of a finished run: run.json, which is written last.
 
     steps, tokens, seconds: of training, with those of the run that it continues.
@@ -201,14 +214,6 @@ class RunFacts:
     cores: int | None
     threads: int
 
-    @classmethod
-    def read(cls, file: Path) -> Self:
-        """Raises ValueError, naming the file, for what is no record of a finished run."""
-        return record(cls, as_fields(file), file)
-
-    def write(self, file: Path) -> None:
-        _write(self, file)
-
     @property
     def text(self) -> tuple[str, str | None]:
         """Hashes of the text and of the tokenizer: losses on other ones are not comparable."""
@@ -216,7 +221,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Switch:
+class Switch(_JsonFile):
     """The conversion of a Mixture of Tokens to Token Choice: switch.json.
 
     step, tokens, seconds, flops_per_token: of the source's training, both passes.
@@ -237,14 +242,6 @@ class Switch:
     at_the_switch: float
     branch_errors: dict[str, Any]
     fit_seconds: float | None = None
-
-    @classmethod
-    def read(cls, file: Path) -> Self:
-        """Raises ValueError, naming the file, for what is no record of a switch."""
-        return record(cls, as_fields(file), file)
-
-    def write(self, file: Path) -> None:
-        _write(self, file)
 
 
 @dataclass(kw_only=True)
@@ -294,10 +291,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: inner for key, given in value.items() if (inner := _finite(given)) is not None}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(record: Any, file: Path) -> None:
-    write_text(file, json.dumps({"format": FORMAT} | asdict(record), indent=2) + "\n")
 
 
 def as_fields(file: Path) -> Any:
