@@ -81,6 +81,13 @@ def check(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name} takes {legal}, not {value!r}")
 
 
+def at_least_one(**numbers: int | None) -> None:
+    """Raises ValueError, naming the flag, for a number below 1."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {number}")
+
+
 def _refusal(value: Any, option: Any) -> str | None:
     """What an option takes, where that is something else than the value."""
     if typing.get_origin(option) in (typing.Union, types.UnionType):

@@ -38,13 +38,6 @@ FEW = 4  # experts of a token then, as a multiple of the granularity: 0.3 % off 
 RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
 
 
-def check_flags(top_k: int | None, distil_steps: int) -> None:
-    """Raises ValueError for numbers that are legal for no model."""
-    for flag, number in {"top-k": top_k, "distil-steps": distil_steps}.items():
-        if number is not None and number < 1:
-            raise ValueError(f"--{flag} must be at least 1, not {number}")
-
-
 def distil(
     source: MixtureOfTokensForCausalLM,
     target: MixtureOfTokensForCausalLM,

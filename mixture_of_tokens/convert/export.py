@@ -27,9 +27,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mixture_of_tokens.checks import checked
+from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.convert.card import card
-from mixture_of_tokens.convert.distil import STEPS, check_flags
+from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
 from mixture_of_tokens.formatting import Result
@@ -128,7 +128,7 @@ def export(
     run, out = str(run), Path(out)
     if out.is_symlink() or out.name in ("", ".."):  # what it names is written, and needs a name
         out = out.resolve()
-    check_flags(top_k, distil_steps)
+    at_least_one(top_k=top_k, distil_steps=distil_steps)
     if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
     if not out.absolute().parent.is_dir():

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mixture_of_tokens.checks import checked
+from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.convert.beginning import Beginning, carry_moments, go_on_from
-from mixture_of_tokens.convert.distil import STEPS, check_flags
+from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.switch import Scores, default_scores, kind_of, token_choice_config
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result, aligned, duration
@@ -169,7 +169,7 @@ def transition(
 
     Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
     """
-    check_flags(top_k, distil_steps)
+    at_least_one(top_k=top_k, distil_steps=distil_steps)
     Placement.of(shard, replicate, expert_parallel, process_count())
     if steps is not None and steps < 0:
         raise ValueError(f"--steps must be 0 or more, not {steps}")

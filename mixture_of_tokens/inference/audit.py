@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mixture_of_tokens.checks import checked
+from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.data.files import first_line
 from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
 from mixture_of_tokens.formatting import Result
@@ -163,9 +163,7 @@ def audit(
 
     Raises ValueError for bad options and for a run without a model.
     """
-    for flag, value in {"--batches": batches, "--experts": experts}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} must be at least 1, not {value}")
+    at_least_one(batches=batches, experts=experts)
     check_seed(seed)
     run = str(run)
     model = load_model(run, alone=alone, experts=experts, device=device).float()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mixture_of_tokens.checks import checked, listed
+from mixture_of_tokens.checks import at_least_one, checked, listed
 from mixture_of_tokens.data.groups import Blocks, grouped_order, in_blocks_of
 from mixture_of_tokens.data.prepare import SMALLEST_GROUP, whole_text
 from mixture_of_tokens.experts import Router
@@ -135,10 +135,7 @@ def evaluate(
 
     Raises ValueError for bad options, a run without a model, and an unknown text.
     """
-    numbers = {"--regroupings": regroupings, "--sweep-tokens": sweep_tokens, "--context": context}
-    for flag, value in (numbers | {"--experts": experts}).items():
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} must be at least 1, not {value}")
+    at_least_one(regroupings=regroupings, sweep_tokens=sweep_tokens, context=context, experts=experts)
     sources = None if data is None else [str(each) for each in listed(data)]
     if sources == []:
         raise ValueError("data names no text; leave it out for the run's own validation text")

@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from mixture_of_tokens.checks import checked, listed
+from mixture_of_tokens.checks import at_least_one, checked, listed
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, said_of, say_speed, to_file
 from mixture_of_tokens.inference.stream import Streamer, text_after
@@ -53,8 +53,7 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for what cannot be sampled with."""
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
+        at_least_one(max_new_tokens=self.max_new_tokens)
         if self.temperature != 0 and not SHARPEST <= self.temperature <= FLATTEST:
             raise ValueError(f"--temperature must be 0 or {SHARPEST:g} to {FLATTEST:g}, not {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -137,9 +136,7 @@ def generate(
         raise ValueError("give either --prompt, which may be repeated, or --prompts-file")
     if prompts_file is None and out is not None:
         raise ValueError("--out is for --prompts-file; continuations of --prompt are printed")
-    for flag, value in {"--samples": samples, "--batch-size": batch_size, "--experts": experts}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} must be at least 1, not {value}")
+    at_least_one(samples=samples, batch_size=batch_size, experts=experts)
     most = DEFAULT.max_new_tokens if max_new_tokens is None else max_new_tokens
     (sampling := Sampling(most, float(temperature), float(top_p), seed)).check()
     if prompts_file is not None and out is None and _is_stream(Path(prompts_file)):

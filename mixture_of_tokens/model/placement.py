@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from mixture_of_tokens.checks import divisors
+from mixture_of_tokens.checks import at_least_one, divisors
 from mixture_of_tokens.formatting import listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import BY_CONSTRUCTION
@@ -23,13 +23,6 @@ def check_device(device: Device | None) -> None:
     """Raises ValueError where --device asks for what is not here."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; leave the flag out, or give cpu")
-
-
-def check_numbers(shard: int | None, replicate: int | None, expert_parallel: int | None) -> None:
-    """Raises ValueError for flags that no number of processes could carry out."""
-    for flag, number in {"shard": shard, "replicate": replicate, "expert-parallel": expert_parallel}.items():
-        if number is not None and number < 1:
-            raise ValueError(f"--{flag} must be at least 1, not {number}")
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Placement:
 
         Raises ValueError, naming legal numbers, for what does not fit.
         """
-        check_numbers(shard, replicate, expert_parallel)
+        at_least_one(shard=shard, replicate=replicate, expert_parallel=expert_parallel)
         times = "" if replicate is None else f" times --replicate {replicate}"
         if shard is None:
             shard = 1 if replicate is expert_parallel is None else max(1, count // (replicate or 1))

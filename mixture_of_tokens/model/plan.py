@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from textwrap import indent
 from typing import Literal
 
-from mixture_of_tokens.checks import LARGEST, checked
+from mixture_of_tokens.checks import LARGEST, at_least_one, checked
 from mixture_of_tokens.formatting import Result, aligned, duration, listing, short
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, training_flops
@@ -176,9 +176,8 @@ def plan(
 
     Raises ValueError for an unknown name, and for a micro-batch or a placement that is not legal.
     """
+    at_least_one(batch_size=batch_size, devices=devices, steps=steps)
     for flag, value in {"batch-size": batch_size, "devices": devices, "steps": steps}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag} must be at least 1, not {value}")
         if value is not None and value > LARGEST:
             raise ValueError(f"--{flag} is more than {LARGEST}")
     if not 0 < tflops < math.inf:

@@ -6,11 +6,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from mixture_of_tokens.checks import checked
+from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result
-from mixture_of_tokens.model.placement import check_numbers
 from mixture_of_tokens.process import by_itself, process_count, process_number
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import merge
@@ -42,7 +41,7 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
 
     Raises ValueError for bad settings or text.
     """
-    check_numbers(options.shard, options.replicate, options.expert_parallel)
+    at_least_one(shard=options.shard, replicate=options.replicate, expert_parallel=options.expert_parallel)
     options = replace(options, device=None, shard=None, replicate=None, expert_parallel=None)  # they decide no text
     with by_itself():
         run = merge(name, 0, None, options).config
