@@ -133,6 +133,11 @@ def _common(config: "MixtureOfTokensConfig") -> dict[str, Any]:
     }
 
 
+def _choosing(config: "MixtureOfTokensConfig") -> dict[str, Any]:
+    """What the constructor of a layer takes in which some experts are chosen for a token."""
+    return _common(config) | {"num_experts_per_tok": config.num_experts_per_tok}
+
+
 def _mixture_of_tokens(config: "MixtureOfTokensConfig", uniform: bool = False) -> nn.Module:
     mixing = {"normalize_mixture": config.normalize_mixture, "uniform": uniform}
     return MixtureOfTokens(group_size=config.group_size, **mixing, **_common(config))
@@ -142,42 +147,14 @@ def _mixture_rows(config: "MixtureOfTokensConfig", batch: int, context: int, tra
     return config.num_experts * groups_of(config, batch, context)[0]
 
 
-def _expert_choice(config: "MixtureOfTokensConfig") -> nn.Module:
-    choice = {"group_size": config.group_size, "num_experts_per_tok": config.num_experts_per_tok}
-    return ExpertChoice(**choice, **_common(config))
-
-
 def _expert_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
     groups, size = groups_of(config, batch, context)
     capacity = max(1, round(config.group_size * config.num_experts_per_tok / config.num_experts))
     return config.num_experts * groups * min(capacity, size)
 
 
-def _choice(config: "MixtureOfTokensConfig") -> dict[str, Any]:
-    choice = {"num_experts_per_tok": config.num_experts_per_tok, "norm_topk_prob": config.norm_topk_prob}
-    return choice | _common(config)
-
-
-def _token_choice(config: "MixtureOfTokensConfig") -> nn.Module:
-    return TokenChoice(capacity_factor=config.capacity_factor, **_choice(config))
-
-
-def _sigmoid_choice(config: "MixtureOfTokensConfig") -> nn.Module:
-    return SigmoidChoice(balance_rate=config.balance_rate, **_choice(config))
-
-
 def _chosen_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
     return batch * context * config.num_experts_per_tok
-
-
-def _expert_threshold(config: "MixtureOfTokensConfig") -> nn.Module:
-    decay, k = config.threshold_decay, config.num_experts_per_tok
-    return ExpertThreshold(
-        num_experts_per_tok=k,
-        threshold_decay=decay,
-        scores=config.threshold_scores,  # pyright: ignore[reportArgumentType]
-        **_common(config),
-    )
 
 
 def num_slots(config: "MixtureOfTokensConfig") -> int:
@@ -244,7 +221,9 @@ ROWS = (
         meaning="Sparse mixture of experts: each token goes to the experts that its router rates highest. In training "
         "an expert takes at most 1.25 times an even share of the tokens, unless another capacity was set, and the rest "
         "are dropped. After conversion from Mixture of Tokens none are dropped by default.",
-        build=_token_choice,
+        build=lambda config: TokenChoice(
+            norm_topk_prob=config.norm_topk_prob, capacity_factor=config.capacity_factor, **_choosing(config)
+        ),
         exports_as="Qwen3MoeForCausalLM",
         balance="by a loss",
         auxiliary_weight=lambda config, layer: config.router_aux_loss_coef,
@@ -257,7 +236,9 @@ ROWS = (
         title="Sigmoid Token Choice",
         meaning="Token Choice with independent gates, as in DeepSeek-V3: the sigmoid of a logit, for the experts whose "
         "gate plus a bias is highest. The bias balances the load without a loss, and no token is dropped.",
-        build=_sigmoid_choice,
+        build=lambda config: SigmoidChoice(
+            norm_topk_prob=config.norm_topk_prob, balance_rate=config.balance_rate, **_choosing(config)
+        ),
         balance="by biases",
         exports_as="Dots1ForCausalLM",
         rows=_chosen_rows,
@@ -268,7 +249,7 @@ ROWS = (
         prefix="EC",
         title="Expert Choice",
         meaning="Sparse mixture of experts: each expert takes the tokens it rates highest in a group.",
-        build=_expert_choice,
+        build=lambda config: ExpertChoice(group_size=config.group_size, **_choosing(config)),
         shares_batch=True,
         serves_alone=False,
         balance=BY_CONSTRUCTION,
@@ -280,7 +261,11 @@ ROWS = (
         title="Expert Threshold",
         meaning="Each expert takes the tokens whose score is above its threshold, which follows the score that an even "
         "share of the tokens is above. Tokens get more experts or fewer, as many on average as in Token Choice.",
-        build=_expert_threshold,
+        build=lambda config: ExpertThreshold(
+            threshold_decay=config.threshold_decay,
+            scores=config.threshold_scores,  # pyright: ignore[reportArgumentType]
+            **_choosing(config),
+        ),
         balance="by thresholds",
         rows=_chosen_rows,
         varies=True,
@@ -293,7 +278,7 @@ ROWS = (
         title="ReMoE",
         meaning="Each token goes to all experts with a positive logit, which is the gate. A penalty on the gates grows "
         "until tokens have as many experts on average as in Token Choice; before that they have more.",
-        build=lambda config: ReMoE(num_experts_per_tok=config.num_experts_per_tok, **_common(config)),
+        build=lambda config: ReMoE(**_choosing(config)),
         differentiable=True,
         balance="by a loss",
         auxiliary_weight=lambda config, layer: layer.l1_weight,
@@ -301,7 +286,6 @@ ROWS = (
         varies=True,
         most=lambda config: config.num_experts,
         grouped=False,
-        kept_weights=(1, 0),
     ),
     Routing(
         kind="soft_moe",
