@@ -238,9 +238,8 @@ def _telemetry(model: list[Run]) -> dict[str, dict[str, tuple[list[int], list[fl
         for row in run.rows:
             for layer, measured in (row.layers or {}).items():
                 for measure, value in measured.items():
-                    if value is not None:  # what was not finite, in rows of format 0
-                        at = values.setdefault(measure, {}).setdefault(layer, {})
-                        at.setdefault(row.step, []).append(value)
+                    at = values.setdefault(measure, {}).setdefault(layer, {})
+                    at.setdefault(row.step, []).append(value)
     return {
         measure: {
             layer: (sorted(at), [sum(at[step]) / len(at[step]) for step in sorted(at)])

@@ -20,7 +20,7 @@ from mixture_of_tokens.formatting import duration, few_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.process import is_main, process_count
+from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.ownership import LOCK
 from mixture_of_tokens.runs.records import FORMAT, SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
@@ -30,12 +30,6 @@ def check_seed(seed: int) -> None:
     """Raises ValueError for a seed that numpy would not take."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed must be 0 to {2**32 - 1}, not {seed}")
-
-
-def check_one_process(what: str) -> None:
-    """Raises ValueError under torchrun for a command that trains more than once."""
-    if process_count() > 1:
-        raise ValueError(f"{what} is for one process; leave out torchrun, or leave it out")
 
 
 def check_free(out: Path) -> None:
