@@ -147,9 +147,9 @@ def _train_again(directory: Path) -> str:
 
 def summary_of(result: Comparison) -> str:
     """The table, and the findings in sentences."""
-    columns = ["model", "loss", "vs first", "reached at step"]
+    count, own_steps = len(result.seeds), not result.at_equal_steps
+    columns = ["model", *["steps"] * own_steps, "loss", *["spread"] * (count > 1), "vs first", "reached at step"]
     columns += ["bits/byte", "parameters", "FLOPs/token", "s", "tokens/s"]
-    count = len(result.seeds)
     table = []
     for model in result.models:
         reached = model.reached[result.baseline]
@@ -159,7 +159,9 @@ def summary_of(result: Comparison) -> str:
             when = f"{reached.step.mean:.0f}, {duration(reached.seconds.mean)}{some}"
         row = [
             model.label,
+            *[f"{model.steps:,}"] * own_steps,
             f"{model.final_loss.mean:.4f}",
+            *[f"{model.final_loss.greatest - model.final_loss.least:.4f}"] * (count > 1),
             f"{model.final_loss_difference.mean:+.4f}",
             when,
             f"{model.bits_per_byte.mean:.4f}",
@@ -168,15 +170,7 @@ def summary_of(result: Comparison) -> str:
             f"{model.seconds.mean:.0f}",
             f"{model.tokens_per_second.mean:,.0f}",
         ]
-        if not result.at_equal_steps:
-            row.insert(1, f"{model.steps:,}")
-        if count > 1:
-            row.insert(-7, f"{model.final_loss.greatest - model.final_loss.least:.4f}")
         table.append(row)
-    if not result.at_equal_steps:
-        columns.insert(1, "steps")
-    if count > 1:
-        columns.insert(-7, "spread")
     kinds = [[model.label, *model.properties.values()] for model in result.models]
     paragraphs = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
     apart = differing(result.environments)
