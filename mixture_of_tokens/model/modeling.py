@@ -196,6 +196,19 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                     weights.setdefault(routing, weight)  # the same in all blocks of a kind
         return weights
 
+    def _auxiliary_losses(self, recorded: list[Tensor]) -> dict[Routing, Tensor]:
+        """The mean over its blocks, of each routing that has such a loss. Raises ValueError where one is missing."""
+        balanced = [routing for routing in self.config.routings if routing.auxiliary_weight is not None]
+        if len(recorded) != len(balanced):
+            raise ValueError(
+                f"{len(balanced)} feed-forwards have an auxiliary loss by the configuration, and {len(recorded)} gave "
+                "one: those that the model was made with are recorded, and none that took the place of one"
+            )
+        losses: dict[Routing, list[Tensor]] = {}
+        for routing, loss in zip(balanced, recorded, strict=True):
+            losses.setdefault(routing, []).append(loss)
+        return {routing: torch.stack(own).mean() for routing, own in losses.items()}
+
     @property
     def mixes_examples(self) -> bool:
         """Whether a row's output depends on the other rows of its batch, which `serve_alone` changes."""
@@ -291,20 +304,11 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
         if weights:
-            balanced = [routing for routing in self.config.routings if routing.auxiliary_weight is not None]
-            if len(outputs.auxiliary_losses) != len(balanced):
-                raise ValueError(
-                    f"{len(balanced)} feed-forwards have an auxiliary loss by the configuration, and "
-                    f"{len(outputs.auxiliary_losses)} gave one: those that the model was made with are recorded, and "
-                    "none that took the place of one"
-                )
-            means = []
+            means = self._auxiliary_losses([loss.to(hidden.device) for loss in outputs.auxiliary_losses])
             for routing, weight in weights.items():
-                recorded = zip(balanced, outputs.auxiliary_losses, strict=True)
-                means.append(torch.stack([loss.to(hidden.device) for of, loss in recorded if of is routing]).mean())
                 weight = weight.to(hidden.device) if isinstance(weight, Tensor) else weight
-                weighted = weighted + weight * means[-1]
-            aux_loss = torch.stack(means).mean()
+                weighted = weighted + weight * means[routing]
+            aux_loss = torch.stack([means[routing] for routing in weights]).mean()
             self._check_balanced(aux_loss)
         if has_labels:
             if shift_labels is None:
