@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from mixture_of_tokens.experts import Router
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import DENSE
@@ -161,9 +160,6 @@ def build(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Provider:
     layer.to_empty(device=device)
     for weight in layer.parameters():
         nn.init.normal_(weight, std=(0.1 / weight.shape[-1]) ** 0.5)
-    for module in layer.modules():
-        if isinstance(module, Router):
-            module.set_temperature(module.temperature_setting)
     x = torch.randn(sizes.tokens // sizes.context, sizes.context, sizes.hidden, dtype=dtype, device=device)
     x.requires_grad_()
     cotangent = torch.randn_like(x)
