@@ -117,8 +117,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must be at least 0 and below 1, not {self.attention_dropout}")
         for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+            check(name, getattr(self, name), bool)
         if self.router_dtype not in ROUTER_DTYPES:
             raise ValueError(f"router_dtype {self.router_dtype!r} is unknown; legal are {', '.join(ROUTER_DTYPES)}")
         # The same in upstream's fields, for the export.
