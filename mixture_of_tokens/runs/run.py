@@ -173,8 +173,6 @@ class Run:
     @property
     def training_flops_per_token(self) -> float:
         """Of both passes, over the whole run; after a switch, of the part that follows it."""
-        if not any(routing.varies for routing in self.model_config.routings):
-            return self.flops[1]
         return self.flops_at([self.facts.tokens])[0] / self.facts.tokens
 
     def flops_at(self, tokens: Sequence[float]) -> list[float]:
