@@ -434,6 +434,7 @@ WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
         ),
         ("windows", "models whose attention has a sliding window cannot be exported; train without one"),
         ("another order", "in Dots1 the first blocks are dense and all others sparse"),
+        ("two gates", "softmax gates in some blocks and sigmoid gates in others are in no model of transformers"),
         ("top k of a dense model", "--top-k and --scores are for a Mixture of Tokens, and"),
         ("distillation of a dense model", "and so is --distil-steps; "),
         ("foreign tokenizer", "it is another model's"),
@@ -456,6 +457,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
         directory = saved("token_choice", use_sliding_window=True, sliding_window=4)
     elif given == "another order":
         directory = saved("sigmoid_choice", mlp_layer_types=["sigmoid_choice", "dense", "sigmoid_choice"])
+    elif given == "two gates":
+        directory = saved("token_choice", mlp_layer_types=["dense", "token_choice", "sigmoid_choice"])
     elif given == "foreign tokenizer":
         directory = saved("token_choice", vocab_size=200)
     elif given == "shared":

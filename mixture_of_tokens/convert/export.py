@@ -33,6 +33,7 @@ from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
 from mixture_of_tokens.formatting import Result
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE
@@ -231,21 +232,18 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
         raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
     common["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if not config.sparse_routings:
-        dense = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
-        dense.load_state_dict(plain_weights(model))
-        return dense.eval()
-    experts = {field: getattr(config, field) for field in OF_EXPERTS}
-    # Upstream's loss is not divided by the number of choices.
-    experts["router_aux_loss_coef"] = config.router_aux_loss_coef / config.num_experts_per_tok
-    experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
-    if config.sparse_routings[0].exports_as == "Dots1ForCausalLM":
-        return _to_dots1(model, common)
-    if config.shared_experts:
-        raise ValueError(f"{NONE_SHARED}: this model cannot be exported; with sigmoid gates (STC-) it could, as Dots1")
-    sparse = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
-    sparse.load_state_dict(plain_weights(model))
-    return sparse.eval()
+    kinds = {routing.exports_as for routing in config.sparse_routings}
+    if len(kinds) > 1:
+        raise ValueError("softmax gates in some blocks and sigmoid gates in others are in no model of transformers")
+    if not kinds:
+        plain: Any = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
+    elif kinds == {"Dots1ForCausalLM"}:
+        plain = _dots1(config, common)
+    else:
+        plain = _qwen3_moe(config, common)
+    empty = {name: value for name, value in plain.state_dict().items() if not value.numel()}  # of no shared experts
+    plain.load_state_dict(plain_weights(model) | empty)
+    return plain.eval()
 
 
 def _check_windows(config: Any) -> None:
@@ -253,8 +251,17 @@ def _check_windows(config: Any) -> None:
         raise ValueError("models whose attention has a sliding window cannot be exported; train without one")
 
 
-def _to_dots1(model: MixtureOfTokensForCausalLM, common: dict[str, Any]) -> Any:
-    config = model.config
+def _qwen3_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
+    if config.shared_experts:
+        raise ValueError(f"{NONE_SHARED}: this model cannot be exported; with sigmoid gates (STC-) it could, as Dots1")
+    experts = {field: getattr(config, field) for field in OF_EXPERTS}
+    # Upstream's loss is not divided by the number of choices.
+    experts["router_aux_loss_coef"] = config.router_aux_loss_coef / config.num_experts_per_tok
+    experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
+
+
+def _dots1(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
     dense = len(config.routings) - len(config.sparse_routings)
     if any(routing.sparse for routing in config.routings[:dense]):
         raise ValueError("in Dots1 the first blocks are dense and all others sparse; this model has another order")
@@ -262,10 +269,7 @@ def _to_dots1(model: MixtureOfTokensForCausalLM, common: dict[str, Any]) -> Any:
     experts |= {"moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob}
     alone = {"n_shared_experts": config.shared_experts, "n_group": 1, "topk_group": 1, "sliding_window": None}
     with _nothing_shared():
-        plain = Dots1ForCausalLM(Dots1Config(**common, **experts, **alone, first_k_dense_replace=dense))
-    empty = {name: value for name, value in plain.state_dict().items() if not value.numel()}
-    plain.load_state_dict(plain_weights(model) | empty)
-    return plain.eval()
+        return Dots1ForCausalLM(Dots1Config(**common, **experts, **alone, first_k_dense_replace=dense))
 
 
 @contextmanager
