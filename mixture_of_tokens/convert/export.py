@@ -1,4 +1,4 @@
-"""A trained model as a checkpoint of plain transformers, Qwen3-MoE or Qwen3: the command `mot export`."""
+"""A trained model as a checkpoint of plain transformers, Qwen3-MoE, Dots1 or Qwen3: the command `mot export`."""
 
 import json
 import re
@@ -45,7 +45,7 @@ from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
 EXPORT = "export"  # the fact `of` in the manifest of one
 TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
 ROWS = 4
-# Fields of our configuration that Qwen3 and Qwen3-MoE have under the same name.
+# Fields of our configuration that all three have under the same name.
 COMMON = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
     *("num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_bias"),
