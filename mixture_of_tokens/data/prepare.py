@@ -150,7 +150,7 @@ def prepare(
     named = sources or [f"the standard library of Python {platform.python_version()}"]
     if segments:
         _say_segments(named, group_size, segments, once=together)  # a part is opened several times
-    cut = facts.get("bytes_cut", 0)  # not in caches of earlier versions
+    cut = facts["bytes_cut"]
     whole = cut + sum(facts[name]["bytes"] for name in SPLITS)
     if cut > MUCH * whole:
         what = f"{cut:,} of {whole:,} bytes are cut from the ends of long documents, so that none is in a group twice"

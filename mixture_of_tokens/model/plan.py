@@ -134,7 +134,7 @@ def _with_total(parts: dict) -> dict:
 
 def _short(number: float) -> str:
     for unit, power in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
-        if number >= power:
+        if number >= 0.99995 * power:
             return f"{number / power:.1f}{unit}"
     return f"{number:.0f}  "
 

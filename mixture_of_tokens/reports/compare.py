@@ -24,7 +24,7 @@ from mixture_of_tokens.training.sweep import PlannedRun, Plans, check_text, trai
 from mixture_of_tokens.training.train import run_merged
 
 
-class Plan(NamedTuple):
+class _Planned(NamedTuple):
     """A run of the comparison, before it is trained."""
 
     merged: Merged
@@ -76,7 +76,7 @@ def compare(
 
 
 def _compared(
-    names: tuple[str, ...], seeds: list[int], rates: list[float] | None, plans: list[Plan], out: Path, options: Options
+    names: tuple[str, ...], seeds: list[int], rates: list[float] | None, plans: list[_Planned], out: Path, options: Options
 ) -> Report | None:
     runs: list[Run] = []
     try:
@@ -126,7 +126,7 @@ def _rates(rates: list[float] | None, models: int) -> list[float | None]:
 
 def _plans(
     names: tuple[str, ...], seeds: list[int], rates: list[float | None], options: Options, out: Path
-) -> list[Plan]:
+) -> list[_Planned]:
     """The runs in their order. Raises ValueError for invalid settings of any of them."""
     if not names:
         raise ValueError("name at least one model, such as Transformer-Nano")
@@ -138,7 +138,7 @@ def _plans(
             merged = merge(name, seed, rate, options)
             directory = out / f"{name.replace('/', '-')}-seed{seed}"
             check_resumed(directory, merged.config)
-            plans.append(Plan(merged, directory, PlannedRun.of(directory, merged).flops))
+            plans.append(_Planned(merged, directory, PlannedRun.of(directory, merged).flops))
     configs = [plan.merged.config for plan in plans]
     if any(config.training["eval_strategy"] == "no" for config in configs):
         raise ValueError("--training.eval_strategy no leaves no curves to compare; steps would")
@@ -148,7 +148,7 @@ def _plans(
     return plans
 
 
-def _time_left(plans: list[Plan], done: int) -> str:
+def _time_left(plans: list[_Planned], done: int) -> str:
     """An estimate from finished runs: the time of the same model, or else of the others, scaled by FLOPs."""
     known: dict[str, float] = {}
     for plan in plans:
