@@ -76,7 +76,12 @@ def compare(
 
 
 def _compared(
-    names: tuple[str, ...], seeds: list[int], rates: list[float] | None, plans: list[_Planned], out: Path, options: Options
+    names: tuple[str, ...],
+    seeds: list[int],
+    rates: list[float] | None,
+    plans: list[_Planned],
+    out: Path,
+    options: Options,
 ) -> Report | None:
     runs: list[Run] = []
     try:
