@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -200,7 +201,8 @@ BAD = {
     "twice.parquet": (lambda p: _twice(p), "twice.parquet has 2 fields 'text'"),
     "pages.parquet": (lambda p: _damaged(p), "pages.parquet is no parquet file with text after row 0"),
     "pipe.txt": (lambda p: os.mkfifo(p), "pipe.txt is no regular file but a pipe"),
-    "null.parquet": (lambda p: _parquet(p, text=["a", None]), "row 2: the field 'text' is no text but NoneType"),
+    "a.txt.xz": (lambda p: p.write_bytes(lzma.compress(b"a")), "a.txt.xz is compressed in a way that is not read"),
+    "null.parquet": (lambda p: _parquet(p, text=["a", None]), "row 2: the field 'text' is no text but null"),
 }  # fmt: skip
 
 

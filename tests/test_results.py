@@ -274,10 +274,12 @@ def test_a_run_is_compared_with_its_source_at_unequal_steps_which_are_told(tmp_p
     assert (back[0].step, back[0].of_steps) == (12.5, 1.25)
     assert switched.equal_time_loss is None  # when the source ended, there was no switched model
     assert source.equal_time_loss.mean == 2.5
-    said = summary_of(result)
+    table = summary_of(result)
+    said = " ".join(table.split())
     assert "After 15 steps, 5 more than MoT-Nano/32E," in said
     assert "At equal steps" not in said
-    assert "Seconds of a switched model are with its source's" in said
+    assert "Seconds of a switched model are with its source's, and without the fit at the switch" in said
+    assert ("are without the fit at its switch." in said) == (switched.reached["MoT-Nano/32E"].of_flops is not None)
     assert said.split()[:4] == ["model", "steps", "loss", "spread"]
     backwards = comparison(by_model([*after, *sources]))
     assert "After 10 steps, 5 fewer than MoT-Nano/32E, switched," in summary_of(backwards)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PART = 2**20  # bytes of a file held at once
+ARCHIVES = (".7z", ".bz2", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip")
 LINES = (".jsonl", ".ndjson")  # an object a line; so may be .json
 
 Document = Iterable[bytes]  # its UTF-8 text in parts, in order, as it may not fit in memory
@@ -49,7 +50,8 @@ def text_of_row(name: str, row: dict[str, Any], field: str) -> Document:
     if field not in row:
         raise ValueError(_without(name, field, row))
     if not isinstance(row[field], str):
-        raise ValueError(f"{name}: the field {field!r} is no text but {type(row[field]).__name__}")
+        what = "null" if row[field] is None else type(row[field]).__name__
+        raise ValueError(f"{name}: the field {field!r} is no text but {what}")
     try:
         return [row[field].encode()]
     except UnicodeEncodeError as error:
@@ -107,6 +109,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _text(path: Path) -> Iterator[bytes]:
+    if path.suffix.lower() in ARCHIVES:
+        raise ValueError(f"{path} is compressed in a way that is not read; .gz and .zst are")
     decoder = codecs.getincrementaldecoder("utf-8")()
     read = 0
     with _opened(path) as file:

@@ -237,7 +237,7 @@ def read_prompts(file: Path) -> list[str]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 line = None
         if not isinstance(line, str) or not line:
-            what = "is empty" if line == "" else 'is no object with the text "prompt"'
+            what = "is empty; every line is a prompt" if line == "" else 'is no object with the text "prompt"'
             raise ValueError(f"--prompts-file {file}: line {number} {what}")
         prompts.append(line)
     return prompts

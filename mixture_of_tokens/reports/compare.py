@@ -84,23 +84,18 @@ def _compared(
     options: Options,
 ) -> Report | None:
     runs: list[Run] = []
-    try:
-        for done, plan in enumerate(plans):
-            if is_main():
-                what = f"{plan.name}, seed {plan.merged.config.seed}{_time_left(plans, done)}"
-                print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
-            try:
-                run = run_merged(plan.merged, plan.directory, resume=True)
-            except FloatingPointError as error:  # in all processes
-                raise of_all(FloatingPointError(f"{plan.directory}: {error}, and name another --out")) from None
-            if run is None:  # in all processes but the first
-                continue
-            runs.append(run)
-            check_text([(str(run.directory), trained_on(run)) for run in runs])  # reported now, not after the last run
-    except (SystemExit, KeyboardInterrupt):
+    for done, plan in enumerate(plans):
         if is_main():
-            print("mot: for a comparison give the same command again, without --resume", file=sys.stderr)
-        raise
+            what = f"{plan.name}, seed {plan.merged.config.seed}{_time_left(plans, done)}"
+            print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
+        try:
+            run = run_merged(plan.merged, plan.directory, resume=True, again="the same command")
+        except FloatingPointError as error:  # in all processes
+            raise of_all(FloatingPointError(f"{plan.directory}: {error}, and name another --out")) from None
+        if run is None:  # in all processes but the first
+            continue
+        runs.append(run)
+        check_text([(str(run.directory), trained_on(run)) for run in runs])  # reported now, not after the last run
     if not is_main():
         return None
     models = by_model(runs)

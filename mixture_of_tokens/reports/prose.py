@@ -21,12 +21,13 @@ MEASURES = {
     "largest_load": (
         "Largest load",
         "The load of the busiest expert over the mean expert's; 1 is balance. In Mixture of Tokens the weights of each "
-        "expert sum to one in each group, so it is 1 by construction.",
+        "expert sum to one in each full group, so it is 1 there by construction.",
     ),
     "dead_experts": ("Dead experts", "The share of experts that get under 1 % of the mean expert's weight."),
     "dropped": (
         "Dropped tokens",
-        "The share of tokens that get under 1 % of the mean token's weight: dropped by an expert or chosen by none.",
+        "The share of tokens that get under 1 % of the mean token's weight: dropped by an expert or chosen by none; "
+        "in Mixture of Tokens hardly read by any.",
     ),
     "branch_to_residual": (
         "Branch to residual",
@@ -62,6 +63,7 @@ def findings(comparison: Comparison) -> dict[str, list[str]]:
         sentences[model.label] = [
             f"{model.label} {reaching(model, baseline.label, comparison)}.",
             *([] if found is None else [f"That is {_share(found, 'FLOPs')}."]),
+            *(["Time and FLOPs are without the fit at its switch."] if found and model.switched else []),
             f"{_when(model, baseline)} {_beside(model.final_loss_difference)}.",
         ]
         apart, when = model.equal_time_loss_difference, duration(comparison.equal_time_seconds.mean)
@@ -137,7 +139,8 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
             (
                 "Switched",
                 "A trained Mixture of Tokens, converted to Token Choice with the same experts and router and trained "
-                "on. It serves a text alone. Its curve, time and FLOPs include its source's up to the switch.",
+                "on. It serves a text alone. Its curve, time and FLOPs include its source's up to the switch, without "
+                "the fit there.",
             )
         )
     example = next((name for name in names if name.routing.sparse), None)

@@ -176,6 +176,7 @@ def summary_of(result: Comparison) -> str:
     apart = differing(result.environments)
     paragraphs += [] if apart is None else [apart]
     if any(model.switched for model in result.models):
-        paragraphs.append("Seconds of a switched model are with its source's; its tokens/s are those after the switch.")
+        what = "Seconds of a switched model are with its source's, and without the fit at the switch"
+        paragraphs.append(fill(f"{what} (switch.json has it); its tokens/s are those after the switch.", WIDTH))
     properties = aligned([["model", *PROPERTIES], *kinds])
     return "\n".join([aligned([columns, *table]), "", properties, "", *paragraphs]) + "\n"

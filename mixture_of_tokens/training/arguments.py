@@ -138,7 +138,7 @@ def given_fields(given: Mapping[str, str]) -> dict[str, Any]:
             why = "losses that balance a routing would have no gradient"
             raise ValueError(f"--training.{field} with use_reentrant true: {why}; false, the default, works")
         if values.get(field) and not checkpointing:
-            raise ValueError(f"--training.{field}: it is for --training.gradient_checkpointing true")
+            raise ValueError(f"--training.{field}: it is for --training.activation_checkpointing true")
     for field in OF_WORKERS:
         if values.get(field) and not values.get("dataloader_num_workers"):
             raise ValueError(f"--training.{field}: it is for --training.dataloader_num_workers above 0")

@@ -191,12 +191,7 @@ def _swept(
     for done, (settings, seed, merged, directory) in enumerate(planned):
         if is_main():
             print(f"run {done + 1} of {len(planned)}: {directory}", file=sys.stderr)
-        try:
-            outcome = _outcome(seed, merged, directory)
-        except (SystemExit, KeyboardInterrupt):
-            if is_main():
-                print("mot: for a sweep give the same command again, without --resume", file=sys.stderr)
-            raise
+        outcome = _outcome(seed, merged, directory)
         if outcome is None:
             continue
         runs.setdefault(_directory(settings, None), []).append(outcome)
@@ -245,7 +240,7 @@ def _outcome(seed: int, merged: Merged, directory: Path) -> Outcome | None:
     diverged, said = directory / DIVERGED, None
     if not diverged.exists():
         try:
-            run = run_merged(merged, directory, resume=True)
+            run = run_merged(merged, directory, resume=True, again="the same command")
         except FloatingPointError as error:  # in all processes
             said = str(error)
             if is_main():

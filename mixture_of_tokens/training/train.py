@@ -86,12 +86,15 @@ def train(
     return run_merged(merged, out, resume=resume)
 
 
-def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None = None) -> Run | None:
+def run_merged(
+    merged: Merged, out: Path, *, resume: bool, begin: Begin | None = None, again: str = "--resume"
+) -> Run | None:
     """Train as `train` does; with `resume`, a run that is finished is only read.
 
     Args:
         begin: called before the first step, unless there is a checkpoint to go on from. In a run with a `first_step` it
             gives the trainer the weights, rows and clock of that step.
+        again: what goes on with a run that was stopped.
     """
     _check(out, merged, resume)
     if resume and (out / records.FACTS).exists():
@@ -106,7 +109,7 @@ def run_merged(merged: Merged, out: Path, *, resume: bool, begin: Begin | None =
         taken.run_name = taken.run_name or out.name
         # Several GPUs of one process would each take all the rows; they are for torchrun.
         taken._n_gpu = min(1, taken.n_gpu)
-        return _run(merged.config, taken, merged.placement, out, begin)
+        return _run(merged.config, taken, merged.placement, out, begin, again)
 
 
 def _check(out: Path, merged: Merged, resume: bool) -> None:
@@ -159,7 +162,7 @@ def _is_slow_in_half_precision(arguments: TrainingArguments, config: MixtureOfTo
 
 
 def _run(
-    run: RunConfig, arguments: TrainingArguments, placement: Placement, out: Path, begin: Begin | None
+    run: RunConfig, arguments: TrainingArguments, placement: Placement, out: Path, begin: Begin | None, again: str
 ) -> Run | None:
     made_by = {"versions": provenance.versions(), "commit": provenance.commit()}  # now, as they may change
     keep_large_blocks()
@@ -181,7 +184,7 @@ def _run(
             print(f"{out} has no checkpoint yet: training begins anew", file=sys.stderr)
         checkpoints.write_text(out / records.CONFIG, str(run))
     if begin is not None and checkpoint is None:
-        with _saying_where("before the first step; --resume begins anew"), ended_by_sigterm():
+        with _saying_where(f"before the first step; {again} begins anew"), ended_by_sigterm():
             begin(trainer, prepared)
     stop = StopOnSignal()
     trainer.add_callback(stop)
@@ -194,9 +197,9 @@ def _run(
     if stop.received is not None:
         if is_main():
             step, name = trainer.state.global_step, signal.Signals(stop.received).name
-            print(f"mot: stopped by {name} after step {step}{_saved(out, step)}; --resume goes on", file=sys.stderr)
+            print(f"mot: stopped by {name} after step {step}{_saved(out, step)}; {again} goes on", file=sys.stderr)
         sys.exit(128 + stop.received)
-    with _saying_where(f"after the last step{_saved(out, trainer.state.global_step)}; --resume goes on"):
+    with _saying_where(f"after the last step{_saved(out, trainer.state.global_step)}; {again} goes on"):
         return _finish(trainer, prepared, run, out, made_by)
 
 
