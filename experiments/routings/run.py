@@ -1,7 +1,7 @@
 """Routings side by side, three seeds: the losses of docs/results.md, and when each reaches the dense model's.
 
-    python experiments/routings/run.py            # some two hours and a half of one core; goes on where it was stopped
-    python experiments/routings/run.py --sweep    # peak rates and settings on the tuning split; two hours of one core
+    python experiments/routings/run.py            # some three hours of one core; goes on where it was stopped
+    python experiments/routings/run.py --sweep    # peak rates and settings on the tuning split; three hours of one core
     python experiments/routings/run.py --time     # a step of the trained models; four minutes of an idle machine
     python experiments/routings/run.py --load     # how evenly the trained models' experts are used; some minutes
     python experiments/routings/run.py --table    # the table: Markdown
@@ -71,9 +71,9 @@ SYSTEMS = (
     System("Transformer-Nano", nano=True),
     System("MoT-Nano/32E/8", nano=True),
     System("TC-Nano/32E", nano=True),
-    System("TC-Nano/32E/8", DROPLESS),
+    System("TC-Nano/32E/8", DROPLESS, rate=2e-2),
     System("STC-Nano/32E"),
-    System("STC-Nano/32E/8"),
+    System("STC-Nano/32E/8", rate=2e-2),
     System("EC-Nano/32E"),
     System("EC-Nano/32E", {"group_size": "128"}),
     System("ET-Nano/32E"),
