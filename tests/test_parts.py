@@ -286,10 +286,10 @@ def making(words: list[str], out: str) -> None:
 
     make, made = preparing._make, []
 
-    def noted(directory, *arguments):
+    def noted(directory, *arguments, **options):
         made.append(directory.name)
         time.sleep(1)  # so that the other one is not done before
-        return make(directory, *arguments)
+        return make(directory, *arguments, **options)
 
     preparing._make = noted
     mot(*words)
