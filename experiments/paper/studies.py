@@ -137,12 +137,12 @@ def run_of(system: System, steps: int, seed: int) -> Run | None:
     return next((run for run in found if run.config.steps == steps), None)
 
 
-CONFIRMED, NOT_HERE, CONTRADICTED = "confirmed", "in part", "contradicted"
+CONFIRMED, IN_PART, CONTRADICTED = "confirmed", "in part", "contradicted"
 OPEN = "open"  # as long as runs are missing, or seeds differ by more than what is asked
 
 
 def verdict(holds: bool, in_part: bool) -> str:
-    return CONFIRMED if holds else NOT_HERE if in_part else CONTRADICTED
+    return CONFIRMED if holds else IN_PART if in_part else CONTRADICTED
 
 
 Said = tuple[list[str], str]
