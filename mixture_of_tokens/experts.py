@@ -182,7 +182,7 @@ class Router(nn.Module):
         dtype = torch.promote_types(self.router_dtype, x.dtype)
         with full_precision(x.device):
             weight = self.weight.to(dtype) / self.temperature.to(dtype)
-        return precise_linear(x.to(dtype), weight)
+        return precise_linear(x, weight)
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape

@@ -161,29 +161,38 @@ def once_only(what: str, instead: str) -> None:
 
 
 class _PreciseLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_SI, weight_OI, dtype):
-        ctx.save_for_backward(x_SI.to(dtype), weight_OI.to(dtype))
-        return F.linear(x_SI, weight_OI)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, grad_SO):
-        once_only("the router of float32 under autocast", "turn autocast off")
-        x_SI, weight_OI = ctx.saved_tensors
-        grad = grad_SO.to(x_SI.dtype)
-        return (grad @ weight_OI).to(grad_SO.dtype), (grad.T @ x_SI).to(grad_SO.dtype), None
+    def forward(x, weight_OI, low):
+        return F.linear(x.to(weight_OI.dtype), weight_OI)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight_OI, low = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(x.to(low), weight_OI)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight_OI = ctx.saved_tensors
+        if x.dtype != ctx.dtype:
+            once_only("the router of float32 under autocast", "turn autocast off")
+        low = grad.to(x.dtype)
+        into_weight = low.reshape(-1, low.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return (low @ weight_OI.to(x.dtype)).to(ctx.dtype), into_weight.to(weight_OI.dtype), None
 
 
 def precise_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """`F.linear` in the precision of its arguments, under autocast too: (..., I), (O, I) -> (..., O).
+    """`F.linear` in the precision of the weight: (..., I), (O, I) -> (..., O).
 
-    Under autocast its gradients are of autocast's precision, as those of all other products are.
+    Its gradients are computed in the type of x, and under autocast in autocast's, as those of all other products are.
     """
     (low,) = autocast_to(x.new_empty(0))
     with full_precision(x.device):
-        if low.dtype == x.dtype:
-            return F.linear(x, weight_OI)
-        return _PreciseLinear.apply(x.flatten(0, -2), weight_OI, low.dtype).unflatten(0, x.shape[:-1])
+        if low.dtype == weight_OI.dtype:
+            return F.linear(x.to(low.dtype), weight_OI)
+        return _PreciseLinear.apply(x, weight_OI, low.dtype)
 
 
 def dispatch(weights_MGE: Tensor, x_MGD: Tensor) -> Tensor:

@@ -755,6 +755,27 @@ def test_a_router_s_logits_keep_their_precision_under_autocast_and_gradients_hav
         assert 1e-4 < relative_error(gradient, expected) < 1e-2
 
 
+def test_a_router_s_logits_are_precise_for_bfloat16_tokens_and_gradients_are_in_bfloat16():
+    x = tokens(3, 5, 16, dtype=torch.bfloat16).requires_grad_()
+    weight = tokens(7, 16, seed=1, dtype=torch.float32).requires_grad_()
+    cotangent = tokens(3, 5, 7, seed=2, dtype=torch.float32)
+    y = precise_linear(x, weight)
+    assert y.dtype == torch.float32
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    assert_close(y, exact.float())
+    for of, gradient, expected in zip(
+        (x, weight),
+        torch.autograd.grad(y, (x, weight), cotangent, create_graph=True),
+        torch.autograd.grad(exact, (x, weight), cotangent.double()),
+        strict=True,
+    ):
+        assert gradient.dtype == of.dtype
+        assert 1e-4 < relative_error(gradient, expected) < 1e-2
+        assert gradient.requires_grad  # for second derivatives
+    in_a_map = torch.func.vmap(precise_linear, in_dims=(0, None))(x, weight)
+    assert_close(in_a_map, y)
+
+
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_help_of_a_layer_says_what_it_takes_and_gives(name):
     layer = build(name)
