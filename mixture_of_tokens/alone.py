@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.experts import highest
-from mixture_of_tokens.layout import check_shapes
+from mixture_of_tokens.layout import at_least_fp32, check_shapes
 from mixture_of_tokens.slots import dropless
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _to_few_experts(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor 
     """The formula of the module's docstring."""
     masked_S1 = None if token_mask is None else ~token_mask.bool().reshape(-1, 1)
     x_SD = x_BTD.flatten(0, 1) if masked_S1 is None else x_BTD.flatten(0, 1).masked_fill(masked_S1, 0)
-    S, K, dtype = len(x_SD), layer.num_experts_alone, torch.promote_types(x_SD.dtype, torch.float32)
+    S, K, dtype = len(x_SD), layer.num_experts_alone, at_least_fp32(x_SD.dtype)
     missing_S11 = x_SD.new_full((S, 1, 1), layer.group_size - 1, dtype=dtype)
     weights_SE = layer.weights(x_SD[:, None], None, missing_S11)[:, 0]
     weight_SK, expert_SK = highest(weights_SE, K)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixture_of_tokens.checks import check
-from mixture_of_tokens.layout import expert_linear, full_precision, precise_linear
+from mixture_of_tokens.layout import at_least_fp32, expert_linear, full_precision, precise_linear
 
 INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
@@ -26,12 +26,7 @@ def truncated_normal_(weight: Tensor, scale: float) -> None:
 
 def softmax(logits: Tensor, dim: int) -> Tensor:
     """In fp32 or better, whatever the router's precision."""
-    return logits.softmax(dim, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def at_least_fp32() -> torch.dtype:
-    """Of what is measured or moves by small steps, in a model that is made in bf16 too."""
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return logits.softmax(dim, dtype=at_least_fp32(logits.dtype))
 
 
 def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -156,7 +151,7 @@ class Router(nn.Module):
 
         def but_precise(tensor: Tensor) -> Tensor:
             now = fn(tensor)
-            dtype = torch.promote_types(now.dtype, torch.float32)
+            dtype = at_least_fp32(now.dtype)
             if now.dim() or now.dtype == dtype:  # the weight, or no rounding
                 return now
             return torch.empty_like(now, dtype=dtype) if tensor.is_meta else tensor.to(now.device, dtype)
@@ -260,7 +255,7 @@ class Routed(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             now = getattr(self, name)
-            precise = torch.promote_types(now.dtype, torch.float32)
+            precise = at_least_fp32(now.dtype)
             if now.dtype != precise:
                 setattr(self, name, buffer.to(now.device, precise))
         return self

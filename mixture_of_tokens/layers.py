@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from mixture_of_tokens.alone import renew_alone, served_alone, set_alone
 from mixture_of_tokens.checks import check, divisors
-from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, softmax
-from mixture_of_tokens.layout import combine, dispatch, grouped, ungrouped
+from mixture_of_tokens.experts import Routed, RoutedOptions, softmax
+from mixture_of_tokens.layout import at_least_fp32, combine, dispatch, grouped, ungrouped
 
 
 class MixtureOfTokens(Routed):

@@ -34,6 +34,11 @@ def check_shapes(x_BTD: Tensor, token_mask: Tensor | None) -> None:
         raise ValueError(f"token_mask must be true where a token is real, so bool or integer, not {token_mask.dtype}")
 
 
+def at_least_fp32(dtype: torch.dtype | None = None) -> torch.dtype:
+    """float32, or this type where it is more precise; by default torch's default type."""
+    return torch.promote_types(torch.get_default_dtype() if dtype is None else dtype, torch.float32)
+
+
 def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows -> groups: x (M, G, D) with masked rows zeroed, the mask (M, G, 1), the number of missing tokens (M, 1, 1).
 
@@ -43,7 +48,7 @@ def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[
     check_shapes(x_BTD, token_mask)
     B, T, _ = x_BTD.shape
     rows = min(group_size, B)
-    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    dtype = at_least_fp32(x_BTD.dtype)
     if token_mask is None and B % rows == 0:
         x_MGD = _in_groups(x_BTD, rows)
         lacking = group_size - rows

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layout import autocast_to, once_only
+from mixture_of_tokens.layout import at_least_fp32, autocast_to, once_only
 
 IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers
 # 64 MiB in fp32, which a CPU has in its cache in part; a GPU's products want more rows.
@@ -31,18 +31,18 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, *, logit
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, size, with_gradients):
-        at_least_fp32 = torch.promote_types(hidden.dtype, torch.float32)
+        precise = at_least_fp32(hidden.dtype)
         # A sum over many tokens is beyond the range of fp16, also where their mean is not.
-        wide = at_least_fp32 if hidden.dtype == torch.float16 else hidden.dtype
-        loss = hidden.new_zeros((), dtype=at_least_fp32)
+        wide = precise if hidden.dtype == torch.float16 else hidden.dtype
+        loss = hidden.new_zeros((), dtype=precise)
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=at_least_fp32)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=precise)
         for start in range(0, len(hidden), size):
             label = labels[start : start + size, None]
             real = label != IGNORE
             chunk = hidden[start : start + size].masked_fill(~real, 0)  # what is not predicted may be NaN
             label = label.where(real, 0)  # another negative label is an error, as one beyond the vocabulary
-            log_probabilities = F.linear(chunk, head).log_softmax(-1, dtype=at_least_fp32)
+            log_probabilities = F.linear(chunk, head).log_softmax(-1, dtype=precise)
             loss -= log_probabilities.gather(1, label).where(real, 0).sum()
             if with_gradients:
                 grad = log_probabilities.exp_()

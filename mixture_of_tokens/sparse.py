@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixture_of_tokens.checks import check
-from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, highest, softmax, summed_over_processes
-from mixture_of_tokens.layout import check_shapes, grouped, ungrouped
+from mixture_of_tokens.experts import Routed, RoutedOptions, highest, softmax, summed_over_processes
+from mixture_of_tokens.layout import at_least_fp32, check_shapes, grouped, ungrouped
 from mixture_of_tokens.loss import AuxiliaryLoss, LoadBalancingLoss
 from mixture_of_tokens.slots import Slots, dropless
 
@@ -203,7 +203,7 @@ class SigmoidChoice(TokenChoice):
         self.load_E: Tensor | None = None  # choices since the last `balance`; no buffer, which DDP would overwrite
 
     def scores(self, logits: Tensor) -> Tensor:
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        return logits.to(at_least_fp32(logits.dtype)).sigmoid()
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         _, expert = highest(scores.detach() + self.selection_bias, self.num_experts_per_tok)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.checks import check
-from mixture_of_tokens.experts import Routed, RoutedOptions, at_least_fp32, summed_over_processes
-from mixture_of_tokens.layout import check_shapes
+from mixture_of_tokens.experts import Routed, RoutedOptions, summed_over_processes
+from mixture_of_tokens.layout import at_least_fp32, check_shapes
 from mixture_of_tokens.loss import AuxiliaryLoss, L1Loss
 from mixture_of_tokens.slots import dropless
 
@@ -107,7 +107,7 @@ class ReMoE(_Above):
         torch.nn.init.constant_(self.l1_weight, self.l1_start)
 
     def gates(self, logits_SE: Tensor) -> Tensor:
-        return logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32)).relu()
+        return logits_SE.to(at_least_fp32(logits_SE.dtype)).relu()
 
     def note(self, logits_SE: Tensor) -> None:
         choices = (logits_SE > 0).sum()
@@ -180,7 +180,7 @@ class ExpertThreshold(_Above):
         self.threshold.copy_(quantile * deviation_E - total)
 
     def scores(self, logits_SE: Tensor) -> Tensor:
-        logits_SE = logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32))
+        logits_SE = logits_SE.to(at_least_fp32(logits_SE.dtype))
         return logits_SE.log_softmax(-1) if self.competing else logits_SE
 
     def gates(self, logits_SE: Tensor) -> Tensor:

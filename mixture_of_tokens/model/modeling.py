@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from mixture_of_tokens.experts import Experts, Routed, Router, truncated_normal_
 from mixture_of_tokens.layers import MixtureOfTokens
+from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.loss import IGNORE, AuxiliaryLoss, chunked_cross_entropy
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.generation import GroupedGeneration, real_tokens
@@ -243,7 +244,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         if _is_matrix(head) and head.weight.device == hidden.device:
             return chunked_cross_entropy(hidden, head.weight, labels)
         logits = head(hidden).to(hidden.device)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(at_least_fp32(logits.dtype))
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
     @can_return_tuple

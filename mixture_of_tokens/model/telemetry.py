@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.layout import expert_linear, full_precision, grouped, ungrouped
+from mixture_of_tokens.layout import at_least_fp32, expert_linear, full_precision, grouped, ungrouped
 from mixture_of_tokens.model.calibration import evaluating, pass_forward
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.soft import SoftMoE
@@ -92,7 +92,7 @@ def combine_weights(layer: Routed, logits: Tensor | None, token_mask: Tensor) ->
         token_mask: (B, T), true where a token is real.
     """
     (B, T), E, device = token_mask.shape, layer.num_experts, token_mask.device
-    dtype = torch.float32 if logits is None else torch.promote_types(logits.dtype, torch.float32)
+    dtype = torch.float32 if logits is None else at_least_fp32(logits.dtype)
     if isinstance(layer, MixtureOfTokens):
         x_MG1, *missing = grouped(torch.zeros(B, T, 1, dtype=dtype, device=device), token_mask, layer.group_size)
         return ungrouped(_stand_in(layer, logits).weights(x_MG1, *missing), missing[0], B, T)
@@ -178,4 +178,4 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(x, dtype=at_least_fp32(x.dtype))

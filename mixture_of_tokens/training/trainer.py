@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.sharding import (
@@ -125,7 +126,7 @@ class GroupedTrainer(Trainer):
             step = facts["step"]
             self.clock.before = facts["seconds"]
             self.rows.go_on_from(facts)
-            precision = torch.promote_types(self.causal_lm.dtype, torch.float32)
+            precision = at_least_fp32(self.causal_lm.dtype)
             of_losses = {"dtype": precision, "device": self.args.device}  # as those that follow
             for loss, aux in facts["reported"]:
                 pair = [None if each is None else torch.tensor(each, **of_losses) for each in (loss, aux)]
