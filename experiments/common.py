@@ -25,6 +25,7 @@ import torch
 
 from mixture_of_tokens import compare, sweep, train
 from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -33,7 +34,6 @@ from mixture_of_tokens.reports import comparison
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_model, runs_of
 from mixture_of_tokens.reports.prose import seeds_of
 from mixture_of_tokens.runs import provenance
-from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.records import MetricsRow
 from mixture_of_tokens.runs.run import Run, pack, read

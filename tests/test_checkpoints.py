@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mixture_of_tokens import disk
 from mixture_of_tokens.model import sharding
 from mixture_of_tokens.runs import checkpoints
 
@@ -73,7 +74,7 @@ def test_a_manifest_of_other_software_says_nothing(foreign, tmp_path):
     ids=repr,
 )
 def test_what_libraries_raise_on_a_full_disk_is_an_oserror(raised, seen, tmp_path):
-    with pytest.raises(seen), checkpoints.plain_errors(tmp_path / "final"):
+    with pytest.raises(seen), disk.plain_errors(tmp_path / "final"):
         raise raised
 
 
@@ -134,16 +135,17 @@ def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, mo
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, "flush", full)
+    for writes in (disk, checkpoints):
+        monkeypatch.setattr(writes, "flush", full)
     (tmp_path / "report.html").write_text("before")
     with pytest.raises(OSError, match=r"report\.html could not be written: No space left on device"):
-        checkpoints.write_text(tmp_path / "report.html", "after")
+        disk.write_text(tmp_path / "report.html", "after")
     with pytest.raises(OSError, match=r"final could not be written: No space left on device"):
         checkpoints.publish(written(tmp_path / "beside", "new"), tmp_path / "final")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "report.html"]
     assert (tmp_path / "report.html").read_text() == "before"
     with pytest.raises(OSError, match=r"missing/a\.json could not be written: No such file or directory"):
-        checkpoints.write_text(tmp_path / "missing" / "a.json", "text")
+        disk.write_text(tmp_path / "missing" / "a.json", "text")
 
 
 def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
@@ -157,12 +159,12 @@ def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
     internal = "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"
     with (
         pytest.raises(OSError, match="optimizer could not be written: File too large"),
-        checkpoints.plain_errors(tmp_path / "optimizer"),
+        disk.plain_errors(tmp_path / "optimizer"),
     ):
         torch.save({"a": torch.zeros(9)}, Full())
     with (
         pytest.raises(OSError, match="optimizer could not be written: No space left on device"),
-        checkpoints.plain_errors(tmp_path / "optimizer"),
+        disk.plain_errors(tmp_path / "optimizer"),
     ):
         raise RuntimeError(internal)
 
@@ -173,11 +175,11 @@ def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "save_optimizer_distributed", full)
     with (
         pytest.raises(OSError, match="checkpoint-4 could not be written: No space left on device"),
-        checkpoints.plain_errors(tmp_path / "checkpoint-4"),
+        disk.plain_errors(tmp_path / "checkpoint-4"),
     ):
         sharding.save_optimizer(nothing, nothing, tmp_path)
 
 
 def test_only_a_disk_s_errors_get_a_name(tmp_path):
-    with pytest.raises(BrokenPipeError), checkpoints.disk_errors(tmp_path):
+    with pytest.raises(BrokenPipeError), disk.disk_errors(tmp_path):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

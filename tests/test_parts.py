@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mixture_of_tokens.data import parts as module
 from mixture_of_tokens.data.groups import collisions
 from mixture_of_tokens.data.parts import PartedBatches, Parts
-from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.disk import write_text
 from processes import finish, in_processes, mot, start
 
 GROUP, BATCH = 4, 24
@@ -331,5 +331,5 @@ def ahead(folder: str, told: str) -> None:
     parts = Parts.of([folder], bytes_of_a_part(Path(folder)), **HOW)
     parts.first()
     helper: Any = module.prepare_ahead(parts, 1, 10**6, GROUP)
-    checkpoints.write_text(Path(told), str(helper.pid))
+    write_text(Path(told), str(helper.pid))
     time.sleep(120)

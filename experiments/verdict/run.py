@@ -33,9 +33,9 @@ import numpy as np
 from safetensors.torch import save_file
 
 from mixture_of_tokens.convert.export import in_plain_transformers
+from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.loss import IGNORE
-from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import Run, read
 

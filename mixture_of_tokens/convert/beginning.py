@@ -14,6 +14,7 @@ from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import Errors, Scales, rescale_moments, sparse_layers, to_token_choice
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.experts import Router
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -99,7 +100,7 @@ def go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
     if source.config.part_bytes is not None and last.is_dir() and checkpoints.fault(last) is None:
         trainer.rows.go_on_from(checkpoints.facts_of(last))  # it need not count the rows of the parts behind it
     if is_main():
-        checkpoints.write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())
+        write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())
 
 
 def carry_moments(trainer: GroupedTrainer, moments: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ from mixture_of_tokens.convert.card import card
 from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
+from mixture_of_tokens.disk import disk_errors, plain_errors
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -191,7 +192,7 @@ def _export(
     beside = out.with_name(f".{out.name}.partial")  # no name that a user gives
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        with checkpoints.plain_errors(out):
+        with plain_errors(out):
             plain.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
             _write_config(beside)
@@ -205,7 +206,7 @@ def _export(
         if not difference <= allowed:
             much = f"logits on {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
             raise ValueError(f"{not_the_same}: {much}")
-        with checkpoints.disk_errors(out):
+        with disk_errors(out):
             checkpoints.describe(beside, of=EXPORT)
             text = card(run, model, plain, what, difference, license, served)
             (beside / "README.md").write_text(text, encoding="utf-8")  # which people edit
@@ -338,7 +339,7 @@ def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, flo
     """
     given, found = directory / "given.safetensors", directory / "found.safetensors"
     try:
-        with checkpoints.plain_errors(directory):
+        with plain_errors(directory):
             save_file({"ids": ids.contiguous()}, given)
         in_plain_transformers(CHECK, str(directory), str(given), str(found))
         with torch.no_grad():

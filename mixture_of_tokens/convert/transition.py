@@ -183,18 +183,15 @@ def transition(
     if run.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--out {out} is the source itself, or inside it; name another")
     steps = max(1, source.facts.steps // 10) if steps is None else steps
-    if distil_steps != STEPS and (calibrate != "distil" or control is not None):
-        raise ValueError("--distil-steps is for --calibrate distil, which controls do without")
     if steps == 0 and (learning_rate is not None or schedule != "own"):
         raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
-    without_effect = {
-        "--calibrate": calibrate == "scales" and control is not None,
-        "--optimizer": optimizer != "carried" and control == "scratch",
-        "--schedule": schedule != "own" and control == "scratch",
-    }
-    if any(without_effect.values()):
-        flags = ", ".join(flag for flag, is_given in without_effect.items() if is_given)
-        raise ValueError(f"--control {control} leaves nothing for {flags} to change")
+    _check_effect(
+        control,
+        distil_steps=distil_steps != STEPS and (calibrate != "distil" or control is not None),
+        calibrate=calibrate == "scales" and control is not None,
+        optimizer=optimizer != "carried" and control == "scratch",
+        schedule=schedule != "own" and control == "scratch",
+    )
     asked = Transition(
         source=str(run.resolve()),
         calibrate="none" if control == "router" else calibrate,
@@ -241,6 +238,14 @@ def transition(
         carried = _moments_of(source) if optimizer == "carried" and not begun else None
     made = run_merged(merged, out, resume=resume, begin=Beginning(source, asked, carried, out))
     return None if made is None else Transitioned.of(source, made)
+
+
+def _check_effect(control: str | None, *, distil_steps: bool, **in_vain: bool) -> None:
+    """Raises ValueError for flags that were given in vain."""
+    if distil_steps:
+        raise ValueError("--distil-steps is for --calibrate distil, which controls do without")
+    if flags := ", ".join(f"--{flag}" for flag, is_given in in_vain.items() if is_given):
+        raise ValueError(f"--control {control} leaves nothing for {flags} to change")
 
 
 def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> None:

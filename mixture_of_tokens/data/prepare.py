@@ -31,6 +31,7 @@ from mixture_of_tokens.data.groups import Blocks, segmented
 from mixture_of_tokens.data.splits import SPLITS, opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, encoded, progress_bar, tokenize
+from mixture_of_tokens.disk import flush
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import is_main, say_once
 
@@ -150,15 +151,7 @@ def prepare(
     named = sources or [f"the standard library of Python {platform.python_version()}"]
     if segments:
         _say_segments(named, group_size, segments, once=together)  # a part is opened several times
-    cut = facts["bytes_cut"]
-    whole = cut + sum(facts[name]["bytes"] for name in SPLITS)
-    if cut > MUCH * whole:
-        what = f"{cut:,} of {whole:,} bytes are cut from the ends of long documents, so that none is in a group twice"
-        _say(f"{few_of(named)}: {what}; with more documents less is cut", once=together)
-    dropped, trained = facts["duplicates_dropped"], facts["train"]["documents"]
-    if dropped > MUCH * (dropped + trained) and not keep_near_duplicates:
-        what = f"{dropped:,} documents are left out, as they share many lines with others; {trained:,} are for training"
-        _say(f"{few_of(named)}: {what}. --near-duplicates keep drops exact duplicates only", once=together)
+    _say_what_is_missing(named, facts, duplicates=not keep_near_duplicates, once=together)
     facts |= {"source": named, "segments": segments}
     kept = given or _tokenizer_in(directory)
     made = Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
@@ -207,6 +200,19 @@ def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
 def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, once: bool = False) -> None:
     what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
     _say(f"{what}: {segments} far-apart segments count as documents", once=once)
+
+
+def _say_what_is_missing(sources: Sequence[str], facts: dict, *, duplicates: bool, once: bool) -> None:
+    """Where it is much of the text."""
+    cut = facts["bytes_cut"]
+    whole = cut + sum(facts[name]["bytes"] for name in SPLITS)
+    if cut > MUCH * whole:
+        what = f"{cut:,} of {whole:,} bytes are cut from the ends of long documents, so that none is in a group twice"
+        _say(f"{few_of(sources)}: {what}; with more documents less is cut", once=once)
+    dropped, trained = facts["duplicates_dropped"], facts["train"]["documents"]
+    if duplicates and dropped > MUCH * (dropped + trained):
+        what = f"{dropped:,} documents are left out, as they share many lines with others; {trained:,} are for training"
+        _say(f"{few_of(sources)}: {what}. --near-duplicates keep drops exact duplicates only", once=once)
 
 
 def _say(what: str, *, once: bool) -> None:
@@ -341,9 +347,9 @@ def _make(
         content = manifest | {"sha256": _hash_of_manifest(manifest)}
         (beside / MANIFEST).write_text(json.dumps(content, indent=2))
         for path in [*beside.iterdir(), beside]:
-            _to_disk(path)
+            flush(path)
         beside.rename(directory)
-        _to_disk(directory.parent)
+        flush(directory.parent)
     except OSError as error:  # errors of reading name the file; those of a full disk name none
         raise naming(error, directory.parent) from error
     finally:
@@ -364,11 +370,6 @@ def _clear(own: Path) -> None:
         with suppress(Timeout, OSError), FileLock(path).acquire(timeout=0):
             shutil.rmtree(path.with_suffix(PARTIAL), ignore_errors=True)
             path.unlink()
-
-
-def _to_disk(path: Path) -> None:
-    with opened(path) as file:
-        os.fsync(file)
 
 
 @contextmanager

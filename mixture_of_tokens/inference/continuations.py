@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.disk import disk_errors, write_text
 from mixture_of_tokens.runs.records import record
 
 
@@ -60,7 +60,7 @@ def to_file(
     new: list[Continuation] = []
     clock, total = time.perf_counter(), len(rows)
     with (
-        checkpoints.disk_errors(out),
+        disk_errors(out),
         partial.open("a", encoding="utf-8") as file,
         tqdm(desc="generate", total=total, initial=len(done), unit="text", dynamic_ncols=True) as bar,
     ):
@@ -75,7 +75,7 @@ def to_file(
                     done[row] = result
                     bar.update()
             file.flush()
-    checkpoints.write_text(out, "".join(done[row].line(settings=own) + "\n" for row in sorted(done)))
+    write_text(out, "".join(done[row].line(settings=own) + "\n" for row in sorted(done)))
     partial.unlink()
     if new:
         say_speed(new, time.perf_counter() - clock)
@@ -128,7 +128,7 @@ def _resumed(partial: Path, settings: dict[str, Any], rows: list[Row], prompts: 
     if partial.exists():
         lines = b"".join(partial.read_bytes().rpartition(b"\n")[:2])
     if not lines:
-        checkpoints.write_text(partial, json.dumps(settings, ensure_ascii=False) + "\n")
+        write_text(partial, json.dumps(settings, ensure_ascii=False) + "\n")
         return {}
     first, *written = lines.removesuffix(b"\n").split(b"\n")
     try:
@@ -147,7 +147,7 @@ def _resumed(partial: Path, settings: dict[str, Any], rows: list[Row], prompts: 
     done = {Row(each.index, each.sample): each for each in found}
     if not done.keys() <= set(rows):
         raise ValueError(f"{partial} is damaged: it has a sample that was not asked for; remove it to begin again")
-    checkpoints.write_text(partial, lines.decode())
+    write_text(partial, lines.decode())
     print(f"Going on from {partial}", file=sys.stderr)
     return done
 

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, Summary, few_of
 from mixture_of_tokens.model.cost import memory, parameters
 from mixture_of_tokens.model.routings import properties
 from mixture_of_tokens.reports.labels import labels
 from mixture_of_tokens.runs import records
-from mixture_of_tokens.runs.checkpoints import write_text
 from mixture_of_tokens.runs.run import Point, Run, read
 
 COMPARISON = "compare.json"

@@ -7,6 +7,7 @@ from textwrap import fill, indent
 from typing import Any
 
 from mixture_of_tokens.checks import checked, listed
+from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
@@ -15,7 +16,6 @@ from mixture_of_tokens.reports.markup import START
 from mixture_of_tokens.reports.page import page
 from mixture_of_tokens.reports.prose import differing, findings
 from mixture_of_tokens.reports.samples import continued
-from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.records import CONFIG, Transition
 from mixture_of_tokens.runs.run import Run, check_writable, read
 
@@ -87,7 +87,7 @@ def write_page(
     """
     samples = continued({label: model[0].directory for label, model in models.items()}, device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_text(out, page(result, models, samples, commands))
+    write_text(out, page(result, models, samples, commands))
     return Report(result, samples, str(out))
 
 

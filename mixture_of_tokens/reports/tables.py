@@ -13,8 +13,17 @@ from mixture_of_tokens.runs.run import Run, Stages
 
 
 def tables(comparison: Comparison) -> Child:
-    models, baseline = comparison.models, comparison.models[0].label
-    count = len(comparison.seeds)
+    everyone = _everyone(comparison) if len(comparison.models) > 2 else None
+    return [_result(comparison), _cost(comparison), _promises(comparison), everyone, _seed_by_seed(comparison)]
+
+
+def _result(comparison: Comparison) -> Element:
+    baseline, count = comparison.models[0].label, len(comparison.seeds)
+
+    def few(found: Summary | None) -> Child:
+        if found is None or found.seeds == count:
+            return None
+        return html("span", f"{found.seeds} of {count} seeds", class_="range")
 
     def share(whole: str) -> Callable[[ComparedModel], Child]:
         def cell(model: ComparedModel) -> Child:
@@ -24,11 +33,6 @@ def tables(comparison: Comparison) -> Child:
             return "never" if found is None else [cell_of(found, ratio), few(found)]
 
         return cell
-
-    def few(found: Summary | None) -> Child:
-        if found is None or found.seeds == count:
-            return None
-        return html("span", f"{found.seeds} of {count} seeds", class_="range")
 
     def against(key: str) -> Callable[[ComparedModel], Child]:
         def cell(model: ComparedModel) -> Child:
@@ -42,70 +46,64 @@ def tables(comparison: Comparison) -> Child:
         return [cell_of(found, loss, "not yet evaluated"), few(found)]
 
     steps = () if comparison.at_equal_steps else (("Steps", lambda model: f"{model.steps:,}"),)
-    result = table(
-        "Result",
+    at_the_end = (
+        *steps,
+        ("Final loss", lambda model: cell_of(model.final_loss, loss)),
+        ("Difference", against("final_loss_difference")),
+        ("Bits per byte", lambda model: cell_of(model.bits_per_byte, loss)),
+    )
+    note = (
         f"Losses in nats a token; lower is better. {comparison.batch_size * comparison.context:,} tokens a "
         f"step, {steps_of(comparison)}, {seeds_of(comparison)}. Equal time: when the "
         f"fastest run ended, at {with_span(comparison.equal_time_seconds, duration)}. Final losses are over all of the "
-        f"{comparison.evaluated_on} text; where curves are compared, over the part that is evaluated during training.",
-        (
-            (
-                "At equal steps" if comparison.at_equal_steps else "At the end",
-                (
-                    *steps,
-                    ("Final loss", lambda model: cell_of(model.final_loss, loss)),
-                    ("Difference", against("final_loss_difference")),
-                    ("Bits per byte", lambda model: cell_of(model.bits_per_byte, loss)),
-                ),
-            ),
-            (f"To {baseline}'s last loss", [(f"Of the {w}", share(w.lower())) for w in ("steps", "time", "FLOPs")]),
-            ("At equal time", (("Loss", at_equal_time), ("Difference", against("equal_time_loss_difference")))),
-        ),
-        _rows(comparison),
+        f"{comparison.evaluated_on} text; where curves are compared, over the part that is evaluated during training."
     )
-    cost = table(
-        "Cost",
+    groups = (
+        ("At equal steps" if comparison.at_equal_steps else "At the end", at_the_end),
+        (f"To {baseline}'s last loss", [(f"Of the {w}", share(w.lower())) for w in ("steps", "time", "FLOPs")]),
+        ("At equal time", (("Loss", at_equal_time), ("Difference", against("equal_time_loss_difference")))),
+    )
+    return table("Result", note, groups, _rows(comparison))
+
+
+def _cost(comparison: Comparison) -> Element:
+    note = (
         "Active parameters are those that a token uses; of a Mixture of Tokens, whose experts read one row for a whole "
         "group, all experts over the group size. Memory is an estimate of weights, gradients, "
         "optimizer and what is kept for the backward pass, not a measurement."
-        + " For a switched model all are of the part after the switch."
-        * any(model.switched for model in models),
-        (
-            ("", (("Learning rate", lambda model: f"{model.learning_rate:g}"),)),
-            (
-                "Parameters",
-                (
-                    ("Total", lambda model: f"{model.parameters['total']:,}"),
-                    ("Active", lambda model: f"{model.parameters['active']:,}"),
-                ),
-            ),
-            (
-                "FLOPs per token",
-                (
-                    ("Forward", lambda model: short(model.flops_per_token["forward"])),
-                    ("Training", lambda model: short(model.flops_per_token["training"])),
-                ),
-            ),
-            (
-                "Speed here",
-                (
-                    ("A step", lambda model: cell_of(model.seconds_per_step, _milliseconds)),
-                    ("Tokens a second", lambda model: cell_of(model.tokens_per_second, lambda n: f"{n:,.0f}")),
-                ),
-            ),
-            ("Memory", (("Estimate", lambda model: f"{short(model.memory_estimate)}B"),)),
-        ),
-        _rows(comparison),
     )
-    promises = table(
-        "Properties",
+    if any(model.switched for model in comparison.models):
+        note += " For a switched model all are of the part after the switch."
+    parameters = (
+        ("Total", lambda model: f"{model.parameters['total']:,}"),
+        ("Active", lambda model: f"{model.parameters['active']:,}"),
+    )
+    flops = (
+        ("Forward", lambda model: short(model.flops_per_token["forward"])),
+        ("Training", lambda model: short(model.flops_per_token["training"])),
+    )
+    speed = (
+        ("A step", lambda model: cell_of(model.seconds_per_step, _milliseconds)),
+        ("Tokens a second", lambda model: cell_of(model.tokens_per_second, lambda n: f"{n:,.0f}")),
+    )
+    groups = (
+        ("", (("Learning rate", lambda model: f"{model.learning_rate:g}"),)),
+        ("Parameters", parameters),
+        ("FLOPs per token", flops),
+        ("Speed here", speed),
+        ("Memory", (("Estimate", lambda model: f"{short(model.memory_estimate)}B"),)),
+    )
+    return table("Cost", note, groups, _rows(comparison))
+
+
+def _promises(comparison: Comparison) -> Element:
+    note = (
         "Of the routing. Causal: no output depends on later tokens. Private: causal, and none depends on other texts "
         "of the batch, in evaluation. Balanced: what keeps the load of the experts even. Differentiable: no choice of "
-        "experts jumps.",
-        (("", tuple((key.capitalize(), _property(key)) for key in PROPERTIES)),),
-        _rows(comparison),
+        "experts jumps."
     )
-    return [result, cost, promises, _everyone(comparison) if len(models) > 2 else None, _seed_by_seed(comparison)]
+    columns = tuple((key.capitalize(), _property(key)) for key in PROPERTIES)
+    return table("Properties", note, (("", columns),), _rows(comparison))
 
 
 def switch_table(rows: Sequence[tuple[Child, list[Run]]]) -> Element:

@@ -20,9 +20,9 @@ from transformers import TrainingArguments
 from mixture_of_tokens import yaml12
 from mixture_of_tokens.data.parts import Parts
 from mixture_of_tokens.data.prepare import Prepared, prepare
+from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.runs.checkpoints import write_text
 
 FORMAT = 1
 SAMPLE_PROMPT = "def "  # what a run's sample continues

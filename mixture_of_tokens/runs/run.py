@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import duration, few_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
@@ -320,7 +321,7 @@ def pack(run: Run, file: Path, *, telemetry: bool) -> None:
     }
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in written.items() if key != "metrics"]
     metrics = ",\n".join(f"    {json.dumps(row)}" for row in written["metrics"])
-    checkpoints.write_text(file, "{\n" + ",\n".join(lines) + f',\n  "metrics": [\n{metrics}\n  ]\n}}\n')
+    write_text(file, "{\n" + ",\n".join(lines) + f',\n  "metrics": [\n{metrics}\n  ]\n}}\n')
 
 
 def _alone(row: MetricsRow, measure: str) -> dict[str, dict[str, float]] | None:

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from mixture_of_tokens.disk import disk_errors, flush, write_text
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.records import MetricsRow, row_of
 
 # What Trainer logs, by its name in a row of metrics.jsonl.
@@ -78,7 +78,7 @@ class RunLog(TrainerCallback):
                 if not line.endswith(b"\n") or row_of(line, number, self.path).step > step:
                     break
                 kept.append(line.decode())
-        checkpoints.write_text(self.path, "".join(kept))
+        write_text(self.path, "".join(kept))
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resumed run may have another save_steps
@@ -118,14 +118,14 @@ class RunLog(TrainerCallback):
     def close(self) -> None:
         self.write()
         if self.bar is not None:
-            with checkpoints.disk_errors(self.path):
-                checkpoints.flush(self.path)  # before there is a run.json, which says that the run is whole
+            with disk_errors(self.path):
+                flush(self.path)  # before there is a run.json, which says that the run is whole
             self.bar.close()
 
     def write(self) -> None:
         row, self.row = self.row, None  # once: a full disk would raise again when all is closed
         if row is not None:
-            with checkpoints.disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(row.line())
 
 

@@ -77,12 +77,7 @@ def merge(
     check_environment()
     parsed = parse_name(name)
     name, size = str(parsed), parsed.size  # /1 is left out
-    hints = typing.get_type_hints(MixtureOfTokensConfig, localns={"torch": torch}) | {"head_dim": int | None}
-    overrides = {}
-    for field, text in options.model.items():
-        value = typed(f"--model.{field}", text, hints.get(field))
-        check_number(f"--model.{field}", value)
-        overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
+    overrides = _overrides(options.model)
     with _names_the_flag(name, overrides):
         config = config_from_name(name, **overrides)
     _check_model(config)
@@ -103,14 +98,6 @@ def merge(
     if transition is not None and steps == 0:
         del positive["steps"]
     _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
-    written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
-    if "attn_implementation" in overrides:  # which upstream does not write
-        written["attn_implementation"] = overrides["attn_implementation"]
-    written = {field: value for field, value in written.items() if field in FIELDS and field not in DERIVED}
-    # Null is a value here: with capacity null nothing is dropped. A null vocabulary is the default.
-    nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
-    if options.tokenizer is not None and "vocab_size" not in overrides:
-        written["vocab_size"] = None  # the tokenizer's
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
     micro_batch, training = _training_fields(options.training, recipe, steps, batch_size, config.group_size)
     training.setdefault("dataloader_pin_memory", not on_cpu)
@@ -129,7 +116,7 @@ def merge(
         near_duplicates=options.near_duplicates,
         evaluate_on=options.evaluate_on or "validation",
         training=training,
-        model={field: value for field, value in written.items() if value is not None or field in nothing},
+        model=_written(config, overrides, own_tokenizer=options.tokenizer is not None),
         micro_batch=micro_batch,
         first_step=first_step,
         transition=transition,
@@ -142,14 +129,7 @@ def merge(
     # turns on for the whole process: routers are in fp32.
     taken = {"max_steps": max(1, steps), "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
     taken |= {"per_device_train_batch_size": micro_batch, "tf32": False}
-    with the_only_training():
-        try:  # also before it starts
-            arguments = TrainingArguments(output_dir=os.devnull, **(taken | training))
-        except Exception as error:
-            raise ValueError(f"--training: {in_words(error)}") from error
-    if arguments.fp16 and on_cpu:
-        raise ValueError("--training.fp16 needs a GPU; --training.bf16 does not")
-    try_out(arguments)
+    _check_training(taken | training, on_cpu)
     return Merged(run, taken | training, placement)
 
 
@@ -164,6 +144,42 @@ def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
         if isinstance(given := entries.get(kind), dict):
             chosen[kind] = {field: value for field, value in given.items() if value != own[kind].get(field, ...)}
     return {key: value for key, value in chosen.items() if key not in RECOMMENDED or value != own[key]}
+
+
+def _overrides(flags: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of the model's configuration as values of their types."""
+    hints = typing.get_type_hints(MixtureOfTokensConfig, localns={"torch": torch}) | {"head_dim": int | None}
+    overrides = {}
+    for field, text in flags.items():
+        value = typed(f"--model.{field}", text, hints.get(field))
+        check_number(f"--model.{field}", value)
+        overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
+    return overrides
+
+
+def _written(config: MixtureOfTokensConfig, overrides: Mapping[str, Any], *, own_tokenizer: bool) -> dict[str, Any]:
+    """Fields of the model, as a run records them."""
+    written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
+    if "attn_implementation" in overrides:  # which upstream does not write
+        written["attn_implementation"] = overrides["attn_implementation"]
+    if own_tokenizer and "vocab_size" not in overrides:
+        written["vocab_size"] = None  # the tokenizer's
+    # Null is a value here: with capacity null nothing is dropped. A null vocabulary is the default.
+    nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
+    written = {field: value for field, value in written.items() if value is not None or field in nothing}
+    return {field: value for field, value in written.items() if field in FIELDS and field not in DERIVED}
+
+
+def _check_training(arguments: Mapping[str, Any], on_cpu: bool) -> None:
+    """Raises ValueError where Trainer does not take them, or something else would fail only later."""
+    with the_only_training():
+        try:  # also before it starts
+            made = TrainingArguments(output_dir=os.devnull, **arguments)
+        except Exception as error:
+            raise ValueError(f"--training: {in_words(error)}") from error
+    if made.fp16 and on_cpu:
+        raise ValueError("--training.fp16 needs a GPU; --training.bf16 does not")
+    try_out(made)
 
 
 def _check_model(config: MixtureOfTokensConfig) -> None:

@@ -13,10 +13,10 @@ from typing import Annotated, NamedTuple
 from cyclopts import Parameter
 
 from mixture_of_tokens.checks import checked, listed
+from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, short
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.process import is_main
-from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
@@ -199,7 +199,7 @@ def _swept(
         found = [Cell.of(settings, own) for settings in cells if (own := runs.get(_directory(settings, None)))]
         found.sort(key=lambda cell: math.inf if cell.loss is None else cell.loss)
         result = Sweep(name, result.evaluated_on, found, _train_command(name, found[0], options))
-        checkpoints.write_text(out / "sweep.json", result.to_json() + "\n")
+        write_text(out / "sweep.json", result.to_json() + "\n")
     return result if is_main() else None
 
 
@@ -244,7 +244,7 @@ def _outcome(seed: int, merged: Merged, directory: Path) -> Outcome | None:
         except FloatingPointError as error:  # in all processes
             said = str(error)
             if is_main():
-                checkpoints.write_text(diverged, said)
+                write_text(diverged, said)
         else:
             if run is None:
                 return None

@@ -19,6 +19,7 @@ from mixture_of_tokens.checks import checked
 from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
 from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.disk import plain_errors, write_text
 from mixture_of_tokens.inference.generate import continue_prompts
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.model.companions import calibrate_companions
@@ -182,7 +183,7 @@ def _run(
             print(f"Going on from {checkpoint}", file=sys.stderr)
         elif (out / records.CONFIG).exists():
             print(f"{out} has no checkpoint yet: training begins anew", file=sys.stderr)
-        checkpoints.write_text(out / records.CONFIG, str(run))
+        write_text(out / records.CONFIG, str(run))
     if begin is not None and checkpoint is None:
         with _saying_where(f"before the first step; {again} begins anew"), ended_by_sigterm():
             begin(trainer, prepared)
@@ -268,7 +269,7 @@ def _finish(
     beside = out / "model.partial"
     shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
     try:
-        with checkpoints.plain_errors(out / "model"):
+        with plain_errors(out / "model"):
             model.save_pretrained(beside, max_shard_size=IN_ONE_FILE)
             # Not before, or it would warn of every longer document.
             prepared.tokenizer.model_max_length = config.max_position_embeddings

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
+from mixture_of_tokens.disk import disk_errors, plain_errors
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
@@ -143,7 +144,7 @@ class GroupedTrainer(Trainer):
             self.add_callback(TensorBoardCallback(writer))
         try:
             self.rows.begin(step)
-            with checkpoints.disk_errors(self.run / "tensorboard"), told_by_the_main_thread():  # all others are named
+            with disk_errors(self.run / "tensorboard"), told_by_the_main_thread():  # all others are named
                 return super().train(None if checkpoint is None else str(checkpoint))
         except OSError:  # such as of a full disk, which `close` would meet too
             with suppress(OSError):
@@ -314,7 +315,7 @@ class GroupedTrainer(Trainer):
     def _keeping_failure(self, final: Path) -> Iterator[None]:
         """Keep an error of the disk until all processes are ready to hear of it."""
         try:
-            with checkpoints.plain_errors(final):
+            with plain_errors(final):
                 yield
         except OSError as error:
             self._failure = self._failure or error

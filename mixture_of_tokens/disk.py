@@ -1,0 +1,64 @@
+"""Files that are whole on the disk or not there, and errors of writing that name what was written."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+OF_THE_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+
+
+def flush(path: Path) -> None:
+    """To the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file in one step: a crash leaves the old text or the new one, never a part.
+
+    Raises OSError, naming the file, where it cannot be written.
+    """
+    beside = file.with_name(f"{file.name}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        flush(beside)
+        beside.replace(file)
+    except OSError as error:
+        raise OSError(f"{file} could not be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(final: Path) -> Iterator[None]:
+    """Name what was written where a disk is full or fails: such an error of the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        raise OSError(f"{final} could not be written: {error.strerror}") from error
+
+
+@contextmanager
+def plain_errors(final: Path) -> Iterator[None]:
+    """Raise as OSError what torch.save, safetensors and tokenizers raise on a full disk; `disk_errors` included."""
+    try:
+        with disk_errors(final):
+            yield
+    except Exception as error:  # tokenizers raises Exception itself
+        if not isinstance(error, RuntimeError | SafetensorError) and type(error) is not Exception:
+            raise
+        why = str(error)
+        if "enforce fail" in why or "PytorchStreamWriter" in why:  # torch.save names a line of its own source
+            said = error.__cause__ or error.__context__
+            why = said.strerror if isinstance(said, OSError) and said.strerror else os.strerror(errno.ENOSPC)
+        raise OSError(f"{final} could not be written: {why}") from error
