@@ -24,8 +24,8 @@ from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokens, transition
 from mixture_of_tokens.reports.report import report
-from mixture_of_tokens.runs.records import FORMAT
 from mixture_of_tokens.runs.run import pack, read
+from mixture_of_tokens.runs.typed import FORMAT
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 

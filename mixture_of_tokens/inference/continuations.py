@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from mixture_of_tokens.disk import disk_errors, write_text
-from mixture_of_tokens.runs.records import record
+from mixture_of_tokens.runs.typed import Record
 
 
 class Row(NamedTuple):
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, order=True)
-class Continuation:
+class Continuation(Record):
     """What was written after a prompt: the numbers of the prompt and of the sample, the texts, how many tokens."""
 
     index: int
@@ -111,7 +111,7 @@ def _continuation(line: bytes, number: int, file: Path, prompts: list[str]) -> C
 def _checked(fields: Any, number: int, file: Path, prompts: list[str]) -> Continuation:
     """The same of a line that is read already."""
     try:
-        found: Continuation = record(Continuation, fields, file)
+        found = Continuation.of(fields, file)
     except ValueError as error:
         raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
     if not 0 <= found.index < len(prompts) or prompts[found.index] != found.prompt:

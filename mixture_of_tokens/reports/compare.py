@@ -18,6 +18,7 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
+from mixture_of_tokens.runs.typed import as_fields
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.sweep import PlannedRun, Plans, check_text, trained_on
@@ -110,7 +111,7 @@ def _compared(
 def _compared_before(out: Path) -> set[str]:
     """The runs of an earlier comparison there."""
     try:
-        models = records.as_fields(out / COMPARISON)["models"]
+        models = as_fields(out / COMPARISON)["models"]
         return {str(out / run["directory"]) for model in models for run in model["runs"]}
     except (ValueError, KeyError, TypeError):  # there is none, or it is damaged
         return set()

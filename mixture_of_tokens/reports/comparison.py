@@ -32,6 +32,7 @@ from mixture_of_tokens.model.routings import properties
 from mixture_of_tokens.reports.labels import labels
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.run import Point, Run, read
+from mixture_of_tokens.runs.typed import FORMAT, as_fields
 
 COMPARISON = "compare.json"
 STEPS = "--steps"  # of the conditions; a run that continues another has more
@@ -159,7 +160,7 @@ class Comparison(Result):
         return dataclasses.replace(self, models=models)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"format": records.FORMAT} | super().as_dict()
+        return {"format": FORMAT} | super().as_dict()
 
 
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -355,7 +356,7 @@ def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
     for directory in directories:
         file = directory / COMPARISON
         if file.is_file():
-            written = records.as_fields(file)
+            written = as_fields(file)
             try:
                 names = [run["directory"] for model in written["models"] for run in model["runs"]]
                 if not names or not all(isinstance(text, str) for text in (*names, written["command"])):

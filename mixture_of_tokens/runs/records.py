@@ -1,17 +1,13 @@
 """The files of a run directory as typed records: config.yaml, run.json, switch.json, the rows of metrics.jsonl.
 
-Each record has one reader and one writer. Files carry a format number. Files without one have format 0, and lack fields
-that have defaults here.
+Each record has one reader and one writer.
 """
 
 import json
 import math
-import types
-import typing
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from reprlib import repr  # of a part of what is long or nested
 from typing import Any, Self
 
 import yaml
@@ -20,11 +16,10 @@ from transformers import TrainingArguments
 from mixture_of_tokens import yaml12
 from mixture_of_tokens.data.parts import Parts
 from mixture_of_tokens.data.prepare import Prepared, prepare
-from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.runs.typed import FORMAT, JsonFile, Record, is_a
 
-FORMAT = 1
 SAMPLE_PROMPT = "def "  # what a run's sample continues
 CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metrics.jsonl"
 COMMON_GROUP = 32
@@ -40,7 +35,7 @@ DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's con
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transition:
+class Transition(Record):
     """Flags of the `mot transition` that made a run; `source` is the run that it continues."""
 
     source: str
@@ -50,9 +45,15 @@ class Transition:
     anneal: float | None = None
     distil_steps: int | None = None
 
+    @classmethod
+    def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        if values.get("calibrate") == "full":  # its name when there was no other fit
+            values["calibrate"] = "scales"
+        return values
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Record):
     """The configuration of a run: config.yaml. `str` gives the file's text.
 
     training, model: fields of transformers' TrainingArguments, and of the model's configuration.
@@ -82,7 +83,19 @@ class RunConfig:
     @classmethod
     def read(cls, file: Path) -> Self:
         """Raises ValueError, naming the file, for what is no configuration of a run."""
-        return record(cls, _yaml(file), file)
+        return cls.of(_yaml(file), file)
+
+    @classmethod
+    def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        if values.get("transition") is not None:
+            values["transition"] = Transition.of(values["transition"], file)
+        return values
+
+    def check(self, file: Path) -> None:
+        try:
+            self.identity()
+        except Exception as error:  # transformers has its own for wrong fields of a model
+            raise ValueError(f"{file} describes no model: {' '.join(str(error).split())}") from None
 
     def __str__(self) -> str:
         written: dict[str, Any] = {"format": FORMAT} | asdict(self)
@@ -168,21 +181,8 @@ def _carried_out(kind: str, field: str) -> bool:
     return field.startswith(CARRIED_OUT) if kind == "training" else kind == "model" and field in DERIVED
 
 
-class _JsonFile:
-    """A record that is a file of its own, as JSON."""
-
-    @classmethod
-    def read(cls, file: Path) -> Self:
-        """Raises ValueError, naming the file, for what is no such record."""
-        return record(cls, as_fields(file), file)
-
-    def write(self, file: Path) -> None:
-        written: Any = self
-        write_text(file, json.dumps({"format": FORMAT} | asdict(written), indent=2) + "\n")
-
-
 @dataclass(frozen=True, kw_only=True)
-class RunFacts(_JsonFile):
+class RunFacts(JsonFile):
     """The results of a finished run: run.json, which is written last.
 
     steps, tokens, seconds: of training, with those of the run that it continues.
@@ -219,9 +219,20 @@ class RunFacts(_JsonFile):
         """Hashes of the text and of the tokenizer: losses on other ones are not comparable."""
         return self.corpus["hash"], self.corpus.get("tokenizer")
 
+    def check(self, file: Path) -> None:
+        for name in ("steps", "tokens", "seconds"):
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"{file}: {name} cannot be {value}")
+        counted = ("documents", "tokens", "bytes")
+        if not isinstance(self.corpus.get("hash"), str):
+            raise ValueError(f"{file}: the corpus has no hash")
+        for name, part in self.corpus.items():
+            if isinstance(part, dict) and not all(is_a(part.get(count), int) for count in counted):
+                raise ValueError(f"{file}: {name} of the corpus has no number of {', '.join(counted)}")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Switch(_JsonFile):
+class Switch(JsonFile):
     """The conversion of a Mixture of Tokens to Token Choice: switch.json.
 
     step, tokens, seconds, flops_per_token: of the source's training, both passes.
@@ -245,7 +256,7 @@ class Switch(_JsonFile):
 
 
 @dataclass(kw_only=True)
-class MetricsRow:
+class MetricsRow(Record):
     """Measurements after a step: a line of metrics.jsonl. None: not measured at this step, or not finite.
 
     train_loss: mean cross-entropy since the last row; eval_loss: over a fixed part of the text; aux_loss: the
@@ -265,6 +276,16 @@ class MetricsRow:
     data_wait: float | None = None
     layers: dict[str, dict[str, float]] | None = None
 
+    @classmethod
+    def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        if isinstance(layers := values.get("layers"), dict):  # of format 0, with null for what was not finite
+            values["layers"] = {layer: _without_null(measured) for layer, measured in layers.items()}
+        return values
+
+    def check(self, file: Path) -> None:
+        if not all(layer.isdecimal() for layer in self.layers or ()):
+            raise ValueError(f"{file}: layers are named by their numbers")
+
     def line(self) -> str:
         """JSON has no NaN: values that are not finite are left out."""
         return json.dumps(_finite(asdict(self)), allow_nan=False) + "\n"
@@ -282,7 +303,7 @@ def metrics(file: Path) -> list[MetricsRow]:
 def row_of(line: bytes, number: int, file: Path) -> MetricsRow:
     """Raises ValueError, naming file and line, for one that is damaged."""
     try:
-        return record(MetricsRow, json.loads(line), file)
+        return MetricsRow.of(json.loads(line), file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
 
@@ -293,14 +314,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_fields(file: Path) -> Any:
-    """The content of a JSON file. Raises ValueError, naming the file, where it cannot be read."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-
-
 def _yaml(file: Path) -> Any:
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -308,76 +321,7 @@ def _yaml(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read: {yaml12.fault(error)}") from None
 
 
-def record(kind: Any, written: Any, file: Path) -> Any:
-    """A record of this kind. Raises ValueError for missing, unknown or wrongly typed fields and a newer format.
-
-    Layers of rows of format 0 have null for what was not finite; here it is left out.
-    """
-    if not isinstance(written, dict):
-        raise ValueError(f"{file} holds no fields")
-    values = dict(written)
-    number = values.pop("format", 0)
-    if type(number) is not int or not 0 <= number <= FORMAT:
-        raise ValueError(f"{file} has format {repr(number)}, and this version reads 0 to {FORMAT}")
-    hints = typing.get_type_hints(kind)
-    known = {field.name: field for field in fields(kind)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{file} has an unknown field, {name!r}")
-    for name, field in known.items():
-        if name not in values and field.default is MISSING:
-            raise ValueError(f"{file} lacks the field {name!r}")
-    if kind is Transition and values.get("calibrate") == "full":  # its name when there was no other fit
-        values["calibrate"] = "scales"
-    if kind is RunConfig and values.get("transition") is not None:
-        values["transition"] = record(Transition, values["transition"], file)
-    if kind is MetricsRow and isinstance(layers := values.get("layers"), dict):
-        values["layers"] = {layer: _without_null(measured) for layer, measured in layers.items()}
-    for name, value in values.items():
-        if not _is(value, hints[name]):
-            raise ValueError(f"{file}: {name} cannot be {repr(value)}")
-    if kind is RunFacts:
-        _check_facts(values, file)
-    if kind is MetricsRow and not all(layer.isdecimal() for layer in values.get("layers") or ()):
-        raise ValueError(f"{file}: layers are named by their numbers")
-    read: Any = kind(**values)
-    if kind is RunConfig:
-        try:
-            read.identity()
-        except Exception as error:  # transformers has its own for wrong fields of a model
-            raise ValueError(f"{file} describes no model: {' '.join(str(error).split())}") from None
-    return read
-
-
-def _check_facts(values: dict[str, Any], file: Path) -> None:
-    for name in ("steps", "tokens", "seconds"):
-        if values[name] <= 0:
-            raise ValueError(f"{file}: {name} cannot be {values[name]}")
-    corpus, counted = values["corpus"], ("documents", "tokens", "bytes")
-    if not isinstance(corpus.get("hash"), str):
-        raise ValueError(f"{file}: the corpus has no hash")
-    for name, part in corpus.items():
-        if isinstance(part, dict) and not all(_is(part.get(count), int) for count in counted):
-            raise ValueError(f"{file}: {name} of the corpus has no number of {', '.join(counted)}")
-
-
 def _without_null(measured: Any) -> Any:
     if not isinstance(measured, dict):
         return measured
     return {name: value for name, value in measured.items() if value is not None}
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a value of a file is of this type, with all that is in it."""
-    if isinstance(hint, types.UnionType):
-        return any(_is(value, each) for each in typing.get_args(hint))
-    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind is Any:
-        return True
-    if kind is list:
-        return isinstance(value, list) and all(_is(each, inner[0]) for each in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(_is(k, inner[0]) and _is(v, inner[1]) for k, v in value.items())
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)

@@ -24,7 +24,8 @@ from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.ownership import LOCK
-from mixture_of_tokens.runs.records import FORMAT, SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
+from mixture_of_tokens.runs.records import SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
+from mixture_of_tokens.runs.typed import FORMAT, as_fields
 
 
 def check_seed(seed: int) -> None:
@@ -331,7 +332,7 @@ def _alone(row: MetricsRow, measure: str) -> dict[str, dict[str, float]] | None:
 
 def _unpacked(file: Path) -> Run:
     kinds = {"config": RunConfig, "facts": RunFacts, "switch": Switch}
-    written = records.as_fields(file)
+    written = as_fields(file)
     if not isinstance(written, dict):
         raise ValueError(f"{file} holds no fields")
     number = {"format": written.get("format", 0)}
@@ -343,10 +344,10 @@ def _unpacked(file: Path) -> Run:
             raise ValueError(f"{file} is no run: it has no {key}")
         if not isinstance(part := written[key], dict):
             raise ValueError(f"{file} is no run: {key} cannot be {repr(part)}")
-        parts[key] = records.record(kind, part | number, file)
+        parts[key] = kind.of(part | number, file)
     if not isinstance(rows := written.get("metrics"), list):
         raise ValueError(f"{file} is no run: metrics cannot be {repr(rows)}")
     if unknown := [key for key in written if key not in (*kinds, "format", "metrics")]:
         raise ValueError(f"{file} has an unknown field, {unknown[0]!r}")
-    metrics = [records.record(MetricsRow, row, file) for row in rows]
+    metrics = [MetricsRow.of(row, file) for row in rows]
     return _whole(Run(file.with_suffix(""), parts["config"], parts["facts"], metrics, parts.get("switch")), file)

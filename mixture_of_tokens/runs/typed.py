@@ -1,0 +1,90 @@
+"""Dataclasses that are read from files, with every field of its type.
+
+Files carry a format number. Files without one have format 0, and lack fields that have defaults here.
+"""
+
+import json
+import types
+import typing
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from reprlib import repr  # of a part of what is long or nested
+from typing import Any, Self
+
+from mixture_of_tokens.disk import write_text
+
+FORMAT = 1
+
+
+class Record:
+    """A dataclass that is read from a file. `as_now` and `check` are for what the types of its fields do not say."""
+
+    @classmethod
+    def of(cls, written: Any, file: Path) -> Self:
+        """Raises ValueError for missing, unknown or wrongly typed fields and a newer format."""
+        if not isinstance(written, dict):
+            raise ValueError(f"{file} holds no fields")
+        values = dict(written)
+        number = values.pop("format", 0)
+        if type(number) is not int or not 0 <= number <= FORMAT:
+            raise ValueError(f"{file} has format {repr(number)}, and this version reads 0 to {FORMAT}")
+        kind: Any = cls
+        hints, known = typing.get_type_hints(cls), {field.name: field for field in fields(kind)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{file} has an unknown field, {name!r}")
+        for name, field in known.items():
+            if name not in values and field.default is MISSING:
+                raise ValueError(f"{file} lacks the field {name!r}")
+        values = cls.as_now(values, file)
+        for name, value in values.items():
+            if not is_a(value, hints[name]):
+                raise ValueError(f"{file}: {name} cannot be {repr(value)}")
+        made = cls(**values)
+        made.check(file)
+        return made
+
+    @classmethod
+    def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """The fields as this version has them: of an earlier format, or records themselves."""
+        return values
+
+    def check(self, file: Path) -> None:
+        """Raises ValueError, naming the file, for values that no run has."""
+
+
+class JsonFile(Record):
+    """A record that is a file of its own, as JSON."""
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Raises ValueError, naming the file, for what is no such record."""
+        return cls.of(as_fields(file), file)
+
+    def write(self, file: Path) -> None:
+        written: Any = self
+        write_text(file, json.dumps({"format": FORMAT} | asdict(written), indent=2) + "\n")
+
+
+def as_fields(file: Path) -> Any:
+    """The content of a JSON file. Raises ValueError, naming the file, where it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+
+
+def is_a(value: Any, hint: Any) -> bool:
+    """Whether a value of a file is of this type, with all that is in it."""
+    if isinstance(hint, types.UnionType):
+        return any(is_a(value, each) for each in typing.get_args(hint))
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Any:
+        return True
+    if kind is list:
+        return isinstance(value, list) and all(is_a(each, inner[0]) for each in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
