@@ -170,8 +170,8 @@ def _lines(
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     # Label, block numbers (groups, rows) of every regrouping, and how the model is served.
-    counts = np.concatenate([(order >= 0).sum(1) for order in full])  # of short text there are empty groups
-    real = float(counts[counts > 0].mean())
+    counts = np.concatenate([(_not_empty(order) >= 0).sum(1) for order in full])
+    real = float(counts.mean())
     filled = "full groups" if real > 0.9 * group_size else f"groups of {real:.0f} of {group_size} rows"
     plan: list[tuple[str, list[np.ndarray], AbstractContextManager]] = []
     plan.append((filled if mixes else f"{group_size} rows", full, nullcontext()))
@@ -191,7 +191,7 @@ def _lines(
             for few in (few for few in wanted if few < count):
                 plan.append((f"alone, {few} of {count} experts", [in_parts(part, 1)], to_few_experts(model, few)))
     lines = []
-    total = sum(len(order) for _, orders, _ in plan for order in orders)
+    total = sum(len(_not_empty(order)) for _, orders, _ in plan for order in orders)
     with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:
         for label, orders, served in plan:
             with served:
@@ -219,8 +219,12 @@ def _lines(
 def in_parts(groups: np.ndarray, n: int) -> np.ndarray:
     """Split groups of blocks (groups, G) into groups of n. Incomplete ones are padded with -1, empty ones left out."""
     padded = np.pad(groups, ((0, 0), (0, -groups.shape[1] % n)), constant_values=-1)
-    parts = padded.reshape(-1, n)
-    return parts[(parts >= 0).any(axis=1)]
+    return _not_empty(padded.reshape(-1, n))
+
+
+def _not_empty(groups: np.ndarray) -> np.ndarray:
+    """Of short text there are empty groups."""
+    return groups[(groups >= 0).any(axis=1)]
 
 
 @contextmanager
@@ -260,7 +264,7 @@ def argmax_routing(model) -> Iterator[None]:
 def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> _Measured:
     """Summed cross-entropy of blocks by number (groups, n), one group at a time, and the seconds of each group."""
     nats, tokens, seconds, speeds = 0.0, 0, [], []
-    for rows in groups[(groups >= 0).any(axis=1)]:  # of short text there are empty groups
+    for rows in _not_empty(groups):
         padded = bool((rows < 0).any() or rows.max() >= len(blocks))
         inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=padded).items()}
         start = time.perf_counter()
