@@ -79,7 +79,9 @@ def span(summary: Summary, shown=ratio) -> str:
 
 
 def with_span(summary: Summary, shown=ratio) -> str:
-    return f"{shown(summary.mean)} ({span(summary, shown)})" if summary.seeds > 1 else shown(summary.mean)
+    """The mean, and the span in brackets where its ends are not written as the mean is."""
+    mean, alike = shown(summary.mean), shown(summary.least) == shown(summary.greatest)
+    return mean if alike else f"{mean} ({span(summary, shown)})"
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -38,7 +38,7 @@ def says() -> Said | None:
     if not above:
         return None
     best = min(above, key=lambda label: above[label])
-    measured = f"Nano, one seed, the best of {len(above)} changes at its FLOPs: {best}, {signed(above[best])}"
+    measured = f"{signed(above[best])} with the best of {len(above)} changes ({best}), Nano, one seed"
     return [measured], verdict(above[best] >= -BETTER, in_part=False)
 
 

@@ -25,20 +25,20 @@ AT, TARGET = LENGTHS[2], (0.45, 0.5)  # of the steps and of the time, at 49 mill
 
 
 def says() -> Said | None:
-    told, of_steps, of_time = [], math.inf, math.inf
+    """Told are the shortest and the longest runs, and those that decide."""
+    told, of_steps, of_time = {}, math.inf, math.inf
     for row in ROWS:
         if row.system != BEST_MIXTURE or (found := result_of(row)) is None:
             continue
-        length = f"{row.steps * TOKENS / 1e6:.0f} M tokens"
-        if found.steps is None or found.time is None:
-            told.append(f"{length}: never")
-            continue
-        told.append(f"{length}: {found.steps.mean:.2f} of the steps, {found.time.mean:.2f} of the time")
-        if row.steps == AT:
+        never = found.steps is None or found.time is None
+        shares = "never" if never else f"{found.steps.mean:.2f} and {found.time.mean:.2f}"
+        told[row.steps] = f"{shares} after {row.steps * TOKENS / 1e6:.0f} M tokens"
+        if row.steps == AT and not never:
             of_steps, of_time = found.steps.mean, found.time.mean
     if not told:
         return None
-    return told, verdict(of_steps <= TARGET[0] and of_time <= TARGET[1], in_part=of_time < 1)
+    shown = [told[steps] for steps in sorted({min(told), AT, max(told)} & set(told))]
+    return shown, verdict(of_steps <= TARGET[0] and of_time <= TARGET[1], in_part=of_time < 1)
 
 
 STUDY = Study(

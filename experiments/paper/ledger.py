@@ -1,4 +1,4 @@
-"""The ledger: every claim of the paper, the command that tests it, what was measured, and the verdict.
+"""The ledger: every claim of the paper, the script that tests it, what was measured, and the verdict.
 
     python experiments/paper/ledger.py            # writes a page with the figures and the tables behind them
     python experiments/paper/ledger.py --table    # docs/results.md's table
@@ -35,7 +35,7 @@ from common import script
 
 STUDIES = tuple(module.STUDY for module in (fig4, fig5, fig6, fig7, length, fig8, table1, table3, temperature, design))
 PAGE = EXPERIMENT.trained / "ledger.html"
-HEADS = ("claim", "command", "paper", "measured", "verdict")
+HEADS = ("claim", "script", "paper", "measured", "verdict")
 INTRODUCTION = (
     "Losses are in nats a token over the whole validation text. Micros are 128 wide and were trained on the source of "
     "installed packages, Nanos are 32 wide and were trained on the source of Python's standard library, all on two CPU "
@@ -45,7 +45,10 @@ INTRODUCTION = (
 
 
 def table() -> str:
-    rows = [[study.claim, f"`{study.command}`", study.paper, *study.found] for study in STUDIES]
+    rows = [
+        [study.claim, f"[{study.id}](../experiments/paper/{study.id}.py)", study.paper, *study.found]
+        for study in STUDIES
+    ]
     return markdown([list(HEADS), *rows], left=5)
 
 

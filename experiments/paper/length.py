@@ -110,13 +110,10 @@ def says() -> Said | None:
         return None
     inside = (at >= x[0]) & (at <= x[-1])
     expected = np.interp(np.log(at), np.log(x), of_nano)
-    told = [f"{tokens:.0f} tokens a parameter: Micro {share:.2f}" for tokens, share in zip(at, of_micro, strict=True)]
-    told = [f"{each}, Nano {expected[i]:.2f}" if inside[i] else each for i, each in enumerate(told)]
-    told.append(f"Nano {of_nano[0]:.2f} after {x[0]:.0f}, {of_nano[-1]:.2f} after {x[-1]:,.0f}")
     away = np.abs(of_micro - expected)[inside].max(initial=0)
     spreads = [found.greatest - found.least for each in points(MICRO) if (found := steps_of(each, MIXTURE))]
-    told.append(f"a Micro is {away:.2f} away at most, and seeds of one differ by up to {max(spreads):.2f}")
-    return told, CONFIRMED if away <= LEVEL else OPEN if away <= max(spreads) else CONTRADICTED
+    told = f"shares of the steps differ by up to {away:.2f}, those of seeds of one Micro by up to {max(spreads):.2f}"
+    return [told], CONFIRMED if away <= LEVEL else OPEN if away <= max(spreads) else CONTRADICTED
 
 
 def table(_: object = ()) -> str:

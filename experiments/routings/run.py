@@ -4,7 +4,7 @@
     python experiments/routings/run.py --sweep    # peak rates and settings on the tuning split; three hours of one core
     python experiments/routings/run.py --time     # a step of the trained models; four minutes of an idle machine
     python experiments/routings/run.py --load     # how evenly the trained models' experts are used; some minutes
-    python experiments/routings/run.py --table    # the table: Markdown
+    python experiments/routings/run.py --table    # the tables: Markdown
 
 1,200 steps of 8,192 tokens of the standard library's source (of Python 3.11.7, for the text that is committed). Every
 system has the dense model's FLOPs in its experts, on average where the number of experts a token varies; FLOPs count it
@@ -208,19 +208,7 @@ def _loads(run: str) -> list[dict[str, object]]:
 def table(experiment: Experiment) -> str:
     dense = {run.seed: run for run in runs_of(experiment, SYSTEMS[0])}
     times = {row["system"]: row for row in read_csv(experiment.kept / "timings.csv")}
-    columns = [
-        "seeds",
-        "loss",
-        "alone",
-        "steps",
-        "FLOPs",
-        "time",
-        "a step, of dense",
-        "experts a token",
-        "largest load",
-        "dead",
-    ]
-    rows = [["", *columns]]
+    rows = [["", "seeds", "loss", "alone", "steps", "FLOPs", "time"]]
     for system in SYSTEMS:
         runs = runs_of(experiment, system)
         if not runs:
@@ -229,8 +217,7 @@ def table(experiment: Experiment) -> str:
         found = [None if another else reached(run, dense[run.seed]) for run in runs]
         at = [each for each in found if each is not None]
         time_of = times.get(system.label)
-        share, low, high = (float(time_of[key]) for key in TIMES) if time_of else (None, None, None)
-        layers = _last_layers(runs[0])
+        share = float(time_of[TIMES[0]]) if time_of else None
         took = []
         if share is not None:
             varies = any(routing.varies for routing in runs[0].model_config.routings)
@@ -248,13 +235,25 @@ def table(experiment: Experiment) -> str:
             spread((each.of_steps for each in at), ratio) or ("" if another else "never"),
             spread((each.of_flops for each in at), ratio) or ("" if another else "never"),
             spread(took, ratio),
-            "" if share is None else f"{share:.2f} ({low:.2f} to {high:.2f})",
         ]
+        rows.append(cells)
+    return markdown(rows)
+
+
+def use_table(experiment: Experiment) -> str:
+    """What a step takes, and how experts are used at the end of the first seed's run, layer by layer."""
+    times = {row["system"]: row for row in read_csv(experiment.kept / "timings.csv")}
+    rows = [["", "a step, of dense", "experts a token", "largest load", "dead experts"]]
+    for system in SYSTEMS[1:]:
+        if not (runs := runs_of(experiment, system)):
+            continue
+        time, layers = times.get(system.label), _last_layers(runs[0])
+        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*(float(time[key]) for key in TIMES)) if time else ""]
         for key, shown in (("experts_per_token", ".2f"), ("largest_load", ".2f"), ("dead_experts", ".0%")):
             values = [layer[key] for layer in layers if key in layer]
             cells.append(" and ".join(format(value, shown) for value in values))
-        rows.append(cells)
-    return markdown(rows, left=1)
+        rows.append([system.label, *cells])
+    return markdown(rows)
 
 
 def _alone(system: System, run: Run) -> str:
@@ -304,7 +303,7 @@ if __name__ == "__main__":
     script(
         __doc__,
         lambda: trained(experiment),
-        lambda: f"{table(experiment)}\n\n{load_table(experiment.kept)}",
+        lambda: "\n\n".join([table(experiment), use_table(experiment), load_table(experiment.kept)]),
         sweep=(
             "try rates and settings",
             lambda: swept(experiment.kept / "sweeps.csv", SWEEPS, options, experiment.trained),
