@@ -67,7 +67,7 @@ def small_corpus(tmp_path_factory) -> Path:
         (folder / "texts").mkdir()
         for number in range(300):
             own = choose.sample(words, 60)
-            lines = (" ".join(choose.choices(own, k=8)) for _ in range(24))
+            lines = (" ".join(choose.choices(own, k=8)) for _ in range(6))
             (folder / "texts" / f"{number}.txt").write_text("\n".join(lines))
 
     return made_once(tmp_path_factory, "small_corpus", make) / "texts"
