@@ -187,9 +187,9 @@ def _common(
     """Any command.
 
     Args:
-        config: A YAML file of the command's flags, as `steps: 100`, and of what has no flag, as `names: [A, B]`; the
-            command line overrides it. mot train and mot prepare take a run's config.yaml too; if NAME or --steps are
-            others, what it has by default for its own is left out.
+        config: A YAML file of flags, a line each, such as `steps: 100`; what has no flag, such as the names of models,
+            is `names: [A, B]`. Flags on the command line override it. For mot train and mot prepare a run's config.yaml
+            is such a file: with another NAME or other --steps, the defaults it holds are those of the new ones.
         json: Print the result as JSON.
     """
     if config is None:

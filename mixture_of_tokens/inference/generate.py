@@ -155,19 +155,10 @@ def generate(
     special = not isinstance(model, MixtureOfTokensForCausalLM)
     encoded = encode(tokenizer, prompts, context, add_special_tokens=special)
     check_tokens(model, run, max(map(max, encoded)))
-    batches = in_batches([len(tokens) for tokens in encoded], samples, batch_size, group_size_of(model) or 1)
-    widths: list[int] = []  # in tokens, of all rows before they are continued
-    for batch in batches:
-        own = [len(encoded[row.prompt]) for row in batch]
-        widths += [max(own)] * len(own) if _mixes(model) else own
-    cut = sum(width + most > context for width in widths)
-    if cut and max_new_tokens is not None and is_main():
-        ends = f"ends {cut} of {len(widths)} texts before {most} new tokens"
-        print(f"mot: the context of {context} tokens {ends}", file=sys.stderr)
-    if _mixes(model) and max(map(len, batches)) > 1 and is_main():
-        served = all(routing.serves_alone for routing in model.config.routings)
-        hint = "; with --alone each is served by itself" if served else ""
-        print(f"mot: prompts of a batch influence each other{hint}", file=sys.stderr)
+    lengths = [len(tokens) for tokens in encoded]
+    batches = in_batches(lengths, samples, batch_size, group_size_of(model) or 1)
+    if is_main():
+        _say_what_batches_do(model, batches, lengths, max_new_tokens)
 
     def write(number: int, streamer: BaseStreamer | None = None) -> list[Continuation]:
         drawn = sampling._replace(seed=(seed + number) % 2**32)
@@ -194,6 +185,24 @@ def generate(
     with _leading(write) as led:
         streamer = None if stream is None else Streamer(tokenizer, stream, ends_of(model, tokenizer))
         return Generated(_to_screen(batches, led, prompts, stream, streamer))
+
+
+def _say_what_batches_do(
+    model: Any, batches: Sequence[Sequence[Row]], lengths: Sequence[int], max_new_tokens: int | None
+) -> None:
+    """On standard error: how many texts the context ends before they have the tokens asked for, and who meets whom."""
+    context, widths = context_of(model), []  # in tokens, of all rows before they are continued
+    for batch in batches:
+        own = [lengths[row.prompt] for row in batch]
+        widths += [max(own)] * len(own) if _mixes(model) else own
+    cut = 0 if max_new_tokens is None else sum(width + max_new_tokens > context for width in widths)
+    if cut:
+        ends = f"ends {cut} of {len(widths)} texts before {max_new_tokens} new tokens"
+        print(f"mot: the context of {context} tokens {ends}", file=sys.stderr)
+    if _mixes(model) and max(map(len, batches)) > 1:
+        served = all(routing.serves_alone for routing in model.config.routings)
+        hint = "; with --alone each is served by itself" if served else ""
+        print(f"mot: prompts of a batch influence each other{hint}", file=sys.stderr)
 
 
 @contextmanager
