@@ -27,7 +27,7 @@ def run(tiny_runs):
 @pytest.fixture
 def prompts(small_corpus, tmp_path):
     """A file of eleven prompts of different lengths."""
-    lines = (small_corpus / "0.txt").read_text().splitlines()
+    lines = [line for number in (0, 1) for line in (small_corpus / f"{number}.txt").read_text().splitlines()]
     file = tmp_path / "prompts.txt"
     file.write_text("".join(f"{line[: 5 + 3 * (7 * i % 11)]}\n" for i, line in enumerate(lines[:11])))
     return file
