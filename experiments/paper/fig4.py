@@ -1,6 +1,6 @@
 """Figure 4: more experts, lower loss; a learned router beats a uniform one.
 
-    python experiments/paper/fig4.py            # what is missing of six Nanos and six Micros; three hours of one core
+    python experiments/paper/fig4.py            # what is missing of six Nanos and six Micros; two hours of one core
     python experiments/paper/fig4.py --table    # the table of what is committed
 
 Groups of 8, 32 and 64 with as many experts of the dense model's width, so as many times the parameters of a sparse

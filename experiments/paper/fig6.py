@@ -1,6 +1,6 @@
 """Figure 6: Mixture of Tokens is on a par with the best sparse mixture of experts.
 
-    python experiments/paper/fig6.py            # what is missing of 23 runs of 1,500 steps; nine hours of one core
+    python experiments/paper/fig6.py            # what is missing of 23 runs of 1,500 steps; eight hours of one core
     python experiments/paper/fig6.py --table    # the table of what is committed
 
 Every system has the dense model's FLOPs in its experts, and 32 times its parameters. Expected: the best Mixture of
