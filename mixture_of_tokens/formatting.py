@@ -74,14 +74,15 @@ def enumerated(words: list[str]) -> str:
 
 
 def span(summary: Summary, shown=ratio) -> str:
-    """The least and the greatest value; empty if there is only one."""
-    return f"{shown(summary.least)} to {shown(summary.greatest)}" if summary.seeds > 1 else ""
+    """The least and the greatest value; empty if both are written alike."""
+    least, greatest = shown(summary.least), shown(summary.greatest)
+    return "" if least == greatest else f"{least} to {greatest}"
 
 
 def with_span(summary: Summary, shown=ratio) -> str:
-    """The mean, and the span in brackets where its ends are not written as the mean is."""
-    mean, alike = shown(summary.mean), shown(summary.least) == shown(summary.greatest)
-    return mean if alike else f"{mean} ({span(summary, shown)})"
+    """The mean, with the span in brackets if there is one."""
+    between = span(summary, shown)
+    return f"{shown(summary.mean)} ({between})" if between else shown(summary.mean)
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -9,7 +9,7 @@ Shape letters as in `layers.py`. Each product could be one einsum. They are auto
   place (`out=`) is no faster, and many times slower when another process uses a core.
 
 Each public function casts as autocast would, so that what it saves has one type, and `backward`, which runs outside of
-autocast, multiplies in that one too.
+autocast, multiplies in that one too. Of a router's logits that is the type of their gradients alone (`precise_linear`).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -160,7 +160,7 @@ class _ExpertLinear(torch.autograd.Function):
 
 
 def once_only(what: str, instead: str) -> None:
-    """Raises RuntimeError in a backward of which a second one is asked for, where what was kept are no inputs."""
+    """Raises RuntimeError in a backward that may be differentiated, as torch.func's always may, but keeps no inputs."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{what} has no second derivatives: {instead}")
 
@@ -191,12 +191,13 @@ class _PreciseLinear(torch.autograd.Function):
 def precise_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`F.linear` in the precision of the weight: (..., I), (O, I) -> (..., O).
 
-    Its gradients are computed in the type of x, and under autocast in autocast's, as those of all other products are.
+    Its gradients are computed in the type of x, and under autocast in autocast's, as those of all other products are;
+    for a weight in float64 in float64.
     """
     (low,) = autocast_to(x.new_empty(0))
     with full_precision(x.device):
-        if low.dtype == weight_OI.dtype:
-            return F.linear(x.to(low.dtype), weight_OI)
+        if weight_OI.dtype in (low.dtype, torch.float64):
+            return F.linear(x.to(weight_OI.dtype), weight_OI)
         return _PreciseLinear.apply(x, weight_OI, low.dtype)
 
 

@@ -1,6 +1,5 @@
 import gc
 import os
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from filelock import FileLock
 
 from mixture_of_tokens.process import spin_briefly
 from processes import mot
+from texts import write_texts
 
 spin_briefly()  # in all processes that are started from here on
 torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait for each other
@@ -59,18 +59,8 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory) -> Path:
-    """A folder of 300 texts with some structure to learn, prepared and evaluated within a second."""
-
-    def make(folder: Path) -> None:
-        choose = random.Random(0)
-        words = ["".join(choose.choices("abcdefghijklmnop", k=choose.randint(2, 7))) for _ in range(400)]
-        (folder / "texts").mkdir()
-        for number in range(300):
-            own = choose.sample(words, 60)
-            lines = (" ".join(choose.choices(own, k=8)) for _ in range(6))
-            (folder / "texts" / f"{number}.txt").write_text("\n".join(lines))
-
-    return made_once(tmp_path_factory, "small_corpus", make) / "texts"
+    """A folder of short texts, prepared and evaluated within a second."""
+    return made_once(tmp_path_factory, "small_corpus", lambda made: write_texts(made / "texts", lines=6)) / "texts"
 
 
 @pytest.fixture(scope="session")

@@ -755,6 +755,23 @@ def test_a_router_s_logits_keep_their_precision_under_autocast_and_gradients_hav
         assert 1e-4 < relative_error(gradient, expected) < 1e-2
 
 
+def test_a_router_in_float64_has_gradients_in_float64():
+    layer = build("mot", dtype=torch.float32, router_dtype=torch.float64)
+    x = tokens(dtype=torch.float32).requires_grad_()
+    weight, cotangent = layer.gate.weight, tokens(*x.shape[:2], layer.num_experts, seed=1)
+
+    def into_weight(autocast: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = layer.gate(x)
+        (gradient,) = torch.autograd.grad(logits, weight, cotangent.to(logits.dtype), create_graph=True)
+        assert gradient.requires_grad  # for second derivatives
+        return gradient
+
+    expected = cotangent.double().flatten(0, 1).T @ x.detach().double().flatten(0, 1) / layer.gate.temperature
+    for autocast in (False, True):
+        assert relative_error(into_weight(autocast), expected) < 1e-7
+
+
 def test_a_router_s_logits_are_precise_for_bfloat16_tokens_and_gradients_are_in_bfloat16():
     x = tokens(3, 5, 16, dtype=torch.bfloat16).requires_grad_()
     weight = tokens(7, 16, seed=1, dtype=torch.float32).requires_grad_()

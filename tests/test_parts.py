@@ -19,16 +19,18 @@ from mixture_of_tokens.data.groups import collisions
 from mixture_of_tokens.data.parts import PartedBatches, Parts
 from mixture_of_tokens.disk import write_text
 from processes import finish, in_processes, mot, start
+from texts import write_texts
 
 GROUP, BATCH = 4, 24
 HOW = {"field": "text", "tokenizer": None, "vocab_size": 512, "context": 64, "group_size": GROUP}
 
 
 @pytest.fixture(scope="module")
-def folder(small_corpus, tmp_path_factory) -> Path:
-    """The texts in twelve files, four parts of three."""
-    made = tmp_path_factory.mktemp("corpus")
-    texts = sorted(small_corpus.glob("*.txt"), key=lambda path: int(path.stem))
+def folder(tmp_path_factory) -> Path:
+    """Texts of some blocks each in twelve files, four parts of three."""
+    made, texts = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("texts") / "texts"
+    write_texts(texts, lines=24)
+    texts = sorted(texts.glob("*.txt"), key=lambda path: int(path.stem))
     for number in range(12):
         rows = [json.dumps({"text": path.read_text()}) for path in texts[25 * number : 25 * number + 25]]
         (made / f"{number:02}.jsonl").write_text("\n".join(rows))

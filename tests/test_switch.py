@@ -188,16 +188,16 @@ def test_distillation_is_the_same_each_time(trained, seen):
 
 def test_distillation_reads_on_in_the_text_and_begins_it_again(trained, seen, monkeypatch):
     source, text = trained[0], trained[1].validation  # it is short
-    monkeypatch.setattr(distillation, "PART", 24)
+    monkeypatch.setattr(distillation, "PART", 4)
     parts = []
     monkeypatch.setattr(distillation, "branches", lambda *args: parts.append(branches(*args)) or parts[-1])
     target, _ = switched(source)
-    errors = distil(source, target, text, steps=52)
-    assert [len(part[2][0]) for part in parts] == [24 * 512, 24 * 512, 4 * 512]
+    errors = distil(source, target, text, steps=10)
+    assert [len(part[2][0]) for part in parts] == [4 * 512, 4 * 512, 2 * 512]
     a_round = sum(group["input_ids"].numel() for group in training_groups(text, source.config.group_size, groups=None))
     inputs = torch.cat([part[2][0] for part in parts])
     assert 0 < a_round < len(inputs) < 2 * a_round, "the text is too long or too short for this test"
-    assert not torch.equal(inputs[: 24 * 512], inputs[24 * 512 : 48 * 512])
+    assert not torch.equal(inputs[: 4 * 512], inputs[4 * 512 : 8 * 512])
     assert torch.equal(inputs[a_round:], inputs[: len(inputs) - a_round])
     assert errors["2"][1] == distillation.distance(target.model.layers[2].mlp, *parts[-1][2])
 

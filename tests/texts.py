@@ -1,4 +1,7 @@
-"""Pseudo-text for the tests of data."""
+"""Pseudo-text for the tests."""
+
+import random
+from pathlib import Path
 
 import numpy as np
 
@@ -11,3 +14,14 @@ def sentences(seed: int, lines: int) -> str:
 
 def texts(count: int = 60, lines: int = 40) -> list[str]:
     return [sentences(i, lines + i % 7) for i in range(count)]
+
+
+def write_texts(folder: Path, lines: int) -> None:
+    """300 texts with some structure to learn, in files."""
+    choose = random.Random(0)
+    words = ["".join(choose.choices("abcdefghijklmnop", k=choose.randint(2, 7))) for _ in range(400)]
+    folder.mkdir()
+    for number in range(300):
+        own = choose.sample(words, 60)
+        written = (" ".join(choose.choices(own, k=8)) for _ in range(lines))
+        (folder / f"{number}.txt").write_text("\n".join(written))

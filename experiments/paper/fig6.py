@@ -51,7 +51,7 @@ def says() -> Said | None:
         return None
     over = {label: found.mean for label, found in above.items() if found}
     best = max((system.label for system in BASELINES), key=lambda label: over[label])
-    told = f"{signed(over[best])} over the best of Token and Expert Choice, {best}"
+    told = f"{BEST_MIXTURE.label} {signed(over[best])} over the best of Token and Expert Choice ({best})"
     return [told], verdict(over[best] <= LEVEL, in_part=over[DENSE.label] < 0)
 
 

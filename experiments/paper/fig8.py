@@ -88,9 +88,9 @@ def stages_of(source: Source, way: str) -> list[list[float]]:
 
 
 def says() -> Said | None:
+    """Told are the means over the seeds, as differences to the source in groups."""
     if not all((TRANSITION / f"{run}-{way}.json").is_file() for run in MICRO.runs for way in OF_MICROS | CONTROLS):
         return None
-    """Told are the means over the seeds, as differences to the source in groups."""
     told, recovered = [], True
     for source in SOURCES:
         stages = stages_of(source, PLAIN)

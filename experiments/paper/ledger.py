@@ -40,7 +40,8 @@ INTRODUCTION = (
     "Losses are in nats a token over the whole validation text. Micros are 128 wide and were trained on the source of "
     "installed packages, Nanos are 32 wide and were trained on the source of Python's standard library, all on two CPU "
     "cores. Steps, FLOPs and time are what a model needs to reach the dense model's final loss, as a share of what "
-    "that needs. In brackets are the least and the greatest of the seeds."
+    "that needs. In brackets are the least and the greatest of the seeds. Where the paper has only curves, its values "
+    "are not known."
 )
 
 

@@ -109,8 +109,10 @@ def says() -> Said | None:
     if not len(x) or not len(at):
         return None
     inside = (at >= x[0]) & (at <= x[-1])
+    if not inside.any():
+        return None
     expected = np.interp(np.log(at), np.log(x), of_nano)
-    away = np.abs(of_micro - expected)[inside].max(initial=0)
+    away = np.abs(of_micro - expected)[inside].max()
     spreads = [found.greatest - found.least for each in points(MICRO) if (found := steps_of(each, MIXTURE))]
     told = f"shares of the steps differ by up to {away:.2f}, those of seeds of one Micro by up to {max(spreads):.2f}"
     return [told], CONFIRMED if away <= LEVEL else OPEN if away <= max(spreads) else CONTRADICTED

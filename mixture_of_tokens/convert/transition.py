@@ -185,7 +185,7 @@ def transition(
     steps = max(1, source.facts.steps // 10) if steps is None else steps
     if steps == 0 and (learning_rate is not None or schedule != "own"):
         raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
-    _check_effect(
+    _check_in_vain(
         control,
         distil_steps=distil_steps != STEPS and (calibrate != "distil" or control is not None),
         calibrate=calibrate == "scales" and control is not None,
@@ -240,8 +240,8 @@ def transition(
     return None if made is None else Transitioned.of(source, made)
 
 
-def _check_effect(control: str | None, *, distil_steps: bool, **in_vain: bool) -> None:
-    """Raises ValueError for flags that were given in vain."""
+def _check_in_vain(control: str | None, *, distil_steps: bool, **in_vain: bool) -> None:
+    """Raises ValueError for flags that were given in vain: `distil_steps`, and those of `in_vain` that are true."""
     if distil_steps:
         raise ValueError("--distil-steps is for --calibrate distil, which controls do without")
     if flags := ", ".join(f"--{flag}" for flag, is_given in in_vain.items() if is_given):

@@ -203,7 +203,7 @@ def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, onc
 
 
 def _say_what_is_missing(sources: Sequence[str], facts: dict, *, duplicates: bool, once: bool) -> None:
-    """Where it is much of the text."""
+    """On standard error, where much of the text was cut or left out; `duplicates`: near-duplicates were left out."""
     cut = facts["bytes_cut"]
     whole = cut + sum(facts[name]["bytes"] for name in SPLITS)
     if cut > MUCH * whole:

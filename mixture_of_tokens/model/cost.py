@@ -167,11 +167,10 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, size: int, expert
         kept += tokens * size * hidden * shared
         fp32, own = routing.kept_weights
         weights = 4 * fp32 + size * own * (size < 4 or not fp32)  # in float32 a cast is no copy
-        cast = 4 * D if routing.routed and size < 4 else 0  # the router's input
-        kept += tokens * (size * D + cast + weights * routing.logits(config))
+        kept += tokens * (size * D + weights * routing.logits(config))
         kept += rows * size * (2 * D + hidden * config.moe_intermediate_size)  # what experts read and what they return
         if not routing.mixes:
-            kept += rows * (size + 3 * 8)  # gates, and where rows come from and go to
+            kept += rows * (size + 4 * 8)  # gates, and where rows come from and go to
     return kept
 
 

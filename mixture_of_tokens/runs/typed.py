@@ -1,6 +1,6 @@
 """Dataclasses that are read from files, with every field of its type.
 
-Files carry a format number. Files without one have format 0, and lack fields that have defaults here.
+Files carry a format number. Files without one have format 0, and lack fields that have defaults in their classes.
 """
 
 import json
@@ -46,11 +46,11 @@ class Record:
 
     @classmethod
     def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
-        """The fields as this version has them: of an earlier format, or records themselves."""
+        """Written fields as this version has them: old values renamed, inner records made of their fields."""
         return values
 
     def check(self, file: Path) -> None:
-        """Raises ValueError, naming the file, for values that no run has."""
+        """Raises ValueError, naming the file, for values of the right types that cannot be."""
 
 
 class JsonFile(Record):
