@@ -214,7 +214,7 @@ def test_killed_thirty_times_at_any_moment_it_ends_as_if_uninterrupted(whole, tm
         process = start(mot, *words, "--out", out, "--resume", *workers, log=tmp_path / "log")
         if kill % 3:
             begun = wait_for(lambda: out.exists() and last_step(out) > saved[-1], process)
-            assert begun, (tmp_path / "log").read_text()
+            assert begun or process.exitcode == 0, (tmp_path / "log").read_text()
             time.sleep(choose.uniform(0, 0.1))
         else:
             process.join(choose.uniform(0, 3))
