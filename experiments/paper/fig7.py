@@ -31,7 +31,7 @@ def says() -> Said | None:
         if row.system != BEST_MIXTURE or (found := result_of(row)) is None:
             continue
         never = found.steps is None or found.time is None
-        shares = "never" if never else f"{found.steps.mean:.2f} and {found.time.mean:.2f}"
+        shares = "never" if never else f"{found.steps.mean:.2f} of the steps and {found.time.mean:.2f} of the time"
         told[row.steps] = f"{shares} after {row.steps * TOKENS / 1e6:.0f} M tokens"
         if row.steps == AT and not never:
             of_steps, of_time = found.steps.mean, found.time.mean

@@ -207,7 +207,7 @@ def _loads(run: str) -> list[dict[str, object]]:
 
 def table(experiment: Experiment) -> str:
     dense = {run.seed: run for run in runs_of(experiment, SYSTEMS[0])}
-    times = {row["system"]: row for row in read_csv(experiment.kept / "timings.csv")}
+    times = _times_of(experiment)
     rows = [["", "seeds", "loss", "alone", "steps", "FLOPs", "time"]]
     for system in SYSTEMS:
         runs = runs_of(experiment, system)
@@ -242,7 +242,7 @@ def table(experiment: Experiment) -> str:
 
 def use_table(experiment: Experiment) -> str:
     """What a step takes, and how experts are used at the end of the first seed's run, layer by layer."""
-    times = {row["system"]: row for row in read_csv(experiment.kept / "timings.csv")}
+    times = _times_of(experiment)
     rows = [["", "a step, of dense", "experts a token", "largest load", "dead experts"]]
     for system in SYSTEMS[1:]:
         if not (runs := runs_of(experiment, system)):
@@ -254,6 +254,11 @@ def use_table(experiment: Experiment) -> str:
             cells.append(" and ".join(format(value, shown) for value in values))
         rows.append([system.label, *cells])
     return markdown(rows)
+
+
+def _times_of(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """Rows of timings.csv by system."""
+    return {row["system"]: row for row in read_csv(experiment.kept / "timings.csv")}
 
 
 def _alone(system: System, run: Run) -> str:
