@@ -97,7 +97,6 @@ def says() -> Said | None:
         before, at, end = np.mean(stages, axis=0)
         told.append(f"{source.name} {signed(at - before)}, {signed(end - before)}")
         recovered &= all(first < jumped and last < first for first, jumped, last in stages)
-    told[0] = f"over the source in groups, at the switch and after a tenth more steps: {told[0]}"
     return told, verdict(recovered, in_part=False)
 
 
@@ -128,6 +127,7 @@ STUDY = Study(
     paper="a spike, then recovery (Medium, Base)",
     says=says,
     table=table_of,
+    heading="over the source in groups, at the switch and after a tenth more steps",
     make=make,
     draw=draw,
 )

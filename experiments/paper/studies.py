@@ -154,6 +154,7 @@ class Study:
 
     paper: its value there.
     says: what was measured, in parts, and the verdict of complete rows; None where nothing can be said yet.
+    heading: what all of these parts are.
     table: of the rows of which a run is kept, as Markdown.
     make: trains what is missing, by default of the rows.
     draw: its picture, if it has one.
@@ -164,6 +165,7 @@ class Study:
     paper: str
     says: Callable[[], Said | None]
     table: Callable[[Sequence[Row]], str]
+    heading: str = ""
     rows: Sequence[Row] = ()
     make: Callable[[], None] | None = None
     draw: Callable[["Study"], None] | None = None
@@ -172,7 +174,8 @@ class Study:
     def found(self) -> tuple[str, str]:
         """What was measured, and the verdict."""
         told, verdict = self.says() or ([], OPEN)
-        return "; ".join(told), verdict if all(row.complete for row in self.rows) else OPEN
+        heading = [self.heading] if self.heading and told else []
+        return ": ".join([*heading, "; ".join(told)]), verdict if all(row.complete for row in self.rows) else OPEN
 
     @property
     def command(self) -> str:
