@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -127,11 +128,26 @@ def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str,
             raise ValueError(f"--config {config}: {field} takes one value, not {dumps(value, default=str)}")
 
 
-def _without_flag(arguments: ArgumentCollection, entries: dict[str, Any]) -> list[str]:
+def _without_flag(arguments: ArgumentCollection, entries: dict[str, Any]) -> dict[str, list[str]]:
     """Takes what has no flag from the entries, such as the NAMES of mot compare, as words of the command line."""
-    flags = [f"--{argument.name.lower()}" for argument in arguments if not argument.name.startswith("-")]
-    found = {flag: entries.pop(flag) for flag in flags if flag in entries}
-    return [word for flag, value in found.items() if value is not None for word in _words_of(flag, value)]
+    flags = {argument.name: f"--{argument.name.lower()}" for argument in arguments if argument.name[:1] != "-"}
+    found = {name: entries.pop(flag) for name, flag in flags.items() if flag in entries}
+    return {name: list(_words_of(flags[name], value)) for name, value in found.items() if value is not None}
+
+
+def _values_of(words: list[str]) -> dict[str, list[str]]:
+    """The values of a command line by their arguments, wherever they stand in it; what is wrong is told later."""
+    found: dict[str, list[str]] = {}
+
+    def note(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        if commands:
+            found.update({each.name: [token.value for token in each.tokens] for each in arguments if each.tokens})
+
+    app = _app(words)
+    app.config = note
+    with suppress(CycloptsError):
+        app.parse_known_args(words)
+    return found
 
 
 def _positive(flag: str) -> str:
@@ -209,11 +225,10 @@ def _common(
         entries = entries["config"]
     if entries.get("transition") is not None:
         raise ValueError(f"--config {config} is of a converted run: repeat it with mot transition")
-    given = {_positive(_flag(word.partition("=")[0])) for word in words if word.startswith("--")}
-    name = next((word for word in words[1:2] if not word.startswith("-")), None)  # a positional word is the model's
-    if name is not None:
-        given.add("--name")
-    if of_run and "name" in entries and ("--steps" in given or name not in (None, entries["name"])):
+    values = {} if command is None else _values_of(words)
+    given = {_positive(_flag(word.partition("=")[0])) for word in words if word.startswith("--")} | values.keys()
+    other_name = values.get("--name", [entries.get("name")]) != [entries.get("name")]
+    if of_run and "name" in entries and ("--steps" in given or other_name):
         from mixture_of_tokens.training.recipes import chosen_in
 
         entries = chosen_in(entries)
@@ -224,13 +239,13 @@ def _common(
     try:
         named = _named(entries)
         arguments = ArgumentCollection() if command is None else _app([command])[command].assemble_argument_collection()
-        first = _without_flag(arguments, named)
+        unflagged = _without_flag(arguments, named)
         own = [(key, value) for key, value in named.items() if key != "--json"]
         flags = [flag for key, value in own for flag in _flags(key, value, negative)]
     except (ValueError, TypeError, RecursionError) as error:  # an entry that holds itself, or a key that is a list
         raise ValueError(f"--config {config} is no file of flags: {error}") from None
     _check_kinds(config, arguments, named)
-    first = [] if name is not None else first
+    first = [word for argument, its in unflagged.items() if argument not in given for word in its]
     others = (word for flag in flags if _positive(flag[0]) not in given for word in flag)
     return [*words[:1], *first, *words[1:], *others], json or named.get("--json") is True
 

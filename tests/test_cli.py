@@ -93,10 +93,12 @@ def test_a_run_s_configuration_serves_another_group_size(tmp_path, capsys):
     file, few = tmp_path / "config.yaml", ("--steps", 5, "--dry-run")
     mot("train", "MoT-Nano/4E", "--batch-size", 32, *few)
     file.write_text(capsys.readouterr().out)
-    mot("train", "MoT-Nano/64E", "--config", file, "--batch-size", 64, *few)
-    shown = capsys.readouterr().out
+    shown = []
+    for words in (["MoT-Nano/64E", "--batch-size", 64], ["--batch-size", 64, "MoT-Nano/64E"]):
+        mot("train", *words, "--config", file, *few)
+        shown.append(capsys.readouterr().out)
     mot("train", "MoT-Nano/64E", "--batch-size", 64, *few)
-    assert shown == capsys.readouterr().out
+    assert shown == [capsys.readouterr().out] * 2
 
 
 def test_text_of_a_configuration_is_text_when_it_is_read_again(tmp_path, monkeypatch, capsys):
@@ -189,11 +191,12 @@ def test_a_file_of_flags_holds_the_names_too_and_words_go_before_it(tmp_path, ca
     file = tmp_path / "flags.yaml"
     file.write_text("names: [MoT-Nano/4E, Transformer-Nano]\nsteps: 7\n")
     shown = []
-    for words in ([], ["TC-Nano/4E"]):
+    for words in ([], ["TC-Nano/4E"], ["--seeds", 0, "TC-Nano/4E"]):
         mot("compare", *words, "--config", file, "--dry-run", "--json")
         runs = json.loads(capsys.readouterr().out)["runs"]
         shown.append([(Path(run["directory"]).name, run["steps"]) for run in runs])
-    assert shown == [[("MoT-Nano-4E-seed0", 7), ("Transformer-Nano-seed0", 7)], [("TC-Nano-4E-seed0", 7)]]
+    one = [("TC-Nano-4E-seed0", 7)]
+    assert shown == [[("MoT-Nano-4E-seed0", 7), ("Transformer-Nano-seed0", 7)], one, one]
 
 
 def test_a_file_of_flags_may_name_a_field_with_a_dot_and_ask_for_json(tmp_path, capsys):
