@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from json import dumps
 from pathlib import Path
@@ -135,7 +135,7 @@ def _without_flag(arguments: ArgumentCollection, entries: dict[str, Any]) -> dic
     return {name: list(_words_of(flags[name], value)) for name, value in found.items() if value is not None}
 
 
-def _values_of(words: list[str]) -> dict[str, list[str]]:
+def _values_of(words: Sequence[str]) -> dict[str, list[str]]:
     """The values of a command line by their arguments, wherever they stand in it; what is wrong is told later."""
     found: dict[str, list[str]] = {}
 
@@ -143,10 +143,10 @@ def _values_of(words: list[str]) -> dict[str, list[str]]:
         if commands:
             found.update({each.name: [token.value for token in each.tokens] for each in arguments if each.tokens})
 
-    app = _app(words)
+    app = _app(list(words))
     app.config = note
     with suppress(CycloptsError):
-        app.parse_known_args(words)
+        app.parse_known_args(list(words))
     return found
 
 

@@ -156,7 +156,11 @@ class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_ERO):
         x_ERI, weight_EOI = ctx.saved_tensors
-        return torch.bmm(grad_ERO, weight_EOI), torch.bmm(grad_ERO.mT, x_ERI)
+        into_x, into_weight = ctx.needs_input_grad  # experts may be frozen
+        return (
+            torch.bmm(grad_ERO, weight_EOI) if into_x else None,
+            torch.bmm(grad_ERO.mT, x_ERI) if into_weight else None,
+        )
 
 
 def once_only(what: str, instead: str) -> None:

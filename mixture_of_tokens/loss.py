@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.layout import at_least_fp32, autocast_to, once_only
+from mixture_of_tokens.layout import at_least_fp32, autocast_to, full_precision, once_only
 
 IGNORE = -100  # the label of a position that is not predicted, as everywhere in transformers
 # 64 MiB in fp32, which a CPU has in its cache in part; a GPU's products want more rows.
@@ -25,7 +25,8 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, *, logit
         logits_at_once = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"])
     hidden, head = autocast_to(hidden, head)
     chunk = max(1, logits_at_once // head.shape[0])
-    return _ChunkedCrossEntropy.apply(hidden, head, labels, chunk, torch.is_grad_enabled())
+    with full_precision(hidden.device):  # autocast would take the wide product of fp16 back to fp16
+        return _ChunkedCrossEntropy.apply(hidden, head, labels, chunk, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -35,8 +36,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # A sum over many tokens is beyond the range of fp16, also where their mean is not.
         wide = precise if hidden.dtype == torch.float16 else hidden.dtype
         loss = hidden.new_zeros((), dtype=precise)
+        like_hidden, like_head = (hidden, head) if with_gradients else (hidden[:0], head[:0])
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=precise)
+        grad_hidden, grad_head = torch.empty_like(like_hidden), torch.zeros_like(like_head, dtype=precise)
         for start in range(0, len(hidden), size):
             label = labels[start : start + size, None]
             real = label != IGNORE

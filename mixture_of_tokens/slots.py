@@ -238,8 +238,9 @@ def _runs(ends_E: Tensor) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
 
 def _ragged_backward(ctx, grad_NO):
     x_NI, weight_EOI, ends_E = ctx.saved_tensors
-    grad_NI = _ragged_mm(grad_NO, weight_EOI.mT, ends_E)
-    return grad_NI, _ragged_weight_gradient(grad_NO, x_NI, ends_E), None
+    into_x, into_weight, _ = ctx.needs_input_grad  # experts may be frozen
+    grad_NI = _ragged_mm(grad_NO, weight_EOI.mT, ends_E) if into_x else None
+    return grad_NI, _ragged_weight_gradient(grad_NO, x_NI, ends_E) if into_weight else None, None
 
 
 def _ragged_second_backward(ctx, grad_EOI):

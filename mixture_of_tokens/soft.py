@@ -44,6 +44,9 @@ class SoftMoE(Routed):
         )
         self.gate.reset_parameters(options.get("initializer_scale", INITIALIZER_SCALE))
 
+    def extra_repr(self) -> str:
+        return f"num_slots={self.num_slots}"
+
     def weights(self, logits_BTS: Tensor, mask_BT1: Tensor | None) -> tuple[Tensor, Tensor]:
         """Dispatch and combine weights (B, T, E * P); the slots of an expert are neighbours."""
         combine_BTS = softmax(logits_BTS, dim=2)

@@ -16,6 +16,11 @@ from mixture_of_tokens.loss import AuxiliaryLoss, LoadBalancingLoss
 from mixture_of_tokens.slots import Slots, dropless
 
 
+def tokens_of_an_expert(group_size: int, num_experts_per_tok: int, num_experts: int) -> int:
+    """The capacity of Expert Choice, of a group."""
+    return max(1, round(group_size * num_experts_per_tok / num_experts))
+
+
 class ExpertChoice(Routed):
     """Each expert takes its top tokens of a group (Zhou et al., arXiv 2202.09368), at one position of G examples.
 
@@ -39,7 +44,11 @@ class ExpertChoice(Routed):
         check("num_experts_per_tok", num_experts_per_tok, int)
         if min(group_size, num_experts_per_tok) < 1:
             raise ValueError(f"{group_size=} and {num_experts_per_tok=} must be at least 1")
-        self.group_size, self.capacity = group_size, max(1, round(group_size * num_experts_per_tok / num_experts))
+        self.group_size = group_size
+        self.capacity = tokens_of_an_expert(group_size, num_experts_per_tok, num_experts)
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}, capacity={self.capacity}"
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         x_MGD, mask_MG1, _ = grouped(x_BTD, token_mask, self.group_size)
@@ -104,6 +113,9 @@ class TokenChoice(Routed):
         if factor is not None and not 0 < factor < math.inf:
             raise ValueError(f"capacity_factor must be positive and finite, or None to drop nothing, not {factor}")
         self._capacity_factor, self._capacity_ratio = factor, capacity_ratio(factor or 0.0, self.num_experts)
+
+    def extra_repr(self) -> str:
+        return f"num_experts_per_tok={self.num_experts_per_tok}, capacity_factor={self.capacity_factor}"
 
     def scores(self, logits: Tensor) -> Tensor:
         return softmax(logits, dim=-1)
@@ -217,6 +229,9 @@ class SigmoidChoice(TokenChoice):
 
     def reset_state(self) -> None:
         torch.nn.init.zeros_(self.selection_bias)
+
+    def extra_repr(self) -> str:
+        return f"num_experts_per_tok={self.num_experts_per_tok}, balance_rate={self.balance_rate}"
 
     @staticmethod
     @torch.no_grad()

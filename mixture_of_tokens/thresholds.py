@@ -40,6 +40,9 @@ class _Above(Routed):
         self.num_experts_per_tok = num_experts_per_tok
         self.auxiliary_loss: AuxiliaryLoss | None = None
 
+    def extra_repr(self) -> str:
+        return f"num_experts_per_tok={self.num_experts_per_tok}"
+
     def gates(self, logits_SE: Tensor) -> Tensor:
         """The gates (S, E) by the router's logits, zero for the experts that a token does not go to."""
         raise NotImplementedError

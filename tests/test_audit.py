@@ -13,7 +13,7 @@ from mixture_of_tokens.inference.audit import Audit, audit_model, leaks, texts
 from mixture_of_tokens.model.routings import ROWS
 from mixture_of_tokens.runs.loading import text_of
 from processes import mot
-from routings import randomized, small_model
+from routings import randomized, small_model, tiny
 
 
 def build(kind: str):
@@ -115,6 +115,11 @@ def test_a_leak_at_a_single_position_is_found(position):
     for seed in range(3):
         assert not audit_model(ReadsWhere(at(position)), vocab_size=50, length=16, seed=seed).causal
     assert audit_model(ReadsWhere(at()), vocab_size=50, length=16).private
+
+
+def test_texts_of_one_token_are_refused():
+    with pytest.raises(ValueError, match="texts of one token have no later ones"):
+        audit_model(tiny("dense", max_position_embeddings=1), length=2)
 
 
 @pytest.mark.parametrize("one", [0, 3, 7])

@@ -346,6 +346,14 @@ def test_calibrating_while_serving_alone_and_twice_with_padding_measures_the_sam
             assert_close(other, one, rtol=0, atol=0)
 
 
+def test_companions_are_measured_in_float32_under_autocast():
+    layer, other, x = (*(build("mot", dtype=torch.float32) for _ in range(2)), tokens(dtype=torch.float32))
+    calibrate_companions(layer, [x])
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrate_companions(other, [x])
+    assert_close(dict(other.named_buffers()), dict(layer.named_buffers()), rtol=0, atol=0)
+
+
 def test_companions_that_cannot_be_measured_stay_as_they_were():
     model = mixing()
     calibrate_companions(model, [batch()])

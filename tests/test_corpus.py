@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixture_of_tokens.data import duplicates
+from mixture_of_tokens.data import duplicates, tokens
+from mixture_of_tokens.data import prepare as preparing
 from mixture_of_tokens.data.prepare import prepare, whole_text
 from mixture_of_tokens.data.sources import documents, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
@@ -264,6 +265,24 @@ def test_a_whole_text_has_no_blank_documents(tmp_path):
     found = [whole_text([str(tmp_path / name)], tokenizer) for name in ("dense.jsonl", "blank.jsonl")]
     assert np.array_equal(found[0].tokens, found[1].tokens)
     assert found[0].bytes == found[1].bytes == sum(len(text.encode()) for text in given)
+
+
+def test_a_whole_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
+    """Of a document that is a text of a hundred megabytes tokenizers would need a hundred times as much."""
+    (text,) = texts(1)
+    (tmp_path / "long.txt").write_text(text)
+    tokenizer, pieces = train_tokenizer([text], 300), []
+
+    def noted(tokenizer, batch):
+        pieces.extend(len(piece) for piece, _ in batch)
+        return tokens.encoded(tokenizer, batch)
+
+    monkeypatch.setattr(tokens, "PIECE", 500)
+    monkeypatch.setattr(preparing, "encoded", noted)
+    found = whole_text([str(tmp_path / "long.txt")], tokenizer, group_size=1)
+    assert len(text) == sum(pieces) == found.bytes
+    assert len(text) > 500 >= max(pieces)
+    assert tokenizer.decode(found.tokens) == text + str(tokenizer.eos_token)
 
 
 @pytest.mark.parametrize("size", [256, 2**22 + 1])

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from mixture_of_tokens import slots
@@ -791,6 +792,30 @@ def test_a_router_s_logits_are_precise_for_bfloat16_tokens_and_gradients_are_in_
         assert gradient.requires_grad  # for second derivatives
     in_a_map = torch.func.vmap(precise_linear, in_dims=(0, None))(x, weight)
     assert_close(in_a_map, y)
+
+
+class Counting(TorchDispatchMode):
+    """The calls of operators that compute the gradients of experts' weights, among others."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func.name() in ("aten::bmm", "mixture_of_tokens::ragged_weight_gradient")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["mot", "tc_top2_dropping", "tc_top2"])
+def test_frozen_experts_cost_no_gradients(name):
+    layer, calls = build(name), []
+    for trained in (True, False):
+        layer.experts.requires_grad_(trained)
+        y = layer(tokens().requires_grad_())
+        with Counting() as counting:
+            y.backward(tokens(seed=3))
+        calls.append(counting.calls)
+    assert calls[0] - calls[1] == 2  # two matrices each
 
 
 @pytest.mark.parametrize("name", ROUTINGS)

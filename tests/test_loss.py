@@ -89,12 +89,14 @@ def test_a_sum_over_many_chunks_is_not_rounded_away():
     assert gradient.flatten().tolist() == [-512, 512]
 
 
-def test_in_float16_a_mean_may_be_of_a_sum_beyond_its_range():
-    count = 2**16
-    hidden, head = torch.full((count, 1), 30.0).half(), torch.zeros(2, 1).half().requires_grad_()
-    loss = chunked_cross_entropy(hidden, head, torch.zeros(count, dtype=torch.long)) / count
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_float16_a_mean_may_be_of_a_sum_beyond_its_range(autocast):
+    count, dtype = 2**16, torch.float32 if autocast else torch.float16
+    hidden, head = torch.full((count, 1), 30.0, dtype=dtype), torch.zeros(2, 1, dtype=dtype).requires_grad_()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        loss = chunked_cross_entropy(hidden, head, torch.zeros(count, dtype=torch.long)) / count
     (gradient,) = torch.autograd.grad(loss, head)  # its sum is 983,040, and fp16 ends at 65,504
-    assert gradient.dtype == torch.float16
+    assert gradient.dtype == dtype
     assert gradient.flatten().tolist() == [-15, 15]
 
 

@@ -138,6 +138,21 @@ def test_a_field_of_another_type_is_named(field, value, told):
         MixtureOfTokensConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"capacity_factor": -1.0}, "capacity_factor must be positive and finite, or None, not -1"),
+        ({"capacity_factor": math.nan}, "capacity_factor must be positive and finite, or None, not nan"),
+        ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef must be 0 or more, and finite, not -1"),
+        ({"router_aux_loss_coef": math.nan}, "router_aux_loss_coef must be 0 or more, and finite, not nan"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window must be at least 1, not 0"),
+    ],
+)
+def test_a_number_with_which_no_model_is_trained_is_named(fields, told):
+    with pytest.raises(ValueError, match=told):
+        MixtureOfTokensConfig(**fields)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_weights_are_drawn_with_std_of_fan_in_and_cut_at_two(gated):
     scale = 0.5

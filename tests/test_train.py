@@ -222,16 +222,24 @@ def test_a_word_for_a_flag_of_two_values_is_not_just_a_word(word, value, capsys)
 @pytest.mark.parametrize(
     ("field", "value", "does"),
     [
-        ("initializer_range", "0.5", "initializer_scale"),
-        ("decoder_sparse_step", "2", "mlp_layer_types"),
-        ("mlp_only_layers", "[0]", "mlp_layer_types"),
+        ("initializer_range", "0.5", "--model.initializer_scale"),
+        ("decoder_sparse_step", "2", "--model.mlp_layer_types"),
+        ("mlp_only_layers", "[0]", "--model.mlp_layer_types"),
+        ("eos_token_id", "5", "the tokenizer"),
+        ("pad_token_id", "5", "the tokenizer"),
     ],
 )
 def test_a_field_that_would_do_nothing_is_refused_and_what_does_is_named(field, value, does):
-    with pytest.raises(ValueError, match=rf"--model.{field} .* would do nothing; --model.{does} does$"):
+    with pytest.raises(ValueError, match=rf"--model.{field} .* would do nothing; {does} does$"):
         merge("MoT-Nano/4E", 0, None, Options(model={field: value}))
     anyway = {"initializer_range": "0.02", "decoder_sparse_step": "1", "mlp_only_layers": "[0, 1]"}
-    merge("MoT-Nano/4E", 0, None, Options(model={field: anyway[field]}))
+    merge("MoT-Nano/4E", 0, None, Options(model={field: anyway.get(field, "null")}))
+
+
+@pytest.mark.parametrize("field", ["return_dict", "problem_type", "architectures"])
+def test_what_every_model_of_transformers_has_is_no_flag(field):
+    with pytest.raises(ValueError, match=f"the configuration has no field '{field}'"):
+        merge("MoT-Nano/4E", 0, None, Options(model={field: "false"}))
 
 
 def test_products_are_in_full_precision_and_only_a_gpus_batches_are_pinned():

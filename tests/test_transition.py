@@ -273,6 +273,22 @@ def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_run
     held = [row["learning_rate"] for row in rows_of(tmp_path / "new-annealed")[len(source) :] if "train_loss" in row]
     assert held == pytest.approx([source[-1]["learning_rate"]] * 3)
     assert rows_of(out)[: len(rows_of(tiny_runs[MIXED]))] == rows_of(tiny_runs[MIXED])
+    (tmp_path / "new-annealed").rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match="2"):  # not trained again, in other ways
+        mot(
+            "transition",
+            tiny_runs[MIXED],
+            "--steps",
+            7,
+            "--anneal",
+            0.05,
+            "--calibrate",
+            "none",
+            "--out",
+            out,
+            "--resume",
+        )
+    assert f"new-annealed, of which {out} is made, is not there" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,8 +133,14 @@ def run_of(system: System, steps: int, seed: int) -> Run | None:
     files = [EXPERIMENT.kept / f"{system.directory(steps, seed)}.json"]
     if not system.settings:
         files += [each.kept / f"{directory_of(system.name, f'seed{seed}')}.json" for each in PLAIN_NANOS]
-    found = (read(file) for file in files if file.is_file())
+    found = (_kept(file) for file in files if file.is_file())
     return next((run for run in found if run.config.steps == steps), None)
+
+
+@cache
+def _kept(file: Path) -> Run:
+    """Read once, as several studies ask for one run."""
+    return read(file)
 
 
 CONFIRMED, IN_PART, CONTRADICTED = "confirmed", "in part", "contradicted"
@@ -170,7 +176,7 @@ class Study:
     make: Callable[[], None] | None = None
     draw: Callable[["Study"], None] | None = None
 
-    @property
+    @cached_property
     def found(self) -> tuple[str, str]:
         """What was measured, and the verdict."""
         told, verdict = self.says() or ([], OPEN)

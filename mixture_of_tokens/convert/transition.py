@@ -153,7 +153,7 @@ def transition(
             That run is written beside the new one, as OUT-annealed.
         optimizer: carried takes the optimizer's moments from the source's last checkpoint, but for distilled weights.
         schedule: continued holds the source's last learning rate; decay falls from there to a tenth of it, for sources
-            with a constant rate; own warms up for a tenth of the steps to the peak, and falls to a tenth of that.
+            with a constant rate; own warms up, for a tenth of the steps at most, and falls to a tenth of the peak.
         learning_rate: The peak, or what is held; by default a quarter of the source's peak if own, else its last one.
         control: For comparison. router starts with new routers; scratch trains Token Choice from scratch, for the
             source's steps and these, at its own rate.
@@ -233,7 +233,10 @@ def transition(
         model_directory(str(run))
         text_of(str(run))  # raises ValueError if it has changed
     if anneal is not None:
-        source = _annealed(source, asked, mixing, carried, where, out.with_name(f"{out.name}-annealed"), resume)
+        beside = out.with_name(f"{out.name}-annealed")
+        if begun and not (beside / records.FACTS).exists():
+            raise ValueError(f"{beside}, of which {out} is made, is not there: put it back, or name another --out")
+        source = _annealed(source, asked, mixing, carried, where, beside, resume)
         merged = merged_with(source, learning_rate=merged.config.learning_rate)
         carried = _moments_of(source) if optimizer == "carried" and not begun else None
     made = run_merged(merged, out, resume=resume, begin=Beginning(source, asked, carried, out))
@@ -343,7 +346,7 @@ def _from_scratch(source: Run, switched: RunConfig, steps: int, where: Where, le
 def _moments_of(source: Run) -> Path:
     if source.model_config.learnable_temperature:
         raise ValueError("the optimizer state of a learned temperature cannot be carried: --optimizer fresh")
-    optim = source.config.training["optim"]
+    optim = source.config.training.get("optim")
     if optim not in ADAM:
         raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
     last = source.directory / f"checkpoint-{source.config.steps}"

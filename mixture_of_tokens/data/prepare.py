@@ -9,11 +9,13 @@ which the entry is found. A damaged entry is made again. What is damaged after t
 """
 
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from mixture_of_tokens.data.files import Document, first_line, hash_of_file, nam
 from mixture_of_tokens.data.groups import Blocks, segmented
 from mixture_of_tokens.data.splits import SPLITS, opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tokenizer, train_tokenizer
-from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, encoded, progress_bar, tokenize
+from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, batches, encoded, progress_bar, tokenize
 from mixture_of_tokens.disk import flush
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import is_main, say_once
@@ -172,22 +174,34 @@ def whole_text(
 
     Raises ValueError for bad sources.
     """
-    rows, ends, length, count = [], [], 0, 0
-    with progress_bar("Tokenizing") as bar:
-        for document in corpus.documents(sources, field):
-            text = b"".join(document)
-            if not text.strip():
-                continue
-            (tokens, _), *_ = encoded(tokenizer, [(text, True)])
-            rows.append(np.array(tokens, dtype=np.int64))
-            length += len(tokens)
-            ends.append(length)
-            count += len(text)
-            bar.update(len(text))
+    rows, ends, length = [], [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text"
+        with progress_bar("Reading") as bar:
+            places, _ = spool(_not_blank(corpus.documents(sources, field)), text, None, bar.update)
+        count = int(places[:, 1].sum())
+        with progress_bar("Tokenizing", count) as bar, opened(text) as file, _parallel_tokenizers():
+            for batch in batches(file, places):
+                for tokens, closes in encoded(tokenizer, batch):
+                    rows.append(np.array(tokens, dtype=np.int64))
+                    length += len(tokens)
+                    if closes:
+                        ends.append(length)
+                bar.update(sum(len(piece) for piece, _ in batch))
     parts, segments = segmented(np.array(ends), context, group_size)
     if segments:
         _say_segments(sources, group_size, segments)
     return Blocks(np.concatenate(rows), parts, context, count)
+
+
+def _not_blank(documents: Iterable[Document]) -> Iterator[Document]:
+    for document in documents:
+        parts, blank = iter(document), []
+        for part in parts:
+            if part.strip():
+                yield itertools.chain(blank, [part], parts)
+                break
+            blank.append(part)
 
 
 def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:

@@ -90,7 +90,7 @@ def _write(
     writer = _Writer(stem, dtype, shard_tokens)
     ends = np.zeros(len(places), dtype=np.int64)
     document = 0
-    for batch in _batches(file, places):
+    for batch in batches(file, places):
         for tokens, closes in encoded(tokenizer, batch):
             writer.append(np.array(tokens, dtype=dtype))
             if closes:
@@ -103,7 +103,7 @@ def _write(
     return writer.names, ends
 
 
-def _batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]]:
+def batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]]:
     """Batches of a few megabytes of pieces of documents, each with whether it is the last of its document."""
     batch, size = [], 0
     for offset, length in places:

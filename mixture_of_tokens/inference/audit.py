@@ -171,7 +171,7 @@ def audit(
     try:
         text = text_of(run)
         seen = texts(text.validation, model, batches, seed)
-    except ValueError as error:  # unknown, or too short
+    except (ValueError, OSError) as error:  # unknown, too short, or not to be read
         print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
         seen = texts(None, model, batches, seed)
     found = None
@@ -241,7 +241,11 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
 
     Args:
         texts: For each batch token ids (B, T), and others that replace them, different everywhere.
+
+    Raises ValueError for texts of one token.
     """
+    if texts[0][0].shape[1] < 2:
+        raise ValueError("texts of one token have no later ones to look for leaks from; the context must be at least 2")
     generator = torch.Generator().manual_seed(seed)
     noise, std, moved, by_other_rows, layers = [], [], [], [], []
     future: dict[str, list[float]] = {"its own": [], "its mates'": [], "both": []}
@@ -344,7 +348,7 @@ def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tu
 
 def length_of(rows: int, longest: int, vocab_size: int) -> int:
     """Of a batch's texts, in tokens; memory holds all logits several times."""
-    return max(8, min(LONGEST, longest, 2**27 // (rows * vocab_size)))
+    return min(longest, max(8, min(LONGEST, 2**27 // (rows * vocab_size))))
 
 
 def random_tokens(shape: tuple[int, ...], vocab_size: int, seed: int) -> list[tuple[Tensor, Tensor]]:

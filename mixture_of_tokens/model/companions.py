@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.layout import grouped
+from mixture_of_tokens.layout import full_precision, grouped
 from mixture_of_tokens.model.calibration import watch
 
 
@@ -39,7 +39,9 @@ class _Means:
             self.log_inverse_E, (-layer.logits(x_MGD).double().logsumexp(1)).logsumexp(0)
         )
         weights_MGE = layer.weights(x_MGD)
-        self.mixtures_ED += torch.einsum("mge,mgd->ed", weights_MGE, x_MGD.to(weights_MGE.dtype)).double()
+        with full_precision(x_MGD.device):
+            mixtures_ED = torch.einsum("mge,mgd->ed", weights_MGE, x_MGD.to(weights_MGE.dtype))
+        self.mixtures_ED += mixtures_ED.double()
 
     def give(self, layer: MixtureOfTokens) -> None:
         layer.companion_logit.copy_(math.log(self.groups) - self.log_inverse_E - math.log(layer.group_size))

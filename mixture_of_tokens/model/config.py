@@ -91,9 +91,14 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(ROUTINGS)}")
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
-        for name in ("initializer_scale", "router_temperature", "balance_rate", "threshold_decay"):
+        numbers = ("initializer_scale", "router_temperature", "balance_rate", "threshold_decay", "router_aux_loss_coef")
+        for name in numbers:
             check(name, getattr(self, name), float)
         check("capacity_factor", self.capacity_factor, float | None)
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor must be positive and finite, or None, not {self.capacity_factor}")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(f"router_aux_loss_coef must be 0 or more, and finite, not {self.router_aux_loss_coef}")
         if not 0 < self.initializer_scale < math.inf:
             raise ValueError(f"initializer_scale must be positive and finite, not {self.initializer_scale}")
         if not 0 < self.router_temperature < math.inf:
@@ -116,6 +121,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"head_dim must be even, for rotary positions, not {width}")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must be at least 0 and below 1, not {self.attention_dropout}")
+        if self.use_sliding_window and self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
         for name in FLAGS:
             check(name, getattr(self, name), bool)
         if self.router_dtype not in ROUTER_DTYPES:

@@ -25,6 +25,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from mixture_of_tokens.checks import check, divisors
 from mixture_of_tokens.formatting import listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
@@ -77,8 +79,10 @@ SIZES = {
     "Base": Size(768, blocks=12, heads=12, gated_width=2048, plain_width=3072),
 }
 
-# Upstream reads these two without declaring them.
-FIELDS = sorted({field.name for field in fields(MixtureOfTokensConfig)} | {"head_dim", "attn_implementation"})
+# What every model of transformers has is not a model's to set here, but for two; runs of earlier versions have the
+# second. Upstream reads the last two without declaring them.
+FIELDS = {field.name for field in fields(MixtureOfTokensConfig)} - {field.name for field in fields(PreTrainedConfig)}
+FIELDS = sorted(FIELDS | {"dtype", "transformers_version", "head_dim", "attn_implementation"})
 
 # The fields that a name determines; NAMED_OF_EXPERTS only where there are experts. A name leaves open the vocabulary,
 # the context and training settings (temperature, capacity, ...).

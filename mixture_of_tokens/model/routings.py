@@ -16,7 +16,7 @@ from mixture_of_tokens.experts import ACTIVATIONS
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.upstream import Qwen3MoeMLP
 from mixture_of_tokens.soft import SoftMoE
-from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice, capacity_ratio
+from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice, capacity_ratio, tokens_of_an_expert
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
 
 if TYPE_CHECKING:  # the configuration checks its kinds against this table
@@ -149,7 +149,7 @@ def _mixture_rows(config: "MixtureOfTokensConfig", batch: int, context: int, tra
 
 def _expert_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
     groups, size = groups_of(config, batch, context)
-    capacity = max(1, round(config.group_size * config.num_experts_per_tok / config.num_experts))
+    capacity = tokens_of_an_expert(config.group_size, config.num_experts_per_tok, config.num_experts)
     return config.num_experts * groups * min(capacity, size)
 
 

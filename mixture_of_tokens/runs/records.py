@@ -98,16 +98,20 @@ class RunConfig(Record):
             raise ValueError(f"{file} describes no model: {' '.join(str(error).split())}") from None
 
     def __str__(self) -> str:
+        return yaml12.dump(self._written())
+
+    def _written(self) -> dict[str, Any]:
+        """The fields of the file, without those that are as in all earlier runs."""
         written: dict[str, Any] = {"format": FORMAT} | asdict(self)
         for key in ("micro_batch", "first_step", "part_bytes", "transition"):
             if not written[key]:
                 del written[key]
-        if self.near_duplicates == "drop":  # as in all earlier runs
+        if self.near_duplicates == "drop":
             del written["near_duplicates"]
         for key in ("anneal", "distil_steps"):
             if self.transition is not None and written["transition"][key] is None:
                 del written["transition"][key]
-        return yaml12.dump(written)
+        return written
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | asdict(self), indent=2)
@@ -136,7 +140,7 @@ class RunConfig(Record):
         A resumed run must have the same ones; the runs of one model differ in the seed alone.
         """
         flat: dict[str, Any] = {}
-        for key, value in yaml.safe_load(str(self)).items():  # as it would be read again: no tuples
+        for key, value in json.loads(json.dumps(self._written(), default=str)).items():  # as if read again: no tuples
             if key not in ("format", "micro_batch", "training", "model", "transition"):
                 flat[key] = value
             elif key not in ("format", "micro_batch"):
@@ -316,7 +320,7 @@ def _finite(value: Any) -> Any:
 
 def _yaml(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml12.load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {yaml12.fault(error)}") from None
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from transformers import TrainingArguments
 
+from mixture_of_tokens import yaml12
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
@@ -138,7 +138,7 @@ def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
     steps = entries.get("steps")
     with by_itself():
         plain = merge(str(entries["name"]), 0, None, Options(steps=steps if type(steps) is int else None)).config
-    own, chosen = yaml.safe_load(str(plain)), dict(entries)
+    own, chosen = yaml12.load(str(plain)), dict(entries)
     own["training"]["per_device_eval_batch_size"] = entries.get("micro_batch")  # its default
     for kind in ("training", "model"):
         if isinstance(given := entries.get(kind), dict):
@@ -191,21 +191,18 @@ def _check_model(config: MixtureOfTokensConfig) -> None:
     if config.dtype not in (None, *DTYPES):
         legal = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
         raise ValueError(f"--model.dtype {str(config.dtype).removeprefix('torch.')}: weights are trained in {legal}")
-    if config.capacity_factor is not None and config.capacity_factor <= 0:
-        raise ValueError(f"--model.capacity_factor must be positive, not {config.capacity_factor}")
-    if config.router_aux_loss_coef < 0:
-        raise ValueError(f"--model.router_aux_loss_coef must be 0 or more, not {config.router_aux_loss_coef}")
 
 
 def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -> None:
     """Raises ValueError for fields of upstream's that do nothing here, but with the value that they have anyway."""
     for field, does, anyway in (
-        ("initializer_range", "initializer_scale", MixtureOfTokensConfig.initializer_range),
-        ("decoder_sparse_step", "mlp_layer_types", config.decoder_sparse_step),
-        ("mlp_only_layers", "mlp_layer_types", config.mlp_only_layers),
+        ("initializer_range", "--model.initializer_scale", MixtureOfTokensConfig.initializer_range),
+        ("decoder_sparse_step", "--model.mlp_layer_types", config.decoder_sparse_step),
+        ("mlp_only_layers", "--model.mlp_layer_types", config.mlp_only_layers),
+        *((f"{token}_token_id", "the tokenizer", None) for token in ("bos", "eos", "pad")),
     ):
         if overrides.get(field) not in (None, anyway):
-            raise ValueError(f"--model.{field} {overrides[field]} would do nothing; --model.{does} does")
+            raise ValueError(f"--model.{field} {overrides[field]} would do nothing; {does} does")
 
 
 @contextmanager
