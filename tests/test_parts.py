@@ -230,7 +230,8 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["train_loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
 
 
-def test_a_run_over_parts_goes_on_where_it_was_stopped(folder, tmp_path):
+def test_a_run_over_parts_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "prepare_ahead", lambda *arguments: None)  # a process, which takes its time to start
     whole, again = tmp_path / "whole", tmp_path / "again"
     mot(*command(folder, whole))
     kept = json.loads((whole / "checkpoint-24" / "manifest.json").read_text())["rows_of_parts"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from mixture_of_tokens.data import prepare as preparing
+from mixture_of_tokens.data import tokens
 from mixture_of_tokens.data.files import hash_of_file
-from mixture_of_tokens.data.groups import collisions, grouped_order
+from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.inspect import data_report
 from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.data.splits import SPLITS, split, spool
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import TokenFiles, tokenize
-from texts import sentences, texts
+from processes import finish, start
+from texts import groups_with_a_document_twice, sentences, texts
 
 END = "<|endoftext|>"
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -119,7 +123,7 @@ def test_one_document_of_a_tenth_of_the_corpus_meets_itself_nowhere(tmp_path, ca
     assert "too few documents" not in error
     assert "bytes are cut" not in error
     for epoch in range(5):
-        assert len(collisions(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))[0]) == 0
+        assert not groups_with_a_document_twice(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))
     for name in SPLITS:
         grouped_order(getattr(prepared, name), 32, everything=True)
 
@@ -307,32 +311,22 @@ def test_what_killed_processes_leave_of_other_texts_goes_too(source, fresh_cache
         assert left == {"tokens-2.partial", "tokens-2.lock", made.name}
 
 
-CHILD = """
-import sys, time
-from mixture_of_tokens.data import prepare, tokens
-if sys.argv[2] == "slow":  # so slow that it is not done before it is killed
-    prepare.TRAINING_BYTES, tokens.BATCH = 10**5, 1
-    encoded = tokens.encoded
+def slowly(source: str) -> None:
+    """So slow that it is not done before it is killed."""
+    encoded, preparing.TRAINING_BYTES, tokens.BATCH = tokens.encoded, 10**5, 1
     tokens.encoded = lambda *arguments: (time.sleep(0.05), encoded(*arguments))[1]
-prepared = prepare.prepare([sys.argv[1]], vocab_size=300, context=16)
-print(prepared.facts["hash"])
-"""
-
-
-def start(source: str, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", CHILD, source, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    print(prepare([source], vocab_size=300, context=16).facts["hash"], flush=True)
 
 
 def test_what_a_killed_process_leaves_is_thrown_away(source, fresh_cache, tmp_path, monkeypatch):
-    killed = start(source, "slow")
+    killed = start(slowly, source, log=tmp_path / "log")
     deadline = time.monotonic() + 60
     while not list(fresh_cache.glob("*.partial/train-00000.tokens")):
-        assert killed.poll() is None
+        assert killed.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
+    assert finish(killed) == -signal.SIGKILL
     (left,) = fresh_cache.glob("*.partial")
     assert not list(fresh_cache.glob("tokens-*/manifest.json"))
     (left / "train-00007.tokens").write_bytes(b"what an older one has left")
@@ -346,34 +340,34 @@ def test_what_a_killed_process_leaves_is_thrown_away(source, fresh_cache, tmp_pa
 
 
 @pytest.mark.slow
-def test_of_two_at_once_one_works_and_the_other_waits(source, fresh_cache):
-    both = [start(source, "slow"), start(source, "slow")]
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert said[0][0] == said[1][0]
-    assert sorted("waiting for it" in error for _, error in said) == [False, True]
+def test_of_two_at_once_one_works_and_the_other_waits(source, fresh_cache, tmp_path):
+    logs = [tmp_path / "one", tmp_path / "other"]
+    both = [start(slowly, source, log=log) for log in logs]
+    assert [finish(process) for process in both] == [0, 0]
+    said = [log.read_text() for log in logs]
+    assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
+    assert sorted("waiting for it" in each for each in said) == [False, True]
     (made,) = fresh_cache.iterdir()
     assert (made / "manifest.json").is_file()
 
 
-FULL = """
-import os, resource, sys
-from pathlib import Path
-from mixture_of_tokens.data.prepare import prepare
-for size in (10, 1000, 10_000, 50_000, 60_000):  # too small for the text, and then for the tokenizer
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-    try:
-        prepare([sys.argv[1]], vocab_size=2000, context=16)
-        print("worked")
-    except OSError as error:
-        print(" ".join(str(error).split()))
-"""
+def on_full_disks(source: str, told: str) -> None:
+    """Too small for the text, and then for the tokenizer; appends what is told of each to a file."""
+    said = []
+    for size in (10, 1000, 10_000, 50_000, 60_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        try:
+            prepare([source], vocab_size=2000, context=16)
+            said.append("worked")
+        except OSError as error:
+            said.append(" ".join(str(error).split()))
+    Path(told).write_text("\n".join(said))
 
 
 def test_a_full_disk_is_an_error_that_names_the_cache_and_leaves_nothing(tmp_path, fresh_cache):
     source = write(tmp_path / "rows.jsonl", [sentences(0, 600)])
-    done = subprocess.run([sys.executable, "-c", FULL, source], capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
+    assert finish(start(on_full_disks, source, str(tmp_path / "told"), log=tmp_path / "log")) == 0
+    said = (tmp_path / "told").read_text().splitlines()
     assert len(said) == 5
     assert all(str(fresh_cache) in line for line in said), said
     assert any("[Errno 27] File too large" in line for line in said)

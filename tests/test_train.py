@@ -8,6 +8,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,7 +17,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from mixture_of_tokens import cli
-from mixture_of_tokens.data.groups import GroupedBatches, collisions, grouped_order
+from mixture_of_tokens.data.groups import GroupedBatches, grouped_order
 from mixture_of_tokens.data.prepare import prepare
 from mixture_of_tokens.inference.evaluate import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
@@ -29,10 +30,11 @@ from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build, train
 from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import mot, rows_of
+from texts import groups_with_a_document_twice
 
 NAMES = ("Transformer-Nano", "MoT-Nano/32E/4", "TC-Nano/32E")
 STEPS, ROWS = 12, 64
-BYTES = 1_500_000  # of the embedded corpus
+BYTES = 400_000  # of the embedded corpus
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_metrics_have_every_logged_step_once(runs, name):
 
 
 def slower(monkeypatch, place, name, seconds):
-    """Let a function take so many seconds more, as far as the clock can tell."""
+    """Let a function take so many seconds more, as far as the clock can tell; returns the seconds so far, in a list."""
     given, clock, late = getattr(place, name), time.perf_counter, [0.0]
 
     def slow(*arguments, **options):
@@ -91,6 +93,7 @@ def slower(monkeypatch, place, name, seconds):
 
     monkeypatch.setattr(place, name, slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+    return late
 
 
 @pytest.mark.parametrize("method", ["__getitems__", "ready"])  # batches; a part of the text
@@ -105,11 +108,14 @@ def test_time_in_which_training_waits_for_its_batches_is_told(method, small_corp
 
 
 def test_the_clock_stands_still_while_a_run_evaluates_and_saves(small_corpus, tmp_path, monkeypatch):
-    slower(monkeypatch, GroupedTrainer, "loss_of", 1000)
-    slower(monkeypatch, trainer, "save_optimizer", 1000)
+    late = [
+        slower(monkeypatch, place, name, 1000)
+        for place, name in ((GroupedTrainer, "loss_of"), (trainer, "save_optimizer"))
+    ]
     flags = ["--steps", 2, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
     mot("train", "MoT-Nano/4E", *flags, "--training.eval_steps", 1, "--training.save_steps", 1)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"] < 1000  # and not over 4000
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"] < 1000
+    assert late == [[2000], [2000]]
 
 
 @pytest.mark.parametrize(("strategy", "told"), [("steps", ", which is saved"), ("no", "")])
@@ -166,9 +172,9 @@ def test_the_written_configuration_trains_the_same_model_again(runs, directory):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
-def test_the_temperature_is_annealed_to_its_end_and_saved(directory):
+def test_the_temperature_is_annealed_to_its_end_and_saved(directory, small_corpus):
     out = directory / "annealed"
-    flags = ("--steps", 3, "--batch-size", 32, "--max-bytes", BYTES, "--anneal-temperature-to", 0.25)
+    flags = ("--steps", 3, "--batch-size", 32, "--data", small_corpus, "--anneal-temperature-to", 0.25)
     mot("train", "MoT-Nano/32E", "--out", out, *flags)
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.router_temperature == pytest.approx(0.25)
 
@@ -262,11 +268,12 @@ def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, ru
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # sums in another order; 1e-6 after the first step
 
 
-def test_no_group_of_the_embedded_corpus_holds_a_document_twice():
-    prepared = prepare(vocab_size=512, context=64, max_bytes=3_000_000)
+def test_no_group_of_the_embedded_corpus_holds_a_document_twice(prepared):
     for epoch in range(3):
-        assert len(collisions(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))[0]) == 0
-    assert len(collisions(prepared.validation, grouped_order(prepared.validation, 32, everything=True))[0]) == 0
+        assert not groups_with_a_document_twice(prepared.train, grouped_order(prepared.train, 32, epoch=epoch))
+    everything = grouped_order(prepared.validation, 32, everything=True)
+    assert not groups_with_a_document_twice(prepared.validation, everything)
+    assert groups_with_a_document_twice(prepared.train, np.arange(len(prepared.train) // 32 * 32).reshape(-1, 32))
 
 
 def test_help_is_printed_once(capsys):
@@ -521,9 +528,9 @@ def test_an_existing_run_is_not_overwritten(runs, capsys):
     assert {path: path.stat().st_mtime_ns for path in runs["MoT-Nano/32E/4"].rglob("*")} == before
 
 
-def test_every_row_has_the_gradients_of_the_routers(directory):
+def test_every_row_has_the_gradients_of_the_routers(directory, small_corpus):
     out, flags = directory / "first", ("--training.logging_steps", 2, "--training.logging_first_step", "true")
-    mot("train", "MoT-Nano/32E", "--out", out, "--steps", 4, "--batch-size", ROWS, "--max-bytes", BYTES, *flags)
+    mot("train", "MoT-Nano/32E", "--out", out, "--steps", 4, "--batch-size", ROWS, "--data", small_corpus, *flags)
     rows = [row for row in rows_of(out) if "train_loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 4]
     norms = [row["layers"]["3"]["router_gradient_norm"] for row in rows]
@@ -531,9 +538,9 @@ def test_every_row_has_the_gradients_of_the_routers(directory):
     assert len(set(norms)) == 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(directory, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run(directory, small_corpus, capsys):
     flags = ("--learning-rate", 1e30, "--training.max_grad_norm", 0, "--training.logging_steps", 1)
-    flags += ("--max-bytes", BYTES)
+    flags += ("--data", small_corpus)
     with pytest.raises(SystemExit) as stopped:
         mot("train", "Transformer-Nano", "--out", directory / "nan", "--steps", 10, "--batch-size", ROWS, *flags)
     assert stopped.value.code == 1

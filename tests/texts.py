@@ -1,9 +1,11 @@
-"""Pseudo-text for the tests."""
+"""Pseudo-text for the tests, and which texts meet in a group."""
 
 import random
 from pathlib import Path
 
 import numpy as np
+
+from mixture_of_tokens.data.groups import Blocks
 
 
 def sentences(seed: int, lines: int) -> str:
@@ -25,3 +27,14 @@ def write_texts(folder: Path, lines: int) -> None:
         own = choose.sample(words, 60)
         written = (" ".join(choose.choices(own, k=8)) for _ in range(lines))
         (folder / f"{number}.txt").write_text("\n".join(written))
+
+
+def groups_with_a_document_twice(blocks: Blocks, groups: np.ndarray) -> int:
+    """How many there are (groups, G), counted document by document; -1 is no block."""
+    found = 0
+    for group in groups:
+        first = group[group >= 0] * blocks.context
+        begins, ends = (np.searchsorted(blocks.ends, at, side="right") for at in (first, first + blocks.context - 1))
+        met = [document for begin, end in zip(begins, ends, strict=True) for document in range(begin, end + 1)]
+        found += len(met) > len(set(met))
+    return found
