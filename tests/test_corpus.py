@@ -544,7 +544,8 @@ import json, os, sys, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
-        body = json.dumps({"id": "some/set", "sha": "abc123"}).encode()
+        sha = "def456" if self.path.endswith("/revision/v1") else "abc123"
+        body = json.dumps({"id": "some/set", "sha": sha}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -555,10 +556,11 @@ server = HTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 from mixture_of_tokens.data.sources import fingerprint
-print(fingerprint("hf:some/set:en", print))
+SOURCES = ("hf:some/set:en", "hf:some/set:en@v1", "hf:some/set@v1")
+print(*(fingerprint(source, print) for source in SOURCES), sep="; ")
 server.shutdown()
 server.server_close()
-print(fingerprint("hf:some/set:en", print))
+print(*(fingerprint(source, print) for source in SOURCES), sep="; ")
 print(fingerprint("hf:other/set", print))
 """
 
@@ -566,5 +568,5 @@ print(fingerprint("hf:other/set", print))
 def test_a_hub_data_set_is_known_by_its_commit_which_is_remembered_without_a_network(tmp_path):
     environment = {**os.environ, "MIXTURE_OF_TOKENS_CACHE": str(tmp_path), "no_proxy": "*", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True)
-    known = "['some/set', 'en', 'abc123']"
+    known = "['some/set', 'en', 'abc123']; ['some/set', 'en', 'def456']; ['some/set', '', 'def456']"
     assert done.stdout.splitlines() == [known, known, "['other/set', '', '']"]

@@ -52,9 +52,9 @@ def data_report(
     count as documents). Three epochs of training and an evaluation are searched; there should be none.
 
     Args:
-        data: Files, folders or globs of text, .jsonl (each also .gz or .zst) or .parquet; hf:NAME[:CONFIG] for a data
-            set of the Hub; or packages, all that are installed here. By default the source text of Python's standard
-            library.
+        data: Files, folders or globs of text, .jsonl (each also .gz or .zst) or .parquet; hf:NAME[:CONFIG][@REVISION]
+            for a data set of the Hub; or packages, all that are installed here. By default the source text of Python's
+            standard library.
         field: The field of .jsonl, .parquet and Hub rows that holds the text.
         max_bytes: Bytes of text to read at most; by default all.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.

@@ -48,7 +48,8 @@ def documents(sources: Sequence[str], field: str = "text", *, together: bool = F
 
     Args:
         sources: Each a file, a folder (searched for known suffixes, hidden files left out), a glob,
-            hf:NAME[:CONFIG], or packages; empty for the standard library. All files but .parquet may be .gz or .zst.
+            hf:NAME[:CONFIG][@REVISION], or packages; empty for the standard library. All files but .parquet may be .gz
+            or .zst.
         field: The field of a row that holds its text.
         together: The sources are parts of one, of which some may be empty.
 
@@ -159,8 +160,8 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
     paths = _paths(source)
     if paths is None:
         assert source is not None
-        name, config = _hub_name(source)
-        return [name, config, _hub_commit(name)]
+        name, config, revision = _hub_name(source)
+        return [name, config, _hub_commit(name, revision)]
     # A data set's files are read differently from a folder's, and its configuration selects them.
     result = ["hf", _hub_name(source)[1]] if source is not None and source.startswith("hf:") else []
     folder = _hub_name(str(source))[0] if result else None  # a data set's files are of splits by their names
@@ -218,25 +219,27 @@ def cache_directory() -> Path:
     return located(str(base))
 
 
-def _hub_name(source: str) -> tuple[str, str]:
-    name, _, config = source.removeprefix("hf:").partition(":")
+def _hub_name(source: str) -> tuple[str, str, str]:
+    """Name, configuration and revision of a Hub data set, empty where they are not given."""
+    whole, _, revision = source.removeprefix("hf:").partition("@")
+    name, _, config = whole.partition(":")
     if not name:
-        raise ValueError(f"{source} names no data set; hf:NAME or hf:NAME:CONFIG would")
-    return name, config
+        raise ValueError(f"{source} names no data set; hf:NAME, hf:NAME:CONFIG or hf:NAME@REVISION would")
+    return name, config, revision
 
 
-def _hub_note(name: str) -> Path:
+def _hub_note(name: str, revision: str) -> Path:
     """The file of the last known commit of a Hub data set, by which prepared data is found without a network."""
-    return cache_directory() / "hub" / name.replace("/", "--")
+    return cache_directory() / "hub" / (f"{name}@{revision}" if revision else name).replace("/", "--")
 
 
-def _hub_commit(name: str) -> str:
-    """The newest commit of a Hub data set; without a network the last known one, or an empty string."""
+def _hub_commit(name: str, revision: str) -> str:
+    """The newest commit of a data set, or of its revision; without a network the last known one, or an empty string."""
     from huggingface_hub import dataset_info
 
-    note = _hub_note(name)
+    note = _hub_note(name, revision)
     try:
-        commit = dataset_info(name, timeout=10).sha or ""
+        commit = dataset_info(name, revision=revision or None, timeout=10).sha or ""
     except Exception:  # network errors of many kinds; errors of the data set are reported when it is read
         return note.read_text() if note.exists() else ""
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -254,10 +257,11 @@ def _hub_commit(name: str) -> str:
 def _hub_rows(source: str, field: str) -> Iterator[Document]:
     import datasets  # here, as importing it takes time and few runs need it
 
-    name, config = _hub_name(source)
-    commit = _hub_note(name).read_text() if _hub_note(name).exists() else None
+    name, config, revision = _hub_name(source)
+    note = _hub_note(name, revision)
+    commit = (note.read_text() if note.exists() else revision) or None
     try:
-        rows = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit or None)
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit)
     except Exception as error:
         raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
     rows = iter(rows)

@@ -52,9 +52,9 @@ class Options:
         steps: Optimizer steps; by default the size's own number.
         batch_size: Rows a step, a multiple of the group size; by default the size's own: 128 for Nano, 64 for Micro,
             256 for the others.
-        data: Files, folders or globs of text, .jsonl (each also .gz or .zst) or .parquet; hf:NAME[:CONFIG] for a data
-            set of the Hub; or packages, the source text of all Python packages that are installed beside this library.
-            May be given several times. By default the source text of Python's standard library.
+        data: Files, folders or globs of text, .jsonl (each also .gz or .zst) or .parquet; hf:NAME[:CONFIG][@REVISION]
+            for a data set of the Hub; or packages, the source text of all Python packages that are installed beside
+            this library. May be given several times. By default the source text of Python's standard library.
         field: The field of a .jsonl, .parquet or Hub row that holds the text.
         max_bytes: Read at most this many bytes of text.
         part_bytes: Prepare the files in parts of at least this many bytes on the disk, and begin to train when the
