@@ -11,7 +11,6 @@ which the entry is found. A damaged entry is made again. What is damaged after t
 import hashlib
 import itertools
 import json
-import os
 import platform
 import shutil
 import sys
@@ -28,10 +27,17 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.checks import listed
 from mixture_of_tokens.data import sources as corpus
-from mixture_of_tokens.data.files import Document, first_line, hash_of_file, naming
+from mixture_of_tokens.data.files import Document, hash_of_file, naming
 from mixture_of_tokens.data.groups import Blocks, segmented
 from mixture_of_tokens.data.splits import SPLITS, opened, pieces_of, split, spool
-from mixture_of_tokens.data.tokenizer import check_vocab_size, hash_of, load_tokenizer, train_tokenizer
+from mixture_of_tokens.data.tokenizer import (
+    check_vocab_size,
+    hash_of,
+    load_tokenizer,
+    parallel_tokenizers,
+    tokenizer_in,
+    train_tokenizer,
+)
 from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, batches, encoded, progress_bar, tokenize
 from mixture_of_tokens.disk import flush
 from mixture_of_tokens.formatting import few_of
@@ -155,7 +161,7 @@ def prepare(
         _say_segments(named, group_size, segments, once=together)  # a part is opened several times
     _say_what_is_missing(named, facts, duplicates=not keep_near_duplicates, once=together)
     facts |= {"source": named, "segments": segments}
-    kept = given or _tokenizer_in(directory)
+    kept = given or tokenizer_in(directory)
     made = Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
     if not together:
         made.check()
@@ -180,7 +186,7 @@ def whole_text(
         with progress_bar("Reading") as bar:
             places, _ = spool(_not_blank(corpus.documents(sources, field)), text, None, bar.update)
         count = int(places[:, 1].sum())
-        with progress_bar("Tokenizing", count) as bar, opened(text) as file, _parallel_tokenizers():
+        with progress_bar("Tokenizing", count) as bar, opened(text) as file, parallel_tokenizers():
             for batch in batches(file, places):
                 for tokens, closes in encoded(tokenizer, batch):
                     rows.append(np.array(tokens, dtype=np.int64))
@@ -202,13 +208,6 @@ def _not_blank(documents: Iterable[Document]) -> Iterator[Document]:
                 yield itertools.chain(blank, [part], parts)
                 break
             blank.append(part)
-
-
-def _tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(directory)
-    except Exception as error:  # its file is as it was written, but perhaps by a newer version of tokenizers
-        raise ValueError(f"the tokenizer in {directory} cannot be read: {first_line(error)}") from error
 
 
 def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, once: bool = False) -> None:
@@ -347,7 +346,7 @@ def _make(
                 keep_near=keep_near,
                 may_be_empty=may_be_empty and tokenizer is not None,
             )
-        with _parallel_tokenizers():
+        with parallel_tokenizers():
             if tokenizer is None:
                 tokenizer = train_tokenizer(_training_text(text, parts.places["train"]), vocab_size)
             manifest = tokenize(text, parts, tokenizer, beside, group_size)
@@ -384,20 +383,6 @@ def _clear(own: Path) -> None:
         with suppress(Timeout, OSError), FileLock(path).acquire(timeout=0):
             shutil.rmtree(path.with_suffix(PARTIAL), ignore_errors=True)
             path.unlink()
-
-
-@contextmanager
-def _parallel_tokenizers() -> Iterator[None]:
-    """Let tokenizers use all cores, whatever the environment variable was."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "true"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def _training_text(text: Path, places: np.ndarray) -> Iterator[str]:

@@ -1,7 +1,10 @@
 """Tokenizers: a byte-level BPE trained on the corpus, or an existing one; as transformers tokenizers."""
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -96,3 +99,25 @@ def hash_of(tokenizer: PreTrainedTokenizerFast) -> str:
     """A hash of all that determines how a tokenizer encodes text."""
     content = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
+    """The one of prepared text. Raises ValueError where it cannot be read."""
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # its file is as it was written, but perhaps by a newer version of tokenizers
+        raise ValueError(f"the tokenizer in {directory} cannot be read: {first_line(error)}") from error
+
+
+@contextmanager
+def parallel_tokenizers() -> Iterator[None]:
+    """Let tokenizers use all cores, whatever the environment variable was."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
