@@ -27,7 +27,7 @@ from transformers import (
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM
 from mixture_of_tokens.convert import export as export_module
 from mixture_of_tokens.convert import serving
-from mixture_of_tokens.convert.export import to_plain
+from mixture_of_tokens.convert.export import in_plain_transformers, to_plain
 from mixture_of_tokens.convert.serving import Served, TopK, best_of, serve
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.runs.ownership import owned_file
@@ -61,41 +61,66 @@ def saved(tiny_runs, tmp_path):
 
 
 ELSEWHERE = """
-import json, sys
+import contextlib, io, json, sys
 sys.modules["mixture_of_tokens"] = None
 import torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 for line in sys.stdin:
-    directory, ids, new = json.loads(line)
-    model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    with torch.no_grad():
-        logits = model(torch.tensor(ids)).logits
-        written = model.generate(torch.tensor(ids)[:1], max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    kept = AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
-    found = {"kind": type(model).__name__, "transformers": transformers.__version__, "kept": kept}
-    print(json.dumps(found | {"logits": logits.tolist(), "text": written[0].tolist()}), flush=True)
+    code, *sys.argv[1:] = json.loads(line)
+    printed, error = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, {})
+    except Exception as raised:
+        error = repr(raised)
+    print(json.dumps([printed.getvalue(), error]), flush=True)
 """
-Answer = Callable[[Path, torch.Tensor, int], dict]
+READ = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+directory, ids, new = sys.argv[1], *map(json.loads, sys.argv[2:])
+model = AutoModelForCausalLM.from_pretrained(directory).eval()
+with torch.no_grad():
+    logits = model(torch.tensor(ids)).logits
+    written = model.generate(torch.tensor(ids)[:1], max_new_tokens=new, min_new_tokens=new, do_sample=False)
+kept = AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
+found = {"kind": type(model).__name__, "transformers": transformers.__version__, "kept": kept}
+print(json.dumps(found | {"logits": logits.tolist(), "text": written[0].tolist()}))
+"""
+Python = Callable[..., str]
 
 
 @contextmanager
-def another_python(**environment: str) -> Iterator[Answer]:
-    """A process that answers what plain transformers makes of a directory and of ids; it ends with its input."""
+def another_python(**environment: str) -> Iterator[Python]:
+    """A process that runs programs as `in_plain_transformers` does, one after the other; it ends with its input."""
     words, pipes = [sys.executable, "-c", ELSEWHERE], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(words, **pipes, text=True, env=os.environ | environment) as process:
 
-        def answer(directory: Path, ids: torch.Tensor, new: int) -> dict:
-            print(json.dumps([str(directory), ids.tolist(), new]), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
+        def run(code: str, *words: str) -> str:
+            print(json.dumps([code, *words]), file=process.stdin, flush=True)
+            printed, error = json.loads(process.stdout.readline())
+            if error is not None:
+                raise ValueError(f"plain transformers cannot load what was written: {error}")
+            return printed
 
-        yield answer
+        yield run
 
 
 @pytest.fixture(scope="module")
-def elsewhere() -> Iterator[Answer]:
+def elsewhere() -> Iterator[Python]:
     """One process for all tests: its imports take longer than its answers."""
-    with another_python() as answer:
-        yield answer
+    with another_python() as python:
+        yield python
+
+
+@pytest.fixture
+def checked_elsewhere(elsewhere, monkeypatch) -> None:
+    """Exports are checked there too, where users' start a process each."""
+    monkeypatch.setattr(export_module, "in_plain_transformers", elsewhere)
+
+
+def read_by(python: Python, directory: Path, ids: torch.Tensor, new: int) -> dict:
+    """What plain transformers makes of a directory and of ids."""
+    return json.loads(python(READ, str(directory), json.dumps(ids.tolist()), str(new)))
 
 
 def check_keys_and_shapes(out, own) -> None:
@@ -133,8 +158,10 @@ def check_keys_and_shapes(out, own) -> None:
     ids=["token_choice", "sigmoid_choice", "shared_experts", "dense"],
 )
 def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist(
-    kind, options, expected, saved, elsewhere, tmp_path, capsys
+    kind, options, expected, saved, elsewhere, tmp_path, request, capsys
 ):
+    if kind != "token_choice":  # which is checked as users' exports are
+        request.getfixturevalue("checked_elsewhere")
     directory = saved(kind, **options)
     for name in (".out.partial", "out.partial"):  # what a killed export may have left, and a folder of somebody's
         (tmp_path / name).mkdir()
@@ -147,7 +174,7 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
     assert "differ from the run's by at most" in capsys.readouterr().out
     model = MixtureOfTokensForCausalLM.from_pretrained(directory).eval()
     ids = torch.randint(512, (3, 17), generator=torch.Generator().manual_seed(1))
-    found = elsewhere(tmp_path / "out", ids, 200)
+    found = read_by(elsewhere, tmp_path / "out", ids, 200)
     assert found["kind"] == expected
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(found["logits"]), model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -158,7 +185,7 @@ def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist
     assert found["kept"] == AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
 
 
-@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.usefixtures("tiny_cache", "checked_elsewhere")
 @pytest.mark.parametrize(
     "words",
     [(), pytest.param(("--top-k", 3, "--scores", "sigmoid"), marks=pytest.mark.slow)],
@@ -183,7 +210,7 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     assert flops == sorted(flops, reverse=True)
     assert all(each.ms > 0 for each in served.tried)
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "out")("abc de fgh")["input_ids"]])
-    found = elsewhere(tmp_path / "out", ids, 200)
+    found = read_by(elsewhere, tmp_path / "out", ids, 200)
     assert found["kind"] == ("Dots1ForCausalLM" if words else "Qwen3MoeForCausalLM")
     assert found["text"] == model.generate(ids, max_new_tokens=200, min_new_tokens=200, do_sample=False)[0].tolist()
     card = (tmp_path / "out" / "README.md").read_text()
@@ -199,7 +226,7 @@ def test_the_fewest_experts_that_are_enough_are_written_or_else_the_best(losses,
     assert f"Top {best} is written: {why} 0.01 nats above" in str(Served(source, tried, best_of(tried, source)))
 
 
-@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.usefixtures("tiny_cache", "checked_elsewhere")
 def test_a_checkpoint_is_exported_as_what_it_is(tiny_runs, tmp_path, monkeypatch):
     served = []
     monkeypatch.setattr(
@@ -234,7 +261,7 @@ def test_time_is_taken_of_a_model_whose_padding_is_the_first_token():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("tiny_cache")
+@pytest.mark.usefixtures("tiny_cache", "checked_elsewhere")
 def test_the_circle_from_training_to_plain_transformers(tiny_runs, elsewhere, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     mot("transition", tiny_runs[MIXED], "--steps", "3", "--calibrate", "none", "--out", run)
@@ -242,7 +269,7 @@ def test_the_circle_from_training_to_plain_transformers(tiny_runs, elsewhere, tm
     assert "validation text" in capsys.readouterr().out
     ids = torch.tensor([AutoTokenizer.from_pretrained(out)("abc de fgh")["input_ids"]])
     model = MixtureOfTokensForCausalLM.from_pretrained(run / "model")
-    found = elsewhere(out, ids, 20)
+    found = read_by(elsewhere, out, ids, 20)
     assert found["text"] == model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)[0].tolist()
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\n")
@@ -271,6 +298,7 @@ def test_an_expert_perturbed_by_a_bit_fails_and_leaves_nothing(saved, tmp_path, 
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.usefixtures("checked_elsewhere")
 def test_the_right_weights_read_another_way_fail_and_leave_nothing(saved, tmp_path, monkeypatch, capsys):
     def misread(model):
         plain = to_plain(model)
@@ -328,15 +356,16 @@ def test_the_oldest_transformers_we_support_opens_an_export(saved, elsewhere, tm
     (oldest,) = (re.search(r">=([\d.]+)", need)[1] for need in requires("mixture-of-tokens") if "transformers" in need)
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "old")]
     subprocess.run([*install, f"transformers=={oldest}"], check=True)
-    now = elsewhere(tmp_path / "out", ids, 200)
-    with another_python(PYTHONPATH=str(tmp_path / "old")) as answer:
-        then = answer(tmp_path / "out", ids, 200)
+    now = read_by(elsewhere, tmp_path / "out", ids, 200)
+    with another_python(PYTHONPATH=str(tmp_path / "old")) as python:
+        then = read_by(python, tmp_path / "out", ids, 200)
     assert then["transformers"].startswith(oldest)
     assert now["transformers"] != then["transformers"]
     torch.testing.assert_close(torch.tensor(then["logits"]), torch.tensor(now["logits"]), rtol=1e-5, atol=1e-5)
     assert then["text"] == now["text"]
 
 
+@pytest.mark.usefixtures("checked_elsewhere")
 def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, tmp_path, monkeypatch, capsys):
     directory, out = saved("dense"), tmp_path / "out"
     out.mkdir()
@@ -353,6 +382,7 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     (out / "README.md").write_text("mine")  # a card may be written on
     (out / "mine").write_text("mine")
     with monkeypatch.context() as patch:
+        patch.setattr(export_module, "in_plain_transformers", in_plain_transformers)
         patch.setattr(export_module, "CHECK", "import sys; sys.exit('no room')")
         with pytest.raises(SystemExit, match="2"):
             mot("export", directory, out, "--force")
@@ -365,6 +395,7 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == ["out"]
 
 
+@pytest.mark.usefixtures("checked_elsewhere")
 def test_an_export_that_was_being_replaced_is_put_back_and_a_folder_of_that_name_is_not_touched(
     saved, tmp_path, capsys
 ):
@@ -383,6 +414,7 @@ def test_an_export_that_was_being_replaced_is_put_back_and_a_folder_of_that_name
     assert not before.exists()
 
 
+@pytest.mark.usefixtures("checked_elsewhere")
 def test_two_exports_to_one_directory_do_not_meet(saved, tmp_path, capsys):
     directory, out = saved("dense"), tmp_path / "out"
     with owned_file(out), pytest.raises(SystemExit, match="2"):
@@ -391,6 +423,7 @@ def test_two_exports_to_one_directory_do_not_meet(saved, tmp_path, capsys):
     mot("export", directory, out)
 
 
+@pytest.mark.usefixtures("checked_elsewhere")
 def test_an_export_through_a_link_is_written_where_the_link_leads(saved, tmp_path, monkeypatch):
     directory, link = saved("dense"), tmp_path / "link"
     link.symlink_to("big")
