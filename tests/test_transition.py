@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, set_seed
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
-from mixture_of_tokens.convert import beginning
+from mixture_of_tokens.convert import beginning, export
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import read
@@ -41,6 +41,17 @@ def transitioned(tiny_runs, tmp_path_factory):
         patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))
         mot("transition", tiny_runs[MIXED], "--steps", STEPS, "--calibrate", "none", "--out", out)
     return out, before
+
+
+@pytest.fixture(scope="module")
+def barely_trained(tiny_runs, small_corpus, tmp_path_factory):
+    """A run of two steps."""
+    out = tmp_path_factory.mktemp("barely_trained") / "run"
+    flags = ("--steps", 2, "--batch-size", 32, "--device", "cpu", "--data", small_corpus)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs["TC-Nano/4E"].parent / "cache"))
+        mot("train", MIXED, *flags, "--model.attn_implementation", "eager", "--out", out)
+    return out
 
 
 def copy_of(run, to, **changes):
@@ -93,11 +104,9 @@ def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys)
     )
 
 
-def test_what_upstream_keeps_elsewhere_is_kept(tiny_cache, small_corpus, tmp_path, capsys):
-    flags = ("--steps", 2, "--batch-size", 32, "--device", "cpu", "--data", small_corpus)
-    mot("train", MIXED, *flags, "--model.attn_implementation", "eager", "--out", tmp_path / "run")
-    capsys.readouterr()
-    mot("transition", tmp_path / "run", "--steps", 2, "--dry-run", "--json")
+@pytest.mark.usefixtures("tiny_cache")
+def test_what_upstream_keeps_elsewhere_is_kept(barely_trained, capsys):
+    mot("transition", barely_trained, "--steps", 2, "--dry-run", "--json")
     assert json.loads(capsys.readouterr().out)["model"]["attn_implementation"] == "eager"
 
 
@@ -117,7 +126,7 @@ def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tin
     plain = json.loads((transitioned[0] / "switch.json").read_text())
     assert plain["source_in_groups"] < plain["at_the_switch"] == plain["plain_switch"]
     assert plain["branch_errors"] == {}
-    words = ["--steps", 5, "--distil-steps", 60, "--json", "--out", tmp_path / "distilled"]
+    words = ["--steps", 5, "--distil-steps", 30, "--json", "--out", tmp_path / "distilled"]
     mot("transition", tiny_runs[MIXED], *words)
     result = json.loads(capsys.readouterr().out)
     switch, stages = result["switch"], result["stages"]
@@ -200,15 +209,20 @@ def test_a_new_router_is_not_the_one_that_the_source_began_with(begun, tiny_runs
             assert float(value.detach().std()) == pytest.approx(float(drawn.std()), rel=0.3)
 
 
-@pytest.mark.usefixtures("tiny_cache")
-def test_the_control_from_scratch_is_the_same_model_from_nothing(tiny_runs, tmp_path, capsys):
-    mot("transition", tiny_runs[MIXED], "--steps", 2, "--control", "scratch", "--json", "--out", tmp_path / "scratch")
+def test_the_control_from_scratch_is_the_same_model_from_nothing(barely_trained, begun, tmp_path, capsys):
+    words = ["--steps", 3, "--control", "scratch"]
+    made = begun(barely_trained, *words).causal_lm
+    set_seed(0)
+    first = MixtureOfTokensForCausalLM(made.config)
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), first.parameters(), strict=True))
+    capsys.readouterr()
+    mot("transition", barely_trained, *words, "--json", "--out", tmp_path / "scratch")
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", SOURCE_STEPS + 2)
+    assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", 2 + 3)
     assert rows_of(tmp_path / "scratch")[0]["train_loss"] > 5  # near ln 512
     run = read(tmp_path / "scratch")
     assert (run.model_config.capacity_factor, run.model_config.router_temperature) == (None, 1)
-    other = copy_of(tiny_runs[MIXED], tmp_path / "other", model={"rms_norm_eps": 1e-3}, training={"weight_decay": 0.7})
+    other = copy_of(barely_trained, tmp_path / "other", model={"rms_norm_eps": 1e-3}, training={"weight_decay": 0.7})
     mot("transition", other, "--control", "scratch", "--learning-rate", 0.5, "--dry-run")
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["model"]["rms_norm_eps"], shown["training"]["weight_decay"]) == (1e-3, 0.7)
@@ -292,7 +306,7 @@ def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_run
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, capsys):
+def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, monkeypatch, capsys):
     source, out = tiny_runs[MIXED], tmp_path / "new"
     words = ["--steps", 0, "--scores", "sigmoid", "--optimizer", "fresh", "--distil-steps", 50, "--out", out]
     mot("transition", source, *words, "--json")
@@ -304,6 +318,7 @@ def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, capsys):
     mot("report", source, out, "--out", tmp_path / "page.html")
     assert "MoT-Nano/4E/2, switched" in capsys.readouterr().out
     assert "--steps 0 --scores sigmoid" in (tmp_path / "page.html").read_text()
+    monkeypatch.setattr(export, "compare_logits", lambda model, directory, ids: (0.0, 1.0))  # see test_export.py
     mot("export", out, tmp_path / "exported")
     assert f"{result['switch']['at_the_switch']:.4f} at the end" in (tmp_path / "exported" / "README.md").read_text()
     mot("audit", out, "--expect", "private")
