@@ -20,7 +20,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mixture_of_tokens import MixtureOfTokens, Options, evaluate, export, train
+from mixture_of_tokens import MixtureOfTokens, Options, evaluate, train
+from mixture_of_tokens.convert import distil as distillation
+from mixture_of_tokens.convert.serving import serve
+from mixture_of_tokens.convert.switch import branches
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.inference.evaluate import argmax_routing, cross_entropy, evaluate_blocks, in_parts
 from mixture_of_tokens.loss import IGNORE
@@ -96,7 +99,16 @@ def test_experts_of_groups_of_one_are_served_and_distilled_all(small_corpus, tmp
     train("MoT-Nano/4E/2", out=tmp_path / "run", options=options)
     labels = [line.label for line in evaluate(tmp_path / "run", regroupings=1, sweep_tokens=600).lines]
     assert labels[-1] == "alone"
-    assert export(tmp_path / "run", tmp_path / "out", distil_steps=2, top_k=2).served is not None
+    few = []
+
+    def noted(source, batches, tokens, num_experts_alone):
+        few.append(num_experts_alone)
+        return branches(source, batches, tokens, num_experts_alone)
+
+    monkeypatch.setattr(distillation, "branches", noted)
+    run = str(tmp_path / "run")
+    serve(load_model(run), text_of(run), top_k=2, scores="softmax", distil_steps=2)
+    assert few == [None]
 
 
 @pytest.mark.parametrize("name", ["STC-Nano/4E", "EC-Nano/4E", "SoftMoE-Nano/4E", "Uniform-Nano/4E"])
