@@ -190,14 +190,14 @@ def test_the_command_s_exit_status_is_the_verdict(tiny_runs, name, private, caps
     assert found["private"] == private
     assert found["collisions"] == (None if private else 0)
     if private:
-        mot("audit", run, "--expect", "private")
+        mot("audit", run, "--expect", "private", "--batches", 1)
         assert "\ncausal: yes; private: yes" in capsys.readouterr().out
         assert (found["alone"], found["experts"]) == (False, None)
     else:
         with pytest.raises(SystemExit, match="1"):
-            mot("audit", run, "--expect", "private")
+            mot("audit", run, "--expect", "private", "--batches", 1)
         assert "\ncausal: yes; private: no" in capsys.readouterr().out
-        mot("audit", run, "--expect", "private", "--alone", "--experts", 2)
+        mot("audit", run, "--expect", "private", "--alone", "--experts", 2, "--batches", 1)
         assert "\nserved alone, by 2 experts: causal: yes; private: yes" in capsys.readouterr().out
 
 
