@@ -109,7 +109,7 @@ def test_commands_are_legal(words, tiny_runs, small_corpus, tmp_path, monkeypatc
     if command == "report":
         shutil.copytree(ROOT / "experiments" / "nano", tmp_path / given[0])
     if command in ("transition", "export") and not switched and "--calibrate" not in words:
-        words = (*words, "--distil-steps", "40")
+        words = (*words, "--distil-steps", "4")
     if command == "export":  # another process would have to import transformers, as in test_export.py
         monkeypatch.setattr(export, "compare_logits", lambda model, directory, ids: (0.0, 1.0))
     cli.main([*words, "--dry-run"] if command in DRY and "--help" not in words else list(words))
