@@ -4,7 +4,9 @@ import copy
 import json
 import re
 import shutil
+from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.loss import L1Loss, LoadBalancingLoss
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.sparse import SigmoidChoice
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
 from mixture_of_tokens.training.options import Options
-from processes import mot
+from processes import in_processes, mot
 from routings import tiny, tokens
 
 D, F, E, K = 6, 5, 8, 2
@@ -315,3 +318,40 @@ def test_soft_moe_can_be_trained_and_audited_and_does_not_write(small_corpus, tm
     shown = capsys.readouterr().out
     assert re.search(r"SoftMoE-Nano/4E +no +no +by construction +yes", shown)
     assert "SoftMoE-Nano/4E is not causal" in shown
+
+
+def balanced(directory: Path) -> None:
+    """In two processes: what layers have after `balance` that have seen other tokens in each."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    choice, threshold = SigmoidChoice(D, F, 2, balance_rate=0.5), by_number(thresholds(threshold_decay=0.75))
+    penalty = remoe(l1_start=1.0, l1_factor=2.0)
+    with torch.no_grad():
+        choice.gate.weight.copy_(torch.eye(D)[:1] * torch.tensor([[1.0], [-1.0]]))  # a number's sign chooses
+        penalty.gate.weight.copy_(threshold.gate.weight)
+    batches: Any = {  # of the first process, and of the second
+        choice: ([(1, 1), (1, -1)], [(-1, -1, -1, -1), (1, -1)]),
+        threshold: ([range(-8, 0)], [range(4, 12), range(1, 9)]),
+        penalty: ([(1, 1), (1,)], [[-1] * 10]),
+    }
+    for layer, of_ranks in batches.items():
+        for numbers in of_ranks[rank]:
+            layer(numbered(*numbers))
+        layer.balance([layer])
+    torch.save((choice.selection_bias, threshold.threshold, penalty.l1_weight), directory / f"process{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_the_tokens_of_all_processes_decide_where_to(tmp_path):
+    """By those of the first process alone each would go the other way.
+
+    Of 4 choices there the first expert has 3, of all 10 it has 4: its bias goes up. The third largest of 8 numbers is
+    -3 there, 9 and 6 in the second process, and the mean is 4: thresholds go a quarter of the way. Three tokens go to
+    all 8 experts there, and 10 to none in the second process: 24 choices, where 2 for each of 13 are asked.
+    """
+    in_processes(balanced, (tmp_path,), 2, tmp_path / "log")
+    for rank in (0, 1):
+        bias_E, threshold_E, weight = torch.load(tmp_path / f"process{rank}.pt")
+        assert bias_E.tolist() == [0.5, -0.5]
+        assert threshold_E.tolist() == [1.0] * E
+        assert weight.item() == 0.5
