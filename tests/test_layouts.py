@@ -3,6 +3,7 @@ resume."""
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,8 +15,29 @@ from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import in_processes, mot, rows_of
 
-LAYOUTS = {"1x4": (1, 4), "2x2": (2, 2), "4x1": (4, 1)}  # processes x accumulation
+MOT, TC, BALANCED = "MoT-Nano/4E/2", "TC-Nano/4E", ("STC-Nano/4E", "ET-Nano/4E")
+LAYOUTS = ((1, 4), (2, 2), (4, 1))  # processes x accumulation
 BATCH, STEPS = 32, 3
+
+
+class Training(NamedTuple):
+    """Of what model, on how many processes, with how many micro-batches and loader workers in each."""
+
+    name: str
+    processes: int = 1
+    accumulation: int = 4
+    workers: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.name.replace('/', '-')}-{self.processes}x{self.accumulation}-{self.workers}"
+
+
+TRAININGS = (
+    Training(MOT, workers=3),
+    *(Training(name, *layout) for name in (MOT, TC) for layout in LAYOUTS),
+    *(Training(name, *layout) for name in BALANCED for layout in LAYOUTS[:2]),
+)
 
 
 class Watched(GroupedTrainer):
@@ -35,51 +57,63 @@ class Watched(GroupedTrainer):
         return super()._clip_grad_norm(model)
 
 
-def watched_run(name: str, data: str, out: Path, accumulation: int, workers: int) -> None:
-    """Saves what a process saw."""
-    training = {"gradient_accumulation_steps": str(accumulation), "dataloader_num_workers": str(workers)}
-    training |= {"logging_steps": "1", "eval_strategy": "no", "report_to": "none", "save_strategy": "no"}
-    options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=training, data=[data])
-    config, arguments, _ = merge(name, 0, 1e-2, options)
-    arguments = TrainingArguments(output_dir=str(out), **arguments)
-    out.mkdir(parents=True, exist_ok=True)
-    trainer, _ = build(config, arguments)
-    trainer.causal_lm.double()  # rounding, which differs between layouts, must not make a token choose otherwise
-    trainer.__class__ = Watched
-    assert isinstance(trainer, Watched)
-    trainer.seen, trainer.steps = [], []
-    trainer.train()
-    saved = {"rows": trainer.seen, "gradients": trainer.steps}
-    torch.save(saved, out / f"process{arguments.process_index}.pt")
-    if arguments.world_size > 1:
+def train_all(trainings: list[Training], data: str, directory: Path) -> None:
+    """In every process: one training after the other; saves what the process saw."""
+    for training in trainings:
+        fields = {"gradient_accumulation_steps": str(training.accumulation)}
+        fields |= {"dataloader_num_workers": str(training.workers)}
+        fields |= {"logging_steps": "1", "eval_strategy": "no", "report_to": "none", "save_strategy": "no"}
+        options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=fields, data=[data])
+        config, arguments, _ = merge(training.name, 0, 1e-2, options)
+        out = directory / training.label
+        out.mkdir(exist_ok=True)
+        taken = TrainingArguments(output_dir=str(out), **arguments)
+        trainer, _ = build(config, taken)
+        trainer.causal_lm.double()  # rounding, which differs between layouts, must not make a token choose otherwise
+        trainer.__class__ = Watched
+        assert isinstance(trainer, Watched)
+        trainer.seen, trainer.steps = [], []
+        trainer.train()
+        saved = {"rows": trainer.seen, "gradients": trainer.steps}
+        torch.save(saved, out / f"process{taken.process_index}.pt")
+    if trainings[0].processes > 1:
         torch.distributed.destroy_process_group()
 
 
-def in_layout(name: str, layout: str, data: Path, directory: Path, workers: int = 0) -> tuple[list, list, list]:
-    """Rows of every micro-batch in the order of the step, gradients of every step, rows of metrics.jsonl."""
-    count, accumulation = LAYOUTS[layout]
-    out = directory / f"{layout}-{workers}"
-    in_processes(watched_run, (name, str(data), out, accumulation, workers), count, directory / "log")
-    saved = [torch.load(out / f"process{rank}.pt") for rank in range(count)]
-    rows = [saved[rank]["rows"][part] for part in range(STEPS * accumulation) for rank in range(count)]
-    metrics = rows_of(out)
-    return rows, saved[0]["gradients"], metrics
+class Seen(NamedTuple):
+    rows: list[torch.Tensor]  # of every micro-batch, in the order of the step
+    gradients: list[dict[str, torch.Tensor]]  # of every step
+    metrics: list[dict[str, Any]]  # rows of metrics.jsonl
 
 
-@pytest.mark.parametrize("name", ["MoT-Nano/4E/2", "TC-Nano/4E"])
-def test_layouts_see_the_same_groups_and_give_the_same_gradients(name, small_corpus, tmp_path):
-    results = {layout: in_layout(name, layout, small_corpus, tmp_path) for layout in LAYOUTS}
-    rows, gradients, metrics = results.pop("1x4")
+@pytest.fixture(scope="module")
+def seen(small_corpus, tmp_path_factory) -> dict[Training, Seen]:
+    directory = tmp_path_factory.mktemp("layouts")
+    for count, _ in LAYOUTS:
+        own = [training for training in TRAININGS if training.processes == count]
+        in_processes(train_all, (own, str(small_corpus), directory), count, directory / "log")
+    made = {}
+    for training in TRAININGS:
+        out, ranks = directory / training.label, range(training.processes)
+        saved = [torch.load(out / f"process{rank}.pt") for rank in ranks]
+        rows = [saved[rank]["rows"][part] for part in range(STEPS * training.accumulation) for rank in ranks]
+        made[training] = Seen(rows, saved[0]["gradients"], rows_of(out))
+    return made
+
+
+@pytest.mark.parametrize("name", [MOT, TC])
+def test_layouts_see_the_same_groups_and_give_the_same_gradients(name, seen):
+    (rows, gradients, metrics), *others = [seen[Training(name, *layout)] for layout in LAYOUTS]
     assert len(rows) == 4 * STEPS
     assert all(len(part) == BATCH // 4 for part in rows)
     assert len({tuple(row.tolist()) for part in rows for row in part}) == BATCH * STEPS
     assert len(gradients) == STEPS
-    for other_rows, other_gradients, other_metrics in results.values():
+    for other_rows, other_gradients, other_metrics in others:
         assert all(torch.equal(part, other) for part, other in zip(rows, other_rows, strict=True))
         norm = torch.stack([g.norm() for g in gradients[0].values()]).norm()
         gap = torch.stack([(g - other_gradients[0][n]).norm() for n, g in gradients[0].items()]).norm()
         assert gap <= 1e-14 * norm  # of the first step, whose weights are the same
-        for kind in ("train_loss", "aux_loss") if name.startswith("TC") else ("train_loss",):
+        for kind in ("train_loss", "aux_loss") if name == TC else ("train_loss",):
             assert [row[kind] for row in other_metrics] == pytest.approx([row[kind] for row in metrics], rel=1e-12)
 
 
@@ -87,7 +121,7 @@ def evaluated_run(data: str, out: Path, accumulation: int) -> None:
     """Saves what a process finds of an untrained model, and how many batches it evaluates."""
     training = {"gradient_accumulation_steps": str(accumulation)}
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=training, data=[data])
-    config, arguments, _ = merge("MoT-Nano/4E/2", 0, 1e-2, options)
+    config, arguments, _ = merge(MOT, 0, 1e-2, options)
     trainer, _ = build(config, TrainingArguments(output_dir=str(out), **arguments))
     forward, batches = trainer.causal_lm.forward, []
     trainer.causal_lm.forward = lambda *words, **inputs: batches.append(1) or forward(*words, **inputs)
@@ -108,22 +142,23 @@ def test_processes_share_an_evaluation_and_find_what_one_does_bit_for_bit(small_
     assert max(each for _, each in shared) <= batches // 2 + 1  # of two evaluations
 
 
-@pytest.mark.parametrize("system", ["STC", "ET", "ReMoE"])
-def test_what_balances_the_load_counts_all_parts_of_a_step(system, small_corpus, tmp_path):
-    _, gradients, metrics = in_layout(f"{system}-Nano/4E", "1x4", small_corpus, tmp_path)
-    _, others, other_metrics = in_layout(f"{system}-Nano/4E", "2x2", small_corpus, tmp_path)
+@pytest.mark.parametrize("name", BALANCED)
+def test_what_balances_the_load_counts_all_parts_of_a_step(name, seen):
+    (_, gradients, metrics), (_, others, other_metrics) = [seen[Training(name, *layout)] for layout in LAYOUTS[:2]]
     assert [row["train_loss"] for row in other_metrics] == pytest.approx(
         [row["train_loss"] for row in metrics], rel=1e-5
     )
-    for name, gradient in gradients[-1].items():  # of the third step, whose choices two moves of the bias have changed
-        assert (gradient - others[-1][name]).norm() <= 1e-3 * gradient.norm(), name
+    for weight, gradient in gradients[
+        -1
+    ].items():  # of the third step, whose choices two moves of the bias have changed
+        assert (gradient - others[-1][weight]).norm() <= 1e-3 * gradient.norm(), weight
 
 
-def test_auxiliary_gradients_are_scaled_once(small_corpus, tmp_path):
+def test_auxiliary_gradients_are_scaled_once(seen, small_corpus, tmp_path):
     """The coefficient times the auxiliary loss is in the gradient: four parts give what one batch's sum over four."""
-    rows, gradients, metrics = in_layout("TC-Nano/4E", "1x4", small_corpus, tmp_path)
+    rows, gradients, metrics = seen[Training(TC)]
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", data=[str(small_corpus)])
-    config, arguments, _ = merge("TC-Nano/4E", 0, 1e-2, options)
+    config, arguments, _ = merge(TC, 0, 1e-2, options)
     trainer, _ = build(config, TrainingArguments(output_dir=str(tmp_path), **arguments))
     model, coefficient = trainer.causal_lm.double(), config.model_config.router_aux_loss_coef
     labels = [trainer.rows.blocks.batch(trainer.rows.block_numbers(list(range(8 * i, 8 * i + 8)))) for i in range(4)]
@@ -140,16 +175,15 @@ def test_auxiliary_gradients_are_scaled_once(small_corpus, tmp_path):
     assert metrics[0]["train_loss"] == pytest.approx(mean_loss - coefficient * auxiliary, rel=1e-12)
 
 
-def test_workers_change_nothing(small_corpus, tmp_path):
-    rows, gradients, _ = in_layout("MoT-Nano/4E/2", "1x4", small_corpus, tmp_path)
-    other_rows, other_gradients, _ = in_layout("MoT-Nano/4E/2", "1x4", small_corpus, tmp_path, workers=3)
+def test_workers_change_nothing(seen):
+    (rows, gradients, _), (other_rows, other_gradients, _) = seen[Training(MOT)], seen[Training(MOT, workers=3)]
     assert all(torch.equal(part, other) for part, other in zip(rows, other_rows, strict=True))
     assert all(torch.equal(g, other_gradients[-1][name]) for name, g in gradients[-1].items())
 
 
 def test_a_run_is_resumed_in_another_layout(small_corpus, tmp_path):
     """Four steps in one process, the last two of them again in two processes; a row is of steps before and after."""
-    flags = ["train", "MoT-Nano/4E/2", "--steps", "4", "--batch-size", str(BATCH), "--device", "cpu"]
+    flags = ["train", MOT, "--steps", "4", "--batch-size", str(BATCH), "--device", "cpu"]
     flags += ["--data", str(small_corpus)]
     flags += ["--training.save_steps", "2", "--training.logging_steps", "3", "--training.eval_steps", "4"]
     one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
@@ -170,7 +204,7 @@ def test_a_run_is_resumed_in_another_layout(small_corpus, tmp_path):
 
 @pytest.mark.usefixtures("tiny_cache")
 def test_a_switch_in_two_processes_is_the_one_in_one(tiny_runs, tmp_path):
-    flags = ["transition", str(tiny_runs["MoT-Nano/4E/2"]), "--steps", "2", "--calibrate", "none", "--device", "cpu"]
+    flags = ["transition", str(tiny_runs[MOT]), "--steps", "2", "--calibrate", "none", "--device", "cpu"]
     facts = []
     for count in (1, 2):
         out = tmp_path / f"in-{count}"
