@@ -5,7 +5,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ LAYOUTS = {
     "halves": (4, ["--shard", "4", "--expert-parallel", "2"]),
     "all": (4, ["--shard", "2", "--replicate", "2", "--expert-parallel", "2"]),
 }
+OF_FOUR = [layout for layout, (count, _) in LAYOUTS.items() if count == 4]
+OTHERS = [layout for layout in LAYOUTS if layout not in OF_FOUR]
 
 
 def words(layout: str, data: object, out: Path, *more: object) -> list[str]:
@@ -52,45 +55,69 @@ def losses(run: Path) -> dict[int, list[float]]:
 
 @pytest.fixture(scope="module")
 def runs(small_corpus, tmp_path_factory) -> Path:
-    """An uninterrupted run of every layout."""
+    """An uninterrupted run of every layout of one process or two, and one of shards in bf16."""
     directory = tmp_path_factory.mktemp("runs")
-    for layout, (count, _) in LAYOUTS.items():
-        in_processes(train_all, ([words(layout, small_corpus, directory / layout)],), count, directory / "log")
+    alone, *others = [words(layout, small_corpus, directory / layout) for layout in OTHERS]
+    others.append(words("shards", small_corpus, directory / "bf16", "--model.dtype", "bfloat16"))
+    for count, commands in ((1, [alone]), (2, others)):
+        in_processes(train_all, (commands,), count, directory / "log")
     return directory
 
 
-SOME = ("one", "copies", "experts")
+@pytest.fixture(scope="module")
+def all_runs(runs, small_corpus) -> Path:
+    """Of four processes too."""
+    in_processes(train_all, ([words(layout, small_corpus, runs / layout) for layout in OF_FOUR],), 4, runs / "log")
+    return runs
 
 
-@pytest.mark.parametrize("layouts", [SOME, pytest.param(tuple(LAYOUTS), marks=pytest.mark.slow)], ids=len)
-def test_a_run_goes_on_in_any_layout_from_a_checkpoint_of_any(runs, small_corpus, tmp_path, layouts):
-    for layout in layouts:
-        commands, count = [], LAYOUTS[layout][0]
-        for source in layouts:
-            out = tmp_path / f"{source}-to-{layout}"
-            out.mkdir()
-            shutil.copytree(runs / source / "checkpoint-2", out / "checkpoint-2")
-            for file in ("config.yaml", "metrics.jsonl"):
-                shutil.copy(runs / source / file, out)
-            commands.append(words(layout, small_corpus, out, "--resume"))
-        in_processes(train_all, (commands,), count, tmp_path / "log")
+def go_on(runs: Path, pairs: Sequence[tuple[str, str]], data: Path, directory: Path) -> None:
+    """From a checkpoint of the first layout of a pair, in the second one; each has to end as one process does."""
+    for count in (1, 2, 4):
+        commands = []
+        for source, layout in pairs:
+            if LAYOUTS[layout][0] == count:
+                out = directory / f"{source}-to-{layout}"
+                out.mkdir()
+                shutil.copytree(runs / source / "checkpoint-2", out / "checkpoint-2")
+                for file in ("config.yaml", "metrics.jsonl"):
+                    shutil.copy(runs / source / file, out)
+                commands.append(words(layout, data, out, "--resume"))
+        if commands:
+            in_processes(train_all, (commands,), count, directory / "log")
     expected = losses(runs / "one")
     assert list(expected) == [1, 2, 3, 4]
-    for source in layouts:
-        for layout in layouts:
-            out = tmp_path / f"{source}-to-{layout}"
-            for step, found in losses(out).items():
-                assert found == pytest.approx(expected[step], rel=1e-5), (source, layout, step)
-            assert read(out).facts.final_loss == pytest.approx(read(runs / "one").facts.final_loss, rel=1e-5)
-            # What no layout could give by chance: the moments of Adam went along.
-            assert (tmp_path / "log").read_text().count(f"Going on from {out / 'checkpoint-2'}") == 1
-        own = tmp_path / f"{source}-to-{source}" / "model" / "model.safetensors"
-        assert own.read_bytes() == (runs / source / "model" / "model.safetensors").read_bytes()
-        assert losses(tmp_path / f"{source}-to-{source}") == losses(runs / source)
+    for source, layout in pairs:
+        out = directory / f"{source}-to-{layout}"
+        found = losses(out)
+        assert found.keys() == expected.keys()
+        for step, loss in found.items():
+            assert loss == pytest.approx(expected[step], rel=1e-5), (source, layout, step)
+        assert read(out).facts.final_loss == pytest.approx(read(runs / "one").facts.final_loss, rel=1e-5)
+        # What no layout could give by chance: the moments of Adam went along.
+        assert (directory / "log").read_text().count(f"Going on from {out / 'checkpoint-2'}") == 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_ends_with_one_model_like_that_of_one_process(runs, layout):
+def check_same(run: Path, other: Path) -> None:
+    """To the last bit."""
+    assert losses(run) == losses(other)
+    weights, others = ((each / "model" / "model.safetensors").read_bytes() for each in (run, other))
+    assert weights == others
+
+
+def test_a_run_goes_on_in_another_layout(runs, small_corpus, tmp_path):
+    go_on(runs, list(pairwise(("one", "experts", "copies", "shards", "one"))), small_corpus, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_any_layout_from_a_checkpoint_of_any(all_runs, small_corpus, tmp_path):
+    for layout in LAYOUTS:
+        go_on(all_runs, [(source, layout) for source in LAYOUTS], small_corpus, tmp_path)
+        check_same(tmp_path / f"{layout}-to-{layout}", all_runs / layout)
+
+
+def check_model(runs: Path, layout: str) -> None:
+    """One file, like that of one process."""
     run, alone = read(runs / layout), read(runs / "one")
     files = sorted(path.name for path in (runs / layout / "model").iterdir())
     assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
@@ -112,6 +139,17 @@ def test_a_run_ends_with_one_model_like_that_of_one_process(runs, layout):
     )
 
 
+@pytest.mark.parametrize("layout", OTHERS)
+def test_a_run_ends_with_one_model_like_that_of_one_process(runs, layout):
+    check_model(runs, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", OF_FOUR)
+def test_a_run_of_four_processes_ends_with_one_model_too(all_runs, layout):
+    check_model(all_runs, layout)
+
+
 @pytest.mark.parametrize("layout", ["copies", "experts"])
 def test_every_process_draws_its_own_random_numbers(runs, layout):
     """Of dropout: the rows of another process are dropped elsewhere."""
@@ -119,12 +157,10 @@ def test_every_process_draws_its_own_random_numbers(runs, layout):
     assert not torch.equal(states[0]["cpu"], states[1]["cpu"])
 
 
-def test_shards_of_bf16_weights_end_as_a_model_in_bf16(small_corpus, tmp_path):
-    command = words("shards", small_corpus, tmp_path / "run", "--model.dtype", "bfloat16")
-    in_processes(train_all, ([command],), 2, tmp_path / "log")
+def test_shards_of_bf16_weights_end_as_a_model_in_bf16(runs):
     for folder in ("model", "checkpoint-4"):
-        assert json.loads((tmp_path / "run" / folder / "config.json").read_text())["dtype"] == "bfloat16"
-    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+        assert json.loads((runs / "bf16" / folder / "config.json").read_text())["dtype"] == "bfloat16"
+    weights = load_file(runs / "bf16" / "model" / "model.safetensors")
     assert {weights[name].dtype for name in weights if "companion" not in name} == {torch.bfloat16}
 
 
