@@ -85,6 +85,20 @@ def test_groups_that_lack_a_token_are_passed_over():
     calibrate_companions(tiny("token_choice"), [])  # nothing to measure
 
 
+def test_of_groups_that_lack_a_token_nothing_is_in_the_means():
+    layer, x, mask = build("mot"), tokens(2 * G + 1, T, 8), torch.ones(2 * G + 1, T, dtype=torch.bool)
+    mask[0, 0] = mask[:G, 1] = False  # one token of a group, all of another; and the last row is in no full group
+
+    def measured(*batches) -> tuple[torch.Tensor, torch.Tensor]:
+        calibrate_companions(layer, batches)
+        return layer.companion.clone(), layer.companion_logit.clone()
+
+    found = measured({"x_BTD": x, "token_mask": mask})
+    assert_close(found, measured(x[:G, 2:], x[G : 2 * G]))
+    for mean, other in zip(found, measured(x[: 2 * G]), strict=True):  # the control
+        assert not torch.allclose(mean, other)
+
+
 def test_companions_are_saved_and_zeros_where_a_checkpoint_has_none(tmp_path):
     model = mixing()
     calibrate_companions(model, [batch()])
