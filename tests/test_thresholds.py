@@ -151,6 +151,18 @@ def test_the_penalty_weighs_more_while_the_layers_together_have_too_many_experts
     assert [float(layer.l1_weight) for layer in (many, few)] == pytest.approx([1e-4] * 2)
 
 
+def test_the_penalty_is_moved_by_all_micro_batches_of_a_step():
+    layer, x = remoe(l1_start=1e-4, l1_factor=1.5), tokens(4, 3, D, dtype=torch.float32).abs()
+    with torch.no_grad():
+        layer.gate.weight.fill_(1)  # all experts for x, none for -x
+    layer(x), layer(-x)
+    ReMoE.balance([layer])  # 4 on average, and 2 are asked; of the last batch alone none
+    assert float(layer.l1_weight) == pytest.approx(1.5e-4)
+    layer(-x), layer(x[:1])
+    ReMoE.balance([layer])  # 1.6 on average, without the step before; of the last batch alone 8
+    assert float(layer.l1_weight) == pytest.approx(1e-4)
+
+
 def test_the_penalty_comes_back_from_next_to_nothing():
     layer, x = remoe(l1_factor=1.5), tokens(4, 3, D, dtype=torch.float32).abs()
     for sign, count in ((-1, 400), (1, 3)):
