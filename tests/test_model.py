@@ -490,10 +490,14 @@ def test_biases_begin_at_zero_and_tied_logits_are_as_large_as_others():
 def test_several_samples_of_a_prompt_are_one_batch():
     model = tiny("mixture_of_tokens")
     x, mask = left_padded([5, 3])
+    settings = {"max_new_tokens": 4, "do_sample": True}
     torch.manual_seed(0)
-    written = model.generate(x, attention_mask=mask, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    written = model.generate(x, attention_mask=mask, num_return_sequences=3, **settings)
     assert written.shape == (6, 9)
     assert torch.equal(written[:, :5], x.repeat_interleave(3, dim=0))
+    torch.manual_seed(0)
+    apart = [each.repeat_interleave(3, dim=0) for each in (x, mask)]
+    assert torch.equal(model.generate(apart[0], attention_mask=apart[1], **settings), written)
 
 
 def test_generation_refuses_what_would_be_wrong():
