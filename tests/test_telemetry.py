@@ -295,14 +295,33 @@ def test_masked_tokens_count_nowhere(kind):
     assert measure(model, unmasked) != measure(model, {"input_ids": other})
 
 
-def test_measures_are_in_full_precision_under_low_precision(kind):
+def test_measures_are_in_full_precision_under_low_precision(kind, monkeypatch):
     model, batch = in_training(kind).bfloat16(), probe()
     even = kind not in ("uniform", "expert_choice", "expert_threshold", "remoe")
     for block in model.model.layers[1:]:
         if even:
             torch.nn.init.zeros_(block.mlp.gate.weight)
+    summed: list[Tensor] = []
+    residuals: list[Tensor] = []
+    branches: list[Tensor] = []
+    for block in model.model.layers:
+        block.post_attention_layernorm.register_forward_pre_hook(lambda module, args: residuals.append(args[0]))
+        block.mlp.register_forward_hook(lambda module, args, output: branches.append(output))
+
+    def noted(weights: Tensor, *how) -> dict[str, Tensor]:
+        summed.append(weights)
+        return routing_measures(weights, *how)
+
+    monkeypatch.setattr("mixture_of_tokens.model.telemetry.routing_measures", noted)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = routed(measure(model, batch))
+        measured = measure(model, batch)
+    found = routed(measured)
+    for measures, residual, branch in zip(measured.values(), residuals, branches, strict=True):
+        expected = branch.double().norm() / residual.double().norm()
+        assert measures["branch_to_residual"] == pytest.approx(expected.item(), rel=1e-5)
+    assert [weights.dtype for weights in summed] == [torch.float32] * 2
+    if not even and kind != "uniform":  # whose weights are numbers of bf16 too
+        assert not any(weights.equal(weights.bfloat16().float()) for weights in summed)
     for measures in found:
         assert all(math.isfinite(value) for value in measures.values())
         if even or kind == "uniform":  # equal weights, which a sum in bf16 would not get to within 1e-5
