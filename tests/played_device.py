@@ -20,8 +20,10 @@ registration._setup_privateuseone_for_python_backend("played")
 torch.played.get_amp_supported_dtype = lambda: [torch.bfloat16]  # pyright: ignore
 DEVICE = torch.device("played:0")
 COPIES = ("aten::_to_copy", "aten::copy_")
-INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index")
-WAITING = ("aten::_local_scalar_dense", "aten::nonzero")
+INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
+WAITING = ("aten::_local_scalar_dense", "aten::equal", "aten::masked_select", "aten::nonzero")
+WAITING += ("aten::_unique", "aten::_unique2", "aten::unique_dim")
+WAITING += ("aten::unique_consecutive", "aten::unique_dim_consecutive")
 waits: list[str] = []
 
 
@@ -67,7 +69,7 @@ def _run(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         left = [value for value in left if value is args[0] or value.is_floating_point()]
     if played and left and name not in COPIES:
         raise RuntimeError(f"{name} takes a tensor {tuple(left[0].shape)} of the CPU and others of {DEVICE}")
-    if name in WAITING:
+    if _waits(name, args):
         stack = traceback.extract_stack()
         calls = [call for call in stack if "/mixture_of_tokens/" in call.filename]
         theirs = any("/transformers/masking_utils" in call.filename for call in stack)
@@ -81,6 +83,15 @@ def _run(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return found
     wrapped = tree_map_only(Tensor, Played, found)
     return return_and_correct_aliasing(function, args, kwargs, wrapped)
+
+
+def _waits(name: str, args: tuple) -> bool:
+    """Whether the number of results, or a number of Python, is asked of the device."""
+    if name not in INDEXED:
+        return name in WAITING
+    by_mask = any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    filled = len(args) > 2 and args[2].numel() == 1  # with a number of Python's, which a GPU does by `masked_fill`
+    return by_mask and not filled
 
 
 def _making(real: Any) -> Any:

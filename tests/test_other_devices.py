@@ -84,6 +84,23 @@ def check_that_it_can_fail() -> None:
             x + torch.ones(2)
 
 
+WAITS = ["float(x[0])", "x.nonzero()", "x[x > 0]", "x[(x > 0).byte()]", "x[x > 0] = -x", "x.masked_select(x > 0)"]
+WAITS += ["x[None][:, x > 0]", "x.unique()", "x.unique(dim=0)", "x.unique_consecutive()", "x.equal(x)"]
+GOES_ON = ["x[i]", "x[i] = -x", "x[x > 0] = 0", "x.masked_fill(x > 0, 0)", "x.where(x > 0, 0)", "x[1:] > 0"]
+
+
+def check_that_waiting_is_noticed() -> None:
+    from played_device import DEVICE, Playing, waits
+
+    for lines, expected in ((WAITS, ["/mixture_of_tokens/line:1"]), (GOES_ON, [])):
+        for line in lines:
+            waits[:] = []
+            with Playing():
+                given = {"x": torch.ones(2, device=DEVICE), "i": torch.arange(2, device=DEVICE)}
+                exec(compile(line, "/mixture_of_tokens/line", "exec"), given)  # as if it were a line of the library
+            assert waits == expected, line
+
+
 @pytest.mark.parametrize("kind", [row.kind for row in ROWS])
 def test_a_model_does_all_on_another_device_and_no_step_waits_for_it(kind, tmp_path):
     processes.in_processes(check, (kind,), 1, tmp_path / "log")
@@ -91,3 +108,7 @@ def test_a_model_does_all_on_another_device_and_no_step_waits_for_it(kind, tmp_p
 
 def test_a_tensor_that_is_left_behind_is_noticed(tmp_path):
     processes.in_processes(check_that_it_can_fail, (), 1, tmp_path / "log")
+
+
+def test_waiting_is_noticed(tmp_path):
+    processes.in_processes(check_that_waiting_is_noticed, (), 1, tmp_path / "log")
