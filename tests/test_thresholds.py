@@ -20,6 +20,7 @@ from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.loss import L1Loss, LoadBalancingLoss
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.sparse import SigmoidChoice
 from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
 from mixture_of_tokens.training.options import Options
@@ -210,17 +211,27 @@ def options(data, **training: str) -> Options:
     return Options(steps=8, batch_size=16, device="cpu", data=[str(data)], training=training)
 
 
+def trained(system: str, small_corpus: Path, folder: Path) -> Run:
+    run = train(f"{system}-Nano/4E", out=folder / "whole", options=options(small_corpus))
+    assert isinstance(run, Run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def threshold_run(small_corpus, tmp_path_factory) -> Run:
+    return trained("ET", small_corpus, tmp_path_factory.mktemp("ET"))
+
+
 @pytest.mark.parametrize("system", ["STC", "ET", "ReMoE"])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(system, small_corpus, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(system, small_corpus, threshold_run, tmp_path):
     """What balances the load is part of a checkpoint."""
-    whole = train(f"{system}-Nano/4E", out=tmp_path / "whole", options=options(small_corpus))
+    whole = threshold_run if system == "ET" else trained(system, small_corpus, tmp_path)
     again = tmp_path / "again"
-    shutil.copytree(tmp_path / "whole", again)
+    shutil.copytree(whole.directory, again)
     for made_later in ("run.json", "model", "checkpoint-8"):
         path = again / made_later
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     resumed = train(f"{system}-Nano/4E", out=again, options=options(small_corpus), resume=True)
-    assert whole is not None
     assert resumed is not None
     assert resumed.facts.final_loss == whole.facts.final_loss
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (whole.directory, again)]
@@ -293,14 +304,13 @@ def test_thresholds_are_measured_by_each_process_alone(monkeypatch):
     assert not torch.equal(thresholds_of(model), before)
 
 
-def test_a_run_ends_with_thresholds_of_its_last_weights(small_corpus, tmp_path):
-    run = train("ET-Nano/4E", out=tmp_path / "run", options=options(small_corpus))
-    assert run is not None
-    model = load_model(str(run.directory))
+def test_a_run_ends_with_thresholds_of_its_last_weights(threshold_run):
+    directory = threshold_run.directory
+    model = load_model(str(directory))
     ended = thresholds_of(model)
-    last = load_file(run.directory / "checkpoint-8" / "model.safetensors")
+    last = load_file(directory / "checkpoint-8" / "model.safetensors")
     moved = (last[name_of_state(last)] - ended[0]).abs().max()
-    calibrate_thresholds(model, training_groups(text_of(str(run.directory)).train, 4, 2 * GROUPS))
+    calibrate_thresholds(model, training_groups(text_of(str(directory)).train, 4, 2 * GROUPS))
     assert moved > 0  # and a second time they stay, but for what the layers before them now give
     assert (thresholds_of(model) - ended).abs().max() < moved / 10
 
