@@ -322,7 +322,8 @@ def test_a_wrong_second_derivative_is_caught():
         def backward(ctx, grad):
             return grad * ctx.saved_tensors[0]
 
-    layer, x = Faulty(build("mot", hidden_size=3), lambda layer, x, mask: Square.apply(layer(x, mask))), tokens(4, 2, 3)
+    layer, x = build("mot", hidden_size=3, expert_size=2), tokens(4, 2, 3)
+    layer = Faulty(layer, lambda layer, x, mask: Square.apply(layer(x, mask)))
     check_derivative(layer, x, None)
     with pytest.raises(GradcheckError):
         check_derivative(layer, x, None, second)
