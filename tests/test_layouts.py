@@ -148,10 +148,9 @@ def test_what_balances_the_load_counts_all_parts_of_a_step(name, seen):
     assert [row["train_loss"] for row in other_metrics] == pytest.approx(
         [row["train_loss"] for row in metrics], rel=1e-5
     )
-    for weight, gradient in gradients[
-        -1
-    ].items():  # of the third step, whose choices two moves of the bias have changed
-        assert (gradient - others[-1][weight]).norm() <= 1e-3 * gradient.norm(), weight
+    third, other = gradients[-1], others[-1]  # whose choices two moves of the bias have changed
+    for weight, gradient in third.items():
+        assert (gradient - other[weight]).norm() <= 1e-3 * gradient.norm(), weight
 
 
 def test_auxiliary_gradients_are_scaled_once(seen, small_corpus, tmp_path):
