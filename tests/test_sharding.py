@@ -132,7 +132,7 @@ def masked_gradients(trainer: GroupedTrainer, processes: int, rank: int) -> dict
 def whole_state(trainer: GroupedTrainer, out: Path) -> dict[str, torch.Tensor]:
     """As a checkpoint has it, in the first process. A sharded optimizer is written too, and all its parts are there."""
     model, optimizer = trainer.causal_lm, cast(Any, trainer.optimizer)
-    calibrate_companions(model, training_groups(trainer.rows.blocks, trainer.rows.group_size))
+    calibrate_companions(model, training_groups(trainer.rows.blocks, trainer.rows.group_size, groups=4))
     if not sharding.is_sharded(model):
         return model.state_dict()
     state = sharding.whole_state(model)
@@ -183,7 +183,7 @@ class Seen(NamedTuple):
 @pytest.fixture(scope="module")
 def seen(small_corpus, tmp_path_factory) -> dict[str, Seen]:
     directory = tmp_path_factory.mktemp("sharding")
-    broken = Case(MIXED, 4, {"shard": 4, "expert_parallel": 2}, patch="divide")
+    broken = Case(MIXED, 2, EXPERTS, patch="divide")
     alone = [Case(name) for name in dict.fromkeys(case.name for case in CASES)]
     bf16 = [Case(MIXED, 1, {}, BF16), Case(MIXED, 2, EXPERTS, BF16)]
     cases = [*CASES, *alone, *bf16, broken]
@@ -255,7 +255,7 @@ def test_with_bf16_too(seen):
 
 
 def test_another_divisor_of_experts_gradients_would_be_noticed(seen):
-    wrong = seen[Case(MIXED, 4, {"shard": 4, "expert_parallel": 2}, patch="divide").label].found[0]
+    wrong = seen[Case(MIXED, 2, EXPERTS, patch="divide").label].found[0]
     assert distance(wrong["gradients"][0], seen[Case(MIXED).label].found[0]["gradients"][0]) > 1e-2
 
 
