@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from json import dumps
 from pathlib import Path
@@ -129,13 +129,13 @@ def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str,
 
 
 def _without_flag(arguments: ArgumentCollection, entries: dict[str, Any]) -> dict[str, list[str]]:
-    """Takes what has no flag from the entries, such as the NAMES of mot compare, as words of the command line."""
+    """Takes what has no flag from the entries, such as the NAMES of mot compare, as words, by the argument."""
     flags = {argument.name: f"--{argument.name.lower()}" for argument in arguments if argument.name[:1] != "-"}
     found = {name: entries.pop(flag) for name, flag in flags.items() if flag in entries}
     return {name: list(_words_of(flags[name], value)) for name, value in found.items() if value is not None}
 
 
-def _values_of(words: Sequence[str]) -> dict[str, list[str]]:
+def _values_of(words: list[str]) -> dict[str, list[str]]:
     """The values of a command line by their arguments, wherever they stand in it; what is wrong is told later."""
     found: dict[str, list[str]] = {}
 
@@ -143,10 +143,10 @@ def _values_of(words: Sequence[str]) -> dict[str, list[str]]:
         if commands:
             found.update({each.name: [token.value for token in each.tokens] for each in arguments if each.tokens})
 
-    app = _app(list(words))
+    app = _app(words)
     app.config = note
     with suppress(CycloptsError):
-        app.parse_known_args(list(words))
+        app.parse_known_args(words)
     return found
 
 
@@ -225,7 +225,7 @@ def _common(
         entries = entries["config"]
     if entries.get("transition") is not None:
         raise ValueError(f"--config {config} is of a converted run: repeat it with mot transition")
-    values = {} if command is None else _values_of(words)
+    values = {} if command is None else _values_of([*words])
     given = {_positive(_flag(word.partition("=")[0])) for word in words if word.startswith("--")} | values.keys()
     other_name = values.get("--name", [entries.get("name")]) != [entries.get("name")]
     if of_run and "name" in entries and ("--steps" in given or other_name):

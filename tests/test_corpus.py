@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -116,11 +117,16 @@ def test_rows_of_a_hub_data_set_read_from_a_local_folder(tmp_path, monkeypatch):
     (folder / "test.jsonl").rename(folder / "train-1.jsonl")
     with pytest.raises(ValueError, match=r"row 1 has no field 'body'; it has 'text', 'url'"):
         read(f"hf:{folder}", field="body")
+    folder.rename(f"{folder}@v1")
+    assert read(f"hf:{folder}@v1") == given[0::2] + given[1::2]
+    Path(f"{folder}@v1").rename(folder)
     (folder / "train-1.jsonl").write_text(json.dumps({"text": given[1], "url": "u"}) + '\n{"text": broken')
     with pytest.raises(ValueError, match=r"hf:.*set cannot be read beyond row \d+: "):
         read(f"hf:{folder}")
     with pytest.raises(ValueError, match=r"hf:.*nowhere cannot be read"):
         read(f"hf:{tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match=f"{folder} is a folder here, and has no revisions"):
+        read(f"hf:{folder}@v1")
     with pytest.raises(ValueError, match="hf: names no data set"):
         read("hf:")
 
@@ -561,7 +567,7 @@ print(*(fingerprint(source, print) for source in SOURCES), sep="; ")
 server.shutdown()
 server.server_close()
 print(*(fingerprint(source, print) for source in SOURCES), sep="; ")
-print(fingerprint("hf:other/set", print))
+print(*(fingerprint(source, print) for source in ("hf:other/set", "hf:other/set@v1")), sep="; ")
 """
 
 
@@ -569,4 +575,4 @@ def test_a_hub_data_set_is_known_by_its_commit_which_is_remembered_without_a_net
     environment = {**os.environ, "MIXTURE_OF_TOKENS_CACHE": str(tmp_path), "no_proxy": "*", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True)
     known = "['some/set', 'en', 'abc123']; ['some/set', 'en', 'def456']; ['some/set', '', 'def456']"
-    assert done.stdout.splitlines() == [known, known, "['other/set', '', '']"]
+    assert done.stdout.splitlines() == [known, known, "['other/set', '', '']; ['other/set', '', 'v1']"]

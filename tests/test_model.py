@@ -142,8 +142,8 @@ def test_a_field_of_another_type_is_named(field, value, told):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"capacity_factor": -1.0}, "capacity_factor must be positive and finite, or None, not -1"),
-        ({"capacity_factor": math.nan}, "capacity_factor must be positive and finite, or None, not nan"),
+        ({"capacity_factor": -1.0}, "capacity_factor must be positive and finite, not -1"),
+        ({"capacity_factor": math.nan}, "capacity_factor must be positive and finite, not nan"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef must be 0 or more, and finite, not -1"),
         ({"router_aux_loss_coef": math.nan}, "router_aux_loss_coef must be 0 or more, and finite, not nan"),
         ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window must be at least 1, not 0"),

@@ -107,7 +107,7 @@ def kept_texts(size: str) -> dict[tuple[str, str | None], Path]:
     plain = re.compile(rf"Transformer-{size}(-\d+)?-seed\d+\.json")
     folders = [EXPERIMENT.kept, *(each.kept for each in PLAIN_NANOS)]
     files = [file for folder in folders for file in folder.glob("*.json") if plain.fullmatch(file.name)]
-    return {read(file).facts.text: file for file in files}
+    return {_kept(file).facts.text: file for file in files}
 
 
 def trained(rows: Iterable[Row]) -> None:

@@ -346,7 +346,7 @@ def _from_scratch(source: Run, switched: RunConfig, steps: int, where: Where, le
 def _moments_of(source: Run) -> Path:
     if source.model_config.learnable_temperature:
         raise ValueError("the optimizer state of a learned temperature cannot be carried: --optimizer fresh")
-    optim = source.config.training.get("optim")
+    optim = source.config.of_training("optim")
     if optim not in ADAM:
         raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
     last = source.directory / f"checkpoint-{source.config.steps}"

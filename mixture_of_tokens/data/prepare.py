@@ -176,15 +176,18 @@ def whole_text(
     context: int = 64,
     group_size: int = 32,
 ) -> Blocks:
-    """All text of the sources, in memory: no document is dropped, cut or split off, but for blank ones.
+    """All tokens of the sources, in memory: no document is dropped, cut or split off, but for blank ones.
 
-    Raises ValueError for bad sources.
+    Raises ValueError for bad sources, and OSError where the disk has no room for their text in a temporary file.
     """
     rows, ends, length = [], [], 0
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text"
         with progress_bar("Reading") as bar:
-            places, _ = spool(_not_blank(corpus.documents(sources, field)), text, None, bar.update)
+            try:
+                places, _ = spool(_not_blank(corpus.documents(sources, field)), text, None, bar.update)
+            except OSError as error:  # errors of reading name the file
+                raise naming(error, text) from error
         count = int(places[:, 1].sum())
         with progress_bar("Tokenizing", count) as bar, opened(text) as file, parallel_tokenizers():
             for batch in batches(file, places):

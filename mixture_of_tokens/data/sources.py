@@ -162,10 +162,12 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
         assert source is not None
         name, config, revision = _hub_name(source)
         return [name, config, _hub_commit(name, revision)]
-    # A data set's files are read differently from a folder's, and its configuration selects them.
-    result = ["hf", _hub_name(source)[1]] if source is not None and source.startswith("hf:") else []
-    folder = _hub_name(str(source))[0] if result else None  # a data set's files are of splits by their names
-    kinds = ["".join(path.suffixes[-2:]) if folder is None else os.path.relpath(path, folder) for path in paths]
+    result, kinds = [], ["".join(path.suffixes[-2:]) for path in paths]
+    if source is not None and source.startswith("hf:"):
+        # A data set's files are read differently from a folder's: its configuration selects them, and they are of
+        # splits by their names.
+        folder, config, _ = _hub_name(source)
+        result, kinds = ["hf", config], [os.path.relpath(path, folder) for path in paths]
     return result + [f"{kind} {hash_of_file(path, read)}" for kind, path in zip(kinds, paths, strict=True)]
 
 
@@ -220,9 +222,14 @@ def cache_directory() -> Path:
 
 
 def _hub_name(source: str) -> tuple[str, str, str]:
-    """Name, configuration and revision of a Hub data set, empty where they are not given."""
-    whole, _, revision = source.removeprefix("hf:").partition("@")
-    name, _, config = whole.partition(":")
+    """Name, configuration and revision of a data set, empty where they are not given. The name may be a folder's."""
+    given, revision = source.removeprefix("hf:"), ""
+    name, _, config = given.partition(":")
+    if not Path(name).is_dir():  # whose name may have an @
+        given, _, revision = given.partition("@")
+        name, _, config = given.partition(":")
+    if revision and Path(name).is_dir():
+        raise ValueError(f"{source}: {name} is a folder here, and has no revisions")
     if not name:
         raise ValueError(f"{source} names no data set; hf:NAME, hf:NAME:CONFIG or hf:NAME@REVISION would")
     return name, config, revision
@@ -234,14 +241,14 @@ def _hub_note(name: str, revision: str) -> Path:
 
 
 def _hub_commit(name: str, revision: str) -> str:
-    """The newest commit of a data set, or of its revision; without a network the last known one, or an empty string."""
+    """The newest commit of a data set, or of its revision; without a network the last known one, or the revision."""
     from huggingface_hub import dataset_info
 
     note = _hub_note(name, revision)
     try:
         commit = dataset_info(name, revision=revision or None, timeout=10).sha or ""
     except Exception:  # network errors of many kinds; errors of the data set are reported when it is read
-        return note.read_text() if note.exists() else ""
+        return note.read_text() if note.exists() else revision
     note.parent.mkdir(parents=True, exist_ok=True)
     written = note.with_name(f"{note.name}.{os.getpid()}")
     try:

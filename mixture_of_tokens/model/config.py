@@ -96,7 +96,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             check(name, getattr(self, name), float)
         check("capacity_factor", self.capacity_factor, float | None)
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor must be positive and finite, or None, not {self.capacity_factor}")
+            raise ValueError(f"capacity_factor must be positive and finite, not {self.capacity_factor}")
         if not 0 <= self.router_aux_loss_coef < math.inf:
             raise ValueError(f"router_aux_loss_coef must be 0 or more, and finite, not {self.router_aux_loss_coef}")
         if not 0 < self.initializer_scale < math.inf:

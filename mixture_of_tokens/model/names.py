@@ -162,8 +162,8 @@ def config_from_name(
         name: see the grammar above.
         gated: SwiGLU feed-forwards; False: the paper's plain ones with ReLU, 1.5 times as wide at equal FLOPs.
         vocab_size: the tokenizer's; by default the size's.
-        overrides: any field of the configuration. Values derived from an overridden field follow it: expert
-            widths from `intermediate_size`, the sparse half from `num_hidden_layers`, key and value heads from
+        overrides: any of `FIELDS`. Values derived from an overridden field follow it: expert widths from
+            `intermediate_size`, the sparse half from `num_hidden_layers`, key and value heads from
             `num_attention_heads`.
 
     Raises ValueError for an unknown name or field, or a granularity that does not divide d_ff.

@@ -111,9 +111,9 @@ def _train_commands(run: Run) -> list[str]:
     words += ["--steps", str(steps + mixing)]
     words += [] if config.capacity_factor is None else ["--capacity", repr(config.capacity_factor)]
     words += ["--scores", "sigmoid" if "sigmoid_choice" in config.feed_forwards else "softmax"]
-    if run.config.training.get("lr_scheduler_type") == "constant":
+    if run.config.of_training("lr_scheduler_type") == "constant":
         words += ["--schedule", "continued"]
-    elif run.config.training.get("warmup_steps") == 0 and steps >= 10:  # own has a warm-up
+    elif run.config.of_training("warmup_steps") == 0 and steps >= 10:  # own has a warm-up
         words += ["--schedule", "decay"]
     given = {key: getattr(after, key) for key in ("calibrate", "distil_steps", "optimizer", "control", "anneal")}
     flags = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}

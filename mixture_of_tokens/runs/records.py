@@ -116,6 +116,10 @@ class RunConfig(Record):
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | asdict(self), indent=2)
 
+    def of_training(self, field: str) -> Any:
+        """A field of TrainingArguments; transformers' default where the file lacks it."""
+        return self.training.get(field, OF_TRAINING[f"training.{field}"])
+
     @cached_property
     def model_config(self) -> MixtureOfTokensConfig:
         """The model's configuration, before its vocabulary is fitted to a tokenizer."""

@@ -199,7 +199,7 @@ def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -
         ("initializer_range", "--model.initializer_scale", MixtureOfTokensConfig.initializer_range),
         ("decoder_sparse_step", "--model.mlp_layer_types", config.decoder_sparse_step),
         ("mlp_only_layers", "--model.mlp_layer_types", config.mlp_only_layers),
-        *((f"{token}_token_id", "the tokenizer", None) for token in ("bos", "eos", "pad")),
+        *((f"{token}_token_id", "the tokenizer", None) for token in ("eos", "pad")),
     ):
         if overrides.get(field) not in (None, anyway):
             raise ValueError(f"--model.{field} {overrides[field]} would do nothing; {does} does")
