@@ -69,7 +69,7 @@ CASES = (
     Case("STC-Nano/4E", 2, SHARDED),
     Case("ET-Nano/4E", 2, SHARDED),
     Case("ReMoE-Nano/4E", 2, SHARDED),
-    Case("Transformer-Nano", 2, SHARDED),
+    Case("Transformer-Nano", 4, {"shard": 4}),
     Case(MIXED, 2, EXPERTS, {"gradient_checkpointing": "true"}),
 )
 
