@@ -137,6 +137,14 @@ def test_the_default_is_the_standard_library():
     assert any("class JSONDecoder" in text for text in library)
 
 
+def test_packages_that_are_installed_are_not_in_the_standard_library(tmp_path, monkeypatch):
+    for file in ("one.py", "a/two.py", "site-packages/three.py", "a/dist-packages/b/four.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(file)
+    monkeypatch.setattr("mixture_of_tokens.data.sources.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert read() == ["one.py", "a/two.py"]
+
+
 def test_no_sources_are_not_the_standard_library():
     with pytest.raises(ValueError, match="there are no sources"):
         prepare([])

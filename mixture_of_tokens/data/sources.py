@@ -180,20 +180,21 @@ def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
         yield from documents_in(path, field)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, without: Sequence[str] = ()) -> Iterator[Path]:
+    """The files below a folder, in a fixed order, but for hidden ones and for those in folders of these names."""
+
     def stop(error: OSError) -> None:  # os.walk alone skips a folder that it cannot read
         raise error
 
     for root, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _library_files() -> list[Path]:
     """The modules of this Python's standard library, as far as it is installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    foreign = {"site-packages", "dist-packages"}
-    return [p for p in _walk(root) if p.suffix == ".py" and foreign.isdisjoint(p.relative_to(root).parts)]
+    return [p for p in _walk(root, without=("site-packages", "dist-packages")) if p.suffix == ".py"]
 
 
 def _package_files() -> list[Path]:
