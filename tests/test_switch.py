@@ -88,7 +88,7 @@ def test_fitted_scales_bring_branches_and_loss_nearer_and_are_known(trained):
     target, scales = switched(source)
     rows = text.validation.batch(range(64))
     plain = cross_entropy(target, rows)[0]
-    errors = fit_scales(source, target, groups, scales, steps=80)
+    errors = fit_scales(source, target, groups, scales, steps=40)
     assert set(errors) == {"2", "3"}
     assert all(after < 0.9 * before for before, after in errors.values())
     assert cross_entropy(target, rows)[0] < plain
@@ -106,10 +106,10 @@ def test_scales_are_fitted_in_a_model_in_bf16(trained):
     source, groups = copy.deepcopy(source).bfloat16(), list(training_groups(text.train, 32))[:2]
     calibrate_companions(source, groups)
     target, scales = switched(source)
-    errors = fit_scales(source, target, groups, scales, steps=80)
+    errors = fit_scales(source, target, groups, scales, steps=20)
     assert {weight.dtype for weight in target.parameters()} == {torch.bfloat16}
     assert errors
-    assert all(after < before for before, after in errors.values())
+    assert all(after < 0.9 * before for before, after in errors.values())
 
 
 def test_fitted_scales_are_the_same_each_time(trained):
@@ -165,7 +165,7 @@ def test_distilled_layers_give_what_the_source_gives_alone(scores, trained, seen
     rows = text.validation.batch(range(64))
     plain = cross_entropy(target, rows)[0]
     before = [weight.clone() for weight in source.state_dict().values()]
-    errors = distil(source, target, text.train, steps=60)
+    errors = distil(source, target, text.train, steps=30)
     assert set(errors) == {"2", "3"}
     assert all(after < 0.5 * at_first for at_first, after in errors.values())
     assert cross_entropy(target, rows)[0] < plain

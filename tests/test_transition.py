@@ -90,7 +90,7 @@ def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned)
 
 @pytest.mark.usefixtures("tiny_cache")
 def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys):
-    mot("audit", transitioned[0], "--expect", "private")
+    mot("audit", transitioned[0], "--expect", "private", "--batches", 1)
     mot("report", transitioned[0], "--out", tmp_path / "page.html")
     assert "MoT-Nano/4E/2, switched" in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
@@ -308,7 +308,7 @@ def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_run
 @pytest.mark.usefixtures("tiny_cache")
 def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, monkeypatch, capsys):
     source, out = tiny_runs[MIXED], tmp_path / "new"
-    words = ["--steps", 0, "--scores", "sigmoid", "--optimizer", "fresh", "--distil-steps", 50, "--out", out]
+    words = ["--steps", 0, "--scores", "sigmoid", "--optimizer", "fresh", "--distil-steps", 20, "--out", out]
     mot("transition", source, *words, "--json")
     result = json.loads(capsys.readouterr().out)
     assert result["stages"]["end_loss"] == result["switch"]["at_the_switch"] < result["switch"]["plain_switch"]
@@ -321,7 +321,7 @@ def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, monkeypatch, c
     monkeypatch.setattr(export, "compare_logits", lambda model, directory, ids: (0.0, 1.0))  # see test_export.py
     mot("export", out, tmp_path / "exported")
     assert f"{result['switch']['at_the_switch']:.4f} at the end" in (tmp_path / "exported" / "README.md").read_text()
-    mot("audit", out, "--expect", "private")
+    mot("audit", out, "--expect", "private", "--batches", 1)
     mot("transition", source, *words, "--resume")
     assert "is finished already" in capsys.readouterr().err
 
