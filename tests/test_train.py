@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import math
+import os
+import signal
 import threading
 import time
 from itertools import pairwise
@@ -119,13 +121,15 @@ def test_the_clock_stands_still_while_a_run_evaluates_and_saves(small_corpus, tm
 
 
 @pytest.mark.parametrize(("strategy", "told"), [("steps", ", which is saved"), ("no", "")])
-def test_an_interrupt_at_the_end_says_what_is_saved(strategy, told, small_corpus, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_the_end_says_what_is_saved(number, strategy, told, small_corpus, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(10)
 
     monkeypatch.setattr("mixture_of_tokens.training.train._finish", interrupted)
     flags = ["--steps", 1, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
-    with pytest.raises(SystemExit, match="130"):
+    with pytest.raises(SystemExit, match=str(128 + number)):
         mot("train", "MoT-Nano/4E", *flags, "--training.save_strategy", strategy)
     assert f"mot: stopped after the last step{told}; --resume goes on\n" in capsys.readouterr().err
 

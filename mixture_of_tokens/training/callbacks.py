@@ -149,11 +149,15 @@ class AnnealTemperature(TrainerCallback):
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Until the end of the block SIGTERM raises KeyboardInterrupt, as ^C does."""
+    """Until the end of the block SIGTERM raises KeyboardInterrupt, as ^C does, but with its number."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

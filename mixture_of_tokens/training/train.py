@@ -185,7 +185,7 @@ def _run(
             print(f"{out} has no checkpoint yet: training begins anew", file=sys.stderr)
         write_text(out / records.CONFIG, str(run))
     if begin is not None and checkpoint is None:
-        with _saying_where(f"before the first step; {again} begins anew"), ended_by_sigterm():
+        with _saying_where(f"before the first step; {again} begins anew"):
             begin(trainer, prepared)
     stop = StopOnSignal()
     trainer.add_callback(stop)
@@ -211,13 +211,14 @@ def _saved(out: Path, step: int) -> str:
 
 @contextmanager
 def _saying_where(stopped: str) -> Iterator[None]:
-    """^C ends the process, which says where it was stopped."""
+    """^C and SIGTERM end the process, which says where it was stopped."""
     try:
-        yield
-    except KeyboardInterrupt:
+        with ended_by_sigterm():
+            yield
+    except KeyboardInterrupt as interrupt:
         if is_main():
             print(f"mot: stopped {stopped}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))
 
 
 def _newest(out: Path) -> Path | None:
