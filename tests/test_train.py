@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -124,8 +123,9 @@ def test_the_clock_stands_still_while_a_run_evaluates_and_saves(small_corpus, tm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_at_the_end_says_what_is_saved(number, strategy, told, small_corpus, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
-        os.kill(os.getpid(), number)
-        time.sleep(10)
+        if number == signal.SIGINT:  # which processes in the background ignore
+            raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr("mixture_of_tokens.training.train._finish", interrupted)
     flags = ["--steps", 1, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
