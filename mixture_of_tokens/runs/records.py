@@ -113,6 +113,10 @@ class RunConfig(Record):
                 del written["transition"][key]
         return written
 
+    def as_read(self) -> dict[str, Any]:
+        """The fields of the file as they would be read again: no tuples."""
+        return json.loads(json.dumps(self._written(), default=str))
+
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | asdict(self), indent=2)
 
@@ -144,7 +148,7 @@ class RunConfig(Record):
         A resumed run must have the same ones; the runs of one model differ in the seed alone.
         """
         flat: dict[str, Any] = {}
-        for key, value in json.loads(json.dumps(self._written(), default=str)).items():  # as if read again: no tuples
+        for key, value in self.as_read().items():
             if key not in ("format", "micro_batch", "training", "model", "transition"):
                 flat[key] = value
             elif key not in ("format", "micro_batch"):

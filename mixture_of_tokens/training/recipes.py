@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments
 
-from mixture_of_tokens import yaml12
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
@@ -138,7 +137,7 @@ def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
     steps = entries.get("steps")
     with by_itself():
         plain = merge(str(entries["name"]), 0, None, Options(steps=steps if type(steps) is int else None)).config
-    own, chosen = yaml12.load(str(plain)), dict(entries)
+    own, chosen = plain.as_read(), dict(entries)
     own["training"]["per_device_eval_batch_size"] = entries.get("micro_batch")  # its default
     for kind in ("training", "model"):
         if isinstance(given := entries.get(kind), dict):
