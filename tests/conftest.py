@@ -7,7 +7,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from mixture_of_tokens.process import spin_briefly
+from mixture_of_tokens.process import say_once, spin_briefly
 from processes import mot
 from texts import write_texts
 
@@ -33,6 +33,12 @@ LONG = (
     "process",
 )
 LONG += ("rooms", "flags", "evaluate")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet() -> None:
+    """Every test begins as a process does."""
+    say_once.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,7 @@ from mixture_of_tokens.checks import listed
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.files import Document, hash_of_file, naming
 from mixture_of_tokens.data.groups import Blocks, segmented
-from mixture_of_tokens.data.splits import SPLITS, opened, pieces_of, split, spool
+from mixture_of_tokens.data.splits import SPLITS, longest_share, opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import (
     check_vocab_size,
     hash_of,
@@ -41,7 +41,7 @@ from mixture_of_tokens.data.tokenizer import (
 from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, batches, encoded, progress_bar, tokenize
 from mixture_of_tokens.disk import flush
 from mixture_of_tokens.formatting import few_of
-from mixture_of_tokens.process import is_main, say_once
+from mixture_of_tokens.process import say_once
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
 MUCH = 0.2  # of the text is cut away, or of the documents left out: worth a word
@@ -158,8 +158,8 @@ def prepare(
         segments += count
     named = sources or [f"the standard library of Python {platform.python_version()}"]
     if segments:
-        _say_segments(named, group_size, segments, once=together)  # a part is opened several times
-    _say_what_is_missing(named, facts, duplicates=not keep_near_duplicates, once=together)
+        _say_segments(named, group_size, segments)
+    _say_what_is_missing(named, facts, group_size, duplicates=not keep_near_duplicates)
     facts |= {"source": named, "segments": segments}
     kept = given or tokenizer_in(directory)
     made = Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
@@ -213,29 +213,24 @@ def _not_blank(documents: Iterable[Document]) -> Iterator[Document]:
             blank.append(part)
 
 
-def _say_segments(sources: Sequence[str], group_size: int, segments: int, *, once: bool = False) -> None:
+# Each of these is said once for a text: a sweep prepares it for every run, and a part of several is opened often.
+def _say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
     what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
-    _say(f"{what}: {segments} far-apart segments count as documents", once=once)
+    say_once(f"{what}: {segments} far-apart segments count as documents")
 
 
-def _say_what_is_missing(sources: Sequence[str], facts: dict, *, duplicates: bool, once: bool) -> None:
+def _say_what_is_missing(sources: Sequence[str], facts: dict, group_size: int, *, duplicates: bool) -> None:
     """On standard error, where much of the text was cut or left out; `duplicates`: near-duplicates were left out."""
     cut = facts["bytes_cut"]
     whole = cut + sum(facts[name]["bytes"] for name in SPLITS)
     if cut > MUCH * whole:
-        what = f"{cut:,} of {whole:,} bytes are cut from the ends of long documents, so that none is in a group twice"
-        _say(f"{few_of(sources)}: {what}; with more documents less is cut", once=once)
+        what = f"{cut:,} of {whole:,} bytes are cut from the ends of documents"
+        why = f"no document may be more than {longest_share(group_size):.1%} of its split, or it is in a group twice"
+        say_once(f"{few_of(sources)}: {what}: {why}; with more documents less is cut")
     dropped, trained = facts["duplicates_dropped"], facts["train"]["documents"]
     if duplicates and dropped > MUCH * (dropped + trained):
         what = f"{dropped:,} documents are left out, as they share many lines with others; {trained:,} are for training"
-        _say(f"{few_of(sources)}: {what}. --near-duplicates keep drops exact duplicates only", once=once)
-
-
-def _say(what: str, *, once: bool) -> None:
-    if once:
-        say_once(what)
-    elif is_main():
-        print(what, file=sys.stderr)
+        say_once(f"{few_of(sources)}: {what}. --near-duplicates keep drops exact duplicates only")
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def split(
 
     Args:
         file, places, digests: what `spool` wrote and returned.
-        group_size: no document may have more than 1 / (2.5 * group_size) of its split's bytes.
+        group_size: no document may have more than its `longest_share` of its split's bytes.
         work: a folder for temporary files.
         read: called with the number of bytes sketched.
         keep_near: keep near-duplicates.
@@ -129,6 +129,11 @@ def split(
     return Splits(result, cut, duplicates, total)
 
 
+def longest_share(group_size: int) -> float:
+    """Of a split's bytes, that a document may have at most: less than one of `group_size` parts, with some room."""
+    return 1 / (2.5 * group_size)
+
+
 def _enough(documents: int, group_size: int) -> bool:
     """Whether there are enough documents for each to have less than 1 / (2 * group_size) of all text."""
     return documents >= 3.125 * group_size
@@ -144,7 +149,7 @@ def _cut(text: int, places: np.ndarray, group_size: int, least: float) -> np.nda
     """Documents cut to their share; unchanged if there are too few or if less than `least` of the text remained."""
     if not _enough(len(places), group_size):
         return places
-    share = 1 / (2.5 * group_size)
+    share = longest_share(group_size)
     lengths = places[:, 1]
     longest, total = int(lengths.max()), int(lengths.sum())
     while longest > share * total and total >= least * lengths.sum():
