@@ -14,6 +14,7 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +36,7 @@ from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_m
 from mixture_of_tokens.reports.prose import seeds_of
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.runs.records import MetricsRow
+from mixture_of_tokens.runs.records import MetricsRow, RunConfig
 from mixture_of_tokens.runs.run import Run, pack, read
 from mixture_of_tokens.training.options import Options
 
@@ -123,13 +124,30 @@ def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = (), *, first_
         file = kept / f"{run.directory.name}.json"
         if file.is_file() and read(file).facts.text != run.facts.text:
             print(f"{file} was of another text: its losses are not comparable with the new ones", file=sys.stderr)
-        pack(thinned(run), file, telemetry=run.seed == first)
-        text = file.read_text()
+        with tempfile.TemporaryDirectory() as folder:
+            pack(thinned(run), packed := Path(folder) / file.name, telemetry=run.seed == first)
+            text = packed.read_text()
         for prefix in (*without, f"{RUNS}/", f"{RUNS.resolve()}/"):
             text = text.replace(prefix, "")
         write_text(file, text)
         again.append(read(file))
     return again
+
+
+def check_text(config: RunConfig, files: Iterable[Path]) -> None:
+    """Raises SystemExit where a run would see another text, or tokens, than those of these kept ones.
+
+    Text of this machine comes with Python and its packages, which differ; what is trained on it would compare with
+    nothing here.
+    """
+    texts = {read(file).facts.text: file for file in files}
+    if not texts:
+        return
+    here = config.prepare().facts
+    for there, file in texts.items():
+        if (here["hash"], here["tokenizer"]) != there:
+            others = f"the runs beside {file}"
+            sys.exit(f"the text of {others} ({there[0]}) is not that of this machine ({here['hash']}): move them away")
 
 
 def thinned(run: Run) -> Run:
@@ -168,8 +186,7 @@ def swept(file: Path, sweeps: Iterable[Sweep], options: Options, out: Path, **ow
         own: more cells of each new row.
     """
     for name, rates, model in sweeps:
-        rows = read_csv(file)
-        if is_swept(rows, name, rates, model):
+        if is_swept(read_csv(file), name, rates, model):
             continue
         there = out / directory_of(f"sweep-{name}", model)
         cells = sweep(name, learning_rate=rates, seeds=[1], out=there, options=replace(options, model=model))
@@ -178,8 +195,7 @@ def swept(file: Path, sweeps: Iterable[Sweep], options: Options, out: Path, **ow
             {"name": name, **own, "settings": settings, "tuning_loss": math.inf if found is None else found}
             for settings, found in made  # of a rate at which training diverged there is none
         )
-        all_rows = with_new(rows, new)
-        write_csv(file, list(all_rows[0]), all_rows)
+        add_rows(file, new, ("name", "settings"))
 
 
 def is_swept(rows: Iterable[Mapping[str, str]], name: str, rates: Iterable[float], model: Mapping[str, str]) -> bool:
@@ -188,12 +204,6 @@ def is_swept(rows: Iterable[Mapping[str, str]], name: str, rates: Iterable[float
     cells = itertools.product(rates, *(values.split(",") for values in model.values()))
     wanted = [{f"--learning-rate {rate:g}", *map("--model.{} {}".format, model, values)} for rate, *values in cells]
     return all(any(set(re.findall(r"--\S+ \S+", settings)) == cell for settings in known) for cell in wanted)
-
-
-def with_new(rows: Sequence[Row], made: Iterable[Row]) -> list[Row]:
-    """Rows of a sweeps.csv, and those made of which it has no row with that name and these settings."""
-    known = {(row["name"], row["settings"]) for row in rows}
-    return [*rows, *(row for row in made if (row["name"], row["settings"]) not in known)]
 
 
 def settings_of(cell: Mapping[str, str], model: Mapping[str, str]) -> str:
@@ -288,13 +298,34 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     write_text(file, text.getvalue())
 
 
-def once(file: Path, key: Row, measured: Callable[..., Iterable[Row]], *given: object) -> None:
-    """Add to a csv what is measured of a key, the other columns of one row or several, unless it has a row of it."""
+def once(
+    file: Path, key: Row, measured: Callable[..., Iterable[Row]], *given: object, settings: Row | None = None
+) -> None:
+    """Add to a csv what is measured of a key, the other columns of one row or several, unless it has a row of it.
+
+    Args:
+        settings: columns that decide what is measured. Raises SystemExit where a row of the key has others: it could
+            not stand beside those that would be added.
+    """
+    settings = settings or {}
     wanted = {column: str(value) for column, value in key.items()}
-    if not any(wanted.items() <= row.items() for row in read_csv(file)):
-        made = [{**key, **row} for row in measured(*given)]
-        rows = [*read_csv(file), *made]  # read again: another process may have added some in the meantime
-        write_csv(file, list(rows[0]), rows)
+    found = [row for row in read_csv(file) if wanted.items() <= row.items()]
+    for row in found:
+        if other := [column for column, value in settings.items() if row.get(column) != str(value)]:
+            then, now = ({column: str(one.get(column)) for column in other} for one in (row, settings))
+            sys.exit(
+                f"{file}: {wanted} was measured with {then}, and would be with {now}: undo that, or remove the row"
+            )
+    if not found:
+        add_rows(file, [{**key, **settings, **row} for row in measured(*given)], list(key))
+
+
+def add_rows(file: Path, made: Iterable[Row], key: Sequence[str]) -> None:
+    """Add to a csv what has a key that it lacks; another process may have added some since it was read last."""
+    rows: list[Row] = list(read_csv(file))
+    known = {tuple(str(row[column]) for column in key) for row in rows}
+    rows += [row for row in made if tuple(str(row[column]) for column in key) not in known]
+    write_csv(file, list(rows[0]), rows)
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:

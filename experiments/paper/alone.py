@@ -102,7 +102,8 @@ def table(file: Path) -> str:
         over = Summary.of(value - alone[seed] for seed, value in each.losses.items() if seed in alone)
         steps = " + ".join(f"{steps:,}" for _, steps in each.steps)
         cells = [each.label, str(len(each.losses)), spread(each.in_groups), spread(each.losses.values())]
-        cells += ["" if over is None or each.losses is alone else with_span(over, signed), steps]
+        fewer = f" on {over.seeds} of {len(each.losses)}" if over and over.seeds < len(each.losses) else ""
+        cells += ["" if over is None or each.losses is alone else f"{with_span(over, signed)}{fewer}", steps]
         cells += ["" if each.time is None else f"{each.time:,.0f}", "" if each.fit is None else f"{each.fit:.0f}"]
         lines.append(cells)
     return markdown(lines)

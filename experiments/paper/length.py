@@ -106,7 +106,7 @@ def steps_of(point: Point, number: int) -> Summary | None:
 def says() -> Said | None:
     """Of the Micros that saw as many tokens a parameter as some Nano."""
     (x, of_nano), (at, of_micro) = line(NANO, MIXTURE), line(MICRO, MIXTURE)
-    if not len(x) or not len(at):
+    if not len(x) or len(at) < len(MICRO.lengths):
         return None
     inside = (at >= x[0]) & (at <= x[-1])
     if not inside.any():

@@ -1,7 +1,8 @@
 """What the scripts here share: systems and the runs of them, and claims with what the runs say.
 
 All scripts share the runs in this folder: a run is known by its name, its settings, its steps and its seed. The peak
-rates of Micros were chosen with seed 1, so their results are of seeds from 2 on; those of Nanos with seed 0.
+rates of Micros were chosen with seed 1, so their results are of seeds from 2 on; those of Nanos with seed 0, but for
+the routings of `../routings`, whose rates were chosen with seed 1 too, on tuning text.
 
 Micros see the source text of installed packages; training is as the paper's, bf16 where autocast allows, weights and
 optimizer in fp32, cosine to a tenth of the peak; compiled. Nanos see the standard library's source, in fp32 if nothing
@@ -24,7 +25,7 @@ from mixture_of_tokens.training.recipes import merge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, directory_of, keep, script
+from common import Experiment, check_text, directory_of, keep, script
 
 EXPERIMENT, *PLAIN_NANOS = (Experiment.named(name) for name in ("paper", "nano", "long", "routings"))
 SIZES = {
@@ -86,28 +87,17 @@ class Row(NamedTuple):
 
 
 @cache
-def check_text(size: str) -> None:
-    """Raises SystemExit where the text on this machine is another one than that of the runs that are kept.
-
-    It comes with Python and its packages, which differ; what was trained on it would compare with nothing here.
-    """
-    texts = kept_texts(size)
-    if not texts:
-        return
+def check_text_of(size: str) -> None:
+    """Raises SystemExit where the text on this machine is another one than that of the kept runs of a size."""
     dense = System(f"Transformer-{size}")
-    here = merge(dense.name, 0, None, dense.options(1)).config.prepare().facts
-    for there, file in texts.items():
-        if (here["hash"], here["tokenizer"]) != there:
-            others = f"the runs of {size}s beside {file}"
-            sys.exit(f"the text of {others} ({there[0]}) is not that of this machine ({here['hash']}): move them away")
+    check_text(merge(dense.name, 0, None, dense.options(1)).config, kept_dense(size))
 
 
-def kept_texts(size: str) -> dict[tuple[str, str | None], Path]:
-    """Hashes of text and tokenizer of the kept dense models, with a run of each; text cut for other groups aside."""
+def kept_dense(size: str) -> list[Path]:
+    """Runs of dense models, whose text was not cut for other groups."""
     plain = re.compile(rf"Transformer-{size}(-\d+)?-seed\d+\.json")
     folders = [EXPERIMENT.kept, *(each.kept for each in PLAIN_NANOS)]
-    files = [file for folder in folders for file in folder.glob("*.json") if plain.fullmatch(file.name)]
-    return {_kept(file).facts.text: file for file in files}
+    return [file for folder in folders for file in folder.glob("*.json") if plain.fullmatch(file.name)]
 
 
 def trained(rows: Iterable[Row]) -> None:
@@ -121,7 +111,7 @@ def trained(rows: Iterable[Row]) -> None:
 
 def with_weights(system: System, steps: int, seed: int) -> Path:
     """The directory of a run, which is trained where it is missing."""
-    check_text(parse_name(system.name).size)
+    check_text_of(parse_name(system.name).size)
     out = EXPERIMENT.trained / system.directory(steps, seed)
     options, rate = system.options(steps), system.learning_rate
     train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)

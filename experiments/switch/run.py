@@ -9,7 +9,7 @@ below and scored over the validation text, after the switch each row alone; of t
 it. losses.csv has a row each; what is in it is not measured again.
 
     loss       of the source in full groups and alone, and of the switched models
-    seconds    of what is fitted, by one thread beside other work, with the source's forward passes
+    seconds    of all that is fitted, by one thread beside other work, with the source's forward passes
 """
 
 import sys
@@ -30,11 +30,10 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import NANO, Experiment, read_csv, script, signed, spread, trained, write_csv
+from common import NANO, Experiment, add_rows, read_csv, script, signed, spread, trained
 
 LONG = 13_700
 FEW = 500  # steps of distillation
-COLUMNS = ("source", "steps", "seed", "way", "top_k", "loss", "seconds")
 
 
 class Source(NamedTuple):
@@ -124,6 +123,7 @@ def measured(source: Source, directory: Path, wanted: list[str]) -> list[dict[st
     for name, way in reversed(WAYS.items()):
         needed |= {way.after} if name in needed and way.after else set()
     made: dict[str, MixtureOfTokensForCausalLM] = {}
+    took: dict[str, float] = {}
     for name, way in WAYS.items():
         if name not in needed:
             continue
@@ -139,7 +139,8 @@ def measured(source: Source, directory: Path, wanted: list[str]) -> list[dict[st
             fit_scales(model, target, training_groups(text.train, model.config.group_size), scales)
         elif way.fit == "distil":
             distil(model, target, text.train, steps=way.steps, again=way.after is not None)
-        scored(name, top_k, target, round(time.perf_counter() - begun, 1))
+        took[name] = time.perf_counter() - begun + (took[way.after] if way.after else 0)
+        scored(name, top_k, target, round(took[name], 1))
     return rows
 
 
@@ -147,13 +148,12 @@ def make(kept: Path) -> None:
     file = kept / "losses.csv"
     for source in SOURCES:
         for seed in source.seeds:
-            rows: list[dict[str, Any]] = list(read_csv(file))
             this = {"source": source.name, "steps": str(source.options.steps), "seed": str(seed)}
-            known = {row["way"] for row in rows if this.items() <= row.items()}
+            known = {row["way"] for row in read_csv(file) if this.items() <= row.items()}
             if not (wanted := missing(parse_name(source.name).granularity, known)):
                 continue
             directory = trained(Experiment.named(source.experiment), source.name, seed, source.options)
-            write_csv(file, COLUMNS, [*rows, *(this | row for row in measured(source, directory, wanted))])
+            add_rows(file, [this | row for row in measured(source, directory, wanted)], (*this, "way"))
 
 
 def table(kept: Path) -> str:

@@ -76,18 +76,19 @@ def loss_of(experiment: Experiment, share: float | str) -> float:
 
 
 def measured(experiment: Experiment, share: float | str) -> list[dict[str, object]]:
-    steps = steps_of(share)
-    return [{"seed": SEED, "steps": steps.before, "after": steps.after, "loss": loss_of(experiment, share)}]
+    return [{"loss": loss_of(experiment, share)}]
 
 
 def make(experiment: Experiment) -> None:
     for share in SHARES:
-        once(experiment.kept / "when.csv", {"budget": BUDGET, "share": share}, measured, experiment, share)
+        key, steps = {"budget": BUDGET, "share": share}, steps_of(share)
+        settings = {"seed": SEED, "steps": steps.before, "after": steps.after}
+        once(experiment.kept / "when.csv", key, measured, experiment, share, settings=settings)
 
 
 def table(kept: Path) -> str:
     rows = [["time in groups", "steps in groups", "steps after the switch", "loss, alone"]]
-    found = {row["share"]: row for row in read_csv(kept / "when.csv")}
+    found = {row["share"]: row for row in read_csv(kept / "when.csv") if row["budget"] == str(BUDGET)}
     for share in sorted(found.keys() - {KEPT}, key=float) + [KEPT] * (KEPT in found):
         steps = (f"{int(found[share][key]):,}" for key in ("steps", "after"))
         title = "all, and not switched" if share == KEPT else f"{float(share):.0%}"

@@ -8,19 +8,19 @@
 
 The text is the source of the installed packages. The budget is the time of BUDGET steps of the dense model, which take
 ten minutes where one takes 86 milliseconds (two idle cores of an AMD EPYC). The best of that have LONG_BUDGET too, in
-which the text is read twice, and peak rates are those of the short one. `--time` measures steps of untrained models
-in rounds that take every system in turn, and the distillation of each switch beside dense steps, all of it as a
-multiple of those. So it says how many steps the budget holds, for each system a whole schedule of its own. Of a
-mixture's budget the switch and a tenth of its steps come after the training in groups; of the one that is switched
-early, a tenth of the time comes before it. What is trained may train beside other work, or be stopped: the same command
-goes on. Peak rates are the best of fresh-rates.csv, whose runs are as long as these, after an early switch the one from
-which it falls; of systems that it does not have, the best of fresh-sweeps.csv, whose runs are shorter, or the default.
-A system that stands twice has another rate beside it. Expected: a switched mixture is level with the best Token Choice,
-by 0.01 nats, and ahead of it after LONG_BUDGET.
+which the text is read 1.4 to 2.2 times. `--time` measures steps of untrained models in rounds that take every system in
+turn, and the distillation of each switch beside dense steps, all of it as a multiple of those. So it says how many
+steps the budget holds, for each system a whole schedule of its own. Of a mixture's budget the switch and a tenth of its
+steps come after the training in groups; of the one that is switched early, a tenth of the time comes before it. What is
+trained may train beside other work, or be stopped: the same command goes on. Peak rates are the best of
+fresh-rates.csv, whose runs are as long as the short ones, after an early switch the one from which it falls; of systems
+that it does not have, the best of fresh-sweeps.csv, whose runs are shorter, or the default. A system that stands twice
+has another rate beside it, of those with LONG_BUDGET tried after the other and on the text of the result. Expected: a
+switched mixture is level with the best Token Choice, by 0.01 nats, and ahead of it after LONG_BUDGET.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
-fresh.csv has a row each; of a mixture before its switch also its loss in full groups, and alone, a token by as many
-experts as the granularity, which no plain architecture can hold.
+fresh.csv has a row each, with its steps and rates before and after a switch; of a mixture before its switch also its
+loss in full groups, and alone, a token by as many experts as the granularity, which no plain architecture can hold.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from run import by_plain_transformers
+from exported import by_plain_transformers
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions, train, transition
 from mixture_of_tokens.convert.distil import STEPS, distil
@@ -50,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (
     Experiment,
     Sweep,
+    check_text,
     directory_of,
     keep,
     loss_alone,
@@ -194,7 +195,7 @@ def serve(experiment: Experiment) -> None:
             options = replace(OPTIONS, steps=1, max_bytes=LITTLE, model=dict(system.model))
             out = experiment.trained / f"{system.directory(TUNING_SEED)}-served"
             train(system.name, out=out, options=options, resume=True)
-            _, token = by_plain_transformers("milliseconds", out)
+            token = by_plain_transformers("milliseconds", out)
             rows.append({"system": label, "round": number, "token_ms": round(token, 3)})
     write_csv(experiment.kept / SERVED, list(rows[0]), rows)
 
@@ -251,8 +252,9 @@ def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]
     return steps, round(SHARE_AFTER * steps)
 
 
-def trained(out: Path, system: System, seed: int, steps: int, rate: float, options: Options) -> None:
-    """Train a system, or a mixture up to its switch."""
+def trained(out: Path, kept: Path, system: System, seed: int, steps: int, rate: float, options: Options) -> None:
+    """Train a system, or a mixture up to its switch. Raises SystemExit for another text than that of the kept runs."""
+    check_text(merge(SYSTEMS[0].name, 0, None, OPTIONS).config, sorted(kept.glob("*-fresh-*.json"))[:1])
     # Before an early switch the rate stays, and falls after it (../switch/when.py).
     schedule = {"lr_scheduler_type": "constant_with_warmup"} if system.early else {}
     options = replace(options, steps=steps, model=dict(system.model), training=schedule)
@@ -267,20 +269,27 @@ def switched(source: Path, out: Path, system: System, steps: int, rate: float | 
     return read(out)
 
 
-def made(experiment: Experiment, budget: int, system: System, seed: int) -> list[dict[str, object]]:
+def settings_of(system: System, budget: int, kept: Path) -> dict[str, Any]:
+    """How it is trained: steps and peak rates, before a switch and after it."""
+    steps, after = steps_within(budget, system, times_in(kept))
+    rate, rate_after = best_rate(system, kept), best_rate_after(system, kept)
+    return {"steps": steps, "after": after, "rate": rate, "rate_after": "" if rate_after is None else rate_after}
+
+
+def made(
+    experiment: Experiment, budget: int, system: System, seed: int, settings: Mapping[str, Any]
+) -> list[dict[str, object]]:
     """The one row of fresh.csv."""
-    steps, after = steps_within(budget, system, times_in(experiment.kept))
     out = experiment.trained / system.directory(seed, budget)
     source = experiment.trained / system.before.directory(seed, budget)
-    trained(source, system, seed, steps, best_rate(system, experiment.kept), OPTIONS)
+    trained(source, experiment.kept, system, seed, settings["steps"], settings["rate"], OPTIONS)
     before = {"in_groups": "", "alone": ""}
     if system.mixes:
         before = {"in_groups": read(source).facts.final_loss, "alone": loss_alone(source, "validation")}
         out = out.with_name(f"{out.name}-transition")
-        switched(source, out, system, after, best_rate_after(system, experiment.kept))
+        switched(source, out, system, settings["after"], settings["rate_after"] or None)
     keep([read(out)], experiment.kept, first_seed=SEEDS[0])
-    (of_export,) = by_plain_transformers("loss", out)
-    return [{"steps": steps, "after": after, "loss": of_export, **before}]
+    return [{"loss": by_plain_transformers("loss", out), **before}]
 
 
 def try_rates(experiment: Experiment) -> None:
@@ -288,20 +297,21 @@ def try_rates(experiment: Experiment) -> None:
     for system, rates in RATES:
         for rate in rates:
             key = {"system": system.label, "learning_rate": rate}
-            once(experiment.kept / TRIED, key, tuned, experiment, system, rate)
+            steps, after = steps_within(BUDGET, system, times_in(experiment.kept))
+            settings = {"steps": steps, "after": after}
+            once(experiment.kept / TRIED, key, tuned, experiment, system, rate, steps, after, settings=settings)
 
 
-def tuned(experiment: Experiment, system: System, rate: float) -> list[dict[str, float]]:
+def tuned(experiment: Experiment, system: System, rate: float, steps: int, after: int) -> list[dict[str, float]]:
     """The one row of fresh-rates.csv."""
     options = replace(OPTIONS, evaluate_on="tuning")
-    steps, after = steps_within(BUDGET, system, times_in(experiment.kept))
     source = experiment.trained / f"{system.directory(TUNING_SEED)}-tuning"
     out = source.with_name(f"{source.name}-{rate:g}")
     if system.early:
-        trained(source, system, TUNING_SEED, steps, best_rate(system, experiment.kept), options)
+        trained(source, experiment.kept, system, TUNING_SEED, steps, best_rate(system, experiment.kept), options)
         switched(source, out, system, after, rate)
     else:
-        trained(out, system, TUNING_SEED, steps, rate, options)
+        trained(out, experiment.kept, system, TUNING_SEED, steps, rate, options)
     return [{"loss": read(out).facts.final_loss}]
 
 
@@ -313,7 +323,8 @@ def make(experiment: Experiment) -> None:
     for (budget, systems), seed in itertools.product(budgets(), SEEDS):
         for system in systems:
             key = {"budget": budget, "system": system.label, "seed": seed}
-            once(experiment.kept / RESULTS, key, made, experiment, budget, system, seed)
+            settings = settings_of(system, budget, experiment.kept)
+            once(experiment.kept / RESULTS, key, made, experiment, budget, system, seed, settings, settings=settings)
 
 
 def times_in(kept: Path) -> Times:
@@ -339,8 +350,7 @@ def table(kept: Path, budget: int, systems: Sequence[System]) -> str:
         stages = [system.as_timed, *([system.after] if system.mixes else [])]
         shares = [times[stage.label] for stage in stages]
         each = ", then ".join(f"{float(row['share_of_dense']):.2f}" for row in shares)
-        rates = best_rate(system, kept), best_rate_after(system, kept)
-        peaks = ", then ".join(f"{rate:g}" for rate in rates if rate is not None)
+        peaks = ", then ".join(f"{float(own[0][key]):g}" for key in ("rate", "rate_after") if own[0][key])
         ms = tokens.get(system.served.label)
         token = f"{statistics.median(ms):.2f} ({min(ms):.2f} to {max(ms):.2f})" if ms else ""
         lines.append([system.label, str(len(own)), *losses, steps, each, peaks, token])
