@@ -18,7 +18,8 @@ import pytest
 from mixture_of_tokens import cli, plan
 from mixture_of_tokens.convert import export
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.names import SIZES
+from mixture_of_tokens.model.cost import parameters
+from mixture_of_tokens.model.names import SIZES, config_from_name
 from mixture_of_tokens.model.routings import ROWS, properties
 from mixture_of_tokens.training import recipes
 
@@ -152,11 +153,13 @@ def test_the_readme_has_the_means_of_the_table_of_routings():
 
 
 def test_the_sizes_are_those_that_names_stand_for():
-    expected = [
-        [name, str(size.hidden_size), str(size.blocks), str(size.context), f"{size.batch * size.context:,}"]
-        for name, size in SIZES.items()
-    ]
-    assert rows_under("size") == expected
+    shown = rows_under("size")
+    assert [row[0] for row in shown] == list(SIZES)
+    for (name, *row), size in zip(shown, SIZES.values(), strict=True):
+        assert row[:4] == [str(size.hidden_size), str(size.blocks), str(size.context), f"{size.batch * size.context:,}"]
+        for millions, model in zip(row[4:], (f"Transformer-{name}", f"MoT-{name}/32E/8"), strict=True):
+            count = parameters(config_from_name(model))["total"] / 1e6
+            assert millions == f"{count:,.{2 if count < 1 else 1 if count < 100 else 0}f}", model
 
 
 def test_the_defaults_of_training_are_the_recipes():
@@ -174,10 +177,11 @@ def test_the_defaults_of_training_are_the_recipes():
 
 def test_the_settings_of_routings_are_the_configurations():
     config = MixtureOfTokensConfig()
-    fields = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", text_of("routings").split("## Settings")[1], flags=re.MULTILINE)
-    assert len(fields) == 6
+    fields = re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", text_of("routings").split("## Settings")[1], flags=re.MULTILINE)
+    assert len(fields) == 12
     for field, default in fields:
-        assert f"{getattr(config, field):.3g}" == f"{float(default):.3g}", field
+        value = getattr(config, field)
+        assert default == (f"{value:.3g}" if isinstance(value, float) and value < 1 else str(value).lower()), field
 
 
 def test_the_properties_of_routings_are_those_of_the_table():
