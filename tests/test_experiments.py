@@ -375,6 +375,13 @@ def test_micros_are_trained_at_rates_and_temperatures_as_good_as_the_best(paper)
         systems = [system for system in fig6.SYSTEMS if system.name == name]
         configs = [merge(name, 1, each.learning_rate, each.options(1)).config for each in systems]
         assert any(_is_set(config, settings) for config in configs for settings in good), name
+    for system in paper("fig7").SYSTEMS:
+        config, best = merge(system.name, 1, None, system.options(1)).config, min(found[system.name])[0]
+        (over,) = (loss - best for loss, settings in found[system.name] if _is_set(config, settings))
+        if system == micro.TOKEN_CHOICE:  # at 0.25, which is better on the two other seeds (docs/results.md)
+            assert 0.01 < over < 0.015
+        else:
+            assert over < 0.01
 
 
 def _is_set(config, settings: str) -> bool:
