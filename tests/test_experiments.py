@@ -677,7 +677,7 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     assert [row["system"] for row in rows[3:]] == ["STC-Nano/4E"]
     for system, row in zip(systems, rows, strict=True):
         run = read(here.kept / f"{system.directory(1)}{'-transition' * system.mixes}.json")
-        assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=1e-3)
+        assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=1e-5)
         assert bool(row["in_groups"]) == bool(row["alone"]) == system.mixes
     assert read(here.kept / f"{systems[2].directory(1)}-transition.json").config.learning_rate == best
     assert read(here.kept / f"{systems[3].directory(1)}.json").config.learning_rate == 2e-2

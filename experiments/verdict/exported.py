@@ -50,7 +50,7 @@ def by_plain_transformers(what: str, run: Path) -> float:
     exported, text = run.with_name(f"{run.name}-exported"), run.with_name(f"{run.name}-text.safetensors")
     export(run, exported, force=True)
     blocks = text_of(str(run)).validation
-    batch = blocks.batch(np.arange(len(blocks)))
+    batch = blocks.batch(np.arange(blocks.total), padded=True)  # padding is on the right, so no mask is needed
     save_file({"ids": batch["input_ids"].contiguous(), "labels": batch["shift_labels"].contiguous()}, text)
     printed = in_plain_transformers(MEASURE, what, str(exported), str(text), str(IGNORE))
     shutil.rmtree(exported)
