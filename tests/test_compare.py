@@ -108,9 +108,28 @@ def test_a_smaller_comparison_in_the_same_place_says_what_it_leaves_out(compared
     given = ("--learning-rate", "1e-3,1e-2", "--out", there)
     mot("compare", *NAMES[:2], *flags, *given)
     gone = ", ".join(str(there / f"{NAMES[2].replace('/', '-')}-seed{seed}") for seed in (0, 1))
-    assert f"mot: {there} now compares these runs; no longer {gone}\n" in capsys.readouterr().err
+    told, _, rest = capsys.readouterr().err.partition("\n")  # before anything is trained
+    assert told == f"mot: {there} will compare these runs, and no longer {gone}; mot report compares any runs"
+    assert "Run 1 of 4" in rest
     mot("compare", *NAMES[:2], *flags, *given)
     assert "no longer" not in capsys.readouterr().err
+
+
+def test_another_page_or_file_is_not_replaced(compared, flags, tmp_path, capsys):
+    there = tmp_path / "all"
+    shutil.copytree(compared, there)
+    before = (there / "report.html").read_bytes()
+    some = [there / f"{name.replace('/', '-')}-seed0" for name in NAMES[:2]]
+    with pytest.raises(SystemExit, match="2"):
+        mot("report", *some)
+    assert f"{there / 'report.html'} is the page of the comparison there: name another" in capsys.readouterr().err
+    mot("report", *some, "--out", tmp_path / "two.html")
+    assert (there / "report.html").read_bytes() == before
+    (there / "report.html").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        mot("compare", *NAMES, *flags, "--learning-rate", "1e-3,1e-2,1e-2", "--out", there)
+    assert "is no page of a report" in capsys.readouterr().err
+    assert (there / "report.html").read_text() == "mine"
 
 
 def test_another_configuration_in_the_same_place_is_refused_before_anything_is_trained(compared, flags, capsys):
@@ -140,7 +159,7 @@ def test_a_run_that_diverges_is_named(flags, tmp_path, capsys):
     assert stopped.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"mot: error: {out / 'MoT-Nano-4E-2-seed0'}: ")
-    assert line.endswith("try a lower learning rate, and name another --out")
+    assert line.endswith("try a lower learning rate, and remove that directory; finished runs stay")
 
 
 @pytest.mark.parametrize("command", [("compare", "MoT-Nano/4E/2"), ("sweep", "MoT-Nano/4E/2", "--learning-rate", 0.01)])

@@ -18,7 +18,7 @@ import pytest
 from mixture_of_tokens.data import duplicates, tokens
 from mixture_of_tokens.data import prepare as preparing
 from mixture_of_tokens.data.prepare import prepare, whole_text
-from mixture_of_tokens.data.sources import documents, fingerprint
+from mixture_of_tokens.data.sources import documents, files, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import train_tokenizer
 from mixture_of_tokens.runs.run import check_resumed
@@ -304,6 +304,24 @@ def test_a_vocabulary_that_cannot_be_trained_is_refused(size, fresh_cache):
     with pytest.raises(ValueError, match=f"vocab_size must be at .* not {size}"):
         prepare(vocab_size=size)
     assert not fresh_cache.exists()
+
+
+def test_what_this_library_writes_into_a_folder_of_text_is_not_read(tmp_path):
+    for name in ("a.py", "inner/b.py", "inner/report.html", "config.yaml", "notes/metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text\n")
+    before = files(str(tmp_path))
+    assert [path.name for path in before] == ["a.py", "config.yaml", "b.py", "report.html", "metrics.jsonl"]
+    run = tmp_path / "runs" / "mine"
+    for name in ("config.yaml", "metrics.jsonl", "model/chat.jinja", "checkpoint-3/notes.txt"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x")
+    for name in ("compare.json", "report.html", "sweep.json"):
+        (tmp_path / "runs" / name).write_text("x")
+    (tmp_path / "runs" / "c.py").write_text("text\n")
+    assert files(str(tmp_path)) == [*before, tmp_path / "runs" / "c.py"]
+    with pytest.raises(ValueError, match="holds no file of a known kind"):
+        files(str(run))
 
 
 def test_a_link_to_nothing_in_a_folder_is_named(tmp_path):

@@ -270,6 +270,8 @@ def strange(tmp_path, monkeypatch, tiny_runs):
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "emptied").mkdir()
+    shutil.copy(tiny_runs[MIXED] / "run.json", tmp_path / "emptied")
 
 
 @pytest.mark.usefixtures("strange", "tiny_cache")
@@ -277,6 +279,7 @@ def strange(tmp_path, monkeypatch, tiny_runs):
     ("words", "message"),
     [
         (["nothing"], "nothing is no model: it has neither model/ nor config.json"),
+        (["emptied"], "emptied is no model: its folder model/ is gone"),
         (["./missing"], "./missing: there is no such directory"),
         (["file"], "file is no model"),
         (["t5"], "t5 cannot be loaded: a t5 model is no causal language model"),

@@ -151,4 +151,5 @@ def test_what_another_process_writes_to_is_refused(command, tiny_runs, small_cor
     error = capsys.readouterr().err
     assert f"{out} is being written by another process: wait for it, or name another --out" in error.splitlines()[-1]
     assert error.count("mot: error:") == 1
+    assert f"mot: another process writes to {out}: waiting for 0 s at most" in error
     assert not list(tmp_path.iterdir())

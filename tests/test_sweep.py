@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 
@@ -48,6 +49,20 @@ def test_called_again_it_trains_nothing_and_prints_the_same(swept, flags, capsys
     assert {p: p.stat().st_mtime_ns for p in swept.rglob("*") if p.name != "sweep.json"}.items() >= before.items()
     mot("sweep", *flags, "--out", swept, "--json")
     assert json.loads(capsys.readouterr().out) == json.loads((swept / "sweep.json").read_text())
+
+
+def test_another_grid_in_the_same_place_says_what_it_leaves_out(swept, flags, tmp_path, capsys):
+    there = tmp_path / "all"
+    shutil.copytree(swept, there)
+    words = ["1e-2" if word == "1e-30,1e-2" else word for word in flags]
+    mot("sweep", *words, "--out", there)
+    told = capsys.readouterr().err.partition("\n")[0]
+    gone = "learning-rate=1e-30-seed=0, learning-rate=1e-30-seed=1"
+    what = f"mot: {there / 'sweep.json'} now has this sweep alone, without {gone}"
+    assert told == f"{what}; given together, what is finished is not trained again"
+    mot("sweep", *flags, "--out", there)
+    assert "without" not in capsys.readouterr().err
+    assert len(json.loads((there / "sweep.json").read_text())["cells"]) == 2
 
 
 def test_a_larger_grid_keeps_what_is_finished(swept, flags, capsys):

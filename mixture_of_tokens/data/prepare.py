@@ -346,7 +346,9 @@ def _make(
             )
         with parallel_tokenizers():
             if tokenizer is None:
-                tokenizer = train_tokenizer(_training_text(text, parts.places["train"]), vocab_size)
+                with progress_bar("Training the tokenizer") as bar:
+                    given = _training_text(text, parts.places["train"], bar.update)
+                    tokenizer = train_tokenizer(given, vocab_size)
             manifest = tokenize(text, parts, tokenizer, beside, group_size)
         text.unlink()
         manifest = json.loads(json.dumps(manifest))  # as it will be read
@@ -383,12 +385,13 @@ def _clear(own: Path) -> None:
             path.unlink()
 
 
-def _training_text(text: Path, places: np.ndarray) -> Iterator[str]:
+def _training_text(text: Path, places: np.ndarray, read: Callable[[int], Any]) -> Iterator[str]:
     left = TRAINING_BYTES
     with opened(text) as file:
         for offset, length in places:
             for piece in pieces_of(file, int(offset), int(length), TRAINING_PIECE):
                 yield piece.decode()
+                read(len(piece))
                 left -= len(piece)
                 if left < 0:
                     return

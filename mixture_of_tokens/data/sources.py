@@ -38,6 +38,9 @@ CODE = (
 TABLES = (*LINES, ".parquet")
 OTHER_TABLES = (".csv", ".tsv", ".json")
 KNOWN = {*PROSE.split(), *CODE.split(), *TABLES}
+# What this library writes may lie in a folder of text, and grows while that is read: runs, and beside them comparisons.
+IN_A_RUN = {"config.yaml", "metrics.jsonl"}
+OF_SEVERAL, PAGE = {"compare.json", "sweep.json"}, "report.html"
 
 
 def documents(sources: Sequence[str], field: str = "text", *, together: bool = False) -> Iterator[Document]:
@@ -85,7 +88,7 @@ def files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [_regular(file) for file in _walk(path) if suffix(file) in KNOWN]
+        found = [_regular(file) for file in _walk(path, runs=False) if suffix(file) in KNOWN]
         if not found:
             raise ValueError(f"{source} holds no file of a known kind, such as .txt, .md, .py, .jsonl or .parquet")
         return found
@@ -180,15 +183,24 @@ def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
         yield from documents_in(path, field)
 
 
-def _walk(folder: Path, without: Sequence[str] = ()) -> Iterator[Path]:
-    """The files below a folder, in a fixed order, but for hidden ones and for those in folders of these names."""
+def _walk(folder: Path, without: Sequence[str] = (), *, runs: bool = True) -> Iterator[Path]:
+    """The files below a folder, in a fixed order, but for hidden ones and for those in folders of these names.
+
+    Args:
+        runs: with those of runs, comparisons and sweeps.
+    """
 
     def stop(error: OSError) -> None:  # os.walk alone skips a folder that it cannot read
         raise error
 
     for root, folders, names in os.walk(folder, onerror=stop):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
-        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
+        own: set[str] = set()
+        if not runs and set(names) >= IN_A_RUN:
+            folders[:], own = [], set(names)
+        elif not runs and not OF_SEVERAL.isdisjoint(names):
+            own = {*OF_SEVERAL, PAGE}
+        yield from (Path(root, name) for name in sorted(names) if not name.startswith(".") and name not in own)
 
 
 def _library_files() -> list[Path]:

@@ -133,6 +133,9 @@ def nearest(word: str, legal: Iterable[str]) -> str:
 def parse_name(name: str) -> Name:
     """The parts of a name. Raises ValueError, with the legal values, if it does not follow the grammar."""
     check("name", name, str)
+    if "," in name or name.isdecimal():
+        hint = "several names have a space between them" if "," in name else "several seeds are given as 0,1,2"
+        raise ValueError(f"{name!r} is no name of a model: {hint}")
     head, *parts = name.split("/")
     system, _, size = head.partition("-")
     for what, word, legal in (("system", system, BY_PREFIX), ("size", size, SIZES)):

@@ -13,7 +13,7 @@ from mixture_of_tokens.formatting import duration
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.process import is_main, of_all
 from mixture_of_tokens.reports.comparison import COMPARISON, by_model, check_comparable, comparison, write
-from mixture_of_tokens.reports.report import Report, write_page
+from mixture_of_tokens.reports.report import PAGE, Report, check_no_other_file, write_page
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
@@ -50,7 +50,7 @@ def compare(
 
     All models are trained with the first seed, then with the next, so that an interrupted comparison is balanced.
     Called again, it skips what is finished and goes on with the rest. It writes compare.json, report.html and the run
-    directories.
+    directories; with other names or seeds compare.json and report.html are of those alone, and the other runs stay.
 
     Args:
         names: Models, such as Transformer-Nano MoT-Nano/32E/4; the first is the baseline.
@@ -72,6 +72,10 @@ def compare(
     plans = _plans(names, seeds, _rates(learning_rate, len(names)), options, out)
     if dry_run:
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
+    check_no_other_file(out / PAGE)
+    if is_main() and (others := _compared_before(out) - {str(plan.directory) for plan in plans}):
+        what = f"{out} will compare these runs, and no longer {', '.join(sorted(others))}"
+        print(f"mot: {what}; mot report compares any runs", file=sys.stderr)
     with owned(out) if is_main() else nullcontext():
         return _compared(names, seeds, learning_rate, plans, out, options)
 
@@ -92,7 +96,8 @@ def _compared(
         try:
             run = run_merged(plan.merged, plan.directory, resume=True, again="the same command")
         except FloatingPointError as error:  # in all processes
-            raise of_all(FloatingPointError(f"{plan.directory}: {error}, and name another --out")) from None
+            what = f"{plan.directory}: {error}, and remove that directory; finished runs stay"
+            raise of_all(FloatingPointError(what)) from None
         if run is None:  # in all processes but the first
             continue
         runs.append(run)
@@ -102,10 +107,8 @@ def _compared(
     models = by_model(runs)
     command = _command(names, seeds, rates, out, options)
     result = comparison(models, command)
-    if others := _compared_before(out) - {str(run.directory) for run in runs}:
-        print(f"mot: {out} now compares these runs; no longer {', '.join(sorted(others))}", file=sys.stderr)
     write(result, out)
-    return write_page(result.relative(out), models, [command], out / "report.html", options.device)
+    return write_page(result.relative(out), models, [command], out / PAGE, options.device)
 
 
 def _compared_before(out: Path) -> set[str]:

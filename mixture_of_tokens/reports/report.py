@@ -11,13 +11,15 @@ from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
-from mixture_of_tokens.reports.comparison import Comparison, by_model, comparison, runs_of
+from mixture_of_tokens.reports.comparison import COMPARISON, Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.markup import START
 from mixture_of_tokens.reports.page import page
 from mixture_of_tokens.reports.prose import differing, findings
 from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs.records import CONFIG, Transition
 from mixture_of_tokens.runs.run import Run, check_writable, read
+
+PAGE = "report.html"
 
 WIDTH = 110  # of sentences beside the table
 
@@ -63,13 +65,16 @@ def report(*runs: Path, out: Path | None = None) -> Report:
     again = [command] if command else [line for run in found for line in _train_commands(run)]
     commands = [*dict.fromkeys(again), shlex.join(here)]
     if out is None:
-        out = (runs[0] if len(runs) == 1 and runs[0].is_dir() else runs[0].parent) / "report.html"
+        place = runs[0] if len(runs) == 1 and runs[0].is_dir() else runs[0].parent
+        out = place / PAGE
+        if place not in runs and (place / COMPARISON).is_file():
+            raise ValueError(f"{out} is the page of the comparison there: name another file with --out")
     check_writable(Path(out).parent)
-    _check_no_other_file(Path(out))
+    check_no_other_file(Path(out))
     return write_page(comparison(models, command), models, commands, Path(out))
 
 
-def _check_no_other_file(out: Path) -> None:
+def check_no_other_file(out: Path) -> None:
     """Raises ValueError for a file that is no page, such as one of a run."""
     if out.is_file():
         with out.open("rb") as file:

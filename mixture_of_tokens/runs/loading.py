@@ -46,7 +46,9 @@ def _located(run: str) -> str:
     if not (path / "config.json").is_file():
         newest = checkpoints.newest(path) if path.is_dir() else None
         hint = "it has neither model/ nor config.json" if newest is None else f"it is not finished, but has {newest}"
-        if newest is None and path.is_dir() and checkpoints.has_any(path):
+        if (path / records.FACTS).is_file():
+            hint = "its folder model/ is gone"
+        elif newest is None and path.is_dir() and checkpoints.has_any(path):
             hint = "it is not finished, and none of its checkpoints is whole"
         raise ValueError(f"{run} is no model: {hint}; give a run directory, a checkpoint or a name on the Hub")
     return str(path)

@@ -1,5 +1,6 @@
 """One writer at a time: a lock that dies with its process."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,7 +44,11 @@ def owned_file(file: Path, *, patience: float = PATIENCE) -> Iterator[None]:
 def _exclusive(lock: Path, what: str, patience: float) -> Iterator[None]:
     held = FileLock(lock)
     try:
-        held.acquire(timeout=patience)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            print(f"mot: another process writes to {what}: waiting for {patience:.0f} s at most", file=sys.stderr)
+            held.acquire(timeout=patience)
     except Timeout:
         raise ValueError(f"{what} is being written by another process: wait for it, or name another --out") from None
     except OSError as error:

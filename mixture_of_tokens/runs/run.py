@@ -280,7 +280,10 @@ def read(directory: Path) -> Run:
         return _unpacked(packed)
     if not (directory / records.FACTS).is_file():
         why = "it is a file" if directory.is_file() else "there is no such directory"
-        why = "it has no run.json" if directory.is_dir() else why
+        if (directory / records.CONFIG).is_file():
+            why = "it has no run.json yet; its command with --resume goes on with it"
+        elif directory.is_dir():
+            why = "it has no run.json"
         raise ValueError(f"{directory} is no finished run: {why}")
     config = RunConfig.read(directory / records.CONFIG)
     facts = RunFacts.read(directory / records.FACTS)

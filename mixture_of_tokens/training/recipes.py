@@ -265,7 +265,7 @@ def _training_fields(
         "eval_strategy": "steps",
         "eval_steps": max(1, min(recipe.eval_every, steps // 10)),
         "save_strategy": "steps",
-        "save_steps": recipe.save_every,
+        "save_steps": max(1, min(recipe.save_every, steps // 3)),
         "save_total_limit": 2,
         "report_to": "tensorboard",
         **FIXED,

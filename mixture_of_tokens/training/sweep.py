@@ -14,16 +14,17 @@ from cyclopts import Parameter
 
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import Result, aligned, short
+from mixture_of_tokens.formatting import Result, aligned, few_of, short
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
+from mixture_of_tokens.runs.typed import as_fields
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 
-DIVERGED = "diverged.txt"
+FILE, DIVERGED = "sweep.json", "diverged.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Sweep(Result):
 
     def __str__(self) -> str:
         flags = list(self.cells[0].settings)
-        table = [[*(flag.lstrip("-") for flag in flags), "seeds", "loss", "spread", "s"]]
+        table = [[*(flag.lstrip("-") for flag in flags), "seeds", "loss", "spread", "seconds"]]
         for cell in self.cells:
             seconds = [run.seconds for run in cell.runs if run.seconds is not None]
             loss = "diverged" if cell.loss is None else f"{cell.loss:.4f}"
@@ -180,7 +181,19 @@ def sweep(
     if dry_run:
         return Plans([PlannedRun.of(directory, merged) for _, _, merged, directory in planned])
     with owned(out) if is_main() else nullcontext():
+        gone = _swept_before(out) - {directory.name for _, _, _, directory in planned}
+        if gone and is_main():
+            what = f"{out / FILE} now has this sweep alone, without {few_of(sorted(gone))}"
+            print(f"mot: {what}; given together, what is finished is not trained again", file=sys.stderr)
         return _swept(name, options, cells, planned, out)
+
+
+def _swept_before(out: Path) -> set[str]:
+    """Names of the runs of an earlier sweep there."""
+    try:
+        return {Path(run["directory"]).name for cell in as_fields(out / FILE)["cells"] for run in cell["runs"]}
+    except (ValueError, KeyError, TypeError):  # there is none, or it is damaged
+        return set()
 
 
 def _swept(
@@ -190,16 +203,18 @@ def _swept(
     result = Sweep(name, options.evaluate_on or "tuning", [], None)
     for done, (settings, seed, merged, directory) in enumerate(planned):
         if is_main():
-            print(f"run {done + 1} of {len(planned)}: {directory}", file=sys.stderr)
+            print(f"Run {done + 1} of {len(planned)}: {directory}", file=sys.stderr)
         outcome = _outcome(seed, merged, directory)
         if outcome is None:
             continue
+        if outcome.diverged is not None:
+            print(f"mot: it diverged: {outcome.diverged}; it is not trained again", file=sys.stderr)
         runs.setdefault(_directory(settings, None), []).append(outcome)
         check_text([(run.directory, run.text) for each in runs.values() for run in each])
         found = [Cell.of(settings, own) for settings in cells if (own := runs.get(_directory(settings, None)))]
         found.sort(key=lambda cell: math.inf if cell.loss is None else cell.loss)
         result = Sweep(name, result.evaluated_on, found, _train_command(name, found[0], options))
-        write_text(out / "sweep.json", result.to_json() + "\n")
+        write_text(out / FILE, result.to_json() + "\n")
     return result if is_main() else None
 
 
