@@ -185,7 +185,8 @@ def _check_words(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
                 if len(word) > DIGITS:
                     raise ValueError(f"{flag} {word[:40]} is too large")
             if float in kinds and argument.parameter.converter is None and not _is_finite(word):
-                raise ValueError(f"{flag} takes a finite number, not {word[:40]!r}")
+                several = "; mot sweep and mot compare take several" if "," in word else ""
+                raise ValueError(f"{flag} takes a finite number, not {word[:40]!r}{several}")
 
 
 def _is_finite(word: str) -> bool:

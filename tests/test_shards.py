@@ -474,7 +474,7 @@ def test_a_tokenizer_that_cannot_encode_is_named(tmp_path, source):
 
 @pytest.mark.parametrize("options", [{"context": 0}, {"group_size": 0}, {"max_bytes": -1}])
 def test_sizes_must_be_positive(source, options):
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         prepare([source], **options)
 
 

@@ -309,6 +309,12 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         ),
         (["train", "MoT-Nano/32E", "--training.learning_rate", 1], "has a flag of its own: --learning-rate"),
         (["train", "MoT-Nano/32E", "--steps", 0], "--steps must be positive, not 0"),
+        (["train", "MoT-Nano/32E", "--learning-rate", "1e-2,2e-2"], "mot sweep and mot compare take several"),
+        (
+            ["train", "MoT-Nano/32E", "--model.router_temperature", "0.5,1"],
+            "a number, not '0.5,1'; mot sweep tries several",
+        ),
+        (["data-report", "few.txt", "--context", 0], "--context must be at least 1, not 0"),
         (["train", "MoT-Nano/32E", "--anneal-temperature-to", 0], "--anneal-temperature-to must be positive, not 0"),
         (
             ["train", "MoT-Nano/32E", "--anneal-temperature-to", 0.1, "--model.learnable_temperature", "true"],

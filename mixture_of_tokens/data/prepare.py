@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens.checks import listed
+from mixture_of_tokens.checks import at_least_one, listed
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.files import Document, hash_of_file, naming
 from mixture_of_tokens.data.groups import Blocks, segmented
@@ -108,9 +108,7 @@ def prepare(
 
     Raises ValueError for bad sources or options, and if the training or validation split is shorter than a block.
     """
-    for name, value in {"context": context, "group_size": group_size, "max_bytes": max_bytes}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be positive, not {value}")
+    at_least_one(context=context, group_size=group_size, max_bytes=max_bytes)
     if sources is not None and not sources:  # as of a pattern that no file fits
         raise ValueError("there are no sources; give none at all for the source text of Python's standard library")
     sources = [str(source) for source in listed(sources or ())]

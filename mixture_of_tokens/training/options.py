@@ -143,7 +143,7 @@ def typed(flag: str, text: str, kind: Any) -> Any:
     legal = kinds | ({int} if float in kinds else set())
     if type(value) not in legal:
         words = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
-        several = f"; mot sweep tries several, as in {flag} 1,2" if isinstance(value, list) else ""
+        several = f"; mot sweep tries several, as in {flag} 1,2" if isinstance(value, list) or "," in text else ""
         one = " or ".join(words[each] for each in words if each in kinds)
         raise ValueError(f"{flag} takes {one}, not {text!r}{several}")
     return value
