@@ -345,8 +345,8 @@ def _make(
         with parallel_tokenizers():
             if tokenizer is None:
                 with progress_bar("Training the tokenizer") as bar:
-                    given = _training_text(text, parts.places["train"], bar.update)
-                    tokenizer = train_tokenizer(given, vocab_size)
+                    pieces = _training_text(text, parts.places["train"], bar.update)
+                    tokenizer = train_tokenizer(pieces, vocab_size)
             manifest = tokenize(text, parts, tokenizer, beside, group_size)
         text.unlink()
         manifest = json.loads(json.dumps(manifest))  # as it will be read
