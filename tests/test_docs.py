@@ -20,7 +20,7 @@ from mixture_of_tokens.convert import export
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import parameters
 from mixture_of_tokens.model.names import SIZES, config_from_name
-from mixture_of_tokens.model.routings import ROWS, properties
+from mixture_of_tokens.model.routings import OF_A_ROUTER, ROWS, SETTINGS, properties
 from mixture_of_tokens.training import recipes
 
 ROOT = Path(__file__).parent.parent
@@ -177,9 +177,14 @@ def test_the_defaults_of_training_are_the_recipes():
 
 def test_the_settings_of_routings_are_the_configurations():
     config = MixtureOfTokensConfig()
-    fields = re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", text_of("routings").split("## Settings")[1], flags=re.MULTILINE)
-    assert len(fields) == 12
-    for field, default in fields:
+    table = text_of("routings").split("## Settings")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([\w.]+) \| (.*?) \|", table, flags=re.MULTILINE)
+    general = {"shared_experts": "all with experts", "gated": "all", "initializer_scale": "all"}
+    own = {field: ", ".join(f"`{prefix}-`" for prefix in of) for field, of in SETTINGS.items()}
+    assert {field: of for field, _, of in rows} == own | dict.fromkeys(OF_A_ROUTER, "all with a router") | general
+    without = " and ".join(f"`{row.prefix}-`" for row in ROWS if not row.routed)
+    assert f"\n{without} have no router." in table
+    for field, default, _ in rows:
         value = getattr(config, field)
         assert default == (f"{value:.3g}" if isinstance(value, float) and value < 1 else str(value).lower()), field
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the configuration checks its kinds against this table
 
 
 BY_CONSTRUCTION = "by construction"  # experts read equally many rows, whatever the router says
+OF_A_ROUTER = ("router_temperature", "learnable_temperature", "router_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Routing:
         kind: its name in a configuration's `mlp_layer_types`; prefix: what its models' names begin with.
         title, meaning: its name and a sentence or two, for people.
         build: makes the feed-forward of one block.
+        own: the fields of the configuration that it reads, and not every routing with a router does.
 
     What it promises:
         causal: a token's output does not depend on later tokens.
@@ -64,6 +66,7 @@ class Routing:
     title: str
     meaning: str
     build: Callable[["MixtureOfTokensConfig"], nn.Module]
+    own: tuple[str, ...] = ()
     causal: bool = True
     shares_batch: bool = False
     serves_alone: bool = True
@@ -81,6 +84,11 @@ class Routing:
     grouped: bool = True
     mixes: bool = False
     kept_weights: tuple[int, int] = (1, 0)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The fields of the configuration that it reads, and not every routing does."""
+        return (*OF_A_ROUTER, *self.own) if self.routed else self.own
 
     @property
     def private(self) -> bool:
@@ -192,6 +200,7 @@ ROWS = (
         "group, weighted by a router, and its output goes back to the tokens with the same weights. No token is "
         "dropped.",
         build=_mixture_of_tokens,
+        own=("normalize_mixture",),
         shares_batch=True,
         differentiable=True,
         balance=BY_CONSTRUCTION,
@@ -206,6 +215,7 @@ ROWS = (
         title="Uniform",
         meaning="Mixture of Tokens without a router: every mixture is the plain mean of the group.",
         build=lambda config: _mixture_of_tokens(config, uniform=True),
+        own=("normalize_mixture",),
         shares_batch=True,
         differentiable=True,
         balance=BY_CONSTRUCTION,
@@ -224,6 +234,7 @@ ROWS = (
         build=lambda config: TokenChoice(
             norm_topk_prob=config.norm_topk_prob, capacity_factor=config.capacity_factor, **_choosing(config)
         ),
+        own=("norm_topk_prob", "capacity_factor", "router_aux_loss_coef"),
         exports_as="Qwen3MoeForCausalLM",
         balance="by a loss",
         auxiliary_weight=lambda config, layer: config.router_aux_loss_coef,
@@ -239,6 +250,7 @@ ROWS = (
         build=lambda config: SigmoidChoice(
             norm_topk_prob=config.norm_topk_prob, balance_rate=config.balance_rate, **_choosing(config)
         ),
+        own=("norm_topk_prob", "balance_rate"),
         balance="by biases",
         exports_as="Dots1ForCausalLM",
         rows=_chosen_rows,
@@ -266,6 +278,7 @@ ROWS = (
             scores=config.threshold_scores,  # pyright: ignore[reportArgumentType]
             **_choosing(config),
         ),
+        own=("threshold_decay", "threshold_scores"),
         balance="by thresholds",
         rows=_chosen_rows,
         varies=True,
@@ -308,6 +321,11 @@ PROPERTIES = ("causal", "private", "balanced", "differentiable")
 ROUTINGS = {row.kind: row for row in ROWS}
 DENSE, MIXTURE = ROWS[:2]
 BY_PREFIX = {row.prefix: row for row in ROWS}
+# Fields of the configuration that not every routing reads, and the prefixes of those that do.
+SETTINGS = {
+    field: [row.prefix for row in ROWS if field in row.settings]
+    for field in dict.fromkeys(field for row in ROWS for field in row.settings)
+}
 
 
 def routings_of(model: Any) -> list[Routing]:

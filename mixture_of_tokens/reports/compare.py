@@ -20,7 +20,7 @@ from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
 from mixture_of_tokens.runs.typed import as_fields
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
-from mixture_of_tokens.training.recipes import Merged, merge
+from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.sweep import PlannedRun, Plans, check_text, trained_on
 from mixture_of_tokens.training.train import run_merged
 
@@ -136,13 +136,16 @@ def _plans(
         raise ValueError("name at least one model, such as Transformer-Nano")
     if len(set(names)) < len(names):
         raise ValueError("a model is named twice; its runs would be the same")
-    plans = []
+    plans, given = [], []
     for seed in seeds:
         for name, rate in zip(names, rates, strict=True):
             merged = merge(name, seed, rate, options)
+            given.append(merged.config)
+            merged = merged._replace(config=merged.config.with_effect())  # mot train takes its config.yaml
             directory = out / f"{name.replace('/', '-')}-seed{seed}"
             check_resumed(directory, merged.config)
             plans.append(_Planned(merged, directory, PlannedRun.of(directory, merged).flops))
+    check_settings(*given)
     configs = [plan.merged.config for plan in plans]
     if any(config.training["eval_strategy"] == "no" for config in configs):
         raise ValueError("--training.eval_strategy no leaves no curves to compare; steps would")

@@ -5,7 +5,7 @@ Each record has one reader and one writer.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +18,7 @@ from mixture_of_tokens.data.parts import Parts
 from mixture_of_tokens.data.prepare import Prepared, prepare
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.model.routings import SETTINGS
 from mixture_of_tokens.runs.typed import FORMAT, JsonFile, Record, is_a
 
 SAMPLE_PROMPT = "def "  # what a run's sample continues
@@ -130,6 +131,18 @@ class RunConfig(Record):
         return config_from_name(self.name, **self.model)
 
     @property
+    def reads(self) -> set[str]:
+        """The fields of `SETTINGS` that the model reads."""
+        return {field for routing in self.model_config.routings for field in routing.settings}
+
+    def with_effect(self) -> Self:
+        """With the name's own values of settings that the model does not read."""
+        unread = self.model.keys() & SETTINGS.keys() - self.reads
+        own = config_from_name(self.name, **{key: value for key, value in self.model.items() if key not in unread})
+        end = self.anneal_temperature_to if "router_temperature" in self.reads else None
+        return replace(self, model=self.model | {key: getattr(own, key) for key in unread}, anneal_temperature_to=end)
+
+    @property
     def group_size(self) -> int:
         """Rows in a group of the data.
 
@@ -148,7 +161,7 @@ class RunConfig(Record):
         A resumed run must have the same ones; the runs of one model differ in the seed alone.
         """
         flat: dict[str, Any] = {}
-        for key, value in self.as_read().items():
+        for key, value in self.with_effect().as_read().items():
             if key not in ("format", "micro_batch", "training", "model", "transition"):
                 flat[key] = value
             elif key not in ("format", "micro_batch"):

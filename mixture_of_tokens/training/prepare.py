@@ -12,7 +12,7 @@ from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.process import by_itself, process_count, process_number
 from mixture_of_tokens.training.options import DEFAULTS, Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.recipes import check_settings, merge
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
     options = replace(options, device=None, shard=None, replicate=None, expert_parallel=None)  # they decide no text
     with by_itself():
         run = merge(name, 0, None, options).config
+    check_settings(run)
     rank = process_number()
     if (parts := run.parts) is None:
         if rank != 0:

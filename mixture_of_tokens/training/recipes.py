@@ -15,6 +15,7 @@ from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
 from mixture_of_tokens.model.placement import Placement, check_device
+from mixture_of_tokens.model.routings import SETTINGS
 from mixture_of_tokens.process import by_itself, process_count, the_only_training
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
 from mixture_of_tokens.runs.run import check_seed
@@ -143,6 +144,23 @@ def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
         if isinstance(given := entries.get(kind), dict):
             chosen[kind] = {field: value for field, value in given.items() if value != own[kind].get(field, ...)}
     return {key: value for key, value in chosen.items() if key not in RECOMMENDED or value != own[key]}
+
+
+def check_settings(*runs: RunConfig) -> None:
+    """Raises ValueError for a setting that no model of these runs reads, but with the value that it has anyway.
+
+    `merge` does not: a comparison's models have their settings in common, and `mot transition` takes its source's.
+    """
+    names = ", ".join(dict.fromkeys(run.name for run in runs))
+    read = set().union(*(run.reads for run in runs))
+    for run in runs:
+        own = run.with_effect()
+        given = {f"--model.{key}": key for key in SETTINGS if run.model.get(key) not in (None, own.model.get(key))}
+        if run.anneal_temperature_to != own.anneal_temperature_to:
+            given["--anneal-temperature-to"] = "router_temperature"
+        for flag, field in given.items():
+            if field not in read:
+                raise ValueError(f"{flag} would do nothing in {names}; it is of {', '.join(SETTINGS[field])}")
 
 
 def _overrides(flags: Mapping[str, str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
 from mixture_of_tokens.runs.typed import as_fields
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
-from mixture_of_tokens.training.recipes import Merged, merge
+from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.train import run_merged
 
 FILE, DIVERGED = "sweep.json", "diverged.txt"
@@ -171,6 +171,7 @@ def sweep(
         for seed in seeds:
             chosen, rate = _apply(options, settings)
             merged, directory = merge(name, seed, rate, chosen), out / _directory(settings, seed)
+            check_settings(merged.config)
             check_resumed(directory, merged.config)
             planned.append(_Planned(settings, seed, merged, directory))
     first = planned[0].merged.config.conditions()

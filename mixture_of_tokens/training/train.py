@@ -43,7 +43,7 @@ from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, check_free, check_resumed, check_writable, read
 from mixture_of_tokens.training.callbacks import AnnealTemperature, StopOnSignal, ended_by_sigterm
 from mixture_of_tokens.training.options import DEFAULTS, Options
-from mixture_of_tokens.training.recipes import Merged, merge
+from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
 REGROUPINGS = 3
@@ -79,6 +79,7 @@ def train(
     Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
     """
     merged = merge(name, seed, learning_rate, options)
+    check_settings(merged.config)
     if dry_run:
         return merged.config
     out = Path("runs") / f"{name.replace('/', '-')}-seed{seed}" if out is None else Path(out)

@@ -1,0 +1,110 @@
+"""Settings of some routings: which read them, and that others refuse them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import routings
+from mixture_of_tokens import Options, compare, prepare, sweep, train
+from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.model.routings import ROWS, SETTINGS, Routing
+from mixture_of_tokens.reports.compare import _plans
+from mixture_of_tokens.training.recipes import check_settings, chosen_in, merge
+
+OTHER = {  # than the default
+    "router_temperature": 0.3,
+    "learnable_temperature": True,
+    "router_dtype": "float64",
+    "normalize_mixture": True,
+    "norm_topk_prob": True,
+    "capacity_factor": 0.5,
+    "router_aux_loss_coef": 1.0,
+    "balance_rate": 0.5,
+    "threshold_decay": 0.1,
+    "threshold_scores": "sigmoid",
+}
+MIXED = {"mlp_layer_types": ["dense", "mixture_of_tokens", "token_choice", "dense"]}
+
+
+def trained(kind: str, **fields) -> dict[str, Tensor]:
+    """The weights after two steps, each of which is balanced."""
+    model = routings.tiny(kind, num_experts_per_tok=2, **fields).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = torch.randint(97, (6, 9), generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        model.balance()
+    return {name: weight for name, weight in model.named_parameters() if not name.endswith("log_temperature")}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.kind)
+def test_a_routing_reads_its_settings_and_no_others(row: Routing):
+    plain = trained(row.kind)
+    found = {}
+    for field, value in OTHER.items():
+        other = trained(row.kind, **{field: value})
+        found[field] = any(not torch.equal(weight, plain[name]) for name, weight in other.items())
+    assert found == {field: field in row.settings for field in SETTINGS}
+
+
+def asked(name: str, **options) -> list[str]:
+    """What commands that train say to these options; "" where they take them."""
+    told = []
+    for command in (train, sweep, compare):
+        try:
+            command(name, options=Options(**options), dry_run=True)
+        except ValueError as error:
+            told.append(str(error))
+        else:
+            told.append("")
+    return told
+
+
+def test_a_setting_that_no_block_reads_is_refused():
+    for field, value in OTHER.items():
+        for name in ("Transformer-Nano", "Uniform-Nano/4E", "MoT-Nano/4E", "TC-Nano/4E", "STC-Nano/4E"):
+            of = SETTINGS[field]
+            line = f"--model.{field} would do nothing in {name}; it is of {', '.join(of)}"
+            assert asked(name, model={field: value}) == ["" if parse_name(name).system in of else line] * 3
+    assert set(asked("MoT-Nano/4E", model=MIXED | {"capacity_factor": 2})) == {""}
+    for name, system in (("Transformer-Nano", "MoT"), ("Uniform-Nano/4E", "MoT")):
+        for line in asked(name, anneal_temperature_to=0.1):
+            assert line.startswith(f"--anneal-temperature-to would do nothing in {name}; it is of {system}, TC, ")
+    assert set(asked("TC-Nano/4E", anneal_temperature_to=0.1)) == {""}
+
+
+def test_a_sweep_s_values_and_a_text_s_flags_are_checked_too():
+    line = r"^--model.capacity_factor would do nothing in MoT-Nano/32E; it is of TC$"
+    with pytest.raises(ValueError, match=line):
+        sweep("MoT-Nano/32E", options=Options(model={"capacity_factor": "1,2"}), dry_run=True)
+    with pytest.raises(ValueError, match=line):
+        prepare("MoT-Nano/32E", options=Options(model={"capacity_factor": 2}))
+
+
+def test_models_of_a_comparison_share_settings_that_one_of_them_reads():
+    options = Options(model={"capacity_factor": 1.5}, anneal_temperature_to=0.1)
+    compare("Transformer-Nano", "MoT-Nano/4E", "TC-Nano/4E", options=options, dry_run=True)
+    with pytest.raises(ValueError, match=r"nothing in Transformer-Nano, MoT-Nano/4E; it is of TC$"):
+        compare("Transformer-Nano", "MoT-Nano/4E", seeds=[0, 1], options=options, dry_run=True)
+
+
+def test_a_run_of_a_comparison_has_the_settings_that_it_reads_and_earlier_ones_go_on(tmp_path):
+    options = Options(model={"capacity_factor": 1.5}, anneal_temperature_to=0.1)
+    for plan in _plans(("Transformer-Nano", "TC-Nano/4E"), [0], [None, None], options, tmp_path):
+        config, before = plan.merged.config, merge(plan.name, 0, None, options).config
+        check_settings(config)  # as mot train --config does
+        assert config.identity() == before.identity()
+        assert config == (before if plan.name == "TC-Nano/4E" else train(plan.name, dry_run=True))
+
+
+@pytest.mark.parametrize("name", ["Transformer-Nano", "MoT-Nano/4E", "Uniform-Nano/4E", "STC-Nano/4E"])
+def test_a_setting_may_have_the_value_that_it_has_anyway(name):
+    """As in config.yaml, whatever else is set; and no capacity where none is read, as a run of mot transition has."""
+    made = train(name, dry_run=True)
+    fields = {field: getattr(made.model_config, field) for field in SETTINGS}
+    assert train(name, options=Options(model=fields), dry_run=True) == made
+    others = {"capacity_factor": None, "intermediate_size": 100, "num_hidden_layers": 2}
+    assert set(asked(f"{name}/5" if "/" in name else name, model=fields | others)) == {""}
+    assert set(asked(name, model=chosen_in(made.as_read())["model"])) == {""}
