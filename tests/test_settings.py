@@ -108,3 +108,11 @@ def test_a_setting_may_have_the_value_that_it_has_anyway(name):
     others = {"capacity_factor": None, "intermediate_size": 100, "num_hidden_layers": 2}
     assert set(asked(f"{name}/5" if "/" in name else name, model=fields | others)) == {""}
     assert set(asked(name, model=chosen_in(made.as_read())["model"])) == {""}
+
+
+def test_a_window_is_refused_where_none_is_used():
+    told = "--model.sliding_window 8 would do nothing; with --model.use_sliding_window true it does"
+    for name in ("Transformer-Nano", "MoT-Nano/4E"):
+        assert asked(name, model={"sliding_window": 8}) == [told] * 3
+        assert set(asked(name, model={"sliding_window": 8, "use_sliding_window": True})) == {""}
+        assert set(asked(name, model={"sliding_window": None})) == {""}

@@ -216,6 +216,7 @@ def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -
         ("initializer_range", "--model.initializer_scale", MixtureOfTokensConfig.initializer_range),
         ("decoder_sparse_step", "--model.mlp_layer_types", config.decoder_sparse_step),
         ("mlp_only_layers", "--model.mlp_layer_types", config.mlp_only_layers),
+        ("sliding_window", "with --model.use_sliding_window true it", config.sliding_window),
         *((f"{token}_token_id", "the tokenizer", None) for token in ("eos", "pad")),
     ):
         if overrides.get(field) not in (None, anyway):
