@@ -20,6 +20,7 @@ from mixture_of_tokens.reports.page import _thinned
 from mixture_of_tokens.reports.prose import differing
 from mixture_of_tokens.reports.report import report
 from mixture_of_tokens.reports.samples import continued
+from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
 from processes import mot, rows_of
 
 NAMES = ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E")
@@ -191,6 +192,16 @@ def test_samples_are_made_on_the_device_that_was_asked_for(compared, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     run = compared / "Transformer-Nano-seed0"
     assert continued({"one": run}, "cpu")["def "].keys() == {"one"}
+
+
+def test_a_model_whose_logits_are_not_finite_has_no_samples(compared, tmp_path):
+    runs = {"sound": compared / "Transformer-Nano-seed0", "broken": tmp_path / "broken"}
+    model = load_model(str(runs["sound"]), device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight *= 1e40
+    model.save_pretrained(runs["broken"] / "model")
+    load_tokenizer_of(str(runs["sound"])).save_pretrained(runs["broken"] / "model")
+    assert continued(runs, "cpu")["def "].keys() == {"sound"}
 
 
 def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path):

@@ -288,6 +288,19 @@ def test_a_model_s_own_defaults_change_nothing_but_where_a_text_ends(name, tiny_
     assert continue_prompts(model, tokenizer, ["abc def"], likeliest) == [before]
 
 
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_logits_that_are_not_finite_are_one_line(run, temperature, tmp_path, capsys):
+    model = load_model(str(run))
+    with torch.no_grad():
+        model.lm_head.weight *= 1e40
+    model.save_pretrained(tmp_path)
+    load_tokenizer_of(str(run)).save_pretrained(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        mot("generate", tmp_path, "--prompt", "abc", "--temperature", temperature)
+    assert capsys.readouterr().err == "mot: error: the model's logits are not finite: there is nothing to sample from\n"
+
+
 def test_a_token_that_the_model_does_not_know_is_told(run):
     model = load_model(str(run))
     check_tokens(model, "there", model.config.vocab_size - 1)

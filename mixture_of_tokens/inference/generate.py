@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple, TextIO
 
 import torch
 from cyclopts import Parameter
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -59,6 +60,12 @@ class Sampling(NamedTuple):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
         check_seed(self.seed)
+
+    def checked(self, _: Tensor, logits: Tensor) -> Tensor:
+        """Raises ValueError for logits (B, V) that cannot be sampled from; -inf rules a token out."""
+        if not (logits.amax(-1) / (self.temperature or 1)).isfinite().all():
+            raise ValueError("the model's logits are not finite: there is nothing to sample from")
+        return logits
 
 
 DEFAULT = Sampling()
@@ -129,7 +136,8 @@ def generate(
 
     Returns the continuations; None in all processes of torchrun but the first.
 
-    Raises ValueError for bad options, prompts that are empty or too long, and a run without a model.
+    Raises ValueError for bad options, prompts that are empty or too long, a run without a model, and a model whose
+    logits are not finite.
     """
     texts = [] if prompt is None else listed(prompt)
     if (prompts_file is None) == (not texts):
@@ -292,7 +300,7 @@ def continue_prompts(
 ) -> list[str]:
     """What the model writes after each prompt. The prompts are one batch, so a Mixture of Tokens mixes them.
 
-    Raises ValueError for a prompt that is empty or as long as the context.
+    Raises ValueError for a prompt that is empty or as long as the context, and for logits that are not finite.
     """
     encoded = encode(tokenizer, prompts, context_of(model))
     return [text for text, _ in _continue(model, tokenizer, encoded, sampling)]
@@ -349,6 +357,7 @@ def _written(
             top_k=None,
             pad_token_id=pad,
             eos_token_id=ends or None,
+            logits_processor=[sampling.checked],  # pyright: ignore[reportArgumentType]
             streamer=streamer,
         )
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in written[:, width:].tolist()]

@@ -21,7 +21,8 @@ def continued(directories: dict[str, Path], device: Device | None = None) -> dic
     """Continuations of the first prompts by the models of run directories, by prompt and label, with a fixed seed.
 
     All prompts are one batch. Empty where a run has no model/ any more; a model has none that is not causal, or that
-    they do not suit: its tokenizer has no token for one, or its context is as short as one.
+    they do not suit: its tokenizer has no token for one, or its context is as short as one; or of which the logits
+    are not finite.
     """
     if not all((directory / "model").is_dir() for directory in directories.values()):
         return {}

@@ -304,7 +304,7 @@ def _finish(
 
 
 def _sample(model: MixtureOfTokensForCausalLM, tokenizer: Any) -> str | None:
-    """None where the model is not causal, or the prompt is no text of its tokenizer, or fills its context."""
+    """None where the model is not causal or finite, or the prompt is no text of its tokenizer, or fills its context."""
     try:
         return continue_prompts(model, tokenizer, [SAMPLE_PROMPT])[0] if model.config.causal else None
     except ValueError:
