@@ -155,6 +155,10 @@ def test_rows_of_a_dense_model_do_not_matter(tiny_runs, evaluated):
     together, alone = evaluated(tiny_runs["Transformer-Nano"])["lines"]
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
     assert together["spread"] is None
+    whole, together, alone = evaluated(tiny_runs["Transformer-Nano"], "--sweep-tokens", 1)["lines"]
+    assert together["label"] == "32 rows, same text as below"
+    assert together["tokens"] == alone["tokens"] < whole["tokens"]
+    assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
 
 
 def test_the_text_of_a_file_is_taken_whole(tiny_runs, evaluated, tmp_path):

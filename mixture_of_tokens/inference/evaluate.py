@@ -173,9 +173,10 @@ def _lines(
     counts = np.concatenate([(_not_empty(order) >= 0).sum(1) for order in full])
     real = float(counts.mean())
     filled = "full groups" if real > 0.9 * group_size else f"groups of {real:.0f} of {group_size} rows"
+    filled = filled if mixes else f"{group_size} rows"
     plan: list[tuple[str, list[np.ndarray], AbstractContextManager]] = []
-    plan.append((filled if mixes else f"{group_size} rows", full, nullcontext()))
-    if mixes and len(part) < len(full[0]):
+    plan.append((filled, full, nullcontext()))
+    if len(part) < len(full[0]):
         plan.append((f"{filled}, same text as below", [part], nullcontext()))
     routed = [routing.routed for routing in routings_of(model) if routing.mixes]
     if any(routed):
