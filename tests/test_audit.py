@@ -157,13 +157,19 @@ def test_logits_that_a_later_token_makes_no_numbers_are_a_leak():
         assert not audit_model(Breaks(), vocab_size=50, length=16, seed=seed).causal
 
 
-def test_a_model_that_looks_at_nothing_passes_as_nothing():
+def test_a_model_that_looks_at_nothing_passes_as_nothing(tmp_path, capsys):
     model = build("dense")
     nn.init.zeros_(model.lm_head.weight)
     model.lm_head.register_forward_hook(lambda module, x, y: y + torch.arange(37.0))
     found = audited(model)
     assert not found.causal
     assert not found.private
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        mot("audit", tmp_path, "--expect", "causal", "--batches", 1)
+    shown, told = capsys.readouterr(), "not tested: its logits do not move with its input"
+    assert shown.out.endswith(f"\n{told}\n")
+    assert shown.err.endswith(f"mot: {tmp_path} is {told}\n")
 
 
 def test_batch_mates_of_a_dense_model_that_reads_its_neighbour_are_found():

@@ -34,6 +34,7 @@ from mixture_of_tokens.runs.run import check_seed
 MARGIN = 10
 ROWS, LONGEST = 8, 64  # of the batch of a model without groups; tokens of a text
 QUARTERS = 4
+NOT_TESTED = "not tested: its logits do not move with its input"
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ class Leaks:
 
     @property
     def none_from_the_future(self) -> bool:
-        """False also where the replaced part itself did not move: then nothing was tested."""
+        """False also where nothing was tested."""
         return self.moved > self.allowed and all(change <= self.allowed for change in self.future.values())
+
+    @property
+    def tests_nothing(self) -> bool:
+        """Whether not even the replaced part itself moved."""
+        return all(change <= self.allowed for change in (self.moved, *self.future.values()))
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,15 @@ class Audit(Result):
         return self.causal and self.leaks.mates <= self.leaks.allowed
 
     @property
+    def untested(self) -> bool:
+        return self.leaks.tests_nothing and not self.collisions
+
+    @property
     def failure(self) -> str | None:
         """What is wrong where the model is not what was expected."""
-        return (
-            f"{self.run} is not {self.expect}" if self.expect is not None and not getattr(self, self.expect) else None
-        )
+        if self.expect is None or getattr(self, self.expect):
+            return None
+        return f"{self.run} is {NOT_TESTED if self.untested else f'not {self.expect}'}"
 
     def as_dict(self) -> dict[str, Any]:
         written = super().as_dict()
@@ -131,7 +141,8 @@ class Audit(Result):
             lines.append(f"Groups of its text with several rows of one document: {self.collisions}")
         by = f", by {self.experts} experts" if self.experts else ""
         served = f"served alone{by}: " if self.alone else ""
-        lines.append(f"{served}causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}")
+        verdict = f"causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}"
+        lines.append(f"{served}{NOT_TESTED if self.untested else verdict}")
         return "\n".join(lines)
 
 
