@@ -206,6 +206,7 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     fewest = min((each for each in served.tried if each.loss <= served.source.loss + 0.01), key=lambda each: each.top_k)
     assert served.chosen == fewest
     assert f"Top {fewest.top_k} is written" in shown
+    assert "rows of the tuning text; mot train's, by default, of the whole validation text." in shown
     flops = [each.flops_per_token for each in served.tried]
     assert flops == sorted(flops, reverse=True)
     assert all(each.ms > 0 for each in served.tried)
@@ -214,16 +215,18 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     assert found["kind"] == ("Dots1ForCausalLM" if words else "Qwen3MoeForCausalLM")
     assert found["text"] == model.generate(ids, max_new_tokens=200, min_new_tokens=200, do_sample=False)[0].tolist()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"the loss was {served.source.loss:.4f} before, with texts in groups, and is {fewest.loss:.4f} now" in card
+    assert f"a part of the tuning text the loss was {served.source.loss:.4f} before, with texts in groups" in card
+    assert f"and is {fewest.loss:.4f} now" in card
     assert "a sigmoid each" in card if words else "a softmax over all" in card
 
 
 @pytest.mark.parametrize(("losses", "best"), [((2.0, 2.0, 2.1), 4), ((2.2, 2.1, 2.3), 4), ((2.2, 2.3, 2.0), 2)])
 def test_the_fewest_experts_that_are_enough_are_written_or_else_the_best(losses, best):
     source, *tried = (TopK(k, loss, 1.0, 1.0) for k, loss in zip((32, 8, 4, 2), (2.0, *losses), strict=True))
-    assert best_of(tried, source).top_k == best
+    chosen = best_of(tried, source)
+    assert chosen.top_k == best
     why = "the fewest experts with a loss at most" if min(losses) <= 2.01 else "the lowest loss, as none is at most"
-    assert f"Top {best} is written: {why} 0.01 nats above" in str(Served(source, tried, best_of(tried, source)))
+    assert f"Top {best} is written: {why} 0.01 nats above" in str(Served("tuning", source, tried, chosen))
 
 
 @pytest.mark.usefixtures("tiny_cache", "checked_elsewhere")

@@ -59,8 +59,8 @@ def card(
     if served is not None:
         lines.append(
             "It was trained as a Mixture of Tokens (arXiv 2310.15961) and distilled into a sparse model, without "
-            f"training it further. Over a part of the text the loss was {served.source.loss:.4f} before, with "
-            f"texts in groups, and is {served.chosen.loss:.4f} now."
+            f"training it further. Over a part of the {served.split} text the loss was {served.source.loss:.4f} "
+            f"before, with texts in groups, and is {served.chosen.loss:.4f} now."
         )
     lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("this/directory")']

@@ -35,11 +35,13 @@ class TopK:
 
 @dataclass(frozen=True)
 class Served:
-    """What a switch without training gives. Losses are of the tuning text, or of the validation text where it is short.
+    """What a switch without training gives.
 
+    split: of the text that losses are measured on, tuning, or validation where that is short.
     source: its loss in full groups, its FLOPs, and its time alone, in which all experts serve a token.
     """
 
+    split: str
     source: TopK
     tried: list[TopK]
     chosen: TopK
@@ -49,7 +51,9 @@ class Served:
         named += [(f"top {each.top_k}", each) for each in self.tried]
         rows = [[name, loss(row.loss), f"{row.flops_per_token:,.0f}", f"{row.ms:.1f}"] for name, row in named]
         table = aligned([["", "loss", "FLOPs/token", "ms/token alone"], *rows])
-        table += f"\n\nLosses are of at most {ROWS:,} rows of text that was not trained on, not of all of it."
+        whole = "the whole validation text" if self.split != "validation" else "all of it"
+        part = f"at most {ROWS:,} rows of the {self.split} text"
+        table += f"\n\nLosses are of {part}; mot train's, by default, of {whole}."
         if len(self.tried) == 1:
             return f"{table}\n\nTop {self.chosen.top_k} is written."
         within = f"at most {ENOUGH:g} nats above the source's in groups"
@@ -75,7 +79,8 @@ def serve(
     """
     first = token_choice_config(source.config, top_k=top_k, scores=scores).num_experts_per_tok
     fewer = [] if top_k is not None else [k for k in (first // 2, first // 4) if k]
-    blocks = text.tuning if len(text.tuning) >= source.config.group_size else text.validation
+    split = "tuning" if len(text.tuning) >= source.config.group_size else "validation"
+    blocks = getattr(text, split)
     made: list[MixtureOfTokensForCausalLM] = []
     for k in (first, *fewer):
         config = token_choice_config(source.config, top_k=k, scores=scores)
@@ -95,7 +100,7 @@ def serve(
         )
     ]
     best = best_of(tried, before)
-    return made[tried.index(best)], Served(before, tried, best)
+    return made[tried.index(best)], Served(split, before, tried, best)
 
 
 def best_of(tried: list[TopK], source: TopK) -> TopK:
