@@ -125,11 +125,12 @@ def test_a_report_has_the_source_beside_it(transitioned, tiny_runs, tmp_path, ca
 def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tiny_runs, tmp_path, capsys):
     plain = json.loads((transitioned[0] / "switch.json").read_text())
     assert plain["source_in_groups"] < plain["at_the_switch"] == plain["plain_switch"]
-    assert plain["branch_errors"] == {}
+    assert (plain["branch_errors"], plain["fit_seconds"]) == ({}, 0)
     words = ["--steps", 5, "--distil-steps", 30, "--json", "--out", tmp_path / "distilled"]
     mot("transition", tiny_runs[MIXED], *words)
     result = json.loads(capsys.readouterr().out)
     switch, stages = result["switch"], result["stages"]
+    assert switch["fit_seconds"] > 0
     assert switch["at_the_switch"] < switch["plain_switch"] == pytest.approx(plain["plain_switch"], abs=1e-6)
     assert stages["end_loss"] < switch["at_the_switch"]
     assert {layer: after < before for layer, (before, after) in switch["branch_errors"].items()} == {

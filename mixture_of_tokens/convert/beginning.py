@@ -88,7 +88,7 @@ class Beginning:
             flops_per_token=self.source.flops[1],
             **losses,
             branch_errors=errors,
-            fit_seconds=round(fit_seconds, 1),
+            fit_seconds=0.0 if self.asked.calibrate == "none" else round(fit_seconds, 1),
         )
         return switch, scales, new
 

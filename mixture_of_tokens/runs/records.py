@@ -265,7 +265,7 @@ class Switch(JsonFile):
         at_the_switch: after it, with unchanged weights and as training begins. All over the text that training is
         evaluated on.
     branch_errors: by layer, the distance from the source's output as a share of its size, before and after the fit.
-    fit_seconds: of the fit; None where it was not measured.
+    fit_seconds: of the fit and of the companions that it needs, 0 where nothing is fitted; None where not measured.
     """
 
     step: int
