@@ -22,6 +22,7 @@ from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import mot, rows_of, start
+from texts import write_texts
 
 MIXED = "MoT-Nano/4E/2"
 STEPS, SOURCE_STEPS = 10, 30
@@ -325,6 +326,18 @@ def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, monkeypatch, c
     mot("audit", out, "--expect", "private", "--batches", 1)
     mot("transition", source, *words, "--resume")
     assert "is finished already" in capsys.readouterr().err
+
+
+def test_groups_that_a_short_text_does_not_fill_are_not_called_full(tmp_path, capsys):
+    write_texts(tmp_path / "texts", lines=1)
+    flags = ("--steps", 2, "--batch-size", 32, "--device", "cpu", "--data", tmp_path / "texts")
+    mot("train", "MoT-Nano/32E", *flags, "--out", tmp_path / "run")
+    words = ("--steps", 0, "--calibrate", "none", "--optimizer", "fresh")
+    capsys.readouterr()
+    mot("transition", tmp_path / "run", *words)
+    shown = capsys.readouterr().out
+    assert "\nrun, in groups of 6 of 32 rows  " in shown
+    assert "\n0.0 s of fitting, " in shown
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -16,6 +16,7 @@ from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.experts import Router
+from mixture_of_tokens.inference.evaluate import chosen, said_of
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.sharding import load_optimizer, whole
@@ -25,7 +26,7 @@ from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import Switch, Transition
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.sparse import TokenChoice
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import EVALUATION_ROWS, GroupedTrainer
 
 
 class Beginning:
@@ -50,7 +51,9 @@ class Beginning:
         if is_main():
             print("Measuring losses before the switch and at it", file=sys.stderr)
         model = load_model(str(self.source.directory), device="cpu").to(target.device)
-        groups = list(training_groups(prepared.train, trainer.rows.group_size))
+        size = trainer.rows.group_size
+        groups = list(training_groups(prepared.train, size))
+        order, _ = chosen(trainer.evaluated, size, max(1, EVALUATION_ROWS // size))  # of `trainer.loss_of`
         started = time.perf_counter()
         calibrate_companions(model, groups)
         fit_seconds = time.perf_counter() - started
@@ -89,6 +92,7 @@ class Beginning:
             **losses,
             branch_errors=errors,
             fit_seconds=0.0 if self.asked.calibrate == "none" else round(fit_seconds, 1),
+            groups=said_of(order.reshape(-1, model.config.group_size)),
         )
         return switch, scales, new
 

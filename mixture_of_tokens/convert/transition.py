@@ -82,7 +82,7 @@ class Transitioned(Result):
         switch, stages = self.switch, self.stages
         before = switch.source_in_groups
         rows = [
-            (f"{Path(self.source).name}, in full groups", before),
+            (f"{Path(self.source).name}, in {switch.groups}", before),
             ("the same, each row alone", switch.source_alone),
             ("switched, unchanged weights", switch.plain_switch),
             ("switched, as training begins" if self.steps else "switched", switch.at_the_switch),

@@ -42,6 +42,7 @@ from mixture_of_tokens.runs.loading import (
     placed,
     text_of,
 )
+from mixture_of_tokens.runs.records import FULL
 
 BATCH_SIZE = 32  # of models that do not mix rows
 ARGMAX_TEMPERATURE = 1e-6
@@ -171,9 +172,7 @@ def _lines(
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     # Label, block numbers (groups, rows) of every regrouping, and how the model is served.
     counts = np.concatenate([(_not_empty(order) >= 0).sum(1) for order in full])
-    real = float(counts.mean())
-    filled = "full groups" if real > 0.9 * group_size else f"groups of {real:.0f} of {group_size} rows"
-    filled = filled if mixes else f"{group_size} rows"
+    filled = said_of(np.concatenate(full)) if mixes else f"{group_size} rows"
     plan: list[tuple[str, list[np.ndarray], AbstractContextManager]] = []
     plan.append((filled, full, nullcontext()))
     if len(part) < len(full[0]):
@@ -221,6 +220,12 @@ def in_parts(groups: np.ndarray, n: int) -> np.ndarray:
     """Split groups of blocks (groups, G) into groups of n. Incomplete ones are padded with -1, empty ones left out."""
     padded = np.pad(groups, ((0, 0), (0, -groups.shape[1] % n)), constant_values=-1)
     return _not_empty(padded.reshape(-1, n))
+
+
+def said_of(groups: np.ndarray) -> str:
+    """How groups of blocks (groups, G) are called in tables; -1 is a missing row."""
+    size, rows = groups.shape[1], float((_not_empty(groups) >= 0).sum(axis=1).mean())
+    return FULL if rows > 0.9 * size else f"groups of {rows:.0f} of {size} rows"
 
 
 def _not_empty(groups: np.ndarray) -> np.ndarray:
@@ -301,6 +306,14 @@ def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOG
     return float(model(**inputs, **without, use_cache=False).loss) * count, count
 
 
+def chosen(blocks: Blocks, group_size: int, groups: int | None = None, seed: int = 0) -> tuple[np.ndarray, bool]:
+    """The groups of blocks (groups, G) that `evaluate_blocks` takes, and whether they are all of the text."""
+    # Of text that fills one group, and not two, none could be left out.
+    everything = groups is None or max(groups, min(2, group_size)) * group_size > len(blocks)
+    order = grouped_order(blocks, group_size, seed=seed, everything=everything)
+    return order[: None if everything else groups], everything
+
+
 def evaluate_blocks(
     model,
     blocks: Blocks,
@@ -324,9 +337,7 @@ def evaluate_blocks(
 
     Returns `loss`, `tokens` and, over all of the text, `bits_per_byte`.
     """
-    # Of text that fills one group, and not two, none could be left out.
-    everything = groups is None or max(groups, min(2, group_size)) * group_size > len(blocks)
-    order = grouped_order(blocks, group_size, seed=seed, everything=everything)[: None if everything else groups]
+    order, everything = chosen(blocks, group_size, groups, seed)
     device = model.device
     batches = np.split(order.ravel(), range(batch_size, order.size, batch_size))
     rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)

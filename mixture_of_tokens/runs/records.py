@@ -24,6 +24,7 @@ from mixture_of_tokens.runs.typed import FORMAT, JsonFile, Record, is_a
 SAMPLE_PROMPT = "def "  # what a run's sample continues
 CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metrics.jsonl"
 COMMON_GROUP = 32
+FULL = "full groups"
 # Fields of TrainingArguments that decide how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
 CARRIED_OUT += ("gradient_checkpointing", "activation_checkpointing", "run_name", "log_level")
@@ -261,11 +262,12 @@ class Switch(JsonFile):
     """The conversion of a Mixture of Tokens to Token Choice: switch.json.
 
     step, tokens, seconds, flops_per_token: of the source's training, both passes.
-    source_in_groups, source_alone: losses before the switch, in full groups and each row alone; plain_switch,
+    source_in_groups, source_alone: losses before the switch, in `groups` and each row alone; plain_switch,
         at_the_switch: after it, with unchanged weights and as training begins. All over the text that training is
         evaluated on.
     branch_errors: by layer, the distance from the source's output as a share of its size, before and after the fit.
     fit_seconds: of the fit and of the companions that it needs, 0 where nothing is fitted; None where not measured.
+    groups: as `mot evaluate` calls those of `source_in_groups`; earlier files do not say it.
     """
 
     step: int
@@ -278,6 +280,7 @@ class Switch(JsonFile):
     at_the_switch: float
     branch_errors: dict[str, Any]
     fit_seconds: float | None = None
+    groups: str = FULL
 
 
 @dataclass(kw_only=True)
