@@ -230,6 +230,9 @@ def test_a_page_takes_the_place_of_a_page_alone(compared, tmp_path, capsys):
         mot("report", run, "--out", run / "run.json")
     assert f"{run / 'run.json'} is there already, and is no page of a report" in capsys.readouterr().err
     assert (run / "run.json").read_bytes() == before
+    with pytest.raises(SystemExit, match="2"):
+        mot("report", run, "--out", run)
+    assert f"--out {run} is a directory: name a file, such as {run / 'report.html'}" in capsys.readouterr().err
     for _ in range(2):
         mot("report", run, "--out", tmp_path / "x.html")
 

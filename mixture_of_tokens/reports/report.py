@@ -20,7 +20,6 @@ from mixture_of_tokens.runs.records import CONFIG, Transition
 from mixture_of_tokens.runs.run import Run, check_writable, read
 
 PAGE = "report.html"
-
 WIDTH = 110  # of sentences beside the table
 
 
@@ -75,7 +74,9 @@ def report(*runs: Path, out: Path | None = None) -> Report:
 
 
 def check_no_other_file(out: Path) -> None:
-    """Raises ValueError for a file that is no page, such as one of a run."""
+    """Raises ValueError for a directory, and for a file that is no page, such as one of a run."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a directory: name a file, such as {out / PAGE}")
     if out.is_file():
         with out.open("rb") as file:
             if file.read(len(START)) != START.encode():
