@@ -199,7 +199,8 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     )
     files = {path: path.read_bytes() for path in tiny_runs[MIXED].rglob("*") if path.is_file()}
     mot("export", tiny_runs[MIXED], tmp_path / "out", "--distil-steps", 20, *words)
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert "Comparing logits with plain transformers', in another process\n" in said
     model, served = made[0]
     assert {path: path.read_bytes() for path in tiny_runs[MIXED].rglob("*") if path.is_file()} == files
     assert [each.top_k for each in served.tried] == ([3] if words else [2, 1])

@@ -201,6 +201,7 @@ def _export(
             written = type(plain).from_pretrained(beside, dtype=torch.float32)
         if (name := different_weight(model, written)) is not None:
             raise ValueError(f"{not_the_same}: {name} is not the run's")
+        print("Comparing logits with plain transformers', in another process", file=sys.stderr)
         difference, scale = compare_logits(model, beside, ids)
         allowed = TOLERANCE * max(1.0, scale)
         if not difference <= allowed:
