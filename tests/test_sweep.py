@@ -37,6 +37,11 @@ def test_the_best_has_the_lowest_mean_over_seeds_on_text_kept_for_tuning(swept):
         assert cell["spread"] == pytest.approx(abs(losses[0] - losses[1]))
 
 
+def test_a_report_names_the_text_kept_for_tuning(swept, tmp_path, capsys):
+    mot("report", next(swept.rglob("run.json")).parent, "--out", tmp_path / "page.html")
+    assert "\nLosses are of the tuning text.\n" in capsys.readouterr().out
+
+
 def test_called_again_it_trains_nothing_and_prints_the_same(swept, flags, capsys):
     before = {path: path.stat().st_mtime_ns for path in swept.rglob("*") if path.name != "sweep.json"}
     mot("sweep", *flags, "--out", swept)

@@ -178,7 +178,9 @@ def summary_of(result: Comparison) -> str:
         ]
         table.append(row)
     kinds = [[model.label, *model.properties.values()] for model in result.models]
-    paragraphs = [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
+    split = result.evaluated_on
+    paragraphs = [] if split == "validation" else [f"Losses are of the {split} text."]
+    paragraphs += [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
     apart = differing(result.environments)
     paragraphs += [] if apart is None else [apart]
     if any(model.switched for model in result.models):
