@@ -18,7 +18,7 @@ from mixture_of_tokens.runs.records import METRICS, MetricsRow, RunConfig, RunFa
 from mixture_of_tokens.runs.run import pack, read
 from mixture_of_tokens.training.callbacks import Clock, RunLog
 
-RESULT = Path(__file__).parent.parent / "experiments" / "verdict" / "MoT-Nano-32E-8-2400s-seed2-switched"
+RESULT = Path(__file__).parent.parent / "experiments" / "verdict" / "MoT-Nano-32E-4-fresh-seed2-transition"
 FEW = settings(
     max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
