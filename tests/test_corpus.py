@@ -306,6 +306,19 @@ def test_a_vocabulary_that_cannot_be_trained_is_refused(size, fresh_cache):
     assert not fresh_cache.exists()
 
 
+def test_a_folder_of_which_many_files_are_left_out_says_so(tmp_path, capsys):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("text")
+    (tmp_path / "one.bin").write_text("x")
+    assert len(files(str(tmp_path))) == 4
+    assert capsys.readouterr().err == ""
+    (tmp_path / "two").write_text("x")
+    for _ in range(2):  # it is looked at several times
+        assert len(files(str(tmp_path))) == 4
+    told = f"{tmp_path}: files of other kinds are left out, {tmp_path / 'one.bin'}, {tmp_path / 'two'}; those"
+    assert capsys.readouterr().err.count(told) == 1
+
+
 def test_what_this_library_writes_into_a_folder_of_text_is_not_read(tmp_path):
     for name in ("a.py", "inner/b.py", "inner/report.html", "config.yaml", "notes/metrics.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -40,6 +40,7 @@ OTHER_TABLES = (".csv", ".tsv", ".json")
 KNOWN = {*PROSE.split(), *CODE.split(), *TABLES}
 # What this library writes may lie in a folder of text, and grows while that is read: runs, and beside them comparisons.
 IN_A_RUN = {"config.yaml", "metrics.jsonl"}
+MANY = 0.2  # of a folder's files are left out: worth a word
 OF_SEVERAL, PAGE = {"compare.json", "sweep.json"}, "report.html"
 
 
@@ -88,9 +89,13 @@ def files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [_regular(file) for file in _walk(path, runs=False) if suffix(file) in KNOWN]
+        there = list(_walk(path, runs=False))
+        found = [_regular(file) for file in there if suffix(file) in KNOWN]
         if not found:
             raise ValueError(f"{source} holds no file of a known kind, such as .txt, .md, .py, .jsonl or .parquet")
+        others = [file for file in there if suffix(file) not in KNOWN]
+        if len(others) > MANY * len(there):
+            say_once(f"{source}: files of other kinds are left out, {few_of(others)}; those that are named are read")
         return found
     if glob.has_magic(source):
         matches = sorted(glob.glob(str(path), recursive=True))

@@ -51,6 +51,7 @@ def compare(
     All models are trained with the first seed, then with the next, so that an interrupted comparison is balanced.
     Called again, it skips what is finished and goes on with the rest. It writes compare.json, report.html and the run
     directories; with other names or seeds compare.json and report.html are of those alone, and the other runs stay.
+    `mot report --help` explains the table.
 
     Args:
         names: Models, such as Transformer-Nano MoT-Nano/32E/4; the first is the baseline.

@@ -46,10 +46,11 @@ class Report(Result):
 def report(*runs: Path, out: Path | None = None) -> Report:
     """Print the runs' losses side by side, the first one as the baseline, and write a page about them.
 
-    Runs of one model with several seeds are one line of means. "Reached" is the step, and the seconds, at which the
-    evaluation loss falls to the baseline's last one, on a straight line between two evaluations. Evaluations during
-    training are over one fixed part of the text, the losses in the table over all of it. A run of mot transition may
-    stand beside its source, though it has more steps.
+    Runs of one model with several seeds are one line of means; spread is the largest loss less the least. "Reached"
+    is the step, and the seconds, at which the evaluation loss falls to the baseline's last one, on a straight line
+    between two evaluations. Evaluations during training are over one fixed part of the text, the losses in the table
+    over all of it. Seconds are of training, FLOPs a token of the forward pass. A run of mot transition may stand beside
+    its source, though it has more steps.
 
     Args:
         runs: Run directories of mot train, or a directory of mot compare.
@@ -154,15 +155,15 @@ def _train_again(directory: Path) -> str:
 def summary_of(result: Comparison) -> str:
     """The table, and the findings in sentences."""
     count, own_steps = len(result.seeds), not result.at_equal_steps
-    columns = ["model", *["steps"] * own_steps, "loss", *["spread"] * (count > 1), "vs first", "reached at step"]
-    columns += ["bits/byte", "parameters", "FLOPs/token", "s", "tokens/s"]
+    columns = ["model", *["steps"] * own_steps, "loss", *["spread"] * (count > 1), "vs first", "reached at"]
+    columns += ["bits/byte", "parameters", "FLOPs/token", "seconds", "tokens/s"]
     table = []
     for model in result.models:
         reached = model.reached[result.baseline]
         when = "never"
         if reached.step is not None and reached.seconds is not None:
             some = f" ({reached.step.seeds} of {count})" if reached.step.seeds < count else ""
-            when = f"{reached.step.mean:.0f}, {duration(reached.seconds.mean)}{some}"
+            when = f"step {reached.step.mean:.0f}, {duration(reached.seconds.mean)}{some}"
         row = [
             model.label,
             *[f"{model.steps:,}"] * own_steps,
