@@ -204,7 +204,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/switch/when.py": (10, "conversion"),
     "experiments/switch/few.py": (21, "serving"),
     "experiments/transition/run.py": (16, "../experiments/LOG"),
-    "experiments/verdict/fresh.py": (32, "conversion"),
+    "experiments/verdict/fresh.py": (54, "conversion"),
     "experiments/verdict/attention.py": (25, "../experiments/LOG"),
     "experiments/partial_groups/run.py": (14, "serving"),
     "experiments/paper/ledger.py": (12, "results"),
