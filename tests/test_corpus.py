@@ -247,8 +247,11 @@ def test_json_lines_are_rows_whatever_their_file_is_called(tmp_path, capsys):
         (tmp_path / name).write_text(rows)
     (tmp_path / "c.json.gz").write_bytes(gzip.compress(rows.encode()))
     assert read(tmp_path / "*", field="body") == 3 * given
-    assert read(tmp_path, field="body") == given  # of a folder no .json, which may be settings
     assert capsys.readouterr().err == ""
+    assert read(tmp_path, field="body") == given  # of a folder no .json, which may be settings
+    others = f"{tmp_path / 'b.json'}, {tmp_path / 'c.json.gz'}"
+    told = f"{tmp_path}: files of other kinds are left out, {others}; those that are named are read\n"
+    assert capsys.readouterr().err == told
     for name, other in {"a.json": "[1]\n", "b.json": '{\n"body": 1}', "c.json.gz": rows}.items():
         data = other.encode()
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
