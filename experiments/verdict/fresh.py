@@ -296,10 +296,10 @@ def made(
 def try_rates(experiment: Experiment) -> None:
     """Those of RATES that the file does not have, on the tuning split."""
     for system, rates in RATES:
+        steps, after = steps_within(BUDGET, system, times_in(experiment.kept))
+        settings = {"steps": steps, "after": after}
         for rate in rates:
             key = {"system": system.label, "learning_rate": rate}
-            steps, after = steps_within(BUDGET, system, times_in(experiment.kept))
-            settings = {"steps": steps, "after": after}
             once(experiment.kept / TRIED, key, tuned, experiment, system, rate, steps, after, settings=settings)
 
 

@@ -17,8 +17,7 @@ from mixture_of_tokens.reports.report import PAGE, Report, check_no_other_file, 
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
-from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
-from mixture_of_tokens.runs.typed import as_fields
+from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed, names_listed_in
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.sweep import PlannedRun, Plans, check_text, trained_on
@@ -74,8 +73,8 @@ def compare(
     if dry_run:
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
     check_no_other_file(out / PAGE)
-    if is_main() and (others := _compared_before(out) - {str(plan.directory) for plan in plans}):
-        what = f"{out} will compare these runs, and no longer {', '.join(sorted(others))}"
+    if is_main() and (gone := names_listed_in(out / COMPARISON, "models") - {plan.directory.name for plan in plans}):
+        what = f"{out} will compare these runs, and no longer {', '.join(str(out / name) for name in sorted(gone))}"
         print(f"mot: {what}; mot report compares any runs", file=sys.stderr)
     with owned(out) if is_main() else nullcontext():
         return _compared(names, seeds, learning_rate, plans, out, options)
@@ -110,15 +109,6 @@ def _compared(
     result = comparison(models, command)
     write(result, out)
     return write_page(result.relative(out), models, [command], out / PAGE, options.device)
-
-
-def _compared_before(out: Path) -> set[str]:
-    """The runs of an earlier comparison there."""
-    try:
-        models = as_fields(out / COMPARISON)["models"]
-        return {str(out / run["directory"]) for model in models for run in model["runs"]}
-    except (ValueError, KeyError, TypeError):  # there is none, or it is damaged
-        return set()
 
 
 def _rates(rates: list[float] | None, models: int) -> list[float | None]:

@@ -44,9 +44,9 @@ def owned_file(file: Path, *, patience: float = PATIENCE) -> Iterator[None]:
 def _exclusive(lock: Path, what: str, patience: float) -> Iterator[None]:
     held = FileLock(lock)
     try:
-        try:
+        with suppress(Timeout):
             held.acquire(timeout=0)
-        except Timeout:
+        if not held.is_locked:
             print(f"mot: another process writes to {what}: waiting for {patience:.0f} s at most", file=sys.stderr)
             held.acquire(timeout=patience)
     except Timeout:

@@ -56,6 +56,14 @@ def check_holds_runs(out: Path) -> None:
         raise ValueError(f"{out} is a run of its own; name another directory for several with --out")
 
 
+def names_listed_in(file: Path, kind: str) -> set[str]:
+    """Directories' names of the runs in compare.json, by "models", or in sweep.json, by "cells"; none of a damaged one."""
+    try:
+        return {Path(run["directory"]).name for each in as_fields(file)[kind] for run in each["runs"]}
+    except (ValueError, KeyError, TypeError):  # also where there is none
+        return set()
+
+
 def _is_empty(out: Path) -> bool:
     """Whether nothing is there but parts of a first file, which a kill can leave, and a lock."""
     if not out.is_dir():

@@ -18,8 +18,7 @@ from mixture_of_tokens.formatting import Result, aligned, few_of, short
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs.ownership import owned
-from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed
-from mixture_of_tokens.runs.typed import as_fields
+from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed, names_listed_in
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.train import run_merged
@@ -182,19 +181,11 @@ def sweep(
     if dry_run:
         return Plans([PlannedRun.of(directory, merged) for _, _, merged, directory in planned])
     with owned(out) if is_main() else nullcontext():
-        gone = _swept_before(out) - {directory.name for _, _, _, directory in planned}
+        gone = names_listed_in(out / FILE, "cells") - {directory.name for _, _, _, directory in planned}
         if gone and is_main():
             what = f"{out / FILE} now has this sweep alone, without {few_of(sorted(gone))}"
             print(f"mot: {what}; given together, what is finished is not trained again", file=sys.stderr)
         return _swept(name, options, cells, planned, out)
-
-
-def _swept_before(out: Path) -> set[str]:
-    """Names of the runs of an earlier sweep there."""
-    try:
-        return {Path(run["directory"]).name for cell in as_fields(out / FILE)["cells"] for run in cell["runs"]}
-    except (ValueError, KeyError, TypeError):  # there is none, or it is damaged
-        return set()
 
 
 def _swept(
