@@ -57,7 +57,7 @@ def check_holds_runs(out: Path) -> None:
 
 
 def names_listed_in(file: Path, kind: str) -> set[str]:
-    """Directories' names of the runs in compare.json, by "models", or in sweep.json, by "cells"; none of a damaged one."""
+    """Directories' names of the runs in compare.json ("models") or sweep.json ("cells"); none of a damaged file."""
     try:
         return {Path(run["directory"]).name for each in as_fields(file)[kind] for run in each["runs"]}
     except (ValueError, KeyError, TypeError):  # also where there is none
