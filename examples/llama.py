@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mixture_of_tokens import MixtureOfTokens
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches
-from mixture_of_tokens.data.prepare import prepare
+from mixture_of_tokens.data.prepare import prepare_text
 
 GROUP = 16  # texts that are mixed; a batch is a multiple of it
 
@@ -74,5 +74,5 @@ def train(model: MixedLlama, text: Blocks, steps: int) -> list[float]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the matrices are so small that threads would wait for each other
-    corpus = prepare()  # the source text of Python's standard library; kept in a cache, which `mot train` shares
+    corpus = prepare_text()  # the source text of Python's standard library; kept in a cache, which `mot train` shares
     train(build(len(corpus.tokenizer)), corpus.train, steps=100)

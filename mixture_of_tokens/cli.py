@@ -29,6 +29,7 @@ from cyclopts import (
 )
 
 from mixture_of_tokens import __version__, yaml12
+from mixture_of_tokens.checks import listed
 from mixture_of_tokens.process import is_main, is_told, process_count
 
 # Each command's function, as module:name, and the first line of its docstring.
@@ -126,6 +127,10 @@ def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str,
         takes_several = any(get_origin(kind) in (list, tuple) for kind in (hint, *get_args(hint)))
         if hint is not None and isinstance(value, list) and not takes_several:
             raise ValueError(f"--config {config}: {field} takes one value, not {dumps(value, default=str)}")
+        kinds = {kind for part in (hint, *get_args(hint)) for kind in (part, *get_args(part))}
+        takes_text = bool(kinds & {str, Path}) and not kinds & {int, float, dict}
+        if takes_text and (others := [each for each in listed(value) if isinstance(each, int | float)]):
+            raise ValueError(f"--config {config}: {field} takes text, and {others[0]} is a number: put it in quotes")
 
 
 def _without_flag(arguments: ArgumentCollection, entries: dict[str, Any]) -> dict[str, list[str]]:
@@ -347,6 +352,9 @@ def main(words: list[str] | None = None) -> None:
         if not is_told(error):
             print("mot: error:", error, file=sys.stderr)
         sys.exit(1)
+    except MemoryError as error:  # numpy's says how much
+        print("mot: error: there is too little memory:", *error.args or ("",), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("mot: stopped", file=sys.stderr)
         sys.exit(130)

@@ -138,6 +138,9 @@ def test_a_flag_goes_before_a_file_s_however_it_is_spelled(tmp_path, capsys):
         (["plan", "MoT-Nano/32E"], "json: maybe", "json takes true or false, not 'maybe'"),
         (["train", "MoT-Nano/32E"], "steps: true", "steps takes a value, not true"),
         (["compare"], "names: [MoT-Nano/32E, null]", "is no file of flags: names holds null, which is no single value"),
+        (["train", "MoT-Nano/32E"], "field: 010", "field takes text, and 10 is a number: put it in quotes"),
+        (["train", "MoT-Nano/32E"], "data: [a, 1.5]", "data takes text, and 1.5 is a number: put it in quotes"),
+        (["train", "MoT-Nano/32E"], "out: 7", "out takes text, and 7 is a number: put it in quotes"),
         (["train", "MoT-Nano/32E"], "steps: [1, 2]", "steps takes one value, not [1, 2]"),
         (["report"], "runs: [[a], b]", 'is no file of flags: runs holds ["a"], which is no single value'),
         (

@@ -17,8 +17,8 @@ import pytest
 
 from mixture_of_tokens.data import duplicates, tokens
 from mixture_of_tokens.data import prepare as preparing
-from mixture_of_tokens.data.prepare import prepare, whole_text
-from mixture_of_tokens.data.sources import documents, files, fingerprint
+from mixture_of_tokens.data.prepare import prepare_text, whole_text
+from mixture_of_tokens.data.sources import cache_directory, documents, files, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import train_tokenizer
 from mixture_of_tokens.runs.run import check_resumed
@@ -141,13 +141,25 @@ def test_packages_that_are_installed_are_not_in_the_standard_library(tmp_path, m
     for file in ("one.py", "a/two.py", "site-packages/three.py", "a/dist-packages/b/four.py"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(file)
+    (tmp_path / "sitecustomize.py").symlink_to(tmp_path / "nowhere.py")  # as Debian's may be
     monkeypatch.setattr("mixture_of_tokens.data.sources.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     assert read() == ["one.py", "a/two.py"]
 
 
+def test_a_user_without_a_home_directory_is_told(monkeypatch):
+    def unknown(number):
+        raise KeyError(number)
+
+    for name in ("HOME", "MIXTURE_OF_TOKENS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(ValueError, match=r"^~/\.cache/mixture_of_tokens: there is no such home directory$"):
+        cache_directory()
+
+
 def test_no_sources_are_not_the_standard_library():
     with pytest.raises(ValueError, match="there are no sources"):
-        prepare([])
+        prepare_text([])
 
 
 def test_packages_are_the_modules_installed_beside_this_interpreter(tmp_path, monkeypatch):
@@ -305,7 +317,7 @@ def test_a_whole_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [256, 2**22 + 1])
 def test_a_vocabulary_that_cannot_be_trained_is_refused(size, fresh_cache):
     with pytest.raises(ValueError, match=f"vocab_size must be at .* not {size}"):
-        prepare(vocab_size=size)
+        prepare_text(vocab_size=size)
     assert not fresh_cache.exists()
 
 
@@ -426,11 +438,12 @@ def test_preparing_says_when_many_documents_are_left_out(tmp_path, fresh_cache, 
     own = (sentences(i, 1) for i in range(100))
     rows = [{"text": f"<system>\nYou help.\n</system> and now:\n{text}\n<answer>"} for text in own]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    few = prepare([str(tmp_path / "chats.jsonl")], vocab_size=300, context=8, group_size=2)
+    how = {"vocab_size": 300, "context": 8, "group_size": 2}
+    few = prepare_text([str(tmp_path / "chats.jsonl")], **how)
     dropped = few.facts["duplicates_dropped"]
     assert 100 > dropped > 30
     assert f"{dropped} documents are left out, as they share many lines with others" in capsys.readouterr().err
-    every = prepare([str(tmp_path / "chats.jsonl")], vocab_size=300, context=8, group_size=2, keep_near_duplicates=True)
+    every = prepare_text([str(tmp_path / "chats.jsonl")], **how, keep_near_duplicates=True)
     assert every.facts["duplicates_dropped"] == 0
     assert sum(every.facts[name]["documents"] for name in ("train", "tuning", "validation")) == 100
     assert "share many lines" not in capsys.readouterr().err

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixture_of_tokens.data.prepare import prepare, whole_text
+from mixture_of_tokens.data.prepare import prepare_text, whole_text
 from mixture_of_tokens.data.sources import documents
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
 from texts import sentences
@@ -172,5 +172,5 @@ def test_what_cannot_be_prepared_leaves_nothing(tmp_path_factory, rows):
     path.write_bytes(json.dumps({"text": sentences(0, 30)}).encode() + b"\n" + rows)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
         patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(base / "cache"))
-        works_or_names(path, lambda: prepare([str(path)], vocab_size=257, context=2))
+        works_or_names(path, lambda: prepare_text([str(path)], vocab_size=257, context=2))
     assert not list((base / "cache").glob("*.partial"))

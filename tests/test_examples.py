@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixture_of_tokens import MixtureOfTokens, audit_model, calibrate_companions
-from mixture_of_tokens.data.prepare import prepare
+from mixture_of_tokens.data.prepare import prepare_text
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama.py"
 
@@ -29,7 +29,7 @@ def some_tokens(rows: int = 32, length: int = 12) -> torch.Tensor:
 
 def test_the_loss_falls(llama, small_corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path))
-    text = prepare([str(small_corpus)], context=16)
+    text = prepare_text([str(small_corpus)], context=16)
     torch.manual_seed(0)
     losses = llama["train"](llama["build"](len(text.tokenizer)), text.train, steps=25)
     assert len(losses) == 25

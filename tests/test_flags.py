@@ -251,6 +251,19 @@ def test_other_schedules_need_no_arguments_and_bounds_are_legal(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_constant_rate_takes_no_settings_of_a_schedule(capsys):
+    for kind, field, value in (
+        ("constant", "warmup_steps", "3"),
+        ("constant", "lr_scheduler_kwargs", "{min_lr_rate: 0.5}"),
+        ("constant_with_warmup", "lr_scheduler_kwargs", "{min_lr_rate: 0.5}"),
+    ):
+        words = ("--training.lr_scheduler_type", kind, f"--training.{field}", value)
+        assert refused((*TRAIN, *words), capsys).startswith(f"mot: error: --training.{field}: {kind} ")
+    mot(*TRAIN, "--training.lr_scheduler_type", "constant", "--training.warmup_steps", "0")
+    assert "warmup_steps: 0" in capsys.readouterr().out
+    mot(*TRAIN, "--training.lr_scheduler_type", "constant_with_warmup", "--training.warmup_steps", "3")
+
+
 @pytest.mark.parametrize("name", arguments.ENVIRONMENT)
 def test_a_variable_that_changes_a_training_silently_is_refused(name, monkeypatch, capsys):
     for value in ("true", "2", "fp8", "inductor"):

@@ -121,14 +121,14 @@ def test_a_cache_that_cannot_be_there_is_one_line_that_names_its_variable(small_
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "file"))
     what = "prepared text is kept in .*file, which cannot be written: .*; MIXTURE_OF_TOKENS_CACHE names another folder$"
     with pytest.raises(ValueError, match=what):
-        prepare.prepare([str(small_corpus)], context=64, group_size=32)
+        prepare.prepare_text([str(small_corpus)], context=64, group_size=32)
 
 
 def test_the_folder_of_the_cache_may_be_named_from_home(small_corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", "~/kept")
     monkeypatch.chdir(tmp_path)
-    made = prepare.prepare([str(small_corpus)], context=64, group_size=32)
+    made = prepare.prepare_text([str(small_corpus)], context=64, group_size=32)
     assert made.directory.parent == tmp_path / "home" / "kept"
     assert not (tmp_path / "~").exists()
 

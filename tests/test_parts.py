@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,20 @@ def test_rows_depend_on_seed_and_number_alone(parts):
     assert not torch.equal(whole["input_ids"], others.__getitems__(numbers)["input_ids"])
     later = batches(parts, first_step=3)
     assert torch.equal(later.__getitems__([2])["input_ids"], rows.__getitems__([2 + 3 * BATCH])["input_ids"])
+
+
+def test_parts_ahead_are_prepared_until_parts_like_them_are_enough(monkeypatch):
+    rows, asked = [100, 100, 1000, 100, 100, 100], []
+
+    def prepared(number):
+        asked.append(number)
+        return SimpleNamespace(train=range(rows[number - 1]))
+
+    module.prepare_needed(SimpleNamespace(prepare=prepared), range(1, 7), 1900, 4)
+    assert asked == [1, 2, 3, 4, 5, 6]
+    asked.clear()
+    module.prepare_needed(SimpleNamespace(prepare=prepared), range(1, 7), 1000, 4)
+    assert asked == [1, 2, 3]
 
 
 def test_a_run_that_goes_on_needs_no_part_that_it_has_left(parts, monkeypatch):

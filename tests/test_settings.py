@@ -6,6 +6,7 @@ from torch import Tensor
 
 import routings
 from mixture_of_tokens import Options, compare, prepare, sweep, train
+from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer, train_tokenizer
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import ROWS, SETTINGS, Routing
 from mixture_of_tokens.reports.compare import _plans
@@ -81,6 +82,16 @@ def test_a_sweep_s_values_and_a_text_s_flags_are_checked_too():
         sweep("MoT-Nano/32E", options=Options(model={"capacity_factor": "1,2"}), dry_run=True)
     with pytest.raises(ValueError, match=line):
         prepare("MoT-Nano/32E", options=Options(model={"capacity_factor": 2}))
+
+
+def test_a_plan_counts_the_tokens_of_a_given_tokenizer(tmp_path):
+    train_tokenizer(["some text"], 300).save_pretrained(tmp_path)
+    given = {"steps": 10, "tokenizer": str(tmp_path)}
+    (own,) = sweep("Transformer-Nano", options=Options(**given), dry_run=True).runs
+    ids = str(ids_of(load_tokenizer(str(tmp_path))))
+    (same,) = sweep("Transformer-Nano", options=Options(**given, model={"vocab_size": ids}), dry_run=True).runs
+    (default,) = sweep("Transformer-Nano", options=Options(steps=10), dry_run=True).runs
+    assert own.flops == same.flops < default.flops
 
 
 def test_models_of_a_comparison_share_settings_that_one_of_them_reads():

@@ -21,8 +21,8 @@ from mixture_of_tokens.data import tokens
 from mixture_of_tokens.data.files import hash_of_file
 from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.inspect import data_report
-from mixture_of_tokens.data.prepare import prepare
-from mixture_of_tokens.data.splits import SPLITS, split, spool
+from mixture_of_tokens.data.prepare import prepare_text
+from mixture_of_tokens.data.splits import SPLITS, Splits, split, spool
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import TokenFiles, tokenize
 from mixture_of_tokens.process import say_once
@@ -59,7 +59,7 @@ def snapshot(cache: Path) -> dict[str, tuple[int, bytes]]:
 def test_the_tokens_hold_every_byte_of_the_text_once(source, tmp_path):
     odd = "naïve  \t<|x|> 漢字\r\n\r\x00end of a line\x0b, 🙂 and <|endoftext|> in it\r\n \n"
     given = [*texts(100), odd + sentences(1000, 40)]
-    prepared = prepare([write(tmp_path / "odd.jsonl", given)], vocab_size=300, context=16)
+    prepared = prepare_text([write(tmp_path / "odd.jsonl", given)], vocab_size=300, context=16)
     found = [text for name in SPLITS for text in decoded(prepared, name)]
     assert all(text.endswith(END) for text in found)
     assert sorted(text.removesuffix(END) for text in found) == sorted(given)
@@ -103,10 +103,26 @@ def test_a_document_within_its_share_of_bytes_may_be_beyond_it_in_tokens_and_is_
     words = ["whatever", "everybody", "somewhere", "before", "between", "language"]
     prose = [" ".join(rng.choice(words, 60)) + "\n" + sentences(i, 3) for i in range(1200)]
     numbers = " ".join(str(n) for n in rng.integers(0, 10**9, 1000))
-    prepared = prepare([write(tmp_path / "rows.jsonl", [*prose, numbers])], context=8, group_size=32)
+    prepared = prepare_text([write(tmp_path / "rows.jsonl", [*prose, numbers])], context=8, group_size=32)
     assert prepared.facts["segments"] == 0
     assert prepared.facts["documents_cut"] >= 1
     assert any(numbers.startswith(text.removesuffix(END)) for name in SPLITS for text in decoded(prepared, name))
+
+
+def test_a_document_of_which_its_share_of_tokens_leaves_no_character_is_left_out(tmp_path):
+    tokenizer = train_tokenizer(["ab"] * 30, 258)
+    text = "\n".join(["\u20ac"] + ["ab"] * 120).encode()
+    (tmp_path / "text").write_bytes(text)
+    places = np.array([[0, 3], *([4 + 3 * number, 2] for number in range(120))], dtype=np.int64)
+    none = places[:0]
+    cut = {"train": np.zeros(len(places), bool), "tuning": np.zeros(0, bool), "validation": np.zeros(0, bool)}
+    splits = Splits({"train": places, "tuning": none, "validation": none}, cut, 0, len(text))
+    (tmp_path / "work").mkdir()
+    manifest = tokenize(tmp_path / "text", splits, tokenizer, tmp_path / "work", group_size=32)
+    ends = np.load(tmp_path / "work" / "train.ends.npy")
+    assert manifest["facts"]["train"]["documents"] == len(ends) == 120
+    assert manifest["facts"]["train"]["tokens"] == ends[-1] > 0
+    assert (np.diff(ends, prepend=0) > 0).all()
 
 
 # Groups
@@ -115,7 +131,7 @@ def test_a_document_within_its_share_of_bytes_may_be_beyond_it_in_tokens_and_is_
 def test_one_document_of_a_tenth_of_the_corpus_meets_itself_nowhere(tmp_path, capsys):
     given = texts(1000, lines=10)
     given.append(sentences(5000, sum(text.count("\n") + 1 for text in given) // 9))
-    prepared = prepare([write(tmp_path / "rows.jsonl", given)], context=16)
+    prepared = prepare_text([write(tmp_path / "rows.jsonl", given)], context=16)
     assert prepared.facts["documents_cut"] == 1
     kept = sum(prepared.facts[name]["bytes"] for name in SPLITS)
     assert prepared.facts["bytes_cut"] == sum(len(text.encode()) for text in given) - kept > 0
@@ -134,13 +150,13 @@ def test_where_much_of_the_text_is_cut_away_that_is_told_with_the_bytes(tmp_path
     path = write(tmp_path / "rows.jsonl", given)
     for _ in range(2):  # made, and by another process read from the cache
         say_once.cache_clear()
-        facts = prepare([path], context=16).facts
+        facts = prepare_text([path], context=16).facts
         whole = sum(len(text.encode()) for text in given)
         assert facts["bytes_cut"] == whole - sum(facts[name]["bytes"] for name in SPLITS) > 0.2 * whole
         cut = f"{facts['bytes_cut']:,} of {whole:,} bytes are cut from the ends of documents"
         told = f"rows.jsonl: {cut}: no document may be more than 1.2% of its split"
         assert capsys.readouterr().err.count(told) == 1
-    prepare([path], context=16)  # as the next run of a sweep
+    prepare_text([path], context=16)  # as the next run of a sweep
     assert capsys.readouterr().err == ""
 
 
@@ -149,7 +165,7 @@ def test_one_file_is_divided_and_its_far_apart_segments_count_as_documents(tmp_p
     (tmp_path / "one.txt").write_text(text)
     for _ in range(2):  # made, and by another process read from the cache
         say_once.cache_clear()
-        prepared = prepare([str(tmp_path / "one.txt")], context=16)
+        prepared = prepare_text([str(tmp_path / "one.txt")], context=16)
         error = capsys.readouterr().err
         assert (
             f"one.txt: too few documents, or too long ones, for groups of 32: {prepared.facts['segments']} far" in error
@@ -167,17 +183,17 @@ def test_one_file_is_divided_and_its_far_apart_segments_count_as_documents(tmp_p
 
 def test_little_text_works_as_far_as_it_can(tmp_path, capsys):
     (tmp_path / "little.txt").write_text(sentences(0, 200))
-    prepared = prepare([str(tmp_path / "little.txt")], context=8)
+    prepared = prepare_text([str(tmp_path / "little.txt")], context=8)
     assert len(prepared.train) >= 64
     grouped_order(prepared.train, 32)
     grouped_order(prepared.validation, 32, everything=True)
     with pytest.raises(ValueError, match=r"the validation split has \d+ tokens, less than a block of 1000"):
-        prepare([str(tmp_path / "little.txt")], context=1000)
+        prepare_text([str(tmp_path / "little.txt")], context=1000)
     (tmp_path / "twins.jsonl").write_text(1000 * (json.dumps({"text": sentences(0, 8)}) + "\n"))
     with pytest.raises(ValueError, match=r"give more text \(999 documents were dropped as duplicates\)"):
-        prepare([str(tmp_path / "twins.jsonl")], context=64)
+        prepare_text([str(tmp_path / "twins.jsonl")], context=64)
     (tmp_path / "line.txt").write_text("one line\n")
-    tiny = prepare([str(tmp_path / "line.txt")], context=1)  # its tuning split is shorter than a block
+    tiny = prepare_text([str(tmp_path / "line.txt")], context=1)  # its tuning split is shorter than a block
     assert len(tiny.tuning) == 0
     with pytest.raises(ValueError, match="0 blocks of 1 tokens"):
         grouped_order(tiny.tuning, 32)
@@ -188,12 +204,12 @@ def test_little_text_works_as_far_as_it_can(tmp_path, capsys):
 
 
 def test_preparing_again_reads_the_cache(source, fresh_cache, tmp_path):
-    first = prepare([source], vocab_size=300, context=16)
+    first = prepare_text([source], vocab_size=300, context=16)
     before = snapshot(fresh_cache)
-    again = prepare([source], vocab_size=300, context=16, group_size=16)
-    assert prepare([source], vocab_size=300, context=8).train.context == 8
+    again = prepare_text([source], vocab_size=300, context=16, group_size=16)
+    assert prepare_text([source], vocab_size=300, context=8).train.context == 8
     (tmp_path / "elsewhere").mkdir()
-    moved = prepare([shutil.copy(source, tmp_path / "elsewhere" / "name.jsonl")], vocab_size=300, context=16)
+    moved = prepare_text([shutil.copy(source, tmp_path / "elsewhere" / "name.jsonl")], vocab_size=300, context=16)
     assert snapshot(fresh_cache) == before
     assert first.facts == again.facts == {**moved.facts, "source": [source]}
     assert not [name for name in before if ".partial" in name]
@@ -201,12 +217,12 @@ def test_preparing_again_reads_the_cache(source, fresh_cache, tmp_path):
 
 def test_another_text_or_option_is_prepared_anew(source, fresh_cache, tmp_path):
     base = {"vocab_size": 300, "context": 16}
-    hashes = {prepare([source], **base).facts["hash"]}
+    hashes = {prepare_text([source], **base).facts["hash"]}
     longer = write(tmp_path / "longer.jsonl", texts(101))
     for given, options in [([longer], {}), ([source, longer], {}), ([source], {"max_bytes": 90_000})]:
-        hashes.add(prepare(given, **base | options).facts["hash"])
-    prepare([source], **base | {"vocab_size": 301})
-    prepare([source], **base | {"group_size": 48})
+        hashes.add(prepare_text(given, **base | options).facts["hash"])
+    prepare_text([source], **base | {"vocab_size": 301})
+    prepare_text([source], **base | {"group_size": 48})
     assert len(hashes) == 3  # of `source` and `longer` together the duplicates go, and `longer` is left
     assert len(list(fresh_cache.glob("tokens-*/manifest.json"))) == 6
 
@@ -257,7 +273,7 @@ def entry(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("entry")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(base / "cache"))
-        prepare([write(base / "rows.jsonl", texts(60))], vocab_size=300, context=16)
+        prepare_text([write(base / "rows.jsonl", texts(60))], vocab_size=300, context=16)
     return base
 
 
@@ -270,7 +286,7 @@ def test_a_damaged_entry_is_named_and_made_again(entry, tmp_path, fresh_cache, m
     harm, name, message = DAMAGE[damage]
     harm(directory / name)
     assert contents(directory) != before
-    prepare([str(entry / "rows.jsonl")], vocab_size=300, context=16)
+    prepare_text([str(entry / "rows.jsonl")], vocab_size=300, context=16)
     error = capsys.readouterr().err
     assert error.startswith(f"{directory / name} {message}")
     assert "the prepared text is made again.\n" in error
@@ -287,7 +303,7 @@ def test_an_entry_is_checked_once_in_a_process_unless_it_changes(entry, fresh_ca
 
     def again() -> set[str]:
         hashed.clear()
-        directory = prepare([str(entry / "rows.jsonl")], vocab_size=300, context=16).directory
+        directory = prepare_text([str(entry / "rows.jsonl")], vocab_size=300, context=16).directory
         assert set(hashed) - {"rows.jsonl"} <= {path.name for path in directory.iterdir()}
         return set(hashed) - {"rows.jsonl"}
 
@@ -312,7 +328,7 @@ def test_what_killed_processes_leave_of_other_texts_goes_too(source, fresh_cache
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as busy:  # ends with its input
         busy.stdout.readline()
         (fresh_cache / "tokens-3.lock").touch()
-        made = prepare([source], vocab_size=300, context=16).directory
+        made = prepare_text([source], vocab_size=300, context=16).directory
         left = {path.name for path in fresh_cache.iterdir()}
         assert left == {"tokens-2.partial", "tokens-2.lock", made.name}
 
@@ -321,7 +337,7 @@ def slowly(source: str) -> None:
     """So slow that it is not done before it is killed."""
     encoded, preparing.TRAINING_BYTES, tokens.BATCH = tokens.encoded, 10**5, 1
     tokens.encoded = lambda *arguments: (time.sleep(0.05), encoded(*arguments))[1]
-    print(prepare([source], vocab_size=300, context=16).facts["hash"], flush=True)
+    print(prepare_text([source], vocab_size=300, context=16).facts["hash"], flush=True)
 
 
 def test_what_a_killed_process_leaves_is_thrown_away(source, fresh_cache, tmp_path, monkeypatch):
@@ -336,9 +352,9 @@ def test_what_a_killed_process_leaves_is_thrown_away(source, fresh_cache, tmp_pa
     (left,) = fresh_cache.glob("*.partial")
     assert not list(fresh_cache.glob("tokens-*/manifest.json"))
     (left / "train-00007.tokens").write_bytes(b"what an older one has left")
-    after = prepare([source], vocab_size=300, context=16)
+    after = prepare_text([source], vocab_size=300, context=16)
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "fresh"))
-    fresh = prepare([source], vocab_size=300, context=16)
+    fresh = prepare_text([source], vocab_size=300, context=16)
     assert list(fresh_cache.iterdir()) == [after.directory]
     assert after.facts == fresh.facts
     files = [{p.name: p.read_bytes() for p in prepared.directory.iterdir()} for prepared in (after, fresh)]
@@ -363,7 +379,7 @@ def on_full_disks(source: str, told: str) -> None:
     for size in (10, 1000, 10_000, 50_000, 60_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         try:
-            prepare([source], vocab_size=2000, context=16)
+            prepare_text([source], vocab_size=2000, context=16)
             said.append("worked")
         except OSError as error:
             said.append(" ".join(str(error).split()))
@@ -397,7 +413,7 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(source):
         train_tokenizer(["text"], 200)
     for vocab_size in (256, None):
         with pytest.raises(ValueError, match="at least 257"):
-            prepare([source], vocab_size=vocab_size)
+            prepare_text([source], vocab_size=vocab_size)
 
 
 def test_a_tokenizer_is_taken_from_a_file_or_folder(source, tmp_path):
@@ -406,15 +422,15 @@ def test_a_tokenizer_is_taken_from_a_file_or_folder(source, tmp_path):
     trained.save_pretrained(tmp_path / "folder")
     shutil.copy(tmp_path / "folder" / "tokenizer.json", tmp_path / "alone.json")
     places = [tmp_path / "folder", tmp_path / "folder" / "tokenizer.json", tmp_path / "alone.json"]
-    found = [prepare([source], context=16, tokenizer=str(place), vocab_size=None) for place in places]
+    found = [prepare_text([source], context=16, tokenizer=str(place), vocab_size=None) for place in places]
     assert found[0].facts == found[1].facts == found[2].facts
     assert len(found[0].tokenizer) == 400
     assert found[0].tokenizer.padding_side == "left"
     assert sum(prepared.facts["train"]["bytes"] for prepared in found) / 3 > 80_000
     assert sorted(t.removesuffix(END) for name in SPLITS for t in decoded(found[2], name)) == sorted(texts(100))
-    assert prepare([source], context=16, tokenizer=str(places[0]), vocab_size=500).facts == found[0].facts
+    assert prepare_text([source], context=16, tokenizer=str(places[0]), vocab_size=500).facts == found[0].facts
     with pytest.raises(ValueError, match=r"vocab_size 399 is less than the 400 ids of .*folder"):
-        prepare([source], context=16, tokenizer=str(places[0]), vocab_size=399)
+        prepare_text([source], context=16, tokenizer=str(places[0]), vocab_size=399)
 
 
 def test_a_vocabulary_has_room_for_the_greatest_id_of_a_tokenizer(source, tmp_path):
@@ -424,8 +440,8 @@ def test_a_vocabulary_has_room_for_the_greatest_id_of_a_tokenizer(source, tmp_pa
     saved["model"]["vocab"]["unheard-of"] = 600
     file.write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="vocab_size 500 is less than the 601 ids of"):
-        prepare([source], context=16, tokenizer=str(file), vocab_size=500)
-    assert len(prepare([source], context=16, tokenizer=str(file), vocab_size=601).train)
+        prepare_text([source], context=16, tokenizer=str(file), vocab_size=500)
+    assert len(prepare_text([source], context=16, tokenizer=str(file), vocab_size=601).train)
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(source, tmp_path):
@@ -435,7 +451,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(source, tmp_path):
     )
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bare.save(str(tmp_path / "words.json"))
-    prepared = prepare([source], context=16, tokenizer=str(tmp_path / "words.json"), vocab_size=None)
+    prepared = prepare_text([source], context=16, tokenizer=str(tmp_path / "words.json"), vocab_size=None)
     assert prepared.facts["dtype"] == "uint32"
     assert prepared.train.tokens[prepared.train.ends - 1].tolist() == [90_000] * len(prepared.train.ends)
 
@@ -451,7 +467,7 @@ def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source, monkeypatch, c
         assert "\n" not in str(raised.value)
     for name in ("empty", "missing.json"):
         with pytest.raises(ValueError, match=rf"--tokenizer .*{name}: there is no"):
-            prepare([source], tokenizer=str(tmp_path / name))
+            prepare_text([source], tokenizer=str(tmp_path / name))
 
     def refused(*_: object, **__: object) -> None:
         raise OSError("no connection")
@@ -468,32 +484,32 @@ def test_a_tokenizer_that_cannot_encode_is_named(tmp_path, source):
     bare = Tokenizer(models.WordLevel({END: 0}, "[UNK]"))  # its word for unknown ones is not in it
     bare.save(str(tmp_path / "lacking.json"))
     with pytest.raises(ValueError, match=r"the tokenizer .*lacking\.json cannot encode the text: ") as raised:
-        prepare([source], tokenizer=str(tmp_path / "lacking.json"), vocab_size=None)
+        prepare_text([source], tokenizer=str(tmp_path / "lacking.json"), vocab_size=None)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("options", [{"context": 0}, {"group_size": 0}, {"max_bytes": -1}])
 def test_sizes_must_be_positive(source, options):
     with pytest.raises(ValueError, match="must be at least 1"):
-        prepare([source], **options)
+        prepare_text([source], **options)
 
 
 def test_nothing_is_left_of_bad_data(tmp_path, fresh_cache):
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2 has no field 'text'"):
-        prepare([str(tmp_path / "bad.jsonl")])
+        prepare_text([str(tmp_path / "bad.jsonl")])
     assert list(fresh_cache.iterdir()) == []
 
 
 def test_hub_data_in_a_local_folder_is_prepared_and_cached(tmp_path, fresh_cache):
     (tmp_path / "set").mkdir()
     write(tmp_path / "set" / "train.jsonl", texts(100))
-    prepared = prepare([f"hf:{tmp_path / 'set'}"], context=16)
-    assert prepared.facts["hash"] == prepare([str(tmp_path / "set" / "train.jsonl")], context=16).facts["hash"]
+    prepared = prepare_text([f"hf:{tmp_path / 'set'}"], context=16)
+    assert prepared.facts["hash"] == prepare_text([str(tmp_path / "set" / "train.jsonl")], context=16).facts["hash"]
     before = snapshot(fresh_cache)
-    prepare([f"hf:{tmp_path / 'set'}"], context=16)
+    prepare_text([f"hf:{tmp_path / 'set'}"], context=16)
     assert snapshot(fresh_cache) == before
-    limited = prepare([f"hf:{tmp_path / 'set'}"], context=16, max_bytes=50_000).facts
+    limited = prepare_text([f"hf:{tmp_path / 'set'}"], context=16, max_bytes=50_000).facts
     assert 49_990 < sum(limited[name]["bytes"] for name in SPLITS) <= 50_000
 
 
@@ -504,7 +520,7 @@ def test_the_report_says_what_is_in_the_data(source, tmp_path):
     given = [*texts(400), texts(1)[0], sentences(9999, 5000)]
     path = write(tmp_path / "rows.jsonl", given)
     report = json.loads(data_report(path, context=16).to_json())
-    facts = prepare([path], context=16).facts
+    facts = prepare_text([path], context=16).facts
     assert (report["hash"], report["duplicates_dropped"], report["documents_cut"]) == (facts["hash"], 1, 1)
     for name in SPLITS:
         shown = report["splits"][name]
@@ -519,11 +535,11 @@ def test_the_report_says_what_is_in_the_data(source, tmp_path):
 MEMORY = """
 import resource, sys, torch, transformers
 from mixture_of_tokens.data.groups import GroupedBatches
-from mixture_of_tokens.data.prepare import prepare
+from mixture_of_tokens.data.prepare import prepare_text
 def peak():
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 imports = peak()
-prepared = prepare([sys.argv[1]])
+prepared = prepare_text([sys.argv[1]])
 rows = GroupedBatches(prepared.train, group_size=32, batch_size=256, steps=10**5, seed=0)
 for step in range(0, len(prepared.train) // 256):
     rows.__getitems__(list(range(256 * step, 256 * step + 256)))

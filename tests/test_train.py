@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from mixture_of_tokens import cli
 from mixture_of_tokens.data.groups import GroupedBatches, grouped_order
-from mixture_of_tokens.data.prepare import prepare
+from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.inference.evaluate import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
 from mixture_of_tokens.model.routings import ROWS as ROUTINGS
@@ -56,7 +57,7 @@ def runs(directory):
 
 @pytest.fixture(scope="module")
 def prepared(runs):
-    return prepare(vocab_size=512, context=64, max_bytes=BYTES)
+    return prepare_text(vocab_size=512, context=64, max_bytes=BYTES)
 
 
 def test_a_part_of_a_text_is_its_first_groups(runs, prepared):
@@ -106,6 +107,29 @@ def test_time_in_which_training_waits_for_its_batches_is_told(method, small_corp
     rows = rows_of(tmp_path / "run")
     assert len(rows) == 2
     assert all(0.6 < row["data_wait"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_does_not_wait_for_text_that_is_still_prepared(number, small_corpus, tmp_path, monkeypatch, capsys):
+    ready, waited = GroupedBatches.ready, []
+
+    def slow(self, step):
+        if step == 2:
+            signal.raise_signal(number)
+            waited.append(step)
+        ready(self, step)
+
+    monkeypatch.setattr(GroupedBatches, "ready", slow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
+    flags = ["--steps", 4, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
+    try:
+        with pytest.raises(SystemExit, match=str(128 + number)):
+            mot("train", "MoT-Nano/4E", *flags)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not waited
+    what = f"stopped by {number.name} after step 2, which is saved; --resume goes on"
+    assert what in capsys.readouterr().err
 
 
 def test_the_clock_stands_still_while_a_run_evaluates_and_saves(small_corpus, tmp_path, monkeypatch):
@@ -513,6 +537,13 @@ def test_too_little_memory_of_a_gpu_is_one_line(monkeypatch, capsys):
         mot("train")
     way = "in training, --training.gradient_accumulation_steps N needs less"
     assert capsys.readouterr().err == f"mot: error: CUDA out of memory; {way}\n"
+
+
+def test_too_little_memory_of_numpy_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_run", lambda words: np.empty(2**62, dtype=np.uint8))
+    with pytest.raises(SystemExit, match="2"):
+        mot("data-report")
+    assert re.fullmatch(r"mot: error: there is too little memory: Unable to allocate .*\n", capsys.readouterr().err)
 
 
 def test_too_little_memory_of_a_cpu_is_one_line(monkeypatch, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.data.groups import Blocks, collisions, deal
-from mixture_of_tokens.data.prepare import SPLITS, prepare
+from mixture_of_tokens.data.prepare import SPLITS, prepare_text
 from mixture_of_tokens.formatting import Result, aligned
 
 EPOCHS = 3  # epochs of training order that are searched for collisions
@@ -65,7 +65,7 @@ def data_report(
 
     Raises ValueError for bad sources or options.
     """
-    prepared = prepare(
+    prepared = prepare_text(
         [str(source) for given in data for source in listed(given)] or None,
         field=field,
         max_bytes=max_bytes,

@@ -1,9 +1,9 @@
 """A corpus in parts, each of some files and prepared by itself: training begins with the first part, the others follow.
 
-Parts are in the order of the files, and no file is in two. Each is what `prepare` makes of its files alone, with the
-first one's tokenizer. Duplicates are dropped within a part, which is where groups are made; what a part holds out stays
-unused, but for the first one's. Whoever needs a part makes it, under a lock, or waits for who does. Processes that go
-before training make different parts (`prepare_ahead`), on one machine or on several that share the cache.
+Parts are in the order of the files, and no file is in two. Each is what `prepare_text` makes of its files alone, with
+the first one's tokenizer. Duplicates are dropped within a part, which is where groups are made; what a part holds out
+stays unused, but for the first one's. Whoever needs a part makes it, under a lock, or waits for who does. Processes
+that go before training make different parts (`prepare_ahead`), on one machine or on several that share the cache.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches
-from mixture_of_tokens.data.prepare import Prepared, prepare
+from mixture_of_tokens.data.prepare import Prepared, prepare_text
 from mixture_of_tokens.process import end_with_parent, place_of_machine
 
-READ_AHEAD = 3  # steps whose rows loaders may have asked for
+READ_AHEAD = 3  # steps whose rows a loader may have asked for; several workers, which may be further, wait themselves
 
 
 @dataclass(frozen=True)
 class Parts:
-    """sources: as they were named; files: of each part, in order; options: of `prepare`."""
+    """sources: as they were named; files: of each part, in order; options: of `prepare_text`."""
 
     sources: list[str]
     files: list[list[str]]
@@ -40,7 +40,7 @@ class Parts:
 
     @classmethod
     def of(cls, sources: Sequence[str], part_bytes: int, **options: Any) -> "Parts":
-        """Parts of at least so many bytes of files.
+        """Parts of at least so many bytes of files, the last one of at least half as many.
 
         Raises ValueError for text that is not in files.
         """
@@ -65,23 +65,28 @@ class Parts:
 
     def first(self) -> Prepared:
         """The first part, whose facts stand for all: their hash is of its text, and of all names and sizes."""
-        made = self.prepare(0)
+        made = self._first
         sizes = [[Path(file).name, Path(file).stat().st_size] for part in self.files for file in part]
         whole = hashlib.sha256(json.dumps([made.facts["hash"], sizes]).encode()).hexdigest()[:16]
         return replace(made, facts=made.facts | {"hash": whole, "source": self.sources, "parts": len(self.files)})
 
     def prepare(self, number: int) -> Prepared:
         """Any part, by its number. Raises ValueError for a first one that is too short to train and to evaluate on."""
-        options = self.options if number == 0 else self.options | {"tokenizer": self.tokenizer, "vocab_size": None}
-        made = prepare(self.files[number], **options, together=True)
         if number == 0:
-            made.check()
+            return self._first
+        options = self.options | {"tokenizer": self.tokenizer, "vocab_size": None}
+        return prepare_text(self.files[number], **options, together=True)
+
+    @cached_property
+    def _first(self) -> Prepared:
+        made = prepare_text(self.files[0], **self.options, together=True)
+        made.check()
         return made
 
     @cached_property
     def tokenizer(self) -> str:
         """Of all parts: the one that was given, or the first part's."""
-        return self.options.get("tokenizer") or str(self.prepare(0).directory)
+        return self.options.get("tokenizer") or str(self._first.directory)
 
 
 class PartedBatches(GroupedBatches):
@@ -164,8 +169,8 @@ def _rows_in(part: Blocks, group_size: int) -> int:
 def prepare_ahead(parts: Parts, start: int, rows: int, group_size: int) -> Any:
     """Prepare the parts from `start` on in a process of its own, which ends with this one, and is returned.
 
-    Of every machine the first process does, each other parts, the nearest ones first, as long as parts like the last
-    one are needed for so many rows.
+    Of every machine the first process does, each other parts, the nearest ones first, as long as parts like those that
+    it has made are needed for so many rows.
     """
     machine, machines, first = place_of_machine()
     mine = list(range(start + machine, len(parts.files), machines))
@@ -187,7 +192,13 @@ def _prepare_all(parts: Parts, numbers: list[int], rows: int, group_size: int) -
         contextlib.redirect_stderr(nowhere),
         contextlib.suppress(ValueError, OSError),  # who needs the part meets the error too, and tells it
     ):
-        for number in numbers:
-            made = _rows_in(parts.prepare(number).train, group_size)
-            if (number + 1) * made > rows + made:  # one more than is needed, as parts differ
-                break
+        prepare_needed(parts, numbers, rows, group_size)
+
+
+def prepare_needed(parts: Any, numbers: Iterable[int], rows: int, group_size: int) -> None:
+    """Prepare these, one after the other, until so many rows would be there if all parts had their mean."""
+    made = 0
+    for count, number in enumerate(numbers, 1):
+        made += _rows_in(parts.prepare(number).train, group_size)
+        if number * made / count > rows:  # one more than is needed, as parts differ
+            break

@@ -33,6 +33,7 @@ from mixture_of_tokens.data.splits import SPLITS, longest_share, opened, pieces_
 from mixture_of_tokens.data.tokenizer import (
     check_vocab_size,
     hash_of,
+    ids_of,
     load_tokenizer,
     parallel_tokenizers,
     tokenizer_in,
@@ -80,7 +81,7 @@ class Prepared:
                 )
 
 
-def prepare(
+def prepare_text(
     sources: Sequence[str] | None = None,
     *,
     field: str = "text",
@@ -115,8 +116,8 @@ def prepare(
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if given is None:
         vocab_size = check_vocab_size(vocab_size)
-    elif vocab_size is not None and vocab_size <= (last := max(given.get_vocab().values())):  # ids may have gaps
-        raise ValueError(f"vocab_size {vocab_size} is less than the {last + 1} ids of {tokenizer}")
+    elif vocab_size is not None and vocab_size < (ids := ids_of(given)):
+        raise ValueError(f"vocab_size {vocab_size} is less than the {ids} ids of {tokenizer}")
     group_size = max(SMALLEST_GROUP, group_size)
     # Sizes of files: their text is somewhat shorter, or longer if they are compressed.
     sizes = [corpus.raw_bytes(source) for source in sources or [None]]

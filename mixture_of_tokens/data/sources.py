@@ -211,7 +211,8 @@ def _walk(folder: Path, without: Sequence[str] = (), *, runs: bool = True) -> It
 def _library_files() -> list[Path]:
     """The modules of this Python's standard library, as far as it is installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return [p for p in _walk(root, without=("site-packages", "dist-packages")) if p.suffix == ".py"]
+    found = _walk(root, without=("site-packages", "dist-packages"))
+    return [p for p in found if p.suffix == ".py" and p.is_file()]  # Debian links one to what need not be there
 
 
 def _package_files() -> list[Path]:
@@ -235,8 +236,7 @@ def _decodable(paths: list[Path]) -> Iterator[Document]:
 
 
 def cache_directory() -> Path:
-    base = os.environ.get("MIXTURE_OF_TOKENS_CACHE") or Path.home() / ".cache" / "mixture_of_tokens"
-    return located(str(base))
+    return located(os.environ.get("MIXTURE_OF_TOKENS_CACHE") or "~/.cache/mixture_of_tokens")
 
 
 def _hub_name(source: str) -> tuple[str, str, str]:

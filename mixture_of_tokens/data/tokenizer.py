@@ -88,6 +88,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def ids_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows that an embedding needs: the highest id and one more, as ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def refuse(error: BaseException, what: str) -> NoReturn:
     """Raise ValueError in place of an error of tokenizers: the bare class, or, where its Rust panics, no Exception."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.data.files import first_line
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
-from mixture_of_tokens.data.tokenizer import hash_of, refuse
+from mixture_of_tokens.data.tokenizer import hash_of, ids_of, refuse
 
 FORMAT = 5  # of the files in the cache; after a change they are made anew
 SHARD_TOKENS = 2**27  # per file
@@ -40,7 +40,7 @@ def tokenize(
 
     Returns a manifest without `files` and hashes.
     """
-    dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
+    dtype = "uint16" if ids_of(tokenizer) <= 2**16 else "uint32"
     facts: dict[str, Any] = {"dtype": dtype, "tokenizer": hash_of(tokenizer)}
     shards, cut, digest = {}, 0, hashlib.sha256()
     with (
@@ -56,8 +56,9 @@ def tokenize(
                 shorter = cut_by_tokens(file, part, np.diff(ends, prepend=0), group_size)
                 if np.array_equal(shorter, part):
                     break
-                shortened = shortened | (shorter != part).any(axis=1)
-                part = shorter
+                some = shorter[:, 1] > 0  # of a single character nothing may be left
+                shortened = (shortened | (shorter != part).any(axis=1))[some]
+                part = shorter[some]
                 bar.update(done - bar.n)
                 for file_name in names:
                     (directory / file_name).unlink()

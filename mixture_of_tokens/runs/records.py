@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from mixture_of_tokens import yaml12
 from mixture_of_tokens.data.parts import Parts
-from mixture_of_tokens.data.prepare import Prepared, prepare
+from mixture_of_tokens.data.prepare import Prepared, prepare_text
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import SETTINGS
@@ -187,15 +187,15 @@ class RunConfig(Record):
         """The text of the run; of one in parts the first."""
         if self.parts is not None:
             return self.parts.first()
-        return prepare(self.data or None, max_bytes=self.max_bytes, **self._how)
+        return prepare_text(self.data or None, max_bytes=self.max_bytes, **self._how)
 
-    @property
+    @cached_property
     def parts(self) -> Parts | None:
         return None if self.part_bytes is None else Parts.of(self.data, self.part_bytes, **self._how)
 
     @property
     def _how(self) -> dict[str, Any]:
-        """Options of `prepare`."""
+        """Options of `prepare_text`."""
         vocab_size = self.model_config.vocab_size if self.tokenizer is None else self.model.get("vocab_size")
         context, group_size = self.model_config.max_position_embeddings, self.group_size
         how = {"field": self.field, "tokenizer": self.tokenizer, "vocab_size": vocab_size}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
@@ -208,7 +208,11 @@ def try_out(arguments: TrainingArguments) -> None:
     flag = "--training.optim_args" if arguments.optim_args is not None else "--training.optim"
     if arguments.optim_args is not None and arguments.optim in ("adamw_torch", "adamw_torch_fused", "adafactor"):
         raise ValueError(f"{flag}: {OptimizerNames(arguments.optim).value} takes none")
-    steps = arguments.max_steps
+    steps, kind = arguments.max_steps, SchedulerType(arguments.lr_scheduler_type)
+    if kind == SchedulerType.CONSTANT and arguments.warmup_steps:
+        raise ValueError("--training.warmup_steps: constant has no warm-up; constant_with_warmup has one")
+    if kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP) and arguments.lr_scheduler_kwargs:
+        raise ValueError(f"--training.lr_scheduler_kwargs: {kind.value} takes none")
     if (warm_up := arguments.get_warmup_steps(steps)) > steps:
         raise ValueError(f"--training.warmup_steps {warm_up} is more than the {steps} steps of the training")
     try:

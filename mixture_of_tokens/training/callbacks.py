@@ -4,8 +4,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -116,11 +116,15 @@ class RunLog(TrainerCallback):
         self.bar.set_postfix(shown | {"tokens/s": self.row.tokens_per_second}, refresh=False)
 
     def close(self) -> None:
-        self.write()
         if self.bar is not None:
-            with disk_errors(self.path):
-                flush(self.path)  # before there is a run.json, which says that the run is whole
+            self.save()
             self.bar.close()
+
+    def save(self) -> None:
+        """All rows on the disk, before there is a checkpoint that goes on after them, or a run.json."""
+        self.write()
+        with disk_errors(self.path):
+            flush(self.path)
 
     def write(self) -> None:
         row, self.row = self.row, None  # once: a full disk would raise again when all is closed
@@ -181,10 +185,17 @@ def told_by_the_main_thread() -> Iterator[None]:
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or a first ^C ends the run after the current step, with a checkpoint; `received` is its number."""
+    """SIGTERM or a first ^C ends the run after the current step, with a checkpoint; `received` is its number.
 
-    def __init__(self):
+    The text of the next step is waited for at the end of a step, where a signal can break off the wait.
+
+    Args:
+        wait: called with the number of a step, waits for its text.
+    """
+
+    def __init__(self, wait: Callable[[int], None]):
         self.received: int | None = None
+        self._wait, self._waiting = wait, False
         self._hosts: Any = None  # all processes, by way of the CPU: no step waits for a device
 
     @contextmanager
@@ -199,8 +210,11 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
+        waiting, self._waiting = self._waiting, False
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second ^C does not wait
+        if waiting:
+            raise KeyboardInterrupt(number)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size > 1:
@@ -212,6 +226,11 @@ class StopOnSignal(TrainerCallback):
             torch.distributed.destroy_process_group(self._hosts)
 
     def on_step_end(self, args, state, control, **kwargs):
+        with suppress(KeyboardInterrupt, ValueError, OSError):  # text at fault is told when the next step begins
+            self._waiting = self.received is None
+            if self._waiting:
+                self._wait(state.global_step)
+            self._waiting = False
         if self._hosts is not None:  # all processes stop after the same step
             received = torch.tensor(self.received or 0)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._hosts)

@@ -274,8 +274,8 @@ def _training_fields(
     return micro_batch, {
         "per_device_eval_batch_size": micro_batch,
         "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1} if "min_lr" in kind or "constant" in kind else None,
-        "warmup_steps": min(recipe.warmup_steps, steps // 10),
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1} if "min_lr" in kind else None,
+        "warmup_steps": 0 if kind == "constant" else min(recipe.warmup_steps, steps // 10),
         "optim": "adamw_torch_fused",
         "adam_beta2": 0.999,
         "weight_decay": 0.1,

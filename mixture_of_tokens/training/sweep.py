@@ -1,5 +1,6 @@
 """A grid of settings for one model, compared on a split that no result is reported on."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -7,12 +8,14 @@ import shlex
 import statistics
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
 from mixture_of_tokens.checks import checked, listed
+from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer
 from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, few_of, short
 from mixture_of_tokens.model.cost import training_flops
@@ -38,8 +41,16 @@ class PlannedRun:
     @classmethod
     def of(cls, directory: Path, merged: Merged) -> "PlannedRun":
         run = merged.config
-        flops = run.steps * training_flops(run.model_config, run.batch_size)
+        config = copy.copy(run.model_config)
+        if run.tokenizer is not None and "vocab_size" not in run.model:
+            config.vocab_size = _ids_in(run.tokenizer)
+        flops = run.steps * training_flops(config, run.batch_size)
         return cls(str(directory), run.steps, run.learning_rate, flops)
+
+
+@cache
+def _ids_in(tokenizer: str) -> int:
+    return ids_of(load_tokenizer(tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mixture_of_tokens.checks import checked
 from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
 from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.data.tokenizer import ids_of
 from mixture_of_tokens.disk import plain_errors, write_text
 from mixture_of_tokens.inference.generate import continue_prompts
 from mixture_of_tokens.model.calibration import calibrate_thresholds
@@ -126,9 +127,9 @@ def build(
 ) -> tuple[GroupedTrainer, Prepared]:
     """The trainer of a run, its data prepared and its model initialised, the same in every placement."""
     prepared, config = run.prepare(), copy.deepcopy(run.model_config)
-    vocabulary = prepared.tokenizer.get_vocab()
     if run.tokenizer is None or "vocab_size" not in run.model:
-        config.vocab_size = max(vocabulary.values()) + 1
+        config.vocab_size = ids_of(prepared.tokenizer)
+    vocabulary = prepared.tokenizer.get_vocab()
     config.eos_token_id = vocabulary[str(prepared.tokenizer.eos_token)]
     config.pad_token_id = vocabulary[str(prepared.tokenizer.pad_token)]
     order = {"group_size": run.group_size, "batch_size": run.batch_size, "steps": run.steps}
@@ -188,7 +189,7 @@ def _run(
     if begin is not None and checkpoint is None:
         with _saying_where(f"before the first step; {again} begins anew"):
             begin(trainer, prepared)
-    stop = StopOnSignal()
+    stop = StopOnSignal(trainer.wait_for_rows)
     trainer.add_callback(stop)
     with stop.installed():
         try:

@@ -177,6 +177,11 @@ class GroupedTrainer(Trainer):
         finally:
             self._waited += time.perf_counter() - since
 
+    def wait_for_rows(self, step: int) -> None:
+        """Until the text of this step is there."""
+        with self.waiting():
+            self.rows.ready(step)
+
     def get_batch_samples(self, *args, **kwargs):
         with self.waiting():
             return super().get_batch_samples(*args, **kwargs)
@@ -292,7 +297,7 @@ class GroupedTrainer(Trainer):
                         facts = {"seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
                         facts |= self.rows.position(step)
                         checkpoints.describe(beside / name, step=step, **facts)
-                        self.run_log.write()  # the rows come before the checkpoint
+                        self.run_log.save()
                         checkpoints.publish(beside / name, self.run / name)
                         checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
             finally:
@@ -377,8 +382,7 @@ class _Ready(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
-        with self.trainer.waiting():
-            self.trainer.rows.ready(state.global_step)
+        self.trainer.wait_for_rows(state.global_step)
 
 
 def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int) -> None:
