@@ -12,6 +12,7 @@ companions get is a constant without a gradient, of the weights as they are when
 loaded into the layer or a module that holds it; call it again when they are changed otherwise.
 """
 
+import itertools
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -64,9 +65,9 @@ def served_alone(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | N
     if len(x_BTD) == 1 and x_BTD.shape[1] <= at_once:
         return layer.in_groups(x_BTD, token_mask)
     # Tokens as positions of one example.
-    mask_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
-    x_1SD, mask_1S = x_BTD.reshape(1, -1, x_BTD.shape[-1]), mask_BT.reshape(1, -1)
-    parts = zip(x_1SD.split(at_once, dim=1), mask_1S.split(at_once, dim=1), strict=True)
+    x_1SD = x_BTD.reshape(1, -1, x_BTD.shape[-1])
+    masks = itertools.repeat(None) if token_mask is None else token_mask.reshape(1, -1).split(at_once, dim=1)
+    parts = zip(x_1SD.split(at_once, dim=1), masks, strict=False)
     return torch.cat([layer.in_groups(*part) for part in parts], dim=1).view_as(x_BTD)
 
 

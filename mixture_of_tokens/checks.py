@@ -13,6 +13,20 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 LARGEST = 2**31 - 1  # of whole numbers: steps times rows are counted in 64 bits
+SMALLEST_FP32, LARGEST_FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+# Legal values of settings that both layers and configurations have, and how these are called.
+_POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
+_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more, and finite")
+_TEMPERATURE = (lambda value: SMALLEST_FP32 <= value <= LARGEST_FP32, "positive and finite in float32")
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": _TEMPERATURE,
+    "router_temperature": _TEMPERATURE,
+    "initializer_scale": _POSITIVE,
+    "capacity_factor": (_POSITIVE[0], "positive and finite, or none"),
+    "balance_rate": _NOT_NEGATIVE,
+    "router_aux_loss_coef": _NOT_NEGATIVE,
+    "threshold_decay": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,6 +93,14 @@ def check(name: str, value: Any, hint: Any) -> None:
     """Raises ValueError for a value that is none of the annotation's; a list's may stand alone."""
     if legal := _refusal(value, hint):
         raise ValueError(f"{name} takes {legal}, not {value!r}")
+
+
+def check_range(name: str, value: Any) -> None:
+    """Raises ValueError for a value of a setting that is no number, or beyond what `RANGES` says."""
+    check(name, value, float)
+    is_legal, legal = RANGES[name]
+    if not is_legal(value):
+        raise ValueError(f"{name} must be {legal}, not {value}")
 
 
 def at_least_one(**numbers: int | None) -> None:

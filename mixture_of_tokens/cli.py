@@ -353,7 +353,7 @@ def main(words: list[str] | None = None) -> None:
             print("mot: error:", error, file=sys.stderr)
         sys.exit(1)
     except MemoryError as error:  # numpy's says how much
-        print("mot: error: there is too little memory:", *error.args or ("",), file=sys.stderr)
+        print(f"mot: error: there is too little memory{': ' * bool(str(error))}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("mot: stopped", file=sys.stderr)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.checks import check
+from mixture_of_tokens.checks import check, check_range
 from mixture_of_tokens.layout import at_least_fp32, expert_linear, full_precision, precise_linear
 
 INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
@@ -43,6 +43,12 @@ def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     among = (sets[..., None, :] + torch.arange(0, 4 * quarter, quarter, device=sets.device)[:, None]).flatten(-2)
     where = among.gather(-1, known.gather(-1, among).topk(k, dim=-1).indices)
     return scores.gather(-1, where), where
+
+
+def check_choices(num_experts_per_tok: int, num_experts: int) -> None:
+    check("num_experts_per_tok", num_experts_per_tok, int)
+    if not 1 <= num_experts_per_tok <= num_experts:
+        raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
 
 
 def summed_over_processes(counts: Tensor) -> Tensor:
@@ -84,6 +90,8 @@ class Experts(nn.Module):
     def forward(self, x_ERD: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = expert_linear) -> Tensor:
         """Row r of x[e] goes through expert e. `linear(x, weight)` multiplies every expert's rows by its matrix."""
         act, own = ACTIVATIONS[self.activation], self.down_proj.dtype
+        if x_ERD.shape[-1] != (hidden_size := self.down_proj.shape[1]):
+            raise ValueError(f"x has rows of width {x_ERD.shape[-1]}, and hidden_size is {hidden_size}")
         if x_ERD.dtype != own and not torch.is_autocast_enabled(x_ERD.device.type):
             raise ValueError(f"x is {x_ERD.dtype} and the experts are {own}: convert one of them, or use autocast")
         if self.gated:
@@ -132,9 +140,7 @@ class Router(nn.Module):
     def set_temperature(self, temperature: float | Tensor) -> None:
         if isinstance(temperature, Tensor):  # of a schedule
             temperature = float(temperature)
-        check("temperature", temperature, float)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, not {temperature}")
+        check_range("temperature", temperature)
         self.temperature_setting = temperature
         nn.init.constant_(self.fixed_temperature, temperature)
         if self.log_temperature is not None:
@@ -181,7 +187,9 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
-        return f"{hidden_size=}, {num_experts=}, temperature={float(self.temperature):g}, {self.router_dtype}"
+        # Not what is learned, which would wait for the device, and has no value without memory.
+        temperature = "learned" if self.log_temperature is not None else f"{self.temperature_setting:g}"
+        return f"{hidden_size=}, {num_experts=}, temperature={temperature}, {self.router_dtype}"
 
 
 class RoutedOptions(TypedDict, total=False):
@@ -222,7 +230,7 @@ class Routed(nn.Module):
         initializer_scale: float = INITIALIZER_SCALE,
     ):
         super().__init__()
-        check("initializer_scale", initializer_scale, float)
+        check_range("initializer_scale", initializer_scale)
         self.num_experts = num_experts
         self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation)
         self.gate = Router(

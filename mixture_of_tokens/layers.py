@@ -129,14 +129,21 @@ class MixtureOfTokens(Routed):
 
     def weights(self, x_MGD: Tensor, mask_MG1: Tensor | None = None, missing_M11: Tensor | None = None) -> Tensor:
         """w (M, G, E). Where tokens are missing, weights sum to less than one; companions hold the remainder."""
+        return self._weights_and_rest(x_MGD, mask_MG1, missing_M11)[0]
+
+    def _weights_and_rest(
+        self, x_MGD: Tensor, mask_MG1: Tensor | None, missing_M11: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """w (M, G, E), and the weight (M, E) of all companions together; None where no token can be missing."""
         logits_MGE = self.logits(x_MGD)
         if mask_MG1 is not None:  # the lowest finite number, not -inf: a group without real tokens must not become NaN
             logits_MGE = logits_MGE.masked_fill(~mask_MG1, torch.finfo(logits_MGE.dtype).min)
         if missing_M11 is not None:  # one more row for all missing tokens; -inf where none is missing
-            companions_M1E = (self.companion_logit + missing_M11.log()).to(logits_MGE.dtype)
-            logits_MGE = torch.cat([logits_MGE, companions_M1E], dim=1)
+            precise = at_least_fp32(logits_MGE.dtype)
+            companions_M1E = (self.companion_logit + missing_M11.log()).to(precise)
+            logits_MGE = torch.cat([logits_MGE.to(precise), companions_M1E], dim=1)
         weights_MGE = softmax(logits_MGE, dim=1)
-        return weights_MGE if missing_M11 is None else weights_MGE[:, :-1]
+        return (weights_MGE, None) if missing_M11 is None else (weights_MGE[:, :-1], weights_MGE[:, -1])
 
     def serve_alone(self, alone: bool = True, num_experts_alone: int | None = None) -> None:
         """Compute each token by itself from here on, or in its group again (`alone.py`).
@@ -157,10 +164,9 @@ class MixtureOfTokens(Routed):
     def in_groups(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """The equations of the module's docstring."""
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
-        weights_MGE = self.weights(x_MGD, mask_MG1, missing_M11)
+        weights_MGE, rest_ME = self._weights_and_rest(x_MGD, mask_MG1, missing_M11)
         cast_MGE = weights_MGE.to(x_MGD.dtype)
         mixtures_EMD = dispatch(cast_MGE, x_MGD)
-        rest_ME = None if missing_M11 is None else 1 - weights_MGE.sum(1)
         if rest_ME is not None:
             mixtures_EMD = mixtures_EMD + (rest_ME.T[..., None] * self.companion[:, None]).to(mixtures_EMD.dtype)
         if self.normalize_mixture:

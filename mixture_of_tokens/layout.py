@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 def check_shapes(x_BTD: Tensor, token_mask: Tensor | None) -> None:
     """Raises ValueError for what no layer takes."""
+    if not isinstance(x_BTD, Tensor) or not isinstance(token_mask, Tensor | None):
+        given = " and ".join(type(each).__name__ for each in (x_BTD, token_mask))
+        raise ValueError(f"a layer takes tensors of torch, x and perhaps a token_mask, not {given}")
     if x_BTD.dim() != 3 or not x_BTD.numel():
         raise ValueError(
             "x must be (examples, positions, hidden size) with at least one example and position, not "

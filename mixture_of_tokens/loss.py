@@ -36,7 +36,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # A sum over many tokens is beyond the range of fp16, also where their mean is not.
         wide = precise if hidden.dtype == torch.float16 else hidden.dtype
         loss = hidden.new_zeros((), dtype=precise)
-        like_hidden, like_head = (hidden, head) if with_gradients else (hidden[:0], head[:0])
+        into_head = with_gradients and ctx.needs_input_grad[1]  # the head may be frozen
+        like_hidden, like_head = hidden if with_gradients else hidden[:0], head if into_head else head[:0]
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
         grad_hidden, grad_head = torch.empty_like(like_hidden), torch.zeros_like(like_head, dtype=precise)
         for start in range(0, len(hidden), size):
@@ -52,7 +53,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad = grad.to(hidden.dtype)
                 # Tokens that are not predicted are left out here, where they have D columns and not V.
                 grad_hidden[start : start + size] = (grad @ head).where(real, 0)
-                grad_head += grad.T.to(wide) @ chunk.to(wide)
+                if into_head:
+                    grad_head += grad.T.to(wide) @ chunk.to(wide)
         if with_gradients:
             ctx.save_for_backward(grad_hidden, grad_head.to(wide))
         return loss
@@ -62,7 +64,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         once_only("chunked_cross_entropy", "give the model no labels, and take the cross-entropy of its logits")
         grad_hidden, grad_head = ctx.saved_tensors
         dtype = grad_hidden.dtype  # the head's too
-        return (grad_hidden * grad_loss).to(dtype), (grad_head * grad_loss).to(dtype), None, None, None
+        into_head = (grad_head * grad_loss).to(dtype) if ctx.needs_input_grad[1] else None
+        return (grad_hidden * grad_loss).to(dtype), into_head, None, None, None
 
 
 class AuxiliaryLoss(nn.Module):

@@ -1,6 +1,5 @@
 """The sparse routings that Mixture of Tokens is compared with, over the same experts. Letters as in `layers.py`."""
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Unpack
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.checks import check
-from mixture_of_tokens.experts import Routed, RoutedOptions, highest, softmax, summed_over_processes
+from mixture_of_tokens.checks import check, check_range
+from mixture_of_tokens.experts import Routed, RoutedOptions, check_choices, highest, softmax, summed_over_processes
 from mixture_of_tokens.layout import at_least_fp32, check_shapes, grouped, ungrouped
 from mixture_of_tokens.loss import AuxiliaryLoss, LoadBalancingLoss
 from mixture_of_tokens.slots import Slots, dropless
@@ -95,11 +94,8 @@ class TokenChoice(Routed):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, **options)
-        check("num_experts_per_tok", num_experts_per_tok, int)
+        check_choices(num_experts_per_tok, num_experts)
         check("norm_topk_prob", norm_topk_prob, bool)
-        check("capacity_factor", capacity_factor, float | None)
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
         self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
         self.capacity_factor = capacity_factor
         self.auxiliary_loss: AuxiliaryLoss | None = LoadBalancingLoss()
@@ -110,8 +106,8 @@ class TokenChoice(Routed):
 
     @capacity_factor.setter
     def capacity_factor(self, factor: float | None) -> None:
-        if factor is not None and not 0 < factor < math.inf:
-            raise ValueError(f"capacity_factor must be positive and finite, or None to drop nothing, not {factor}")
+        if factor is not None:
+            check_range("capacity_factor", factor)
         self._capacity_factor, self._capacity_ratio = factor, capacity_ratio(factor or 0.0, self.num_experts)
 
     def extra_repr(self) -> str:
@@ -207,9 +203,7 @@ class SigmoidChoice(TokenChoice):
             capacity_factor=None,
             **options,
         )
-        check("balance_rate", balance_rate, float)
-        if not 0 <= balance_rate < math.inf:
-            raise ValueError(f"balance_rate must be 0 or more, and finite, not {balance_rate}")
+        check_range("balance_rate", balance_rate)
         self.balance_rate, self.auxiliary_loss = balance_rate, None
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=at_least_fp32()))
         self.load_E: Tensor | None = None  # choices since the last `balance`; no buffer, which DDP would overwrite

@@ -12,8 +12,8 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.checks import check
-from mixture_of_tokens.experts import Routed, RoutedOptions, summed_over_processes
+from mixture_of_tokens.checks import check, check_range
+from mixture_of_tokens.experts import Routed, RoutedOptions, check_choices, summed_over_processes
 from mixture_of_tokens.layout import at_least_fp32, check_shapes
 from mixture_of_tokens.loss import AuxiliaryLoss, L1Loss
 from mixture_of_tokens.slots import dropless
@@ -34,9 +34,7 @@ class _Above(Routed):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, **options)
-        check("num_experts_per_tok", num_experts_per_tok, int)
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
+        check_choices(num_experts_per_tok, num_experts)
         self.num_experts_per_tok = num_experts_per_tok
         self.auxiliary_loss: AuxiliaryLoss | None = None
 
@@ -162,9 +160,7 @@ class ExpertThreshold(_Above):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
-        check("threshold_decay", threshold_decay, float)
-        if not 0 <= threshold_decay < 1:
-            raise ValueError(f"threshold_decay must be at least 0 and below 1, not {threshold_decay}")
+        check_range("threshold_decay", threshold_decay)
         if scores not in SCORES:
             raise ValueError(f"scores {scores!r} is unknown; legal are {', '.join(SCORES)}")
         self.threshold_decay, self.competing = threshold_decay, scores == "softmax"

@@ -63,6 +63,26 @@ def test_full_groups_are_as_before_and_a_second_time_changes_nothing():
     assert_close(dict(model.state_dict()), dict(once), rtol=0, atol=0)
 
 
+def test_companions_do_not_reach_a_full_group_whose_mask_is_given():
+    layer, x = build("mot", dtype=torch.float32), tokens(G, T, 8, dtype=torch.float32)
+    full = torch.ones(G, T, dtype=torch.bool)
+    y = layer(x, full)
+    torch.nn.init.normal_(layer.companion, std=100)
+    torch.nn.init.normal_(layer.companion_logit)
+    assert torch.equal(layer(x, full), y)
+    full[0, 0] = False
+    assert not torch.allclose(layer(x, full)[1:, 0], y[1:, 0])
+
+
+@pytest.mark.parametrize("options", [{"router_dtype": torch.bfloat16}, {"uniform": True}], ids=str)
+def test_what_a_companion_weighs_is_not_rounded_to_the_precision_of_the_router(options):
+    layer = MixtureOfTokens(8, 4, 5, 32, **options).to(torch.bfloat16)
+    if layer.gate is not None:
+        torch.nn.init.zeros_(layer.gate.weight)
+    weights = layer.weights(torch.ones(1, 1, 8, dtype=torch.bfloat16), None, torch.full((1, 1, 1), 31.0))
+    assert_close(weights, torch.full((1, 1, 5), 1 / 32), rtol=1e-6, atol=0)
+
+
 def test_a_router_that_sees_no_difference_gets_the_mean_token():
     model = mixing("uniform")
     seen = []

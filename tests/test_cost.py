@@ -175,7 +175,7 @@ def test_parameters_of_the_papers_models(name):
     counted = parameters(config)
     assert counted["total"] == sum(p.numel() for p in on_meta(config).parameters())
     D, blocks = config.hidden_size, config.num_hidden_layers
-    theirs = 256 * D + blocks * 4 * D + config.feed_forwards.count("dense") * (config.intermediate_size + D)
+    theirs = 256 * D + blocks * 4 * D + config.mlp_layer_types.count("dense") * (config.intermediate_size + D)
     assert round((counted["total"] - counted["norms"] + theirs) / 1e6, 1) == PAPER_MILLIONS[name]
 
 

@@ -353,7 +353,7 @@ def test_matched_has_the_experts_of_the_name():
         ),
         (lambda: TokenChoice(D, F, E, num_experts_per_tok=1.5), "num_experts_per_tok takes a whole number, not 1.5"),
         (lambda: TokenChoice(D, F, E, capacity_factor="1"), "capacity_factor takes a number, not '1'"),
-        (lambda: TokenChoice(D, F, E, capacity_factor=math.inf), "must be positive and finite, or None .*, not inf"),
+        (lambda: TokenChoice(D, F, E, capacity_factor=math.inf), "must be positive and finite, or none, not inf"),
         (lambda: SoftMoE(D, F, E, num_slots="1"), "num_slots takes a whole number, not '1'"),
         (lambda: ExpertThreshold(D, F, E, threshold_decay="0.5"), "threshold_decay takes a number, not '0.5'"),
         (lambda: ReMoE(D, F, E, l1_factor="2"), "l1_factor takes a number, not '2'"),
@@ -369,11 +369,29 @@ def test_matched_has_the_experts_of_the_name():
         (lambda: MixtureOfTokens(D, F, E, G, router_dtype=torch.int32), "torch.dtype, not torch.int32"),
         (lambda: Experts(D, F, E, activation="swish"), "'swish' is unknown; legal are silu, relu, gelu"),
         (lambda: MixtureOfTokens(D, F, E, 0), "group_size must be at least 1, not 0"),
-        (lambda: MixtureOfTokens(D, F, E, G, temperature=0), "temperature must be positive and finite, not 0"),
-        (lambda: TokenChoice(D, F, E, temperature=-1.0), "temperature must be positive and finite, not -1.0"),
-        (lambda: ExpertChoice(D, F, E, G, temperature=math.inf), "temperature must be positive and finite, not inf"),
-        (lambda: MixtureOfTokens(D, F, E, G, temperature=math.nan), "temperature must be positive and finite, not nan"),
-        (lambda: build("mot").gate.set_temperature(0), "temperature must be positive and finite, not 0"),
+        (
+            lambda: MixtureOfTokens(D, F, E, G, temperature=0),
+            "temperature must be positive and finite in float32, not 0",
+        ),
+        (
+            lambda: TokenChoice(D, F, E, temperature=-1.0),
+            "temperature must be positive and finite in float32, not -1.0",
+        ),
+        (
+            lambda: ExpertChoice(D, F, E, G, temperature=math.inf),
+            "temperature must be positive and finite in float32, not inf",
+        ),
+        (
+            lambda: MixtureOfTokens(D, F, E, G, temperature=math.nan),
+            "temperature must be positive and finite in float32, not nan",
+        ),
+        (lambda: MixtureOfTokens(D, F, E, G, temperature=1e39), r"temperature must be .* in float32, not 1e\+39"),
+        (lambda: MixtureOfTokens(D, F, E, G, temperature=1e-46), "temperature must be .* in float32, not 1e-46"),
+        (lambda: MixtureOfTokens(D, F, E, G, initializer_scale=-1.0), "initializer_scale must be positive"),
+        (lambda: build("uniform")(tokens(G, T, D + 1)), f"x has rows of width {D + 1}, and hidden_size is {D}"),
+        (lambda: build("mot")(tokens(G, T, D).numpy()), "a layer takes tensors of torch, .* not ndarray and NoneType"),
+        (lambda: build("tc_top1")(tokens(G, T, D), [[1] * T] * G), "a layer takes tensors of .* not Tensor and list"),
+        (lambda: build("mot").gate.set_temperature(0), "temperature must be positive and finite in float32, not 0"),
         (lambda: MixtureOfTokens.matched(D, 12, G, granularity=5), "5 does not divide .*legal are 1, 2, 3, 4, 6, 12$"),
         (lambda: MixtureOfTokens.matched(D, 1024, G, granularity=3), "legal are 1, 2, 4, .*, 256, 512, 1024$"),
         (lambda: MixtureOfTokens.matched(D, 12, G, granularity=0), "0 does not divide .*legal are 1, 2, 3, 4, 6, 12$"),
@@ -416,6 +434,7 @@ def test_a_layer_keeps_its_temperature_where_its_type_and_device_change(name):
             assert float(changed.gate.temperature) == pytest.approx(0.3, rel=1e-7)
     with torch.device("meta"):
         empty = ROUTINGS[name](temperature=0.3)
+    assert "None" in str(empty) or "temperature=0.3," in str(empty) or "temperature=learned," in str(empty)
     empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
     assert_close(empty.eval()(x), layer.eval()(x))
 

@@ -33,6 +33,16 @@ def with_gradients(cross_entropy, hidden: Tensor, head: Tensor, labels: Tensor, 
     return loss.detach(), *torch.autograd.grad(loss * scale, (hidden, head))
 
 
+def test_a_frozen_head_has_no_gradient_and_none_is_kept():
+    hidden, head, labels = example(torch.float64)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        loss = chunked_cross_entropy(hidden, head.detach(), labels)
+    assert kept == [hidden.shape, (0, D)]
+    (found,) = torch.autograd.grad(loss, hidden)
+    assert_close(found, with_gradients(plain_cross_entropy, hidden, head, labels)[1])
+
+
 @pytest.fixture(params=[1, 2, 4, S - 1, S, 100], ids=lambda tokens: f"{tokens} at once")
 def chunked(request):
     """Of so many tokens at once, and logits of half a token to spare."""

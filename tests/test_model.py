@@ -117,7 +117,7 @@ def test_scheduled_temperature_is_saved_with_the_model(tmp_path):
 
 def test_a_temperature_that_is_refused_is_not_kept_and_one_of_a_tensor_is_a_number(tmp_path):
     model = tiny("mixture_of_tokens", router_temperature=0.5)
-    with pytest.raises(ValueError, match="temperature must be positive and finite, not -1"):
+    with pytest.raises(ValueError, match="temperature must be positive and finite in float32, not -1"):
         model.set_router_temperature(-1.0)
     assert model.config.router_temperature == 0.5
     model.set_router_temperature(torch.tensor(0.25))
@@ -142,8 +142,8 @@ def test_a_field_of_another_type_is_named(field, value, told):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"capacity_factor": -1.0}, "capacity_factor must be positive and finite, not -1"),
-        ({"capacity_factor": math.nan}, "capacity_factor must be positive and finite, not nan"),
+        ({"capacity_factor": -1.0}, "capacity_factor must be positive and finite, or none, not -1"),
+        ({"capacity_factor": math.nan}, "capacity_factor must be positive and finite, or none, not nan"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef must be 0 or more, and finite, not -1"),
         ({"router_aux_loss_coef": math.nan}, "router_aux_loss_coef must be 0 or more, and finite, not nan"),
         ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window must be at least 1, not 0"),
@@ -612,7 +612,7 @@ def test_a_compiled_step_of_token_choice_searches_a_token_s_experts_once():
     backend = aot_autograd(fw_compiler=counted, partition_fn=min_cut_rematerialization_partition)
     model, x = tiny("token_choice", num_experts_per_tok=2).train(), tokens(4, 9)
     torch.compile(model, backend=backend, fullgraph=True)(x, labels=x)
-    assert searches[0] == sum(kind == "token_choice" for kind in model.config.feed_forwards) > 0
+    assert searches[0] == sum(kind == "token_choice" for kind in model.config.mlp_layer_types) > 0
 
 
 @pytest.mark.slow

@@ -132,6 +132,8 @@ def test_what_is_derived_follows_an_overridden_field():
         ("MoT-Nano/32E/4/2", "after the size comes /<group size>E"),
         ("MoT-Nano/32E\n", "after the size comes /<group size>E"),
         ("Transformer-Nano/32E", "a Transformer has no experts, its name is 'Transformer-Nano'"),
+        (f"MoT-Nano/{2**31}E", "group size and granularity are at most 2147483647"),
+        (f"MoT-Nano/{10**400}E/8", "group size and granularity are at most 2147483647"),
         ("MoT-Nano/32E/5", "granularity 5 does not divide the feed-forward width 96; legal are 1, 2, 3, 4, 6, 8, 12,"),
     ],
 )

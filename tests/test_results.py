@@ -9,6 +9,7 @@ import pytest
 
 from mixture_of_tokens.model.cost import flops_per_token, memory
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
+from mixture_of_tokens.reports.page import _measure
 from mixture_of_tokens.reports.prose import findings
 from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.reports.tables import tables
@@ -132,6 +133,22 @@ def test_a_comparison_has_the_flops_that_were_measured_and_the_memory_of_a_devic
     assert model.flops_per_token == pytest.approx({"forward": forward, "training": forward + backward})
     assert model.memory_estimate == sum(memory(made.model_config, 32).values())
     assert model.memory_estimate < sum(memory(made.model_config, 128).values())
+
+
+def test_a_switch_that_trains_nothing_has_its_evaluations_from_its_source_alone(tmp_path):
+    source = run(tmp_path / "source", losses=(3.0, 2.0))
+    switched = run(tmp_path / "switched", losses=(3.0, 2.0), steps=0, first_step=10)
+    assert switched.inherited(source) == 2
+    assert switched.inherited(switched) == source.inherited(switched) == 0
+
+
+@pytest.mark.parametrize(("values", "told"), [((0.0, 0.0004, 0.0009), ""), ((0.5, 0.50001), "0.5 in every layer")])
+def test_a_measure_is_called_constant_where_it_is_told_with_the_same_digits(values, told):
+    lines = {"TC": {"2": (list(range(1, len(values) + 1)), list(values))}}
+    text, figures = _measure("Dropped tokens", "", lines, ["TC"], {})
+    said = tostring(text, encoding="unicode")
+    assert ("throughout" in said) == bool(told) == (not figures)
+    assert told in said
 
 
 def test_the_stages_of_a_switch_are_read_off_the_rows_after_it(tmp_path):

@@ -655,6 +655,18 @@ def test_a_learned_temperature_is_not_decayed(small_corpus, tmp_path):
     assert sum(name.endswith("gate.weight") for name in decayed) == 2
 
 
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_learned_temperature_moves_where_weights_are_bf16(small_corpus, tmp_path):
+    model = {"dtype": "bfloat16", "learnable_temperature": "true"}
+    options = Options(steps=4, batch_size=8, data=[str(small_corpus)], device="cpu", model=model)
+    run, arguments, placement = merge("MoT-Nano/4E", 0, None, options)
+    trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
+    dtypes = {name: parameter.dtype for name, parameter in trainer.causal_lm.named_parameters()}
+    learned = {name for name in dtypes if name.endswith("log_temperature")}
+    assert len(learned) == 2
+    assert all(dtype == (torch.float32 if name in learned else torch.bfloat16) for name, dtype in dtypes.items())
+
+
 @pytest.mark.parametrize("name", ["Transformer-Nano", *(f"{row.prefix}-Nano/4E" for row in ROUTINGS if row.sparse)])
 @pytest.mark.usefixtures("tiny_cache")
 def test_training_in_bf16_alone_has_all_weights_and_moments_in_bf16(name, small_corpus, tmp_path):

@@ -82,7 +82,7 @@ def test_the_source_is_untouched_and_its_metrics_go_on(transitioned, tiny_runs):
 
 def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned):
     model = AutoModelForCausalLM.from_pretrained(transitioned[0] / "model")
-    assert model.config.feed_forwards == ["dense", "dense", "token_choice", "token_choice"]
+    assert model.config.mlp_layer_types == ["dense", "dense", "token_choice", "token_choice"]
     assert (model.config.num_experts_per_tok, model.config.capacity_factor) == (2, None)
     assert model.config.router_temperature == 1
     assert not model.mixes_examples
@@ -280,7 +280,7 @@ def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_run
     assert again in (tmp_path / "new-annealed" / "report.html").read_text()
     (tmp_path / "other").rename(out)
     capsys.readouterr()
-    assert annealed.config.feed_forwards[-1] == "mixture_of_tokens"
+    assert annealed.config.mlp_layer_types[-1] == "mixture_of_tokens"
     assert result["source"].endswith("new-annealed")
     assert [row["step"] for row in rows_of(out)][-1] == SOURCE_STEPS + 7
     switch = json.loads((out / "switch.json").read_text())
@@ -319,7 +319,9 @@ def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, monkeypatch, c
     assert (facts["name"], facts["steps"], facts["seconds"]) == ("STC-Nano/4E/2", SOURCE_STEPS, before["seconds"])
     mot("report", source, out, "--out", tmp_path / "page.html")
     assert "MoT-Nano/4E/2, switched" in capsys.readouterr().out
-    assert "--steps 0 --scores sigmoid" in (tmp_path / "page.html").read_text()
+    (command,) = re.findall(r"^.*mot transition again/.*$", (tmp_path / "page.html").read_text(), re.MULTILINE)
+    assert "--steps 0 --scores sigmoid" in command
+    assert "--learning-rate" not in command
     monkeypatch.setattr(export, "compare_logits", lambda model, directory, ids: (0.0, 1.0))  # see test_export.py
     mot("export", out, tmp_path / "exported")
     assert f"{result['switch']['at_the_switch']:.4f} at the end" in (tmp_path / "exported" / "README.md").read_text()

@@ -60,8 +60,7 @@ def fit_scales(
         x_SD, y_SD = seen[i]
         bias_E = router_bias(mixing[i], layer)
         before = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
-        with torch.no_grad():
-            error = distance(layer, x_SD, y_SD)
+        error = distance(layer, x_SD, y_SD)
         after, folded = _fit(layer, before, bias_E, x_SD, y_SD, steps, bar)
         with torch.no_grad():
             for name, weight in after.items():

@@ -1,8 +1,6 @@
 """The configuration of a model: the fields of transformers' Qwen3-MoE, and ours."""
 
-import math
-
-from mixture_of_tokens.checks import check
+from mixture_of_tokens.checks import check, check_range
 from mixture_of_tokens.experts import ACTIVATIONS
 from mixture_of_tokens.model.routings import DENSE, MIXTURE, ROUTINGS, Routing
 from mixture_of_tokens.model.upstream import Qwen3MoeConfig
@@ -77,6 +75,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     initializer_scale: float = 0.1**0.5
 
     def __post_init__(self, **kwargs):
+        if kwargs.get("head_dim", 0) is None:  # as upstream's default: of the hidden size and the heads
+            del kwargs["head_dim"]
         for name in POSITIVE:
             value = kwargs.get(name, getattr(self, name, None))
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -91,22 +91,11 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(ROUTINGS)}")
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
-        numbers = ("initializer_scale", "router_temperature", "balance_rate", "threshold_decay", "router_aux_loss_coef")
-        for name in numbers:
-            check(name, getattr(self, name), float)
-        check("capacity_factor", self.capacity_factor, float | None)
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor must be positive and finite, not {self.capacity_factor}")
-        if not 0 <= self.router_aux_loss_coef < math.inf:
-            raise ValueError(f"router_aux_loss_coef must be 0 or more, and finite, not {self.router_aux_loss_coef}")
-        if not 0 < self.initializer_scale < math.inf:
-            raise ValueError(f"initializer_scale must be positive and finite, not {self.initializer_scale}")
-        if not 0 < self.router_temperature < math.inf:
-            raise ValueError(f"router_temperature must be positive and finite, not {self.router_temperature}")
-        if not 0 <= self.balance_rate < math.inf:
-            raise ValueError(f"balance_rate must be 0 or more, and finite, not {self.balance_rate}")
-        if not 0 <= self.threshold_decay < 1:
-            raise ValueError(f"threshold_decay must be at least 0 and below 1, not {self.threshold_decay}")
+        for name in ("initializer_scale", "router_temperature", "balance_rate", "threshold_decay"):
+            check_range(name, getattr(self, name))
+        check_range("router_aux_loss_coef", self.router_aux_loss_coef)
+        if self.capacity_factor is not None:
+            check_range("capacity_factor", self.capacity_factor)
         if self.threshold_scores not in SCORES:
             raise ValueError(f"threshold_scores {self.threshold_scores!r} is unknown; legal are {', '.join(SCORES)}")
         if not (isinstance(self.shared_experts, int) and self.shared_experts >= 0):
@@ -133,14 +122,9 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def feed_forwards(self) -> list[str]:
-        """The kind of each block's feed-forward."""
-        return list(self.mlp_layer_types or [])
-
-    @property
     def routings(self) -> list[Routing]:
         """Each block's row of the table of routings."""
-        return [ROUTINGS[kind] for kind in self.feed_forwards]
+        return [ROUTINGS[kind] for kind in self.mlp_layer_types or ()]
 
     @property
     def sparse_routings(self) -> list[Routing]:

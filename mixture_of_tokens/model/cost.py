@@ -184,6 +184,6 @@ def legal_micro_batches(config: MixtureOfTokensConfig, batch: int, *, in_groups:
     """
     group = config.group_size if config.mixes_examples or in_groups else 1
     if batch < 1 or batch % group:
-        nearest = min(max(1, round(batch / group)), LARGEST // group) * group
+        nearest = max(1, min(round(batch / group), LARGEST // group)) * group
         raise ValueError(f"a batch of {batch} sequences does not divide into groups of {group}; {nearest} would")
     return [group * groups for groups in divisors(batch // group)]

@@ -121,7 +121,10 @@ class GroupedGeneration:
             return inputs
         current = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         width = current.shape[1]
-        stops = torch.isin(input_ids[:, prompt_length:], input_ids.new_tensor(stop_ids))
+        new = input_ids[:, prompt_length:]
+        stops = torch.zeros_like(new, dtype=torch.bool)
+        for stop in stop_ids:  # not torch.isin, which would wait for the device, to give it their numbers
+            stops |= new == stop
         finished = (stops.cumsum(-1) - stops.int()) > 0
         token_mask = ~F.pad(finished, (width, 0))[:, -width:]
         token_mask = token_mask.to(current.device)

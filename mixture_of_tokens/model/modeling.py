@@ -18,7 +18,7 @@ from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.loss import IGNORE, AuxiliaryLoss, chunked_cross_entropy
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.generation import GroupedGeneration, real_tokens
-from mixture_of_tokens.model.routings import ROUTINGS, Routing, dense_feed_forward
+from mixture_of_tokens.model.routings import Routing, dense_feed_forward
 from mixture_of_tokens.model.upstream import (
     GradientCheckpointingLayer,
     MoeCausalLMOutputWithPast,
@@ -47,9 +47,9 @@ class MixtureOfTokensDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MixtureOfTokensConfig, layer_idx: int):
         super().__init__()
         self.self_attn = Qwen3MoeAttention(config, layer_idx)
-        self.mlp = ROUTINGS[config.feed_forwards[layer_idx]].build(config)
+        self.mlp = config.routings[layer_idx].build(config)
         self.shared_experts = None
-        if config.shared_experts and ROUTINGS[config.feed_forwards[layer_idx]].sparse:
+        if config.shared_experts and config.routings[layer_idx].sparse:
             self.shared_experts = dense_feed_forward(config, config.shared_experts * config.moe_intermediate_size)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

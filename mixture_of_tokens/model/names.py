@@ -27,7 +27,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from mixture_of_tokens.checks import check, divisors
+from mixture_of_tokens.checks import LARGEST, check, divisors
 from mixture_of_tokens.formatting import listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE, Routing
@@ -153,7 +153,10 @@ def parse_name(name: str) -> Name:
             f"{name!r}: after the size comes /<group size>E and, if not 1, /<granularity>, "
             f"as in '{head}/32E' or '{head}/32E/8'"
         )
-    return Name(system, size, int(grouping[1]), int(grouping[2] or 1))
+    group_size, granularity = int(grouping[1]), int(grouping[2] or 1)
+    if max(group_size, granularity) > LARGEST:
+        raise ValueError(f"{name!r}: group size and granularity are at most {LARGEST}")
+    return Name(system, size, group_size, granularity)
 
 
 def config_from_name(

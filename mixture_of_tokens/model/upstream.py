@@ -1,4 +1,4 @@
-"""All of transformers' internals that this library uses, in one place, as a new version may move them."""
+"""What this library uses of the internals of transformers' models, in one place, as a new version may move them."""
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast

@@ -255,7 +255,7 @@ def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], s
     figures, constant = [], []
     for label, layers in of.items():
         own = [value for _, line in layers.values() for value in line]
-        if max(own) - min(own) < 1e-3 * max(1.0, max(own)):
+        if len({f"{value:.3g}" for value in own}) == 1:
             constant.append(f"{label}: {own[0]:.3g} in every layer, throughout.")
             continue
         series = labels.index(label)

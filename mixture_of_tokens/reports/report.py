@@ -114,11 +114,11 @@ def _train_commands(run: Run) -> list[str]:
         mixing = steps if before is None else before.config.steps
     out = run.directory.name if run.directory.name != source.name else f"{source.name}-transition"
     words = ["mot", "transition", f"again/{source.name}", "--out", f"again/{out}"]
-    words += ["--top-k", str(config.num_experts_per_tok), "--learning-rate", repr(rate)]
-    words += ["--steps", str(steps + mixing)]
+    words += ["--top-k", str(config.num_experts_per_tok), "--steps", str(steps + mixing)]
+    words += ["--learning-rate", repr(rate)] if steps else []
     words += [] if config.capacity_factor is None else ["--capacity", repr(config.capacity_factor)]
-    words += ["--scores", "sigmoid" if "sigmoid_choice" in config.feed_forwards else "softmax"]
-    if run.config.of_training("lr_scheduler_type") == "constant":
+    words += ["--scores", "sigmoid" if "sigmoid_choice" in (config.mlp_layer_types or ()) else "softmax"]
+    if steps and run.config.of_training("lr_scheduler_type") == "constant":
         words += ["--schedule", "continued"]
     elif run.config.of_training("warmup_steps") == 0 and steps >= 10:  # own has a warm-up
         words += ["--schedule", "decay"]

@@ -235,7 +235,7 @@ class Run:
 
         It has the other's rows. The directory in its configuration may be another by now, or on another machine.
         """
-        if self.config.first_step < other.config.last_step:
+        if other is self or self.config.first_step < other.config.last_step:
             return 0
         mine, theirs = ([(row.step, row.seconds, row.eval_loss) for row in run.evaluations] for run in (self, other))
         return len(theirs) if mine[: len(theirs)] == theirs else 0

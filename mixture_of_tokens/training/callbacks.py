@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from mixture_of_tokens.disk import disk_errors, flush, write_text
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs.records import MetricsRow, row_of
+from mixture_of_tokens.sparse import SigmoidChoice
 
 # What Trainer logs, by its name in a row of metrics.jsonl.
 OF_LOGS = {name: name for name in ("eval_loss", "learning_rate", "grad_norm", "aux_loss", "data_wait")}
@@ -29,6 +30,11 @@ class BalanceCallback(TrainerCallback):
 
     def __init__(self, model: MixtureOfTokensForCausalLM):
         self.model = model
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        for module in self.model.modules():
+            if isinstance(module, SigmoidChoice) and module.load_E is not None:
+                module.load_E = module.load_E.clone()  # a graph of CUDA writes the next micro-batch's over it
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.model.balance()

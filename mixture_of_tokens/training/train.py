@@ -138,8 +138,9 @@ def build(
     rows = GroupedBatches(prepared.train, **order) if parts is None else PartedBatches(parts, **order)
     set_seed(run.seed)
     model = MixtureOfTokensForCausalLM(config)
-    if isinstance(config.dtype, torch.dtype):  # weights alone: thresholds and biases move by less than bf16 tells apart
-        for parameter in model.parameters():
+    if isinstance(config.dtype, torch.dtype):
+        # Weights alone: thresholds, biases and learned temperatures move by less than bf16 tells apart.
+        for parameter in (each for each in model.parameters() if each.dim()):
             parameter.data = parameter.data.to(config.dtype)
     if "attn_implementation" not in run.model and _is_slow_in_half_precision(arguments, config):
         model.set_attn_implementation("eager")
