@@ -1,11 +1,13 @@
-"""Files that are whole on the disk or not there, and errors of writing that name what was written."""
+"""Files that are whole on the disk or not there, errors of writing that name what was written, and locks."""
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 OF_THE_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
@@ -35,6 +37,29 @@ def write_text(file: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def hold(path: Path, waiting: str, *, patience: float = -1) -> FileLock:
+    """Take a lock, which dies with its process; `release` ends it.
+
+    Args:
+        waiting: said on standard error where another process holds it.
+        patience: seconds to wait for that one, by default without end. Raises Timeout after them.
+    """
+    lock = FileLock(path)
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+    if not lock.is_locked:
+        print(waiting, file=sys.stderr)
+        lock.acquire(timeout=patience)
+    return lock
+
+
+def release(lock: FileLock) -> None:
+    # Before the release, or it could be another's. Who waits on a removed file is made to begin again by filelock.
+    with suppress(OSError):  # where an open file cannot be removed, filelock does it at the release
+        Path(lock.lock_file).unlink()
+    lock.release()
 
 
 @contextmanager

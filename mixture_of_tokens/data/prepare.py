@@ -40,7 +40,7 @@ from mixture_of_tokens.data.tokenizer import (
     train_tokenizer,
 )
 from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, batches, encoded, progress_bar, tokenize
-from mixture_of_tokens.disk import flush
+from mixture_of_tokens.disk import flush, hold, release
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import say_once
 
@@ -234,23 +234,17 @@ def _say_what_is_missing(sources: Sequence[str], facts: dict, group_size: int, *
 
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
-    path = directory.with_suffix(LOCK)
-    lock = FileLock(path)
+    waiting = "Another process is preparing the same data: waiting for it."
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        print("Another process is preparing the same data: waiting for it.", file=sys.stderr)
-        lock.acquire()
+        lock = hold(directory.with_suffix(LOCK), waiting)
     except OSError as error:
         what = f"prepared text is kept in {directory.parent}, which cannot be written: {error.strerror}"
         raise ValueError(f"{what}; MIXTURE_OF_TOKENS_CACHE names another folder") from None
     try:
         yield
     finally:
-        with suppress(OSError):  # as in `runs/ownership.py`: before the release, after which it could be another's
-            path.unlink()
-        lock.release()
+        release(lock)
 
 
 # Files of the cache that this process has checked, each with its time of change, size and SHA-256: once is enough.

@@ -6,6 +6,7 @@ segments of a document count as documents (`groups.segmented`).
 """
 
 import hashlib
+import math
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -47,7 +48,7 @@ def spool(
 
     Returns each document's offset and length in the file (documents, 2), int64, and hash (documents,), uint64.
     """
-    lengths, digests, total = array("q"), array("Q"), 0
+    lengths, digests, total, most = array("q"), array("Q"), 0, math.inf if max_bytes is None else max_bytes
     with file.open("wb") as out:
         for document in documents:
             digest, length = hashlib.sha256(), 0
@@ -56,7 +57,7 @@ def spool(
                 digest.update(part)
                 length += len(part)
                 read(len(part))
-                if max_bytes is not None and total + length > max_bytes:
+                if total + length > most:
                     break
             if max_bytes is not None and total + length > max_bytes:
                 out.flush()
@@ -66,7 +67,7 @@ def spool(
                 lengths.append(length)
                 digests.append(int.from_bytes(digest.digest()[:8]))
             total += length
-            if max_bytes is not None and total + 4 > max_bytes:  # no room for any character
+            if total + 4 > most:  # no room for any character
                 break
     length = np.array(lengths, dtype=np.int64)
     return np.stack([np.cumsum(length) - length, length], axis=1), np.array(digests, dtype=np.uint64)

@@ -1,11 +1,12 @@
 """One writer at a time: a lock that dies with its process."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from mixture_of_tokens.disk import hold, release
 
 LOCK = ".lock"
 PATIENCE = 10.0  # seconds that loader workers of a killed process may still hold its lock
@@ -42,13 +43,9 @@ def owned_file(file: Path, *, patience: float = PATIENCE) -> Iterator[None]:
 
 @contextmanager
 def _exclusive(lock: Path, what: str, patience: float) -> Iterator[None]:
-    held = FileLock(lock)
+    waiting = f"mot: another process writes to {what}: waiting for {patience:.0f} s at most"
     try:
-        with suppress(Timeout):
-            held.acquire(timeout=0)
-        if not held.is_locked:
-            print(f"mot: another process writes to {what}: waiting for {patience:.0f} s at most", file=sys.stderr)
-            held.acquire(timeout=patience)
+        held = hold(lock, waiting, patience=patience)
     except Timeout:
         raise ValueError(f"{what} is being written by another process: wait for it, or name another --out") from None
     except OSError as error:
@@ -56,7 +53,4 @@ def _exclusive(lock: Path, what: str, patience: float) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the release, or it could be another's. Who waits on a removed file is made to begin again by filelock.
-        with suppress(OSError):  # where an open file cannot be removed, filelock does it at the release
-            lock.unlink()
-        held.release()
+        release(held)

@@ -122,9 +122,10 @@ class RunLog(TrainerCallback):
         self.bar.set_postfix(shown | {"tokens/s": self.row.tokens_per_second}, refresh=False)
 
     def close(self) -> None:
-        if self.bar is not None:
+        bar, self.bar = self.bar, None
+        if bar is not None:
+            bar.close()
             self.save()
-            self.bar.close()
 
     def save(self) -> None:
         """All rows on the disk, before there is a checkpoint that goes on after them, or a run.json."""

@@ -94,7 +94,6 @@ class GroupedTrainer(Trainer):
         self.add_callback(self.run_log)
         self.add_callback(_RouterGradients(self))
         self.add_callback(BalanceCallback(model))
-        self.add_callback(_Ready(self))
         probe = evaluated.batch(grouped_order(evaluated, rows.group_size, everything=True)[0], padded=True)
         self.probe = {name: tensor.to(self.args.device) for name, tensor in probe.items()}
         self.gradient_norms: dict[str, float] = {}  # before clipping, as Trainer's own
@@ -146,8 +145,8 @@ class GroupedTrainer(Trainer):
             self.rows.begin(step)
             with disk_errors(self.run / "tensorboard"), told_by_the_main_thread():  # all others are named
                 return super().train(None if checkpoint is None else str(checkpoint))
-        except OSError:  # such as of a full disk, which `close` would meet too
-            with suppress(OSError):
+        except BaseException:
+            with suppress(OSError):  # such as of a full disk, which may be what was raised
                 self.run_log.close()
             raise
         finally:
@@ -183,6 +182,7 @@ class GroupedTrainer(Trainer):
             self.rows.ready(step)
 
     def get_batch_samples(self, *args, **kwargs):
+        self.wait_for_rows(self.state.global_step)
         with self.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
@@ -375,14 +375,6 @@ class _RouterGradients(TrainerCallback):
             kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
             # Clipping sets all gradients to zero if one is infinite.
             self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
-
-
-class _Ready(TrainerCallback):
-    def __init__(self, trainer: GroupedTrainer):
-        self.trainer = trainer
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.wait_for_rows(state.global_step)
 
 
 def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int) -> None:
