@@ -131,15 +131,11 @@ def test_a_manifest(tmp_path):
     whole = json.loads(file.read_text())
 
     def act(content):
-        for digest in (True, False):  # without one, as older manifests are
-            if isinstance(content, dict) and not digest:
-                content = {key: value for key, value in content.items() if key != "digest"}
-            file.write_text(json.dumps(content))
-            found = checkpoints.newest(tmp_path)
-            assert found is None or checkpoints.facts_of(found)["step"] == 8
-            assert not digest or found is None or content | {"digest": None} == whole | {"digest": None}
-            checkpoints.damage(directory)
-            checkpoints.is_described(directory, "export")
+        file.write_text(json.dumps(content))
+        found = checkpoints.newest(tmp_path)
+        assert found is None or content == whole
+        checkpoints.damage(directory)
+        checkpoints.is_described(directory, "export")
 
     fuzz(whole, act)
 

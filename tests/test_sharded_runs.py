@@ -332,30 +332,6 @@ def test_a_damaged_shard_is_passed_over(runs, tmp_path, capsys):
     assert "checkpoint-4 is skipped: optimizer/__1_0.distcp is not what was written" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_an_earlier_version_has_its_moments_in_one_file(runs, small_corpus, tmp_path):
-    out, log = tmp_path / "run", tmp_path / "log"
-    in_processes(as_an_earlier_version, (words("one", small_corpus, out),), 1, log)
-    assert (out / "checkpoint-2" / "optimizer.pt").is_file()
-    assert not (out / "checkpoint-2" / "optimizer").exists()
-    for name in ("run.json", "checkpoint-4", "model"):
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.copytree(out, tmp_path / "again")
-    in_processes(mot, words("one", small_corpus, out, "--resume"), 1, log)
-    assert losses(out) == losses(runs / "one")
-    log = tmp_path / "sharded"
-    in_processes(mot, words("shards", small_corpus, tmp_path / "again", "--resume"), 2, log, exits=2)
-    assert "checkpoint-2 is of an earlier version: go on without --shard" in one_line(log, of=2)
-
-
-def as_an_earlier_version(command: list[str]) -> None:
-    training.save_optimizer = lambda model, optimizer, checkpoint: torch.save(
-        optimizer.state_dict(), checkpoint / "optimizer.pt"
-    )
-    training.check_optimizer = lambda checkpoint: None
-    mot(*command)
-
-
 def test_a_part_of_the_optimizer_that_is_on_another_machine_is_missed(runs, tmp_path):
     shutil.copytree(runs / "shards" / "checkpoint-4", tmp_path / "checkpoint")
     training.check_optimizer(tmp_path / "checkpoint")

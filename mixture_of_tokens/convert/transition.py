@@ -15,7 +15,7 @@ from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.names import FIELDS, parse_name
 from mixture_of_tokens.model.placement import Device, Placement
 from mixture_of_tokens.model.routings import ROUTINGS
-from mixture_of_tokens.model.sharding import has_optimizer
+from mixture_of_tokens.model.sharding import OPTIMIZER
 from mixture_of_tokens.process import process_count
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
@@ -351,6 +351,6 @@ def _moments_of(source: Run) -> Path:
         raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
     last = source.directory / f"checkpoint-{source.config.steps}"
     problem = checkpoints.fault(last) if last.is_dir() else "it is not there"
-    if problem is not None or not has_optimizer(last):
+    if problem is not None or not (last / OPTIMIZER).is_dir():
         raise ValueError(f"{last} has no optimizer state to carry: {problem or 'it was removed'}; --optimizer fresh")
     return last

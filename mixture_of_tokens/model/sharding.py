@@ -34,7 +34,7 @@ from mixture_of_tokens.layout import expert_linear
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Placement
 
-OPTIMIZER, EARLIER = "optimizer", "optimizer.pt"  # the folder of its state in a checkpoint, and what it was before
+OPTIMIZER = "optimizer"  # the folder of its state in a checkpoint
 IN_ONE_FILE = "1000TB"  # of weights; transformers would begin another after 50 GB
 MIXTURES = "mixtures"  # the name of our way to exchange what experts read
 
@@ -137,10 +137,6 @@ def save_optimizer(model: MixtureOfTokensForCausalLM, optimizer: torch.optim.Opt
 
 def load_optimizer(model: MixtureOfTokensForCausalLM, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Read what `save_optimizer` wrote, in this placement or another. Every process calls it."""
-    if (checkpoint / EARLIER).is_file():  # in the order of the weights, by versions that knew no shards
-        if is_sharded(model):
-            raise ValueError(f"{checkpoint} is of an earlier version: go on without --shard to the next checkpoint")
-        return optimizer.load_state_dict(torch.load(checkpoint / EARLIER, map_location=model.device, weights_only=True))
     try:
         with _one_process_will_do():
             load_optimizer_distributed(model, optimizer, str(checkpoint / OPTIMIZER))
@@ -156,10 +152,6 @@ def check_optimizer(checkpoint: Path) -> None:
         if not (checkpoint / OPTIMIZER / name).is_file():
             what = "all processes need the run directory on a file system that they share"
             raise OSError(f"{checkpoint / OPTIMIZER} lacks {name}, which another process has written: {what}")
-
-
-def has_optimizer(checkpoint: Path) -> bool:
-    return (checkpoint / OPTIMIZER).is_dir() or (checkpoint / EARLIER).is_file()
 
 
 @contextmanager

@@ -14,10 +14,6 @@ from mixture_of_tokens.disk import disk_errors, flush
 
 MANIFEST = "manifest.json"
 DIGEST = "digest"  # the field of a manifest that is a hash of its other fields
-# The fields of manifests that were written before there was a digest.
-WITHOUT_DIGEST = {"files", "of", "step", "seconds", "reported", "corpus"}
-# What a training needs to go on, beside the files.
-TO_RESUME = {"step": int, "seconds": int | float, "reported": list, "corpus": str}
 
 
 def digest(file: Path) -> str:
@@ -94,7 +90,7 @@ def _manifest(directory: Path) -> tuple[dict[str, Any] | None, str | None]:
         return None, None
     content = {key: value for key, value in manifest.items() if key != DIGEST}
     try:
-        as_written = manifest[DIGEST] == _digest_of(content) if DIGEST in manifest else content.keys() <= WITHOUT_DIGEST
+        as_written = manifest.get(DIGEST) == _digest_of(content)
     except RecursionError:
         as_written = False
     if not listed or not as_written:
@@ -146,7 +142,7 @@ def _all(run: Path) -> Iterator[Path]:
 def newest(run: Path) -> Path | None:
     """The newest valid checkpoint of a run; reports on standard error which ones it skips, and why."""
     for checkpoint in _all(run):
-        problem = fault(checkpoint) or _lacks(checkpoint)
+        problem = fault(checkpoint) or _renamed(checkpoint)
         if problem is None:
             return checkpoint
         print(f"{checkpoint} is skipped: {problem}", file=sys.stderr)
@@ -158,13 +154,10 @@ def has_any(run: Path) -> bool:
     return next(_all(run), None) is not None
 
 
-def _lacks(checkpoint: Path) -> str | None:
-    """What a training cannot go on without; manifests without a digest may have lost it."""
-    facts, step = facts_of(checkpoint), int(checkpoint.name.partition("-")[2])
-    for key, kind in TO_RESUME.items():
-        if not isinstance(facts.get(key), kind):
-            return f"its {MANIFEST} has no {key}"
-    return None if facts["step"] == step else f"its {MANIFEST} is of step {facts['step']}"
+def _renamed(checkpoint: Path) -> str | None:
+    """That a checkpoint is of another step than its name says."""
+    step = facts_of(checkpoint).get("step")
+    return None if checkpoint.name == f"checkpoint-{step}" else f"its {MANIFEST} is of step {step}"
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:
