@@ -15,6 +15,7 @@ from typing import Annotated, NamedTuple
 from cyclopts import Parameter
 
 from mixture_of_tokens.checks import checked, listed
+from mixture_of_tokens.data.sources import located
 from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer
 from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, few_of, short
@@ -42,7 +43,8 @@ class PlannedRun:
     def of(cls, directory: Path, merged: Merged) -> "PlannedRun":
         run = merged.config
         config = copy.copy(run.model_config)
-        if run.tokenizer is not None and "vocab_size" not in run.model:
+        # Of a tokenizer on the Hub, which a plan does not fetch, as many ids are counted as by default.
+        if run.tokenizer is not None and "vocab_size" not in run.model and located(run.tokenizer).exists():
             config.vocab_size = _ids_in(run.tokenizer)
         flops = run.steps * training_flops(config, run.batch_size)
         return cls(str(directory), run.steps, run.learning_rate, flops)
