@@ -228,8 +228,9 @@ def _say_what_is_missing(sources: Sequence[str], facts: dict, group_size: int, *
         say_once(f"{few_of(sources)}: {what}: {why}; with more documents less is cut")
     dropped, trained = facts["duplicates_dropped"], facts["train"]["documents"]
     if duplicates and dropped > MUCH * (dropped + trained):
-        what = f"{dropped:,} documents are left out, as they share many lines with others; {trained:,} are for training"
-        say_once(f"{few_of(sources)}: {what}. --near-duplicates keep drops exact duplicates only")
+        what = f"{dropped:,} documents are left out, as they equal others or share many lines with them"
+        left = f"{trained:,} are for training. --near-duplicates keep drops exact duplicates only"
+        say_once(f"{few_of(sources)}: {what}; {left}")
 
 
 @contextmanager
