@@ -6,6 +6,9 @@ import shutil
 
 import pytest
 
+from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.training.sweep import Cell, Outcome
 from processes import mot
 
 
@@ -33,6 +36,11 @@ def test_the_best_has_the_lowest_mean_over_seeds_on_text_kept_for_tuning(swept):
         assert [fact["seed"] for fact in facts] == [0, 1]
         assert {fact["evaluated_on"] for fact in facts} == {"tuning"}
         losses = [fact["final_loss"] for fact in facts]
+        for run, loss in zip(cell["runs"], losses, strict=True):
+            directory = str(swept.parent / run["directory"])
+            kept = text_of(directory).tuning
+            again = evaluate_blocks(load_model(directory, device="cpu"), kept, group_size=32, batch_size=32)
+            assert loss == pytest.approx(again["loss"], abs=1e-6)
         assert cell["loss"] == pytest.approx(sum(losses) / 2)
         assert cell["spread"] == pytest.approx(abs(losses[0] - losses[1]))
 
@@ -80,6 +88,15 @@ def test_a_larger_grid_keeps_what_is_finished(swept, flags, capsys):
     assert "diverged" in out
     assert "Best: mot train MoT-Nano/4E/2 --learning-rate 0.01" in out
     assert "edge of the grid" not in out
+
+
+def test_a_setting_of_which_one_seed_diverged_has_no_loss():
+    ended = Outcome(seed=0, directory="a", loss=2.0, seconds=1.0, text="x")
+    diverged = Outcome(seed=1, directory="b", diverged="the loss is nan")
+    assert Cell.of({}, [ended]).loss == 2
+    for runs in ([ended, diverged], [diverged, ended]):
+        cell = Cell.of({}, runs)
+        assert (cell.runs, cell.loss, cell.spread) == (runs, None, None)
 
 
 def test_a_sweep_of_which_nothing_is_left_fails(flags, tmp_path, capsys):

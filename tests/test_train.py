@@ -200,6 +200,20 @@ def test_the_written_configuration_trains_the_same_model_again(runs, directory):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
+@pytest.mark.usefixtures("tiny_cache")
+def test_another_seed_is_another_model_on_rows_in_another_order(small_corpus, tmp_path):
+    options = Options(steps=2, batch_size=32, data=[str(small_corpus)], device="cpu")
+    weights, rows = [], []
+    for seed in (0, 1, 1):
+        run, arguments, placement = merge("MoT-Nano/4E/2", seed, None, options)
+        trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
+        weights.append([parameter.detach() for parameter in trainer.causal_lm.parameters() if parameter.std()])
+        rows.append(trainer.rows.block_numbers(list(range(64))).tolist())
+    assert not any(torch.equal(*pair) for pair in zip(*weights[:2], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(*weights[1:], strict=True))
+    assert rows[0] != rows[1] == rows[2]
+
+
 def test_the_temperature_is_annealed_to_its_end_and_saved(directory, small_corpus):
     out = directory / "annealed"
     flags = ("--steps", 3, "--batch-size", 32, "--data", small_corpus, "--anneal-temperature-to", 0.25)
