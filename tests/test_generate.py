@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -196,6 +197,24 @@ def test_kill_9_and_the_same_command_again_write_what_one_command_writes(run, pr
     mot("generate", *flags, "--out", out)
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not partial.exists()
+
+
+def test_a_file_is_not_continued_by_other_weights(run, prompts, tmp_path, capsys):
+    copied = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    flags = [copied, "--prompts-file", prompts, "--max-new-tokens", 2, "--out", tmp_path / "out.jsonl"]
+    mot("generate", *flags)
+    mot("generate", *flags)
+    assert "out.jsonl is finished already" in capsys.readouterr().err
+    model = load_model(str(copied))
+    with torch.no_grad():
+        model.lm_head.weight *= 2
+    model.save_pretrained(copied / "model")
+    (copied / "model" / "manifest.json").unlink()  # with which this would be damage
+    before = (tmp_path / "out.jsonl").read_text()
+    with pytest.raises(SystemExit, match="2"):
+        mot("generate", *flags)
+    assert "out.jsonl exists already, and is not what this command writes" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == before
 
 
 def test_a_full_disk_is_told_of_continuations(run, prompts, tmp_path, capsys):

@@ -263,6 +263,19 @@ def test_remoe_s_penalty_counts_with_its_weight_and_reaches_the_router_also_when
         assert (with_penalty[gate] - without[gate]).norm() > 0.1 * without[gate].norm()
 
 
+def test_losses_of_two_routings_count_with_a_weight_each():
+    kinds = ["token_choice", "dense", "remoe"]
+    model, x = tiny("token_choice", mlp_layer_types=kinds, capacity_factor=None).train(), tokens(4, 9)
+    model.model.layers[2].mlp.l1_weight.fill_(0.5)
+    out = model(x, labels=x, output_router_logits=True)
+    chosen, thresholded = out.router_logits
+    balance = LoadBalancingLoss()(chosen.softmax(-1), chosen.argmax(-1, keepdim=True), None)
+    penalty = L1Loss(1)(thresholded.relu(), None)
+    expected = out.cross_entropy + model.config.router_aux_loss_coef * balance + 0.5 * penalty
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(out.aux_loss, (balance + penalty) / 2)
+
+
 def test_auxiliary_loss_reaches_the_router():
     model, x = tiny("token_choice", router_aux_loss_coef=1.0).train(), tokens(4, 9)
     model(x, labels=x).aux_loss.backward()

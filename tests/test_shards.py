@@ -227,6 +227,21 @@ def test_another_text_or_option_is_prepared_anew(source, fresh_cache, tmp_path):
     assert len(list(fresh_cache.glob("tokens-*/manifest.json"))) == 6
 
 
+def test_another_field_kind_of_file_or_tokenizer_is_prepared_anew(tmp_path, fresh_cache):
+    rows = tmp_path / "rows.jsonl"
+    fields = zip(texts(100), texts(200)[100:], strict=True)
+    rows.write_text("".join(json.dumps({"text": text, "body": body}) + "\n" for text, body in fields))
+    base, one_text = {"vocab_size": 300, "context": 16}, shutil.copy(rows, tmp_path / "rows.txt")
+    given = [(rows, {}), (rows, {"field": "body"}), (one_text, {})]
+    assert len({prepare_text([str(file)], **base | options).facts["hash"] for file, options in given}) == 3
+    directories = set()
+    for seed in range(2):
+        train_tokenizer([sentences(seed, 500)], 300).save_pretrained(tmp_path / str(seed))
+        options = {"tokenizer": str(tmp_path / str(seed)), "vocab_size": None}
+        directories.add(prepare_text([str(rows)], **base | options).directory)
+    assert len(directories) == 2
+
+
 def flip(path: Path, place: int = -1) -> None:
     """Change a byte, and neither the size nor the time of change."""
     before, content = path.stat(), bytearray(path.read_bytes())
