@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     Dots1Config,
     Dots1ForCausalLM,
+    GenerationConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -30,6 +31,7 @@ from mixture_of_tokens.convert import serving
 from mixture_of_tokens.convert.export import in_plain_transformers, to_plain
 from mixture_of_tokens.convert.serving import Served, TopK, best_of, serve
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.ownership import owned_file
 from processes import finish, mot, mot_on_a_full_disk, start
 from routings import randomized
@@ -207,11 +209,18 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     fewest = min((each for each in served.tried if each.loss <= served.source.loss + 0.01), key=lambda each: each.top_k)
     assert served.chosen == fewest
     assert f"Top {fewest.top_k} is written" in shown
+    assert model.config.num_experts_per_tok == fewest.top_k
+    run = str(tiny_runs[MIXED])
+    for each, of in ((served.source, load_model(run)), (fewest, model)):
+        assert each.loss == pytest.approx(serving._loss(of, text_of(run).tuning), abs=1e-5)
     assert "rows of the tuning text; mot train's, by default, of the whole validation text." in shown
     flops = [each.flops_per_token for each in served.tried]
     assert flops == sorted(flops, reverse=True)
     assert all(each.ms > 0 for each in served.tried)
-    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "out")("abc de fgh")["input_ids"]])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ends = GenerationConfig.from_pretrained(tmp_path / "out")  # where it writes a text that may end
+    assert (ends.eos_token_id, ends.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    ids = torch.tensor([tokenizer("abc de fgh")["input_ids"]])
     found = read_by(elsewhere, tmp_path / "out", ids, 200)
     assert found["kind"] == ("Dots1ForCausalLM" if words else "Qwen3MoeForCausalLM")
     assert found["text"] == model.generate(ids, max_new_tokens=200, min_new_tokens=200, do_sample=False)[0].tolist()

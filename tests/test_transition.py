@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.convert import beginning, export
+from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.data.groups import GroupedBatches
-from mixture_of_tokens.runs.loading import text_of
+from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read
 from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import mot, rows_of, start
@@ -78,6 +80,8 @@ def test_the_source_is_untouched_and_its_metrics_go_on(transitioned, tiny_runs):
     facts = json.loads((run / "run.json").read_text())
     assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", SOURCE_STEPS + STEPS)
     assert facts["seconds"] > json.loads((tiny_runs[MIXED] / "run.json").read_text())["seconds"]
+    switch = json.loads((run / "switch.json").read_text())
+    assert switch["flops_per_token"] == read(tiny_runs[MIXED]).flops[1]
 
 
 def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned):
@@ -191,12 +195,36 @@ def test_adams_moments_go_with_the_weights_and_their_scales(begun, tiny_runs):
                 continue
             scale = 4.0 if name in routers else 1.0  # one over the temperature
             assert kept[f"{name}.exp_avg"].abs().sum() > 0
-            torch.testing.assert_close(trainer.optimizer.state[parameter]["exp_avg"], kept[f"{name}.exp_avg"] / scale)
-            torch.testing.assert_close(
-                trainer.optimizer.state[parameter]["exp_avg_sq"], kept[f"{name}.exp_avg_sq"] / scale**2
-            )
+            for moment, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+                found, expected = trainer.optimizer.state[parameter][moment], kept[f"{name}.{moment}"] / scale**power
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # second moments are tiny
     fresh = begun(source, "--optimizer", "fresh")
     assert fresh.optimizer is None or not fresh.optimizer.state
+
+
+def test_adams_moments_are_rescaled_by_the_scales_that_are_fitted(begun, tiny_runs, monkeypatch):
+    monkeypatch.setattr(beginning, "fit_scales", partial(fit_scales, steps=5))
+    plain, scaled = begun(tiny_runs[MIXED]), begun(tiny_runs[MIXED], "--calibrate", "scales")
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        before, after = (trainer.causal_lm.get_parameter(f"model.layers.2.mlp.{name}") for trainer in (plain, scaled))
+        scale = (after / before).detach()
+        assert (scale - 1).abs().mean() > 0.05
+        given, found = plain.optimizer.state[before], scaled.optimizer.state[after]
+        torch.testing.assert_close(found["exp_avg"] * scale, given["exp_avg"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(found["exp_avg_sq"] * scale**2, given["exp_avg_sq"], rtol=1e-4, atol=0)
+
+
+def test_what_is_distilled_in_fp32_reaches_a_model_in_bf16(begun, tiny_runs, tmp_path):
+    source = copy_of(tiny_runs[MIXED], tmp_path / "source", model={"dtype": "bfloat16"})
+    model = load_model(str(source), device="cpu").bfloat16()
+    model.save_pretrained(source / "model")
+    (source / "model" / "manifest.json").unlink()  # with which this would be damage
+    words = ("--calibrate", "distil", "--distil-steps", 1, "--optimizer", "fresh")
+    distilled = dict(begun(source, *words).causal_lm.named_parameters())
+    assert {parameter.dtype for parameter in distilled.values()} == {torch.bfloat16}
+    same = {name for name, parameter in model.named_parameters() if torch.equal(parameter, distilled[name])}
+    layers = [name for name in distilled if name.startswith(("model.layers.2.mlp.", "model.layers.3.mlp."))]
+    assert same == distilled.keys() - set(layers)
 
 
 def test_a_new_router_is_not_the_one_that_the_source_began_with(begun, tiny_runs):
