@@ -15,12 +15,16 @@ import pytest
 import torch
 import yaml
 
+from mixture_of_tokens.reports import samples
+from mixture_of_tokens.reports.compare import _Planned, _time_left
 from mixture_of_tokens.reports.markup import html, own_ids
 from mixture_of_tokens.reports.page import _thinned
 from mixture_of_tokens.reports.prose import differing
 from mixture_of_tokens.reports.report import report
 from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
+from mixture_of_tokens.training.options import DEFAULTS
+from mixture_of_tokens.training.recipes import merge
 from processes import mot, rows_of
 
 NAMES = ("Transformer-Nano", "MoT-Nano/4E/2", "TC-Nano/4E")
@@ -101,6 +105,18 @@ def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, cap
         "MoT" in name for name in NAMES
     )
     assert f"The page: {compared / 'report.html'}" in shown
+
+
+def test_the_time_left_is_that_of_the_same_model_or_by_flops_that_of_another(compared, tmp_path):
+    """One run took 20 s; another seed of it, and a model of three times its FLOPs, are to come."""
+    (done,) = copied([compared / "Transformer-Nano-seed0"], tmp_path)
+    facts = json.loads((done / "run.json").read_text())
+    (done / "run.json").write_text(json.dumps(facts | {"seconds": 20.0}))
+    planned = ((NAMES[0], done, 1e9), (NAMES[0], tmp_path / "a", 1e9), (NAMES[1], tmp_path / "b", 3e9))
+    plans = [_Planned(merge(name, 0, None, DEFAULTS), directory, flops) for name, directory, flops in planned]
+    assert _time_left(plans, 1) == "; about 80 s of training left"
+    assert _time_left(plans, 2) == "; about 60 s of training left"
+    assert _time_left(plans[:1], 1) == _time_left(plans[1:], 0) == ""
 
 
 def test_a_smaller_comparison_in_the_same_place_says_what_it_leaves_out(compared, flags, tmp_path, capsys):
@@ -192,6 +208,19 @@ def test_samples_are_made_on_the_device_that_was_asked_for(compared, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     run = compared / "Transformer-Nano-seed0"
     assert continued({"one": run}, "cpu")["def "].keys() == {"one"}
+
+
+def test_a_sample_is_what_was_written_after_its_own_prompt(compared, monkeypatch):
+    asked = []
+
+    def told(model, tokenizer, prompts, sampling):
+        asked.append(prompts)
+        return [f"after {prompt}" for prompt in prompts]
+
+    monkeypatch.setattr(samples, "continue_prompts", told)
+    written = continued({"one": compared / "Transformer-Nano-seed0"}, "cpu")
+    assert written == {prompt: {"one": f"after {prompt}"} for prompt in samples.SHOWN}
+    assert asked == [samples.PROMPTS]
 
 
 def test_a_model_whose_logits_are_not_finite_has_no_samples(compared, tmp_path):

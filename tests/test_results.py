@@ -1,18 +1,23 @@
 """What is read off finished runs: hand-made curves, numbers worked out by hand."""
 
 import json
+import re
 from dataclasses import astuple, replace
 from pathlib import Path
-from xml.etree.ElementTree import tostring
+from xml.etree.ElementTree import Element, tostring
 
 import pytest
 
+from mixture_of_tokens.formatting import short
 from mixture_of_tokens.model.cost import flops_per_token, memory
+from mixture_of_tokens.reports import page
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
-from mixture_of_tokens.reports.page import _measure
+from mixture_of_tokens.reports.figures import Line, panel
+from mixture_of_tokens.reports.markup import NOTHING, html
+from mixture_of_tokens.reports.page import _curves, _measure, _samples, _switches, _through_the_switch
 from mixture_of_tokens.reports.prose import findings
 from mixture_of_tokens.reports.report import summary_of
-from mixture_of_tokens.reports.tables import tables
+from mixture_of_tokens.reports.tables import switch_table, tables
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig, RunFacts, Switch, Transition
 from mixture_of_tokens.runs.run import Load, Run, Stages, pack, read
 
@@ -265,8 +270,139 @@ def test_a_loss_at_equal_time_of_some_seeds_says_so(tmp_path):
     found = comparison(by_model(runs))
     assert found.models[1].equal_time_loss.seeds == 1
     assert "At equal time of 1 of 2 seeds, when" in " ".join(findings(found)["TC-Nano/32E"])
-    page = tostring(tables(found)[0], encoding="unicode")
-    assert page.count("1 of 2 seeds") == 2  # the loss and the difference
+    shown = tostring(tables(found)[0], encoding="unicode")
+    assert shown.count("1 of 2 seeds") == 2  # the loss and the difference
+
+
+def cells(table: Element) -> list[list[tuple[str, str]]]:
+    """Of each row, the head of each column and what stands below it."""
+    head, *rows = ["".join(cell.itertext()) for cell in table.findall(".//thead/tr")[-1]], *table.findall(".//tbody/tr")
+    below = [["".join(cell.itertext()) for cell in row if cell.tag == "td"] for row in rows]
+    return [list(zip(head[-len(row) :], row, strict=True)) for row in below]
+
+
+def test_a_report_s_tables_have_each_number_in_its_column(tmp_path):
+    """The mixture is at 2.0 after 5/6 of its second part: in step 9.17 of 10, after 22 of 20 s."""
+    runs = [run(tmp_path / "d"), run(tmp_path / "m", "MoT-Nano/32E", losses=(2.5, 1.9), seconds=12.0)]
+    compared = comparison(by_model(runs))
+    dense, mixed = compared.models
+    result, cost, properties, _, by_seed = tables(compared)
+    assert cells(result)[1] == [
+        ("Final loss", "1.910"),
+        ("Difference", "\N{MINUS SIGN}0.100"),
+        ("Bits per byte", "1.000"),
+        ("Of the steps", "0.92"),
+        ("Of the time", "1.10"),
+        ("Of the FLOPs", f"{5.5 / 6 * mixed.flops_per_token['training'] / dense.flops_per_token['training']:.2f}"),
+        ("Loss", "2.100"),
+        ("Difference", "+0.100"),
+    ]
+    assert [shown for _, shown in cells(result)[0]] == ["2.010", NOTHING, "1.000", "1", "1", "1", "2.000", NOTHING]
+    for model, row in zip(compared.models, cells(cost), strict=True):
+        assert row[1:] == [
+            ("Total", f"{model.parameters['total']:,}"),
+            ("Active", f"{model.parameters['active']:,}"),
+            ("Forward", short(model.flops_per_token["forward"])),
+            ("Training", short(model.flops_per_token["training"])),
+            ("A step", f"{model.seconds.mean / 10:.3g} s"),
+            ("Tokens a second", f"{model.tokens_per_second.mean:,.0f}"),
+            ("Estimate", f"{short(model.memory_estimate)}B"),
+        ]
+        assert model.parameters["total"] >= model.parameters["active"]
+    assert {head.lower(): shown for head, shown in cells(properties)[1]} == mixed.properties
+    shares = [shown for _, shown in cells(result)[1][3:6]]
+    reaches = ["9", "22 s", short(5.5 / 6 * 10 * mixed.flops_per_token["training"])]
+    assert [shown for _, shown in cells(by_seed)[1]] == ["1.9100", "1.0000", "24 s", *reaches, *shares]
+
+
+def test_a_report_s_table_of_a_switch_has_each_loss_in_its_column(tmp_path):
+    made = continued(run(tmp_path / "s", "MoT-Nano/32E", losses=(3.0, 2.0)), tmp_path / "a", [1.5], 2.25)
+    assert made.switch is not None
+    made = replace(made, switch=replace(made.switch, source_alone=2.4, fit_seconds=7.0))
+    assert cells(switch_table([("m", [made])])) == [
+        [
+            ("In groups", "2.000"),
+            ("Each row alone", "2.400"),
+            ("Unchanged weights", "3.000"),
+            ("As training begins", "2.250"),
+            ("Jump left", "0.25"),
+            ("Fit", "7.0 s"),
+            ("After a tenth", "1.500"),
+            ("End", "1.500"),
+            ("Largest load", NOTHING),
+            ("Dropped", NOTHING),
+        ]
+    ]
+
+
+@pytest.fixture
+def panels(monkeypatch) -> list[tuple[list[Line], dict]]:
+    """The lines of each figure that is drawn from here on, and what else it is given."""
+    drawn = []
+
+    def record(lines, **given):
+        drawn.append((lines, given))
+        return html("svg")
+
+    monkeypatch.setattr(page, "panel", record)
+    return drawn
+
+
+def test_a_report_s_curves_rings_and_switches_are_on_the_axis_of_their_figure(panels, tmp_path):
+    """The ring is where the second line is at the first one's end: after 5/6 of it."""
+    compared = {"seconds": 100.0}, {"name": "MoT-Nano/32E", "losses": (2.5, 1.9), "seconds": 120.0}
+    runs = [run(tmp_path / str(i), **given) for i, given in enumerate(compared)]
+    models = by_model(runs)
+    switch = replace(runs[1].curve[0], step=7, tokens=7, seconds=150.0, flops=runs[1].flops[1] * 7)
+    _curves(comparison(models), {1: switch})
+    power = 10.0 ** (len(f"{max(each.curve[-1].flops for each in runs):.0f}") - 1)
+    assert len(panels) == 3
+    for (lines, given), key, scale in zip(panels, ("step", "seconds", "flops"), (1, 60, power), strict=True):
+        at = [[getattr(point, key) / scale for point in each.curve] for each in runs]
+        assert [(line.series, list(line.x), list(line.y)) for line in lines] == [
+            (0, pytest.approx(at[0]), [3.0, 2.0]),
+            (1, pytest.approx(at[1]), [2.5, 1.9]),
+        ]
+        reached_at = at[1][0] + 5 / 6 * (at[1][1] - at[1][0])
+        assert given["points"] == [(1, pytest.approx(reached_at), 2.0)]
+        assert given["switches"] == [(1, pytest.approx(getattr(switch, key) / scale))]
+    assert [given["x_label"].partition(", ")[0] for _, given in panels] == ["steps", "training time", "training FLOPs"]
+
+
+def test_a_switch_is_a_line_in_its_own_figure_and_in_those_of_the_layers(panels, tmp_path):
+    source = run(tmp_path / "s", "MoT-Nano/32E", losses=(3.0, 2.0))
+    after = continued(source, tmp_path / "a", [1.5], 2.25)
+    models = by_model([source, after])
+    _through_the_switch(models)
+    (_, given), at = panels.pop(), _switches(models)
+    assert given["switches"] == [(1, 10)]
+    assert given["points"] == [(1, 10, 3.0)]  # the loss with unchanged weights
+    measured = {label: {"2": ([5, 10, 15], [0.1, 0.2, 0.3])} for label in models}
+    _measure("Dropped tokens", "", measured, list(models), {i: point.step for i, point in at.items()})
+    assert [list(given["switches"]) for _, given in panels] == [[], [(1, 10)]]
+
+
+def test_samples_stand_beside_their_model_s_mark(tmp_path):
+    compared = comparison(by_model([run(tmp_path / "d"), run(tmp_path / "m", "MoT-Nano/32E")]))
+    written = {"def ": {"Transformer-Nano": "one", "MoT-Nano/32E": "two"}, "The ": {"MoT-Nano/32E": "three"}}
+    figures = list(html("div", _samples(compared, written)).iter("figure"))
+    assert ["".join(figure.itertext()) for figure in figures] == [
+        "Transformer-Nanodef one",
+        "MoT-Nano/32Edef two",
+        "MoT-Nano/32EThe three",
+    ]
+    marks = [set(re.findall(r"--series-\d", tostring(figure, encoding="unicode"))) for figure in figures]
+    assert marks == [{"--series-0"}, {"--series-1"}, {"--series-1"}]
+
+
+def test_a_band_goes_from_the_least_to_the_greatest():
+    """The line is at a third of it."""
+    drawn = panel([Line(0, [0, 1], [2, 2], [1, 1], [4, 4])], label="", x_label="", y_label="", y_range=(0, 5))
+    band, mark, *_ = (use.attrib for use in drawn.iter("use") if "--series-0" in use.get("style", ""))
+    (shape,) = (path.get("d", "") for path in drawn.iter("path") if f"#{path.get('id')}" == band["href"])
+    heights = [float(band["y"]) + float(y) for y in re.findall(r"[ML] \S+ (\S+)", shape)]
+    bottom, top = max(heights), min(heights)
+    assert (bottom - float(mark["y"])) / (bottom - top) == pytest.approx(1 / 3)
 
 
 def continued(source: Run, to, losses, at_the_switch: float) -> Run:
