@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import re
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -169,6 +171,26 @@ def test_the_system_s_errors_name_the_file_first(tiny_runs, capsys):
     with pytest.raises(SystemExit, match="2"):
         mot("report", tiny_runs["Transformer-Nano"], "--out", "/proc/missing/page.html")
     assert capsys.readouterr().err == "mot: error: /proc/missing: No such file or directory\n"
+
+
+def test_an_interrupted_command_is_one_line_and_has_the_status_of_a_signal(monkeypatch, capsys):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        mot("plan", "MoT-Nano/4E")
+    assert capsys.readouterr() == ("", "mot: stopped\n")
+
+
+def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as stream:  # a line at a time
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGPIPE)):
+            mot("plan", "MoT-Nano/4E")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,13 @@ def test_the_text_of_a_file_is_taken_whole(tiny_runs, evaluated, tmp_path):
     assert result["lines"][0]["tokens"] == len(tokenizer(file.read_bytes().decode())["input_ids"])
 
 
+def test_the_text_of_rows_is_in_the_field_that_is_asked_for(tiny_runs, evaluated, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": "a", "body": "abc de fgh " * n}) + "\n" for n in (20, 30)))
+    result = evaluated(tiny_runs[MIXED], "--data", file, "--field", "body", "--regroupings", 1)
+    assert result["bytes"] == 50 * len("abc de fgh ")
+
+
 def test_argmax_routing_reads_one_token_and_ends_with_the_block():
     torch.manual_seed(0)
     layer = MixtureOfTokens(8, 6, 5, 3, temperature=0.5)

@@ -320,12 +320,21 @@ def test_logits_that_are_not_finite_are_one_line(run, temperature, tmp_path, cap
     assert capsys.readouterr().err == "mot: error: the model's logits are not finite: there is nothing to sample from\n"
 
 
-def test_a_token_that_the_model_does_not_know_is_told(run):
+def test_a_token_that_the_model_does_not_know_is_told(run, tmp_path, capsys):
     model = load_model(str(run))
     check_tokens(model, "there", model.config.vocab_size - 1)
     count = model.config.vocab_size
     with pytest.raises(ValueError, match=f"there: its tokenizer gives token {count}, and its model .* below {count}"):
         check_tokens(model, "there", count)
+    model.resize_token_embeddings(20)
+    model.save_pretrained(tmp_path)
+    load_tokenizer_of(str(run)).save_pretrained(tmp_path)
+    (tmp_path / "own.txt").write_text("abc")
+    for words in (("generate", tmp_path, "--prompt", "abc"), ("evaluate", tmp_path, "--data", tmp_path / "own.txt")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            mot(*words)
+        assert f"{tmp_path}: its tokenizer gives token" in capsys.readouterr().err
 
 
 def test_whole_numbers_are_numbers_in_a_file_s_settings(run, prompts):

@@ -21,6 +21,7 @@ from mixture_of_tokens.runs.checkpoints import fault, keep_newest, newest
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.runs.run import check_free, check_resumed
+from mixture_of_tokens.training.callbacks import StopOnSignal
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from processes import finish, mot, mot_on_a_full_disk, rows_of, start
@@ -126,6 +127,16 @@ def test_a_signal_saves_at_once_and_the_run_goes_on_from_that_step(whole, tmp_pa
     if number == signal.SIGTERM:
         assert finish(begin(out, "--resume")) == 0
         assert_same(out, whole)
+
+
+def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step():
+    stop, before = StopOnSignal(lambda step: None), signal.getsignal(signal.SIGINT)
+    with stop.installed():
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 WORKERS = ["--training.dataloader_num_workers", 2]

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from mixture_of_tokens.data import prepare as preparing
 from mixture_of_tokens.data import tokens
 from mixture_of_tokens.data.files import hash_of_file
-from mixture_of_tokens.data.groups import grouped_order
-from mixture_of_tokens.data.inspect import data_report
+from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.data.inspect import EPOCHS, _facts, data_report
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.splits import SPLITS, Splits, split, spool
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
@@ -545,6 +545,18 @@ def test_the_report_says_what_is_in_the_data(source, tmp_path):
     assert lines[0].split() == list(SPLITS)
     assert ["collisions", "0", "0", "0"] in [line.split() for line in lines]
     assert "duplicates dropped: 1" in lines
+
+
+def test_the_report_counts_the_blocks_of_documents_and_those_that_meet_their_own():
+    """A block's last target belongs to it, so most documents begin in the block before."""
+    lengths = [4, 4, 4, 12, 1]  # in blocks 0, 0 to 1, 1 to 2, 2 to 5, and 5
+    blocks = Blocks(np.zeros(25, dtype=np.uint16), np.cumsum(lengths), 4, 50)
+    found = _facts(blocks, {"documents": 5, "tokens": 25, "bytes": 50}, group_size=3)
+    assert (found["blocks per document, median"], found["blocks per document, most"]) == (2, 4)
+    assert (found["blocks"], found["groups"], found["bytes per token"]) == (6, 2, 2)
+    alone = Blocks(np.zeros(65, dtype=np.uint16), np.array([65]), 4, 65)  # four groups of four blocks of one document
+    found = _facts(alone, {"documents": 1, "tokens": 65, "bytes": 65}, group_size=4)
+    assert found["collisions"] == (EPOCHS + 1) * 4 * 3
 
 
 MEMORY = """
