@@ -1,6 +1,7 @@
 """The weights of a Mixture of Tokens in a Token Choice model, and what is fitted before its first step."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mixture_of_tokens.convert.switch import branches, rescale_moments, to_token
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.evaluate import cross_entropy
 from mixture_of_tokens.runs.loading import load_model, text_of
-from routings import small_model
+from routings import small_model, tokens
 
 MIXED = "MoT-Nano/4E/2"
 
@@ -200,6 +201,37 @@ def test_distillation_reads_on_in_the_text_and_begins_it_again(trained, seen, mo
     assert not torch.equal(inputs[: 4 * 512], inputs[4 * 512 : 8 * 512])
     assert torch.equal(inputs[a_round:], inputs[: len(inputs) - a_round])
     assert errors["2"][1] == distillation.distance(target.model.layers[2].mlp, *parts[-1][2])
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_distillation_starts_from_biases_in_the_router_and_mean_gates_in_the_experts(scores):
+    """A softmax ignores what all biases have in common, log(G - 1)."""
+    source = small_model("mixture_of_tokens", num_experts_per_tok=2).double()
+    mixing, x = source.model.layers[1].mlp, 1 + tokens(300, 16)
+    mixing.companion_logit[5] += 50  # so that nothing chooses this expert
+    before, layer = (switched(source, scores=scores)[0].model.layers[1].mlp for _ in range(2))
+    distillation.start(mixing, layer, x)
+    bias, others = mixing.companion_logit, math.log(mixing.group_size - 1)
+    constant = torch.linalg.lstsq(x, torch.ones(300, 1, dtype=x.dtype)).solution
+    expected = before.gate.weight - (bias + others * (scores == "sigmoid"))[:, None] * constant.T
+    assert_close(layer.gate.weight, expected, rtol=1e-4, atol=1e-4)
+    gates = (x @ mixing.gate.weight.T / mixing.gate.temperature - bias - others).sigmoid().detach()
+    for e in range(6):
+        own = gates[(gates > gates[:, [e]]).sum(1) < 2, e]  # of tokens that have it among their two
+        mean = float((own**3).sum() / (own**2).sum()) if len(own) else 0.05
+        assert_close(layer.experts.gate_up_proj[e], mean * before.experts.gate_up_proj[e], rtol=1e-6, atol=0)
+        assert (len(own) == 0) == (e == 5)
+    assert torch.equal(layer.experts.down_proj, before.experts.down_proj)
+
+
+def test_only_the_first_distillation_starts_so(trained, seen, monkeypatch):
+    (source, text), (target, _) = trained, switched(trained[0])
+    started = []
+    monkeypatch.setattr(distillation, "start", lambda *layers: started.append(layers[:2]))
+    distil(source, target, text.train, steps=1, again=True)
+    assert started == []
+    distil(source, target, text.train, steps=1)
+    assert started == [(source.model.layers[i].mlp, target.model.layers[i].mlp) for i in (2, 3)]
 
 
 def test_one_step_of_distillation_has_a_row_to_read(trained, seen):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.convert import beginning, export
 from mixture_of_tokens.convert.scales import fit_scales
+from mixture_of_tokens.convert.transition import Transitioned
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read
@@ -110,6 +112,26 @@ def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("tiny_cache")
+def test_the_printed_table_has_each_loss_in_its_row(transitioned, tiny_runs):
+    source, run = read(tiny_runs[MIXED]), read(transitioned[0])
+    found = Transitioned.of(source, run)
+    assert found.seconds_after == run.facts.seconds - source.facts.seconds > 0
+    losses = {"source_in_groups": 2.0, "source_alone": 2.5, "plain_switch": 3.25, "at_the_switch": 2.75}
+    switch, stages = replace(found.switch, **losses), replace(found.stages, tenth_loss=2.25, end_loss=1.5)
+    shown = str(replace(found, switch=switch, stages=stages, source_final_loss=2.125, final_loss=1.625))
+    table, _, rest = shown.partition("\n\n")
+    assert [re.split(" {2,}", line) for line in table.splitlines()] == [
+        ["", "loss", "vs first"],
+        [f"{source.directory.name}, in full groups", "2.0000", "+0.0000"],
+        ["the same, each row alone", "2.5000", "+0.5000"],
+        ["switched, unchanged weights", "3.2500", "+1.2500"],
+        ["switched, as training begins", "2.7500", "+0.7500"],
+        [f"step {SOURCE_STEPS + 1}, after a tenth of them", "2.2500", "+0.2500"],
+        [f"step {SOURCE_STEPS + STEPS}, the end", "1.5000", "-0.5000"],
+    ]
+    assert "Over all of it the first is 2.1250, this run's 1.6250." in rest
+
+
 def test_what_upstream_keeps_elsewhere_is_kept(barely_trained, capsys):
     mot("transition", barely_trained, "--steps", 2, "--dry-run", "--json")
     assert json.loads(capsys.readouterr().out)["model"]["attn_implementation"] == "eager"
