@@ -77,20 +77,23 @@ def test_a_loss_whose_perplexity_is_no_number_any_more_is_told(tiny_runs, tmp_pa
     assert line.perplexity == math.inf
 
 
-def test_rows_a_group_from_full_to_alone(tiny_runs, evaluated):
-    result = evaluated(tiny_runs[MIXED])
-    lines = {line["label"]: line for line in result["lines"]}
+@pytest.mark.usefixtures("tiny_cache")
+def test_rows_a_group_from_full_to_alone(tiny_runs):
+    result = evaluate(tiny_runs[MIXED])
+    lines = {line.label: line for line in result.lines}
     assert list(lines) == ["full groups", "full groups, argmax routing", "2 rows a group", "alone", *FEW]
-    assert len({round(line["loss"], 7) for line in lines.values()}) == 6
+    assert [line.split("  ")[0] for line in str(result).splitlines()[1:]] == list(lines)
+    assert len({round(line.loss, 7) for line in lines.values()}) == 6
     model, text = load_model(str(tiny_runs[MIXED])), text_of(str(tiny_runs[MIXED])).validation
     losses = [evaluate_blocks(model, text, group_size=4, batch_size=32, seed=seed)["loss"] for seed in range(3)]
-    assert 1e-4 < lines["full groups"]["spread"] == pytest.approx(max(losses) - min(losses), abs=1e-6)
-    assert lines["full groups"]["loss"] == pytest.approx(sum(losses) / 3, abs=1e-6)
+    assert lines["full groups"].spread == pytest.approx(max(losses) - min(losses), abs=1e-6)
+    assert max(losses) - min(losses) > 1e-4
+    assert lines["full groups"].loss == pytest.approx(sum(losses) / 3, abs=1e-6)
     model.serve_alone(num_experts_alone=2)
     nats, count = cross_entropy(model, text.batch(np.arange(len(text) + 1), padded=True))
-    assert lines[FEW[1]]["loss"] == pytest.approx(nats / count, abs=1e-5)
-    assert len({line["tokens"] for line in lines.values()}) == 1
-    assert all(line["tokens_per_second"] > 0 for line in lines.values())
+    assert lines[FEW[1]].loss == pytest.approx(nats / count, abs=1e-5)
+    assert len({line.tokens for line in lines.values()}) == 1
+    assert all(line.tokens_per_second > 0 for line in lines.values())
 
 
 def test_alone_by_a_number_of_experts_that_is_asked_for(tiny_runs, evaluated):
@@ -261,18 +264,6 @@ def test_logits_of_foreign_models_are_never_in_memory_for_all_rows():
     parts = cross_entropy(model, {"input_ids": ids, "shift_labels": labels}, logits_at_once=2 * 8 * 50)
     assert seen == [5, 2, 2, 1]
     assert parts == pytest.approx(whole)
-
-
-def test_the_table_has_a_line_for_each(tiny_runs, tiny_cache, capsys):
-    mot("evaluate", tiny_runs[MIXED])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == [
-        "full groups",
-        "full groups, argmax routing",
-        "2 rows a group",
-        "alone",
-        *FEW,
-    ]
 
 
 @pytest.fixture

@@ -74,11 +74,6 @@ def test_few_experts_are_a_mixtures_alone(command, name, words, message, tiny_ru
     assert shown.count("\n") == 1
 
 
-def test_to_few_experts_a_model_is_private(tiny_runs, tiny_cache, capsys):
-    mot("audit", tiny_runs[MIXED], "--alone", "--experts", 2, "--expect", "private")
-    assert "private: yes" in capsys.readouterr().out
-
-
 def test_a_name_that_is_no_directory_is_said_to_be_the_hubs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -324,14 +324,18 @@ def test_every_missing_file_is_noticed(whole, tmp_path, damage):
 def test_the_annealed_temperature_is_the_last_one_whenever_the_run_goes_on(small_corpus, tmp_path):
     flags = ["train", "MoT-Nano/4E/2", "--steps", "4", "--batch-size", "32", "--device", "cpu", "--data", small_corpus]
     flags = [str(flag) for flag in (*flags, "--anneal-temperature-to", 0.05, "--out", tmp_path / "run")]
+
+    def written() -> dict:
+        return json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+
     mot(*flags)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written()["router_temperature"] == pytest.approx(0.05)
     (tmp_path / "run" / "run.json").unlink()  # as if killed after the last checkpoint
     shutil.rmtree(tmp_path / "run" / "model")
     mot(*flags, "--resume")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["final_loss"] == facts["final_loss"]
-    written = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert written["router_temperature"] == pytest.approx(0.05)
+    assert written()["router_temperature"] == pytest.approx(0.05)
 
 
 def test_damaged_checkpoints_ahead_do_not_push_out_the_one_that_is_written(whole, tmp_path):
@@ -556,11 +560,6 @@ def test_a_full_disk_is_told_of_metrics(whole, tmp_path):
     assert "metrics.jsonl could not be written" in last
     assert finish(begin(out, "--resume")) == 0
     assert_same(out, whole)
-
-
-def test_config_says_what_was_run(whole):
-    config = yaml.safe_load((whole / "config.yaml").read_text())
-    assert (config["steps"], config["training"]["save_steps"]) == (STEPS, SAVE)
 
 
 def test_token_choice_keeps_its_micro_batch_and_others_need_not(tmp_path):

@@ -96,10 +96,9 @@ def go_on(runs: Path, pairs: Sequence[tuple[str, str]], data: Path, directory: P
         out = directory / f"{source}-to-{layout}"
         found = losses(out)
         assert found.keys() == expected.keys()
-        for step, loss in found.items():
+        for step, loss in found.items():  # which no layout could give by chance: the moments of Adam went along
             assert loss == pytest.approx(expected[step], rel=1e-5), (source, layout, step)
         assert read(out).facts.final_loss == pytest.approx(read(runs / "one").facts.final_loss, rel=1e-5)
-        # What no layout could give by chance: the moments of Adam went along.
         assert (directory / "log").read_text().count(f"Going on from {out / 'checkpoint-2'}") == 1
 
 
@@ -424,15 +423,6 @@ def test_beside_an_accelerator_the_cpu_is_refused(monkeypatch):
     ):
         Placement(2).check(config_from_name(NAME), on_cpu=True)
     Placement(2).check(config_from_name(NAME))
-
-
-def test_the_command_says_so_in_one_line(capsys, tmp_path):
-    with pytest.raises(SystemExit, match="2"):
-        mot("train", NAME, "--shard", "2", "--out", tmp_path / "run")
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert "--shard 2 is for 2 processes (torchrun --nproc-per-node), or a multiple, and there is one" in said[0]
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_sharded_model_is_evaluated_and_writes_as_in_one_process(runs, tmp_path):

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from mixture_of_tokens.model.cost import memory, parameters
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.placement import COPIES, Placement
-from mixture_of_tokens.model.spread import Spread, spread_of
+from mixture_of_tokens.model.spread import Spread, _largest_block, spread_of
 from processes import mot
 
 ALL = Placement(8, 1, 8)
@@ -95,6 +97,14 @@ def test_what_a_device_holds():
     # Until the last micro-step the gradients of one sharded copy are whole, those of several are not.
     assert spread("MoT-Medium/32E", Placement(8), batch=512).memory["gradients"] == whole["gradients"]
     assert spread("MoT-Medium/32E", Placement(4, 2), batch=512).memory["gradients"] == whole["gradients"] / 4
+
+
+def test_the_largest_block_has_its_shared_experts():
+    config = config_from_name("MoT-Nano/32E/8", shared_experts=6, vocab_size=16)
+    with torch.device("meta"):
+        blocks = MixtureOfTokensForCausalLM(config).model.layers
+    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    assert _largest_block(config, Placement(8)) == pytest.approx(largest, rel=1e-3)
 
 
 def test_only_legal_placements_are_named():

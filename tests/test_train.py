@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+import subprocess
 import threading
 import time
 from itertools import pairwise
@@ -65,6 +66,22 @@ def test_a_part_of_a_text_is_its_first_groups(runs, prepared):
     nats, tokens = cross_entropy(model, text.batch(grouped_order(text, 32)[:2].ravel()))
     part = evaluate_blocks(model, text, group_size=32, batch_size=32, groups=2)
     assert part == {"loss": pytest.approx(nats / tokens), "tokens": 2 * 32 * 64}
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_curves_are_over_as_many_groups_as_make_the_rows_of_an_evaluation(small_corpus, tmp_path, monkeypatch):
+    options = Options(steps=1, batch_size=8, data=[str(small_corpus)], device="cpu")
+    run, arguments, placement = merge("MoT-Nano/4E", 0, None, options)
+    made, prepared = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
+    size = made.rows.group_size
+    assert len(prepared.validation) > 4 * size
+    monkeypatch.setattr(trainer, "EVALUATION_ROWS", 3 * size)
+    losses = [
+        evaluate_blocks(made.causal_lm, prepared.validation, group_size=size, batch_size=size, groups=groups)["loss"]
+        for groups in (1, 3, 4)
+    ]
+    assert len(set(losses)) == 3
+    assert made.loss_of(made.causal_lm) == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.fixture(params=NAMES)
@@ -169,6 +186,7 @@ def test_the_saved_model_has_the_loss_that_the_run_reports(runs, name, prepared)
     )
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["corpus"] == prepared.facts
+    assert facts["tokens_per_second"] == pytest.approx(facts["tokens"] / facts["seconds"], rel=0.01)
     assert set(facts["versions"]) > {"python", "torch", "transformers"}
 
 
@@ -185,6 +203,7 @@ def test_the_spread_over_regroupings_stands_beside_the_loss_of_a_mixture(runs, n
 
 def test_the_tokenizer_is_saved_beside_the_model(runs, prepared):
     tokenizer = AutoTokenizer.from_pretrained(runs["Transformer-Nano"] / "model")
+    assert tokenizer.model_max_length == 64
     text = "def f(x):\n    return x"
     assert tokenizer(text)["input_ids"] == prepared.tokenizer(text)["input_ids"]
 
@@ -212,13 +231,6 @@ def test_another_seed_is_another_model_on_rows_in_another_order(small_corpus, tm
     assert not any(torch.equal(*pair) for pair in zip(*weights[:2], strict=True))
     assert all(torch.equal(*pair) for pair in zip(*weights[1:], strict=True))
     assert rows[0] != rows[1] == rows[2]
-
-
-def test_the_temperature_is_annealed_to_its_end_and_saved(directory, small_corpus):
-    out = directory / "annealed"
-    flags = ("--steps", 3, "--batch-size", 32, "--data", small_corpus, "--anneal-temperature-to", 0.25)
-    mot("train", "MoT-Nano/32E", "--out", out, *flags)
-    assert AutoModelForCausalLM.from_pretrained(out / "model").config.router_temperature == pytest.approx(0.25)
 
 
 def test_flags_and_file_reach_model_and_trainer(directory, capsys):
@@ -351,6 +363,10 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (
             ["train", "MoT-Nano/32E", "--model.router_temperature", "0.5,1"],
             "a number, not '0.5,1'; mot sweep tries several",
+        ),
+        (
+            ["train", "MoT-Nano/32E", "--shard", 2],
+            "--shard 2 is for 2 processes (torchrun --nproc-per-node), or a multiple, and there is one",
         ),
         (["data-report", "few.txt", "--context", 0], "--context must be at least 1, not 0"),
         (["train", "MoT-Nano/32E", "--anneal-temperature-to", 0], "--anneal-temperature-to must be positive, not 0"),
@@ -574,6 +590,26 @@ def test_a_checkout_that_is_not_installed_has_no_version():
     assert (found["torch"], found["not-installed-anywhere"]) == (importlib.metadata.version("torch"), None)
 
 
+def test_a_checkout_whose_files_have_changed_has_a_commit_with_a_plus(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(provenance, "__file__", str(file := tmp_path / "provenance.py"))
+    file.write_text("one")
+    git("init")
+    assert provenance.commit() is None
+    git("add", ".")
+    git("commit", "--no-gpg-sign", "-m", "one")
+    clean = provenance.commit()
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "beside.py").write_text("in no commit")
+    assert provenance.commit() == clean
+    file.write_text("two")
+    assert provenance.commit() == f"{clean}+"
+
+
 def test_an_existing_run_is_not_overwritten(runs, capsys):
     before = {path: path.stat().st_mtime_ns for path in runs["MoT-Nano/32E/4"].rglob("*")}
     with pytest.raises(SystemExit) as stopped:
@@ -591,15 +627,6 @@ def test_every_row_has_the_gradients_of_the_routers(directory, small_corpus):
     norms = [row["layers"]["3"]["router_gradient_norm"] for row in rows]
     assert all(norms)
     assert len(set(norms)) == 3
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(directory, small_corpus, capsys):
-    flags = ("--learning-rate", 1e30, "--training.max_grad_norm", 0, "--training.logging_steps", 1)
-    flags += ("--data", small_corpus)
-    with pytest.raises(SystemExit) as stopped:
-        mot("train", "Transformer-Nano", "--out", directory / "nan", "--steps", 10, "--batch-size", ROWS, *flags)
-    assert stopped.value.code == 1
-    assert "try a lower learning rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import re
 import shutil
 import signal
 import time
-from functools import partial
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
