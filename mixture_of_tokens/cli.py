@@ -127,7 +127,7 @@ def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str,
         takes_several = any(get_origin(kind) in (list, tuple) for kind in (hint, *get_args(hint)))
         if hint is not None and isinstance(value, list) and not takes_several:
             raise ValueError(f"--config {config}: {field} takes one value, not {dumps(value, default=str)}")
-        kinds = {kind for part in (hint, *get_args(hint)) for kind in (part, *get_args(part))}
+        kinds = {get_origin(kind) or kind for part in (hint, *get_args(hint)) for kind in (part, *get_args(part))}
         takes_text = bool(kinds & {str, Path}) and not kinds & {int, float, dict}
         if takes_text and (others := [each for each in listed(value) if isinstance(each, int | float)]):
             raise ValueError(f"--config {config}: {field} takes text, and {others[0]} is a number: put it in quotes")
