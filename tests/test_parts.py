@@ -201,6 +201,29 @@ def test_rows_depend_on_seed_and_number_alone(parts):
     assert torch.equal(later.__getitems__([2])["input_ids"], rows.__getitems__([2 + 3 * BATCH])["input_ids"])
 
 
+def test_another_last_part_is_another_text(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "corpus")
+    size = bytes_of_a_part(folder)
+    before = Parts.of([str(tmp_path / "corpus")], size, **HOW)
+    hashes = {before.first().facts["hash"]}
+    with (tmp_path / "corpus" / "11.jsonl").open("a") as file:
+        file.write('\n{"text": "one more line"}')
+    after = Parts.of([str(tmp_path / "corpus")], size, **HOW)
+    assert after.files == before.files
+    assert hashes.isdisjoint({after.first().facts["hash"]})
+
+
+@pytest.mark.parametrize(("machine", "numbers"), [(0, [1, 3, 5]), (1, [2, 4, 6])])
+def test_of_two_machines_each_prepares_every_other_part_ahead(machine, numbers, monkeypatch):
+    begun = []
+    process = SimpleNamespace(start=lambda: None)
+    context = SimpleNamespace(Process=lambda args, **options: begun.append(args) or process)
+    monkeypatch.setattr(module.multiprocessing, "get_context", lambda way: context)
+    monkeypatch.setattr(module, "place_of_machine", lambda: (machine, 2, True))
+    module.prepare_ahead(Parts([], [["file"]] * 7, {}), 1, 10, GROUP)
+    assert [args[1] for args in begun] == [numbers]
+
+
 def test_parts_ahead_are_prepared_until_parts_like_them_are_enough(monkeypatch):
     rows, asked = [100, 100, 1000, 100, 100, 100], []
 

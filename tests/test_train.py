@@ -24,10 +24,13 @@ from mixture_of_tokens.data.groups import GroupedBatches, grouped_order
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.inference.evaluate import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import ROWS as ROUTINGS
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.training import trainer
+from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build, train
@@ -694,6 +697,15 @@ def test_a_learned_temperature_is_not_decayed(small_corpus, tmp_path):
     assert len(learned) == 2
     assert learned < kept
     assert sum(name.endswith("gate.weight") for name in decayed) == 2
+
+
+def test_a_temperature_is_annealed_by_the_same_factor_in_every_step():
+    model = MixtureOfTokensForCausalLM(config_from_name("MoT-Nano/4E", vocab_size=16, router_temperature=1.0))
+    annealing, found = AnnealTemperature(model, 0.01), []
+    for step in range(5):
+        annealing._set(step, 5)
+        found.append(float(model.model.layers[-1].mlp.gate.temperature))
+    assert found == pytest.approx([10 ** (-step / 2) for step in range(5)])
 
 
 @pytest.mark.usefixtures("tiny_cache")
