@@ -10,7 +10,6 @@ because a Llama hands keyword arguments that it does not know down to its blocks
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -45,9 +44,11 @@ class MixedLlama(LlamaForCausalLM):
         for layer_idx in range(config.num_hidden_layers // 2, config.num_hidden_layers):
             self.model.layers[layer_idx] = MixedBlock(config, layer_idx)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more):
+        if "shift_labels" in more:  # as rows of GroupedBatches have them; a Llama needs labels to return a loss
+            more["labels"] = more["shift_labels"]
         token_mask = None if attention_mask is None else attention_mask.bool()
-        return super().forward(input_ids, attention_mask=attention_mask, token_mask=token_mask, **kwargs)
+        return super().forward(input_ids, attention_mask=attention_mask, token_mask=token_mask, **more)
 
 
 def build(vocab_size: int) -> MixedLlama:
@@ -60,8 +61,7 @@ def train(model: MixedLlama, text: Blocks, steps: int) -> list[float]:
     rows = GroupedBatches(text, group_size=GROUP, batch_size=4 * GROUP, steps=steps, seed=0)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     for step, batch in enumerate(DataLoader(rows, batch_size=4 * GROUP, collate_fn=dict)):
-        logits = model(batch["input_ids"]).logits  # whole blocks: nothing is padding
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten())
+        loss = model(**batch).loss  # whole blocks: nothing is padding
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

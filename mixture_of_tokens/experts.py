@@ -146,6 +146,15 @@ class Router(nn.Module):
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(temperature))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module's; but a tensor that becomes the temperature gives it a device and a type, not its value.
+
+        transformers' `from_pretrained` assigns tensors of any content to buffers that a checkpoint does not have.
+        """
+        if name == "fixed_temperature" and isinstance(value, Tensor):
+            value = torch.full_like(value, self.temperature_setting)
+        super().__setattr__(name, value)
+
     def reset_parameters(self, scale: float | None = None) -> None:
         """As of `Experts`; the temperature too is set anew."""
         self.initializer_scale = self.initializer_scale if scale is None else scale
@@ -163,14 +172,13 @@ class Router(nn.Module):
             return torch.empty_like(now, dtype=dtype) if tensor.is_meta else tensor.to(now.device, dtype)
 
         super()._apply(but_precise, recurse)
-        self.fixed_temperature = torch.full_like(self.fixed_temperature, self.temperature_setting)
+        self.fixed_temperature = self.fixed_temperature  # perhaps of `to_empty`
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.fixed_temperature.is_meta:  # of weights that are assigned to a module without memory
-            setting, dtype = self.temperature_setting, self.fixed_temperature.dtype
-            self.fixed_temperature = torch.full((), setting, dtype=dtype, device=self.weight.device)
+            self.fixed_temperature = torch.empty_like(self.fixed_temperature, device=self.weight.device)
 
     @property
     def temperature(self) -> Tensor:

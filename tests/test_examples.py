@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
 
 from mixture_of_tokens import MixtureOfTokens, audit_model, calibrate_companions
+from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.data.prepare import prepare_text
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama.py"
@@ -35,6 +38,26 @@ def test_the_loss_falls(llama, small_corpus, tmp_path, monkeypatch, capsys):
     assert len(losses) == 25
     assert capsys.readouterr().out.count("loss") == 3  # of steps 0, 20 and 24
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_trainer_of_transformers_trains_it_and_it_is_loaded_as_it_was(llama, small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    text = prepare_text([str(small_corpus)], context=16)
+    rows = GroupedBatches(text.train, group_size=16, batch_size=32, steps=3, seed=0)
+    how: dict = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "report_to": "none"}
+    how |= {"per_device_train_batch_size": 32, "label_names": ["shift_labels"], "max_steps": 3, "use_cpu": True}
+    model = llama["build"](len(text.tokenizer))
+    Trainer(model, TrainingArguments(str(tmp_path), **how), train_dataset=rows, data_collator=dict).train()
+    model.eval().save_pretrained(tmp_path / "model")
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *given, **options: empty_like(*given, **options).fill_(7))
+    again = llama["MixedLlama"].from_pretrained(tmp_path / "model").eval()
+    assert [float(again.model.layers[i].mlp.gate.temperature) for i in (2, 3)] == [0.25, 0.25]
+    batch = {name: tensor[:16] for name, tensor in rows.__getitems__(list(range(32))).items()}
+    with torch.no_grad():
+        plain = F.cross_entropy(model(batch["input_ids"]).logits.flatten(0, 1), batch["shift_labels"].flatten())
+        torch.testing.assert_close(model(**batch).loss, plain)
+        torch.testing.assert_close(again(**batch).loss, plain, rtol=0, atol=1e-6)
 
 
 def test_its_audit_finds_it_causal_and_its_groups_shared(model):

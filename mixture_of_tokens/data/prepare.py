@@ -86,7 +86,7 @@ def prepare_text(
     *,
     field: str = "text",
     max_bytes: int | None = None,
-    vocab_size: int | None = 512,
+    vocab_size: int | None = None,
     context: int = 64,
     tokenizer: str | None = None,
     group_size: int = 32,
@@ -99,7 +99,7 @@ def prepare_text(
         sources: See `documents` in `sources.py`; by default the source text of Python's standard library.
         field: The field of .jsonl, .parquet and Hub rows that holds the text.
         max_bytes: Bytes of text to read at most.
-        vocab_size: Size of the tokenizer to be trained. With `tokenizer`, at least its length, or None.
+        vocab_size: Size of the tokenizer to be trained, by default 512. With `tokenizer`, at least its length.
         context: Tokens in a block.
         tokenizer: A tokenizer.json, a folder with one or a Hub name.
         group_size: Documents are cut, or divided into segments, such that groups of this size, or smaller ones, can
@@ -115,7 +115,7 @@ def prepare_text(
     sources = [str(source) for source in listed(sources or ())]
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if given is None:
-        vocab_size = check_vocab_size(vocab_size)
+        vocab_size = check_vocab_size(512 if vocab_size is None else vocab_size)
     elif vocab_size is not None and vocab_size < (ids := ids_of(given)):
         raise ValueError(f"vocab_size {vocab_size} is less than the {ids} ids of {tokenizer}")
     group_size = max(SMALLEST_GROUP, group_size)

@@ -78,7 +78,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None and END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.eos_token = END_OF_TEXT
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{name} names no end-of-text token: give its tokenizer_config.json an eos_token")
+        ways = f"call it {END_OF_TEXT}, or put the file into a folder beside a tokenizer_config.json with an eos_token"
+        raise ValueError(f"{name} names no end-of-text token: {ways}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
