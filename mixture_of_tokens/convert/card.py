@@ -39,6 +39,8 @@ def card(
             f"width {config.moe_intermediate_size}, {config.num_experts_per_tok} for a token, weighted by "
             f"{_gates(model.config)}. Nothing is dropped."
         )
+        if kind == "Qwen3MoeForCausalLM":
+            lines.append("In further training, `output_router_logits=True` adds a loss that balances the experts.")
     if facts is not None:
         source = ", ".join(facts.corpus.get("source") or ["text"])
         lines += ["", "## Training", "", f"{facts.name}, {facts.steps:,} steps, {facts.tokens:,} tokens of"]

@@ -66,7 +66,8 @@ def distil(
     before: dict[int, float] = {}
     fits: dict[int, Fit] = {}
     seen: Branches = {}
-    bar = tqdm(desc="Distilling", total=len(layers) * steps, unit="step", delay=2, dynamic_ncols=True)
+    what = f"Distilling, top {target.config.num_experts_per_tok}"
+    bar = tqdm(desc=what, total=len(layers) * steps, unit="step", delay=2, dynamic_ncols=True)
     for done in range(0, steps, PART):
         part = min(PART, steps - done)
         seen.clear()

@@ -1,5 +1,6 @@
 """A trained Mixture of Tokens as Token Choice, without any training, and how many experts a token needs then."""
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,9 @@ def serve(
     fewer = [] if top_k is not None else [k for k in (first // 2, first // 4) if k]
     split = "tuning" if len(text.tuning) >= source.config.group_size else "validation"
     blocks = getattr(text, split)
+    if fewer:
+        tops = " and ".join(map(str, fewer))
+        print(f"Distilling for {first} experts a token, and then for {tops} in a quarter of the steps", file=sys.stderr)
     made: list[MixtureOfTokensForCausalLM] = []
     for k in (first, *fewer):
         config = token_choice_config(source.config, top_k=k, scores=scores)
