@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,21 @@ def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_after_text_at_fault_a_signal_is_noted_and_breaks_nothing_off():
+    def at_fault(step: int) -> None:
+        raise ValueError("no UTF-8")
+
+    stop, control = StopOnSignal(at_fault), SimpleNamespace(should_save=False, should_training_stop=False)
+    with stop.installed():
+        stop.on_step_end(None, SimpleNamespace(global_step=1), control)
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.received == signal.SIGTERM
+    assert not control.should_save
+    stop.on_step_end(None, SimpleNamespace(global_step=2), control)
+    assert control.should_save
+    assert control.should_training_stop
 
 
 WORKERS = ["--training.dataloader_num_workers", 2]

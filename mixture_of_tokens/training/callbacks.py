@@ -235,9 +235,11 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         with suppress(KeyboardInterrupt, ValueError, OSError):  # text at fault is told when the next step begins
             self._waiting = self.received is None
-            if self._waiting:
-                self._wait(state.global_step)
-            self._waiting = False
+            try:
+                if self._waiting:
+                    self._wait(state.global_step)
+            finally:
+                self._waiting = False
         if self._hosts is not None:  # all processes stop after the same step
             received = torch.tensor(self.received or 0)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._hosts)
