@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from mixture_of_tokens.data import prepare as preparing
@@ -469,6 +470,18 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(source, tmp_path):
     prepared = prepare_text([source], context=16, tokenizer=str(tmp_path / "words.json"), vocab_size=None)
     assert prepared.facts["dtype"] == "uint32"
     assert prepared.train.tokens[prepared.train.ends - 1].tolist() == [90_000] * len(prepared.train.ends)
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_tokenizer_that_does_not_keep_text_is_said(source, tmp_path, capsys, lossy):
+    trained = train_tokenizer([sentences(1, 500)], 400)
+    if lossy:
+        trained.backend_tokenizer.normalizer = normalizers.Replace("e", "E")
+    trained.backend_tokenizer.save(str(tmp_path / "given.json"))
+    prepare_text([source], context=16, tokenizer=str(tmp_path / "given.json"))
+    said = capsys.readouterr().err
+    told = re.search(r"given\.json does not keep text as it is: 'e.*' becomes 'E.*'\. Bits a byte", said)
+    assert bool(told) is ("does not keep" in said) is lossy
 
 
 def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source, monkeypatch, capsys):

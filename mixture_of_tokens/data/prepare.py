@@ -39,12 +39,22 @@ from mixture_of_tokens.data.tokenizer import (
     tokenizer_in,
     train_tokenizer,
 )
-from mixture_of_tokens.data.tokens import FORMAT, TRAINING_PIECE, TokenFiles, batches, encoded, progress_bar, tokenize
+from mixture_of_tokens.data.tokens import (
+    FORMAT,
+    TRAINING_PIECE,
+    TokenFiles,
+    altered,
+    batches,
+    encoded,
+    progress_bar,
+    tokenize,
+)
 from mixture_of_tokens.disk import flush, hold, release
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import say_once
 
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
+TRIED, CHARACTERS_TRIED = 100, 2_000  # pieces of text that a given tokenizer is to give back
 MUCH = 0.2  # of the text is cut away, or of the documents left out: worth a word
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
 KEEP_NEAR = "near-duplicates are kept"  # in the key of the cache
@@ -233,6 +243,14 @@ def _say_what_is_missing(sources: Sequence[str], facts: dict, group_size: int, *
         say_once(f"{few_of(sources)}: {what}; {left}")
 
 
+def _say_what_is_altered(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> None:
+    tried = (piece[:CHARACTERS_TRIED] for piece in itertools.islice(pieces, TRIED))
+    found = next(filter(None, (altered(tokenizer, piece) for piece in tried)), None)
+    if found:
+        what = f"--tokenizer {tokenizer.name_or_path} does not keep text as it is: {found[0]!r} becomes {found[1]!r}"
+        say_once(f"{what}. Bits a byte will be too low by what is lost")
+
+
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     waiting = "Another process is preparing the same data: waiting for it."
@@ -343,6 +361,8 @@ def _make(
                 with progress_bar("Training the tokenizer") as bar:
                     pieces = _training_text(text, parts.places["train"], bar.update)
                     tokenizer = train_tokenizer(pieces, vocab_size)
+            else:
+                _say_what_is_altered(tokenizer, _training_text(text, parts.places["train"], int))
             manifest = tokenize(text, parts, tokenizer, beside, group_size)
         text.unlink()
         manifest = json.loads(json.dumps(manifest))  # as it will be read

@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ FORMAT = 5  # of the files in the cache; after a change they are made anew
 SHARD_TOKENS = 2**27  # per file
 # Encoding takes some hundred bytes of memory per token, so tokenizers get small batches of small pieces of text.
 BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16
+SHOWN = 20  # characters of what a tokenizer alters
 
 
 def progress_bar(what: str, total: int | None = None) -> tqdm:
@@ -133,6 +135,19 @@ def encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]])
         backend.encode_special_tokens = before
     for row, (_, closes) in zip(rows, batch, strict=True):
         yield (row.ids if not closes or tokenizer.eos_token_id is None else [*row.ids, tokenizer.eos_token_id]), closes
+
+
+def altered(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[str, str] | None:
+    """Where tokens do not give a text back: some characters of it, and what comes in their place. Else None.
+
+    Whitespace at the ends does not count, as some tokenizers begin every text with a space.
+    """
+    [(ids, _)] = encoded(tokenizer, [((text := text.strip()).encode(), False)])
+    given_back = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False).strip()
+    if given_back == text:
+        return None
+    equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, given_back, strict=False)))
+    return text[equal : equal + SHOWN], given_back[equal : equal + SHOWN]
 
 
 class _Writer:
