@@ -216,6 +216,7 @@ class Routed(nn.Module):
 
     Args:
         hidden_size, expert_size, num_experts: D, F and E.
+        num_logits: of the router for a token, by default one an expert.
         gated, activation: SwiGLU experts by default; `gated=False, activation="relu"` are the paper's.
         temperature, learnable_temperature, router_dtype: see `Router`.
         initializer_scale: see `truncated_normal_`.
@@ -230,6 +231,7 @@ class Routed(nn.Module):
         expert_size: int,
         num_experts: int,
         *,
+        num_logits: int | None = None,
         gated: bool = True,
         activation: str = "silu",
         temperature: float = 1.0,
@@ -243,7 +245,7 @@ class Routed(nn.Module):
         self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation)
         self.gate = Router(
             hidden_size,
-            num_experts,
+            num_experts if num_logits is None else num_logits,
             temperature=temperature,
             learnable_temperature=learnable_temperature,
             router_dtype=router_dtype,

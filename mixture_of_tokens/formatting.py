@@ -1,6 +1,7 @@
 """Results as text: the base class of what commands return, and the format of numbers, ranges and tables."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -13,7 +14,16 @@ class Result:
         return asdict(self)  # pyright: ignore[reportArgumentType]
 
     def to_json(self) -> str:
-        return json.dumps(self.as_dict(), indent=2)
+        return json.dumps(finite(self.as_dict()), indent=2, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """With None in place of every number that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.checks import check
-from mixture_of_tokens.experts import INITIALIZER_SCALE, Routed, RoutedOptions, Router, softmax
+from mixture_of_tokens.experts import Routed, RoutedOptions, softmax
 from mixture_of_tokens.layout import check_shapes, combine, dispatch
 
 
@@ -33,16 +33,8 @@ class SoftMoE(Routed):
         check("num_slots", num_slots, int)
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, not {num_slots}")
-        super().__init__(hidden_size, expert_size, num_experts, **options)
+        super().__init__(hidden_size, expert_size, num_experts, num_logits=num_experts * num_slots, **options)
         self.num_slots = num_slots
-        self.gate = Router(
-            hidden_size,
-            num_experts * num_slots,
-            temperature=self.gate.temperature_setting,
-            learnable_temperature=self.gate.log_temperature is not None,
-            router_dtype=self.gate.router_dtype,
-        )
-        self.gate.reset_parameters(options.get("initializer_scale", INITIALIZER_SCALE))
 
     def extra_repr(self) -> str:
         return f"num_slots={self.num_slots}"

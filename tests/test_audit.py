@@ -73,7 +73,7 @@ class Peeks(nn.Module):
     [
         (AlongTheSequence, "its own"),
         (lambda config: Peeks(mate=False), "its own"),
-        (lambda config: Peeks(mate=True), "its mates'"),
+        (lambda config: Peeks(mate=True), "the other rows'"),
     ],
     ids=["Expert Choice along the sequence", "next position", "next position of a mate"],
 )

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
@@ -187,9 +188,13 @@ def test_the_text_of_rows_is_in_the_field_that_is_asked_for(tiny_runs, evaluated
     assert result["bytes"] == 50 * len("abc de fgh ")
 
 
-def test_argmax_routing_reads_one_token_and_ends_with_the_block():
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("learned", [False, True])
+def test_argmax_routing_reads_one_token_and_ends_with_the_block(learned):
     torch.manual_seed(0)
-    layer = MixtureOfTokens(8, 6, 5, 3, temperature=0.5)
+    layer = MixtureOfTokens(8, 6, 5, 3, temperature=0.5, learnable_temperature=learned)
+    if learned:
+        nn.init.constant_(layer.gate.log_temperature, -0.3)
     x = torch.randn(3, 1, 8)
     before = layer(x)
     with argmax_routing(layer):
@@ -200,6 +205,7 @@ def test_argmax_routing_reads_one_token_and_ends_with_the_block():
     expected = torch.zeros(3, 8).index_add(0, best, outputs)
     torch.testing.assert_close(y[:, 0], expected)
     assert torch.equal(layer(x), before)
+    assert layer.gate.temperature_setting == 0.5
 
 
 def test_argmax_routing_of_an_incomplete_group_weighs_what_stands_for_missing_tokens_alike():

@@ -64,6 +64,13 @@ def test_training_in_an_incomplete_group_is_told_once(name, more, told, caplog):
     assert caplog.text.count(f"A batch of {rows} rows is no multiple of the group size") == told
 
 
+def test_what_cannot_serve_a_row_alone_may_be_asked_not_to():
+    model = tiny("expert_choice")
+    model.serve_alone(False)
+    with pytest.raises(ValueError, match="Expert Choice chooses .*; it cannot serve a row alone"):
+        model.serve_alone()
+
+
 @pytest.mark.parametrize(("name", "told"), [("mixture_of_tokens", 1), ("token_choice", 0)])
 def test_training_what_is_served_alone_is_told_once(name, told, caplog):
     modeling.logger.warning_once.cache_clear()

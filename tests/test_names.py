@@ -155,6 +155,15 @@ def test_shared_experts_are_some_of_the_granularity():
         config_from_name("Transformer-Nano", shared_experts=1)
     with pytest.raises(ValueError, match="shared_experts must be 0 or more, not -1"):
         config_from_name("MoT-Nano/8E/2", shared_experts=-1)
+    with pytest.raises(ValueError, match="shared_experts takes a whole number, not True"):
+        config_from_name("MoT-Nano/8E/2", shared_experts=True)
+
+
+@pytest.mark.parametrize("field", ["intermediate_size", "num_attention_heads", "num_hidden_layers"])
+@pytest.mark.parametrize("value", ["96", 2.5, None])
+def test_a_field_that_others_depend_on_is_a_whole_number(field, value):
+    with pytest.raises(ValueError, match=f"{field} takes a whole number, not {value!r}"):
+        config_from_name("MoT-Nano/8E", **{field: value})
 
 
 def test_an_unknown_field_is_told_the_nearest():

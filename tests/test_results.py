@@ -1,14 +1,15 @@
 """What is read off finished runs: hand-made curves, numbers worked out by hand."""
 
 import json
+import math
 import re
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
 import pytest
 
-from mixture_of_tokens.formatting import short
+from mixture_of_tokens.formatting import Result, short
 from mixture_of_tokens.model.cost import flops_per_token, memory
 from mixture_of_tokens.reports import page
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
@@ -436,6 +437,27 @@ def test_a_run_is_compared_with_its_source_at_unequal_steps_which_are_told(tmp_p
     assert said.split()[:4] == ["model", "steps", "loss", "spread"]
     backwards = comparison(by_model([*after, *sources]))
     assert "After 10 steps, 5 fewer than MoT-Nano/32E, switched," in summary_of(backwards)
+
+
+def test_a_run_without_evaluations_is_named_whatever_it_is_compared_with():
+    longer = run("a", steps=12)
+    bare = replace(run("b"), rows=[])
+    for runs in ([longer, bare], [bare]):
+        with pytest.raises(ValueError, match=r"^b was not evaluated while it trained: its metrics"):
+            by_model(runs)
+
+
+def test_a_result_as_json_has_numbers_that_json_has():
+    @dataclass
+    class Found(Result):
+        losses: dict
+        seeds: tuple
+
+    found = Found({"mean": math.inf, "each": [1.5, math.nan]}, (0, 1))
+    assert json.loads(found.to_json(), parse_constant=pytest.fail) == {
+        "losses": {"mean": None, "each": [1.5, None]},
+        "seeds": [0, 1],
+    }
 
 
 def test_only_a_run_and_what_continues_it_may_have_unequal_steps(tmp_path):

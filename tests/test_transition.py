@@ -384,12 +384,24 @@ def test_groups_that_a_short_text_does_not_fill_are_not_called_full(tmp_path, ca
     write_texts(tmp_path / "texts", lines=1)
     flags = ("--steps", 2, "--batch-size", 32, "--device", "cpu", "--data", tmp_path / "texts")
     mot("train", "MoT-Nano/32E", *flags, "--out", tmp_path / "run")
-    words = ("--steps", 0, "--calibrate", "none", "--optimizer", "fresh")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")  # nothing is carried where nothing is trained
     capsys.readouterr()
-    mot("transition", tmp_path / "run", *words)
+    mot("transition", tmp_path / "run", "--steps", 0, "--calibrate", "none")
     shown = capsys.readouterr().out
     assert "\nrun, in groups of 6 of 32 rows  " in shown
     assert "\n0.0 s of fitting, " in shown
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_rate_that_was_never_logged_is_asked_for(tiny_runs, tmp_path, capsys):
+    source = copy_of(tiny_runs[MIXED], tmp_path / "source")
+    rows = [{k: v for k, v in row.items() if k != "learning_rate"} for row in rows_of(source)]
+    (source / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(SystemExit, match="2"):
+        mot("transition", source, "--schedule", "decay", "--dry-run")
+    assert "source has no learning rate, as no step was logged: --learning-rate names one" in capsys.readouterr().err
+    mot("transition", source, "--schedule", "decay", "--learning-rate", 0.003, "--dry-run")
+    assert "learning_rate: 0.003" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -29,72 +29,70 @@ from mixture_of_tokens.sparse import TokenChoice
 from mixture_of_tokens.training.trainer import EVALUATION_ROWS, GroupedTrainer
 
 
-class Beginning:
-    """Called by `run_merged` with the trainer of the new run."""
+def begin_switched(
+    source: Run, asked: Transition, optimizer: Path | None, out: Path, trainer: GroupedTrainer, prepared: Prepared
+) -> None:
+    """Give the trainer of the new run, at `out`, all that it begins with; `optimizer` is a checkpoint's, or None."""
+    with whole(trainer.causal_lm) as target:
+        switch, scales, new = _switched(source, asked, trainer, prepared, target)
+    if optimizer is not None:
+        carry_moments(trainer, optimizer, scales, without=new)
+    go_on_from(source, trainer, out)
+    if is_main():
+        switch.write(out / records.SWITCH)
 
-    def __init__(self, source: Run, asked: Transition, optimizer: Path | None, out: Path):
-        self.source, self.asked, self.optimizer, self.out = source, asked, optimizer, out
 
-    def __call__(self, trainer: GroupedTrainer, prepared: Prepared) -> None:
-        with whole(trainer.causal_lm) as target:
-            switch, scales, new = self._switched(trainer, prepared, target)
-        if self.optimizer is not None:
-            carry_moments(trainer, self.optimizer, scales, without=new)
-        go_on_from(self.source, trainer, self.out)
-        if is_main():
-            switch.write(self.out / records.SWITCH)
-
-    def _switched(
-        self, trainer: GroupedTrainer, prepared: Prepared, target: MixtureOfTokensForCausalLM
-    ) -> tuple[Switch, Scales, list[str]]:
-        """Give the target its weights. Also returns the weights that Adam has to begin anew with."""
-        if is_main():
-            print("Measuring losses before the switch and at it", file=sys.stderr)
-        model = load_model(str(self.source.directory), device="cpu").to(target.device)
-        size = trainer.rows.group_size
-        groups = list(training_groups(prepared.train, size))
-        order, _ = chosen(trainer.evaluated, size, max(1, EVALUATION_ROWS // size))  # of `trainer.loss_of`
-        started = time.perf_counter()
-        calibrate_companions(model, groups)
-        fit_seconds = time.perf_counter() - started
-        losses = {"source_in_groups": trainer.loss_of(model)}
-        model.serve_alone()
-        losses["source_alone"] = trainer.loss_of(model)
-        model.serve_alone(False)
-        scales = to_token_choice(model, target)
-        losses["plain_switch"] = trainer.loss_of(target)
-        errors: Errors = {}
-        new: list[str] = []
-        started = time.perf_counter()
-        if self.asked.calibrate == "scales":
-            errors = fit_scales(model, target, groups, scales)
-        elif (steps := self.asked.distil_steps) is not None:
-            # In bf16 the layers would end a sixth further from the source's.
-            fitted = target if torch.finfo(target.dtype).bits >= 32 else copy.deepcopy(target).float()
-            errors = distil(model.to(fitted.dtype), fitted, prepared.train, steps=steps)
-            if fitted is not target:
-                target.load_state_dict(fitted.state_dict())
-            layers = [f"model.layers.{i}.mlp." for i, _ in sparse_layers(target, TokenChoice)]
-            new += [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
-        fit_seconds += time.perf_counter() - started
-        if self.asked.control == "router":
-            for name, router in target.named_modules():
-                if isinstance(router, Router):  # drawn anew: the seed has made them as the source's were at first
-                    router.reset_parameters(target.config.initializer_scale)
-                    new.append(f"{name}.weight")
-        losses["at_the_switch"] = trainer.loss_of(target)
-        facts = self.source.facts
-        switch = Switch(
-            step=facts.steps,
-            tokens=facts.tokens,
-            seconds=facts.seconds,
-            flops_per_token=self.source.flops[1],
-            **losses,
-            branch_errors=errors,
-            fit_seconds=0.0 if self.asked.calibrate == "none" else round(fit_seconds, 1),
-            groups=said_of(order.reshape(-1, model.config.group_size)),
-        )
-        return switch, scales, new
+def _switched(
+    source: Run, asked: Transition, trainer: GroupedTrainer, prepared: Prepared, target: MixtureOfTokensForCausalLM
+) -> tuple[Switch, Scales, list[str]]:
+    """Give the target its weights. Also returns the weights that Adam has to begin anew with."""
+    if is_main():
+        print("Measuring losses before the switch and at it", file=sys.stderr)
+    model = load_model(str(source.directory), device="cpu").to(target.device)
+    size = trainer.rows.group_size
+    groups = list(training_groups(prepared.train, size))
+    order, _ = chosen(trainer.evaluated, size, max(1, EVALUATION_ROWS // size))  # of `trainer.loss_of`
+    started = time.perf_counter()
+    calibrate_companions(model, groups)
+    fit_seconds = time.perf_counter() - started
+    losses = {"source_in_groups": trainer.loss_of(model)}
+    model.serve_alone()
+    losses["source_alone"] = trainer.loss_of(model)
+    model.serve_alone(False)
+    scales = to_token_choice(model, target)
+    losses["plain_switch"] = trainer.loss_of(target)
+    errors: Errors = {}
+    new: list[str] = []
+    started = time.perf_counter()
+    if asked.calibrate == "scales":
+        errors = fit_scales(model, target, groups, scales)
+    elif (steps := asked.distil_steps) is not None:
+        # In bf16 the layers would end a sixth further from the source's.
+        fitted = target if torch.finfo(target.dtype).bits >= 32 else copy.deepcopy(target).float()
+        errors = distil(model.to(fitted.dtype), fitted, prepared.train, steps=steps)
+        if fitted is not target:
+            target.load_state_dict(fitted.state_dict())
+        layers = [f"model.layers.{i}.mlp." for i, _ in sparse_layers(target, TokenChoice)]
+        new += [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
+    fit_seconds += time.perf_counter() - started
+    if asked.control == "router":
+        for name, router in target.named_modules():
+            if isinstance(router, Router):  # drawn anew: the seed has made them as the source's were at first
+                router.reset_parameters(target.config.initializer_scale)
+                new.append(f"{name}.weight")
+    losses["at_the_switch"] = trainer.loss_of(target)
+    facts = source.facts
+    switch = Switch(
+        step=facts.steps,
+        tokens=facts.tokens,
+        seconds=facts.seconds,
+        flops_per_token=source.flops[1],
+        **losses,
+        branch_errors=errors,
+        fit_seconds=0.0 if asked.calibrate == "none" else round(fit_seconds, 1),
+        groups=said_of(order.reshape(-1, model.config.group_size)),
+    )
+    return switch, scales, new
 
 
 def go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:

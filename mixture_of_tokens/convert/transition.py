@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixture_of_tokens.checks import at_least_one, checked
-from mixture_of_tokens.convert.beginning import Beginning, carry_moments, go_on_from
+from mixture_of_tokens.convert.beginning import begin_switched, carry_moments, go_on_from
 from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.switch import Scores, default_scores, kind_of, token_choice_config
 from mixture_of_tokens.data.prepare import Prepared
@@ -228,7 +228,8 @@ def transition(
         check_free(out)
     # Once there is a checkpoint to go on from, the source is no longer needed.
     begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.newest(out) is not None)
-    carried = _moments_of(source) if optimizer == "carried" and not begun else None
+    carries = optimizer == "carried" and steps > 0 and not begun
+    carried = _moments_of(source) if carries else None
     if not begun:
         model_directory(str(run))
         text_of(str(run))  # raises ValueError if it has changed
@@ -238,8 +239,8 @@ def transition(
             raise ValueError(f"{beside}, of which {out} is made, is not there: put it back, or name another --out")
         source = _annealed(source, asked, mixing, carried, where, beside, resume)
         merged = merged_with(source, learning_rate=merged.config.learning_rate)
-        carried = _moments_of(source) if optimizer == "carried" and not begun else None
-    made = run_merged(merged, out, resume=resume, begin=Beginning(source, asked, carried, out))
+        carried = _moments_of(source) if carries else None
+    made = run_merged(merged, out, resume=resume, begin=partial(begin_switched, source, asked, carried, out))
     return None if made is None else Transitioned.of(source, made)
 
 
@@ -308,7 +309,11 @@ def _training(source: Run) -> dict[str, Any]:
 
 
 def _last_rate(source: Run) -> float:
-    return [row.learning_rate for row in source.rows if row.learning_rate][-1]
+    rate = next((row.learning_rate for row in reversed(source.rows) if row.learning_rate), None)
+    if rate is None:
+        what = f"metrics.jsonl of {source.directory} has no learning rate, as no step was logged"
+        raise ValueError(f"{what}: --learning-rate names one, and --anneal cannot be used")
+    return rate
 
 
 def _annealed(

@@ -58,7 +58,7 @@ TRIED, CHARACTERS_TRIED = 100, 2_000  # pieces of text that a given tokenizer is
 MUCH = 0.2  # of the text is cut away, or of the documents left out: worth a word
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
 KEEP_NEAR = "near-duplicates are kept"  # in the key of the cache
-SMALLEST_GROUP = 32  # documents are cut for groups of this size or more, so that models with smaller ones share data
+COMMON_GROUP = 32  # or more is what documents are cut for, and batches are dealt in, so that models share their data
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def prepare_text(
         vocab_size = check_vocab_size(512 if vocab_size is None else vocab_size)
     elif vocab_size is not None and vocab_size < (ids := ids_of(given)):
         raise ValueError(f"vocab_size {vocab_size} is less than the {ids} ids of {tokenizer}")
-    group_size = max(SMALLEST_GROUP, group_size)
+    group_size = max(COMMON_GROUP, group_size)
     # Sizes of files: their text is somewhat shorter, or longer if they are compressed.
     sizes = [corpus.raw_bytes(source) for source in sources or [None]]
     total = None if None in sizes else sum(size or 0 for size in sizes)

@@ -119,8 +119,7 @@ class Audit(Result):
     def __str__(self) -> str:
         leaks = self.leaks
         rows = [("nothing: rounding in float32", leaks.noise)]
-        shown = {"its mates'": "the other rows'"}
-        rows += [(f"later tokens, {shown.get(what, what)}", change) for what, change in leaks.future.items()]
+        rows += [(f"later tokens, {what}", change) for what, change in leaks.future.items()]
         rows += [("all other rows of the batch", leaks.mates)]
         width = max(len(what) for what, _ in rows)
         lines = [f"{'What is replaced':<{width}}  largest change of a logit in the rest"]
@@ -259,7 +258,7 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         raise ValueError("texts of one token have no later ones to look for leaks from; the context must be at least 2")
     generator = torch.Generator().manual_seed(seed)
     noise, std, moved, by_other_rows, layers = [], [], [], [], []
-    future: dict[str, list[float]] = {"its own": [], "its mates'": [], "both": []}
+    future: dict[str, list[float]] = {"its own": [], "the other rows'": [], "both": []}
     divergence, flips = [], []
     for number, (ids, others) in enumerate(texts):
         logits, states = _look(model, ids)

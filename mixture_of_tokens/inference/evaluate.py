@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from mixture_of_tokens.checks import at_least_one, checked, listed
 from mixture_of_tokens.data.groups import Blocks, grouped_order, in_blocks_of
-from mixture_of_tokens.data.prepare import SMALLEST_GROUP, whole_text
+from mixture_of_tokens.data.prepare import COMMON_GROUP, whole_text
 from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.layers import MixtureOfTokens
@@ -152,7 +152,7 @@ def evaluate(
         with to_few_experts(model, experts):  # or why not
             pass
     if sources is None:
-        blocks = in_blocks_of(text_of(run).validation, context, max(SMALLEST_GROUP, group_size or BATCH_SIZE))
+        blocks = in_blocks_of(text_of(run).validation, context, max(COMMON_GROUP, group_size or BATCH_SIZE))
     else:
         blocks = whole_text(
             sources, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
@@ -251,18 +251,22 @@ def argmax_routing(model) -> Iterator[None]:
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
-    before = [float(router.temperature) for router in routers]
+    settings = [router.temperature_setting for router in routers]
+    learned = [router.log_temperature for router in routers if router.log_temperature is not None]
+    before = [temperature.detach().clone() for temperature in learned]
     companions = [layer.companion_logit.clone() for layer in layers]
     try:
         for layer in layers:
             if layer.gate is not None:
-                layer.companion_logit *= float(layer.gate.temperature) / ARGMAX_TEMPERATURE
+                layer.companion_logit *= layer.gate.temperature.detach() / ARGMAX_TEMPERATURE
         for router in routers:
             router.set_temperature(ARGMAX_TEMPERATURE)
         yield
     finally:
-        for router, temperature in zip(routers, before, strict=True):
-            router.set_temperature(temperature)
+        for router, setting in zip(routers, settings, strict=True):
+            router.set_temperature(setting)
+        for temperature, log_temperature in zip(learned, before, strict=True):
+            temperature.data.copy_(log_temperature)
         for layer, companion_logit in zip(layers, companions, strict=True):
             layer.companion_logit.copy_(companion_logit)
 

@@ -98,7 +98,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             check_range("capacity_factor", self.capacity_factor)
         if self.threshold_scores not in SCORES:
             raise ValueError(f"threshold_scores {self.threshold_scores!r} is unknown; legal are {', '.join(SCORES)}")
-        if not (isinstance(self.shared_experts, int) and self.shared_experts >= 0):
+        check("shared_experts", self.shared_experts, int)
+        if self.shared_experts < 0:
             raise ValueError(f"shared_experts must be 0 or more, not {self.shared_experts}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; legal are {', '.join(ACTIVATIONS)}")

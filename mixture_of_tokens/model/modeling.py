@@ -167,7 +167,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         num_experts_alone of a model that mixes no rows, and as the layers do.
         """
         for routing in self.config.routings:
-            if not routing.serves_alone:
+            if alone and not routing.serves_alone:
                 raise ValueError(f"{routing.title} chooses among the rows of a batch; it cannot serve a row alone")
         mixtures = [module for module in self.modules() if isinstance(module, MixtureOfTokens)]
         if num_experts_alone is not None and not mixtures:

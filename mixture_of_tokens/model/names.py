@@ -177,6 +177,9 @@ def config_from_name(
     for field in overrides:
         if field not in FIELDS:
             raise ValueError(f"the configuration has no field {field!r}{nearest(field, FIELDS)}")
+    for field in ("intermediate_size", "num_attention_heads", "num_hidden_layers"):  # others depend on these
+        if field in overrides:
+            check(field, overrides[field], int)
     parsed = parse_name(name)
     size, k = SIZES[parsed.size], parsed.granularity
     routed = k - _shared(parsed, overrides.get("shared_experts", 0))

@@ -166,12 +166,13 @@ class Comparison(Result):
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of each model, by seed. The keys are names, with the settings in which models of one name differ.
 
-    Raises ValueError for runs that cannot be compared: on other text, in other groups, for other steps unless one
-    continues the other, or where not every model has the same seeds.
+    Raises ValueError for runs that cannot be compared: without evaluations, on other text, in other groups, for other
+    steps unless one continues the other, or where not every model has the same seeds.
     """
     if not runs:
         raise ValueError("name at least one run directory")
     for run in runs:
+        run.check_evaluated()
         runs[0].check_same_text(run)
     conditions = {str(run.directory): run.config.conditions() for run in runs}
     check_comparable({run: {what: own[what] for what in own if what != STEPS} for run, own in conditions.items()})

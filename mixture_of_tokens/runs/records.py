@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from mixture_of_tokens import yaml12
 from mixture_of_tokens.data.parts import Parts
-from mixture_of_tokens.data.prepare import Prepared, prepare_text
+from mixture_of_tokens.data.prepare import COMMON_GROUP, Prepared, prepare_text
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import SETTINGS
@@ -23,7 +23,6 @@ from mixture_of_tokens.runs.typed import FORMAT, JsonFile, Record, is_a
 
 SAMPLE_PROMPT = "def "  # what a run's sample continues
 CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metrics.jsonl"
-COMMON_GROUP = 32
 FULL = "full groups"
 # Fields of TrainingArguments that decide how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")

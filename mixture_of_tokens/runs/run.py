@@ -201,12 +201,7 @@ class Run:
 
     @cached_property
     def curve(self) -> list[Point]:
-        """The evaluations during training. Those of a switched run begin with its source's and include the switch.
-
-        Raises ValueError for a run that was not evaluated while it trained.
-        """
-        if not self.evaluations:
-            raise ValueError(f"{self.directory} was not evaluated while it trained: its metrics.jsonl has no eval_loss")
+        """The evaluations during training. Those of a switched run begin with its source's and include the switch."""
         tokens, flops = (self.switch.tokens, self.switch.flops_per_token) if self.switch is not None else (0, 0.0)
         points = []
         before = [min(row.tokens, tokens) for row in self.evaluations]
@@ -221,6 +216,11 @@ class Run:
     @property
     def evaluations(self) -> list[MetricsRow]:
         return [row for row in self.rows if row.eval_loss is not None]
+
+    def check_evaluated(self) -> None:
+        """Raises ValueError for a run that was not evaluated while it trained: it has no curve."""
+        if not self.evaluations:
+            raise ValueError(f"{self.directory} was not evaluated while it trained: its metrics.jsonl has no eval_loss")
 
     def check_same_text(self, other: "Run") -> None:
         """Raises ValueError where the other saw different text: no loss of theirs compares."""

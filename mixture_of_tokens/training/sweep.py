@@ -70,13 +70,12 @@ class Plans(Result):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one run of a sweep ended with: a loss and its text, or why it diverged."""
+    """What one run of a sweep ended with: a loss, or why it diverged."""
 
     seed: int
     directory: str
     loss: float | None = None
     seconds: float | None = None
-    text: str | None = None
     diverged: str | None = None
 
 
@@ -205,17 +204,23 @@ def _swept(
     name: str, options: Options, cells: list[dict[str, str]], planned: list[_Planned], out: Path
 ) -> Sweep | None:
     runs: dict[str, list[Outcome]] = {}
+    trained: list[Run] = []
     result = Sweep(name, options.evaluate_on or "tuning", [], None)
     for done, (settings, seed, merged, directory) in enumerate(planned):
         if is_main():
             print(f"Run {done + 1} of {len(planned)}: {directory}", file=sys.stderr)
-        outcome = _outcome(seed, merged, directory)
-        if outcome is None:
+        made = _trained(merged, directory)
+        if not is_main():
             continue
-        if outcome.diverged is not None:
-            print(f"mot: it diverged: {outcome.diverged}; it is not trained again", file=sys.stderr)
+        if isinstance(made, Run):
+            trained.append(made)
+            trained[0].check_same_text(made)  # as when files have changed between two calls
+            loss, seconds, why = made.facts.final_loss, made.facts.seconds, None
+        else:
+            print(f"mot: it diverged: {made}; it is not trained again", file=sys.stderr)
+            loss, seconds, why = None, None, made
+        outcome = Outcome(seed=seed, directory=str(directory), loss=loss, seconds=seconds, diverged=why)
         runs.setdefault(_directory(settings, None), []).append(outcome)
-        check_text([(run.directory, run.text) for each in runs.values() for run in each])
         found = [Cell.of(settings, own) for settings in cells if (own := runs.get(_directory(settings, None)))]
         found.sort(key=lambda cell: math.inf if cell.loss is None else cell.loss)
         result = Sweep(name, result.evaluated_on, found, _train_command(name, found[0], options))
@@ -255,39 +260,13 @@ def _directory(settings: dict[str, str], seed: int | None) -> str:
     return "-".join([*names, *([] if seed is None else [f"seed={seed}"])]).replace("/", "_")
 
 
-def _outcome(seed: int, merged: Merged, directory: Path) -> Outcome | None:
-    """The outcome of a run, trained if need be; in the first process. A run that diverged is not trained again."""
-    diverged, said = directory / DIVERGED, None
+def _trained(merged: Merged, directory: Path) -> Run | str | None:
+    """The run, trained if need be, or why it diverged; it is then not trained again. None in other processes."""
+    diverged = directory / DIVERGED
     if not diverged.exists():
         try:
-            run = run_merged(merged, directory, resume=True, again="the same command")
+            return run_merged(merged, directory, resume=True, again="the same command")
         except FloatingPointError as error:  # in all processes
-            said = str(error)
             if is_main():
-                write_text(diverged, said)
-        else:
-            if run is None:
-                return None
-            loss, seconds, text = run.facts.final_loss, run.facts.seconds, trained_on(run)
-            return Outcome(seed=seed, directory=str(directory), loss=loss, seconds=seconds, text=text)
-    return Outcome(seed=seed, directory=str(directory), diverged=said or diverged.read_text()) if is_main() else None
-
-
-def trained_on(run: Run) -> str:
-    text, tokenizer = run.facts.text
-    return f"{text}, tokenizer {tokenizer}"
-
-
-def check_text(runs: list[tuple[str, str | None]]) -> None:
-    """Raises ValueError for losses on different texts, as when files have changed between two calls.
-
-    Args:
-        runs: Directories, and the texts of those that ended.
-    """
-    ended = [(directory, text) for directory, text in runs if text is not None]
-    for directory, text in ended:
-        if text != ended[0][1]:
-            raise ValueError(
-                f"{ended[0][0]} was trained on text {ended[0][1]}, and {directory} on {text}: they cannot be compared; "
-                "take another --out"
-            )
+                write_text(diverged, str(error))
+    return diverged.read_text() if is_main() else None
