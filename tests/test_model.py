@@ -67,7 +67,7 @@ def test_training_in_an_incomplete_group_is_told_once(name, more, told, caplog):
 def test_what_cannot_serve_a_row_alone_may_be_asked_not_to():
     model = tiny("expert_choice")
     model.serve_alone(False)
-    with pytest.raises(ValueError, match="Expert Choice chooses .*; it cannot serve a row alone"):
+    with pytest.raises(ValueError, match=r"Expert Choice chooses .*; it cannot serve a row alone"):
         model.serve_alone()
 
 

@@ -4,8 +4,8 @@
                                        its companions' logit. beta is an inverse temperature
     experts   s_e * FFN_e(a_e * x)     folded into gate_up_proj (or up_proj) and down_proj
 
-The architecture stays plain, and Adam's moments can be rescaled with the weights. It takes seconds, and leaves a third
-of the jump that `distil.py` takes away.
+The architecture stays plain, and Adam's moments can be rescaled with the weights. It takes seconds. Where
+`distil.py` leaves nothing of the jump, it leaves a fifth to a third; after long training nearly half.
 """
 
 from collections.abc import Iterable

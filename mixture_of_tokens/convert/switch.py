@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.passes import evaluating
 from mixture_of_tokens.model.routings import MIXTURE
 from mixture_of_tokens.model.sharding import beside
 from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice

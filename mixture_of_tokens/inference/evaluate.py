@@ -26,8 +26,8 @@ from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.loss import IGNORE
-from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.passes import evaluating
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import routings_of
 from mixture_of_tokens.model.sharding import is_sharded

@@ -22,9 +22,9 @@ from mixture_of_tokens.checks import at_least_one, checked, listed
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, said_of, say_speed, to_file
 from mixture_of_tokens.inference.stream import Streamer, text_after
-from mixture_of_tokens.model.calibration import evaluating
 from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.passes import evaluating
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.sharding import broadcast
 from mixture_of_tokens.process import is_main, process_count

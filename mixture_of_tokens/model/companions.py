@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import full_precision, grouped
-from mixture_of_tokens.model.calibration import watch
+from mixture_of_tokens.model.passes import watch
 
 
 class _Means:

@@ -34,8 +34,8 @@ from torch.utils.hooks import RemovableHandle
 from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import at_least_fp32, expert_linear, full_precision, grouped, ungrouped
-from mixture_of_tokens.model.calibration import evaluating, pass_forward
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.passes import evaluating, pass_forward
 from mixture_of_tokens.soft import SoftMoE
 
 NEGLIGIBLE = 0.01

@@ -1,0 +1,65 @@
+"""Forward passes of a trained model whose hooks measure something, in evaluation mode."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+
+INPUTS = ("input_ids", "attention_mask", "token_mask")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode; afterwards each of its modules is in its own again."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def pass_forward(model: MixtureOfTokensForCausalLM, batch: Mapping[str, Tensor]) -> None:
+    """For what hooks see: the head computes one position only, and what is no input, such as labels, is left out."""
+    inputs = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
+    model(**inputs, logits_to_keep=1, use_cache=False)
+
+
+@torch.no_grad()
+def watch(
+    model: nn.Module, hooks: Mapping[nn.Module, Callable[..., None]], batches: Iterable[dict[str, Tensor] | Tensor]
+) -> None:
+    """Run a model over batches in evaluation mode, with a hook after the forward pass of each of these modules.
+
+    A hook gets the module and what it was called with.
+    """
+
+    def noted(hook: Callable[..., None]) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hook(module, *args, **kwargs)
+
+        return after
+
+    if isinstance(batches, Tensor | Mapping):
+        raise ValueError("batches takes several; of one, give [batch]")
+    handles = [module.register_forward_hook(noted(hook), with_kwargs=True) for module, hook in hooks.items()]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                if not isinstance(batch, Tensor | Mapping):
+                    what = "a tensor or a dictionary of keyword arguments"
+                    raise ValueError(f"batches takes {what} for each, not {type(batch).__name__}")
+                if isinstance(model, MixtureOfTokensForCausalLM):
+                    pass_forward(model, {"input_ids": batch} if isinstance(batch, Tensor) else batch)
+                elif isinstance(batch, Tensor):
+                    model(batch)
+                else:
+                    model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
