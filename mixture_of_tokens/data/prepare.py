@@ -29,7 +29,7 @@ from mixture_of_tokens.checks import at_least_one, listed
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.files import Document, hash_of_file, naming
 from mixture_of_tokens.data.groups import Blocks, segmented
-from mixture_of_tokens.data.splits import SPLITS, longest_share, opened, pieces_of, split, spool
+from mixture_of_tokens.data.splits import SPLITS, longest_share, opened, split, spool
 from mixture_of_tokens.data.tokenizer import (
     check_vocab_size,
     hash_of,
@@ -41,20 +41,18 @@ from mixture_of_tokens.data.tokenizer import (
 )
 from mixture_of_tokens.data.tokens import (
     FORMAT,
-    TRAINING_PIECE,
     TokenFiles,
-    altered,
     batches,
     encoded,
     progress_bar,
+    say_what_is_altered,
     tokenize,
+    training_text,
 )
 from mixture_of_tokens.disk import flush, hold, release
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import say_once
 
-TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
-TRIED, CHARACTERS_TRIED = 100, 2_000  # pieces of text that a given tokenizer is to give back
 MUCH = 0.2  # of the text is cut away, or of the documents left out: worth a word
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
 KEEP_NEAR = "near-duplicates are kept"  # in the key of the cache
@@ -243,14 +241,6 @@ def _say_what_is_missing(sources: Sequence[str], facts: dict, group_size: int, *
         say_once(f"{few_of(sources)}: {what}; {left}")
 
 
-def _say_what_is_altered(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> None:
-    tried = (piece[:CHARACTERS_TRIED] for piece in itertools.islice(pieces, TRIED))
-    found = next(filter(None, (altered(tokenizer, piece) for piece in tried)), None)
-    if found:
-        what = f"--tokenizer {tokenizer.name_or_path} does not keep text as it is: {found[0]!r} becomes {found[1]!r}"
-        say_once(f"{what}. Bits a byte will be too low by what is lost")
-
-
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     waiting = "Another process is preparing the same data: waiting for it."
@@ -359,10 +349,10 @@ def _make(
         with parallel_tokenizers():
             if tokenizer is None:
                 with progress_bar("Training the tokenizer") as bar:
-                    pieces = _training_text(text, parts.places["train"], bar.update)
+                    pieces = training_text(text, parts.places["train"], bar.update)
                     tokenizer = train_tokenizer(pieces, vocab_size)
             else:
-                _say_what_is_altered(tokenizer, _training_text(text, parts.places["train"], int))
+                say_what_is_altered(tokenizer, training_text(text, parts.places["train"], int))
             manifest = tokenize(text, parts, tokenizer, beside, group_size)
         text.unlink()
         manifest = json.loads(json.dumps(manifest))  # as it will be read
@@ -397,15 +387,3 @@ def _clear(own: Path) -> None:
         with suppress(Timeout, OSError), FileLock(path).acquire(timeout=0):
             shutil.rmtree(path.with_suffix(PARTIAL), ignore_errors=True)
             path.unlink()
-
-
-def _training_text(text: Path, places: np.ndarray, read: Callable[[int], Any]) -> Iterator[str]:
-    left = TRAINING_BYTES
-    with opened(text) as file:
-        for offset, length in places:
-            for piece in pieces_of(file, int(offset), int(length), TRAINING_PIECE):
-                yield piece.decode()
-                read(len(piece))
-                left -= len(piece)
-                if left < 0:
-                    return

@@ -2,9 +2,9 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from transformers import PreTrainedTokenizerFast
 from mixture_of_tokens.data.files import first_line
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of, ids_of, refuse
+from mixture_of_tokens.process import say_once
 
 FORMAT = 5  # of the files in the cache; after a change they are made anew
 SHARD_TOKENS = 2**27  # per file
 # Encoding takes some hundred bytes of memory per token, so tokenizers get small batches of small pieces of text.
 BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16
-SHOWN = 20  # characters of what a tokenizer alters
+TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
+TRIED, CHARACTERS_TRIED = 100, 2_000  # pieces of text that a given tokenizer is to give back
+SHOWN = 20  # characters of what it alters
 
 
 def progress_bar(what: str, total: int | None = None) -> tqdm:
@@ -122,6 +125,18 @@ def batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]]
         yield batch
 
 
+def training_text(text: Path, places: np.ndarray, read: Callable[[int], Any]) -> Iterator[str]:
+    left = TRAINING_BYTES
+    with opened(text) as file:
+        for offset, length in places:
+            for piece in pieces_of(file, int(offset), int(length), TRAINING_PIECE):
+                yield piece.decode()
+                read(len(piece))
+                left -= len(piece)
+                if left < 0:
+                    return
+
+
 def encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]]) -> Iterator[tuple[list, bool]]:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"a {type(tokenizer).__name__} cannot be used: it is not a fast tokenizer")
@@ -137,7 +152,7 @@ def encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]])
         yield (row.ids if not closes or tokenizer.eos_token_id is None else [*row.ids, tokenizer.eos_token_id]), closes
 
 
-def altered(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[str, str] | None:
+def _altered(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[str, str] | None:
     """Where tokens do not give a text back: some characters of it, and what comes in their place. Else None.
 
     Whitespace at the ends does not count, as some tokenizers begin every text with a space.
@@ -148,6 +163,14 @@ def altered(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[str, str] | 
         return None
     equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, given_back, strict=False)))
     return text[equal : equal + SHOWN], given_back[equal : equal + SHOWN]
+
+
+def say_what_is_altered(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> None:
+    tried = (piece[:CHARACTERS_TRIED] for piece in islice(pieces, TRIED))
+    found = next(filter(None, (_altered(tokenizer, piece) for piece in tried)), None)
+    if found:
+        what = f"--tokenizer {tokenizer.name_or_path} does not keep text as it is: {found[0]!r} becomes {found[1]!r}"
+        say_once(f"{what}. Bits a byte will be too low by what is lost")
 
 
 class _Writer:
