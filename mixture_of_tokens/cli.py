@@ -278,8 +278,13 @@ def _app(words: list[str]) -> App:
 
 
 def _run(words: list[str]) -> None:
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        words = words[:1]  # of an unknown command there is no help
     app = _app(words)
-    common = app.meta(words)
+    try:
+        common = app.meta(words)
+    except SystemExit as error:  # rich's, where the reader of the help has closed it
+        raise BrokenPipeError from error
     if common is None:  # help or version, printed by now
         return
     merged, json = common

@@ -173,6 +173,14 @@ def test_the_system_s_errors_name_the_file_first(tiny_runs, capsys):
     assert capsys.readouterr().err == "mot: error: /proc/missing: No such file or directory\n"
 
 
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_an_unknown_command_has_no_help(word, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        mot("trian", word)
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err[:58]) == ("", 'mot: error: Unknown command "trian". Did you mean "train"?')
+
+
 def test_an_interrupted_command_is_one_line_and_has_the_status_of_a_signal(monkeypatch, capsys):
     def interrupted(words):
         raise KeyboardInterrupt
@@ -183,13 +191,14 @@ def test_an_interrupted_command_is_one_line_and_has_the_status_of_a_signal(monke
     assert capsys.readouterr() == ("", "mot: stopped\n")
 
 
-def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word(monkeypatch, capsys):
+@pytest.mark.parametrize("words", [("plan", "MoT-Nano/4E"), ("train", "--help"), ("--help",)], ids=" ".join)
+def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word(words, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", buffering=1) as stream:  # a line at a time
         monkeypatch.setattr(sys, "stdout", stream)
         with pytest.raises(SystemExit, match=str(128 + signal.SIGPIPE)):
-            mot("plan", "MoT-Nano/4E")
+            mot(*words)
     assert capsys.readouterr().err == ""
 
 

@@ -196,7 +196,8 @@ OF_MODEL = [
     ),
     *(("router_temperature", value) for value in ("0", "-1", "nan", "inf", "1e400")),
     *(("capacity_factor", value) for value in ("0", "-1", ".nan", "1e400")),
-    *(("dtype", value) for value in ("nan", "[]", "x")),
+    *(("dtype", value) for value in ("nan", "[]", "x", "float16", "float8")),
+    *(("vocab_size", value) for value in ("256", "100000000")),
     ("num_hidden_layers", "1000000000"),
     *((field, "-1") for field in ("router_aux_loss_coef", "initializer_scale", "attention_dropout")),
 ]
@@ -231,6 +232,13 @@ def test_such_a_field_may_be_given_with_the_value_that_it_has(capsys):
 def test_a_bad_value_of_a_field_is_one_line_that_names_it(kind, rows, capsys):
     for field, value in rows:
         assert f"--{kind}.{field}" in refused((*TRAIN, "--device=cpu", f"--{kind}.{field}={value}"), capsys), value
+
+
+def test_weights_are_of_a_type_that_is_named(capsys):
+    what = "mot: error: --model.dtype float8: weights are trained in float32, bfloat16, float64"
+    assert refused((*TRAIN, "--model.dtype", "float8"), capsys) == what
+    mot(*TRAIN, "--model.dtype", "bfloat16")
+    assert "dtype: bfloat16" in capsys.readouterr().out
 
 
 def test_a_field_s_value_is_refused_by_every_command_that_trains(capsys):

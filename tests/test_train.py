@@ -410,7 +410,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
             ["train", "MoT-Nano/32E", "--model.mlp_layer_types", "[1,2,3,4]"],
             "mlp_layer_types has 1, 2, 3, 4; legal are",
         ),
-        (["train", "MoT-Nano/32E", "--model.dtype", "foo"], "--model.dtype: "),
+        (["train", "MoT-Nano/32E", "--model.dtype", "foo"], "--model.dtype foo: weights are trained in "),
         (["train", "MoT-Nano/32E", "--model.dtype", "int64"], "trained in float32, bfloat16, float64"),
         (["train", "MoT-Nano/32E", "--model.dtype", "float16"], "trained in float32, bfloat16, float64"),
         (["train", "MoT-Nano/32E", "--model.head_dim", 7], "head_dim must be even, for rotary positions, not 7"),

@@ -162,7 +162,7 @@ def transition(
         replicate: Copies of a sharded model.
         expert_parallel: Processes that divide the experts, where experts are balanced by construction.
         resume: Go on from the newest valid checkpoint of the new run.
-        dry_run: Print the merged configuration and stop.
+        dry_run: Print the merged configuration and stop, before text or a tokenizer is looked at.
 
     Returns the run's stages; with `control` scratch the run, with `dry_run` its configuration; None in all
     processes of torchrun but the first.

@@ -123,8 +123,8 @@ def evaluate(
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
-        data: Files, folders, globs or hf:NAME[:CONFIG][@REVISION], of which all text is used; may be repeated. By
-            default the validation text of the run.
+        data: Files, folders, globs or hf:NAME[:CONFIG][@REVISION] (its split train), of which all text is used; may
+            be repeated. By default the validation text of the run.
         field: The field of --data's rows that holds the text.
         context: Tokens in a block; by default the model's, at most 1,024.
         regroupings: Ways to form full groups; the loss is their mean, the spread largest - least.

@@ -58,7 +58,7 @@ def compare(
         learning_rate: Peak learning rates: one for all models, or one for each in their order, as in 1e-2,2e-2; by
             default each model's own.
         out: Directory for all of it; by default runs/compare.
-        dry_run: Print the runs and stop.
+        dry_run: Print the runs and stop, before text or a tokenizer is looked at.
 
     Returns the comparison with its page; with `dry_run` the runs that it would train; None in all processes of torchrun
     but the first. They train every run together.

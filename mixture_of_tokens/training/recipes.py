@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments
 
+from mixture_of_tokens.data.tokenizer import check_vocab_size
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
@@ -47,7 +48,7 @@ LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {(
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
 # Of weights in training; Adam's smallest numbers are zero in float16.
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = ("float32", "bfloat16", "float64")
 
 
 class Merged(NamedTuple):
@@ -80,6 +81,8 @@ def merge(
     overrides = _overrides(options.model)
     with _names_the_flag(name, overrides):
         config = config_from_name(name, **overrides)
+        if options.tokenizer is None:
+            check_vocab_size(config.vocab_size)
     _check_model(config)
     _check_effect(config, overrides)
     if config.learnable_temperature and options.anneal_temperature_to is not None:
@@ -171,6 +174,8 @@ def _overrides(flags: Mapping[str, str]) -> dict[str, Any]:
         value = typed(f"--model.{field}", text, hints.get(field))
         check_number(f"--model.{field}", value)
         overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
+    if (dtype := overrides.get("dtype")) not in (None, *DTYPES):
+        raise ValueError(f"--model.dtype {dtype}: weights are trained in {', '.join(DTYPES)}")
     return overrides
 
 
@@ -205,9 +210,6 @@ def _check_model(config: MixtureOfTokensConfig) -> None:
     for field, value in {"rms_norm_eps": config.rms_norm_eps, "rope_parameters: its rope_theta": theta}.items():
         if not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ValueError(f"--model.{field} must be positive and finite, not {value}")
-    if config.dtype not in (None, *DTYPES):
-        legal = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
-        raise ValueError(f"--model.dtype {str(config.dtype).removeprefix('torch.')}: weights are trained in {legal}")
 
 
 def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -> None:

@@ -162,7 +162,7 @@ def sweep(
         learning_rate: Peak learning rates, as in 3e-3,1e-2,3e-2; by default the model's own.
         seeds: Seeds, as in 0,1,2.
         out: Directory of the run directories and of sweep.json; by default runs/sweep-NAME.
-        dry_run: Print the runs and stop.
+        dry_run: Print the runs and stop, before text or a tokenizer is looked at.
 
     Returns what sweep.json holds; with `dry_run` the runs that it would train; None in all processes of torchrun but
     the first. They train every run together.

@@ -37,7 +37,14 @@ from mixture_of_tokens.model.sharding import (
     unsharded,
     whole_state,
 )
-from mixture_of_tokens.process import is_main, keep_large_blocks, process_count, process_number, the_only_training
+from mixture_of_tokens.process import (
+    is_main,
+    keep_large_blocks,
+    process_count,
+    process_number,
+    say_once,
+    the_only_training,
+)
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
@@ -73,7 +80,7 @@ def train(
         seed: Of the weights and of the order of the text.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own.
         resume: Go on from the newest valid checkpoint of the run directory, or start where there is none.
-        dry_run: Print the merged configuration and stop.
+        dry_run: Print the merged configuration and stop, before text or a tokenizer is looked at.
 
     Returns the finished run; with `dry_run` its configuration; None in all processes of torchrun but the first.
 
@@ -258,10 +265,11 @@ def _finish(
     """Evaluate, by all processes, and write `model/` and, last, `run.json`, which marks the run as finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run.last_step * trainer.run_log.tokens_per_step
-    calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
-    calibrate_thresholds(model, training_groups(prepared.train, trainer.rows.group_size, 2 * GROUPS))
     # A sweep's runs are compared with one another alone, and a split may take minutes.
     seeds = range(REGROUPINGS if model.mixes_examples and run.evaluate_on == "validation" else 1)
+    say_once(f"Evaluating on all of the {run.evaluate_on} text{f', grouped in {len(seeds)} ways' * (len(seeds) > 1)}")
+    calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
+    calibrate_thresholds(model, training_groups(prepared.train, trainer.rows.group_size, 2 * GROUPS))
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
     if is_sharded(model):
         state = whole_state(model)
