@@ -227,7 +227,7 @@ def transition(
     if not resume:
         check_free(out)
     # Once there is a checkpoint to go on from, the source is no longer needed.
-    begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.newest(out) is not None)
+    begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.has_any(out))
     carries = optimizer == "carried" and steps > 0 and not begun
     carried = _moments_of(source) if carries else None
     if not begun:
