@@ -1,7 +1,8 @@
-"""Files that are whole on the disk or not there, errors of writing that name what was written, and locks."""
+"""Files and folders that are whole on the disk or not there, errors that name what was written, and locks."""
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +38,39 @@ def write_text(file: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def publish(beside: Path, final: Path) -> None:
+    """Rename a directory to its final name once all of it is on the disk.
+
+    Until then an earlier directory of that name stays complete, for a moment as NAME.replaced.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    with disk_errors(final):
+        for path in sorted(beside.rglob("*")):
+            if path.is_file():
+                path.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
+            flush(path)
+        flush(beside)
+    before = replaced(final)
+    if replaces := final.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        final.rename(before)
+    try:
+        beside.rename(final)
+    except BaseException:
+        if replaces and not final.exists():
+            before.rename(final)
+        raise
+    flush(final.parent)
+    if replaces:
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def replaced(final: Path) -> Path:
+    """Where `publish` keeps what it replaces."""
+    return final.with_name(f"{final.name}.replaced")
 
 
 def hold(path: Path, waiting: str, *, patience: float = -1) -> FileLock:

@@ -1,6 +1,7 @@
 """Directories that are whole or not there, and manifests."""
 
 import errno
+import hashlib
 import json
 import os
 import traceback
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mixture_of_tokens import disk
+from mixture_of_tokens import disk, manifest
 from mixture_of_tokens.model import sharding
 from mixture_of_tokens.runs import checkpoints
 
@@ -19,15 +20,15 @@ from mixture_of_tokens.runs import checkpoints
 def written(directory: Path, text: str) -> Path:
     directory.mkdir()
     (directory / "file").write_text(text)
-    checkpoints.describe(directory, of="test")
+    manifest.write(directory, of="test")
     return directory
 
 
 def test_a_directory_gets_its_name_and_what_had_it_goes(tmp_path):
     final = written(tmp_path / "final", "old")
-    checkpoints.publish(written(tmp_path / "beside", "new"), final)
+    disk.publish(written(tmp_path / "beside", "new"), final)
     assert (final / "file").read_text() == "new"
-    assert checkpoints.fault(final) is None
+    assert manifest.fault(final) is None
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
@@ -42,30 +43,102 @@ def test_what_has_the_name_is_whole_until_the_new_one_has_it(tmp_path, monkeypat
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.publish(beside, final)
+        disk.publish(beside, final)
     assert (final / "file").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "final"]
 
 
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    beside, done, rename = written(tmp_path / "beside", "new"), [], Path.rename
+    (beside / "below").mkdir()
+    (beside / "below" / "file").touch()
+    monkeypatch.setattr(disk, "flush", done.append)
+    monkeypatch.setattr(Path, "rename", lambda path, target: done.append("renamed") or rename(path, target))
+    made = {beside, *beside.rglob("*")}
+    disk.publish(beside, tmp_path / "final")
+    assert set(done[:-2]) == made
+    assert done[-2:] == ["renamed", tmp_path]
+
+
 def test_a_manifest_tells_what_has_changed(tmp_path):
     directory = written(tmp_path / "one", "text")
-    assert checkpoints.damage(directory) is None
+    assert manifest.damage(directory) is None
     (directory / "other").write_text("more is no damage")
-    assert checkpoints.damage(directory) is None
+    assert manifest.damage(directory) is None
     (directory / "file").write_text("texT")
-    assert checkpoints.damage(directory) == "file is not what was written"
+    assert manifest.damage(directory) == "file is not what was written"
     (directory / "file").unlink()
-    assert checkpoints.damage(directory) == "file is missing"
+    assert manifest.damage(directory) == "file is missing"
     assert checkpoints.is_described(directory, "test")
     assert not checkpoints.is_described(directory, "other")
 
 
-@pytest.mark.parametrize("foreign", ['{"name": "an app"}', '{"files": ["a", "b"]}', '{"files": {"a": 1}}', "[]", "{"])
+def test_every_file_of_a_folder_is_in_its_manifest(tmp_path):
+    directory = tmp_path / "one"
+    files = [directory / name for name in ("file", ".hidden", "below/file", "below/.hidden")]
+    (directory / "below").mkdir(parents=True)
+    for file in files:
+        file.write_text("text")
+    manifest.write(directory)
+    for file in files:
+        file.write_text("texT")
+        assert manifest.fault(directory) == f"{file.relative_to(directory)} is not what was written"
+        file.write_text("text")
+    assert manifest.fault(directory) is None
+
+
+def test_a_hash_is_of_the_whole_file_and_tells_how_far_it_is(tmp_path):
+    content, read = bytes(range(251)) * 10_000, []
+    (tmp_path / "file").write_bytes(content)
+    assert manifest.hash_of_file(tmp_path / "file", read.append) == hashlib.sha256(content).hexdigest()
+    assert sum(read) == len(content)
+    assert len(read) > 1
+    with pytest.raises(OSError, match="/proc/self/mem"):  # an error of reading, which has no name of its own
+        manifest.hash_of_file(Path("/proc/self/mem"))
+
+
+OLD = """{
+  "files": {
+    "file": "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1"
+  },
+  "step": 8,
+  "digest": "269142782aba2b0923f093304f269b17e16261373aff24437d18b3851adb4ccc"
+}"""
+
+
+def test_checkpoints_of_earlier_versions_are_read(tmp_path, capsys):
+    directory = checkpoint(tmp_path / "checkpoint-8")
+    (directory / manifest.NAME).write_text(OLD)
+    assert checkpoints.newest(tmp_path) == directory
+    assert manifest.read(directory)["step"] == 8
+    for harmed in (OLD.replace("8,", "9,"), OLD.replace('"digest"', '"dIgest"'), OLD.replace('"files"', '"fIles"')):
+        (directory / manifest.NAME).write_text(harmed)
+        assert manifest.fault(directory) == manifest.damage(directory) == "manifest.json is not what was written"
+    (directory / manifest.NAME).write_text(OLD)
+    (directory / "file").write_text("texT")
+    assert manifest.fault(directory) == manifest.damage(directory) == "file is not what was written"
+    (directory / "file").unlink()
+    (directory / "file").mkdir()
+    assert checkpoints.newest(tmp_path) is None  # also where a file cannot be read
+    assert "checkpoint-8 is skipped: [Errno 21] Is a directory" in capsys.readouterr().err
+
+
+FOREIGN = [
+    '{"name": "an app"}',
+    '{"files": ["a", "b"]}',
+    '{"files": {"a": 1}}',
+    "[]",
+    "{",
+    '{\n  "files": {\n    "a": 1}}',
+]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
 def test_a_manifest_of_other_software_says_nothing(foreign, tmp_path):
-    (tmp_path / checkpoints.MANIFEST).write_text(foreign)
-    assert checkpoints.damage(tmp_path) is None
+    (tmp_path / manifest.NAME).write_text(foreign)
+    assert manifest.damage(tmp_path) is None
     assert not checkpoints.is_described(tmp_path, "test")
-    assert checkpoints.fault(tmp_path) == f"its {checkpoints.MANIFEST} cannot be read"  # which no resumption accepts
+    assert manifest.fault(tmp_path) == f"{manifest.NAME} is not what was written"  # which no resumption accepts
 
 
 @pytest.mark.parametrize(
@@ -82,60 +155,59 @@ def checkpoint(directory: Path) -> Path:
     directory.mkdir(parents=True)
     (directory / "file").write_text("text")
     facts = {"step": 8, "seconds": 12.25, "reported": [[1.5, None], [0.1, 1e-7]], "corpus": "5ca1ab1e feed"}
-    checkpoints.describe(directory, **facts)
+    manifest.write(directory, **facts)
     return directory
 
 
 def test_a_flipped_bit_anywhere_in_a_manifest_is_a_fault_or_changes_nothing(tmp_path):
     directory = checkpoint(tmp_path / "checkpoint-8")
-    manifest = directory / checkpoints.MANIFEST
-    before, noticed = manifest.read_bytes(), 0
+    file = directory / manifest.NAME
+    before, noticed = file.read_bytes(), 0
     expected = json.loads(before)
     for place in range(len(before)):
         for bit in (place % 8, 5):  # of a letter the sixth bit is its case
             flipped = bytearray(before)
             flipped[place] ^= 1 << bit
-            manifest.write_bytes(flipped)
-            if checkpoints.fault(directory) is None:
-                assert json.loads(manifest.read_bytes()) == expected
+            file.write_bytes(flipped)
+            if manifest.fault(directory) is None:
+                assert json.loads(file.read_bytes()) == expected
             else:
-                assert checkpoints.damage(directory) is not None
+                assert manifest.damage(directory) is not None
                 noticed += 1
     assert noticed > 1.5 * len(before)  # white space may become other white space
-    manifest.write_bytes(before)
-    assert checkpoints.fault(directory) is None
+    file.write_bytes(before)
+    assert manifest.fault(directory) is None
 
 
 def test_a_checkpoint_of_another_step_or_that_lost_its_digest_is_passed_over(tmp_path, capsys):
     older, newer = (checkpoint(tmp_path / name) for name in ("checkpoint-8", "checkpoint-16"))
     assert checkpoints.newest(tmp_path) == older
-    assert "checkpoint-16 is skipped: its manifest.json is of step 8" in capsys.readouterr().err
-    content = json.loads((newer / checkpoints.MANIFEST).read_text()) | {"step": 16}
-    del content["digest"]
-    (newer / checkpoints.MANIFEST).write_text(json.dumps(content))
+    assert "checkpoint-16 is skipped: manifest.json is of step 8" in capsys.readouterr().err
+    content = json.loads((newer / manifest.NAME).read_text()) | {"step": 16}
+    del content["sha256"]
+    (newer / manifest.NAME).write_text(json.dumps(content))
     assert checkpoints.newest(tmp_path) == older
-    assert "checkpoint-16 is skipped: its manifest.json is not what was written" in capsys.readouterr().err
+    assert "checkpoint-16 is skipped: manifest.json is not what was written" in capsys.readouterr().err
 
 
 def test_a_manifest_of_no_files_is_refused(tmp_path):
     directory = tmp_path / "checkpoint-8"
     directory.mkdir()
-    checkpoints.describe(directory, step=8)
-    for problem in (checkpoints.fault(directory), checkpoints.damage(directory)):
-        assert problem == "its manifest.json lists no files"
+    manifest.write(directory, step=8)
+    for problem in (manifest.fault(directory), manifest.damage(directory)):
+        assert problem == "manifest.json lists no files"
 
 
 def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for writes in (disk, checkpoints):
-        monkeypatch.setattr(writes, "flush", full)
+    monkeypatch.setattr(disk, "flush", full)
     (tmp_path / "report.html").write_text("before")
     with pytest.raises(OSError, match=r"report\.html could not be written: No space left on device"):
         disk.write_text(tmp_path / "report.html", "after")
     with pytest.raises(OSError, match=r"final could not be written: No space left on device"):
-        checkpoints.publish(written(tmp_path / "beside", "new"), tmp_path / "final")
+        disk.publish(written(tmp_path / "beside", "new"), tmp_path / "final")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "report.html"]
     assert (tmp_path / "report.html").read_text() == "before"
     with pytest.raises(OSError, match=r"missing/a\.json could not be written: No such file or directory"):

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mixture_of_tokens import manifest
 from mixture_of_tokens.inference.continuations import Continuation, Row, _resumed, to_file
 from mixture_of_tokens.reports.comparison import runs_of
 from mixture_of_tokens.runs import checkpoints
@@ -126,15 +127,15 @@ def test_a_manifest(tmp_path):
     directory.mkdir()
     (directory / "file").write_text("text")
     facts = {"step": 8, "seconds": 1.5, "reported": [[1.0, None]], "corpus": "a b"}
-    checkpoints.describe(directory, **facts)
-    file = directory / checkpoints.MANIFEST
+    manifest.write(directory, **facts)
+    file = directory / manifest.NAME
     whole = json.loads(file.read_text())
 
     def act(content):
         file.write_text(json.dumps(content))
         found = checkpoints.newest(tmp_path)
         assert found is None or content == whole
-        checkpoints.damage(directory)
+        manifest.damage(directory)
         checkpoints.is_described(directory, "export")
 
     fuzz(whole, act)

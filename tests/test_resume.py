@@ -18,7 +18,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mixture_of_tokens.runs.checkpoints import fault, keep_newest, newest
+from mixture_of_tokens.manifest import fault
+from mixture_of_tokens.runs.checkpoints import keep_newest, newest
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.runs.run import check_free, check_resumed

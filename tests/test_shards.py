@@ -19,13 +19,13 @@ from transformers import AutoTokenizer
 
 from mixture_of_tokens.data import prepare as preparing
 from mixture_of_tokens.data import tokens
-from mixture_of_tokens.data.files import hash_of_file
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.data.inspect import EPOCHS, _facts, data_report
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.splits import SPLITS, Splits, split, spool
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import TokenFiles, tokenize
+from mixture_of_tokens.manifest import hash_of_file
 from mixture_of_tokens.process import say_once
 from processes import finish, start
 from texts import groups_with_a_document_twice, sentences, texts
@@ -251,30 +251,27 @@ def flip(path: Path, place: int = -1) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+ALTERED, SHORT = "is not what was written: the prepared", "is not what was written: it has "
 DAMAGE = {
-    "a shard is missing": (Path.unlink, "train-00000.tokens", "is missing"),
-    "a shard is short": (lambda p: os.truncate(p, p.stat().st_size - 2), "train-00000.tokens", "is damaged: it has"),
-    "a token is another": (flip, "train-00000.tokens", "is damaged: its hash is another"),
-    "a document ends elsewhere": (flip, "tuning.ends.npy", "is damaged: its hash is another"),
-    "the head of an array is broken": (lambda p: flip(p, 3), "train.ends.npy", "is damaged: its hash is another"),
-    "a word of the tokenizer is another": (
-        lambda p: flip(p, 3000),
-        "tokenizer.json",
-        "is damaged: its hash is another",
-    ),
-    "no manifest": (Path.unlink, "manifest.json", "is missing"),
-    "an empty manifest": (lambda p: p.write_text(""), "manifest.json", "is damaged"),
-    "a manifest of another kind": (lambda p: p.write_text("[]"), "manifest.json", "is damaged"),
-    "a deep manifest": (lambda p: p.write_text("[" * 10**5), "manifest.json", "is damaged"),
+    "a shard is missing": (Path.unlink, "train-00000.tokens", "is missing: the prepared"),
+    "a shard is short": (lambda p: os.truncate(p, p.stat().st_size - 2), "train-00000.tokens", SHORT),
+    "a token is another": (flip, "train-00000.tokens", ALTERED),
+    "a document ends elsewhere": (flip, "tuning.ends.npy", ALTERED),
+    "the head of an array is broken": (lambda p: flip(p, 3), "train.ends.npy", ALTERED),
+    "a word of the tokenizer is another": (lambda p: flip(p, 3000), "tokenizer.json", ALTERED),
+    "no manifest": (Path.unlink, "manifest.json", "is missing: the prepared"),
+    "an empty manifest": (lambda p: p.write_text(""), "manifest.json", ALTERED),
+    "a manifest of another kind": (lambda p: p.write_text("[]"), "manifest.json", ALTERED),
+    "a deep manifest": (lambda p: p.write_text("[" * 10**5), "manifest.json", ALTERED),
     "another count in the manifest": (
         lambda p: p.write_text(p.read_text().replace('"documents_cut": 0', '"documents_cut": 1')),
         "manifest.json",
-        "is damaged: its hash is another",
+        ALTERED,
     ),
     "no files in the manifest": (
         lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"files": {}})),
         "manifest.json",
-        "is damaged: its hash is another",
+        ALTERED,
     ),
 }
 
@@ -296,7 +293,7 @@ def entry(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_named_and_made_again(entry, tmp_path, fresh_cache, monkeypatch, damage, capsys):
     shutil.copytree(entry / "cache", fresh_cache)
-    monkeypatch.setattr("mixture_of_tokens.data.prepare._CHECKED", {})
+    monkeypatch.setattr("mixture_of_tokens.data.prepare._HASHED", {})
     (directory,) = fresh_cache.glob("tokens-*[0-9a-f]")
     before = contents(directory)
     harm, name, message = DAMAGE[damage]
@@ -304,7 +301,7 @@ def test_a_damaged_entry_is_named_and_made_again(entry, tmp_path, fresh_cache, m
     assert contents(directory) != before
     prepare_text([str(entry / "rows.jsonl")], vocab_size=300, context=16)
     error = capsys.readouterr().err
-    assert error.startswith(f"{directory / name} {message}")
+    assert error.startswith(f"{directory} is damaged: {name} {message}")
     assert "the prepared text is made again.\n" in error
     assert contents(directory) == before
 
@@ -312,10 +309,10 @@ def test_a_damaged_entry_is_named_and_made_again(entry, tmp_path, fresh_cache, m
 def test_an_entry_is_checked_once_in_a_process_unless_it_changes(entry, fresh_cache, monkeypatch, capsys):
     shutil.copytree(entry / "cache", fresh_cache)
     hashed: list[str] = []
-    for module in ("sources", "prepare"):
-        where = f"mixture_of_tokens.data.{module}.hash_of_file"
+    for module in ("data.sources", "manifest"):
+        where = f"mixture_of_tokens.{module}.hash_of_file"
         monkeypatch.setattr(where, lambda path, read: hashed.append(path.name) or hash_of_file(path, read))
-    monkeypatch.setattr("mixture_of_tokens.data.prepare._CHECKED", {})
+    monkeypatch.setattr("mixture_of_tokens.data.prepare._HASHED", {})
 
     def again() -> set[str]:
         hashed.clear()
@@ -332,6 +329,12 @@ def test_an_entry_is_checked_once_in_a_process_unless_it_changes(entry, fresh_ca
     (directory / "train-00000.tokens").unlink()
     assert again() == set(contents(directory)) - {"manifest.json"}  # hashed as they are made
     assert again() == set()
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(source, fresh_cache, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("mixture_of_tokens.disk.flush", lambda path: flushed.append(path.name))
+    assert set(contents(prepare_text([source], vocab_size=300, context=16).directory)) < set(flushed)
 
 
 def test_what_killed_processes_leave_of_other_texts_goes_too(source, fresh_cache):

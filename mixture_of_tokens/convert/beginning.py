@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mixture_of_tokens import manifest
 from mixture_of_tokens.convert.distil import distil
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import Errors, Scales, rescale_moments, sparse_layers, to_token_choice
@@ -21,7 +22,7 @@ from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.sharding import load_optimizer, whole
 from mixture_of_tokens.process import is_main
-from mixture_of_tokens.runs import checkpoints, records
+from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import Switch, Transition
 from mixture_of_tokens.runs.run import Run
@@ -99,8 +100,8 @@ def go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
     """Give the run at `out` the clock and metrics.jsonl of its source."""
     trainer.clock.before = source.facts.seconds
     last = source.directory / f"checkpoint-{source.config.steps}"
-    if source.config.part_bytes is not None and last.is_dir() and checkpoints.fault(last) is None:
-        trainer.rows.go_on_from(checkpoints.facts_of(last))  # it need not count the rows of the parts behind it
+    if source.config.part_bytes is not None and last.is_dir() and manifest.fault(last) is None:
+        trainer.rows.go_on_from(manifest.read(last))  # it need not count the rows of the parts behind it
     if is_main():
         write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())
 

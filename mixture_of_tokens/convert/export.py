@@ -27,12 +27,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.convert.card import card
 from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
-from mixture_of_tokens.disk import disk_errors, plain_errors
+from mixture_of_tokens.disk import disk_errors, plain_errors, publish
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -208,10 +209,10 @@ def _export(
             much = f"logits on {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
             raise ValueError(f"{not_the_same}: {much}")
         with disk_errors(out):
-            checkpoints.describe(beside, of=EXPORT)
+            manifest.write(beside, of=EXPORT)
             text = card(run, model, plain, what, difference, license, served)
             (beside / "README.md").write_text(text, encoding="utf-8")  # which people edit
-        checkpoints.publish(beside, out)
+        publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return Exported(str(out), type(plain).__name__, plain.num_parameters(), what, difference, served)

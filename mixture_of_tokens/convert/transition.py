@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.convert.beginning import begin_switched, carry_moments, go_on_from
 from mixture_of_tokens.convert.distil import STEPS
@@ -355,7 +356,7 @@ def _moments_of(source: Run) -> Path:
     if optim not in ADAM:
         raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
     last = source.directory / f"checkpoint-{source.config.steps}"
-    problem = checkpoints.fault(last) if last.is_dir() else "it is not there"
+    problem = manifest.fault(last) if last.is_dir() else "it is not there"
     if problem is not None or not (last / OPTIMIZER).is_dir():
         raise ValueError(f"{last} has no optimizer state to carry: {problem or 'it was removed'}; --optimizer fresh")
     return last

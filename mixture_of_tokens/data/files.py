@@ -2,10 +2,9 @@
 
 import codecs
 import gzip
-import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase, BufferedReader
 from pathlib import Path
@@ -60,19 +59,6 @@ def text_of_row(name: str, row: dict[str, Any], field: str) -> Document:
 
 def _without(name: str, field: str, names: Iterable[str]) -> str:
     return f"{name} has no field {field!r}; it has {', '.join(map(repr, names)) or 'none'}"
-
-
-def hash_of_file(path: Path, read: Callable[[int], Any]) -> str:
-    """The SHA-256 of a file's content. read: called with the number of bytes read. Raises OSError with the name."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while part := file.read(PART):
-                digest.update(part)
-                read(len(part))
-    except OSError as error:
-        raise naming(error, path) from error
-    return digest.hexdigest()
 
 
 @contextmanager

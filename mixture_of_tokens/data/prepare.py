@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
+from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import at_least_one, listed
 from mixture_of_tokens.data import sources as corpus
-from mixture_of_tokens.data.files import Document, hash_of_file, naming
+from mixture_of_tokens.data.files import Document, naming
 from mixture_of_tokens.data.groups import Blocks, segmented
 from mixture_of_tokens.data.splits import SPLITS, longest_share, opened, split, spool
 from mixture_of_tokens.data.tokenizer import (
@@ -49,12 +49,12 @@ from mixture_of_tokens.data.tokens import (
     tokenize,
     training_text,
 )
-from mixture_of_tokens.disk import flush, hold, release
+from mixture_of_tokens.disk import hold, publish, release
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import say_once
 
 MUCH = 0.2  # of the text is cut away, or of the documents left out: worth a word
-MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".lock"
+PARTIAL, LOCK = ".partial", ".lock"
 KEEP_NEAR = "near-duplicates are kept"  # in the key of the cache
 COMMON_GROUP = 32  # or more is what documents are cut for, and batches are dealt in, so that models share their data
 
@@ -136,16 +136,16 @@ def prepare_text(
     options += [KEEP_NEAR] * keep_near_duplicates
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
     directory = corpus.cache_directory() / f"tokens-{key}"
-    manifest, _ = _whole(directory)
-    if manifest is None:
+    entry, _ = _whole(directory)
+    if entry is None:
         with _one_at_a_time(directory):
-            manifest, damage = _whole(directory)  # another process may have made it meanwhile
-            if manifest is None:
+            entry, damage = _whole(directory)  # another process may have made it meanwhile
+            if entry is None:
                 documents = corpus.documents(sources, field, together=together)
                 total = max_bytes if total is None or max_bytes is None else min(total, max_bytes)
                 if damage is not None:
                     print(f"{damage}: the prepared text is made again.", file=sys.stderr)
-                manifest = _make(
+                entry = _make(
                     directory,
                     documents,
                     max_bytes=max_bytes,
@@ -156,10 +156,10 @@ def prepare_text(
                     keep_near=keep_near_duplicates,
                     may_be_empty=together,
                 )
-    splits, facts, segments = {}, manifest["facts"], 0
+    splits, facts, segments = {}, entry["facts"], 0
     for name in SPLITS:
-        paths = [directory / file for file in manifest["shards"][name]]
-        tokens = TokenFiles(paths, facts["dtype"], facts[name]["tokens"], manifest["shard_tokens"])
+        paths = [directory / file for file in entry["shards"][name]]
+        tokens = TokenFiles(paths, facts["dtype"], facts[name]["tokens"], entry["shard_tokens"])
         ends, count = segmented(np.load(directory / f"{name}.ends.npy"), context, group_size)
         splits[name] = Blocks(tokens, ends, context, facts[name]["bytes"])
         segments += count
@@ -256,56 +256,38 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
         release(lock)
 
 
-# Files of the cache that this process has checked, each with its time of change, size and SHA-256: once is enough.
-_CHECKED: dict[Path, tuple[int, int, str]] = {}
-
-
 def _whole(directory: Path) -> tuple[dict | None, str | None]:
     """The manifest of a cache entry whose every file is as it was written; or None, and what is damaged if it exists.
 
     Raises OSError if a file cannot be read.
     """
-    path = directory / MANIFEST
-    if not directory.exists():
+    try:
+        with _hashing("Checking the cache", directory) as hash_of:
+            damage = manifest.fault(directory, hash_of)
+    except FileNotFoundError:  # there is none, or another process is making it again
         return None, None
-    try:
-        manifest = json.loads(path.read_text())
-        files, known = manifest["files"], manifest.pop("sha256")
-    except FileNotFoundError:
-        return None, f"{path} is missing"
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return None, f"{path} is damaged"
-    if known != _hash_of_manifest(manifest):
-        return None, f"{path} is damaged: its hash is another"
-    try:
-        # Sizes of all files first: they cost nothing.
-        found = {name: (directory / name).stat() for name in files}
-        for name, status in found.items():
-            if status.st_size != files[name]["bytes"]:
-                return None, f"{directory / name} is damaged: it has {status.st_size} bytes, not {files[name]['bytes']}"
-        with progress_bar("Checking the cache", sum(status.st_size for status in found.values())) as bar:
-            for name in files:
-                if _hash_of_file(directory / name, bar.update) != files[name]["sha256"]:
-                    return None, f"{directory / name} is damaged: its hash is another"
-    except FileNotFoundError as error:
-        return None, f"{error.filename} is missing"
-    return manifest, None
+    return (manifest.read(directory), None) if damage is None else (None, f"{directory} is damaged: {damage}")
 
 
-def _hash_of_manifest(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+# SHA-256 of files of the cache that this process has hashed, by inode, size and time of change: once is enough.
+_HASHED: dict[tuple[int, ...], str] = {}
 
 
-def _hash_of_file(path: Path, read: Callable[[int], Any]) -> str:
-    """The SHA-256 of a file of the cache, computed once per process unless the file has changed since."""
-    status = path.stat()
-    changed, size, digest = _CHECKED.get(path, (0, 0, ""))
-    if digest and (changed, size) == (status.st_mtime_ns, status.st_size):
-        read(size)
-        return digest
-    digest = hash_of_file(path, read)
-    _CHECKED[path] = status.st_mtime_ns, status.st_size, digest
-    return digest
+@contextmanager
+def _hashing(what: str, directory: Path) -> Iterator[Callable[[Path], str]]:
+    """A function that hashes the files of a directory, with one progress bar for all of them."""
+    with progress_bar(what, sum(path.stat().st_size for path in directory.iterdir())) as bar:
+
+        def hash_of(path: Path) -> str:
+            status = path.stat()
+            known = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+            if known in _HASHED:
+                bar.update(status.st_size)
+            else:
+                _HASHED[known] = manifest.hash_of_file(path, bar.update)
+            return _HASHED[known]
+
+        yield hash_of
 
 
 def _make(
@@ -353,27 +335,16 @@ def _make(
                     tokenizer = train_tokenizer(pieces, vocab_size)
             else:
                 say_what_is_altered(tokenizer, training_text(text, parts.places["train"], int))
-            manifest = tokenize(text, parts, tokenizer, beside, group_size)
+            facts = tokenize(text, parts, tokenizer, beside, group_size)
         text.unlink()
-        manifest = json.loads(json.dumps(manifest))  # as it will be read
-        manifest["files"] = files = {}
-        made = sorted(beside.iterdir())
-        with progress_bar("Hashing the tokens", sum(path.stat().st_size for path in made)) as bar:
-            for path in made:
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_of_file(path, bar.update)}
-        content = manifest | {"sha256": _hash_of_manifest(manifest)}
-        (beside / MANIFEST).write_text(json.dumps(content, indent=2))
-        for path in [*beside.iterdir(), beside]:
-            flush(path)
-        beside.rename(directory)
-        flush(directory.parent)
+        with _hashing("Hashing the tokens", beside) as hash_of:
+            manifest.write(beside, hash_of, **facts)
+        publish(beside, directory)
     except OSError as error:  # errors of reading name the file; those of a full disk name none
         raise naming(error, directory.parent) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    for name, file in files.items():
-        _CHECKED[directory / name] = (directory / name).stat().st_mtime_ns, file["bytes"], file["sha256"]
-    return manifest
+    return manifest.read(directory)
 
 
 def _clear(own: Path) -> None:

@@ -19,12 +19,12 @@ from mixture_of_tokens.data.files import (
     documents_in,
     first_line,
     has_json_rows,
-    hash_of_file,
     naming,
     suffix,
     text_of_row,
 )
 from mixture_of_tokens.formatting import few_of
+from mixture_of_tokens.manifest import hash_of_file
 from mixture_of_tokens.process import say_once
 
 PACKAGES = "packages"  # the source that is all Python packages installed for this interpreter

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mixture_of_tokens import manifest
 from mixture_of_tokens.data.files import first_line
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import refuse
@@ -29,7 +30,7 @@ def model_directory(run: str) -> str:
     Raises ValueError where the model is missing or damaged, and for a path that does not exist.
     """
     directory = Path(_located(run))
-    if (damage := checkpoints.damage(directory)) is not None:
+    if (damage := manifest.damage(directory)) is not None:
         raise ValueError(f"{directory} is damaged: {damage}")
     return str(directory)
 
@@ -128,7 +129,7 @@ def weights_hash(run: str) -> str | None:
     files = sorted(directory.glob("*.safetensors")) + sorted(directory.glob("*.bin"))
     if not files:
         return None
-    return hashlib.sha256("".join(checkpoints.digest(file) for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(manifest.hash_of_file(file) for file in files).encode()).hexdigest()
 
 
 def group_size_of(model: Any) -> int | None:
@@ -203,6 +204,6 @@ def _corpus_of(run: Path, directory: Path) -> dict[str, Any] | None:
     """Hashes of the text and the tokenizer of a finished run, or of a checkpoint."""
     if (directory / records.FACTS).is_file():
         return RunFacts.read(directory / records.FACTS).corpus
-    if not (run / checkpoints.MANIFEST).is_file() or "corpus" not in (facts := checkpoints.facts_of(run)):
+    if not (run / manifest.NAME).is_file() or "corpus" not in (facts := manifest.read(run)):
         return None
     return dict(zip(("hash", "tokenizer"), facts["corpus"].split(), strict=True))

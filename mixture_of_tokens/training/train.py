@@ -15,12 +15,13 @@ import transformers
 from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
 
+from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import checked
 from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
 from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import ids_of
-from mixture_of_tokens.disk import plain_errors, write_text
+from mixture_of_tokens.disk import plain_errors, publish, write_text
 from mixture_of_tokens.inference.generate import continue_prompts
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.model.companions import calibrate_companions
@@ -286,8 +287,8 @@ def _finish(
             # Not before, or it would warn of every longer document.
             prepared.tokenizer.model_max_length = config.max_position_embeddings
             prepared.tokenizer.save_pretrained(beside)
-            checkpoints.describe(beside)
-        checkpoints.publish(beside, out / "model")
+            manifest.write(beside)
+        publish(beside, out / "model")
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     facts = RunFacts(

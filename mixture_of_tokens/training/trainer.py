@@ -26,8 +26,9 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from mixture_of_tokens import manifest
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
-from mixture_of_tokens.disk import disk_errors, plain_errors
+from mixture_of_tokens.disk import disk_errors, plain_errors, publish
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
@@ -107,7 +108,7 @@ class GroupedTrainer(Trainer):
 
     def facts_of(self, checkpoint: Path) -> dict[str, Any]:
         """What is known of a checkpoint. Raises ValueError where it was trained on another text."""
-        facts = checkpoints.facts_of(checkpoint)
+        facts = manifest.read(checkpoint)
         if facts["corpus"] != self.corpus:
             raise ValueError(
                 f"{checkpoint} was trained on text and tokenizer {facts['corpus']}, and now they are {self.corpus}; "
@@ -296,9 +297,9 @@ class GroupedTrainer(Trainer):
                         check_optimizer(beside / name)
                         facts = {"seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
                         facts |= self.rows.position(step)
-                        checkpoints.describe(beside / name, step=step, **facts)
+                        manifest.write(beside / name, step=step, **facts)
                         self.run_log.save()
-                        checkpoints.publish(beside / name, self.run / name)
+                        publish(beside / name, self.run / name)
                         checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
             finally:
                 forget_companions(self.causal_lm)

@@ -1,0 +1,80 @@
+"""manifest.json: facts about a folder, the size and SHA-256 of every other file in it, and a SHA-256 of all this."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NAME, OWN = "manifest.json", "sha256"  # the field that is a hash of the others
+OLD_OWN = "digest"  # in checkpoints of earlier versions, whose manifests have hashes of files alone
+# Two places by which ours are known, of which a flipped bit leaves one: other software has files of that name too.
+OURS = re.compile(
+    rb'^  ("files": \{\s+".*": (\{\s+"bytes"|"[0-9a-f]{64}")|"(sha256|digest)": "[0-9a-f]{64}"$)', re.MULTILINE
+)
+
+
+def hash_of_file(path: Path, read: Callable[[int], Any] = int) -> str:
+    """The SHA-256 of a file's content. read: called with the number of bytes read. Raises OSError with the name."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+                read(len(part))
+    except OSError as error:  # those of reading name no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return digest.hexdigest()
+
+
+def write(folder: Path, hash_of: Callable[[Path], str] = hash_of_file, **facts: Any) -> None:
+    """Of all that is in the folder now."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": hash_of(path)}
+    content = facts | {"files": files}
+    (folder / NAME).write_text(json.dumps(content | {OWN: _hash_of(content)}, indent=2))
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The facts, and `files`. Raises ValueError, saying why, where they are not those that were written."""
+    if not (folder / NAME).is_file():
+        raise ValueError(f"{NAME} is missing")
+    try:
+        content = json.loads((folder / NAME).read_bytes())
+        if content.pop(OWN if OWN in content else OLD_OWN) == _hash_of(content):
+            return content
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):  # it is no JSON, or another's
+        pass
+    raise ValueError(f"{NAME} is not what was written")
+
+
+def fault(folder: Path, hash_of: Callable[[Path], str] = hash_of_file) -> str | None:
+    """What is missing or damaged; None where every file is as it was written. Raises OSError if one cannot be read."""
+    try:
+        files = read(folder)["files"]
+    except ValueError as error:
+        return str(error)
+    for name, known in files.items():
+        expected = {"sha256": known} if isinstance(known, str) else known
+        try:
+            size = (folder / name).stat().st_size
+            if size != expected.get("bytes", size):
+                return f"{name} is not what was written: it has {size} bytes, not {expected['bytes']}"
+            if hash_of(folder / name) != expected["sha256"]:
+                return f"{name} is not what was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+    return None if files else f"{NAME} lists no files"
+
+
+def damage(folder: Path) -> str | None:
+    """`fault` where there is a manifest of ours; None for folders of other software."""
+    path = folder / NAME
+    return fault(folder) if path.is_file() and OURS.search(path.read_bytes()) else None
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
