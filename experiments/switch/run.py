@@ -50,7 +50,7 @@ SOURCES = (
     Source(
         "MoT-Nano/32E/8",
         Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"}),
-        (1, 2),
+        (1, 2, 3),
         "switch",
         groups=512,
     ),
