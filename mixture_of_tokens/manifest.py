@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 NAME, OWN = "manifest.json", "sha256"  # the field that is a hash of the others
-OLD_OWN = "digest"  # in checkpoints of earlier versions, whose manifests have hashes of files alone
 # Two places by which ours are known, of which a flipped bit leaves one: other software has files of that name too.
-OURS = re.compile(
-    rb'^  ("files": \{\s+".*": (\{\s+"bytes"|"[0-9a-f]{64}")|"(sha256|digest)": "[0-9a-f]{64}"$)', re.MULTILINE
-)
+OURS = re.compile(rb'^  ("files": \{\s+".*": \{\s+"bytes"|"sha256": "[0-9a-f]{64}"$)', re.MULTILINE)
 
 
 def hash_of_file(path: Path, read: Callable[[int], Any] = int) -> str:
@@ -32,7 +29,7 @@ def write(folder: Path, hash_of: Callable[[Path], str] = hash_of_file, **facts: 
     """Of all that is in the folder now."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path != folder / NAME:
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": hash_of(path)}
     content = facts | {"files": files}
     (folder / NAME).write_text(json.dumps(content | {OWN: _hash_of(content)}, indent=2))
@@ -44,7 +41,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{NAME} is missing")
     try:
         content = json.loads((folder / NAME).read_bytes())
-        if content.pop(OWN if OWN in content else OLD_OWN) == _hash_of(content):
+        if content.pop(OWN) == _hash_of(content):
             return content
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):  # it is no JSON, or another's
         pass
@@ -57,13 +54,12 @@ def fault(folder: Path, hash_of: Callable[[Path], str] = hash_of_file) -> str | 
         files = read(folder)["files"]
     except ValueError as error:
         return str(error)
-    for name, known in files.items():
-        expected = {"sha256": known} if isinstance(known, str) else known
+    for name, written in files.items():
         try:
             size = (folder / name).stat().st_size
-            if size != expected.get("bytes", size):
-                return f"{name} is not what was written: it has {size} bytes, not {expected['bytes']}"
-            if hash_of(folder / name) != expected["sha256"]:
+            if size != written["bytes"]:
+                return f"{name} is not what was written: it has {size} bytes, not {written['bytes']}"
+            if hash_of(folder / name) != written["sha256"]:
                 return f"{name} is not what was written"
         except FileNotFoundError:
             return f"{name} is missing"

@@ -97,30 +97,27 @@ def test_a_hash_is_of_the_whole_file_and_tells_how_far_it_is(tmp_path):
         manifest.hash_of_file(Path("/proc/self/mem"))
 
 
-OLD = """{
-  "files": {
-    "file": "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1"
-  },
-  "step": 8,
-  "digest": "269142782aba2b0923f093304f269b17e16261373aff24437d18b3851adb4ccc"
-}"""
-
-
-def test_checkpoints_of_earlier_versions_are_read(tmp_path, capsys):
+def test_a_manifest_that_was_changed_is_refused(tmp_path):
     directory = checkpoint(tmp_path / "checkpoint-8")
-    (directory / manifest.NAME).write_text(OLD)
+    text = (directory / manifest.NAME).read_text()
     assert checkpoints.newest(tmp_path) == directory
-    assert manifest.read(directory)["step"] == 8
-    for harmed in (OLD.replace("8,", "9,"), OLD.replace('"digest"', '"dIgest"'), OLD.replace('"files"', '"fIles"')):
-        (directory / manifest.NAME).write_text(harmed)
+    for before, after in (("8,", "9,"), ('\n  "sha256"', '\n  "sHa256"'), ('"files"', '"fIles"')):
+        assert before in text
+        (directory / manifest.NAME).write_text(text.replace(before, after))
         assert manifest.fault(directory) == manifest.damage(directory) == "manifest.json is not what was written"
-    (directory / manifest.NAME).write_text(OLD)
-    (directory / "file").write_text("texT")
-    assert manifest.fault(directory) == manifest.damage(directory) == "file is not what was written"
+    (directory / manifest.NAME).write_text(text)
+    assert manifest.fault(directory) is None
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, capsys):
+    directory = checkpoint(tmp_path / "checkpoint-8")
+    (directory / "file").write_text("")
+    manifest.write(directory, step=8)
+    assert checkpoints.newest(tmp_path) == directory
     (directory / "file").unlink()
-    (directory / "file").mkdir()
-    assert checkpoints.newest(tmp_path) is None  # also where a file cannot be read
-    assert "checkpoint-8 is skipped: [Errno 21] Is a directory" in capsys.readouterr().err
+    (directory / "file").symlink_to("/proc/self/mem")  # of which nothing can be read
+    assert checkpoints.newest(tmp_path) is None
+    assert "checkpoint-8 is skipped: [Errno 5] Input/output error: " in capsys.readouterr().err
 
 
 FOREIGN = [
