@@ -325,6 +325,9 @@ def test_an_entry_is_checked_once_in_a_process_unless_it_changes(entry, fresh_ca
     assert again() == set()
     os.utime(directory / "train-00000.tokens", ns=(1, 1))
     assert again() == {"train-00000.tokens"}
+    shutil.copy2(directory / "train-00000.tokens", fresh_cache / "other")  # of the same size and time
+    (fresh_cache / "other").rename(directory / "train-00000.tokens")
+    assert again() == {"train-00000.tokens"}
     assert "made again" not in capsys.readouterr().err
     (directory / "train-00000.tokens").unlink()
     assert again() == set(contents(directory)) - {"manifest.json"}  # hashed as they are made
