@@ -264,7 +264,7 @@ def _whole(directory: Path) -> tuple[dict | None, str | None]:
     try:
         with _hashing("Checking the cache", directory) as hash_of:
             damage = manifest.fault(directory, hash_of)
-    except FileNotFoundError:  # there is none, or another process is making it again
+    except (FileNotFoundError, NotADirectoryError):  # there is none, or another process is making it again
         return None, None
     return (manifest.read(directory), None) if damage is None else (None, f"{directory} is damaged: {damage}")
 
