@@ -11,6 +11,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from mixture_of_tokens.formatting import first_line
+
 OF_THE_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
@@ -71,6 +73,15 @@ def publish(beside: Path, final: Path) -> None:
 def replaced(final: Path) -> Path:
     """Where `publish` keeps what it replaces."""
     return final.with_name(f"{final.name}.replaced")
+
+
+def naming(error: OSError, path: Path) -> OSError:
+    """The error itself if it names a file, as errors of opening do, or else one like it that names `path`."""
+    if error.filename is not None:
+        return error
+    if error.errno is None:
+        return OSError(f"{path}: {first_line(error)}")
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def hold(path: Path, waiting: str, *, patience: float = -1) -> FileLock:

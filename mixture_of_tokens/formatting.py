@@ -60,6 +60,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def few_of(names: Iterable[object], most: int = 3) -> str:
     """So many names, and how many more there are."""
     words = list(map(str, names))

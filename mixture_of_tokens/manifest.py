@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mixture_of_tokens.disk import naming
+
 NAME, OWN = "manifest.json", "sha256"  # the field that is a hash of the others
 # Two places by which ours are known, of which a flipped bit leaves one: other software has files of that name too.
 OURS = re.compile(rb'^  ("files": \{\s+".*": \{\s+"bytes"|"sha256": "[0-9a-f]{64}"$)', re.MULTILINE)
@@ -20,8 +22,8 @@ def hash_of_file(path: Path, read: Callable[[int], Any] = int) -> str:
             while part := file.read(2**20):
                 digest.update(part)
                 read(len(part))
-    except OSError as error:  # those of reading name no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except OSError as error:
+        raise naming(error, path) from error
     return digest.hexdigest()
 
 

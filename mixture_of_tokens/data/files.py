@@ -10,6 +10,9 @@ from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any
 
+from mixture_of_tokens.disk import naming
+from mixture_of_tokens.formatting import first_line
+
 PART = 2**20  # bytes of a file held at once
 ARCHIVES = (".7z", ".bz2", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip")
 LINES = (".jsonl", ".ndjson")  # an object a line; so may be .json
@@ -79,19 +82,6 @@ def _zstd(path: Path) -> BufferedReader:
     import pyarrow as pa  # here, as importing it takes time and few runs need it
 
     return BufferedReader(pa.input_stream(path, compression="zstd"), PART)  # pyright: ignore[reportArgumentType]
-
-
-def naming(error: OSError, path: Path) -> OSError:
-    """The error itself if it names a file, as errors of opening do, or else one like it that names `path`."""
-    if error.filename is not None:
-        return error
-    if error.errno is None:
-        return OSError(f"{path}: {first_line(error)}")
-    return OSError(error.errno, error.strerror, str(path))
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _text(path: Path) -> Iterator[bytes]:

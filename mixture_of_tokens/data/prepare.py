@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import at_least_one, listed
 from mixture_of_tokens.data import sources as corpus
-from mixture_of_tokens.data.files import Document, naming
+from mixture_of_tokens.data.files import Document
 from mixture_of_tokens.data.groups import Blocks, segmented
 from mixture_of_tokens.data.splits import SPLITS, longest_share, opened, split, spool
 from mixture_of_tokens.data.tokenizer import (
@@ -49,7 +49,7 @@ from mixture_of_tokens.data.tokens import (
     tokenize,
     training_text,
 )
-from mixture_of_tokens.disk import hold, publish, release
+from mixture_of_tokens.disk import hold, naming, publish, release
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import say_once
 

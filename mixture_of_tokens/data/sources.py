@@ -13,17 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixture_of_tokens.data.files import (
-    LINES,
-    Document,
-    documents_in,
-    first_line,
-    has_json_rows,
-    naming,
-    suffix,
-    text_of_row,
-)
-from mixture_of_tokens.formatting import few_of
+from mixture_of_tokens.data.files import LINES, Document, documents_in, has_json_rows, suffix, text_of_row
+from mixture_of_tokens.disk import naming
+from mixture_of_tokens.formatting import few_of, first_line
 from mixture_of_tokens.manifest import hash_of_file
 from mixture_of_tokens.process import say_once
 

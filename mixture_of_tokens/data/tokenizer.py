@@ -10,8 +10,9 @@ from typing import NoReturn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mixture_of_tokens.data.files import first_line, naming
 from mixture_of_tokens.data.sources import located
+from mixture_of_tokens.disk import naming
+from mixture_of_tokens.formatting import first_line
 from mixture_of_tokens.process import say_once
 
 END_OF_TEXT = "<|endoftext|>"

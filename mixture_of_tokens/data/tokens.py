@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens.data.files import first_line
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of, ids_of, refuse
+from mixture_of_tokens.formatting import first_line
 from mixture_of_tokens.process import say_once
 
 FORMAT = 5  # of the files in the cache; after a change they are made anew

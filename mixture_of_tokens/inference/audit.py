@@ -24,9 +24,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mixture_of_tokens.checks import at_least_one, checked
-from mixture_of_tokens.data.files import first_line
 from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
-from mixture_of_tokens.formatting import Result
+from mixture_of_tokens.formatting import Result, first_line
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, text_of
 from mixture_of_tokens.runs.run import check_seed

@@ -15,7 +15,6 @@ model's run of the same seed; a mean comes with the least and the greatest.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -377,5 +376,4 @@ def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
 
 def write(result: Comparison, out: Path) -> None:
     """compare.json, whose directories are relative to where it stands."""
-
-    write_text(out / COMPARISON, json.dumps(result.relative(out).as_dict(), indent=2) + "\n")
+    write_text(out / COMPARISON, result.relative(out).to_json() + "\n")

@@ -11,9 +11,9 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens import manifest
-from mixture_of_tokens.data.files import first_line
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import refuse
+from mixture_of_tokens.formatting import first_line
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Device, Placement, check_device
 from mixture_of_tokens.model.sharding import shard_model
