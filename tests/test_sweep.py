@@ -132,7 +132,9 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         mot("sweep", *flags, "--out", swept)
     changed.write_text(before)
-    assert "saw different text (" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "saw different text (" in shown
+    assert "no loss of theirs compares; take another --out" in shown
 
 
 @pytest.mark.parametrize(

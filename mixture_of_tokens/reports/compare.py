@@ -20,7 +20,7 @@ from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed, names_listed_in
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
-from mixture_of_tokens.training.sweep import PlannedRun, Plans
+from mixture_of_tokens.training.sweep import ANOTHER_OUT, PlannedRun, Plans
 from mixture_of_tokens.training.train import run_merged
 
 
@@ -101,7 +101,7 @@ def _compared(
         if run is None:  # in all processes but the first
             continue
         runs.append(run)
-        runs[0].check_same_text(run)  # now, not after the last run
+        runs[0].check_same_text(run, ANOTHER_OUT)  # now, not after the last run
     if not is_main():
         return None
     models = by_model(runs)

@@ -201,7 +201,11 @@ class Run:
 
     @cached_property
     def curve(self) -> list[Point]:
-        """The evaluations during training. Those of a switched run begin with its source's and include the switch."""
+        """The evaluations during training. Those of a switched run begin with its source's and include the switch.
+
+        Raises ValueError for a run that was not evaluated while it trained.
+        """
+        self.check_evaluated()
         tokens, flops = (self.switch.tokens, self.switch.flops_per_token) if self.switch is not None else (0, 0.0)
         points = []
         before = [min(row.tokens, tokens) for row in self.evaluations]
@@ -222,13 +226,13 @@ class Run:
         if not self.evaluations:
             raise ValueError(f"{self.directory} was not evaluated while it trained: its metrics.jsonl has no eval_loss")
 
-    def check_same_text(self, other: "Run") -> None:
-        """Raises ValueError where the other saw different text: no loss of theirs compares."""
+    def check_same_text(self, other: "Run", advice: str = "") -> None:
+        """Raises ValueError, which ends with the advice, where the other saw different text."""
         if self.facts.text != other.facts.text:
             sources = (run.facts.corpus.get("source", ["an unknown text"]) for run in (self, other))
             seen = " and ".join(f"[{few_of(each)}]" for each in sources)
             what = f"{self.directory} and {other.directory} saw different text ({seen}, or another version of it)"
-            raise ValueError(f"{what}: no loss of theirs compares")
+            raise ValueError(f"{what}: no loss of theirs compares{advice}")
 
     def inherited(self, other: "Run") -> int:
         """How many evaluations it has from another run: all of that one's, if it continues it, else 0.

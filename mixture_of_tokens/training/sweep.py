@@ -28,6 +28,7 @@ from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.train import run_merged
 
 FILE, DIVERGED = "sweep.json", "diverged.txt"
+ANOTHER_OUT = "; take another --out"  # where a run in it saw other text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,7 @@ def _swept(
             continue
         if isinstance(made, Run):
             trained.append(made)
-            trained[0].check_same_text(made)  # as when files have changed between two calls
+            trained[0].check_same_text(made, ANOTHER_OUT)  # as when files have changed between two calls
             loss, seconds, why = made.facts.final_loss, made.facts.seconds, None
         else:
             print(f"mot: it diverged: {made}; it is not trained again", file=sys.stderr)
