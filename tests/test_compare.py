@@ -114,9 +114,10 @@ def test_the_time_left_is_that_of_the_same_model_or_by_flops_that_of_another(com
     (done / "run.json").write_text(json.dumps(facts | {"seconds": 20.0}))
     planned = ((NAMES[0], done, 1e9), (NAMES[0], tmp_path / "a", 1e9), (NAMES[1], tmp_path / "b", 3e9))
     plans = [_Planned(merge(name, 0, None, DEFAULTS), directory, flops) for name, directory, flops in planned]
-    assert _time_left(plans, 1) == "; about 80 s of training left"
-    assert _time_left(plans, 2) == "; about 60 s of training left"
-    assert _time_left(plans[:1], 1) == _time_left(plans[1:], 0) == ""
+    assert _time_left(plans, 1, {}) == "; about 80 s of training left"
+    assert _time_left(plans, 2, {}) == "; about 60 s of training left"
+    assert _time_left(plans[:1], 1, {}) == _time_left(plans[1:], 0, {}) == ""
+    assert _time_left(plans, 1, {NAMES[0]: 30.0}) == "; about 120 s left"  # with its evaluations
 
 
 def test_a_smaller_comparison_in_the_same_place_says_what_it_leaves_out(compared, flags, tmp_path, capsys):

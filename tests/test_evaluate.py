@@ -162,6 +162,15 @@ def test_alone_is_each_block_by_itself(tiny_runs, evaluated):
     assert [other["label"] for other in result["lines"]][1] == "full groups, same text as below"
 
 
+@pytest.mark.usefixtures("tiny_cache")
+def test_text_that_is_grouped_in_one_way_has_no_spread(tiny_runs, tmp_path):
+    for length in (1, 100):
+        for number in range(8):
+            (tmp_path / f"{number}.txt").write_text(f"text {number} " * length)
+        (full, *_) = evaluate(tiny_runs[MIXED], data=[tmp_path / "*.txt"]).lines
+        assert (full.spread is None) == (full.tokens < 4 * 64) == (length == 1)
+
+
 def test_rows_of_a_dense_model_do_not_matter(tiny_runs, evaluated):
     together, alone = evaluated(tiny_runs["Transformer-Nano"])["lines"]
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)

@@ -126,7 +126,7 @@ def test_the_printed_table_has_each_loss_in_its_row(transitioned, tiny_runs):
         ["the same, each row alone", "2.5000", "+0.5000"],
         ["switched, unchanged weights", "3.2500", "+1.2500"],
         ["switched, as training begins", "2.7500", "+0.7500"],
-        [f"step {SOURCE_STEPS + 1}, after a tenth of them", "2.2500", "+0.2500"],
+        [f"step {SOURCE_STEPS + 1}, after 1 of {STEPS}", "2.2500", "+0.2500"],
         [f"step {SOURCE_STEPS + STEPS}, the end", "1.5000", "-0.5000"],
     ]
     assert "Over all of it the first is 2.1250, this run's 1.6250." in rest
@@ -142,7 +142,11 @@ def test_a_report_has_the_source_beside_it(transitioned, tiny_runs, tmp_path, ca
     mot("report", tiny_runs[MIXED], transitioned[0], "--out", tmp_path / "page.html")
     shown = " ".join(capsys.readouterr().out.split())
     assert "After 40 steps, 10 more than MoT-Nano/4E/2, its loss is" in shown
-    assert "30 steps of MoT-Nano/4E/2 and 40 steps of MoT-Nano/4E/2, switched" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "30 steps of MoT-Nano/4E/2 and 40 steps of MoT-Nano/4E/2, switched" in page
+    *made, reported = re.findall(r"^.*mot (?:train|transition|report) .*$", page, re.MULTILINE)
+    outs = [re.findall(r"--out (again/\S+)", line)[-1] for line in made]
+    assert f"mot report {' '.join(outs)} --out {tmp_path / 'page.html'}" in reported
     with pytest.raises(SystemExit, match="2"):
         mot("report", tiny_runs["TC-Nano/4E"], transitioned[0], "--out", tmp_path / "refused.html")
     assert "they differ in --steps: 30 and 40" in capsys.readouterr().err

@@ -89,7 +89,8 @@ class Transitioned(Result):
             ("switched, as training begins" if self.steps else "switched", switch.at_the_switch),
         ]
         if self.steps:
-            rows.append((f"step {stages.tenth_step}, after a tenth of them", stages.tenth_loss))
+            done = stages.tenth_step - switch.step
+            rows.append((f"step {stages.tenth_step}, after {done} of {self.steps}", stages.tenth_loss))
             rows.append((f"step {switch.step + self.steps}, the end", stages.end_loss))
         shown = [["", "loss", "vs first"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
         lines = [

@@ -169,6 +169,8 @@ def _lines(
     mixes, group_size = group_size_of(model) is not None, group_size_of(model) or BATCH_SIZE
     seeds = range(regroupings if mixes else 1)
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
+    if all(len(_not_empty(order)) == 1 for order in full):  # so short a text is grouped in one way
+        full = full[:1]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     # Label, block numbers (groups, rows) of every regrouping, and how the model is served.
     counts = np.concatenate([(_not_empty(order) >= 0).sum(1) for order in full])

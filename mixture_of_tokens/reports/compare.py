@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -89,10 +90,12 @@ def _compared(
     options: Options,
 ) -> Report | None:
     runs: list[Run] = []
+    took: dict[str, float] = {}
     for done, plan in enumerate(plans):
         if is_main():
-            what = f"{plan.name}, seed {plan.merged.config.seed}{_time_left(plans, done)}"
+            what = f"{plan.name}, seed {plan.merged.config.seed}{_time_left(plans, done, took)}"
             print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
+        whole, started = not plan.directory.exists(), time.perf_counter()
         try:
             run = run_merged(plan.merged, plan.directory, resume=True, again="the same command")
         except FloatingPointError as error:  # in all processes
@@ -100,6 +103,8 @@ def _compared(
             raise of_all(FloatingPointError(what)) from None
         if run is None:  # in all processes but the first
             continue
+        if whole:
+            took[plan.name] = time.perf_counter() - started
         runs.append(run)
         runs[0].check_same_text(run, ANOTHER_OUT)  # now, not after the last run
     if not is_main():
@@ -146,19 +151,25 @@ def _plans(
     return plans
 
 
-def _time_left(plans: list[_Planned], done: int) -> str:
-    """An estimate from finished runs: the time of the same model, or else of the others, scaled by FLOPs."""
-    known: dict[str, float] = {}
-    for plan in plans:
-        if (plan.directory / records.FACTS).is_file():
-            known[plan.name] = RunFacts.read(plan.directory / records.FACTS).seconds
+def _time_left(plans: list[_Planned], done: int, took: dict[str, float]) -> str:
+    """An estimate from finished runs: the time of the same model, or else of the others, scaled by FLOPs.
+
+    Args:
+        took: by name, the seconds of a run that this command has made. Runs of earlier ones know those of training.
+    """
+    known, what = dict(took), "left"
+    if not known:
+        what = "of training left"
+        for plan in plans:
+            if (plan.directory / records.FACTS).is_file():
+                known[plan.name] = RunFacts.read(plan.directory / records.FACTS).seconds
     if not known:
         return ""
     each = {plan.name: plan.flops for plan in plans}
     pace = sum(known.values()) / sum(each[name] for name in known)
     left = [plan for plan in plans[done:] if not (plan.directory / records.FACTS).is_file()]
     seconds = sum(known.get(plan.name, plan.flops * pace) for plan in left)
-    return f"; about {duration(seconds)} of training left" if left else ""
+    return f"; about {duration(seconds)} {what}" if left else ""
 
 
 def _command(names: tuple[str, ...], seeds: list[int], rates: list[float] | None, out: Path, options: Options) -> str:

@@ -61,9 +61,9 @@ def report(*runs: Path, out: Path | None = None) -> Report:
     runs = tuple(Path(each) for given in runs for each in listed(given))
     found, command = runs_of(runs)
     models = by_model(found)
-    here = ["mot", "report", *map(str, runs), *([] if out is None else ["--out", str(out)])]
     again = [command] if command else [line for run in found for line in _train_commands(run)]
-    commands = [*dict.fromkeys(again), shlex.join(here)]
+    here = ["mot", "report", *(map(str, runs) if command else map(_again, found))]
+    commands = [*dict.fromkeys(again), shlex.join([*here, *([] if out is None else ["--out", str(out)])])]
     if out is None:
         place = runs[0] if len(runs) == 1 and runs[0].is_dir() else runs[0].parent
         out = place / PAGE
@@ -112,8 +112,7 @@ def _train_commands(run: Run) -> list[str]:
     if after.anneal is not None:  # half of the steps came before the switch
         before = _other_part(run, f"{run.directory.name}-annealed")
         mixing = steps if before is None else before.config.steps
-    out = run.directory.name if run.directory.name != source.name else f"{source.name}-transition"
-    words = ["mot", "transition", f"again/{source.name}", "--out", f"again/{out}"]
+    words = ["mot", "transition", f"again/{source.name}", "--out", _again(run)]
     words += ["--top-k", str(config.num_experts_per_tok), "--steps", str(steps + mixing)]
     words += ["--learning-rate", repr(rate)] if steps else []
     words += [] if config.capacity_factor is None else ["--capacity", repr(config.capacity_factor)]
@@ -126,6 +125,14 @@ def _train_commands(run: Run) -> list[str]:
     flags = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}
     words += [word for flag in flags.items() for word in flag]
     return [_train_again(source), shlex.join(words)]
+
+
+def _again(run: Run) -> str:
+    """Where `_train_commands` makes the run."""
+    after, name = run.config.transition, run.directory.name
+    if after is not None and name == Path(after.source).name:
+        name = f"{name}-transition"
+    return f"again/{name}"
 
 
 def _other_part(run: Run, name: str) -> Run | None:
