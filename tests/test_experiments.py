@@ -799,10 +799,10 @@ def test_the_switch_s_script_measures_only_what_is_missing(script, tiny_runs, ti
     monkeypatch.setitem(
         made["measured"].__globals__, "WAYS", {name: way._replace(steps=8) for name, way in made["WAYS"].items()}
     )
-    missing = made["missing"](2, {"groups", "alone", "plain", "distil", "half", "longer", "sigmoid"})
-    assert missing == ["scales", "fewer"]  # there is no quarter of two experts
+    known = {"groups", "alone", "plain", "distil", "half", "longer", "default", "sigmoid"}
+    assert made["missing"](2, known) == ["scales", "fewer"]  # there is no quarter of two experts
     source = made["Source"]("MoT-Nano/4E/2", Options(), (1,), "nano", groups=4)
-    rows = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["alone", "longer", "fewer"])
-    assert [(row["way"], row["top_k"]) for row in rows] == [("alone", ""), ("longer", 2), ("fewer", 1)]
+    rows = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["alone", "default", "fewer"])
+    assert [(row["way"], row["top_k"]) for row in rows] == [("alone", ""), ("default", 2), ("fewer", 1)]
     again = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["fewer"])  # by way of the one that is known
     assert [(row["way"], row["loss"]) for row in again] == [("fewer", rows[2]["loss"])]

@@ -234,6 +234,18 @@ def test_only_the_first_distillation_starts_so(trained, seen, monkeypatch):
     assert started == [(source.model.layers[i].mlp, target.model.layers[i].mlp) for i in (2, 3)]
 
 
+@pytest.mark.parametrize(("again", "share"), [(False, distillation.RATE), (True, distillation.RATE_AGAIN)])
+def test_a_layer_that_was_distilled_is_distilled_again_by_smaller_steps(again, share, trained, seen, monkeypatch):
+    (source, text), (target, _) = trained, switched(trained[0])
+    monkeypatch.setattr(distillation, "start", lambda *layers: None)
+    before = {name: weight.clone().detach() for name, weight in target.named_parameters() if ".2.mlp." in name}
+    distil(source, target, text.train, steps=1, again=again)
+    assert len(before) == 3
+    for name, weight in before.items():  # Adam's first step moves each by the rate
+        moved = (target.get_parameter(name).detach() - weight).abs().max()
+        assert_close(moved, share * weight.abs().mean(), rtol=1e-2, atol=0)
+
+
 def test_one_step_of_distillation_has_a_row_to_read(trained, seen):
     source, text = trained
     target, _ = switched(source)

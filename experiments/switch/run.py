@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import NANO, Experiment, add_rows, read_csv, script, signed, spread, trained
 
 LONG = 13_700
-FEW = 500  # steps of distillation
+FEW, MANY = 500, 2000  # steps of distillation
 
 
 class Source(NamedTuple):
@@ -62,24 +62,25 @@ class Way(NamedTuple):
     fit: str  # what is fitted, as --calibrate has it
     scores: Any = "softmax"
     of_top_k: int = 1  # the granularity is divided by this
-    steps: int = STEPS
+    steps: int = FEW
     after: str | None = None  # the way whose model is distilled on
 
 
 WAYS = {
     "plain": Way("plain switch", "none"),
     "scales": Way("scales", "scales"),
-    "distil": Way(f"distilled, {FEW} steps", "distil", steps=FEW),
-    "half": Way(f"distilled, {FEW} steps", "distil", of_top_k=2, steps=FEW),
-    "quarter": Way(f"distilled, {FEW} steps", "distil", of_top_k=4, steps=FEW),
-    "longer": Way(f"distilled, {STEPS:,} steps", "distil"),
+    "distil": Way(f"distilled, {FEW} steps", "distil"),
+    "half": Way(f"distilled, {FEW} steps", "distil", of_top_k=2),
+    "quarter": Way(f"distilled, {FEW} steps", "distil", of_top_k=4),
+    "longer": Way(f"distilled, {MANY:,} steps", "distil", steps=MANY),
+    "default": Way(f"distilled, {STEPS:,} steps", "distil", steps=STEPS),
     # As `mot export` goes on.
     "fewer": Way(
         f"{STEPS:,} steps, then {STEPS // 4} with half of the experts",
         "distil",
         of_top_k=2,
         steps=STEPS // 4,
-        after="longer",
+        after="default",
     ),
     "fewest": Way(
         f"{STEPS:,} steps, then twice {STEPS // 4} with ever fewer experts",
@@ -88,7 +89,7 @@ WAYS = {
         steps=STEPS // 4,
         after="fewer",
     ),
-    "sigmoid": Way(f"sigmoid gates, distilled, {FEW} steps", "distil", scores="sigmoid", steps=FEW),
+    "sigmoid": Way(f"sigmoid gates, distilled, {FEW} steps", "distil", scores="sigmoid"),
 }
 OF_SOURCE = {"groups": "source, in full groups", "alone": "source, alone"}
 

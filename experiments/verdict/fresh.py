@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from exported import by_plain_transformers
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions, train, transition
-from mixture_of_tokens.convert.distil import STEPS, distil
+from mixture_of_tokens.convert.distil import distil
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import Blocks, training_groups
 from mixture_of_tokens.formatting import loss, markdown
@@ -67,7 +67,7 @@ from common import (
 BUDGET, LONG_BUDGET, SEEDS = 7000, 28_000, (1, 2, 3)  # in steps of the dense model
 TUNING_SEED = 0  # which no result uses
 SHARE_AFTER, SHARE_BEFORE = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
-EARLY_STEPS = 500  # of distillation, for a layer, where the switch is early
+STEPS, EARLY_STEPS = 2000, 500  # of distillation, for a layer, where the switch is late and early
 OPTIONS = Options(device="cpu", data=["packages"])
 ROUNDS, TURNS, TIMED, GROUP = 7, 6, 3, 32  # rounds, turns of each system in one, steps of a turn; rows of a group
 LITTLE = 4_000_000  # bytes of text, for a model that is only served

@@ -31,11 +31,12 @@ from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.sparse import TokenChoice
 
-STEPS = 2000  # of Adam, for each layer
+STEPS = 3000  # of Adam, for each layer
 PART = 256  # of them are made on one part of the text, so that the parts' inputs and outputs alone are held in memory
 READ = 4  # times that a token is read, on average: that the source serves it alone costs more than a step
 FEW = 4  # experts of a token then, as a multiple of the granularity: 0.3 % off all of them, and much faster
 RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
+RATE_AGAIN = 0.005  # of layers that are distilled already; from RATE on they would lose what they have learned
 
 
 def distil(
@@ -66,7 +67,7 @@ def distil(
     before: dict[int, float] = {}
     fits: dict[int, Fit] = {}
     seen: Branches = {}
-    what = f"Distilling, top {target.config.num_experts_per_tok}"
+    what = f"Distilling {len(layers)} layers, top {target.config.num_experts_per_tok}"
     bar = tqdm(desc=what, total=len(layers) * steps, unit="step", delay=2, dynamic_ncols=True)
     for done in range(0, steps, PART):
         part = min(PART, steps - done)
@@ -77,7 +78,7 @@ def distil(
             if not again:
                 for i, mixture in sparse_layers(source, MixtureOfTokens):
                     start(mixture, dict(layers)[i], seen[i][0][:STEP_TOKENS])
-            fits = {i: _fit(layer, steps) for i, layer in layers}
+            fits = {i: _fit(layer, steps, RATE_AGAIN if again else RATE) for i, layer in layers}
         for i, layer in layers:
             fits[i].advance(*seen[i], part, bar)
             layer.zero_grad()
@@ -90,9 +91,9 @@ def _endless(text: Blocks, group_size: int) -> Iterator[dict[str, Tensor]]:
         yield from training_groups(text, group_size, groups=None)
 
 
-def _fit(layer: TokenChoice, steps: int) -> Fit:
+def _fit(layer: TokenChoice, steps: int, rate: float) -> Fit:
     layer.eval().requires_grad_()
-    groups = [{"params": [weight], "lr": RATE * float(weight.detach().abs().mean())} for weight in layer.parameters()]
+    groups = [{"params": [weight], "lr": rate * float(weight.detach().abs().mean())} for weight in layer.parameters()]
     return Fit(lambda x: layer(x[None])[0], groups, steps, BETAS)
 
 

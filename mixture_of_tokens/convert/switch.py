@@ -192,7 +192,7 @@ class Fit:
     ):
         self.output = output
         self.generator = torch.Generator().manual_seed(0)
-        self.adam = torch.optim.Adam(groups, betas=betas)
+        self.adam = torch.optim.Adam(groups, betas=betas, fused=True)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, total_iters=steps)
 
     def advance(self, x_SD: Tensor, y_SD: Tensor, steps: int, bar: tqdm) -> None:
