@@ -800,9 +800,9 @@ def test_the_switch_s_script_measures_only_what_is_missing(script, tiny_runs, ti
         made["measured"].__globals__, "WAYS", {name: way._replace(steps=8) for name, way in made["WAYS"].items()}
     )
     known = {"groups", "alone", "plain", "distil", "half", "longer", "default", "sigmoid"}
-    assert made["missing"](2, known) == ["scales", "fewer"]  # there is no quarter of two experts
+    assert made["missing"](2, known) == ["scales", "then_half"]  # there is no quarter of two experts
     source = made["Source"]("MoT-Nano/4E/2", Options(), (1,), "nano", groups=4)
-    rows = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["alone", "default", "fewer"])
-    assert [(row["way"], row["top_k"]) for row in rows] == [("alone", ""), ("default", 2), ("fewer", 1)]
-    again = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["fewer"])  # by way of the one that is known
-    assert [(row["way"], row["loss"]) for row in again] == [("fewer", rows[2]["loss"])]
+    rows = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["alone", "default", "then_half"])
+    assert [(row["way"], row["top_k"]) for row in rows] == [("alone", ""), ("default", 2), ("then_half", 1)]
+    again = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["then_half"])  # by way of the one that is known
+    assert [(row["way"], row["loss"]) for row in again] == [("then_half", rows[2]["loss"])]

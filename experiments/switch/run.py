@@ -3,8 +3,8 @@
     python experiments/switch/run.py            # 3 minutes of one core a MoT-Nano/32E, 15 a /32E/8, beside other work
     python experiments/switch/run.py --table    # Markdown
 
-The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and two
-of LONG steps on the source text of the installed packages (an hour of one core each). Each is switched in the `WAYS`
+The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and the
+same of LONG steps on the source text of the installed packages (an hour of one core each). Each is switched in the `WAYS`
 below and scored over the validation text, after the switch each row alone; of the packages' text over some groups of
 it. losses.csv has a row each; what is in it is not measured again.
 
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import NANO, Experiment, add_rows, read_csv, script, signed, spread, trained
 
 LONG = 13_700
+ON_PACKAGES = Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"})
 FEW, MANY = 500, 2000  # steps of distillation
 
 
@@ -47,13 +48,8 @@ class Source(NamedTuple):
 SOURCES = (
     Source("MoT-Nano/32E", NANO, (1, 2, 3), "nano"),
     Source("MoT-Nano/32E/8", NANO, (1, 2, 3), "nano"),
-    Source(
-        "MoT-Nano/32E/8",
-        Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"}),
-        (1, 2, 3),
-        "switch",
-        groups=512,
-    ),
+    Source("MoT-Nano/32E", ON_PACKAGES, (1, 2, 3), "switch", groups=512),
+    Source("MoT-Nano/32E/8", ON_PACKAGES, (1, 2, 3), "switch", groups=512),
 )
 
 
@@ -75,19 +71,19 @@ WAYS = {
     "longer": Way(f"distilled, {MANY:,} steps", "distil", steps=MANY),
     "default": Way(f"distilled, {STEPS:,} steps", "distil", steps=STEPS),
     # As `mot export` goes on.
-    "fewer": Way(
+    "then_half": Way(
         f"{STEPS:,} steps, then {STEPS // 4} with half of the experts",
         "distil",
         of_top_k=2,
         steps=STEPS // 4,
         after="default",
     ),
-    "fewest": Way(
+    "then_quarter": Way(
         f"{STEPS:,} steps, then twice {STEPS // 4} with ever fewer experts",
         "distil",
         of_top_k=4,
         steps=STEPS // 4,
-        after="fewer",
+        after="then_half",
     ),
     "sigmoid": Way(f"sigmoid gates, distilled, {FEW} steps", "distil", scores="sigmoid"),
 }
@@ -159,7 +155,7 @@ def make(kept: Path) -> None:
 
 def table(kept: Path) -> str:
     found = read_csv(kept / "losses.csv")
-    shown = [["source", "switch", "top k", "loss", "above the source in groups", "seconds"]]
+    shown = [["source", "switch", "top k", "seeds", "loss", "above the source in groups", "seconds"]]
     for source in SOURCES:
         own = [row for row in found if (row["source"], row["steps"]) == (source.name, str(source.options.steps))]
         in_groups = {row["seed"]: float(row["loss"]) for row in own if row["way"] == "groups"}
@@ -171,7 +167,8 @@ def table(kept: Path) -> str:
             above = spread((float(row["loss"]) - in_groups[row["seed"]] for row in these), signed)
             seconds = "" if way in OF_SOURCE else spread((row["seconds"] for row in these), "{:.0f}".format)
             title = f"{source.name}, {source.options.steps:,} steps"
-            shown.append([title, label, these[0]["top_k"], losses, "" if way == "groups" else above, seconds])
+            above = "" if way == "groups" else above
+            shown.append([title, label, these[0]["top_k"], str(len(these)), losses, above, seconds])
     return markdown(shown, left=2)
 
 
