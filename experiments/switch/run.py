@@ -4,9 +4,9 @@
     python experiments/switch/run.py --table    # Markdown
 
 The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and the
-same of LONG steps on the source text of the installed packages (an hour of one core each). Each is switched in the `WAYS`
-below and scored over the validation text, after the switch each row alone; of the packages' text over some groups of
-it. losses.csv has a row each; what is in it is not measured again.
+same of LONG steps on the source text of the installed packages (an hour of one core each). Each is switched in the
+`WAYS` below and scored over the validation text, after the switch each row alone; of the packages' text over some
+groups of it. losses.csv has a row each; what is in it is not measured again.
 
     loss       of the source in full groups and alone, and of the switched models
     seconds    of all that is fitted, by one thread beside other work, with the source's forward passes
