@@ -164,10 +164,9 @@ def table(kept: Path) -> str:
             if not these:
                 continue
             losses = spread(row["loss"] for row in these)
-            above = spread((float(row["loss"]) - in_groups[row["seed"]] for row in these), signed)
+            above = "" if way == "groups" else spread((float(r["loss"]) - in_groups[r["seed"]] for r in these), signed)
             seconds = "" if way in OF_SOURCE else spread((row["seconds"] for row in these), "{:.0f}".format)
             title = f"{source.name}, {source.options.steps:,} steps"
-            above = "" if way == "groups" else above
             shown.append([title, label, these[0]["top_k"], str(len(these)), losses, above, seconds])
     return markdown(shown, left=2)
 
