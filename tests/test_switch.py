@@ -2,10 +2,14 @@
 
 import copy
 import math
+import os
+import signal
+import threading
 
 import pytest
 import torch
 from torch.testing import assert_close
+from tqdm import tqdm
 
 import reference
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
@@ -185,6 +189,64 @@ def test_distillation_is_the_same_each_time(trained, seen):
         distil(source, target, text.train, steps=10)
     for a, b in zip(*(target.parameters() for target in targets), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_layers_are_distilled_at_once_as_one_after_the_other(trained, seen, monkeypatch, two_threads):
+    source, text = trained
+    monkeypatch.setattr(distillation, "branches", lambda *_: seen)
+    made, used = [], []
+    advance = distillation.Fit.advance
+
+    def noting(fit, *args):
+        for step in advance(fit, *args):
+            used.append((threading.get_ident(), torch.get_num_threads()))
+            yield step
+
+    monkeypatch.setattr(distillation.Fit, "advance", noting)
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        used.clear()
+        made.append(switched(source)[0])
+        distil(source, made[-1], text.train, steps=10)
+        assert len(set(used)) == threads
+        assert {number for _, number in used} == {1}
+        assert torch.get_num_threads() == threads
+    for name, weight in made[0].state_dict().items():
+        assert torch.equal(weight, made[1].state_dict()[name]), name
+
+
+def endless_steps():
+    while True:
+        yield
+
+
+def interrupted_after_a_step():
+    yield
+    os.kill(os.getpid(), signal.SIGINT)  # to the main thread, which waits
+    yield from endless_steps()
+
+
+def failing_after_a_step():
+    yield
+    raise ValueError("of this layer")
+
+
+@pytest.mark.parametrize(
+    ("steps", "error"), [(interrupted_after_a_step, KeyboardInterrupt), (failing_after_a_step, ValueError)]
+)
+def test_what_ends_one_layer_s_distillation_ends_all(steps, error, two_threads):
+    fits = [steps(), endless_steps()]
+    with pytest.raises(error), tqdm(disable=True) as bar:
+        distillation._at_once(fits, torch.device("cpu"), bar)
+    assert torch.get_num_threads() == 2
 
 
 def test_distillation_reads_on_in_the_text_and_begins_it_again(trained, seen, monkeypatch):

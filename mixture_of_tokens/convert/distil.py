@@ -8,7 +8,9 @@ layer starts from
     experts   FFN_e(a_e x)                      a_e: e's mean gate where it is chosen, as x comes with it into a mixture
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -79,11 +81,32 @@ def distil(
                 for i, mixture in sparse_layers(source, MixtureOfTokens):
                     start(mixture, dict(layers)[i], seen[i][0][:STEP_TOKENS])
             fits = {i: _fit(layer, steps, RATE_AGAIN if again else RATE) for i, layer in layers}
-        for i, layer in layers:
-            fits[i].advance(*seen[i], part, bar)
+        _at_once([fits[i].advance(*seen[i], part) for i, _ in layers], source.device, bar)
+        for _, layer in layers:
             layer.zero_grad()
     bar.close()
     return {str(i): (before[i], distance(layer, *seen[i])) for i, layer in layers}
+
+
+def _at_once(fits: Sequence[Iterator[None]], device: torch.device, bar: tqdm) -> None:
+    """Take all steps of these. On a CPU layers share its threads, as the operations of one are too small for many."""
+    threads, stopped = torch.get_num_threads(), Event()
+    workers = min(threads, len(fits)) if device.type == "cpu" else 1
+
+    def finish(fit: Iterator[None]) -> None:
+        for _ in fit:
+            with bar.get_lock():
+                bar.update()
+            if stopped.is_set():
+                break
+
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        try:
+            for done in as_completed([pool.submit(finish, fit) for fit in fits]):
+                done.result()
+        finally:  # also where ctrl-c or an error ends the wait
+            stopped.set()
+            torch.set_num_threads(threads)
 
 
 def _endless(text: Blocks, group_size: int) -> Iterator[dict[str, Tensor]]:

@@ -94,7 +94,9 @@ def _fit(
     slow = {"params": [free["bias"], free["log_beta"]], "lr": ROUTER_RATE}
     groups = [{"params": [free["log_a"], free["log_s"]], "lr": SCALE_RATE}, slow]
     layer.eval()
-    Fit(lambda x: functional_call(layer, folded()[0], (x[None],))[0], groups, steps).advance(x_SD, y_SD, steps, bar)
+    fit = Fit(lambda x: functional_call(layer, folded()[0], (x[None],))[0], groups, steps)
+    for _ in fit.advance(x_SD, y_SD, steps):
+        bar.update()
     with torch.no_grad():
         weights, scales = folded()
     return {name: weight.detach() for name, weight in weights.items()}, {n: s.detach() for n, s in scales.items()}

@@ -15,7 +15,7 @@ It need not jump. Served alone, a Mixture of Tokens *is* a sparse layer, with a 
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -195,8 +195,8 @@ class Fit:
         self.adam = torch.optim.Adam(groups, betas=betas, fused=True)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, total_iters=steps)
 
-    def advance(self, x_SD: Tensor, y_SD: Tensor, steps: int, bar: tqdm) -> None:
-        """Go `steps` of the steps on, each on tokens drawn from these."""
+    def advance(self, x_SD: Tensor, y_SD: Tensor, steps: int) -> Iterator[None]:
+        """Go `steps` of the steps on, each on tokens drawn from these, and yield after each."""
         for _ in range(steps):
             drawn = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=self.generator)
             rows = drawn.to(x_SD.device)
@@ -206,7 +206,7 @@ class Fit:
             error.backward()
             self.adam.step()
             self.schedule.step()
-            bar.update()
+            yield
 
 
 def rescale_moments(optimizer: torch.optim.Optimizer, names: dict[int, str], scales: Scales) -> None:
