@@ -6,8 +6,8 @@
 Each source is trained on as Token Choice for a tenth of its steps: switched as in the paper (plain), and with what is
 fitted at the switch. Beside it is Token Choice from scratch with as many steps and the default temperature, 1; for a
 Micro these take about as long (`timings.csv`), without what the fit takes. The Nanos, three seeds, are those of
-`../transition`, whose `run.py` makes them. The Micro, one seed, is figure 7's at 12 million tokens, switched as `mot
-transition` does by default, and with sigmoid gates. Expected: the loss jumps at the plain switch and is below the
+`../transition`, whose `run.py` makes them. The Micro, one seed, is figure 7's at 12 million tokens, switched by
+distillation of 2,000 steps, and so with sigmoid gates. Expected: the loss jumps at the plain switch and is below the
 source's at the end, on every seed. The paper: a spike at the switch, then recovery, for Medium and Base (caption of
 figure 8; values not available). The same question with budgets of time is in `../verdict`.
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import micro
 import numpy as np
-from studies import EXPERIMENT, FIRST_SEEDS, SIZES, Said, Study, verdict, with_weights
+from studies import DISTIL_STEPS, EXPERIMENT, FIRST_SEEDS, SIZES, Said, Study, verdict, with_weights
 
 from mixture_of_tokens import transition
 from mixture_of_tokens.formatting import markdown
@@ -38,8 +38,8 @@ Ways = dict[str, tuple[str, Mapping[str, Any]]]
 OF_NANOS: Ways = {PLAIN: ("plain switch", {}), "": ("fitted scales", {})}
 OF_MICROS: Ways = {
     PLAIN: ("plain switch", {"calibrate": "none"}),
-    "distilled": ("distilled", {}),
-    "sigmoid": ("distilled, sigmoid gates", {"scores": "sigmoid"}),
+    "distilled": ("distilled", {"distil_steps": DISTIL_STEPS}),
+    "sigmoid": ("distilled, sigmoid gates", {"scores": "sigmoid", "distil_steps": DISTIL_STEPS}),
 }
 CONTROL: Ways = {SCRATCH: ("Token Choice from scratch", {"control": "scratch"})}
 CONTROLS = CONTROL | {SIGMOID_SCRATCH: ("from scratch, sigmoid gates", {"control": "scratch", "scores": "sigmoid"})}

@@ -30,10 +30,12 @@ from typing import Any
 import micro
 import nano
 import numpy as np
-from studies import EXPERIMENT, FIRST_SEEDS, Row, Said, Study, System, verdict, with_weights
+from studies import DISTIL_STEPS, EXPERIMENT, FIRST_SEEDS, Row, Said, Study, System, verdict, with_weights
 
 from mixture_of_tokens import export
 from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.model.routings import MIXTURE
 from mixture_of_tokens.runs.loading import load_tokenizer_of, text_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -139,7 +141,8 @@ def make(tasks: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         exported = folder / f"{run.name}-exported"
         if not exported.exists():
-            export(str(run), exported)
+            mixture = parse_name(system.name).routing is MIXTURE
+            export(str(run), exported, **({"distil_steps": DISTIL_STEPS} if mixture else {}))
         write_tasks(run, folder)
         for task, found in scores_of(exported, missing, folder).items():
             row = {"system": system.label, "task": task, "accuracy": found["acc,none"]}
