@@ -91,7 +91,7 @@ def distil(
 def _at_once(fits: Sequence[Iterator[None]], device: torch.device, bar: tqdm) -> None:
     """Take all steps of these. On a CPU layers share its threads, as the operations of one are too small for many."""
     threads, stopped = torch.get_num_threads(), Event()
-    workers = min(threads, len(fits)) if device.type == "cpu" else 1
+    workers = min(threads, len(fits))
 
     def finish(fit: Iterator[None]) -> None:
         for _ in fit:
@@ -100,6 +100,10 @@ def _at_once(fits: Sequence[Iterator[None]], device: torch.device, bar: tqdm) ->
             if stopped.is_set():
                 break
 
+    if device.type != "cpu" or workers == 1:  # this thread alone has the process's current device
+        for fit in fits:
+            finish(fit)
+        return
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         try:
             for done in as_completed([pool.submit(finish, fit) for fit in fits]):
