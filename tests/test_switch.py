@@ -266,7 +266,7 @@ def test_distillation_reads_on_in_the_text_and_begins_it_again(trained, seen, mo
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_distillation_starts_from_biases_in_the_router_and_mean_gates_in_the_experts(scores):
+def test_distillation_starts_from_biases_in_the_router_and_gates_in_the_experts(scores):
     """A softmax ignores what all biases have in common, log(G - 1)."""
     source = small_model("mixture_of_tokens", num_experts_per_tok=2).double()
     mixing, x = source.model.layers[1].mlp, 1 + tokens(300, 16)
@@ -283,7 +283,13 @@ def test_distillation_starts_from_biases_in_the_router_and_mean_gates_in_the_exp
         mean = float((own**3).sum() / (own**2).sum()) if len(own) else 0.05
         assert_close(layer.experts.gate_up_proj[e], mean * before.experts.gate_up_proj[e], rtol=1e-6, atol=0)
         assert (len(own) == 0) == (e == 5)
-    assert torch.equal(layer.experts.down_proj, before.experts.down_proj)
+    new = x @ layer.gate.weight.T
+    new = (new.softmax(-1) if scores == "softmax" else new.sigmoid()).detach()
+    for e in range(6):
+        chosen = (new > new[:, [e]]).sum(1) < 2
+        by = float((new * gates)[chosen, e].sum() / new[chosen, e].square().sum()) if chosen.any() else 1
+        assert_close(layer.experts.down_proj[e], by * before.experts.down_proj[e], rtol=1e-6, atol=0)
+        assert bool(chosen.any()) == (e != 5)
 
 
 def test_only_the_first_distillation_starts_so(trained, seen, monkeypatch):
@@ -305,7 +311,8 @@ def test_a_layer_that_was_distilled_is_distilled_again_by_smaller_steps(again, s
     assert len(before) == 3
     for name, weight in before.items():  # Adam's first step moves each by the rate
         moved = (target.get_parameter(name).detach() - weight).abs().max()
-        assert_close(moved, share * weight.abs().mean(), rtol=1e-2, atol=0)
+        of_the_rate = distillation.ROUTER if name.endswith("gate.weight") else 1
+        assert_close(moved, of_the_rate * share * weight.abs().mean(), rtol=1e-2, atol=0)
 
 
 def test_one_step_of_distillation_has_a_row_to_read(trained, seen):

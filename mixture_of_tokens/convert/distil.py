@@ -5,7 +5,8 @@ Adam on the squared error, each layer to its own. No model is trained: the loss 
 layer starts from
 
     router    c_e / temperature - b_e u         u . x is about 1 for every x, so that b_e is a bias
-    experts   FFN_e(a_e x)                      a_e: e's mean gate where it is chosen, as x comes with it into a mixture
+    experts   s_e FFN_e(a_e x)                  a_e: e's mean gate where it is chosen, as x comes with it into a mixture
+                                                s_e: that gate over the new one; a softmax's is smaller
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,8 @@ STEPS = 3000  # of Adam, for each layer
 PART = 256  # of them are made on one part of the text, so that the parts' inputs and outputs alone are held in memory
 READ = 4  # times that a token is read, on average: that the source serves it alone costs more than a step
 FEW = 4  # experts of a token then, as a multiple of the granularity: 0.3 % off all of them, and much faster
-RATE, BETAS = 0.05, (0.9, 0.99)  # the rate is a share of a weight's mean size, and falls to zero
+RATE, BETAS = 0.05, (0.9, 0.95)  # the rate is a share of a weight's mean size, and falls to zero
+ROUTER = 0.5  # of the rate, for the router: at a higher one tokens change their experts faster than these learn
 RATE_AGAIN = 0.005  # of layers that are distilled already; from RATE on they would lose what they have learned
 
 
@@ -120,13 +122,14 @@ def _endless(text: Blocks, group_size: int) -> Iterator[dict[str, Tensor]]:
 
 def _fit(layer: TokenChoice, steps: int, rate: float) -> Fit:
     layer.eval().requires_grad_()
-    groups = [{"params": [weight], "lr": rate * float(weight.detach().abs().mean())} for weight in layer.parameters()]
+    rates = [(weight, ROUTER * rate if weight is layer.gate.weight else rate) for weight in layer.parameters()]
+    groups = [{"params": [weight], "lr": share * float(weight.detach().abs().mean())} for weight, share in rates]
     return Fit(lambda x: layer(x[None])[0], groups, steps, BETAS)
 
 
 @torch.no_grad()
 def start(source: MixtureOfTokens, layer: TokenChoice, x_SD: Tensor) -> None:
-    """Fold biases into the router, and mean gates into the experts."""
+    """Fold biases into the router, and gates into the experts."""
     gate_SE = (source.logits(x_SD[None])[0] - alone_bias(source)).sigmoid()
     chosen_SE = torch.zeros_like(gate_SE).scatter(1, gate_SE.topk(layer.num_experts_per_tok).indices, 1)
     answered_SE = chosen_SE * gate_SE.square()  # how much of e's output comes from a token, about
@@ -134,3 +137,8 @@ def start(source: MixtureOfTokens, layer: TokenChoice, x_SD: Tensor) -> None:
     layer.gate.weight.sub_(router_bias(source, layer)[:, None] * constant_direction(x_SD))
     first = layer.experts.gate_up_proj if layer.experts.gated else layer.experts.up_proj
     first.mul_(mean_E.clamp(0.05, 1)[:, None, None])  # an expert that nothing has chosen keeps a little
+    scores_SE = layer.scores(layer.gate(x_SD))
+    new_SK, expert_SK = layer.choose(scores_SE)
+    new_SE = torch.zeros_like(scores_SE).scatter(1, expert_SK, new_SK)
+    scale_E = (new_SE * gate_SE).sum(0) / new_SE.square().sum(0)  # the best by least squares; none of 0 / 0
+    layer.experts.down_proj.mul_(scale_E.nan_to_num(1).clamp(0.05, 20)[:, None, None])
