@@ -39,7 +39,7 @@ PART = 256  # of them are made on one part of the text, so that the parts' input
 READ = 4  # times that a token is read, on average: that the source serves it alone costs more than a step
 FEW = 4  # experts of a token then, as a multiple of the granularity: 0.3 % off all of them, and much faster
 RATE, BETAS = 0.05, (0.9, 0.95)  # the rate is a share of a weight's mean size, and falls to zero
-ROUTER = 0.5  # of the rate, for the router: at a higher one tokens change their experts faster than these learn
+ROUTER = 0.5  # of the rate, for the router; found by experiment, as the others (experiments/LOG.md)
 RATE_AGAIN = 0.005  # of layers that are distilled already; from RATE on they would lose what they have learned
 
 
