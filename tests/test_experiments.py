@@ -799,7 +799,7 @@ def test_the_switch_s_script_measures_only_what_is_missing(script, tiny_runs, ti
     monkeypatch.setitem(
         made["measured"].__globals__, "WAYS", {name: way._replace(steps=8) for name, way in made["WAYS"].items()}
     )
-    known = {"groups", "alone", "plain", "distil", "half", "longer", "default", "sigmoid"}
+    known = {"groups", "alone", "plain", "shorter", "default", "sigmoid"}
     assert made["missing"](2, known) == ["scales", "then_half"]  # there is no quarter of two experts
     source = made["Source"]("MoT-Nano/4E/2", Options(), (1,), "nano", groups=4)
     rows = made["measured"](source, tiny_runs["MoT-Nano/4E/2"], ["alone", "default", "then_half"])

@@ -34,7 +34,7 @@ from common import NANO, Experiment, add_rows, read_csv, script, signed, spread,
 
 LONG = 13_700
 ON_PACKAGES = Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"})
-FEW, MANY = 500, 2000  # steps of distillation
+FEW = 500  # steps of distillation
 
 
 class Source(NamedTuple):
@@ -58,18 +58,15 @@ class Way(NamedTuple):
     fit: str  # what is fitted, as --calibrate has it
     scores: Any = "softmax"
     of_top_k: int = 1  # the granularity is divided by this
-    steps: int = FEW
+    steps: int = STEPS
     after: str | None = None  # the way whose model is distilled on
 
 
 WAYS = {
     "plain": Way("plain switch", "none"),
     "scales": Way("scales", "scales"),
-    "distil": Way(f"distilled, {FEW} steps", "distil"),
-    "half": Way(f"distilled, {FEW} steps", "distil", of_top_k=2),
-    "quarter": Way(f"distilled, {FEW} steps", "distil", of_top_k=4),
-    "longer": Way(f"distilled, {MANY:,} steps", "distil", steps=MANY),
-    "default": Way(f"distilled, {STEPS:,} steps", "distil", steps=STEPS),
+    "shorter": Way(f"distilled, {FEW} steps", "distil", steps=FEW),
+    "default": Way(f"distilled, {STEPS:,} steps", "distil"),
     # As `mot export` goes on.
     "then_half": Way(
         f"{STEPS:,} steps, then {STEPS // 4} with half of the experts",
@@ -85,7 +82,7 @@ WAYS = {
         steps=STEPS // 4,
         after="then_half",
     ),
-    "sigmoid": Way(f"sigmoid gates, distilled, {FEW} steps", "distil", scores="sigmoid"),
+    "sigmoid": Way(f"sigmoid gates, distilled, {STEPS:,} steps", "distil", scores="sigmoid"),
 }
 OF_SOURCE = {"groups": "source, in full groups", "alone": "source, alone"}
 

@@ -34,7 +34,7 @@ from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.sparse import TokenChoice
 
-STEPS = 3000  # of Adam, for each layer
+STEPS = 2000  # of Adam, for each layer
 PART = 256  # of them are made on one part of the text, so that the parts' inputs and outputs alone are held in memory
 READ = 4  # times that a token is read, on average: that the source serves it alone costs more than a step
 FEW = 4  # experts of a token then, as a multiple of the granularity: 0.3 % off all of them, and much faster
@@ -84,8 +84,6 @@ def distil(
                     start(mixture, dict(layers)[i], seen[i][0][:STEP_TOKENS])
             fits = {i: _fit(layer, steps, RATE_AGAIN if again else RATE) for i, layer in layers}
         _at_once([fits[i].advance(*seen[i], part) for i, _ in layers], source.device, bar)
-        for _, layer in layers:
-            layer.zero_grad()
     bar.close()
     return {str(i): (before[i], distance(layer, *seen[i])) for i, layer in layers}
 

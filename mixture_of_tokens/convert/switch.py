@@ -202,9 +202,9 @@ class Fit:
             rows = drawn.to(x_SD.device)
             y = y_SD[rows]
             error = (self.output(x_SD[rows]) - y).square().sum() / y.square().sum()
-            self.adam.zero_grad()
             error.backward()
             self.adam.step()
+            self.adam.zero_grad()  # here, so that no gradients are held while other layers are fitted
             self.schedule.step()
             yield
 
