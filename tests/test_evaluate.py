@@ -296,6 +296,8 @@ def strange(tmp_path, monkeypatch, tiny_runs):
     (tmp_path / "short.txt").write_text("a")
     (tmp_path / "emptied").mkdir()
     shutil.copy(tiny_runs[MIXED] / "run.json", tmp_path / "emptied")
+    (tmp_path / "begun").mkdir()
+    shutil.copy(tiny_runs[MIXED] / "config.yaml", tmp_path / "begun")
 
 
 @pytest.mark.usefixtures("strange", "tiny_cache")
@@ -304,6 +306,7 @@ def strange(tmp_path, monkeypatch, tiny_runs):
     [
         (["nothing"], "nothing is no model: it has neither model/ nor config.json"),
         (["emptied"], "emptied is no model: its folder model/ is gone"),
+        (["begun"], "begun is no model: it is a run that has saved no checkpoint yet; give a finished run"),
         (["./missing"], "./missing: there is no such directory"),
         (["file"], "file is no model"),
         (["t5"], "t5 cannot be loaded: a t5 model is no causal language model"),

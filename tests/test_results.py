@@ -275,6 +275,15 @@ def test_a_loss_at_equal_time_of_some_seeds_says_so(tmp_path):
     assert shown.count("1 of 2 seeds") == 2  # the loss and the difference
 
 
+def test_shares_that_are_one_as_shown_are_not_opposed(tmp_path):
+    names = {"Transformer-Nano": 5.0, "TC-Nano/32E": 5.01}
+    found = comparison(by_model([run(tmp_path / name[:2], name, seconds=each) for name, each in names.items()]))
+    reached = found.models[1].reached["Transformer-Nano"].of_time
+    assert reached is not None
+    assert 1 < reached.mean < 1.005
+    assert "in 1.00 of the steps (one seed) and 1.00 of the time" in " ".join(findings(found)["TC-Nano/32E"])
+
+
 def cells(table: Element) -> list[list[tuple[str, str]]]:
     """Of each row, the head of each column and what stands below it."""
     head, *rows = ["".join(cell.itertext()) for cell in table.findall(".//thead/tr")[-1]], *table.findall(".//tbody/tr")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.convert.distil import STEPS, distil
+from mixture_of_tokens.convert.distil import distil
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
@@ -34,7 +34,7 @@ from common import NANO, Experiment, add_rows, read_csv, script, signed, spread,
 
 LONG = 13_700
 ON_PACKAGES = Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"})
-FEW = 500  # steps of distillation
+STEPS, FEW = 2000, 500  # of distillation: the default when these were measured, and less
 
 
 class Source(NamedTuple):

@@ -134,6 +134,7 @@ SYSTEMS = (
 LONG_SYSTEMS = (
     System("TC-Nano/32E", SHARP),
     System("TC-Nano/32E/4", DROPLESS),
+    System("TC-Nano/32E/4", DROPLESS, rate=2.5e-3),
     System("STC-Nano/32E/8"),
     System("STC-Nano/32E/8", rate=5e-3),
     System("MoT-Nano/32E/4", early=True),

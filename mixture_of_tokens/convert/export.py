@@ -117,7 +117,7 @@ def export(
         run: A run directory or a checkpoint.
         out: The directory to write.
         top_k: Of a Mixture of Tokens, experts that a token goes to. By default the granularity, half of it and a
-            quarter are tried, and the fewest with a loss at most 0.01 above the source's in full groups, or the best.
+            quarter are tried, and the fewest with a loss at most 0.01 above the lowest of the three are written.
         scores: Of a Mixture of Tokens, gates of the exported model: softmax over the experts, the default (Qwen3-MoE),
             or a sigmoid each (Dots1), the default for a model with shared experts.
         distil_steps: Of a Mixture of Tokens, steps of distillation for each layer; a model that was trained longer may
@@ -131,7 +131,7 @@ def export(
     run, out = str(run), Path(out)
     if out.is_symlink() or out.name in ("", ".."):  # what it names is written, and needs a name
         out = out.resolve()
-    at_least_one(top_k=top_k, distil_steps=distil_steps)
+    at_least_one(distil_steps=distil_steps)
     if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
     if not out.absolute().parent.is_dir():

@@ -18,7 +18,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 
 ROWS = 1024  # of text that losses are measured on
 WRITTEN, TIMES = 16, 5  # tokens that are written to time one, and how often
-ENOUGH = 0.01  # nats above the source in full groups, with which fewer experts are chosen
+ENOUGH = 0.01  # nats above the lowest loss, with which fewer experts are chosen
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Served:
     chosen: TopK
 
     def __str__(self) -> str:
-        named = [("Mixture of Tokens, in groups", self.source)]
+        named = [("Mixture of Tokens (its loss is in groups)", self.source)]
         named += [(f"top {each.top_k}", each) for each in self.tried]
         rows = [[name, loss(row.loss), f"{row.flops_per_token:,.0f}", f"{row.ms:.1f}"] for name, row in named]
         table = aligned([["", "loss", "FLOPs/token", "ms/token alone"], *rows])
@@ -57,10 +57,7 @@ class Served:
         table += f"\n\nLosses are of {part}; mot train's, by default, of {whole}."
         if len(self.tried) == 1:
             return f"{table}\n\nTop {self.chosen.top_k} is written."
-        within = f"at most {ENOUGH:g} nats above the source's in groups"
-        why = f"the fewest experts with a loss {within}"
-        if self.chosen.loss > self.source.loss + ENOUGH:
-            why = f"the lowest loss, as none is {within}"
+        why = f"the fewest experts with a loss at most {ENOUGH:g} nats above the lowest of these"
         return f"{table}\n\nTop {self.chosen.top_k} is written: {why}. --top-k chooses another."
 
 
@@ -72,8 +69,8 @@ def serve(
     Args:
         source: with calibrated companions, as `mot train` saves it.
         text: that it was trained on.
-        top_k: experts a token; by default the fewest of k, k / 2 and k / 4, k being the granularity, that do, or the
-            best.
+        top_k: experts a token; by default the fewest of k, k / 2 and k / 4, k being the granularity, that are as good
+            as the best of these.
         distil_steps: for the first k; for fewer experts a quarter as many follow.
 
     Raises ValueError for what cannot be switched.
@@ -103,14 +100,14 @@ def serve(
             (source.config.num_experts, first, *fewer), (source, *made), _milliseconds([source, *made]), strict=True
         )
     ]
-    best = best_of(tried, before)
+    best = best_of(tried)
     return made[tried.index(best)], Served(split, before, tried, best)
 
 
-def best_of(tried: list[TopK], source: TopK) -> TopK:
-    """The fewest experts with a loss that is close enough to the source's; without any, those with the lowest."""
-    enough = [each for each in tried if each.loss <= source.loss + ENOUGH]
-    return min(enough, key=lambda each: each.top_k) if enough else min(tried, key=lambda each: each.loss)
+def best_of(tried: list[TopK]) -> TopK:
+    """The fewest experts with a loss that is close enough to the lowest."""
+    lowest = min(each.loss for each in tried)
+    return min((each for each in tried if each.loss <= lowest + ENOUGH), key=lambda each: each.top_k)
 
 
 def _loss(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:

@@ -171,7 +171,7 @@ def transition(
 
     Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
     """
-    at_least_one(top_k=top_k, distil_steps=distil_steps)
+    at_least_one(distil_steps=distil_steps)
     Placement.of(shard, replicate, expert_parallel, process_count())
     if steps is not None and steps < 0:
         raise ValueError(f"--steps must be 0 or more, not {steps}")
@@ -187,9 +187,11 @@ def transition(
     steps = max(1, source.facts.steps // 10) if steps is None else steps
     if steps == 0 and (learning_rate is not None or schedule != "own"):
         raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
+    if distil_steps != STEPS and calibrate != "distil":
+        raise ValueError(f"--calibrate {calibrate} leaves nothing for --distil-steps to change")
     _check_in_vain(
         control,
-        distil_steps=distil_steps != STEPS and (calibrate != "distil" or control is not None),
+        distil_steps=distil_steps != STEPS and control is not None,
         calibrate=calibrate == "scales" and control is not None,
         optimizer=optimizer != "carried" and control == "scratch",
         schedule=schedule != "own" and control == "scratch",
@@ -246,11 +248,9 @@ def transition(
     return None if made is None else Transitioned.of(source, made)
 
 
-def _check_in_vain(control: str | None, *, distil_steps: bool, **in_vain: bool) -> None:
-    """Raises ValueError for flags that were given in vain: `distil_steps`, and those of `in_vain` that are true."""
-    if distil_steps:
-        raise ValueError("--distil-steps is for --calibrate distil, which controls do without")
-    if flags := ", ".join(f"--{flag}" for flag, is_given in in_vain.items() if is_given):
+def _check_in_vain(control: str | None, **in_vain: bool) -> None:
+    """Raises ValueError for flags that were given in vain."""
+    if flags := ", ".join(f"--{flag.replace('_', '-')}" for flag, is_given in in_vain.items() if is_given):
         raise ValueError(f"--control {control} leaves nothing for {flags} to change")
 
 

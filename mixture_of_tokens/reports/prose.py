@@ -96,7 +96,7 @@ def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:
     steps, time = found.of_steps, found.of_time
     if steps is None or time is None:
         return f"never reaches {target}'s last loss ({seeds})"
-    joint = "but" if (steps.mean <= 1) != (time.mean <= 1) else "and"
+    joint = "but" if _is_less(steps) != _is_less(time) else "and"
     took = f"{_share(steps, 'steps', seeds)} {joint} {_share(time, 'time')}"
     if steps.seeds < len(comparison.seeds):
         took = f"{_share(steps, 'steps')} {joint} {_share(time, 'time')}"
@@ -106,7 +106,12 @@ def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:
 
 def _share(share: Summary, of: str, seeds: str = "") -> str:
     known = ", ".join(filter(None, (span(share), seeds)))
-    return f"{ratio(share.mean)} {'of' if share.mean <= 1 else 'times'} the {of}" + f" ({known})" * bool(known)
+    return f"{ratio(share.mean)} {'of' if _is_less(share) else 'times'} the {of}" + f" ({known})" * bool(known)
+
+
+def _is_less(share: Summary) -> bool:
+    """Than one, or equal, in the digits that are shown."""
+    return float(ratio(share.mean)) <= 1
 
 
 def _beside(apart: Summary) -> str:

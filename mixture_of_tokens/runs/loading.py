@@ -51,7 +51,9 @@ def _located(run: str) -> str:
             hint = "its folder model/ is gone"
         elif newest is None and path.is_dir() and checkpoints.has_any(path):
             hint = "it is not finished, and none of its checkpoints is whole"
-        raise ValueError(f"{run} is no model: {hint}; give a run directory, a checkpoint or a name on the Hub")
+        elif newest is None and (path / records.CONFIG).is_file():
+            hint = "it is a run that has saved no checkpoint yet"
+        raise ValueError(f"{run} is no model: {hint}; give a finished run, a checkpoint or a name on the Hub")
     return str(path)
 
 
