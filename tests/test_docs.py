@@ -200,7 +200,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/prose/run.py": (11, "results"),
     "experiments/long/run.py": (11, "results"),
     "experiments/routings/run.py": (44, "results"),
-    "experiments/switch/run.py": (38, "conversion"),
+    "experiments/switch/run.py": (34, "conversion"),
     "experiments/switch/when.py": (10, "conversion"),
     "experiments/switch/few.py": (21, "serving"),
     "experiments/transition/run.py": (16, "../experiments/LOG"),

@@ -264,15 +264,14 @@ def _times_of(experiment: Experiment) -> dict[str, dict[str, str]]:
 
 
 def _alone(system: System, run: Run) -> str:
-    """The loss of each row by itself, as `../switch` has measured it where it is another one."""
+    """The loss of each row by itself; where it is another one, as `../switch/few.py` has it of the runs of `nano`."""
     routings = run.model_config.routings
     if not any(routing.shares_batch for routing in routings):
         return "the same"
     if not all(routing.serves_alone for routing in routings):
         return "cannot"
-    rows = read_csv(Experiment.named("switch").kept / "losses.csv")
-    wanted = {"source": system.name, "steps": str(run.config.steps), "way": "alone"}
-    return spread(row["loss"] for row in rows if not system.model and all(row[key] == wanted[key] for key in wanted))
+    rows = read_csv(Experiment.named("switch").kept / "few.csv") if system.nano else []
+    return spread(row["loss"] for row in rows if (row["source"], row["experts"]) == (system.name, "all"))
 
 
 def _each_more(times: Mapping[str, Mapping[str, str]], system: System) -> float:

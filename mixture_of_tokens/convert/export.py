@@ -106,8 +106,8 @@ def export(
     """Write a model as plain transformers: as Qwen3-MoE, with sigmoid gates as Dots1, a dense one as Qwen3.
 
     A Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled, on text that the run was
-    trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes two to five
-    minutes of two cores.
+    trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes two to three
+    minutes of two idle cores.
 
     Every weight that was written is compared with the run's, or with the switched model's. Another process, which
     cannot import this library, loads the directory and computes logits. If they differ by more than rounding, the
