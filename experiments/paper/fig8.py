@@ -35,7 +35,7 @@ PLAIN, SCRATCH, SIGMOID_SCRATCH = "plain", "scratch", "sigmoid-scratch"
 DRAWN = 0.6  # of all steps, after which curves are drawn
 # By what a run's name ends in: how it is called, and the options of `mot transition` for a Micro.
 Ways = dict[str, tuple[str, Mapping[str, Any]]]
-OF_NANOS: Ways = {PLAIN: ("plain switch", {}), "": ("fitted scales", {})}
+OF_NANOS: Ways = {PLAIN: ("plain switch", {}), "": ("fitted scales", {}), "distilled": ("distilled", {})}
 OF_MICROS: Ways = {
     PLAIN: ("plain switch", {"calibrate": "none"}),
     "distilled": ("distilled", {"distil_steps": DISTIL_STEPS}),

@@ -4,10 +4,10 @@
     python experiments/transition/run.py --table    # Markdown
 
 The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more). Each is
-switched in six ways, and trained on for 120 steps (`WAYS`); a seventh is Token Choice for all of the steps. It goes on
-where it was stopped.
+switched in seven ways, and trained on for 120 steps (`WAYS`); an eighth is Token Choice for all of the steps. It goes
+on where it was stopped.
 
-Calibration by scales leaves 0.20 to 0.36 of the plain jump; distillation, which came later, is in `switch`. Token
+Calibration by scales leaves 0.20 to 0.36 of the plain jump; distillation, which came later, none but of one seed. Token
 Choice from scratch ends lower. Where it was annealed before, "in groups, before" and the plain jump are of the annealed
 source. Losses are of the whole validation split at the end, and of the part that training is evaluated on before; means
 over the seeds, from the least to the greatest.
@@ -40,6 +40,7 @@ SCALES = {"calibrate": "scales"}
 WAYS = {  # by what a run's name ends in
     "": Way("calibrated", SCALES),
     "plain": Way("plain", {"calibrate": "none"}),
+    "distilled": Way("distilled", {"distil_steps": 2000}),
     "fresh": Way("calibrated, fresh optimizer", SCALES | {"optimizer": "fresh"}),
     "capacity": Way("calibrated, capacity 1.25", SCALES | {"capacity": 1.25}),
     "anneal": Way("calibrated, annealed before", SCALES | {"anneal": 0.1}),
