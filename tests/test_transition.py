@@ -494,7 +494,7 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         (["missing"], "missing is no finished run: there is no such directory"),
         (["MIXED", "--top-k", "9"], "--top-k must be 1 to 8, the number of experts, not 9"),
         (["MIXED", "--steps", "-1"], "--steps must be 0 or more, not -1"),
-        (["MIXED", "--top-k", "0"], "--top-k must be 1 to 8, the number of experts, not 0"),
+        (["MIXED", "--top-k", "0"], "--top-k must be at least 1, not 0"),
         (["MIXED", "--scores", "softplus"], "softplus"),
         (["MIXED", "--calibrate", "full"], "full"),
         (["MIXED", "--distil-steps", "-1"], "--distil-steps must be at least 1, not -1"),

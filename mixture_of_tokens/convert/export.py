@@ -131,7 +131,7 @@ def export(
     run, out = str(run), Path(out)
     if out.is_symlink() or out.name in ("", ".."):  # what it names is written, and needs a name
         out = out.resolve()
-    at_least_one(distil_steps=distil_steps)
+    at_least_one(top_k=top_k, distil_steps=distil_steps)
     if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
     if not out.absolute().parent.is_dir():

@@ -171,7 +171,7 @@ def transition(
 
     Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
     """
-    at_least_one(distil_steps=distil_steps)
+    at_least_one(top_k=top_k, distil_steps=distil_steps)
     Placement.of(shard, replicate, expert_parallel, process_count())
     if steps is not None and steps < 0:
         raise ValueError(f"--steps must be 0 or more, not {steps}")
