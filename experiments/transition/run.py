@@ -1,6 +1,6 @@
 """The jump at the switch to Token Choice, and what comes after it, three seeds (../LOG.md).
 
-    python experiments/transition/run.py            # 100 minutes of one core, as measured beside other runs
+    python experiments/transition/run.py            # 2 hours of one core, as measured beside other runs
     python experiments/transition/run.py --table    # Markdown
 
 The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more). Each is
