@@ -98,7 +98,7 @@ def export(
     *,
     top_k: int | None = None,
     scores: Scores | None = None,
-    distil_steps: int = STEPS,
+    distil_steps: int | None = None,
     license: str | None = None,
     force: bool = False,
     device: Device | None = None,
@@ -120,8 +120,8 @@ def export(
             quarter are tried, and the fewest with a loss at most 0.01 above the lowest of the three are written.
         scores: Of a Mixture of Tokens, gates of the exported model: softmax over the experts, the default (Qwen3-MoE),
             or a sigmoid each (Dots1), the default for a model with shared experts.
-        distil_steps: Of a Mixture of Tokens, steps of distillation for each layer; a model that was trained longer may
-            need more.
+        distil_steps: Of a Mixture of Tokens, steps of distillation for each layer, by default 2,000; a model that was
+            trained longer may need more.
         license: The licence that the model card names, as the Hub abbreviates it, such as apache-2.0.
         force: Replace an earlier export.
         device: cpu or cuda; by default cuda where there is one.
@@ -157,7 +157,7 @@ def _export(
     out: Path,
     top_k: int | None,
     scores: Scores | None,
-    distil_steps: int,
+    distil_steps: int | None,
     license: str | None,
     device: Device | None,
 ) -> Exported:
@@ -183,8 +183,8 @@ def _export(
             raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
         scores = scores or default_scores(model.config)
         token_choice_config(model.config, top_k=top_k, scores=scores)  # which refuses what is impossible
-        model, served = serve(model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps)
-    elif top_k is not None or scores is not None or distil_steps != STEPS:
+        model, served = serve(model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps or STEPS)
+    elif (top_k, scores, distil_steps) != (None, None, None):
         raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and so is --distil-steps; {run} is none")
     model = model.cpu()
     plain = to_plain(model)

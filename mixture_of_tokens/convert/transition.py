@@ -120,7 +120,7 @@ def transition(
     capacity: float | None = None,
     scores: Scores | None = None,
     calibrate: Literal["distil", "scales", "none"] = "distil",
-    distil_steps: int = STEPS,
+    distil_steps: int | None = None,
     anneal: float | None = None,
     optimizer: Literal["carried", "fresh"] = "carried",
     schedule: Schedule = "own",
@@ -150,7 +150,8 @@ def transition(
             (Dots1), the default where there are shared experts.
         calibrate: What is fitted at the switch, so that the loss does not jump. distil fits all weights of the sparse
             layers to what these give for a text alone; scales fits biases and scales; none is the paper's plain switch.
-        distil_steps: Steps of distillation for each layer; a source that was trained longer may need more.
+        distil_steps: Steps of distillation for each layer, by default 2,000; a source that was trained longer may need
+            more.
         anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this.
             That run is written beside the new one, as OUT-annealed.
         optimizer: carried takes the optimizer's moments from the source's last checkpoint, but for distilled weights.
@@ -187,11 +188,11 @@ def transition(
     steps = max(1, source.facts.steps // 10) if steps is None else steps
     if steps == 0 and (learning_rate is not None or schedule != "own"):
         raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
-    if distil_steps != STEPS and calibrate != "distil":
+    if distil_steps is not None and calibrate != "distil":
         raise ValueError(f"--calibrate {calibrate} leaves nothing for --distil-steps to change")
     _check_in_vain(
         control,
-        distil_steps=distil_steps != STEPS and control is not None,
+        distil_steps=distil_steps is not None and control is not None,
         calibrate=calibrate == "scales" and control is not None,
         optimizer=optimizer != "carried" and control == "scratch",
         schedule=schedule != "own" and control == "scratch",
@@ -202,7 +203,7 @@ def transition(
         optimizer=optimizer,
         control=control,
         anneal=anneal,
-        distil_steps=distil_steps if calibrate == "distil" and control is None else None,
+        distil_steps=(distil_steps or STEPS) if calibrate == "distil" and control is None else None,
     )
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
