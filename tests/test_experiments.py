@@ -188,7 +188,7 @@ def kept() -> list[Path]:
 def test_all_runs_are_kept_with_evaluations_and_one_seed_with_telemetry():
     folders = [file.parent.name for file in kept()]
     assert {name: folders.count(name) for name in folders} == {
-        "nano": 12, "prose": 3, "long": 3, "transition": 53, "verdict": 54, "routings": 42, "paper": 68
+        "nano": 12, "prose": 3, "long": 3, "transition": 59, "verdict": 56, "routings": 42, "paper": 68
     }  # fmt: skip
     for file in kept():
         run = read(file)
@@ -408,7 +408,7 @@ def test_the_scripts_ways_to_switch_are_those_committed(script, tmp_path):
     made = script("transition")
     for name in made["NAMES"]:
         source = EXPERIMENTS / "nano" / f"{name.replace('/', '-')}-seed2"
-        for end, way in made["WAYS"].items():
+        for end, way in made["ways_of"](name).items():
             asked = transition(source, out=tmp_path / "new", dry_run=True, **way.options).identity()
             before = read(EXPERIMENTS / "transition" / "-".join(filter(None, [source.name, end]))).config.identity()
             if "transition.source" in asked:
@@ -486,7 +486,7 @@ def test_the_transition_s_script_trains_and_keeps(script, tiny, tmp_path, monkey
     experiment = made["Experiment"](tmp_path / "kept", tmp_path / "trained")
     sources = made["Experiment"](tmp_path / "no", tmp_path / "sources")
     ways = {end: way for end, way in made["WAYS"].items() if end in ("", "anneal", "scratch")}
-    made["make"](sources, experiment, ("MoT-Nano/4E",), [1], replace(tiny, steps=20), ways)
+    made["make"](sources, experiment, "MoT-Nano/4E", ways, [1], replace(tiny, steps=20))
     names = {f"MoT-Nano-4E-seed1{end and '-'}{end}.json" for end in ways}
     assert {file.name for file in experiment.kept.iterdir()} == names
     for name in names:

@@ -36,10 +36,11 @@ DRAWN = 0.6  # of all steps, after which curves are drawn
 # By what a run's name ends in: how it is called, and the options of `mot transition` for a Micro.
 Ways = dict[str, tuple[str, Mapping[str, Any]]]
 OF_NANOS: Ways = {PLAIN: ("plain switch", {}), "": ("fitted scales", {}), "distilled": ("distilled", {})}
+SIGMOID: Ways = {"sigmoid": ("distilled, sigmoid gates", {"scores": "sigmoid", "distil_steps": DISTIL_STEPS})}
 OF_MICROS: Ways = {
     PLAIN: ("plain switch", {"calibrate": "none"}),
     "distilled": ("distilled", {"distil_steps": DISTIL_STEPS}),
-    "sigmoid": ("distilled, sigmoid gates", {"scores": "sigmoid", "distil_steps": DISTIL_STEPS}),
+    **SIGMOID,
 }
 CONTROL: Ways = {SCRATCH: ("Token Choice from scratch", {"control": "scratch"})}
 CONTROLS = CONTROL | {SIGMOID_SCRATCH: ("from scratch, sigmoid gates", {"control": "scratch", "scores": "sigmoid"})}
@@ -58,8 +59,8 @@ class Source(NamedTuple):
 
 TRANSITION = Experiment.named("transition").kept
 NANOS = [
-    Source(name, tuple(directory_of(name, f"seed{seed}") for seed in (1, 2, 3)), OF_NANOS)
-    for name in ("MoT-Nano/32E", "MoT-Nano/32E/8")
+    Source(name, tuple(directory_of(name, f"seed{seed}") for seed in (1, 2, 3)), ways)
+    for name, ways in (("MoT-Nano/32E", OF_NANOS | SIGMOID), ("MoT-Nano/32E/8", OF_NANOS))
 ]
 SYSTEM, SEED = micro.BEST_MIXTURE, FIRST_SEEDS["Micro"]
 MICRO = Source(SYSTEM.name, (SYSTEM.directory(micro.SHORT, SEED),), OF_MICROS)
@@ -114,7 +115,7 @@ def draw(study: Study) -> None:
     panels = {}
     for source in SOURCES:
         curves = panels[f"steps of {source.name}"] = []
-        for way, (label, _) in (source.ways | (CONTROLS if source is MICRO else CONTROL)).items():
+        for way, (label, _) in (source.ways | (CONTROLS if SIGMOID.keys() <= source.ways.keys() else CONTROL)).items():
             runs = source.transitions(way)
             since = DRAWN * max(run.curve[-1].step for run in runs)
             curves.append(curve_of(label, runs, since, attrgetter("step")))

@@ -4,8 +4,9 @@
     python experiments/transition/run.py --table    # Markdown
 
 The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more). Each is
-switched in seven ways, and trained on for 120 steps (`WAYS`); an eighth is Token Choice for all of the steps. It goes
-on where it was stopped.
+switched in seven ways, and trained on for 120 steps (`WAYS`); an eighth is Token Choice for all of the steps. The one
+of granularity 1 is also switched to sigmoid gates, which there have the lower loss at the switch (`SIGMOID_WAYS`). It
+goes on where it was stopped.
 
 Calibration by scales leaves 0.20 to 0.36 of the plain jump; distillation, which came later, none but of one seed. Token
 Choice from scratch ends lower. Where it was annealed before, "in groups, before" and the plain jump are of the annealed
@@ -47,6 +48,15 @@ WAYS = {  # by what a run's name ends in
     "router": Way("new router", {"control": "router"}),
     "scratch": Way("Token Choice from scratch", {"control": "scratch"}),
 }
+SIGMOID = {"scores": "sigmoid"}
+SIGMOID_WAYS = {
+    "sigmoid": Way("distilled, sigmoid gates", SIGMOID | {"distil_steps": 2000}),
+    "sigmoid-scratch": Way("from scratch, sigmoid gates", SIGMOID | {"control": "scratch"}),
+}
+
+
+def ways_of(name: str) -> dict[str, Way]:
+    return WAYS | (SIGMOID_WAYS if name == "MoT-Nano/32E" else {})
 
 
 def switch_of(run: Run) -> Switch:
@@ -68,23 +78,22 @@ OF_A_SWITCH: dict[str, Callable[[Run], float]] = {
 }
 
 
-def make(sources: Experiment, experiment: Experiment, names=NAMES, seeds=SEEDS, options=NANO, ways=WAYS) -> None:
-    """Train what is missing, seed by seed, and keep it."""
+def make(sources: Experiment, experiment: Experiment, name: str, ways=None, seeds=SEEDS, options=NANO) -> None:
+    """Train what is missing of one source's, seed by seed, and keep it."""
     runs = []
     for seed in seeds:
-        for name in names:
-            source = trained(sources, name, seed, options)
-            for end, way in ways.items():
-                out = experiment.trained / directory_of(source.name, end)
-                transition(source, out=out, device=options.device, resume=True, **way.options)
-                runs.append(read(out))
+        source = trained(sources, name, seed, options)
+        for end, way in (ways or ways_of(name)).items():
+            out = experiment.trained / directory_of(source.name, end)
+            transition(source, out=out, device=options.device, resume=True, **way.options)
+            runs.append(read(out))
     keep(runs, experiment.kept)
 
 
 def table(experiment: Experiment) -> str:
     rows = [["source", "way", *OF_A_SWITCH, "at the end, whole split"]]
     for name in NAMES:
-        for end, way in WAYS.items():
+        for end, way in ways_of(name).items():
             found = [read(experiment.kept / directory_of(name, f"seed{seed}", end)) for seed in SEEDS]
             switched = [run for run in found if run.switch is not None]
             cells = [spread(map(of, switched)) for of in OF_A_SWITCH.values()]
@@ -94,4 +103,5 @@ def table(experiment: Experiment) -> str:
 
 if __name__ == "__main__":
     experiment = Experiment.named("transition")
-    script(__doc__, lambda: make(Experiment.named("nano"), experiment), lambda: table(experiment))
+    sources = Experiment.named("nano")
+    script(__doc__, lambda: [make(sources, experiment, name) for name in NAMES], lambda: table(experiment))
