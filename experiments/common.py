@@ -27,7 +27,7 @@ import torch
 from mixture_of_tokens import compare, sweep, train
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
+from mixture_of_tokens.formatting import Summary, loss, markdown, with_span
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.process import keep_large_blocks
@@ -43,7 +43,6 @@ from mixture_of_tokens.training.options import Options
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
 COMPARISONS = ("nano", "prose", "long")
-IN_PEACE = ("nano",)  # whose runs had the machine for themselves
 NANO = Options(steps=1200, device="cpu")  # of the runs of nano, which several folders go on with, and of prose
 MEASURED = 60  # rows of telemetry that are kept of a run, beside its evaluations
 
@@ -344,7 +343,7 @@ def reached_table(names: Iterable[str] = COMPARISONS) -> str:
     """How early models reach each other's final losses, in several comparisons.
 
     Rows are a comparison's losses and two targets, its first model and its last one; a cell the share of the target's
-    steps after which a model is at the target's last loss, and the share of its time where nothing ran beside.
+    steps after which a model is at the target's last loss.
     """
     comparisons = {name: comparison_of(Experiment.named(name)) for name in names}
     labels = list(dict.fromkeys(model.label for found in comparisons.values() for model in found.models))
@@ -356,17 +355,17 @@ def reached_table(names: Iterable[str] = COMPARISONS) -> str:
         rows.append([f"{name}, {found.steps:,} steps, {seeds_of(found)}", "loss", *losses])
         for target in (first, last):
             cells = [
-                _reaching(models[label], target, found, name in IN_PEACE) if label in models else "" for label in labels
+                _reaching(models[label], target, found) if label in models else "" for label in labels
             ]
             rows.append(["", f"reaches {target}'s in", *cells])
     return markdown(rows, left=2)
 
 
-def _reaching(model: ComparedModel, target: str, found: Comparison, timed: bool) -> str:
+def _reaching(model: ComparedModel, target: str, found: Comparison) -> str:
     if model.label == target:
         return "1"
-    steps, time = model.reached[target].of_steps, model.reached[target].of_time
-    if steps is None or time is None:
+    steps = model.reached[target].of_steps
+    if steps is None:
         return "never"
     some = f" on {steps.seeds} of {len(found.seeds)}" if steps.seeds < len(found.seeds) else ""
-    return f"{with_span(steps)}{f', time {ratio(time.mean)}' * timed}{some}"
+    return f"{with_span(steps)}{some}"

@@ -211,7 +211,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/paper/fig6.py": (14, "results"),
     "experiments/paper/alone.py": (17, "results"),
     "experiments/paper/length.py": (12, "results"),
-    "experiments/paper/fig7.py": (14, "results"),
+    "experiments/paper/fig7.py": (17, "results"),
     "experiments/paper/router_rate.py": (5, "results"),
     "experiments/paper/random_groups.py": (5, "results"),
     "experiments/paper/fig4.py": (14, "results"),

@@ -5,8 +5,8 @@
     python experiments/nano/run.py --draw     # curves.svg, the picture of docs/results.md
 
 1,200 steps of 8,192 tokens of the standard library's source (of Python 3.11.7, for the text that is committed).
-MoT-Nano/32E/8 is at the dense model's final loss in 0.57 of its steps, 0.89 of its FLOPs and 0.90 of its time, and
-Token Choice in 0.57, 0.62 and 0.74; `mot report experiments/nano` prints all numbers.
+MoT-Nano/32E/8 is at the dense model's final loss in 0.57 of its steps and 0.89 of its FLOPs, and Token Choice in 0.57
+and 0.62; `mot report experiments/nano` prints all numbers.
 
 The picture: loss against steps and against time, of evaluations during training, without the first sixth.
 """

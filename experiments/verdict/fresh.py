@@ -8,7 +8,7 @@
 
 The text is the source of the installed packages. The budget is the time of BUDGET steps of the dense model, which take
 ten minutes where one takes 86 milliseconds (two idle cores of an AMD EPYC). The best of that have LONG_BUDGET too, in
-which the text is read 1.4 to 2.2 times. `--time` measures steps of untrained models in rounds that take every system in
+which the text is read 1.4 to 2.5 times. `--time` measures steps of untrained models in rounds that take every system in
 turn, and the distillation of each switch beside dense steps, all of it as a multiple of those. So it says how many
 steps the budget holds, for each system a whole schedule of its own. Of a mixture's budget the switch and a tenth of its
 steps come after the training in groups; of the one that is switched early, a tenth of the time comes before it. What is
@@ -78,6 +78,7 @@ class System(NamedTuple):
     name: str
     model: Mapping[str, str] = {}
     early: bool = False
+    share: float = SHARE_BEFORE  # of the time, before an early switch
     rate: float | None = None  # another peak rate than the best that was tried; where the switch is early, after it
 
     @property
@@ -88,8 +89,9 @@ class System(NamedTuple):
     def label(self) -> str:
         settings = [f"{field} {value}" for field, value in self.model.items()]
         switch = ["switched early" if self.early else "switched"] if self.mixes else []
+        share = [] if self.share == SHARE_BEFORE else [f"after {self.share:.0%}"]
         rate = [] if self.rate is None else [f"rate {self.rate:g}"]
-        return ", ".join([self.name, *settings, *switch, *rate])
+        return ", ".join([self.name, *settings, *switch, *share, *rate])
 
     @property
     def after(self) -> "System":
@@ -98,8 +100,9 @@ class System(NamedTuple):
 
     def directory(self, seed: int, budget: int = BUDGET) -> str:
         rate = "" if self.rate is None else f"rate={self.rate:g}"
+        share = "" if self.share == SHARE_BEFORE else f"share={self.share:g}"
         length = "" if budget == BUDGET else budget
-        return directory_of(self.name, self.model, "early" * self.early, rate, "fresh", length, f"seed{seed}")
+        return directory_of(self.name, self.model, "early" * self.early, share, rate, "fresh", length, f"seed{seed}")
 
     @property
     def before(self) -> "System":
@@ -114,7 +117,7 @@ class System(NamedTuple):
     @property
     def as_timed(self) -> "System":
         """The one whose steps take the same time."""
-        return self._replace(early=False, rate=None)
+        return self._replace(early=False, share=SHARE_BEFORE, rate=None)
 
 
 SYSTEMS = (
@@ -129,6 +132,7 @@ SYSTEMS = (
     System("MoT-Nano/32E/4"),
     System("MoT-Nano/32E/8"),
     System("MoT-Nano/32E/8", early=True),
+    System("MoT-Nano/32E/4", early=True, share=0.25),
     System("MoT-Nano/32E/4", early=True),  # with which the others are compared
 )
 LONG_SYSTEMS = (
@@ -231,7 +235,7 @@ def best_rate_after(system: System, kept: Path) -> float | None:
     """The rate from which it falls after an early switch; None after a late one, which goes on with the one before."""
     if not system.early:
         return None
-    rates = tried(system, kept)
+    rates = tried(system._replace(share=SHARE_BEFORE), kept)
     return system.rate or min(rates, key=rates.__getitem__, default=None)
 
 
@@ -249,7 +253,7 @@ def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]
         return int(budget / each), 0
     after, fit = float(times[system.after.label]["share_of_dense"]), float(own["distil_steps_of_dense"])
     if system.early:
-        before = int(SHARE_BEFORE * budget / each)
+        before = int(system.share * budget / each)
         return before, int((budget - before * each - fit * EARLY_STEPS / STEPS) / after)
     steps = int((budget - fit) / (each + SHARE_AFTER * after))
     return steps, round(SHARE_AFTER * steps)
