@@ -354,9 +354,7 @@ def reached_table(names: Iterable[str] = COMPARISONS) -> str:
         losses = [with_span(models[label].final_loss, loss) if label in models else "" for label in labels]
         rows.append([f"{name}, {found.steps:,} steps, {seeds_of(found)}", "loss", *losses])
         for target in (first, last):
-            cells = [
-                _reaching(models[label], target, found) if label in models else "" for label in labels
-            ]
+            cells = [_reaching(models[label], target, found) if label in models else "" for label in labels]
             rows.append(["", f"reaches {target}'s in", *cells])
     return markdown(rows, left=2)
 

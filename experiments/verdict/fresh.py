@@ -11,11 +11,12 @@ ten minutes where one takes 86 milliseconds (two idle cores of an AMD EPYC). The
 which the text is read 1.4 to 2.5 times. `--time` measures steps of untrained models in rounds that take every system in
 turn, and the distillation of each switch beside dense steps, all of it as a multiple of those. So it says how many
 steps the budget holds, for each system a whole schedule of its own. Of a mixture's budget the switch and a tenth of its
-steps come after the training in groups; of the one that is switched early, a tenth of the time comes before it. What is
+steps come after the training in groups; of the one that is switched early, a tenth of the time comes before it, or a
+quarter. What is
 trained may train beside other work, or be stopped: the same command goes on. Peak rates are the best of
 fresh-rates.csv, whose runs are as long as the short ones, after an early switch the one from which it falls; of systems
 that it does not have, the best of fresh-sweeps.csv, whose runs are shorter, or the default. A system that stands twice
-has another rate beside it, of those with LONG_BUDGET tried after the other and on the text of the result. Expected: a
+has another rate or share beside it; rates of those with LONG_BUDGET were tried on the text of the result. Expected: a
 switched mixture is level with the best Token Choice, by 0.01 nats, and ahead of it after LONG_BUDGET.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
@@ -143,6 +144,7 @@ LONG_SYSTEMS = (
     System("STC-Nano/32E/8"),
     System("STC-Nano/32E/8", rate=5e-3),
     System("MoT-Nano/32E/4", early=True),
+    System("MoT-Nano/32E/4", early=True, share=0.25, rate=5e-3),
     System("MoT-Nano/32E/4", early=True, rate=5e-3),
 )
 # Peak rates that were tried, with seed 1, at this number of steps.
@@ -158,8 +160,9 @@ SWEEPS: tuple[Sweep, ...] = (
 RATES: tuple[tuple[System, tuple[float, ...]], ...] = (
     (System("TC-Nano/32E", SHARP), (1e-2, 5e-3)),
     (System("TC-Nano/32E/4", DROPLESS), (2e-2, 1e-2, 5e-3)),
-    (System("TC-Nano/32E/8", DROPLESS), (2e-2, 1e-2)),
+    (System("TC-Nano/32E/8", DROPLESS), (2e-2, 1e-2, 5e-3)),
     (System("STC-Nano/32E/8"), (2e-2, 1e-2, 5e-3)),
+    (System("MoT-Nano/32E/4"), (2e-2, 1e-2)),
     (System("MoT-Nano/32E", early=True), (2e-2, 1e-2)),
     (System("MoT-Nano/32E/4", early=True), (2e-2, 1e-2, 5e-3)),
     (System("MoT-Nano/32E/8", early=True), (2e-2, 1e-2)),
@@ -319,6 +322,9 @@ def tuned(experiment: Experiment, system: System, rate: float, steps: int, after
         switched(source, out, system, after, rate)
     else:
         trained(out, experiment.kept, system, TUNING_SEED, steps, rate, options)
+        if system.mixes:
+            source, out = out, out.with_name(f"{out.name}-transition")
+            switched(source, out, system, after, None)
     return [{"loss": read(out).facts.final_loss}]
 
 
