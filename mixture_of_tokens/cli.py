@@ -319,9 +319,18 @@ def _told(error: Exception, words: list[str]) -> str:
     if isinstance(error, CoercionError) and "into dict" in str(error) and error.argument is not None:
         flag = error.argument.name
         return f"{flag} is given by its fields, as {flag}.FIELD VALUE, in a file {flag.lstrip('-')}: {{FIELD: VALUE}}"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # without the system's number
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:  # without the system's number
+        return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error)
+
+
+def _flush() -> None:
+    """Write what stdout has buffered, or raise OSError."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter would try again at its end, and exit with 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def main(words: list[str] | None = None) -> None:
@@ -333,9 +342,11 @@ def main(words: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks, such as a minus sign, becomes \u2212
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _run(words)
+        try:
+            _run(words)
+        finally:
+            _flush()
     except BrokenPipeError:  # the reader of the output has closed it, as in `mot generate ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         if not is_told(error):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -200,6 +201,26 @@ def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word(words
         with pytest.raises(SystemExit, match=str(128 + signal.SIGPIPE)):
             mot(*words)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "said"),
+    [(None, 128 + signal.SIGPIPE, ""), ("/dev/full", 2, "mot: error: No space left on device\n")],
+    ids=["closed pipe", "full disk"],
+)
+def test_output_that_cannot_be_written_ends_a_process_with_a_status_of_its_own(file, status, said):
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open(writer if file is None else file, "w") as stream:
+        ended = subprocess.run(
+            [sys.executable, "-m", "mixture_of_tokens", "plan", "MoT-Nano/4E"],
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (ended.returncode, ended.stderr) == (status, said)
 
 
 @pytest.mark.parametrize(

@@ -480,7 +480,7 @@ WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
         ("plain", "plain feed-forwards (gated false) are not in Qwen3"),
         (
             "narrow",
-            "has experts of width 6: plain transformers multiplies experts by grouped_mm, which takes multiples",
+            "moe_intermediate_size is 6: plain transformers multiplies experts by grouped_mm, which takes multiples",
         ),
         ("windows", "models whose attention has a sliding window cannot be exported; train without one"),
         ("another order", "in Dots1 the first blocks are dense and all others sparse"),
@@ -542,6 +542,33 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
     assert message in shown.err
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gated": False, "hidden_act": "relu"}, "plain feed-forwards (gated false) are not in Qwen3"),
+        ({"hidden_size": 30, "head_dim": 8}, "hidden_size is 30: plain transformers multiplies experts by grouped_mm"),
+        ({"use_sliding_window": True, "sliding_window": 4}, "models whose attention has a sliding window cannot be"),
+        (
+            {"shared_experts": 1, "mlp_layer_types": ["mixture_of_tokens", "dense", "mixture_of_tokens", "dense"]},
+            "in Dots1 the first blocks are dense and all others sparse",
+        ),
+    ],
+    ids=["plain", "width", "window", "order"],
+)
+def test_a_mixture_without_a_counterpart_is_refused_before_the_text_is_read(
+    fields, message, tiny_runs, tmp_path, monkeypatch, capsys
+):
+    source = tiny_runs["MoT-Nano/4E/2"]
+    config = load_model(str(source), device="cpu").config.to_dict() | fields
+    model = MixtureOfTokensForCausalLM(MixtureOfTokensConfig.from_dict(config))
+    monkeypatch.setattr(export_module, "load_model", lambda *args, **options: model)
+    monkeypatch.setattr(export_module, "text_of", lambda run: pytest.fail("the text was read"))
+    with pytest.raises(SystemExit, match="2"):
+        mot("export", source, tmp_path / "out")
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 

@@ -169,20 +169,15 @@ def _export(
             f"the tokenizer beside {run} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
             "another model's"
         )
-    _check_windows(model.config)  # this and the width are known before the distillation
-    width = model.config.moe_intermediate_size
-    if model.config.sparse_routings and width % 4:
-        what = "plain transformers multiplies experts by grouped_mm, which takes multiples of 4 in fp32"
-        raise ValueError(f"{run} has experts of width {width}: {what}")
     served = None
     if any(routing.converts_to for routing in model.config.routings):
         if run_directory(run) is None:
             what = "a Mixture of Tokens is distilled on the text that it was trained on"
             raise ValueError(f"{run} is no run directory, so its text is not known: {what}")
-        if model.config.shared_experts and scores == "softmax":  # known before the distillation
+        if model.config.shared_experts and scores == "softmax":
             raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
         scores = scores or default_scores(model.config)
-        token_choice_config(model.config, top_k=top_k, scores=scores)  # which refuses what is impossible
+        check_exportable(token_choice_config(model.config, top_k=top_k, scores=scores))  # before the distillation
         model, served = serve(model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps or STEPS)
     elif (top_k, scores, distil_steps) != (None, None, None):
         raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and so is --distil-steps; {run} is none")
@@ -219,25 +214,12 @@ def _export(
 
 
 def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
-    """The same model in transformers' own classes.
-
-    Raises ValueError, naming an alternative, for what has no counterpart there.
-    """
-    config, routings = model.config, model.config.routings
-    if ours := {routing.kind: routing for routing in routings if routing.exports_as is None}:
-        can = [*(f"{prefix}-" for prefix, row in BY_PREFIX.items() if row.exports_as), f"{MIXTURE.prefix}-"]
-        raise ValueError(
-            f"{', '.join(sorted(ours))} layers are not in plain transformers: they cannot be exported; models that can "
-            f"are {', '.join(can)}"
-        )
-    _check_windows(config)
-    if not config.gated:
-        raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
+    """The same model in transformers' own classes. Raises ValueError as `check_exportable`."""
+    config = model.config
+    check_exportable(config)
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
     common["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = {routing.exports_as for routing in config.sparse_routings}
-    if len(kinds) > 1:
-        raise ValueError("softmax gates in some blocks and sigmoid gates in others are in no model of transformers")
     if not kinds:
         plain: Any = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
     elif kinds == {"Dots1ForCausalLM"}:
@@ -249,14 +231,33 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
     return plain.eval()
 
 
-def _check_windows(config: Any) -> None:
+def check_exportable(config: MixtureOfTokensConfig) -> None:
+    """Raises ValueError, naming an alternative, for a model that has no counterpart in transformers."""
+    if ours := {routing.kind for routing in config.routings if routing.exports_as is None}:
+        can = [*(f"{prefix}-" for prefix, row in BY_PREFIX.items() if row.exports_as), f"{MIXTURE.prefix}-"]
+        raise ValueError(
+            f"{', '.join(sorted(ours))} layers are not in plain transformers: they cannot be exported; models that can "
+            f"are {', '.join(can)}"
+        )
     if config.sliding_window is not None:
         raise ValueError("models whose attention has a sliding window cannot be exported; train without one")
+    if not config.gated:
+        raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
+    for field in ("hidden_size", "moe_intermediate_size"):
+        if config.sparse_routings and (width := getattr(config, field)) % 4:
+            what = "plain transformers multiplies experts by grouped_mm, which takes multiples of 4 in fp32"
+            raise ValueError(f"{field} is {width}: {what}")
+    kinds = {routing.exports_as for routing in config.sparse_routings}
+    if len(kinds) > 1:
+        raise ValueError("softmax gates in some blocks and sigmoid gates in others are in no model of transformers")
+    dense = len(config.routings) - len(config.sparse_routings)
+    if kinds == {"Dots1ForCausalLM"} and any(routing.sparse for routing in config.routings[:dense]):
+        raise ValueError("in Dots1 the first blocks are dense and all others sparse; this model has another order")
+    if kinds == {"Qwen3MoeForCausalLM"} and config.shared_experts:
+        raise ValueError(f"{NONE_SHARED}: this model cannot be exported; with sigmoid gates (STC-) it could, as Dots1")
 
 
 def _qwen3_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    if config.shared_experts:
-        raise ValueError(f"{NONE_SHARED}: this model cannot be exported; with sigmoid gates (STC-) it could, as Dots1")
     experts = {field: getattr(config, field) for field in OF_EXPERTS}
     # Upstream's loss is not divided by the number of choices.
     experts["router_aux_loss_coef"] = config.router_aux_loss_coef / config.num_experts_per_tok
@@ -266,8 +267,6 @@ def _qwen3_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
 
 def _dots1(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
     dense = len(config.routings) - len(config.sparse_routings)
-    if any(routing.sparse for routing in config.routings[:dense]):
-        raise ValueError("in Dots1 the first blocks are dense and all others sparse; this model has another order")
     experts = {"n_routed_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
     experts |= {"moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob}
     alone = {"n_shared_experts": config.shared_experts, "n_group": 1, "topk_group": 1, "sliding_window": None}
