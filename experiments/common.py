@@ -36,6 +36,7 @@ from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_m
 from mixture_of_tokens.reports.prose import seeds_of
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.runs.ownership import owned_file
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig
 from mixture_of_tokens.runs.run import Run, pack, read
 from mixture_of_tokens.training.options import Options
@@ -320,11 +321,12 @@ def once(
 
 
 def add_rows(file: Path, made: Iterable[Row], key: Sequence[str]) -> None:
-    """Add to a csv what has a key that it lacks; another process may have added some since it was read last."""
-    rows: list[Row] = list(read_csv(file))
-    known = {tuple(str(row[column]) for column in key) for row in rows}
-    rows += [row for row in made if tuple(str(row[column]) for column in key) not in known]
-    write_csv(file, list(rows[0]), rows)
+    """Add to a csv what has a key that it lacks; another process may add some at the same time."""
+    with owned_file(file):
+        rows: list[Row] = list(read_csv(file))
+        known = {tuple(str(row[column]) for column in key) for row in rows}
+        rows += [row for row in made if tuple(str(row[column]) for column in key) not in known]
+        write_csv(file, list(rows[0]), rows)
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:

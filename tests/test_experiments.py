@@ -13,6 +13,7 @@ import shutil
 import statistics
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -524,6 +525,19 @@ def test_a_row_is_measured_once_and_never_beside_one_of_other_settings(fresh, tm
 
     fresh.once(file, {"seed": 3}, of_both, 3, settings={"rate": 0.01})
     assert file.read_text() == before + "3,0.01,1,0\n"
+
+
+def test_scripts_that_add_to_one_file_at_the_same_time_lose_no_row(fresh, tmp_path):
+    file, common = tmp_path / "rows.csv", sys.modules["common"]
+
+    def add(seeds: range) -> None:
+        for seed in seeds:
+            common.add_rows(file, [{"seed": seed}], ["seed"])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(add, (range(20), range(20, 40))))
+    assert sorted(int(row["seed"]) for row in fresh.read_csv(file)) == list(range(40))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
 
 
 @pytest.fixture
