@@ -9,7 +9,7 @@ largest weights do; the others give it what they give their companion, which `se
 (with `normalize_mixture` both mixtures are divided by their norms). An expert of weight w is off by about w squared, so
 with K = k, the granularity, where experts cost what a dense feed-forward does, the output is nearly the same. What
 companions get is a constant without a gradient, of the weights as they are when `serve_alone` is called, or as they are
-loaded into the layer or a module that holds it; call it again when they are changed otherwise.
+drawn anew, or loaded into the layer or a module that holds it; call it again when they are changed otherwise.
 """
 
 import itertools
@@ -51,8 +51,8 @@ def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | No
         layer.companion_output = y_E1D[:, 0].to(layer.companion.dtype)
 
 
-def renew_alone(layer: "MixtureOfTokens", _: object) -> None:
-    """After other weights are loaded, what companions get is another constant."""
+def renew_alone(layer: "MixtureOfTokens", _: object = None) -> None:
+    """After other weights are loaded or drawn, what companions get is another constant."""
     if layer.num_experts_alone < layer.num_experts:
         set_alone(layer, True, layer.num_experts_alone)
 

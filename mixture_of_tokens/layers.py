@@ -88,6 +88,7 @@ class MixtureOfTokens(Routed):
     def reset_state(self) -> None:
         nn.init.zeros_(self.companion)
         nn.init.zeros_(self.companion_logit)
+        renew_alone(self)
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, normalize_mixture={self.normalize_mixture}"

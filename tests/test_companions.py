@@ -256,6 +256,19 @@ def test_weights_that_are_loaded_later_have_their_own_companions_output():
     assert not layer.alone
 
 
+def test_weights_that_are_drawn_anew_have_their_own_companions_output():
+    layer = build("mot")
+    with torch.no_grad():
+        layer.companion.normal_()
+    layer.serve_alone(num_experts_alone=2)
+    before = layer.companion_output.clone()
+    layer.reset_parameters()
+    assert not torch.allclose(layer.companion_output, before)
+    given = layer.companion_output.clone()
+    layer.serve_alone(num_experts_alone=2)
+    assert_close(layer.companion_output, given)
+
+
 def test_a_model_served_alone_without_companions_says_so(caplog):
     model = tiny("mixture_of_tokens").eval()
     modeling.logger.warning_once.cache_clear()

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -172,9 +173,11 @@ def test_one_model_under_two_names_is_named_twice(flags, tmp_path, capsys):
 def test_a_run_that_diverges_is_named(flags, tmp_path, capsys):
     out = tmp_path / "diverges"
     rates = ("--seeds", 0, *flags[2:], "--training.max_grad_norm", 0, "--learning-rate", "1e-3,1e30")
+    threads = set(threading.enumerate())
     with pytest.raises(SystemExit) as stopped:
         mot("compare", *NAMES[:2], *rates, "--out", out)
     assert stopped.value.code == 1
+    assert set(threading.enumerate()) <= threads  # TensorBoard's ends too
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"mot: error: {out / 'MoT-Nano-4E-2-seed0'}: ")
     assert line.endswith("try a lower learning rate, and remove that directory; finished runs stay")

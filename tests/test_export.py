@@ -432,6 +432,13 @@ def test_an_export_that_was_being_replaced_is_put_back_and_a_folder_of_that_name
 
 
 @pytest.mark.usefixtures("checked_elsewhere")
+def test_a_card_names_a_text_whose_name_is_not_utf_8(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "card", lambda *args: os.fsdecode(b"trained on caf\xe9.txt"))
+    mot("export", saved("dense"), tmp_path / "out")
+    assert r"caf\udce9" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("checked_elsewhere")
 def test_two_exports_to_one_directory_do_not_meet(saved, tmp_path, capsys):
     directory, out = saved("dense"), tmp_path / "out"
     with owned_file(out), pytest.raises(SystemExit, match="2"):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -488,6 +489,10 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         ),
         (["compare", "Transformer-Nano", "MoT-Nano/32E", "--seeds", "0;1"], "--seeds: '0;1' is no whole number"),
         (["trian", "MoT-Nano/32E"], 'Did you mean "train"?'),
+        (
+            ["train", "MoT-Nano/4E", "--out", os.fsdecode(b"r\xe9")],
+            r"--out b'r\xe9' is not UTF-8: name another directory",
+        ),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):

@@ -206,7 +206,8 @@ def _export(
         with disk_errors(out):
             manifest.write(beside, of=EXPORT)
             text = card(run, model, plain, what, difference, license, served)
-            (beside / "README.md").write_text(text, encoding="utf-8")  # which people edit
+            # Which people edit. It names the text, whose name may be no UTF-8.
+            (beside / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
         publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

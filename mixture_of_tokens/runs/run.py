@@ -45,6 +45,10 @@ def check_free(out: Path) -> None:
 
 def check_writable(out: Path) -> None:
     """Raises ValueError where no directory can be made, or written to."""
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:  # a byte that is no UTF-8, which files inside could not write down
+        raise ValueError(f"--out {os.fsencode(out)!r} is not UTF-8: name another directory") from None
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} is no directory that can be written to")

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from mixture_of_tokens.disk import disk_errors, flush, write_text
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -246,3 +248,19 @@ class StopOnSignal(TrainerCallback):
             self.received = int(received) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def writes_events(trainer: Trainer, directory: Path, step: int) -> Iterator[None]:
+    """TensorBoard's events in one directory of a run, however often it is resumed at a step: points that are written
+    again replace the earlier ones."""
+    if trainer.pop_callback(TensorBoardCallback) is None or not trainer.is_world_process_zero():
+        yield
+        return
+    writer = SummaryWriter(str(directory), purge_step=step + 1)
+    trainer.add_callback(TensorBoardCallback(writer))
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # such as of a full disk, which may be what was raised
+            writer.close()  # or its thread goes on after a training that fails

@@ -19,9 +19,7 @@ import safetensors.torch
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import SequentialSampler
-from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -47,7 +45,7 @@ from mixture_of_tokens.model.sharding import (
 from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
 from mixture_of_tokens.process import end_with_parent, of_all
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.training.callbacks import BalanceCallback, Clock, RunLog, told_by_the_main_thread
+from mixture_of_tokens.training.callbacks import BalanceCallback, Clock, RunLog, told_by_the_main_thread, writes_events
 
 EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
 BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # what a schedule has for each of the optimizer's groups
@@ -138,13 +136,11 @@ class GroupedTrainer(Trainer):
             torch.manual_seed(self.args.seed + self.args.process_index)
         if self.is_world_process_zero():
             self.run_log.forget_after(self.rows.first_step + step)
-        if self.pop_callback(TensorBoardCallback) is not None and self.is_world_process_zero():
-            # One directory for a run, however often it is resumed, without the points that are written again.
-            writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
-            self.add_callback(TensorBoardCallback(writer))
         try:
             self.rows.begin(step)
-            with disk_errors(self.run / "tensorboard"), told_by_the_main_thread():  # all others are named
+            events = self.run / "tensorboard"
+            # All other errors of the disk are named.
+            with disk_errors(events), told_by_the_main_thread(), writes_events(self, events, step):
                 return super().train(None if checkpoint is None else str(checkpoint))
         except BaseException:
             with suppress(OSError):  # such as of a full disk, which may be what was raised
