@@ -20,6 +20,7 @@ def truncated_normal_(weight: Tensor, scale: float) -> None:
 
     The std before the cut is the authors'. Their code cuts at 0.2 instead, which removes next to nothing.
     """
+    check_range("initializer_scale", scale)
     std = scale / math.sqrt(weight.shape[-1])
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
@@ -62,7 +63,14 @@ class Experts(nn.Module):
     """E feed-forward networks without biases: gated, down(act(gate(x)) * up(x)), or plain, down(act(up(x)))."""
 
     def __init__(
-        self, hidden_size: int, expert_size: int, num_experts: int, *, gated: bool = True, activation: str = "silu"
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        gated: bool = True,
+        activation: str = "silu",
+        initializer_scale: float = INITIALIZER_SCALE,
     ):
         super().__init__()
         check("hidden_size", hidden_size, int)
@@ -79,11 +87,12 @@ class Experts(nn.Module):
         else:
             self.up_proj = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
-        self.initializer_scale = INITIALIZER_SCALE
+        self.reset_parameters(initializer_scale)
 
     def reset_parameters(self, scale: float | None = None) -> None:
         """Draw all weights (`truncated_normal_`), by default with the scale of the last time."""
-        self.initializer_scale = self.initializer_scale if scale is None else scale
+        if scale is not None:
+            self.initializer_scale = scale
         for weight in self.parameters():
             truncated_normal_(weight, self.initializer_scale)
 
@@ -126,16 +135,17 @@ class Router(nn.Module):
         temperature: float = 1.0,
         learnable_temperature: bool = False,
         router_dtype: torch.dtype = torch.float32,
+        initializer_scale: float = INITIALIZER_SCALE,
     ):
         super().__init__()
         check("learnable_temperature", learnable_temperature, bool)
         if not isinstance(router_dtype, torch.dtype) or not router_dtype.is_floating_point:
             raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {router_dtype!r}")
-        self.router_dtype, self.initializer_scale = router_dtype, INITIALIZER_SCALE
+        self.router_dtype, self.temperature_setting = router_dtype, temperature
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.log_temperature = nn.Parameter(torch.empty(())) if learnable_temperature else None
         self.register_buffer("fixed_temperature", torch.empty((), dtype=at_least_fp32()), persistent=False)
-        self.set_temperature(temperature)
+        self.reset_parameters(initializer_scale)
 
     def set_temperature(self, temperature: float | Tensor) -> None:
         if isinstance(temperature, Tensor):  # of a schedule
@@ -157,7 +167,8 @@ class Router(nn.Module):
 
     def reset_parameters(self, scale: float | None = None) -> None:
         """As of `Experts`; the temperature too is set anew."""
-        self.initializer_scale = self.initializer_scale if scale is None else scale
+        if scale is not None:
+            self.initializer_scale = scale
         truncated_normal_(self.weight, self.initializer_scale)
         self.set_temperature(self.temperature_setting)
 
@@ -216,7 +227,6 @@ class Routed(nn.Module):
 
     Args:
         hidden_size, expert_size, num_experts: D, F and E.
-        num_logits: of the router for a token, by default one an expert.
         gated, activation: SwiGLU experts by default; `gated=False, activation="relu"` are the paper's.
         temperature, learnable_temperature, router_dtype: see `Router`.
         initializer_scale: see `truncated_normal_`.
@@ -231,27 +241,26 @@ class Routed(nn.Module):
         expert_size: int,
         num_experts: int,
         *,
-        num_logits: int | None = None,
         gated: bool = True,
         activation: str = "silu",
         temperature: float = 1.0,
         learnable_temperature: bool = False,
         router_dtype: torch.dtype = torch.float32,
         initializer_scale: float = INITIALIZER_SCALE,
+        _logits_per_expert: int = 1,
     ):
         super().__init__()
-        check_range("initializer_scale", initializer_scale)
+        scale = {"initializer_scale": initializer_scale}
         self.num_experts = num_experts
-        self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation)
+        self.experts = Experts(hidden_size, expert_size, num_experts, gated=gated, activation=activation, **scale)
         self.gate = Router(
             hidden_size,
-            num_experts if num_logits is None else num_logits,
+            num_experts * _logits_per_expert,
             temperature=temperature,
             learnable_temperature=learnable_temperature,
             router_dtype=router_dtype,
+            **scale,
         )
-        self.experts.reset_parameters(initializer_scale)
-        self.gate.reset_parameters(initializer_scale)
         self.weights_of_an_expert = sum(weight[0].numel() for weight in self.experts.parameters())
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:

@@ -33,7 +33,7 @@ class SoftMoE(Routed):
         check("num_slots", num_slots, int)
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, not {num_slots}")
-        super().__init__(hidden_size, expert_size, num_experts, num_logits=num_experts * num_slots, **options)
+        super().__init__(hidden_size, expert_size, num_experts, _logits_per_expert=num_slots, **options)
         self.num_slots = num_slots
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from mixture_of_tokens import slots
-from mixture_of_tokens.experts import Experts, Routed, highest
+from mixture_of_tokens.experts import Experts, Routed, Router, highest
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import precise_linear
 from mixture_of_tokens.model.routings import ROWS
@@ -325,6 +325,20 @@ def test_a_configuration_s_fields_reach_the_layer(kind):
         kept["capacity_factor"] = None  # it never drops
     assert {field: getattr(layer, field) for field in kept} == kept
     assert getattr(layer, "competing", False) is False  # of the threshold's scores
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Experts(D, F, E), lambda: Experts(D, F, E, gated=False), lambda: Router(D, E)]
+)
+def test_experts_and_routers_of_their_own_draw_their_weights(make, monkeypatch):
+    def nothing(*size, **options):
+        return torch.full(size if isinstance(size[0], int) else size[0], torch.nan, **options)
+
+    monkeypatch.setattr(torch, "empty", nothing)
+    weights = [parameter for parameter in make().parameters() if parameter.dim()]
+    for weight in weights:
+        assert weight.isfinite().all()
+        assert weight.std() > 0
 
 
 def test_matched_has_the_experts_of_the_name():

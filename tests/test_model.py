@@ -1,6 +1,7 @@
 """The causal language model: what it inherits works with groups, and what it must not inherit is gone."""
 
 import math
+import pickle
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
@@ -130,6 +131,27 @@ def test_a_temperature_that_is_refused_is_not_kept_and_one_of_a_tensor_is_a_numb
     model.set_router_temperature(torch.tensor(0.25))
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.router_temperature == 0.25
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 2, "mlp_layer_types names 3 of 2 blocks"),
+        ("threshold_decay", 7.0, "threshold_decay must be"),
+        ("shared_experts", -1, "shared_experts must be 0 or more, not -1"),
+    ],
+)
+def test_a_field_that_loading_is_given_is_checked_like_a_saved_one(field, value, message, tmp_path):
+    tiny("mixture_of_tokens").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **{field: value})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, router_temperature=0.5, dtype=torch.float64)
+    assert (again.config.router_temperature, again.dtype) == (0.5, torch.float64)
+
+
+def test_a_mixture_of_tokens_can_be_pickled():
+    model, x = tiny("mixture_of_tokens").eval(), torch.randint(64, (4, 8))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x).logits, model(x).logits)
 
 
 @pytest.mark.parametrize(

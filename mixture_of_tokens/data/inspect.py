@@ -96,7 +96,8 @@ def _facts(blocks: Blocks, counts: dict[str, int], group_size: int) -> dict[str,
     for epoch in range(EPOCHS) if len(blocks) >= 2 * group_size else ():
         found += len(collisions(blocks, deal(blocks, group_size, epoch=epoch))[0])
     if blocks.total:
-        found += len(collisions(blocks, deal(blocks, group_size, everything=True))[0])
+        rows = min(group_size, blocks.total)  # a larger group would only have more empty places
+        found += len(collisions(blocks, deal(blocks, rows, everything=True))[0])
     return counts | {
         "bytes per token": round(counts["bytes"] / max(1, counts["tokens"]), 3),
         "blocks": len(blocks),

@@ -74,6 +74,12 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     shared_experts: int = 0
     initializer_scale: float = 0.1**0.5
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As upstream's; but what `from_pretrained` is given in place of a saved field is checked like it."""
+        given = {name: kwargs.pop(name) for name in kwargs.keys() & cls.__dataclass_fields__.keys()}
+        return super().from_dict(config_dict | given, **kwargs)
+
     def __post_init__(self, **kwargs):
         if kwargs.get("head_dim", 0) is None:  # as upstream's default: of the hidden size and the heads
             del kwargs["head_dim"]

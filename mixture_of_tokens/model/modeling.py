@@ -104,8 +104,9 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
-        # Upstream installs them at the first call that records, under a lock that `torch.compile` cannot trace.
-        maybe_install_capturing_hooks(self)
+        if any(routing.auxiliary_weight is not None for routing in config.routings):
+            # Upstream installs them at the first call that records, under a lock that `torch.compile` cannot trace.
+            maybe_install_capturing_hooks(self)
 
     def forward(
         self,
