@@ -12,7 +12,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mixture_of_tokens.convert.export import export
     from mixture_of_tokens.convert.transition import transition
+    from mixture_of_tokens.data.groups import GroupedBatches
     from mixture_of_tokens.data.inspect import data_report
+    from mixture_of_tokens.data.prepare import prepare_text
     from mixture_of_tokens.experts import Experts, Router
     from mixture_of_tokens.inference.audit import audit, audit_model
     from mixture_of_tokens.inference.evaluate import evaluate
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.soft import SoftMoE
     from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
     from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
+    from mixture_of_tokens.training.callbacks import BalanceCallback
     from mixture_of_tokens.training.options import Options
     from mixture_of_tokens.training.prepare import prepare
     from mixture_of_tokens.training.sweep import sweep
@@ -48,6 +51,9 @@ _MODULES = {
     "model.companions": ("calibrate_companions",),
     "model.plan": ("plan",),
     "data.inspect": ("data_report",),
+    "data.prepare": ("prepare_text",),
+    "data.groups": ("GroupedBatches",),
+    "training.callbacks": ("BalanceCallback",),
     "training.options": ("Options",),
     "training.prepare": ("prepare",),
     "training.train": ("train",),
@@ -63,9 +69,11 @@ _MODULES = {
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "BalanceCallback",
     "ExpertChoice",
     "ExpertThreshold",
     "Experts",
+    "GroupedBatches",
     "MixtureOfTokens",
     "MixtureOfTokensConfig",
     "MixtureOfTokensForCausalLM",
@@ -88,6 +96,7 @@ __all__ = [
     "generate",
     "plan",
     "prepare",
+    "prepare_text",
     "report",
     "sweep",
     "train",

@@ -60,7 +60,10 @@ def summed_over_processes(counts: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E feed-forward networks without biases: gated, down(act(gate(x)) * up(x)), or plain, down(act(up(x)))."""
+    """E feed-forward networks without biases: gated, down(act(gate(x)) * up(x)), or plain, down(act(up(x))).
+
+    Weights are drawn with `initializer_scale`, by `truncated_normal_`.
+    """
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class Router(nn.Module):
 
     The temperature is a setting outside the state dict; a schedule may change it between steps (`set_temperature`).
     With `learnable_temperature` it is exp of the parameter `log_temperature`, which is not for weight decay: that would
-    draw the temperature to 1.
+    draw the temperature to 1. Weights are drawn as those of `Experts`.
     """
 
     fixed_temperature: Tensor

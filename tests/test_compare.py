@@ -237,6 +237,17 @@ def test_a_model_whose_logits_are_not_finite_has_no_samples(compared, tmp_path):
     assert continued(runs, "cpu")["def "].keys() == {"sound"}
 
 
+def test_a_model_that_cannot_be_loaded_is_named_and_has_no_samples(compared, tmp_path, capsys):
+    runs = {"sound": compared / "Transformer-Nano-seed0", "short": tmp_path / "short"}
+    shutil.copytree(runs["sound"], runs["short"], ignore=shutil.ignore_patterns("checkpoint-*"))
+    weights = runs["short"] / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert continued(runs, "cpu")["def "].keys() == {"sound"}
+    assert capsys.readouterr().err.startswith(f"mot: no samples of short: {runs['short']}/model is damaged: ")
+    mot("report", runs["short"])
+    assert "There are no samples" in (runs["short"] / "report.html").read_text()
+
+
 def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(compared / "Transformer-Nano-seed0", run, ignore=shutil.ignore_patterns("checkpoint-*", "model"))

@@ -286,7 +286,7 @@ def _thinned(values: Sequence) -> Sequence:
 
 def _samples(comparison: Comparison, samples: dict[str, dict[str, str]]) -> Child:
     if not samples:
-        return [html("p", "There are no samples: a run has no model/ any more.")]
+        return [html("p", "There are no samples: a run's model/ is gone or damaged, or its model writes no text.")]
     count, seed = len(PROMPTS), comparison.seeds[0]
     intro = (
         f"Each model, trained with seed {seed}, continued the same {count} prompts as one batch. These are the first "

@@ -1,5 +1,6 @@
 """Continuations of the same prompts by trained models, in full groups."""
 
+import sys
 from pathlib import Path
 
 from mixture_of_tokens.inference.generate import Sampling, continue_prompts
@@ -20,15 +21,19 @@ PROMPTS = (
 def continued(directories: dict[str, Path], device: Device | None = None) -> dict[str, dict[str, str]]:
     """Continuations of the first prompts by the models of run directories, by prompt and label, with a fixed seed.
 
-    All prompts are one batch. Empty where a run has no model/ any more; a model has none that is not causal, or that
-    they do not suit: its tokenizer has no token for one, or its context is as short as one; or of which the logits
-    are not finite.
+    All prompts are one batch. A model has none that is not causal, or that they do not suit: its tokenizer has no token
+    for one, or its context is as short as one; or of which the logits are not finite. One that does not load is named
+    on standard error, and has none. Empty where a run has no model/ any more, or no model has one.
     """
     if not all((directory / "model").is_dir() for directory in directories.values()):
         return {}
     written = {prompt: {} for prompt in SHOWN}
     for label, directory in directories.items():
-        model, tokenizer = load_model(str(directory), device=device), load_tokenizer_of(str(directory))
+        try:
+            model, tokenizer = load_model(str(directory), device=device), load_tokenizer_of(str(directory))
+        except ValueError as error:
+            print(f"mot: no samples of {label}: {error}", file=sys.stderr)
+            continue
         if not model.config.causal:
             continue
         try:
@@ -37,4 +42,4 @@ def continued(directories: dict[str, Path], device: Device | None = None) -> dic
             continue
         for prompt, text in zip(SHOWN, texts, strict=False):
             written[prompt][label] = text
-    return written
+    return written if any(written.values()) else {}
