@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mixture_of_tokens.manifest import fault
 from mixture_of_tokens.runs.checkpoints import keep_newest, newest
@@ -102,6 +103,15 @@ def test_killed_five_times_and_resumed_it_ends_as_if_uninterrupted(whole, tmp_pa
         assert not (out / "run.json").exists()
     assert finish(begin(out, "--resume")) == 0, (tmp_path / "log").read_text()
     assert_same(out, whole)
+    assert points(out) == points(whole)
+
+
+def points(run: Path) -> dict[str, list[int]]:
+    """The steps that TensorBoard shows of each curve."""
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    curves = [tag for tag in events.Tags()["scalars"] if tag in ("train/loss", "train/learning_rate", "eval/loss")]
+    assert len(curves) == 3
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in curves}
 
 
 def killed_while_saving(*words: object) -> None:

@@ -125,6 +125,8 @@ def test_fitted_scales_are_the_same_each_time(trained):
         fit_scales(source, target, groups, scales, steps=10)
     for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(a, b)
+    before = switched(source)[0].state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in first[0].state_dict().items())
 
 
 @pytest.fixture(scope="module")
