@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mixture_of_tokens.model.routings import ROUTINGS, ROWS
+from mixture_of_tokens.sparse import SigmoidChoice
 from mixture_of_tokens.training.callbacks import BalanceCallback
 from routings import tiny
 
@@ -113,3 +114,17 @@ def test_what_is_measured_stays_in_fp32_in_a_model_that_is_made_in_bf16(kind):
     x = Texts(6).ids
     made.train()(x, labels=x).loss.backward()
     made.balance()
+
+
+def test_loads_of_a_micro_batch_outlive_a_graph_that_writes_the_next_over_them():
+    model = tiny("sigmoid_choice").train()
+    model(Texts(ROWS_A_STEP).ids)
+    layers = [module for module in model.modules() if isinstance(module, SigmoidChoice)]
+    given = [layer.load_E for layer in layers]
+    kept = [load_E.clone() for load_E in given]
+    BalanceCallback(model).on_substep_end(None, None, None)
+    for load_E in given:
+        load_E.zero_()
+    assert layers
+    assert all(torch.equal(layer.load_E, load_E) for layer, load_E in zip(layers, kept, strict=True))
+    assert all(load_E.any() for load_E in kept)

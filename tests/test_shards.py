@@ -573,6 +573,8 @@ def test_the_report_counts_the_blocks_of_documents_and_those_that_meet_their_own
     found = _facts(blocks, {"documents": 5, "tokens": 25, "bytes": 50}, group_size=3)
     assert (found["blocks per document, median"], found["blocks per document, most"]) == (2, 4)
     assert (found["blocks"], found["groups"], found["bytes per token"]) == (6, 2, 2)
+    huge = _facts(blocks, {"documents": 5, "tokens": 25, "bytes": 50}, group_size=2**60)  # takes no more memory
+    assert huge == _facts(blocks, {"documents": 5, "tokens": 25, "bytes": 50}, group_size=blocks.total) | {"groups": 0}
     alone = Blocks(np.zeros(65, dtype=np.uint16), np.array([65]), 4, 65)  # four groups of four blocks of one document
     found = _facts(alone, {"documents": 1, "tokens": 65, "bytes": 65}, group_size=4)
     assert found["collisions"] == (EPOCHS + 1) * 4 * 3
