@@ -272,6 +272,8 @@ def test_calibrated_thresholds_are_the_means_over_batches_of_real_tokens():
     assert torch.equal(thresholds_of(model), once)
     calibrate_thresholds(model, [{"input_ids": batches[0]["input_ids"][:1, :1]}])  # too few tokens for a share
     assert torch.equal(thresholds_of(model), once)
+    with pytest.raises(ValueError, match="there is no batch to measure thresholds on"):
+        calibrate_thresholds(model, iter(()))
     calibrate_thresholds(tiny("token_choice"), batches)  # which has none
 
 

@@ -23,6 +23,9 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
     Args:
         model: uncompiled and unwrapped.
         batches: inputs of the model, each of many tokens: an expert's even share of a batch is to be some tokens.
+            Smaller ones are ignored.
+
+    Raises ValueError if there is no batch.
     """
     layers = [module for module in model.modules() if isinstance(module, ExpertThreshold)]
     if not layers:
@@ -31,6 +34,8 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
         layer.noted = None  # of training that no `balance` followed
     try:
         watch(model, dict.fromkeys(layers, _note), batches)
+        if all(layer.noted is None for layer in layers):
+            raise ValueError("there is no batch to measure thresholds on; an iterator gives its batches once")
         for layer in layers:
             layer.move_threshold(1, over_processes=False)
     finally:
