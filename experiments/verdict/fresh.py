@@ -124,6 +124,7 @@ class System(NamedTuple):
 SYSTEMS = (
     System("Transformer-Nano"),
     System("TC-Nano/32E", SHARP),
+    System("TC-Nano/32E", SHARP, rate=1e-2),
     System("TC-Nano/32E", SHARP | DROPLESS),
     System("TC-Nano/32E/4", DROPLESS),
     System("TC-Nano/32E/4", DROPLESS, rate=1e-2),
@@ -138,7 +139,7 @@ SYSTEMS = (
 )
 LONG_SYSTEMS = (
     System("Transformer-Nano"),
-    System("TC-Nano/32E", SHARP),
+    System("TC-Nano/32E", SHARP, rate=1e-2),
     System("TC-Nano/32E/4", DROPLESS),
     System("TC-Nano/32E/4", DROPLESS, rate=2.5e-3),
     System("STC-Nano/32E/8"),
