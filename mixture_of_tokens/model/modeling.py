@@ -106,6 +106,7 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
         self.post_init()
         if any(routing.auxiliary_weight is not None for routing in config.routings):
             # Upstream installs them at the first call that records, under a lock that `torch.compile` cannot trace.
+            # A model with them cannot be pickled.
             maybe_install_capturing_hooks(self)
 
     def forward(
