@@ -23,19 +23,19 @@ AT, TARGET = LENGTHS[2], (0.45, 0.5)  # of the steps and of the time, at 49 mill
 
 def says() -> Said | None:
     """Told are the shortest and the longest runs, and those that decide."""
-    told, of_steps, of_time = {}, math.inf, math.inf
+    shown, of_steps, of_time = [], math.inf, math.inf
     for row in ROWS:
         if row.system != BEST_MIXTURE or (found := result_of(row)) is None:
             continue
         never = found.steps is None or found.time is None
         shares = "never" if never else f"{found.steps.mean:.2f} of the steps and {found.time.mean:.2f} of the time"
         seeds = f" ({len(row.seeds)} seeds)" if len(row.seeds) > 1 else ""
-        told[row.steps, len(row.seeds)] = f"{shares} after {row.steps * TOKENS / 1e6:.0f} M tokens{seeds}"
+        if row.steps in (LENGTHS[0], AT, LENGTHS[-1]):
+            shown.append(f"{shares} after {row.steps * TOKENS / 1e6:.0f} M tokens{seeds}")
         if row.steps == AT and not never:
             of_steps, of_time = found.steps.mean, found.time.mean
-    if not told:
+    if not shown:
         return None
-    shown = [each for (steps, _), each in told.items() if steps in (LENGTHS[0], AT, LENGTHS[-1])]
     return shown, verdict(of_steps <= TARGET[0] and of_time <= TARGET[1], in_part=of_time < 1)
 
 
