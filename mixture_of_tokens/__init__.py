@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.inference.evaluate import evaluate
     from mixture_of_tokens.inference.generate import generate
     from mixture_of_tokens.layers import MixtureOfTokens
+    from mixture_of_tokens.model.balance import BalanceCallback
     from mixture_of_tokens.model.calibration import calibrate_thresholds
     from mixture_of_tokens.model.companions import calibrate_companions
     from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from mixture_of_tokens.soft import SoftMoE
     from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
     from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
-    from mixture_of_tokens.training.callbacks import BalanceCallback
     from mixture_of_tokens.training.options import Options
     from mixture_of_tokens.training.prepare import prepare
     from mixture_of_tokens.training.sweep import sweep
@@ -47,13 +47,13 @@ _MODULES = {
     "model.config": ("MixtureOfTokensConfig",),
     "model.modeling": ("MixtureOfTokensForCausalLM", "MixtureOfTokensModel"),
     "model.names": ("config_from_name",),
+    "model.balance": ("BalanceCallback",),
     "model.calibration": ("calibrate_thresholds",),
     "model.companions": ("calibrate_companions",),
     "model.plan": ("plan",),
     "data.inspect": ("data_report",),
     "data.prepare": ("prepare_text",),
     "data.groups": ("GroupedBatches",),
-    "training.callbacks": ("BalanceCallback",),
     "training.options": ("Options",),
     "training.prepare": ("prepare",),
     "training.train": ("train",),

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from mixture_of_tokens.model.balance import BalanceCallback
 from mixture_of_tokens.model.routings import ROUTINGS, ROWS
 from mixture_of_tokens.sparse import SigmoidChoice
-from mixture_of_tokens.training.callbacks import BalanceCallback
 from routings import tiny
 
 ROWS_A_STEP, LENGTH, VOCABULARY = 6, 9, 97

@@ -24,9 +24,9 @@ from mixture_of_tokens.runs.checkpoints import keep_newest, newest
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.runs.run import check_free, check_resumed
-from mixture_of_tokens.training.callbacks import StopOnSignal
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.signals import StopOnSignal
 from processes import finish, mot, mot_on_a_full_disk, rows_of, start
 
 STEPS, SAVE = 48, 8

@@ -196,13 +196,14 @@ def test_the_layer_needs_torch_alone():
 
 MODELS = """
 import torch
-from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions, config_from_name, plan
+from mixture_of_tokens import BalanceCallback, MixtureOfTokensForCausalLM, calibrate_companions, config_from_name, plan
 from mixture_of_tokens.model.telemetry import measure
 model = MixtureOfTokensForCausalLM(config_from_name("MoT-Nano/4E", vocab_size=50)).train()
 batch = {"input_ids": torch.randint(50, (8, 5))}
 model(**batch, labels=batch["input_ids"]).loss.backward()
 calibrate_companions(model, [batch])
 assert measure(model, batch)
+BalanceCallback(model)
 model.eval().serve_alone()
 model.generate(batch["input_ids"], max_new_tokens=2)
 model.save_pretrained(sys.argv[1])

@@ -1,45 +1,23 @@
-"""What happens around the steps of a training: the clock, metrics.jsonl, the temperature, signals, gradients."""
+"""What happens around the steps of a training: the clock, metrics.jsonl, the temperature."""
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers import TrainerCallback
 
 from mixture_of_tokens.disk import disk_errors, flush, write_text
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs.records import MetricsRow, row_of
-from mixture_of_tokens.sparse import SigmoidChoice
 
 # What Trainer logs, by its name in a row of metrics.jsonl.
 OF_LOGS = {name: name for name in ("eval_loss", "learning_rate", "grad_norm", "aux_loss", "data_wait")}
 OF_LOGS |= {"loss": "train_loss"}
-
-
-class BalanceCallback(TrainerCallback):
-    """Balances routings without a balancing loss after each step, in any Trainer."""
-
-    def __init__(self, model: MixtureOfTokensForCausalLM):
-        self.model = model
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        for module in self.model.modules():
-            if isinstance(module, SigmoidChoice) and module.load_E is not None:
-                module.load_E = module.load_E.clone()  # a graph of CUDA writes the next micro-batch's over it
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.model.balance()
 
 
 class Clock:
@@ -158,109 +136,3 @@ class AnnealTemperature(TrainerCallback):
     def _set(self, step: int, steps: int) -> None:
         progress = step / max(1, steps - 1)
         self.model.set_router_temperature(self.start * (self.end / self.start) ** progress)
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Until the end of the block SIGTERM raises KeyboardInterrupt, as ^C does, but with its number."""
-
-    def end(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def told_by_the_main_thread() -> Iterator[None]:
-    """TensorBoard's thread prints a traceback of what its next call raises, such as of a full disk: not that."""
-    before = threading.excepthook
-
-    def told(said: threading.ExceptHookArgs) -> None:
-        if type(said.thread).__name__ != "_AsyncWriterThread":
-            before(said)
-
-    threading.excepthook = told
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
-class StopOnSignal(TrainerCallback):
-    """SIGTERM or a first ^C ends the run after the current step, with a checkpoint; `received` is its number.
-
-    The text of the next step is waited for at the end of a step, where a signal can break off the wait.
-
-    Args:
-        wait: called with the number of a step, waits for its text.
-    """
-
-    def __init__(self, wait: Callable[[int], None]):
-        self.received: int | None = None
-        self._wait, self._waiting = wait, False
-        self._hosts: Any = None  # all processes, by way of the CPU: no step waits for a device
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """The handlers, until the end of the block."""
-        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-        before = {number: signal.signal(number, self._receive) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame) -> None:
-        waiting, self._waiting = self._waiting, False
-        self.received = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second ^C does not wait
-        if waiting:
-            raise KeyboardInterrupt(number)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            limit = timedelta(seconds=args.ddp_timeout)
-            self._hosts = torch.distributed.new_group(backend="gloo", timeout=limit)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._hosts is not None:
-            torch.distributed.destroy_process_group(self._hosts)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        with suppress(KeyboardInterrupt, ValueError, OSError):  # text at fault is told when the next step begins
-            self._waiting = self.received is None
-            try:
-                if self._waiting:
-                    self._wait(state.global_step)
-            finally:
-                self._waiting = False
-        if self._hosts is not None:  # all processes stop after the same step
-            received = torch.tensor(self.received or 0)
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._hosts)
-            self.received = int(received) or None
-        if self.received is not None:
-            control.should_save = control.should_training_stop = True
-
-
-@contextmanager
-def writes_events(trainer: Trainer, directory: Path, step: int) -> Iterator[None]:
-    """TensorBoard's events in one directory of a run, however often it is resumed at a step: points that are written
-    again replace the earlier ones."""
-    if trainer.pop_callback(TensorBoardCallback) is None or not trainer.is_world_process_zero():
-        yield
-        return
-    writer = SummaryWriter(str(directory), purge_step=step + 1)
-    trainer.add_callback(TensorBoardCallback(writer))
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # such as of a full disk, which may be what was raised
-            writer.close()  # or its thread goes on after a training that fails

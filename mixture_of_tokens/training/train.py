@@ -50,9 +50,10 @@ from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, check_free, check_resumed, check_writable, read
-from mixture_of_tokens.training.callbacks import AnnealTemperature, StopOnSignal, ended_by_sigterm
+from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
+from mixture_of_tokens.training.signals import StopOnSignal, ended_by_sigterm
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
 REGROUPINGS = 3

@@ -29,6 +29,7 @@ from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order,
 from mixture_of_tokens.disk import disk_errors, plain_errors, publish
 from mixture_of_tokens.inference.evaluate import evaluate_blocks
 from mixture_of_tokens.layout import at_least_fp32
+from mixture_of_tokens.model.balance import BalanceCallback
 from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.sharding import (
@@ -45,7 +46,8 @@ from mixture_of_tokens.model.sharding import (
 from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
 from mixture_of_tokens.process import end_with_parent, of_all
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.training.callbacks import BalanceCallback, Clock, RunLog, told_by_the_main_thread, writes_events
+from mixture_of_tokens.training.callbacks import Clock, RunLog
+from mixture_of_tokens.training.events import told_by_the_main_thread, writes_events
 
 EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
 BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # what a schedule has for each of the optimizer's groups

@@ -1,0 +1,85 @@
+"""What SIGTERM and ^C do to a training."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Until the end of the block SIGTERM raises KeyboardInterrupt, as ^C does, but with its number."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM or a first ^C ends the run after the current step, with a checkpoint; `received` is its number.
+
+    The text of the next step is waited for at the end of a step, where a signal can break off the wait.
+
+    Args:
+        wait: called with the number of a step, waits for its text.
+    """
+
+    def __init__(self, wait: Callable[[int], None]):
+        self.received: int | None = None
+        self._wait, self._waiting = wait, False
+        self._hosts: Any = None  # all processes, by way of the CPU: no step waits for a device
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The handlers, until the end of the block."""
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, self._receive) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        waiting, self._waiting = self._waiting, False
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second ^C does not wait
+        if waiting:
+            raise KeyboardInterrupt(number)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            limit = timedelta(seconds=args.ddp_timeout)
+            self._hosts = torch.distributed.new_group(backend="gloo", timeout=limit)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._hosts is not None:
+            torch.distributed.destroy_process_group(self._hosts)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        with suppress(KeyboardInterrupt, ValueError, OSError):  # text at fault is told when the next step begins
+            self._waiting = self.received is None
+            try:
+                if self._waiting:
+                    self._wait(state.global_step)
+            finally:
+                self._waiting = False
+        if self._hosts is not None:  # all processes stop after the same step
+            received = torch.tensor(self.received or 0)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._hosts)
+            self.received = int(received) or None
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
