@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "transition": (
         "convert.transition:transition",
-        "Turn a finished Mixture of Tokens into Token Choice, which serves one prompt at a time, and train it on.",
+        "Turn a finished Mixture of Tokens into Token Choice, which serves each text by itself, and train it on.",
     ),
     "export": (
         "convert.export:export",

@@ -113,7 +113,8 @@ def test_commands_are_legal(words, tiny_runs, small_corpus, tmp_path, monkeypatc
         words = (*words, "--distil-steps", "4")
     if command == "export":  # another process would have to import transformers, as in test_export.py
         monkeypatch.setattr(export, "compare_logits", lambda model, directory, ids: (0.0, 1.0))
-    cli.main([*words, "--dry-run"] if command in DRY and "--help" not in words else list(words))
+    dry = ["--dry-run"] if command in DRY and not {"--help", "--dry-run"} & {*words} else []
+    cli.main([*words, *dry])
     shown = capsys.readouterr()
     assert shown.out or shown.err
 
@@ -297,7 +298,7 @@ def test_links_lead_somewhere(page):
 def test_changes_that_were_tried_are_as_in_what_they_link_to():
     section = text_of("results").split("### What was tried where figures 6 and 7 fall short")[1].split("\n###")[0]
     rows = re.findall(r"^\| (.*\[.*) \|$", section, flags=re.MULTILINE)
-    assert len(rows) == 13
+    assert len(rows) == 3
     for row in rows:
         there = ""
         for target in re.findall(r"\]\(([^)]+)\)", row):

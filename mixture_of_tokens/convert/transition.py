@@ -133,7 +133,7 @@ def transition(
     resume: bool = False,
     dry_run: bool = False,
 ) -> Transitioned | Run | RunConfig | None:
-    """Turn a finished Mixture of Tokens into Token Choice, which serves one prompt at a time, and train it on.
+    """Turn a finished Mixture of Tokens into Token Choice, which serves each text by itself, and train it on.
 
     All weights carry over, and training goes on in the text where the source stopped. The new run inherits its source's
     metrics, clock and step count, so that mot report plots one curve; its checkpoints count from 0.
