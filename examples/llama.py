@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mixture_of_tokens import MixtureOfTokens
-from mixture_of_tokens.data.groups import Blocks, GroupedBatches
-from mixture_of_tokens.data.prepare import prepare_text
+from mixture_of_tokens import GroupedBatches, MixtureOfTokens, prepare_text
+from mixture_of_tokens.data.groups import Blocks
 
 GROUP = 16  # texts that are mixed; a batch is a multiple of it
 

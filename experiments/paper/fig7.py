@@ -46,7 +46,7 @@ STUDY = Study(
     rows=ROWS,
     says=says,
     table=table_of,
-    draw=lambda study: draw_curves(study, LENGTHS[2]),
+    draw=lambda study: draw_curves(study, LENGTHS[-1]),
 )
 
 if __name__ == "__main__":
