@@ -315,6 +315,17 @@ def test_the_ledgers_page_is_of_the_committed_runs(paper):
     assert f"{words[verdicts['in part']]} hold only in a weaker form" in said
 
 
+def test_the_packages_of_the_text_are_those_that_runs_had():
+    lines = (EXPERIMENTS / "packages.txt").read_text().splitlines()
+    listed = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    runs = [*EXPERIMENTS.glob("paper/*-Micro-*.json"), *EXPERIMENTS.glob("verdict/*-fresh-*.json")]
+    assert len(runs) > 60
+    for run in runs:
+        had = {name: version for name, version in read(run).facts.versions.items() if name in listed}
+        assert len(had) >= 5
+        assert had == {name: listed[name] for name in had}, run
+
+
 def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
     fig7 = paper("fig7")
     lengths = fig7.LENGTHS
