@@ -70,6 +70,17 @@ def publish(beside: Path, final: Path) -> None:
         shutil.rmtree(before, ignore_errors=True)
 
 
+@contextmanager
+def published(beside: Path, final: Path) -> Iterator[None]:
+    """`publish` what the block has written to `beside`; nothing is left there where it fails, or was killed before."""
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        yield
+        publish(beside, final)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def replaced(final: Path) -> Path:
     """Where `publish` keeps what it replaces."""
     return final.with_name(f"{final.name}.replaced")

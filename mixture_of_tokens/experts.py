@@ -169,7 +169,7 @@ class Router(nn.Module):
         super().__setattr__(name, value)
 
     def reset_parameters(self, scale: float | None = None) -> None:
-        """As of `Experts`; the temperature too is set anew."""
+        """Draw the weight anew, and set the temperature back to its setting."""
         if scale is not None:
             self.initializer_scale = scale
         truncated_normal_(self.weight, self.initializer_scale)

@@ -167,7 +167,7 @@ class _ExpertLinear(torch.autograd.Function):
 
 
 def once_only(what: str, instead: str) -> None:
-    """Raises RuntimeError in a backward that may be differentiated, as torch.func's always may, but keeps no inputs."""
+    """Raises RuntimeError where a second derivative may be asked for, as torch.func always does: too little is kept."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{what} has no second derivatives: {instead}")
 

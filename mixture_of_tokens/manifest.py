@@ -14,14 +14,14 @@ NAME, OWN = "manifest.json", "sha256"  # the field that is a hash of the others
 OURS = re.compile(rb'^  ("files": \{\s+".*": \{\s+"bytes"|"sha256": "[0-9a-f]{64}"$)', re.MULTILINE)
 
 
-def hash_of_file(path: Path, read: Callable[[int], Any] = int) -> str:
+def hash_of_file(path: Path, progress: Callable[[int], Any] = int) -> str:
     """The SHA-256 of a file's content. read: called with the number of bytes read. Raises OSError with the name."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             while part := file.read(2**20):
                 digest.update(part)
-                read(len(part))
+                progress(len(part))
     except OSError as error:
         raise naming(error, path) from error
     return digest.hexdigest()

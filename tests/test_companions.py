@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import reference
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions
 from mixture_of_tokens.data.groups import training_groups
-from mixture_of_tokens.inference.evaluate import cross_entropy
+from mixture_of_tokens.inference.losses import cross_entropy
 from mixture_of_tokens.model import modeling
 from mixture_of_tokens.runs.loading import load_model, text_of
 from routings import E, G, T, build, gradients, some_mask, tiny, tokens

@@ -17,11 +17,12 @@ import pytest
 
 from mixture_of_tokens.data import duplicates, tokens
 from mixture_of_tokens.data import prepare as preparing
-from mixture_of_tokens.data.prepare import prepare_text, whole_text
+from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.sources import cache_directory, documents, files, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import train_tokenizer
-from mixture_of_tokens.runs.run import check_resumed
+from mixture_of_tokens.data.whole import whole_text
+from mixture_of_tokens.runs.admission import check_resumed
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from texts import sentences, texts
@@ -42,7 +43,7 @@ def work(tmp_path):
 def dealt(work, given: list[str], group_size: int = 32, **options):
     """Texts of each split, in order, and what `split` says."""
     places, digests = spool(([text.encode()] for text in given), work / "text", None, len_of)
-    result = split(work / "text", places, digests, group_size=group_size, work=work, read=len_of, **options)
+    result = split(work / "text", places, digests, group_size=group_size, work=work, progress=len_of, **options)
     with opened(work / "text") as file:
         found = {
             name: [os.pread(file, int(length), int(offset)).decode() for offset, length in part]

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from mixture_of_tokens import cli, plan
-from mixture_of_tokens.convert import export
+from mixture_of_tokens.convert import verify
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import parameters
 from mixture_of_tokens.model.names import SIZES, config_from_name
@@ -112,7 +112,7 @@ def test_commands_are_legal(words, tiny_runs, small_corpus, tmp_path, monkeypatc
     if command in ("transition", "export") and not switched and "--calibrate" not in words:
         words = (*words, "--distil-steps", "4")
     if command == "export":  # another process would have to import transformers, as in test_export.py
-        monkeypatch.setattr(export, "compare_logits", lambda model, directory, ids: (0.0, 1.0))
+        monkeypatch.setattr(verify, "compare_logits", lambda model, directory, ids: (0.0, 1.0))
     dry = ["--dry-run"] if command in DRY and not {"--help", "--dry-run"} & {*words} else []
     cli.main([*words, *dry])
     shown = capsys.readouterr()

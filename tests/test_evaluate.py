@@ -26,7 +26,8 @@ from mixture_of_tokens.convert import distil as distillation
 from mixture_of_tokens.convert.serving import serve
 from mixture_of_tokens.convert.switch import branches
 from mixture_of_tokens.data.groups import Blocks, grouped_order
-from mixture_of_tokens.inference.evaluate import argmax_routing, cross_entropy, evaluate_blocks, in_parts
+from mixture_of_tokens.inference.evaluate import argmax_routing, in_parts
+from mixture_of_tokens.inference.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, text_of
 from processes import mot

@@ -28,8 +28,10 @@ from transformers import (
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM
 from mixture_of_tokens.convert import export as export_module
 from mixture_of_tokens.convert import serving
-from mixture_of_tokens.convert.export import in_plain_transformers, to_plain
+from mixture_of_tokens.convert import verify as verify_module
+from mixture_of_tokens.convert.plain import to_plain
 from mixture_of_tokens.convert.serving import Served, TopK, best_of, serve
+from mixture_of_tokens.convert.verify import in_plain_transformers
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.ownership import owned_file
@@ -117,7 +119,7 @@ def elsewhere() -> Iterator[Python]:
 @pytest.fixture
 def checked_elsewhere(elsewhere, monkeypatch) -> None:
     """Exports are checked there too, where users' start a process each."""
-    monkeypatch.setattr(export_module, "in_plain_transformers", elsewhere)
+    monkeypatch.setattr(verify_module, "in_plain_transformers", elsewhere)
 
 
 def read_by(python: Python, directory: Path, ids: torch.Tensor, new: int) -> dict:
@@ -399,8 +401,8 @@ def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, 
     (out / "README.md").write_text("mine")  # a card may be written on
     (out / "mine").write_text("mine")
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "in_plain_transformers", in_plain_transformers)
-        patch.setattr(export_module, "CHECK", "import sys; sys.exit('no room')")
+        patch.setattr(verify_module, "in_plain_transformers", in_plain_transformers)
+        patch.setattr(verify_module, "CHECK", "import sys; sys.exit('no room')")
         with pytest.raises(SystemExit, match="2"):
             mot("export", directory, out, "--force")
     assert "plain transformers cannot load what was written: no room" in capsys.readouterr().err

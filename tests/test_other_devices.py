@@ -12,7 +12,7 @@ from mixture_of_tokens import calibrate_companions, calibrate_thresholds
 from mixture_of_tokens.convert.distil import distil
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import Blocks
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import ROUTINGS, ROWS
 from mixture_of_tokens.model.telemetry import measure

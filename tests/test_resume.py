@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mixture_of_tokens.manifest import fault
+from mixture_of_tokens.runs.admission import check_free, check_resumed
 from mixture_of_tokens.runs.checkpoints import keep_newest, newest
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunConfig
-from mixture_of_tokens.runs.run import check_free, check_resumed
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.signals import StopOnSignal

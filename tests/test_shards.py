@@ -82,7 +82,7 @@ def test_documents_and_pieces_may_cross_shards_and_batches(tmp_path, monkeypatch
     (tmp_path / "work").mkdir()
     documents = ([text.encode()] for text in given)
     places, digests = spool(documents, tmp_path / "text", None, lambda n: None)
-    splits = split(tmp_path / "text", places, digests, group_size=2, work=tmp_path / "work", read=lambda n: None)
+    splits = split(tmp_path / "text", places, digests, group_size=2, work=tmp_path / "work", progress=lambda n: None)
     tokenizer = train_tokenizer(given, 300)
     manifest = tokenize(tmp_path / "text", splits, tokenizer, tmp_path / "work", group_size=2, shard_tokens=7001)
     count = 0

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.sweep import Cell, Outcome
 from processes import mot

@@ -18,7 +18,7 @@ from mixture_of_tokens.convert.distil import distil
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import branches, rescale_moments, to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
-from mixture_of_tokens.inference.evaluate import cross_entropy
+from mixture_of_tokens.inference.losses import cross_entropy
 from mixture_of_tokens.runs.loading import load_model, text_of
 from routings import small_model, tokens
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mixture_of_tokens.data.groups import grouped_order, training_groups
 from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.inference.evaluate import cross_entropy
+from mixture_of_tokens.inference.losses import cross_entropy
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.runs.loading import load_model, text_of

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.options import Options
 

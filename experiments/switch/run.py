@@ -23,7 +23,7 @@ from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.options import Options

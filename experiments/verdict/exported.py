@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.torch import save_file
 
 from mixture_of_tokens import export
-from mixture_of_tokens.convert.export import in_plain_transformers
+from mixture_of_tokens.convert.verify import in_plain_transformers
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.runs.loading import text_of
 

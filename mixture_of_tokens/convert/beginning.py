@@ -17,9 +17,10 @@ from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.experts import Router
-from mixture_of_tokens.inference.evaluate import chosen, said_of
+from mixture_of_tokens.inference.losses import evaluated_groups, label_of_groups
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.passes import serving_alone
 from mixture_of_tokens.model.sharding import load_optimizer, whole
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs import records
@@ -52,14 +53,13 @@ def _switched(
     model = load_model(str(source.directory), device="cpu").to(target.device)
     size = trainer.rows.group_size
     groups = list(training_groups(prepared.train, size))
-    order, _ = chosen(trainer.evaluated, size, max(1, EVALUATION_ROWS // size))  # of `trainer.loss_of`
+    order, _ = evaluated_groups(trainer.evaluated, size, max(1, EVALUATION_ROWS // size))  # of `trainer.loss_of`
     started = time.perf_counter()
     calibrate_companions(model, groups)
     fit_seconds = time.perf_counter() - started
     losses = {"source_in_groups": trainer.loss_of(model)}
-    model.serve_alone()
-    losses["source_alone"] = trainer.loss_of(model)
-    model.serve_alone(False)
+    with serving_alone(model):
+        losses["source_alone"] = trainer.loss_of(model)
     scales = to_token_choice(model, target)
     losses["plain_switch"] = trainer.loss_of(target)
     errors: Errors = {}
@@ -91,7 +91,7 @@ def _switched(
         **losses,
         branch_errors=errors,
         fit_seconds=0.0 if asked.calibrate == "none" else round(fit_seconds, 1),
-        groups=said_of(order.reshape(-1, model.config.group_size)),
+        groups=label_of_groups(order.reshape(-1, model.config.group_size)),
     )
     return switch, scales, new
 

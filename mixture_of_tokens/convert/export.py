@@ -2,71 +2,33 @@
 
 import json
 import re
-import shutil
-import subprocess
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    Dots1Config,
-    Dots1ForCausalLM,
-    GenerationConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import GenerationConfig
 
 from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.convert.card import card
 from mixture_of_tokens.convert.distil import STEPS
+from mixture_of_tokens.convert.plain import NONE_SHARED, check_exportable, to_plain
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
-from mixture_of_tokens.disk import disk_errors, plain_errors, publish
+from mixture_of_tokens.convert.verify import verify
+from mixture_of_tokens.disk import disk_errors, plain_errors, published
 from mixture_of_tokens.formatting import Result
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
-from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of
 from mixture_of_tokens.runs.ownership import owned_file
-from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
 
 EXPORT = "export"  # the fact `of` in the manifest of one
-TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
 ROWS = 4
-# Fields of our configuration that all three have under the same name.
-COMMON = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
-    *("num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_bias"),
-    *("tie_word_embeddings", "rope_parameters", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
-)
-OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob")
-NONE_SHARED = "Qwen3-MoE, with softmax gates, has no shared experts"
-
-# Run by `in_plain_transformers` on the directory and the files of ids and of logits.
-CHECK = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-directory, given, found = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-AutoTokenizer.from_pretrained(directory)
-with torch.no_grad():
-    save_file({"logits": model(load_file(given)["ids"]).logits.contiguous()}, found)
-"""
 
 
 @dataclass(frozen=True)
@@ -186,130 +148,18 @@ def _export(
     tokenizer.model_max_length = model.config.max_position_embeddings
     ids, what = _text(run, model)
     beside = out.with_name(f".{out.name}.partial")  # no name that a user gives
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with published(beside, out):
         with plain_errors(out):
             plain.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
             _write_config(beside)
-        not_the_same = f"the checkpoint written from {run} is not the same model, and was removed"
-        with _nothing_shared():
-            written = type(plain).from_pretrained(beside, dtype=torch.float32)
-        if (name := different_weight(model, written)) is not None:
-            raise ValueError(f"{not_the_same}: {name} is not the run's")
-        print("Comparing logits with plain transformers', in another process", file=sys.stderr)
-        difference, scale = compare_logits(model, beside, ids)
-        allowed = TOLERANCE * max(1.0, scale)
-        if not difference <= allowed:
-            much = f"logits on {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
-            raise ValueError(f"{not_the_same}: {much}")
+        difference = verify(run, model, type(plain), beside, ids, what)
         with disk_errors(out):
             manifest.write(beside, of=EXPORT)
             text = card(run, model, plain, what, difference, license, served)
             # Which people edit. It names the text, whose name may be no UTF-8.
             (beside / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
-        publish(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return Exported(str(out), type(plain).__name__, plain.num_parameters(), what, difference, served)
-
-
-def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
-    """The same model in transformers' own classes. Raises ValueError as `check_exportable`."""
-    config = model.config
-    check_exportable(config)
-    common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
-    common["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kinds = {routing.exports_as for routing in config.sparse_routings}
-    if not kinds:
-        plain: Any = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
-    elif kinds == {"Dots1ForCausalLM"}:
-        plain = _dots1(config, common)
-    else:
-        plain = _qwen3_moe(config, common)
-    empty = {name: value for name, value in plain.state_dict().items() if not value.numel()}  # of no shared experts
-    plain.load_state_dict(plain_weights(model) | empty)
-    return plain.eval()
-
-
-def check_exportable(config: MixtureOfTokensConfig) -> None:
-    """Raises ValueError, naming an alternative, for a model that has no counterpart in transformers."""
-    if ours := {routing.kind for routing in config.routings if routing.exports_as is None}:
-        can = [*(f"{prefix}-" for prefix, row in BY_PREFIX.items() if row.exports_as), f"{MIXTURE.prefix}-"]
-        raise ValueError(
-            f"{', '.join(sorted(ours))} layers are not in plain transformers: they cannot be exported; models that can "
-            f"are {', '.join(can)}"
-        )
-    if config.sliding_window is not None:
-        raise ValueError("models whose attention has a sliding window cannot be exported; train without one")
-    if not config.gated:
-        raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
-    for field in ("hidden_size", "moe_intermediate_size"):
-        if config.sparse_routings and (width := getattr(config, field)) % 4:
-            what = "plain transformers multiplies experts by grouped_mm, which takes multiples of 4 in fp32"
-            raise ValueError(f"{field} is {width}: {what}")
-    kinds = {routing.exports_as for routing in config.sparse_routings}
-    if len(kinds) > 1:
-        raise ValueError("softmax gates in some blocks and sigmoid gates in others are in no model of transformers")
-    dense = len(config.routings) - len(config.sparse_routings)
-    if kinds == {"Dots1ForCausalLM"} and any(routing.sparse for routing in config.routings[:dense]):
-        raise ValueError("in Dots1 the first blocks are dense and all others sparse; this model has another order")
-    if kinds == {"Qwen3MoeForCausalLM"} and config.shared_experts:
-        raise ValueError(f"{NONE_SHARED}: this model cannot be exported; with sigmoid gates (STC-) it could, as Dots1")
-
-
-def _qwen3_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    experts = {field: getattr(config, field) for field in OF_EXPERTS}
-    # Upstream's loss is not divided by the number of choices.
-    experts["router_aux_loss_coef"] = config.router_aux_loss_coef / config.num_experts_per_tok
-    experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
-
-
-def _dots1(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    dense = len(config.routings) - len(config.sparse_routings)
-    experts = {"n_routed_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
-    experts |= {"moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob}
-    alone = {"n_shared_experts": config.shared_experts, "n_group": 1, "topk_group": 1, "sliding_window": None}
-    with _nothing_shared():
-        return Dots1ForCausalLM(Dots1Config(**common, **experts, **alone, first_k_dense_replace=dense))
-
-
-@contextmanager
-def _nothing_shared() -> Iterator[None]:
-    """Dots1 has shared experts; where we have none, torch warns that there is nothing to initialise."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        yield
-
-
-def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
-    """The model's weights by transformers' names, which are its own; plain routers have no temperature."""
-    named = model.named_parameters(remove_duplicate=False)  # both names of tied embeddings
-    weights = {
-        name.replace(".shared_experts.", ".mlp.shared_experts."): value.detach().clone()
-        for name, value in named
-        if "log_temperature" not in name
-    }
-    for i, block in enumerate(model.model.layers):
-        gate = f"model.layers.{i}.mlp.gate"
-        if isinstance(block.mlp, TokenChoice):
-            weights[f"{gate}.weight"] /= block.mlp.gate.temperature.detach()
-        if isinstance(block.mlp, SigmoidChoice):
-            weights[f"{gate}.e_score_correction_bias"] = block.mlp.selection_bias.detach().clone()
-    return weights
-
-
-def different_weight(model: MixtureOfTokensForCausalLM, plain: Any) -> str | None:
-    """The name of a weight that is not exactly the model's. Logits of a few rows do not involve every expert."""
-    expected = plain_weights(model)
-    found = {name: value for name, value in plain.state_dict().items() if value.numel()}
-    names = sorted({*expected, *found})
-    return next((name for name in names if not _equal(expected.get(name), found.get(name))), None)
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and torch.equal(a, b)
 
 
 def _write_config(directory: Path) -> None:
@@ -332,34 +182,3 @@ def _text(run: str, model: MixtureOfTokensForCausalLM) -> tuple[Tensor, str]:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(model.config.vocab_size, (ROWS, min(256, length)), generator=generator), "random tokens"
     return blocks.batch(np.arange(min(ROWS, len(blocks))))["input_ids"], "validation text"
-
-
-def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, float]:
-    """The largest difference of a model's logits from plain transformers', and their standard deviation.
-
-    Raises ValueError where transformers cannot load the directory.
-    """
-    given, found = directory / "given.safetensors", directory / "found.safetensors"
-    try:
-        with plain_errors(directory):
-            save_file({"ids": ids.contiguous()}, given)
-        in_plain_transformers(CHECK, str(directory), str(given), str(found))
-        with torch.no_grad():
-            logits = model(ids).logits
-        return float((load_file(found)["logits"] - logits).abs().max()), float(logits.std())
-    finally:
-        given.unlink(missing_ok=True)
-        found.unlink(missing_ok=True)
-
-
-def in_plain_transformers(code: str, *words: str) -> str:
-    """What a program prints in another process, which cannot import this package.
-
-    Raises ValueError with the last line of its errors where it fails.
-    """
-    alone = f"import sys\nsys.modules['mixture_of_tokens'] = None\n{code}"
-    done = subprocess.run([sys.executable, "-P", "-c", alone, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().rpartition("\n")[2]
-        raise ValueError(f"plain transformers cannot load what was written: {last}")
-    return done.stdout

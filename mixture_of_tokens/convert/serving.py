@@ -12,7 +12,7 @@ from mixture_of_tokens.convert.switch import Scores, to_token_choice, token_choi
 from mixture_of_tokens.data.groups import Blocks
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import aligned, loss
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 

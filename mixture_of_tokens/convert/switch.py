@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.passes import evaluating
+from mixture_of_tokens.model.passes import evaluating, serving_alone
 from mixture_of_tokens.model.routings import MIXTURE
 from mixture_of_tokens.model.sharding import beside
 from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
@@ -124,11 +124,10 @@ def branches(
         return hook
 
     handles = [layer.register_forward_hook(note(i)) for i, layer in layers]
-    served, count = [(layer.alone, layer.num_experts_alone) for _, layer in layers], 0
+    count = 0
     bar = tqdm(desc="Serving the source alone", total=tokens, unit="token", delay=2, leave=False, dynamic_ncols=True)
     try:
-        source.serve_alone(num_experts_alone=num_experts_alone)
-        with evaluating(source):
+        with serving_alone(source, num_experts_alone), evaluating(source):
             for batch in batches:
                 length = batch["input_ids"].shape[1]
                 rows = batch["input_ids"].to(source.device)[: max(1, (tokens - count) // length)]
@@ -139,8 +138,7 @@ def branches(
                     break  # before the next batch is taken, which may be another call's
     finally:
         bar.close()
-        for (_, layer), was, handle in zip(layers, served, handles, strict=True):
-            layer.serve_alone(*was)
+        for handle in handles:
             handle.remove()
     if not count:
         raise ValueError("the training text has no group of different texts: there is too little to fit the switch to")

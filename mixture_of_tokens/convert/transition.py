@@ -19,9 +19,10 @@ from mixture_of_tokens.model.routings import ROUTINGS
 from mixture_of_tokens.model.sharding import OPTIMIZER
 from mixture_of_tokens.process import process_count
 from mixture_of_tokens.runs import checkpoints, records
+from mixture_of_tokens.runs.admission import check_free
 from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
-from mixture_of_tokens.runs.run import Run, Stages, check_free, read
+from mixture_of_tokens.runs.run import Run, Stages, read
 from mixture_of_tokens.training.options import Options, as_word
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged

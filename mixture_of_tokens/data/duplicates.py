@@ -118,7 +118,7 @@ def unlike(
     places: np.ndarray,
     digests: np.ndarray,
     work: Path,
-    read: Callable[[int], Any],
+    progress: Callable[[int], Any],
     *,
     keep_near: bool = False,
     chunk: int = CHUNK,
@@ -132,7 +132,7 @@ def unlike(
         text, places: A file and the offset and length (documents, 2), int64, of each document in it.
         digests: (documents,), uint64, hashes of their content.
         work: A folder for the bands, which take 128 bytes a document.
-        read: Called with the number of bytes sketched.
+        progress: Called with the number of bytes sketched.
         chunk: Bytes per process; for a shorter text no other process is started.
     """
     # In a file: in memory, the bands of short documents would be as large as their text. Written, not mapped, as on a
@@ -143,7 +143,7 @@ def unlike(
             for number in range(BANDS):
                 made.seek((number * len(places) + part.start) * 8)
                 made.write(found[:, number].tobytes())
-            read(int(places[part, 1].sum()))
+            progress(int(places[part, 1].sum()))
 
     def band(number: int) -> np.ndarray:
         return np.fromfile(file, np.uint64, len(places), offset=number * len(places) * 8)

@@ -214,7 +214,7 @@ class GroupedBatches(Dataset):
         """Take what `position` has given to a checkpoint."""
 
     def begin(self, step: int) -> None:
-        """Called before the first step, `ready` before each of the others, and `end` after the last one."""
+        """Called before the first step; `ready` before every step; `end` when training ends, however it does."""
 
     def ready(self, step: int) -> None:
         pass

@@ -9,16 +9,15 @@ which the entry is found. A damaged entry is made again. What is damaged after t
 """
 
 import hashlib
-import itertools
 import json
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -29,7 +28,7 @@ from mixture_of_tokens.checks import at_least_one, listed
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.files import Document
 from mixture_of_tokens.data.groups import Blocks, segmented
-from mixture_of_tokens.data.splits import SPLITS, longest_share, opened, split, spool
+from mixture_of_tokens.data.splits import SPLITS, longest_share, split, spool
 from mixture_of_tokens.data.tokenizer import (
     check_vocab_size,
     hash_of,
@@ -39,17 +38,8 @@ from mixture_of_tokens.data.tokenizer import (
     tokenizer_in,
     train_tokenizer,
 )
-from mixture_of_tokens.data.tokens import (
-    FORMAT,
-    TokenFiles,
-    batches,
-    encoded,
-    progress_bar,
-    say_what_is_altered,
-    tokenize,
-    training_text,
-)
-from mixture_of_tokens.disk import hold, naming, publish, release
+from mixture_of_tokens.data.tokens import FORMAT, TokenFiles, progress_bar, say_what_is_altered, tokenize, training_text
+from mixture_of_tokens.disk import hold, naming, published, release
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import say_once
 
@@ -121,11 +111,7 @@ def prepare_text(
     if sources is not None and not sources:  # as of a pattern that no file fits
         raise ValueError("there are no sources; give none at all for the source text of Python's standard library")
     sources = [str(source) for source in listed(sources or ())]
-    given = None if tokenizer is None else load_tokenizer(tokenizer)
-    if given is None:
-        vocab_size = check_vocab_size(512 if vocab_size is None else vocab_size)
-    elif vocab_size is not None and vocab_size < (ids := ids_of(given)):
-        raise ValueError(f"vocab_size {vocab_size} is less than the {ids} ids of {tokenizer}")
+    given, vocab_size = _given(tokenizer, vocab_size)
     group_size = max(COMMON_GROUP, group_size)
     # Sizes of files: their text is somewhat shorter, or longer if they are compressed.
     sizes = [corpus.raw_bytes(source) for source in sources or [None]]
@@ -136,36 +122,26 @@ def prepare_text(
     options += [KEEP_NEAR] * keep_near_duplicates
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
     directory = corpus.cache_directory() / f"tokens-{key}"
-    entry, _ = _whole(directory)
-    if entry is None:
-        with _one_at_a_time(directory):
-            entry, damage = _whole(directory)  # another process may have made it meanwhile
-            if entry is None:
-                documents = corpus.documents(sources, field, together=together)
-                total = max_bytes if total is None or max_bytes is None else min(total, max_bytes)
-                if damage is not None:
-                    print(f"{damage}: the prepared text is made again.", file=sys.stderr)
-                entry = _make(
-                    directory,
-                    documents,
-                    max_bytes=max_bytes,
-                    total=total,
-                    group_size=group_size,
-                    tokenizer=given,
-                    vocab_size=vocab_size,
-                    keep_near=keep_near_duplicates,
-                    may_be_empty=together,
-                )
-    splits, facts, segments = {}, entry["facts"], 0
-    for name in SPLITS:
-        paths = [directory / file for file in entry["shards"][name]]
-        tokens = TokenFiles(paths, facts["dtype"], facts[name]["tokens"], entry["shard_tokens"])
-        ends, count = segmented(np.load(directory / f"{name}.ends.npy"), context, group_size)
-        splits[name] = Blocks(tokens, ends, context, facts[name]["bytes"])
-        segments += count
+
+    def make() -> dict[str, Any]:
+        return _make(
+            directory,
+            corpus.documents(sources, field, together=together),
+            max_bytes=max_bytes,
+            total=max_bytes if total is None or max_bytes is None else min(total, max_bytes),
+            group_size=group_size,
+            tokenizer=given,
+            vocab_size=vocab_size,
+            keep_near=keep_near_duplicates,
+            may_be_empty=together,
+        )
+
+    entry = _entry(directory, make)
+    facts = entry["facts"]
+    splits, segments = _splits(directory, entry, context, group_size)
     named = sources or [f"the standard library of Python {platform.python_version()}"]
     if segments:
-        _say_segments(named, group_size, segments)
+        say_segments(named, group_size, segments)
     _say_what_is_missing(named, facts, group_size, duplicates=not keep_near_duplicates)
     facts |= {"source": named, "segments": segments}
     kept = given or tokenizer_in(directory)
@@ -175,53 +151,45 @@ def prepare_text(
     return made
 
 
-def whole_text(
-    sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    field: str = "text",
-    context: int = 64,
-    group_size: int = 32,
-) -> Blocks:
-    """All tokens of the sources, in memory: no document is dropped, cut or split off, but for blank ones.
+def _given(tokenizer: str | None, vocab_size: int | None) -> tuple[PreTrainedTokenizerFast | None, int | None]:
+    """The tokenizer that is named, if any, and the size of the vocabulary of one that is to be trained.
 
-    Raises ValueError for bad sources, and OSError where the disk has no room for their text in a temporary file.
+    Raises ValueError for a size that no tokenizer can have, or that the given one exceeds.
     """
-    rows, ends, length = [], [], 0
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "text"
-        with progress_bar("Reading") as bar:
-            try:
-                places, _ = spool(_not_blank(corpus.documents(sources, field)), text, None, bar.update)
-            except OSError as error:  # errors of reading name the file
-                raise naming(error, text) from error
-        count = int(places[:, 1].sum())
-        with progress_bar("Tokenizing", count) as bar, opened(text) as file, parallel_tokenizers():
-            for batch in batches(file, places):
-                for tokens, closes in encoded(tokenizer, batch):
-                    rows.append(np.array(tokens, dtype=np.int64))
-                    length += len(tokens)
-                    if closes:
-                        ends.append(length)
-                bar.update(sum(len(piece) for piece, _ in batch))
-    parts, segments = segmented(np.array(ends), context, group_size)
-    if segments:
-        _say_segments(sources, group_size, segments)
-    return Blocks(np.concatenate(rows), parts, context, count)
+    if tokenizer is None:
+        return None, check_vocab_size(512 if vocab_size is None else vocab_size)
+    given = load_tokenizer(tokenizer)
+    if vocab_size is not None and vocab_size < (ids := ids_of(given)):
+        raise ValueError(f"vocab_size {vocab_size} is less than the {ids} ids of {tokenizer}")
+    return given, vocab_size
 
 
-def _not_blank(documents: Iterable[Document]) -> Iterator[Document]:
-    for document in documents:
-        parts, blank = iter(document), []
-        for part in parts:
-            if part.strip():
-                yield itertools.chain(blank, [part], parts)
-                break
-            blank.append(part)
+def _entry(directory: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of the entry of the cache, which is made if it is not there or damaged."""
+    entry, _ = _whole(directory)
+    if entry is None:
+        with _one_at_a_time(directory):
+            entry, damage = _whole(directory)  # another process may have made it meanwhile
+            if damage is not None:
+                print(f"{damage}: the prepared text is made again.", file=sys.stderr)
+            entry = make() if entry is None else entry
+    return entry
+
+
+def _splits(directory: Path, entry: dict[str, Any], context: int, group_size: int) -> tuple[dict[str, Blocks], int]:
+    """The splits by name, and the number of segments into which documents are divided."""
+    splits, facts, segments = {}, entry["facts"], 0
+    for name in SPLITS:
+        paths = [directory / file for file in entry["shards"][name]]
+        tokens = TokenFiles(paths, facts["dtype"], facts[name]["tokens"], entry["shard_tokens"])
+        ends, count = segmented(np.load(directory / f"{name}.ends.npy"), context, group_size)
+        splits[name] = Blocks(tokens, ends, context, facts[name]["bytes"])
+        segments += count
+    return splits, segments
 
 
 # Each of these is said once for a text: a sweep prepares it for every run, and a part of several is opened often.
-def _say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
+def say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
     what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
     say_once(f"{what}: {segments} far-apart segments count as documents")
 
@@ -312,38 +280,36 @@ def _make(
         shutil.rmtree(directory)
     beside = directory.with_suffix(PARTIAL)
     _clear(beside)
-    beside.mkdir()
     try:
-        text = beside / "text"
-        with progress_bar("Reading", total) as bar:
-            places, digests = spool(documents, text, max_bytes, bar.update)
-        with progress_bar("Looking for duplicates", int(places[:, 1].sum())) as bar:
-            parts = split(
-                text,
-                places,
-                digests,
-                group_size=group_size,
-                work=beside,
-                read=bar.update,
-                keep_near=keep_near,
-                may_be_empty=may_be_empty and tokenizer is not None,
-            )
-        with parallel_tokenizers():
-            if tokenizer is None:
-                with progress_bar("Training the tokenizer") as bar:
-                    pieces = training_text(text, parts.places["train"], bar.update)
-                    tokenizer = train_tokenizer(pieces, vocab_size)
-            else:
-                say_what_is_altered(tokenizer, training_text(text, parts.places["train"], int))
-            facts = tokenize(text, parts, tokenizer, beside, group_size)
-        text.unlink()
-        with _hashing("Hashing the tokens", beside) as hash_of:
-            manifest.write(beside, hash_of, **facts)
-        publish(beside, directory)
+        with published(beside, directory):
+            beside.mkdir()
+            text = beside / "text"
+            with progress_bar("Reading", total) as bar:
+                places, digests = spool(documents, text, max_bytes, bar.update)
+            with progress_bar("Looking for duplicates", int(places[:, 1].sum())) as bar:
+                parts = split(
+                    text,
+                    places,
+                    digests,
+                    group_size=group_size,
+                    work=beside,
+                    progress=bar.update,
+                    keep_near=keep_near,
+                    may_be_empty=may_be_empty and tokenizer is not None,
+                )
+            with parallel_tokenizers():
+                if tokenizer is None:
+                    with progress_bar("Training the tokenizer") as bar:
+                        pieces = training_text(text, parts.places["train"], bar.update)
+                        tokenizer = train_tokenizer(pieces, vocab_size)
+                else:
+                    say_what_is_altered(tokenizer, training_text(text, parts.places["train"], int))
+                facts = tokenize(text, parts, tokenizer, beside, group_size)
+            text.unlink()
+            with _hashing("Hashing the tokens", beside) as hash_of:
+                manifest.write(beside, hash_of, **facts)
     except OSError as error:  # errors of reading name the file; those of a full disk name none
         raise naming(error, directory.parent) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return manifest.read(directory)
 
 

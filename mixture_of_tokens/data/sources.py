@@ -148,12 +148,12 @@ def raw_bytes(source: str | None) -> int | None:
     return None if paths is None else sum(path.stat().st_size for path in paths)
 
 
-def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
+def fingerprint(source: str | None, progress: Callable[[int], Any]) -> list[str]:
     """What a source's text depends on: the content and kind of its files, or the commit of a Hub data set.
 
     Args:
         source: None is the standard library.
-        read: Called with the number of bytes read.
+        progress: Called with the number of bytes read.
     """
     if source == PACKAGES and os.path.isdir(PACKAGES):
         print(f"mot: {PACKAGES} are those that are installed; the folder here is ./{PACKAGES}", file=sys.stderr)
@@ -168,7 +168,7 @@ def fingerprint(source: str | None, read: Callable[[int], Any]) -> list[str]:
         # splits by their names.
         folder, config, _ = _hub_name(source)
         result, kinds = ["hf", config], [os.path.relpath(path, folder) for path in paths]
-    return result + [f"{kind} {hash_of_file(path, read)}" for kind, path in zip(kinds, paths, strict=True)]
+    return result + [f"{kind} {hash_of_file(path, progress)}" for kind, path in zip(kinds, paths, strict=True)]
 
 
 def _of_files(paths: list[Path], field: str) -> Iterator[Document]:

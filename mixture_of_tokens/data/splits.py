@@ -24,8 +24,8 @@ from mixture_of_tokens.data.files import Document
 SPLITS = ("train", "tuning", "validation")
 VALIDATION, TUNING = 0.1, 0.05  # of the documents; with few documents, of each document
 HELD_OUT = 10**7  # about the most bytes: a split is evaluated in full, and a tenth of a large corpus would take minutes
-FEW = 20  # if there are fewer documents, each is divided among the splits; so are huge ones,
-HUGE = 2.5  # times as long as the validation split is to be
+FEW = 20  # with fewer documents, each is divided among the splits
+HUGE = 2.5  # so is a document this many times as long as the validation split is to be
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Splits:
 
 
 def spool(
-    documents: Iterable[Document], file: Path, max_bytes: int | None, read: Callable[[int], Any]
+    documents: Iterable[Document], file: Path, max_bytes: int | None, progress: Callable[[int], Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write the text of all documents, or its first `max_bytes`, to a file.
 
@@ -56,7 +56,7 @@ def spool(
                 out.write(part)
                 digest.update(part)
                 length += len(part)
-                read(len(part))
+                progress(len(part))
                 if total + length > most:
                     break
             if max_bytes is not None and total + length > max_bytes:
@@ -80,7 +80,7 @@ def split(
     *,
     group_size: int,
     work: Path,
-    read: Callable[[int], Any],
+    progress: Callable[[int], Any],
     keep_near: bool = False,
     held_out: int = HELD_OUT,
     may_be_empty: bool = False,
@@ -91,13 +91,13 @@ def split(
         file, places, digests: what `spool` wrote and returned.
         group_size: no document may have more than its `longest_share` of its split's bytes.
         work: a folder for temporary files.
-        read: called with the number of bytes sketched.
+        progress: called with the number of bytes sketched.
         keep_near: keep near-duplicates.
         held_out: about the most bytes for tuning, and for validation.
 
     Raises ValueError if there is no text, unless it may be empty.
     """
-    kept, duplicates = unlike(file, places, digests, work, read, keep_near=keep_near) if places.any() else ([], 0)
+    kept, duplicates = unlike(file, places, digests, work, progress, keep_near=keep_near) if places.any() else ([], 0)
     if not len(kept) and may_be_empty:
         none = np.zeros((0, 2), dtype=np.int64)
         return Splits(dict.fromkeys(SPLITS, none), dict.fromkeys(SPLITS, none[:, 0] > 0), duplicates, 0)

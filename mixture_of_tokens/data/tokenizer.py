@@ -1,12 +1,12 @@
 """Tokenizers: a byte-level BPE trained on the corpus, or an existing one; as transformers tokenizers."""
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
+from accelerate.utils import patch_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -116,15 +116,6 @@ def tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer in {directory} cannot be read: {first_line(error)}") from error
 
 
-@contextmanager
-def parallel_tokenizers() -> Iterator[None]:
+def parallel_tokenizers() -> AbstractContextManager[None]:
     """Let tokenizers use all cores, whatever the environment variable was."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "true"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+    return patch_environment(TOKENIZERS_PARALLELISM="true")

@@ -55,9 +55,9 @@ def tokenize(
         for name, part in splits.places.items():
             shortened = splits.cut[name]
             while True:
-                done, read = bar.n, digest.copy()
-                read.update(f"{name} {len(part)}".encode() + part[:, 1].tobytes())
-                names, ends = _write(file, part, tokenizer, directory / name, dtype, shard_tokens, read, bar)
+                done, hashed = bar.n, digest.copy()
+                hashed.update(f"{name} {len(part)}".encode() + part[:, 1].tobytes())
+                names, ends = _write(file, part, tokenizer, directory / name, dtype, shard_tokens, hashed, bar)
                 shorter = cut_by_tokens(file, part, np.diff(ends, prepend=0), group_size)
                 if np.array_equal(shorter, part):
                     break
@@ -67,7 +67,7 @@ def tokenize(
                 bar.update(done - bar.n)
                 for file_name in names:
                     (directory / file_name).unlink()
-            digest = read
+            digest = hashed
             cut += int(shortened.sum())
             np.save(directory / f"{name}.ends.npy", ends)
             shards[name] = names
@@ -125,13 +125,13 @@ def batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]]
         yield batch
 
 
-def training_text(text: Path, places: np.ndarray, read: Callable[[int], Any]) -> Iterator[str]:
+def training_text(text: Path, places: np.ndarray, progress: Callable[[int], Any]) -> Iterator[str]:
     left = TRAINING_BYTES
     with opened(text) as file:
         for offset, length in places:
             for piece in pieces_of(file, int(offset), int(length), TRAINING_PIECE):
                 yield piece.decode()
-                read(len(piece))
+                progress(len(piece))
                 left -= len(piece)
                 if left < 0:
                     return

@@ -27,8 +27,8 @@ from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
 from mixture_of_tokens.formatting import Result, first_line
 from mixture_of_tokens.model.placement import Device
+from mixture_of_tokens.runs.admission import check_seed
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, text_of
-from mixture_of_tokens.runs.run import check_seed
 
 MARGIN = 10
 ROWS, LONGEST = 8, 64  # of the batch of a model without groups; tokens of a text

@@ -1,7 +1,6 @@
 """Loss of a model over text it was not trained on, always over the same blocks in the same groups: `mot evaluate`."""
 
 import dataclasses
-import itertools
 import math
 import statistics
 import sys
@@ -12,22 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from mixture_of_tokens.checks import at_least_one, checked, listed
 from mixture_of_tokens.data.groups import Blocks, grouped_order, in_blocks_of
-from mixture_of_tokens.data.prepare import COMMON_GROUP, whole_text
+from mixture_of_tokens.data.prepare import COMMON_GROUP
+from mixture_of_tokens.data.whole import whole_text
 from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.inference.losses import cross_entropy, label_of_groups, not_empty
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.loss import IGNORE
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.passes import evaluating
+from mixture_of_tokens.model.passes import serving_alone
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import routings_of
 from mixture_of_tokens.model.sharding import is_sharded
@@ -42,12 +36,10 @@ from mixture_of_tokens.runs.loading import (
     placed,
     text_of,
 )
-from mixture_of_tokens.runs.records import FULL
 
 BATCH_SIZE = 32  # of models that do not mix rows
 ARGMAX_TEMPERATURE = 1e-6
 LARGEST_LOSS = math.log(sys.float_info.max)  # of a loss whose perplexity is a number
-LOGITS = 2**27  # in memory at once, for models that compute all logits; half a gigabyte in fp32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +109,8 @@ def evaluate(
     """Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.
 
     In a group of n < G rows each expert's typical companions, averages measured after training, replace the missing
-    rows. Alone is what `mot generate --alone` does, with all experts and, as by its --experts, with few: as many as the
-    granularity, and twice that. Times are medians of a forward pass over one group, alone over one row; tokens/s are
+    rows. Alone is each row by itself, as `mot generate --alone` serves it: by all experts, by as many as the
+    granularity, and by twice that. Times are medians of a forward pass over one group, alone over one row; tokens/s are
     from them.
 
     Args:
@@ -149,7 +141,7 @@ def evaluate(
         raise ValueError(f"--context {context} is more than the {longest} tokens that the model takes")
     group_size = group_size_of(model)
     if experts is not None:
-        with to_few_experts(model, experts):  # or why not
+        with serving_alone(model, experts):  # or why not
             pass
     if sources is None:
         blocks = in_blocks_of(text_of(run).validation, context, max(COMMON_GROUP, group_size or BATCH_SIZE))
@@ -169,12 +161,12 @@ def _lines(
     mixes, group_size = group_size_of(model) is not None, group_size_of(model) or BATCH_SIZE
     seeds = range(regroupings if mixes else 1)
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
-    if all(len(_not_empty(order)) == 1 for order in full):  # so short a text is grouped in one way
+    if all(len(not_empty(order)) == 1 for order in full):  # so short a text is grouped in one way
         full = full[:1]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     # Label, block numbers (groups, rows) of every regrouping, and how the model is served.
-    counts = np.concatenate([(_not_empty(order) >= 0).sum(1) for order in full])
-    filled = said_of(np.concatenate(full)) if mixes else f"{group_size} rows"
+    counts = np.concatenate([(not_empty(order) >= 0).sum(1) for order in full])
+    filled = label_of_groups(np.concatenate(full)) if mixes else f"{group_size} rows"
     plan: list[tuple[str, list[np.ndarray], AbstractContextManager]] = []
     plan.append((filled, full, nullcontext()))
     if len(part) < len(full[0]):
@@ -191,9 +183,9 @@ def _lines(
             count, granularity = model.config.num_experts, model.config.num_experts_per_tok
             wanted = (2 * granularity, granularity) if experts is None else (experts,)
             for few in (few for few in wanted if few < count):
-                plan.append((f"alone, {few} of {count} experts", [in_parts(part, 1)], to_few_experts(model, few)))
+                plan.append((f"alone, {few} of {count} experts", [in_parts(part, 1)], serving_alone(model, few)))
     lines = []
-    total = sum(len(_not_empty(order)) for _, orders, _ in plan for order in orders)
+    total = sum(len(not_empty(order)) for _, orders, _ in plan for order in orders)
     with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:
         for label, orders, served in plan:
             with served:
@@ -221,28 +213,7 @@ def _lines(
 def in_parts(groups: np.ndarray, n: int) -> np.ndarray:
     """Split groups of blocks (groups, G) into groups of n. Incomplete ones are padded with -1, empty ones left out."""
     padded = np.pad(groups, ((0, 0), (0, -groups.shape[1] % n)), constant_values=-1)
-    return _not_empty(padded.reshape(-1, n))
-
-
-def said_of(groups: np.ndarray) -> str:
-    """How groups of blocks (groups, G) are called in tables; -1 is a missing row."""
-    size, rows = groups.shape[1], float((_not_empty(groups) >= 0).sum(axis=1).mean())
-    return FULL if rows > 0.9 * size else f"groups of {rows:.0f} of {size} rows"
-
-
-def _not_empty(groups: np.ndarray) -> np.ndarray:
-    """Of short text there are empty groups."""
-    return groups[(groups >= 0).any(axis=1)]
-
-
-@contextmanager
-def to_few_experts(model, few: int) -> Iterator[None]:
-    """Alone, a token goes to so many experts."""
-    model.serve_alone(num_experts_alone=few)
-    try:
-        yield
-    finally:
-        model.serve_alone(False)
+    return not_empty(padded.reshape(-1, n))
 
 
 @contextmanager
@@ -276,7 +247,7 @@ def argmax_routing(model) -> Iterator[None]:
 def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> _Measured:
     """Summed cross-entropy of blocks by number (groups, n), one group at a time, and the seconds of each group."""
     nats, tokens, seconds, speeds = 0.0, 0, [], []
-    for rows in _not_empty(groups):
+    for rows in not_empty(groups):
         padded = bool((rows < 0).any() or rows.max() >= len(blocks))
         inputs = {name: tensor.to(model.device) for name, tensor in blocks.batch(rows, padded=padded).items()}
         start = time.perf_counter()
@@ -286,87 +257,3 @@ def _measure(model, blocks: Blocks, groups: np.ndarray, bar: tqdm) -> _Measured:
         nats, tokens = nats + group_nats, tokens + group_tokens
         bar.update()
     return _Measured(nats, tokens, seconds, speeds)
-
-
-@torch.no_grad()
-def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOGITS) -> tuple[float, int]:
-    """The sum over the tokens that have a label, and their number, for any causal language model.
-
-    A model of another library gets as many rows at once as make `logits_at_once` logits.
-    """
-    labels = inputs["shift_labels"]
-    count = int((labels != IGNORE).sum())
-    if not count:
-        return 0.0, 0
-    if isinstance(model, PreTrainedModel) and not isinstance(model, MixtureOfTokensForCausalLM):
-        vocab_size = model.config.get_text_config().vocab_size
-        rows = max(1, logits_at_once // (labels.shape[1] * vocab_size))  # whose logits fit in memory
-        nats = 0.0
-        for start in range(0, len(labels), rows):
-            given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}
-            expected = given.pop("shift_labels").flatten()
-            logits = model(**given, use_cache=False).logits.flatten(0, 1).float()
-            nats += float(F.cross_entropy(logits, expected, ignore_index=IGNORE, reduction="sum"))
-        return nats, count
-    without = {"return_logits": False} if isinstance(model, MixtureOfTokensForCausalLM) else {}
-    return float(model(**inputs, **without, use_cache=False).loss) * count, count
-
-
-def chosen(blocks: Blocks, group_size: int, groups: int | None = None, seed: int = 0) -> tuple[np.ndarray, bool]:
-    """The groups of blocks (groups, G) that `evaluate_blocks` takes, and whether they are all of the text."""
-    # Of text that fills one group, and not two, none could be left out.
-    everything = groups is None or max(groups, min(2, group_size)) * group_size > len(blocks)
-    order = grouped_order(blocks, group_size, seed=seed, everything=everything)
-    return order[: None if everything else groups], everything
-
-
-def evaluate_blocks(
-    model,
-    blocks: Blocks,
-    *,
-    group_size: int,
-    batch_size: int,
-    groups: int | None = None,
-    seed: int = 0,
-    progress: str | None = None,
-    accelerator: Accelerator | None = None,
-) -> dict[str, float]:
-    """Mean cross-entropy in nats a token, in fixed groups of different documents.
-
-    Args:
-        batch_size: rows at a time, a multiple of the rows that the model mixes.
-        groups: how many groups to take. None, or more than there are, takes all of the text, each token once, fills
-            incomplete groups with masked rows, and computes bits per byte too.
-        seed: of the groups.
-        progress: title of a bar on standard error, which appears after two seconds; None for no bar.
-        accelerator: of the processes that share the work; all of them must call, and all get one process's result.
-
-    Returns `loss`, `tokens` and, over all of the text, `bits_per_byte`.
-    """
-    order, everything = chosen(blocks, group_size, groups, seed)
-    device = model.device
-    batches = np.split(order.ravel(), range(batch_size, order.size, batch_size))
-    rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    own, spare, padded = range(rank, len(batches), count), 0, everything
-    if is_sharded(model):  # its processes need each other for every batch, and those of equal sizes
-        batches[-1] = np.pad(batches[-1], (0, batch_size - len(batches[-1])), constant_values=-1)
-        spare, padded = math.ceil(len(batches) / count) - len(own), True
-    found = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and tokens of each batch
-    bar = tqdm(own, progress, unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=not progress)
-    with evaluating(model):
-        for i in itertools.chain(bar, [0] * spare):
-            empty = not (batches[i] >= 0).any()  # for a batch without text the model would not be called
-            rows = batches[0] if empty else batches[i]
-            inputs = {name: tensor.to(device) for name, tensor in blocks.batch(rows, padded=padded).items()}
-            result = cross_entropy(model, inputs)
-            if i in own and not empty:
-                found[i, 0], found[i, 1] = result
-    if accelerator is not None:  # every batch is one process's and zero elsewhere: sums are exact in any order
-        found = accelerator.reduce(found.to(accelerator.device), "sum")
-    nats, tokens = 0.0, 0
-    for batch_nats, batch_tokens in found.tolist():  # pyright: ignore
-        nats, tokens = nats + batch_nats, tokens + int(batch_tokens)
-    result = {"loss": nats / tokens, "tokens": tokens}
-    if everything:
-        result["bits_per_byte"] = nats / math.log(2) / blocks.bytes
-    return result

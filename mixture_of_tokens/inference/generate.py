@@ -28,6 +28,7 @@ from mixture_of_tokens.model.passes import evaluating
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.sharding import broadcast
 from mixture_of_tokens.process import is_main, process_count
+from mixture_of_tokens.runs.admission import check_seed
 from mixture_of_tokens.runs.loading import (
     check_tokens,
     context_of,
@@ -38,7 +39,6 @@ from mixture_of_tokens.runs.loading import (
     weights_hash,
 )
 from mixture_of_tokens.runs.ownership import owned_file
-from mixture_of_tokens.runs.run import check_seed
 
 BATCH_SIZE = 32
 SHARPEST, FLATTEST = 1e-6, 1e6  # temperatures: logits divided by them are finite in float32, and not 0

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 
 INPUTS = ("input_ids", "attention_mask", "token_mask")
@@ -22,6 +23,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+@contextmanager
+def serving_alone(model: MixtureOfTokensForCausalLM, num_experts_alone: int | None = None) -> Iterator[None]:
+    """A model that serves each row alone; afterwards each of its layers serves as before."""
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
+    before = [(layer.alone, layer.num_experts_alone) for layer in layers]
+    try:
+        model.serve_alone(num_experts_alone=num_experts_alone)
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.serve_alone(*was)
 
 
 def pass_forward(model: MixtureOfTokensForCausalLM, batch: Mapping[str, Tensor]) -> None:

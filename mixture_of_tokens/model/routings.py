@@ -35,7 +35,7 @@ class Routing:
         kind: its name in a configuration's `mlp_layer_types`; prefix: what its models' names begin with.
         title, meaning: its name and a sentence or two, for people.
         build: makes the feed-forward of one block.
-        own: the fields of the configuration that it reads, and not every routing with a router does.
+        own: the fields of the configuration that are its own, or those of some routings.
 
     What it promises:
         causal: a token's output does not depend on later tokens.
@@ -87,7 +87,7 @@ class Routing:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The fields of the configuration that it reads, and not every routing does."""
+        """`own`, and the fields of a router where it has one."""
         return (*OF_A_ROUTER, *self.own) if self.routed else self.own
 
     @property

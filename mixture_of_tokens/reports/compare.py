@@ -3,7 +3,6 @@
 import shlex
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -16,9 +15,10 @@ from mixture_of_tokens.process import is_main, of_all
 from mixture_of_tokens.reports.comparison import COMPARISON, by_model, check_comparable, comparison, write
 from mixture_of_tokens.reports.report import PAGE, Report, check_no_other_file, write_page
 from mixture_of_tokens.runs import records
+from mixture_of_tokens.runs.admission import check_holds_runs, check_resumed, names_listed_in
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
-from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed, names_listed_in
+from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.sweep import ANOTHER_OUT, PlannedRun, Plans
@@ -77,7 +77,7 @@ def compare(
     if is_main() and (gone := names_listed_in(out / COMPARISON, "models") - {plan.directory.name for plan in plans}):
         what = f"{out} will compare these runs, and no longer {', '.join(str(out / name) for name in sorted(gone))}"
         print(f"mot: {what}; mot report compares any runs", file=sys.stderr)
-    with owned(out) if is_main() else nullcontext():
+    with owned(out):
         return _compared(names, seeds, learning_rate, plans, out, options)
 
 

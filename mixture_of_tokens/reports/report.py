@@ -11,13 +11,14 @@ from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
+from mixture_of_tokens.reports.again import commands_of, place_of
 from mixture_of_tokens.reports.comparison import COMPARISON, Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.markup import START
 from mixture_of_tokens.reports.page import page
 from mixture_of_tokens.reports.prose import differing, findings
 from mixture_of_tokens.reports.samples import continued
-from mixture_of_tokens.runs.records import CONFIG, Transition
-from mixture_of_tokens.runs.run import Run, check_writable, read
+from mixture_of_tokens.runs.admission import check_writable
+from mixture_of_tokens.runs.run import Run
 
 PAGE = "report.html"
 WIDTH = 110  # of sentences beside the table
@@ -61,8 +62,8 @@ def report(*runs: Path, out: Path | None = None) -> Report:
     runs = tuple(Path(each) for given in runs for each in listed(given))
     found, command = runs_of(runs)
     models = by_model(found)
-    again = [command] if command else [line for run in found for line in _train_commands(run)]
-    here = ["mot", "report", *(map(str, runs) if command else map(_again, found))]
+    again = [command] if command else [line for run in found for line in commands_of(run)]
+    here = ["mot", "report", *(map(str, runs) if command else map(place_of, found))]
     commands = [*dict.fromkeys(again), shlex.join([*here, *([] if out is None else ["--out", str(out)])])]
     if out is None:
         place = runs[0] if len(runs) == 1 and runs[0].is_dir() else runs[0].parent
@@ -96,67 +97,6 @@ def write_page(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page(result, models, samples, commands))
     return Report(result, samples, str(out))
-
-
-def _train_commands(run: Run) -> list[str]:
-    """The commands that make such a run again."""
-    after, config = run.config.transition, run.model_config
-    if after is None:
-        return [_train_again(run.directory)]
-    source = Path(after.source)
-    steps, rate = run.config.steps, run.config.learning_rate
-    if run.switch is None:  # of --anneal, before the switch: one command makes it and the run after it
-        whole = _other_part(run, run.directory.name.removesuffix("-annealed"))
-        return [_train_again(source), _annealed(run, after)] if whole is None else _train_commands(whole)
-    mixing = 0
-    if after.anneal is not None:  # half of the steps came before the switch
-        before = _other_part(run, f"{run.directory.name}-annealed")
-        mixing = steps if before is None else before.config.steps
-    words = ["mot", "transition", f"again/{source.name}", "--out", _again(run)]
-    words += ["--top-k", str(config.num_experts_per_tok), "--steps", str(steps + mixing)]
-    words += ["--learning-rate", repr(rate)] if steps else []
-    words += [] if config.capacity_factor is None else ["--capacity", repr(config.capacity_factor)]
-    words += ["--scores", "sigmoid" if "sigmoid_choice" in (config.mlp_layer_types or ()) else "softmax"]
-    if steps and run.config.of_training("lr_scheduler_type") == "constant":
-        words += ["--schedule", "continued"]
-    elif run.config.of_training("warmup_steps") == 0 and steps >= 10:  # own has a warm-up
-        words += ["--schedule", "decay"]
-    given = {key: getattr(after, key) for key in ("calibrate", "distil_steps", "optimizer", "control", "anneal")}
-    flags = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}
-    words += [word for flag in flags.items() for word in flag]
-    return [_train_again(source), shlex.join(words)]
-
-
-def _again(run: Run) -> str:
-    """Where `_train_commands` makes the run."""
-    after, name = run.config.transition, run.directory.name
-    if after is not None and name == Path(after.source).name:
-        name = f"{name}-transition"
-    return f"again/{name}"
-
-
-def _other_part(run: Run, name: str) -> Run | None:
-    """The finished run of this name in the same folder, if one command with --anneal made both."""
-    try:
-        other = read(run.directory.with_name(name))
-    except (OSError, ValueError):
-        return None
-    made_alike = other.config.transition == run.config.transition
-    return other if made_alike and (other.switch is None) != (run.switch is None) else None
-
-
-def _annealed(run: Run, after: Transition) -> str:
-    """The command without what is known of the run after the switch alone."""
-    out = f"again/{run.directory.name.removesuffix('-annealed')}"
-    words = ["mot", "transition", f"again/{Path(after.source).name}", "--out", out]
-    words += ["--steps", str(2 * run.config.steps), "--anneal", str(after.anneal)]
-    return shlex.join([*words, "--optimizer", after.optimizer])
-
-
-def _train_again(directory: Path) -> str:
-    packed = directory.with_name(f"{directory.name}.json")
-    config = packed if packed.is_file() else directory / CONFIG
-    return shlex.join(["mot", "train", "--config", str(config), "--out", f"again/{directory.name}"])
 
 
 def summary_of(result: Comparison) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints and exports that are complete or absent: what has a manifest in which nothing is at fault."""
+"""Checkpoints and exports that are complete or absent: complete means that every file is as its manifest says."""
 
 import re
 import shutil

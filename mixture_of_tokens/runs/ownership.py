@@ -7,6 +7,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from mixture_of_tokens.disk import hold, release
+from mixture_of_tokens.process import is_main
 
 LOCK = ".lock"
 PATIENCE = 10.0  # seconds that loader workers of a killed process may still hold its lock
@@ -14,12 +15,15 @@ PATIENCE = 10.0  # seconds that loader workers of a killed process may still hol
 
 @contextmanager
 def owned(directory: Path, *, patience: float = PATIENCE) -> Iterator[None]:
-    """Be the only process that writes to a directory, which is made if need be, until the end of the block.
+    """Be the only run that writes to a directory, which is made if need be, until the end of the block.
 
-    Nothing is left of a new directory to which nothing was written.
+    Nothing is left of a new directory to which nothing was written. Of the processes of torchrun the first one owns it.
 
     Raises ValueError while another process owns it, and where there can be no such directory.
     """
+    if not is_main():
+        yield
+        return
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)

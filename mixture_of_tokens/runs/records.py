@@ -4,7 +4,6 @@ Each record has one reader and one writer.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import TrainingArguments
 from mixture_of_tokens import yaml12
 from mixture_of_tokens.data.parts import Parts
 from mixture_of_tokens.data.prepare import COMMON_GROUP, Prepared, prepare_text
+from mixture_of_tokens.formatting import finite
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import SETTINGS
@@ -162,10 +162,10 @@ class RunConfig(Record):
         """
         flat: dict[str, Any] = {}
         for key, value in self.with_effect().as_read().items():
-            if key not in ("format", "micro_batch", "training", "model", "transition"):
-                flat[key] = value
-            elif key not in ("format", "micro_batch"):
+            if key in ("training", "model", "transition"):
                 flat |= {f"{key}.{field}": inner for field, inner in value.items() if not _carried_out(key, field)}
+            elif key not in ("format", "micro_batch"):
+                flat[key] = value
         for field, default in ADDED.items():
             if flat.get(f"model.{field}") == default:
                 del flat[f"model.{field}"]
@@ -306,7 +306,7 @@ class MetricsRow(Record):
     @classmethod
     def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
         if isinstance(layers := values.get("layers"), dict):  # of format 0, with null for what was not finite
-            values["layers"] = {layer: _without_null(measured) for layer, measured in layers.items()}
+            values["layers"] = {layer: _without_none(measured) for layer, measured in layers.items()}
         return values
 
     def check(self, file: Path) -> None:
@@ -315,7 +315,7 @@ class MetricsRow(Record):
 
     def line(self) -> str:
         """JSON has no NaN: values that are not finite are left out."""
-        return json.dumps(_finite(asdict(self)), allow_nan=False) + "\n"
+        return json.dumps(_without_none(finite(asdict(self))), allow_nan=False) + "\n"
 
 
 def metrics(file: Path) -> list[MetricsRow]:
@@ -335,12 +335,6 @@ def row_of(line: bytes, number: int, file: Path) -> MetricsRow:
         raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: inner for key, given in value.items() if (inner := _finite(given)) is not None}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _yaml(file: Path) -> Any:
     try:
         return yaml12.load(file.read_text(encoding="utf-8"))
@@ -348,7 +342,7 @@ def _yaml(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read: {yaml12.fault(error)}") from None
 
 
-def _without_null(measured: Any) -> Any:
-    if not isinstance(measured, dict):
-        return measured
-    return {name: value for name, value in measured.items() if value is not None}
+def _without_none(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: inner for key, given in value.items() if (inner := _without_none(given)) is not None}

@@ -18,8 +18,8 @@ from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse
 from mixture_of_tokens.model.placement import Placement, check_device
 from mixture_of_tokens.model.routings import SETTINGS
 from mixture_of_tokens.process import by_itself, process_count, the_only_training
+from mixture_of_tokens.runs.admission import check_seed
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
-from mixture_of_tokens.runs.run import check_seed
 from mixture_of_tokens.training.arguments import FIXED, check_environment, check_number, given_fields, in_words, try_out
 from mixture_of_tokens.training.options import Options, typed
 

@@ -7,7 +7,6 @@ import math
 import shlex
 import statistics
 import sys
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -21,8 +20,9 @@ from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, few_of, short
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.process import is_main
+from mixture_of_tokens.runs.admission import check_holds_runs, check_resumed, names_listed_in
 from mixture_of_tokens.runs.ownership import owned
-from mixture_of_tokens.runs.run import Run, check_holds_runs, check_resumed, names_listed_in
+from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.train import run_merged
@@ -193,7 +193,7 @@ def sweep(
                 raise ValueError(f"settings that differ in {what} cannot be compared: {first[what]} and {value}")
     if dry_run:
         return Plans([PlannedRun.of(directory, merged) for _, _, merged, directory in planned])
-    with owned(out) if is_main() else nullcontext():
+    with owned(out):
         gone = names_listed_in(out / FILE, "cells") - {directory.name for _, _, _, directory in planned}
         if gone and is_main():
             what = f"{out / FILE} now has this sweep alone, without {few_of(sorted(gone))}"

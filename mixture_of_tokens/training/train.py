@@ -2,11 +2,10 @@
 
 import copy
 import gc
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_group
 from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import ids_of
-from mixture_of_tokens.disk import plain_errors, publish, write_text
+from mixture_of_tokens.disk import plain_errors, published, write_text
 from mixture_of_tokens.inference.generate import continue_prompts
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.model.companions import calibrate_companions
@@ -47,9 +46,10 @@ from mixture_of_tokens.process import (
     the_only_training,
 )
 from mixture_of_tokens.runs import checkpoints, provenance, records
+from mixture_of_tokens.runs.admission import check_free, check_resumed, check_writable
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
-from mixture_of_tokens.runs.run import Run, check_free, check_resumed, check_writable, read
+from mixture_of_tokens.runs.run import Run, read
 from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
@@ -115,7 +115,7 @@ def run_merged(
         print(f"{out} is finished already", file=sys.stderr)
         return read(out)
     check_writable(out)
-    with the_only_training(), owned(out) if is_main() else nullcontext():
+    with the_only_training(), owned(out):
         _check(out, merged, resume)  # another process may have begun meanwhile
         taken = TrainingArguments(output_dir=str(out), **merged.arguments)
         taken.run_name = taken.run_name or out.name
@@ -281,17 +281,12 @@ def _finish(
         return None
     losses = [final["loss"], *(other["loss"] for other in others)]
     beside = out / "model.partial"
-    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
-    try:
-        with plain_errors(out / "model"):
-            model.save_pretrained(beside, max_shard_size=IN_ONE_FILE)
-            # Not before, or it would warn of every longer document.
-            prepared.tokenizer.model_max_length = config.max_position_embeddings
-            prepared.tokenizer.save_pretrained(beside)
-            manifest.write(beside)
-        publish(beside, out / "model")
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with published(beside, out / "model"), plain_errors(out / "model"):
+        model.save_pretrained(beside, max_shard_size=IN_ONE_FILE)
+        # Not before, or it would warn of every longer document.
+        prepared.tokenizer.model_max_length = config.max_position_embeddings
+        prepared.tokenizer.save_pretrained(beside)
+        manifest.write(beside)
     facts = RunFacts(
         name=run.name,
         seed=run.seed,

@@ -18,16 +18,15 @@ from typing import Any, cast
 import safetensors.torch
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mixture_of_tokens import manifest
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
 from mixture_of_tokens.disk import disk_errors, plain_errors, publish
-from mixture_of_tokens.inference.evaluate import evaluate_blocks
+from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.model.balance import BalanceCallback
 from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
@@ -78,6 +77,7 @@ class GroupedTrainer(Trainer):
     ):
         # Trainer does not save the optimizer of a model that transformers has sharded, and says so here; we do below.
         args.save_only_model = is_sharded(model)
+        args.train_sampling_strategy = "sequential"
         # Trainer evaluates only where it is given an evaluation set; `evaluate` does not read it.
         super().__init__(model, args, train_dataset=rows, eval_dataset=rows, data_collator=_as_it_is, **kwargs)
         args.save_only_model = False
@@ -85,7 +85,6 @@ class GroupedTrainer(Trainer):
         if self.accelerator.ddp_handler is not None:  # else buckets hold all gradients a second time
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
         self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
         self.causal_lm, self.rows, self.evaluated, self.corpus = model, rows, evaluated, corpus
         self.run, self.clock = Path(str(self.args.output_dir)), Clock()
@@ -154,9 +153,6 @@ class GroupedTrainer(Trainer):
                 self._ending.set()
             self.clock.stop()
             self.run_log.close()  # also of a run that stops in the middle
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.rows)
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
