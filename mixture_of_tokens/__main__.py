@@ -13,6 +13,9 @@ def main() -> None:
     ^C while the command line itself is imported is answered as later on.
     """
     spin_briefly()  # before anything loads torch
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by a daemon
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if not sys.stderr.isatty():  # a log file needs fewer lines of a progress bar than a screen
         os.environ.setdefault("TQDM_MININTERVAL", "30")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it would tell of every retry

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.experts import highest
+from mixture_of_tokens.experts import Experts, highest
 from mixture_of_tokens.layout import at_least_fp32, check_shapes
 from mixture_of_tokens.slots import dropless
 
@@ -47,7 +47,8 @@ def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | No
     layer.companion_output = layer.companion.new_empty(0)
     if layer.num_experts_alone < layer.num_experts:
         mix_ED = _beside_companions(layer, torch.zeros_like(layer.companion_logit), layer.companion, layer.companion)
-        y_E1D = layer.experts(mix_ED[:, None].to(layer.experts.down_proj.dtype))
+        (experts,) = (module for module in layer.experts.modules() if isinstance(module, Experts))  # below an adapter
+        y_E1D = layer.experts(mix_ED[:, None].to(experts.down_proj.dtype))
         layer.companion_output = y_E1D[:, 0].to(layer.companion.dtype)
 
 

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 LARGEST = 2**31 - 1  # of whole numbers: steps times rows are counted in 64 bits
-SMALLEST_FP32, LARGEST_FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 # Legal values of settings that both layers and configurations have, and how these are called.
 _POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
 _NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more, and finite")
-_TEMPERATURE = (lambda value: SMALLEST_FP32 <= value <= LARGEST_FP32, "positive and finite in float32")
+# Logits over it are finite, and their differences do not vanish, in fp32.
+_TEMPERATURE = (lambda value: 1e-20 <= value <= 1e20, "1e-20 to 1e20")
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": _TEMPERATURE,
     "router_temperature": _TEMPERATURE,
+    "--anneal-temperature-to": _TEMPERATURE,
+    "--anneal": _TEMPERATURE,
     "initializer_scale": _POSITIVE,
     "capacity_factor": (_POSITIVE[0], "positive and finite, or none"),
     "balance_rate": _NOT_NEGATIVE,

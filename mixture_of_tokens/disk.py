@@ -28,8 +28,9 @@ def flush(path: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a file in one step: a crash leaves the old text or the new one, never a part.
 
-    Raises OSError, naming the file, where it cannot be written.
+    What a link leads to is written, and the link stays. Raises OSError, naming the file, where it cannot be written.
     """
+    file = file.resolve() if file.is_symlink() else file
     beside = file.with_name(f"{file.name}.partial")
     try:
         beside.write_text(text, encoding="utf-8")

@@ -246,3 +246,12 @@ def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
 def test_only_a_disk_s_errors_get_a_name(tmp_path):
     with pytest.raises(BrokenPipeError), disk.disk_errors(tmp_path):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_text_is_written_to_what_a_link_leads_to(tmp_path):
+    (tmp_path / "page").write_text("old")
+    (tmp_path / "link").symlink_to("page")
+    disk.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "page").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "page"]

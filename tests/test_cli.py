@@ -192,6 +192,14 @@ def test_an_interrupted_command_is_one_line_and_has_the_status_of_a_signal(monke
     assert capsys.readouterr() == ("", "mot: stopped\n")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_stream_that_is_closed_as_by_a_daemon_is_no_error(closed):
+    command = f'"{sys.executable}" -m mixture_of_tokens plan MoT-Nano/4E {closed}'
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ("MoT-Nano/4E" in ended.stdout) == (closed == "2>&-")
+
+
 @pytest.mark.parametrize("words", [("plan", "MoT-Nano/4E"), ("train", "--help"), ("--help",)], ids=" ".join)
 def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word(words, monkeypatch, capsys):
     reader, writer = os.pipe()

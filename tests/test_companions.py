@@ -406,3 +406,17 @@ def test_companions_that_cannot_be_measured_stay_as_they_were():
     with pytest.raises(ValueError, match=r"batches takes several; of one, give \[batch\]"):
         calibrate_companions(model, batch())
     assert_close(layer_of(model).companion, before, rtol=0, atol=0)
+
+
+def test_a_model_that_lies_on_the_disk_is_measured_too(tmp_path):
+    model, batch = tiny("mixture_of_tokens"), {"input_ids": torch.randint(97, (6, 9))}
+    model.save_pretrained(tmp_path / "model")
+    there = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offloaded"
+    )
+    assert there.device.type == "meta"
+    assert torch.equal(there(**batch).logits, model(**batch).logits)
+    for each in (model, there):
+        calibrate_companions(each, [batch])
+        each.serve_alone()
+    torch.testing.assert_close(there(**batch).logits, model(**batch).logits)

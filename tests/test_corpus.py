@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixture_of_tokens.data import duplicates, tokens
-from mixture_of_tokens.data import prepare as preparing
+from mixture_of_tokens.data import duplicates, tokens, whole
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.sources import cache_directory, documents, files, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
@@ -308,7 +307,7 @@ def test_a_whole_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
         return tokens.encoded(tokenizer, batch)
 
     monkeypatch.setattr(tokens, "PIECE", 500)
-    monkeypatch.setattr(preparing, "encoded", noted)
+    monkeypatch.setattr(whole, "encoded", noted)
     found = whole_text([str(tmp_path / "long.txt")], tokenizer, group_size=1)
     assert len(text) == sum(pieces) == found.bytes
     assert len(text) > 500 >= max(pieces)

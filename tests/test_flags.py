@@ -157,7 +157,7 @@ OF_TRAINING = [
     *(("logging_strategy", value) for value in ("no", "epoch")),
     ("eval_strategy", "epoch"),
     *(("lr_scheduler_type", value) for value in ("reduce_lr_on_plateau", "greedy", "foo", "1")),
-    *(("lr_scheduler_kwargs", value) for value in ("{foo: 1}", "1", "foo", "{min_lr_rate: x}")),
+    *(("lr_scheduler_kwargs", value) for value in ("{foo: 1}", "1", "foo", "{min_lr_rate: x}", "{min_lr: 5}")),
     *(("optim", value) for value in ("adamw_bnb_8bit", "foo", "1", "lomo", "schedule_free_adamw", "galore_adamw")),
     *(("optim_args", value) for value in ("foo", "a=1", "1")),
     *(("report_to", value) for value in ("foo", "3", "null", "[tensorboard, foo]", "[[1]]", "{a: 1}")),
@@ -169,6 +169,7 @@ OF_TRAINING = [
         for field in ("torch_compile_backend", "torch_compile_mode", "ddp_backend")
         for value in ("x", "1")
     ),
+    ("torch_compile_backend", "tensorrt"),  # which is not installed
     *((field, value) for field in ("ddp_timeout", "ddp_bucket_cap_mb") for value in ("0", "-1", "x")),
     *(
         ("gradient_checkpointing_kwargs", value)

@@ -1,5 +1,7 @@
 """The models in transformers' own Trainer, as other models are used: losses, metrics, balancing, adapters."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from mixture_of_tokens.experts import Experts
 from mixture_of_tokens.model.balance import BalanceCallback
 from mixture_of_tokens.model.routings import ROUTINGS, ROWS
 from mixture_of_tokens.sparse import SigmoidChoice
@@ -26,7 +29,7 @@ class Texts(Dataset):
         return {"input_ids": self.ids[row], "labels": self.ids[row]}
 
 
-def trainer(model, folder, **given) -> Trainer:
+def trainer(model, folder, label_smoothing_factor: float = 0, **given) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=3,
@@ -38,6 +41,7 @@ def trainer(model, folder, **given) -> Trainer:
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
+        label_smoothing_factor=label_smoothing_factor,
     )
     return Trainer(model, arguments, train_dataset=Texts(24), eval_dataset=Texts(12), **given)
 
@@ -74,6 +78,79 @@ def test_a_callback_balances_what_has_no_loss_for_it(kind, buffer, tmp_path):
 
     assert moved(lambda model: [BalanceCallback(model)])
     assert not moved(lambda model: [])
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture_of_tokens", "token_choice"])
+def test_with_label_smoothing_labels_are_still_those_of_the_next_token(kind, tmp_path):
+    made, texts = trainer(tiny(kind), tmp_path, label_smoothing_factor=0.1), Texts(6).ids
+    with torch.no_grad():
+        found = made.compute_loss(made.model, {"input_ids": texts, "labels": texts})
+        logits = made.model(texts).logits[:, :-1]
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_balancing_is_refused_where_copies_of_a_model_count_for_nothing():
+    """As in torch.nn.DataParallel, which a Trainer takes for several GPUs of one process."""
+    callback = BalanceCallback(tiny("sigmoid_choice"))
+    with pytest.raises(ValueError, match="one process with 2 GPUs cannot balance experts: start it with torchrun"):
+        callback.on_train_begin(SimpleNamespace(n_gpu=2), None, None)
+    callback.on_train_begin(SimpleNamespace(n_gpu=1), None, None)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid_choice", "expert_threshold", "remoe"])
+def test_what_is_frozen_is_not_balanced_as_an_adapter_could_not_save_it(kind, tmp_path):
+    model = tiny(kind)
+    first, second = (model.model.layers[i].mlp for i in (1, 2))
+    first.requires_grad_(False)
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in (first, second)]
+    trainer(model, tmp_path, callbacks=[BalanceCallback(model)]).train()
+    same = [
+        all(torch.equal(buffer, was[name]) for name, buffer in layer.named_buffers())
+        for layer, was in zip((first, second), before, strict=True)
+    ]
+    assert same == [True, False]
+
+
+class Beside(nn.Module):
+    """Experts with something beside them, as peft has for parameters that are no linear layer's."""
+
+    def __init__(self, base: Experts):
+        super().__init__()
+        self.base = base
+
+    def forward(self, *given, **options):
+        return self.base(*given, **options)
+
+
+def test_adapted_experts_serve_a_text_alone_by_few():
+    model, x = tiny("mixture_of_tokens"), Texts(6).ids
+    model.serve_alone(num_experts_alone=2)
+    with torch.no_grad():
+        expected = model(x).logits
+        for i in (1, 2):
+            layer = model.model.layers[i].mlp
+            layer.experts = Beside(layer.experts)
+        model.serve_alone(num_experts_alone=2)
+        assert torch.equal(model(x).logits, expected)
+
+
+class Quantized(torch.Tensor):
+    """A weight of which only products are known."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, given=(), options=None):
+        if function is torch.zeros_like:
+            raise NotImplementedError
+        return super().__torch_function__(function, types, given, options or {})
+
+
+def test_a_head_that_is_quantized_has_a_loss():
+    model, x = tiny("mixture_of_tokens"), Texts(6).ids
+    expected = model(x, labels=x).loss
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Quantized), requires_grad=False)
+    assert isinstance(model.lm_head.weight, Quantized)
+    torch.testing.assert_close(model(x, labels=x).loss.as_subclass(torch.Tensor), expected)
 
 
 class Adapted(nn.Module):

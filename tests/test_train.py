@@ -373,7 +373,12 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
             "--shard 2 is for 2 processes (torchrun --nproc-per-node), or a multiple, and there is one",
         ),
         (["data-report", "few.txt", "--context", 0], "--context must be at least 1, not 0"),
-        (["train", "MoT-Nano/32E", "--anneal-temperature-to", 0], "--anneal-temperature-to must be positive, not 0"),
+        (["train", "MoT-Nano/32E", "--anneal-temperature-to", 0], "--anneal-temperature-to must be 1e-20 to 1e20"),
+        (["train", "MoT-Nano/32E", "--anneal-temperature-to", 1e-30], "--anneal-temperature-to must be 1e-20 to 1e20"),
+        (
+            ["train", "MoT-Nano/32E", "--device", "cpu", "--model.attn_implementation", "flex_attention"],
+            "flex_attention has no backward pass on a CPU; legal there are eager and sdpa",
+        ),
         (
             ["train", "MoT-Nano/32E", "--anneal-temperature-to", 0.1, "--model.learnable_temperature", "true"],
             "--anneal-temperature-to would set the temperature that --model.learnable_temperature learns",
@@ -400,7 +405,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--learning-rate", "nan"], "--learning-rate takes a finite number, not 'nan'"),
         (["train", "MoT-Nano/32E", "--model.router_temprature", 1], "did you mean router_temperature?"),
         (["train", "MoT-Nano/32E", "--training.wight_decay", 1], "did you mean weight_decay?"),
-        (["train", "MoT-Nano/32E", "--model.router_temperature", -1], "router_temperature must be positive"),
+        (["train", "MoT-Nano/32E", "--model.router_temperature", -1], "router_temperature must be 1e-20 to 1e20"),
         (["train", "MoT-Nano/32E", "--model.router_dtype", "half"], "legal are float32, bfloat16, float64"),
         (["train", "MoT-Nano/32E", "--model.group_size", 0], "group_size must be at least 1, not 0"),
         (["train", "MoT-Nano/32E", "--model.hidden_act", "tanh"], "legal are silu, relu, gelu"),

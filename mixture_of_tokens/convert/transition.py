@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixture_of_tokens import manifest
-from mixture_of_tokens.checks import at_least_one, checked
+from mixture_of_tokens.checks import at_least_one, check_range, checked
 from mixture_of_tokens.convert.beginning import begin_switched, carry_moments, go_on_from
 from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.switch import Scores, default_scores, kind_of, token_choice_config
@@ -45,7 +45,6 @@ OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_", "save_ste
 ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
 
 Schedule = Literal["continued", "decay", "own"]
-Where = dict[str, Any]  # fields of Options: device, and how the model lies over processes
 
 
 @dataclass(frozen=True)
@@ -175,29 +174,10 @@ def transition(
     """
     at_least_one(top_k=top_k, distil_steps=distil_steps)
     Placement.of(shard, replicate, expert_parallel, process_count())
-    if steps is not None and steps < 0:
-        raise ValueError(f"--steps must be 0 or more, not {steps}")
-    if capacity is not None and not 0 < capacity < math.inf:
-        raise ValueError(f"--capacity must be positive and finite, not {capacity}")
-    run = Path(run)
-    run = run.resolve() if run.name in ("", "..") else run  # a new run needs a name
+    _check_flags(steps, capacity, schedule, learning_rate, calibrate, distil_steps, optimizer, control)
+    run, out = _places(Path(run), out, control)
     source = read(run)
-    label = f"{run.name}-{'transition' if control is None else control}"
-    out = run.parent / label if out is None else Path(out)
-    if run.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"--out {out} is the source itself, or inside it; name another")
     steps = max(1, source.facts.steps // 10) if steps is None else steps
-    if steps == 0 and (learning_rate is not None or schedule != "own"):
-        raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
-    if distil_steps is not None and calibrate != "distil":
-        raise ValueError(f"--calibrate {calibrate} leaves nothing for --distil-steps to change")
-    _check_in_vain(
-        control,
-        distil_steps=distil_steps is not None and control is not None,
-        calibrate=calibrate == "scales" and control is not None,
-        optimizer=optimizer != "carried" and control == "scratch",
-        schedule=schedule != "own" and control == "scratch",
-    )
     asked = Transition(
         source=str(run.resolve()),
         calibrate="none" if control == "router" else calibrate,
@@ -209,7 +189,7 @@ def transition(
     mixing = 0 if anneal is None else steps // 2
     if anneal is not None:
         _check_anneal(source, anneal, steps, control)
-    where: Where = {"device": device, "shard": shard, "replicate": replicate, "expert_parallel": expert_parallel}
+    where = Options(device=device, shard=shard, replicate=replicate, expert_parallel=expert_parallel)
     scores = scores or default_scores(source.model_config)
     if capacity is not None and scores == "sigmoid":
         raise ValueError(f"--capacity {capacity} is for --scores softmax: with sigmoid gates no token is dropped")
@@ -250,14 +230,47 @@ def transition(
     return None if made is None else Transitioned.of(source, made)
 
 
-def _check_in_vain(control: str | None, **in_vain: bool) -> None:
-    """Raises ValueError for flags that were given in vain."""
-    if flags := ", ".join(f"--{flag.replace('_', '-')}" for flag, is_given in in_vain.items() if is_given):
+def _check_flags(
+    steps: int | None,
+    capacity: float | None,
+    schedule: Schedule,
+    learning_rate: float | None,
+    calibrate: str,
+    distil_steps: int | None,
+    optimizer: str,
+    control: str | None,
+) -> None:
+    """Raises ValueError for values that no source could take, and for flags that are given in vain."""
+    if steps is not None and steps < 0:
+        raise ValueError(f"--steps must be 0 or more, not {steps}")
+    if capacity is not None and not 0 < capacity < math.inf:
+        raise ValueError(f"--capacity must be positive and finite, not {capacity}")
+    if steps == 0 and (learning_rate is not None or schedule != "own"):
+        raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
+    if distil_steps is not None and calibrate != "distil":
+        raise ValueError(f"--calibrate {calibrate} leaves nothing for --distil-steps to change")
+    in_vain = {
+        "--distil-steps": distil_steps is not None and control is not None,
+        "--calibrate": calibrate == "scales" and control is not None,
+        "--optimizer": optimizer != "carried" and control == "scratch",
+        "--schedule": schedule != "own" and control == "scratch",
+    }
+    if flags := ", ".join(flag for flag, is_given in in_vain.items() if is_given):
         raise ValueError(f"--control {control} leaves nothing for {flags} to change")
+
+
+def _places(run: Path, out: Path | None, control: str | None) -> tuple[Path, Path]:
+    """The source's directory, with a name, and the new run's. Raises ValueError for one inside the other."""
+    run = run.resolve() if run.name in ("", "..") else run
+    out = run.parent / f"{run.name}-{'transition' if control is None else control}" if out is None else Path(out)
+    if run.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"--out {out} is the source itself, or inside it; name another")
+    return run, out
 
 
 def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> None:
     """Raises ValueError where --anneal cannot be used."""
+    check_range("--anneal", end)
     before = source.config.anneal_temperature_to or source.model_config.router_temperature
     if control is not None or not 0 < end < before:
         legal = f"be above 0 and below the source's temperature, {before:g}"
@@ -279,7 +292,7 @@ def _merged(
     capacity: float | None,
     scores: Scores,
     schedule: Schedule,
-    where: Where,
+    where: Options,
     learning_rate: float | None,
 ) -> Merged:
     """The source's configuration with the new routing and schedule."""
@@ -297,14 +310,14 @@ def _merged(
 
 
 def _options(
-    source: Run, steps: int, model: dict[str, Any], training: dict[str, Any], where: Where, **others: Any
+    source: Run, steps: int, model: dict[str, Any], training: dict[str, Any], where: Options, **others: Any
 ) -> Options:
     """The source's text and batches, with these fields of the model and of TrainingArguments."""
     given = {key: getattr(source.config, key) for key in GIVEN}
     model = {field: value for field, value in model.items() if field not in DERIVED}
     chosen = {"model": model, "training": training}
     words = {kind: {field: as_word(value) for field, value in fields.items()} for kind, fields in chosen.items()}
-    return Options(steps=steps, **words, **where, **given, **others)
+    return replace(where, steps=steps, **words, **given, **others)
 
 
 def _training(source: Run) -> dict[str, Any]:
@@ -321,7 +334,7 @@ def _last_rate(source: Run) -> float:
 
 
 def _annealed(
-    source: Run, asked: Transition, steps: int, optimizer: Path | None, where: Where, out: Path, resume: bool
+    source: Run, asked: Transition, steps: int, optimizer: Path | None, where: Options, out: Path, resume: bool
 ) -> Run:
     """The source trained on in groups, at its last learning rate, while the routers' temperature falls."""
     temperature = source.config.anneal_temperature_to or source.model_config.router_temperature
@@ -346,7 +359,7 @@ def _token_choice_name(source: Run, kind: str) -> str:
     return str(replace(parse_name(source.name), system=ROUTINGS[kind].prefix))
 
 
-def _from_scratch(source: Run, switched: RunConfig, steps: int, where: Where, learning_rate: float | None) -> Merged:
+def _from_scratch(source: Run, switched: RunConfig, steps: int, where: Options, learning_rate: float | None) -> Merged:
     """The control that is Token Choice from the first step: the same model, all the steps, by default its own rate."""
     options = _options(source, source.facts.steps + steps, switched.model, _training(source), where)
     return merge(switched.name, source.seed, learning_rate, options)

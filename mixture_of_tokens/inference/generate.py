@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,17 +140,10 @@ def generate(
     logits are not finite.
     """
     texts = [] if prompt is None else listed(prompt)
-    if (prompts_file is None) == (not texts):
-        raise ValueError("give either --prompt, which may be repeated, or --prompts-file")
-    if prompts_file is None and out is not None:
-        raise ValueError("--out is for --prompts-file; continuations of --prompt are printed")
     at_least_one(samples=samples, batch_size=batch_size, experts=experts)
+    _check_flags(texts, prompts_file, out, stream)
     most = DEFAULT.max_new_tokens if max_new_tokens is None else max_new_tokens
     (sampling := Sampling(most, float(temperature), float(top_p), seed)).check()
-    if prompts_file is not None and out is None and _is_stream(Path(prompts_file)):
-        raise ValueError(f"--prompts-file {prompts_file} is no regular file: name the file of continuations with --out")
-    if stream is not None and not hasattr(stream, "write"):
-        raise ValueError(f"stream takes what can be written to, such as sys.stdout, not {type(stream).__name__}")
     run = str(run)
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     placement = placed(shard, expert_parallel, experts)
@@ -182,17 +175,37 @@ def generate(
             write(number)
         return None
     if prompts_file is not None:
-        digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-        settings = {"run": os.path.normpath(run), "prompts": digest, "samples": samples}
-        settings |= {"batch_size": batch_size, "alone": alone}
-        file = Path(prompts_file)
-        out = file.with_name(f"{file.stem}.continued.jsonl") if out is None else Path(out)
-        settings |= {"experts": experts, "weights": weights_hash(run), **sampling._asdict()}
+        out = _beside(Path(prompts_file)) if out is None else Path(out)
+        served = {"samples": samples, "batch_size": batch_size, "alone": alone, "experts": experts}
+        settings = _settings_of(run, prompts, sampling, served)
         with owned_file(out), _leading(write) as led:
             return Generated(to_file(out, settings, batches, led, prompts), str(out))
     with _leading(write) as led:
         streamer = None if stream is None else Streamer(tokenizer, stream, ends_of(model, tokenizer))
         return Generated(_to_screen(batches, led, prompts, stream, streamer))
+
+
+def _check_flags(texts: Sequence[str], prompts_file: Path | None, out: Path | None, stream: TextIO | None) -> None:
+    """Raises ValueError for prompts that are not given, or twice, and where nothing can be written."""
+    if (prompts_file is None) == (not texts):
+        raise ValueError("give either --prompt, which may be repeated, or --prompts-file")
+    if prompts_file is None and out is not None:
+        raise ValueError("--out is for --prompts-file; continuations of --prompt are printed")
+    if prompts_file is not None and out is None and _is_stream(Path(prompts_file)):
+        raise ValueError(f"--prompts-file {prompts_file} is no regular file: name the file of continuations with --out")
+    if stream is not None and not hasattr(stream, "write"):
+        raise ValueError(f"stream takes what can be written to, such as sys.stdout, not {type(stream).__name__}")
+
+
+def _beside(prompts_file: Path) -> Path:
+    return prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl")
+
+
+def _settings_of(run: str, prompts: Sequence[str], sampling: Sampling, served: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of continuations depends on: it goes on only with the same."""
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    of = {"run": os.path.normpath(run), "prompts": digest, **served, "weights": weights_hash(run)}
+    return of | sampling._asdict()  # the order counts, as all of it is hashed
 
 
 def _say_what_batches_do(

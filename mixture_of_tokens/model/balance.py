@@ -7,10 +7,18 @@ from mixture_of_tokens.sparse import SigmoidChoice
 
 
 class BalanceCallback(TrainerCallback):
-    """Balances routings without a balancing loss after each step, in any Trainer."""
+    """Balances routings without a balancing loss after each step, in any Trainer.
+
+    Raises ValueError when a training begins in which one process has several GPUs: torch.nn.DataParallel throws away
+    what its copies of a model count.
+    """
 
     def __init__(self, model: MixtureOfTokensForCausalLM):
         self.model = model
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.n_gpu > 1:
+            raise ValueError(f"one process with {args.n_gpu} GPUs cannot balance experts: start it with torchrun")
 
     def on_substep_end(self, args, state, control, **kwargs):
         for module in self.model.modules():

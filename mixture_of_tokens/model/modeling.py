@@ -136,7 +136,7 @@ def _is_matrix(head: nn.Module) -> bool:
         return False
     kinds = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
     hooks = [hook for kind in kinds for hook in kind.values()]
-    whole = not hasattr(head.weight, "device_mesh")  # as a DTensor has
+    whole = type(head.weight.data) is Tensor  # no DTensor, and not quantized
     return whole and all(str(hook.__module__).startswith("torch.distributed.fsdp") for hook in hooks)
 
 
@@ -185,7 +185,9 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
 
     def balance(self) -> None:
         """To be called after each step of training: routings without a balancing loss then balance their load."""
-        layers = [module for module in self.modules() if isinstance(module, Routed)]
+        modules = [module for module in self.modules() if isinstance(module, Routed)]
+        # Where a router is frozen, as below an adapter, its layer stays as it was saved.
+        layers = [layer for layer in modules if any(weight.requires_grad for weight in layer.gate.parameters())]
         for kind in dict.fromkeys(map(type, layers)):
             kind.balance([layer for layer in layers if type(layer) is kind])
 

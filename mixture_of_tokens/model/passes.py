@@ -40,7 +40,9 @@ def serving_alone(model: MixtureOfTokensForCausalLM, num_experts_alone: int | No
 
 def pass_forward(model: MixtureOfTokensForCausalLM, batch: Mapping[str, Tensor]) -> None:
     """For what hooks see: the head computes one position only, and what is no input, such as labels, is left out."""
-    inputs = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    if model.device.type != "meta":  # as of a model that lies on the disk
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     model(**inputs, logits_to_keep=1, use_cache=False)
 
 

@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
 
 from mixture_of_tokens.checks import LARGEST
+from mixture_of_tokens.formatting import first_line
 from mixture_of_tokens.model.names import nearest
 from mixture_of_tokens.training.options import typed
 
@@ -231,8 +232,14 @@ def try_out(arguments: TrainingArguments) -> None:
         raise ValueError(f"{flag}: {in_words(error)}") from error
     for step, found in rates.items():
         for rate in found:
-            if not (isinstance(rate, int | float) and 0 <= rate < math.inf):
+            if not (isinstance(rate, int | float) and 0 <= rate <= 1 + 1e-9):
                 raise ValueError(f"{flag}: at step {step} the learning rate would be {rate} of its peak")
+    backend = arguments.torch_compile_backend
+    if arguments.torch_compile and backend not in (None, "inductor"):
+        try:
+            torch.compile(torch.neg, backend=backend)(torch.zeros(1))
+        except Exception as error:
+            raise ValueError(f"--training.torch_compile_backend {backend}: {first_line(error)}") from error
 
 
 def in_words(error: Exception) -> str:

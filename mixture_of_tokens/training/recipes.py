@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments
 
+from mixture_of_tokens.checks import check_range
 from mixture_of_tokens.data.tokenizer import check_vocab_size
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -87,6 +88,8 @@ def merge(
     _check_effect(config, overrides)
     if config.learnable_temperature and options.anneal_temperature_to is not None:
         raise ValueError("--anneal-temperature-to would set the temperature that --model.learnable_temperature learns")
+    if options.anneal_temperature_to is not None:
+        check_range("--anneal-temperature-to", options.anneal_temperature_to)
     recipe = RECIPES[size]
     steps = recipe.steps if options.steps is None else options.steps
     batch_size = SIZES[size].batch if options.batch_size is None else options.batch_size
@@ -96,12 +99,14 @@ def merge(
         raise ValueError("--max-bytes is for text that is prepared at once; with --part-bytes name fewer files")
     check_device(options.device)
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
-    positive |= {"anneal-temperature-to": options.anneal_temperature_to, "max-bytes": options.max_bytes}
-    positive |= {"part-bytes": options.part_bytes}
+    positive |= {"max-bytes": options.max_bytes, "part-bytes": options.part_bytes}
     if transition is not None and steps == 0:
         del positive["steps"]
     _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
+    if on_cpu and overrides.get("attn_implementation") == "flex_attention":
+        what = "has no backward pass on a CPU; legal there are eager and sdpa"
+        raise ValueError(f"--model.attn_implementation flex_attention {what}")
     micro_batch, training = _training_fields(options.training, recipe, steps, batch_size, config.group_size)
     training.setdefault("dataloader_pin_memory", not on_cpu)
     run = RunConfig(
