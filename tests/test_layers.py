@@ -196,7 +196,7 @@ def two_experts(kind, *sizes, **options):
             [[15 / 10**0.5, 30 / 10**0.5 + 3 / 17**0.5], [5 / 10**0.5, 10 / 10**0.5 + 12 / 17**0.5]],
         ),
         # Weights of 1/2: both mixtures are (1/2, 1/2), y1 = (6, 12), y2 = (0, 0).
-        (two_experts(MixtureOfTokens, 2, temperature=1e30), None, [[3, 6], [3, 6]]),
+        (two_experts(MixtureOfTokens, 2, temperature=1e15), None, [[3, 6], [3, 6]]),
         # Over the experts x1 has gates 3/4, 1/4 and x2 has 1/5, 4/5: x1 takes expert 1, x2 takes expert 2.
         # out1 = 3/4 (4, 8);  out2 = 4/5 FFN_2(x2) = 4/5 (0, 5)
         (two_experts(TokenChoice), None, [[3, 6], [0, 4]]),
