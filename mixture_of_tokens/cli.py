@@ -300,7 +300,7 @@ def _run(words: list[str]) -> None:
         sys.exit(1)
 
 
-def _told(error: Exception, words: list[str]) -> str:
+def _reworded(error: Exception, words: list[str]) -> str:
     """cyclopts' message, reworded where it names a word that the user did not write, or does not say what is legal."""
     if isinstance(error, UnknownOptionError):
         told, flag = str(error), (error.token.keyword or error.token.value).partition("=")[0]
@@ -350,7 +350,7 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
         if not is_told(error):
-            print("mot: error:", " ".join(_told(error, words).split()), file=sys.stderr)
+            print("mot: error:", " ".join(_reworded(error, words).split()), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}  # torch's, which is not imported for --help

@@ -10,7 +10,7 @@ from torch import nn
 
 from mixture_of_tokens import ExpertChoice
 from mixture_of_tokens.inference.audit import Audit, audit_model, leaks, texts
-from mixture_of_tokens.model.routings import ROWS
+from mixture_of_tokens.model.routings import TABLE
 from mixture_of_tokens.runs.loading import text_of
 from processes import mot
 from routings import randomized, small_model, tiny
@@ -24,7 +24,7 @@ def audited(model) -> Audit:
     return Audit("model", 0, leaks(model, texts(None, model, batches=3, seed=0)))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.kind)
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.kind)
 def test_every_routing_keeps_the_promises_of_its_row(row):
     found = audited(build(row.kind))
     assert found.causal == row.causal

@@ -20,7 +20,7 @@ from mixture_of_tokens.convert import verify
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import parameters
 from mixture_of_tokens.model.names import SIZES, config_from_name
-from mixture_of_tokens.model.routings import OF_A_ROUTER, ROWS, SETTINGS, properties
+from mixture_of_tokens.model.routings import OF_A_ROUTER, SETTINGS, TABLE, properties
 from mixture_of_tokens.training import recipes
 
 ROOT = Path(__file__).parent.parent
@@ -183,7 +183,7 @@ def test_the_settings_of_routings_are_the_configurations():
     general = {"shared_experts": "all with experts", "gated": "all", "initializer_scale": "all"}
     own = {field: ", ".join(f"`{prefix}-`" for prefix in of) for field, of in SETTINGS.items()}
     assert {field: of for field, _, of in rows} == own | dict.fromkeys(OF_A_ROUTER, "all with a router") | general
-    without = " and ".join(f"`{row.prefix}-`" for row in ROWS if not row.routed)
+    without = " and ".join(f"`{row.prefix}-`" for row in TABLE if not row.routed)
     assert f"\n{without} have no router." in table
     for field, default, _ in rows:
         value = getattr(config, field)
@@ -193,7 +193,7 @@ def test_the_settings_of_routings_are_the_configurations():
 def test_the_properties_of_routings_are_those_of_the_table():
     table = text_of("routings").split("| name | routing |")[1].split("\n\n")[0].splitlines()[2:]
     shown = [[cell.strip() for cell in line.strip("|").split("|")][:6] for line in table]
-    assert shown == [[f"`{row.prefix}-`", row.title, *properties([row]).values()] for row in ROWS]
+    assert shown == [[f"`{row.prefix}-`", row.title, *properties([row]).values()] for row in TABLE]
 
 
 TABLES = {  # by script: its lines, and the page that shows what it prints with --table

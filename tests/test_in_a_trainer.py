@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mixture_of_tokens.experts import Experts
 from mixture_of_tokens.model.balance import BalanceCallback
-from mixture_of_tokens.model.routings import ROUTINGS, ROWS
+from mixture_of_tokens.model.routings import ROUTINGS, TABLE
 from mixture_of_tokens.sparse import SigmoidChoice
 from routings import tiny
 
@@ -46,7 +46,7 @@ def trainer(model, folder, label_smoothing_factor: float = 0, **given) -> Traine
     return Trainer(model, arguments, train_dataset=Texts(24), eval_dataset=Texts(12), **given)
 
 
-@pytest.mark.parametrize("kind", [row.kind for row in ROWS])
+@pytest.mark.parametrize("kind", [row.kind for row in TABLE])
 def test_it_trains_and_evaluates_with_a_loss_and_metrics_of_logits(kind, tmp_path):
     def accuracy(predicted) -> dict[str, float]:
         assert predicted.predictions.shape == (12, LENGTH, VOCABULARY)
@@ -181,7 +181,7 @@ MEASURED = {"mixture_of_tokens": OF_MIXTURES, "uniform": OF_MIXTURES, "sigmoid_c
 MEASURED |= {"expert_threshold": {"threshold"}, "remoe": {"l1_weight"}}
 
 
-@pytest.mark.parametrize("kind", [row.kind for row in ROWS])
+@pytest.mark.parametrize("kind", [row.kind for row in TABLE])
 def test_what_is_measured_stays_in_fp32_in_a_model_that_is_made_in_bf16(kind):
     made = AutoModelForCausalLM.from_config(tiny(kind, router_temperature=0.1).config, dtype=torch.bfloat16)
     assert {weight.dtype for weight in made.parameters()} == {torch.bfloat16}

@@ -19,7 +19,7 @@ from mixture_of_tokens import slots
 from mixture_of_tokens.experts import Experts, Routed, Router, highest
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import precise_linear
-from mixture_of_tokens.model.routings import ROWS
+from mixture_of_tokens.model.routings import TABLE
 from mixture_of_tokens.slots import Slots, order_of_slots, ragged_linear, slots_without_limit
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
@@ -312,7 +312,7 @@ def test_matched_passes_its_options_on(uniform):
     assert (layer.gate is None) == uniform
 
 
-@pytest.mark.parametrize("kind", [row.kind for row in ROWS if row.routed])
+@pytest.mark.parametrize("kind", [row.kind for row in TABLE if row.routed])
 def test_a_configuration_s_fields_reach_the_layer(kind):
     fields = {"gated": False, "hidden_act": "gelu", "initializer_scale": 9.0, "router_temperature": 0.6}
     fields |= {"learnable_temperature": True, "router_dtype": "float64"}
@@ -387,8 +387,8 @@ def test_matched_has_the_experts_of_the_name():
         (lambda: TokenChoice(D, F, E, temperature=-1.0), "temperature must be 1e-20 to 1e20, not -1.0"),
         (lambda: ExpertChoice(D, F, E, G, temperature=math.inf), "temperature must be 1e-20 to 1e20, not inf"),
         (lambda: MixtureOfTokens(D, F, E, G, temperature=math.nan), "temperature must be 1e-20 to 1e20, not nan"),
-        (lambda: MixtureOfTokens(D, F, E, G, temperature=1e39), r"temperature must be .* in float32, not 1e\+39"),
-        (lambda: MixtureOfTokens(D, F, E, G, temperature=1e-46), "temperature must be .* in float32, not 1e-46"),
+        (lambda: MixtureOfTokens(D, F, E, G, temperature=1e39), r"temperature must be 1e-20 to 1e20, not 1e\+39"),
+        (lambda: MixtureOfTokens(D, F, E, G, temperature=1e-46), "temperature must be 1e-20 to 1e20, not 1e-46"),
         (lambda: MixtureOfTokens(D, F, E, G, initializer_scale=-1.0), "initializer_scale must be positive"),
         (lambda: build("uniform")(tokens(G, T, D + 1)), f"x has rows of width {D + 1}, and hidden_size is {D}"),
         (lambda: build("mot")(tokens(G, T, D).numpy()), "a layer takes tensors of torch, .* not ndarray and NoneType"),

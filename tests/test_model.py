@@ -31,9 +31,9 @@ import routings
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router, TokenChoice
 from mixture_of_tokens.loss import IGNORE, L1Loss, LoadBalancingLoss
 from mixture_of_tokens.model import modeling
-from mixture_of_tokens.model.routings import ROUTINGS, ROWS
+from mixture_of_tokens.model.routings import ROUTINGS, TABLE
 
-KINDS = [row.kind for row in ROWS]
+KINDS = [row.kind for row in TABLE]
 END, PAD = 7, 0
 tiny = partial(routings.tiny, eos_token_id=END, pad_token_id=PAD)
 
@@ -47,7 +47,7 @@ def kind(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=[row.kind for row in ROWS if row.causal])
+@pytest.fixture(params=[row.kind for row in TABLE if row.causal])
 def causal(request) -> str:
     return request.param
 

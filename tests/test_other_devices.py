@@ -14,7 +14,7 @@ from mixture_of_tokens.convert.switch import to_token_choice, token_choice_confi
 from mixture_of_tokens.data.groups import Blocks
 from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.routings import ROUTINGS, ROWS
+from mixture_of_tokens.model.routings import ROUTINGS, TABLE
 from mixture_of_tokens.model.telemetry import measure
 from routings import tiny
 
@@ -102,7 +102,7 @@ def check_that_waiting_is_noticed() -> None:
             assert waits == expected, line
 
 
-@pytest.mark.parametrize("kind", [row.kind for row in ROWS])
+@pytest.mark.parametrize("kind", [row.kind for row in TABLE])
 def test_a_model_does_all_on_another_device_and_no_step_waits_for_it(kind, tmp_path):
     processes.in_processes(check, (kind,), 1, tmp_path / "log")
 

@@ -8,7 +8,7 @@ import routings
 from mixture_of_tokens import Options, compare, prepare, sweep, train
 from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer, train_tokenizer
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.routings import ROWS, SETTINGS, Routing
+from mixture_of_tokens.model.routings import SETTINGS, TABLE, Routing
 from mixture_of_tokens.reports.compare import _plans
 from mixture_of_tokens.training.recipes import check_settings, chosen_in, merge
 
@@ -40,7 +40,7 @@ def trained(kind: str, **fields) -> dict[str, Tensor]:
     return {name: weight for name, weight in model.named_parameters() if not name.endswith("log_temperature")}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.kind)
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.kind)
 def test_a_routing_reads_its_settings_and_no_others(row: Routing):
     plain = trained(row.kind)
     found = {}

@@ -300,6 +300,6 @@ def test_what_is_exchanged_has_one_shape_however_tokens_are_routed(case, seen):
 
 def rows_of_expert(config) -> int:
     """Of an expert for a group: one mixture, or the tokens that it chooses."""
-    return (
-        1 if config.sparse_routings[0].mixes else config.group_size * config.num_experts_per_tok // config.num_experts
-    )
+    if config.sparse_routings[0].reads_mixtures:
+        return 1
+    return config.group_size * config.num_experts_per_tok // config.num_experts

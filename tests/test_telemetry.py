@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.model.routings import ROWS as TABLE
+from mixture_of_tokens.model.routings import TABLE
 from mixture_of_tokens.model.telemetry import combine_weights, measure, router_gradient_norms, routing_measures
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.training.trainer import _RouterGradients

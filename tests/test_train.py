@@ -27,7 +27,7 @@ from mixture_of_tokens.inference.generate import Sampling, continue_prompts
 from mixture_of_tokens.inference.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.routings import ROWS as ROUTINGS
+from mixture_of_tokens.model.routings import TABLE as ROUTINGS
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.training import trainer

@@ -23,7 +23,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.passes import serving_alone
 from mixture_of_tokens.model.sharding import load_optimizer, whole
 from mixture_of_tokens.process import is_main
-from mixture_of_tokens.runs import records
+from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import Switch, Transition
 from mixture_of_tokens.runs.run import Run
@@ -99,7 +99,7 @@ def _switched(
 def go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
     """Give the run at `out` the clock and metrics.jsonl of its source."""
     trainer.clock.before = source.facts.seconds
-    last = source.directory / f"checkpoint-{source.config.steps}"
+    last = checkpoints.at(source.directory, source.config.steps)
     if source.config.part_bytes is not None and last.is_dir() and manifest.fault(last) is None:
         trainer.rows.go_on_from(manifest.read(last))  # it need not count the rows of the parts behind it
     if is_main():

@@ -371,7 +371,7 @@ def _moments_of(source: Run) -> Path:
     optim = source.config.of_training("optim")
     if optim not in ADAM:
         raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
-    last = source.directory / f"checkpoint-{source.config.steps}"
+    last = checkpoints.at(source.directory, source.config.steps)
     problem = manifest.fault(last) if last.is_dir() else "it is not there"
     if problem is not None or not (last / OPTIMIZER).is_dir():
         raise ValueError(f"{last} has no optimizer state to carry: {problem or 'it was removed'}; --optimizer fresh")

@@ -267,7 +267,7 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         own = torch.arange(rows) == int(torch.randint(rows, (), generator=generator))
         some = {0, length // 4, min(length // 2, length - 2), length - 2}
         every = range(number % (length - 1), length - 1, len(texts))  # all positions, over the batches
-        for k in _told(sorted({*some, *every}), f"Looking at batch {number + 1} of {len(texts)}"):
+        for k in _progress(sorted({*some, *every}), f"Looking at batch {number + 1} of {len(texts)}"):
             for what, where in zip(future, (own, ~own, torch.ones_like(own)), strict=True):
                 if where.any() and (k in some or what == "both"):
                     changed = ids.clone()
@@ -299,7 +299,7 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
     )
 
 
-def _told(positions: list[int], what: str) -> tqdm:
+def _progress(positions: list[int], what: str) -> tqdm:
     return tqdm(positions, what, unit="position", delay=2, dynamic_ncols=True, file=sys.stderr, leave=False)
 
 

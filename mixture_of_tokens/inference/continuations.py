@@ -79,11 +79,11 @@ def to_file(
     partial.unlink()
     if new:
         say_speed(new, time.perf_counter() - clock)
-    print(said_of(len(done), out), file=sys.stderr)
+    print(summary_of(len(done), out), file=sys.stderr)
     return [done[row] for row in sorted(done)]
 
 
-def said_of(count: int, out: str | Path) -> str:
+def summary_of(count: int, out: str | Path) -> str:
     return f"{'1 continuation is' if count == 1 else f'{count} continuations are'} in {out}"
 
 

@@ -171,7 +171,7 @@ def _lines(
     plan.append((filled, full, nullcontext()))
     if len(part) < len(full[0]):
         plan.append((f"{filled}, same text as below", [part], nullcontext()))
-    routed = [routing.routed for routing in routings_of(model) if routing.mixes]
+    routed = [routing.routed for routing in routings_of(model) if routing.reads_mixtures]
     if any(routed):
         plan.append((f"{filled}, argmax routing", [part], argmax_routing(model)))
     # Below the largest group that there is.

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mixture_of_tokens.checks import at_least_one, checked, listed
 from mixture_of_tokens.formatting import Result
-from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, said_of, say_speed, to_file
+from mixture_of_tokens.inference.continuations import Continuation, Row, Writer, say_speed, summary_of, to_file
 from mixture_of_tokens.inference.stream import Streamer, text_after
 from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -83,7 +83,7 @@ class Generated(Result):
 
     def __str__(self) -> str:
         if self.file is not None:
-            return said_of(len(self.continuations), self.file)
+            return summary_of(len(self.continuations), self.file)
         return "\n\n".join(each.prompt + each.text for each in self.continuations)
 
 

@@ -88,7 +88,7 @@ def flops_per_token(
     filled = math.prod(groups_of(config, B, T)) / (B * T)
     logits = {routing: routing.logits(config) * (filled if routing.grouped else 1) for routing in routings}
     routed = sum(logits[routing] for routing in routings if routing.routed)
-    mixed = sum(logits[routing] for routing in routings if routing.mixes)
+    mixed = sum(logits[routing] for routing in routings if routing.reads_mixtures)
     as_measured = {routing: routing.varies and experts_per_token is not None for routing in routings}
     rows = sum(
         B * T * experts_per_token if as_measured[routing] else routing.rows(config, B, T, training)  # pyright: ignore
@@ -169,7 +169,7 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, size: int, expert
         weights = 4 * fp32 + size * own * (size < 4 or not fp32)  # in float32 a cast is no copy
         kept += tokens * (size * D + weights * routing.logits(config))
         kept += rows * size * (2 * D + hidden * config.moe_intermediate_size)  # what experts read and what they return
-        if not routing.mixes:
+        if not routing.reads_mixtures:
             kept += rows * (size + 4 * 8)  # gates, and where rows come from and go to
     return kept
 

@@ -56,7 +56,7 @@ class Routing:
             have until then, for which memory is needed.
         routed: it has a router; logits: the number of its logits for a token.
         grouped: it works on groups, and the last one is padded with masked rows.
-        mixes: experts read mixtures of tokens, and their outputs are combined for the tokens.
+        reads_mixtures: experts read mixtures of tokens, and their outputs are combined for the tokens.
         kept_weights: how many copies of the weights, a number per token and expert, the backward pass keeps, in fp32
             and in the model's precision.
     """
@@ -82,7 +82,7 @@ class Routing:
     routed: bool = True
     logits: Callable[["MixtureOfTokensConfig"], int] = lambda config: config.num_experts
     grouped: bool = True
-    mixes: bool = False
+    reads_mixtures: bool = False
     kept_weights: tuple[int, int] = (1, 0)
 
     @property
@@ -179,7 +179,7 @@ def _token_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int
     return config.num_experts * min(capacity, batch * context)
 
 
-ROWS = (
+TABLE = (
     Routing(
         kind="dense",
         prefix="Transformer",
@@ -206,7 +206,7 @@ ROWS = (
         balance=BY_CONSTRUCTION,
         converts_to=("token_choice", "sigmoid_choice"),
         rows=_mixture_rows,
-        mixes=True,
+        reads_mixtures=True,
         kept_weights=(1, 1),
     ),
     Routing(
@@ -221,7 +221,7 @@ ROWS = (
         balance=BY_CONSTRUCTION,
         rows=_mixture_rows,
         routed=False,
-        mixes=True,
+        reads_mixtures=True,
         kept_weights=(0, 1),
     ),
     Routing(
@@ -313,18 +313,18 @@ ROWS = (
         rows=lambda config, batch, context, training: batch * config.num_experts * num_slots(config),
         logits=lambda config: config.num_experts * num_slots(config),
         grouped=False,
-        mixes=True,
+        reads_mixtures=True,
         kept_weights=(2, 2),
     ),
 )
 PROPERTIES = ("causal", "private", "balanced", "differentiable")
-ROUTINGS = {row.kind: row for row in ROWS}
-DENSE, MIXTURE = ROWS[:2]
-BY_PREFIX = {row.prefix: row for row in ROWS}
+ROUTINGS = {row.kind: row for row in TABLE}
+DENSE, MIXTURE = TABLE[:2]
+BY_PREFIX = {row.prefix: row for row in TABLE}
 # Fields of the configuration that not every routing reads, and the prefixes of those that do.
 SETTINGS = {
-    field: [row.prefix for row in ROWS if field in row.settings]
-    for field in dict.fromkeys(field for row in ROWS for field in row.settings)
+    field: [row.prefix for row in TABLE if field in row.settings]
+    for field in dict.fromkeys(field for row in TABLE for field in row.settings)
 }
 
 
@@ -335,7 +335,7 @@ def routings_of(model: Any) -> list[Routing]:
 
 def converted_from(kind: str) -> Routing:
     """The routing that can be converted to this kind."""
-    return next(row for row in ROWS if kind in row.converts_to)
+    return next(row for row in TABLE if kind in row.converts_to)
 
 
 def properties(routings: list[Routing]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from mixture_of_tokens.model.routings import converted_from
 from mixture_of_tokens.runs.records import OF_TRAINING
 from mixture_of_tokens.runs.run import Run
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", *NAMED_OF_EXPERTS)
+SIZE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", *NAMED_OF_EXPERTS)
 FOLLOWS = ("model.mlp_layer_types", "first_step")  # of a switched run, from its name and from its source
 
 
@@ -39,7 +39,7 @@ def _in_place_of_the_name(run: Run) -> set[str]:
     """Settings of sizes that the name says otherwise."""
     own = run.model_config
     named = config_from_name(run.name, gated=own.gated, shared_experts=own.shared_experts)
-    sizes = SIZES if own.sparse_routings else set(SIZES) - set(NAMED_OF_EXPERTS)
+    sizes = SIZE_FIELDS if own.sparse_routings else set(SIZE_FIELDS) - set(NAMED_OF_EXPERTS)
     return {f"model.{field}" for field in sizes if getattr(named, field) != getattr(own, field)}
 
 

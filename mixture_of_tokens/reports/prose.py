@@ -5,7 +5,7 @@ from typing import Any
 
 from mixture_of_tokens.formatting import Summary, difference, duration, enumerated, loss, ratio, span, with_span
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.routings import ROWS, converted_from
+from mixture_of_tokens.model.routings import TABLE, converted_from
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison
 
 # Of telemetry.py, in the order of the page: title and meaning.
@@ -136,7 +136,7 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
         shown |= {converted_from(kind).prefix for kind in kinds}
     entries = [
         (row.title if row.title == row.prefix else f"{row.prefix}, {row.title}", row.meaning)
-        for row in ROWS
+        for row in TABLE
         if row.prefix in shown
     ]
     if switched:

@@ -50,6 +50,11 @@ def has_any(run: Path) -> bool:
     return next(_all(run), None) is not None
 
 
+def at(run: Path, step: int) -> Path:
+    """The checkpoint of a run after so many steps, or where it would be."""
+    return run / f"checkpoint-{step}"
+
+
 def _renamed(checkpoint: Path) -> str | None:
     """That a checkpoint is of another step than its name says."""
     step = manifest.read(checkpoint).get("step")

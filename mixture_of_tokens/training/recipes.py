@@ -15,7 +15,7 @@ from mixture_of_tokens.checks import check_range
 from mixture_of_tokens.data.tokenizer import check_vocab_size
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.names import FIELDS, SIZES, config_from_name, parse_name
+from mixture_of_tokens.model.names import FIELDS, SIZES, Name, config_from_name, parse_name
 from mixture_of_tokens.model.placement import Placement, check_device
 from mixture_of_tokens.model.routings import SETTINGS
 from mixture_of_tokens.process import by_itself, process_count, the_only_training
@@ -79,35 +79,21 @@ def merge(
     check_environment()
     parsed = parse_name(name)
     name, size = str(parsed), parsed.size  # /1 is left out
-    overrides = _overrides(options.model)
-    with _names_the_flag(name, overrides):
-        config = config_from_name(name, **overrides)
-        if options.tokenizer is None:
-            check_vocab_size(config.vocab_size)
-    _check_model(config)
-    _check_effect(config, overrides)
-    if config.learnable_temperature and options.anneal_temperature_to is not None:
-        raise ValueError("--anneal-temperature-to would set the temperature that --model.learnable_temperature learns")
-    if options.anneal_temperature_to is not None:
-        check_range("--anneal-temperature-to", options.anneal_temperature_to)
-    recipe = RECIPES[size]
-    steps = recipe.steps if options.steps is None else options.steps
-    batch_size = SIZES[size].batch if options.batch_size is None else options.batch_size
-    if learning_rate is None:
-        learning_rate = LEARNING_RATES.get((size, parsed.system), recipe.learning_rate)
-    if options.part_bytes is not None and options.max_bytes is not None:
-        raise ValueError("--max-bytes is for text that is prepared at once; with --part-bytes name fewer files")
-    check_device(options.device)
+    config, overrides = _model_of(name, options)
+    steps, batch_size, learning_rate = _amounts(parsed, learning_rate, options)
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"max-bytes": options.max_bytes, "part-bytes": options.part_bytes}
     if transition is not None and steps == 0:
         del positive["steps"]
     _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
+    if options.part_bytes is not None and options.max_bytes is not None:
+        raise ValueError("--max-bytes is for text that is prepared at once; with --part-bytes name fewer files")
+    check_device(options.device)
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which this needs
     if on_cpu and overrides.get("attn_implementation") == "flex_attention":
         what = "has no backward pass on a CPU; legal there are eager and sdpa"
         raise ValueError(f"--model.attn_implementation flex_attention {what}")
-    micro_batch, training = _training_fields(options.training, recipe, steps, batch_size, config.group_size)
+    micro_batch, training = _training_fields(options.training, RECIPES[size], steps, batch_size, config.group_size)
     training.setdefault("dataloader_pin_memory", not on_cpu)
     run = RunConfig(
         name=name,
@@ -243,6 +229,32 @@ def _names_the_flag(name: str, overrides: Mapping[str, Any]) -> Iterator[None]:
         if isinstance(error, ValueError) and (not overrides or name in what):
             raise
         raise ValueError(f"{flag}: {what}") from error
+
+
+def _model_of(name: str, options: Options) -> tuple[MixtureOfTokensConfig, dict[str, Any]]:
+    """A name's configuration with the options' fields, and these fields. Raises ValueError where they are no model."""
+    overrides = _overrides(options.model)
+    with _names_the_flag(name, overrides):
+        config = config_from_name(name, **overrides)
+        if options.tokenizer is None:
+            check_vocab_size(config.vocab_size)
+    _check_model(config)
+    _check_effect(config, overrides)
+    if config.learnable_temperature and options.anneal_temperature_to is not None:
+        raise ValueError("--anneal-temperature-to would set the temperature that --model.learnable_temperature learns")
+    if options.anneal_temperature_to is not None:
+        check_range("--anneal-temperature-to", options.anneal_temperature_to)
+    return config, overrides
+
+
+def _amounts(name: Name, learning_rate: float | None, options: Options) -> tuple[int, int, float]:
+    """Steps, rows a step and peak rate: those of the options, or the recipe's."""
+    recipe = RECIPES[name.size]
+    steps = recipe.steps if options.steps is None else options.steps
+    batch_size = SIZES[name.size].batch if options.batch_size is None else options.batch_size
+    if learning_rate is None:
+        learning_rate = LEARNING_RATES.get((name.size, name.system), recipe.learning_rate)
+    return steps, batch_size, learning_rate
 
 
 def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, group_size: int) -> None:

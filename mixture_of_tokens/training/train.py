@@ -218,7 +218,7 @@ def _run(
 
 def _saved(out: Path, step: int) -> str:
     """With --training.save_strategy no, a signal in the last evaluation comes too late for a checkpoint."""
-    return ", which is saved" if (out / f"checkpoint-{step}").is_dir() else ""
+    return ", which is saved" if checkpoints.at(out, step).is_dir() else ""
 
 
 @contextmanager

@@ -88,8 +88,8 @@ class GroupedTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
         self.causal_lm, self.rows, self.evaluated, self.corpus = model, rows, evaluated, corpus
         self.run, self.clock = Path(str(self.args.output_dir)), Clock()
-        parts = self.args.gradient_accumulation_steps * self.args.world_size
-        tokens_per_step = self.args.per_device_train_batch_size * parts * rows.blocks.context
+        micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
+        tokens_per_step = self.args.per_device_train_batch_size * micro_batches * rows.blocks.context
         self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock, rows.first_step)
         self.add_callback(self.run_log)
         self.add_callback(_RouterGradients(self))
@@ -211,8 +211,8 @@ class GroupedTrainer(Trainer):
 
     def _reported_by_step(self) -> list[tuple[float, float | None]]:
         """Means over processes and micro-batches, so that a resumed run may split its batches otherwise."""
-        parts = self.args.gradient_accumulation_steps
-        steps = [self._reported[start : start + parts] for start in range(0, len(self._reported), parts)]
+        count = self.args.gradient_accumulation_steps
+        steps = [self._reported[start : start + count] for start in range(0, len(self._reported), count)]
         pairs = [tuple(zip(*step, strict=True)) for step in steps]
         return [(self._mean(losses), None if aux[0] is None else self._mean(aux)) for losses, aux in pairs]
 
@@ -271,7 +271,8 @@ class GroupedTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         step = self.state.global_step
-        name, beside, main = f"checkpoint-{step}", self.run / "checkpoint.partial", self.args.should_save
+        beside, main = self.run / "checkpoint.partial", self.args.should_save
+        written, final = checkpoints.at(beside, step), checkpoints.at(self.run, step)
         if self._reported:
             self._check_finite()
         self._check_weights()
@@ -283,17 +284,17 @@ class GroupedTrainer(Trainer):
             # A checkpoint is a model that can be served; training goes on without companions, resumed or not.
             calibrate_companions(self.causal_lm, training_groups(self.rows.blocks, self.rows.group_size))
             try:
-                with self._failing_together(self.run / name):
+                with self._failing_together(final):
                     super()._save_checkpoint(model, trial)
                 reported = self._reported_by_step()
-                with self._failing_together(self.run / name):
+                with self._failing_together(final):
                     if main:
-                        check_optimizer(beside / name)
+                        check_optimizer(written)
                         facts = {"seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
                         facts |= self.rows.position(step)
-                        manifest.write(beside / name, step=step, **facts)
+                        manifest.write(written, step=step, **facts)
                         self.run_log.save()
-                        publish(beside / name, self.run / name)
+                        publish(written, final)
                         checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
             finally:
                 forget_companions(self.causal_lm)
