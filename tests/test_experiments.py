@@ -573,7 +573,7 @@ def test_a_budget_holds_the_steps_before_and_after_a_switch(fresh):
     dense, mixture, _ = systems
     assert fresh.steps_within(6000, dense, times) == (6000, 0)
     assert fresh.steps_within(6000, mixture, times) == (3111, 311)  # 5,600, of which 1.6 + 0.1 x 2 a step
-    assert fresh.steps_within(6000, mixture._replace(early=True), times) == (375, 2650)  # 600, 100 and 5,300
+    assert fresh.steps_within(6000, mixture._replace(share=fresh.EARLY), times) == (375, 2650)  # 600, 100 and 5,300
 
 
 def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, tmp_path):
@@ -609,14 +609,14 @@ def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
 
 
 def test_the_rate_after_an_early_switch_is_the_best_that_was_tried(fresh, tmp_path):
-    early, losses = fresh.System("MoT-Nano/4E", early=True), {0.02: 2.5, 0.03: 2.4}
+    early, losses = fresh.System("MoT-Nano/4E", share=fresh.EARLY), {0.02: 2.5, 0.03: 2.4}
     before = fresh.best_rate(early, tmp_path)
     assert fresh.best_rate_after(early, tmp_path) is None
     rows = [{"system": early.label, "learning_rate": rate, "loss": loss} for rate, loss in losses.items()]
     fresh.write_csv(tmp_path / fresh.TRIED, list(rows[0]), rows)
     assert fresh.best_rate_after(early, tmp_path) == 0.03
     assert fresh.best_rate(early, tmp_path) == before != 0.03
-    assert fresh.best_rate_after(early._replace(early=False), tmp_path) is None
+    assert fresh.best_rate_after(early._replace(share=None), tmp_path) is None
     other = early._replace(rate=0.005)  # after the switch: both have one source
     assert fresh.best_rate_after(other, tmp_path) == 0.005
     assert fresh.best_rate(other, tmp_path) == before
@@ -667,7 +667,7 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
 @pytest.mark.slow
 def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    systems = (fresh.System("TC-Nano/4E"), fresh.System("MoT-Nano/4E"), fresh.System("MoT-Nano/4E", early=True))
+    systems = (fresh.System("TC-Nano/4E"), fresh.System("MoT-Nano/4E"), fresh.System("MoT-Nano/4E", share=fresh.EARLY))
     systems += (fresh.System("STC-Nano/4E"),)  # which no switch makes
     sizes = {
         "SYSTEMS": systems,

@@ -12,12 +12,11 @@ which the text is read 1.4 to 2.5 times. `--time` measures steps of untrained mo
 turn, and the distillation of each switch beside dense steps, all of it as a multiple of those. So it says how many
 steps the budget holds, for each system a whole schedule of its own. Of a mixture's budget the switch and a tenth of its
 steps come after the training in groups; of the one that is switched early, a tenth of the time comes before it, or a
-quarter. What is
-trained may train beside other work, or be stopped: the same command goes on. Peak rates are the best of
-fresh-rates.csv, whose runs are as long as the short ones, after an early switch the one from which it falls; of systems
-that it does not have, the best of fresh-sweeps.csv, whose runs are shorter, or the default. A system that stands twice
-has another rate or share beside it; rates of those with LONG_BUDGET were tried on the text of the result. Expected: a
-switched mixture is level with the best Token Choice, by 0.01 nats, and ahead of it after LONG_BUDGET.
+quarter. What is trained may train beside other work, or be stopped: the same command goes on. Peak rates are the best
+of fresh-rates.csv, whose runs are as long as the short ones, after an early switch the one from which it falls; of
+systems that it does not have, the best of fresh-sweeps.csv, whose runs are shorter, or the default. A system that
+stands twice has another rate or share beside it; rates of those with LONG_BUDGET were tried on the text of the result.
+Expected: a switched mixture is level with the best Token Choice, by 0.01 nats, and ahead of it after LONG_BUDGET.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
 fresh.csv has a row each, with its steps and rates before and after a switch; of a mixture before its switch also its
@@ -67,7 +66,7 @@ from common import (
 
 BUDGET, LONG_BUDGET, SEEDS = 7000, 28_000, (1, 2, 3)  # in steps of the dense model
 TUNING_SEED = 0  # which no result uses
-SHARE_AFTER, SHARE_BEFORE = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
+SHARE_AFTER, EARLY = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
 STEPS, EARLY_STEPS = 2000, 500  # of distillation, for a layer, where the switch is late and early
 OPTIONS = Options(device="cpu", data=["packages"])
 ROUNDS, TURNS, TIMED, GROUP = 7, 6, 3, 32  # rounds, turns of each system in one, steps of a turn; rows of a group
@@ -78,8 +77,7 @@ DROPLESS, SHARP = {"capacity_factor": "null"}, {"router_temperature": "0.25"}
 class System(NamedTuple):
     name: str
     model: Mapping[str, str] = {}
-    early: bool = False
-    share: float = SHARE_BEFORE  # of the time, before an early switch
+    share: float | None = None  # of the time, before an early switch; None of what is switched at the end, or never
     rate: float | None = None  # another peak rate than the best that was tried; where the switch is early, after it
 
     @property
@@ -87,10 +85,14 @@ class System(NamedTuple):
         return self.name.startswith("MoT-")
 
     @property
+    def early(self) -> bool:
+        return self.share is not None
+
+    @property
     def label(self) -> str:
         settings = [f"{field} {value}" for field, value in self.model.items()]
         switch = ["switched early" if self.early else "switched"] if self.mixes else []
-        share = [] if self.share == SHARE_BEFORE else [f"after {self.share:.0%}"]
+        share = [] if self.share in (None, EARLY) else [f"after {self.share:.0%}"]
         rate = [] if self.rate is None else [f"rate {self.rate:g}"]
         return ", ".join([self.name, *settings, *switch, *share, *rate])
 
@@ -101,7 +103,7 @@ class System(NamedTuple):
 
     def directory(self, seed: int, budget: int = BUDGET) -> str:
         rate = "" if self.rate is None else f"rate={self.rate:g}"
-        share = "" if self.share == SHARE_BEFORE else f"share={self.share:g}"
+        share = "" if self.share in (None, EARLY) else f"share={self.share:g}"
         length = "" if budget == BUDGET else budget
         return directory_of(self.name, self.model, "early" * self.early, share, rate, "fresh", length, f"seed{seed}")
 
@@ -118,7 +120,7 @@ class System(NamedTuple):
     @property
     def as_timed(self) -> "System":
         """The one whose steps take the same time."""
-        return self._replace(early=False, share=SHARE_BEFORE, rate=None)
+        return self._replace(share=None, rate=None)
 
 
 SYSTEMS = (
@@ -133,20 +135,23 @@ SYSTEMS = (
     System("MoT-Nano/32E"),
     System("MoT-Nano/32E/4"),
     System("MoT-Nano/32E/8"),
-    System("MoT-Nano/32E/8", early=True),
-    System("MoT-Nano/32E/4", early=True, share=0.25),
-    System("MoT-Nano/32E/4", early=True),  # with which the others are compared
+    System("MoT-Nano/32E/8", share=EARLY),
+    System("MoT-Nano/32E/4", share=0.25),
+    System("MoT-Nano/32E/4", share=EARLY),  # with which the others are compared
 )
 LONG_SYSTEMS = (
     System("Transformer-Nano"),
+    System("TC-Nano/32E", SHARP),
     System("TC-Nano/32E", SHARP, rate=1e-2),
     System("TC-Nano/32E/4", DROPLESS),
     System("TC-Nano/32E/4", DROPLESS, rate=2.5e-3),
+    System("TC-Nano/32E/8", DROPLESS, rate=5e-3),
     System("STC-Nano/32E/8"),
     System("STC-Nano/32E/8", rate=5e-3),
-    System("MoT-Nano/32E/4", early=True),
-    System("MoT-Nano/32E/4", early=True, share=0.25, rate=5e-3),
-    System("MoT-Nano/32E/4", early=True, rate=5e-3),
+    System("MoT-Nano/32E/8", share=EARLY, rate=5e-3),
+    System("MoT-Nano/32E/4", share=EARLY),
+    System("MoT-Nano/32E/4", share=0.25, rate=5e-3),
+    System("MoT-Nano/32E/4", share=EARLY, rate=5e-3),
 )
 # Peak rates that were tried, with seed 1, at this number of steps.
 SWEPT_STEPS = 1500
@@ -164,9 +169,9 @@ RATES: tuple[tuple[System, tuple[float, ...]], ...] = (
     (System("TC-Nano/32E/8", DROPLESS), (2e-2, 1e-2, 5e-3)),
     (System("STC-Nano/32E/8"), (2e-2, 1e-2, 5e-3)),
     (System("MoT-Nano/32E/4"), (2e-2, 1e-2)),
-    (System("MoT-Nano/32E", early=True), (2e-2, 1e-2)),
-    (System("MoT-Nano/32E/4", early=True), (2e-2, 1e-2, 5e-3)),
-    (System("MoT-Nano/32E/8", early=True), (2e-2, 1e-2)),
+    (System("MoT-Nano/32E", share=EARLY), (2e-2, 1e-2)),
+    (System("MoT-Nano/32E/4", share=EARLY), (2e-2, 1e-2, 5e-3)),
+    (System("MoT-Nano/32E/8", share=EARLY), (2e-2, 1e-2)),
 )
 TIMES, RESULTS, SWEPT, TRIED = "fresh-timings.csv", "fresh.csv", "fresh-sweeps.csv", "fresh-rates.csv"
 SERVED, SERVED_ROUNDS = "fresh-serving.csv", 5
@@ -239,7 +244,7 @@ def best_rate_after(system: System, kept: Path) -> float | None:
     """The rate from which it falls after an early switch; None after a late one, which goes on with the one before."""
     if not system.early:
         return None
-    rates = tried(system._replace(share=SHARE_BEFORE), kept)
+    rates = tried(system._replace(share=EARLY), kept)
     return system.rate or min(rates, key=rates.__getitem__, default=None)
 
 
@@ -256,7 +261,7 @@ def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]
     if not system.mixes:
         return int(budget / each), 0
     after, fit = float(times[system.after.label]["share_of_dense"]), float(own["distil_steps_of_dense"])
-    if system.early:
+    if system.share is not None:
         before = int(system.share * budget / each)
         return before, int((budget - before * each - fit * EARLY_STEPS / STEPS) / after)
     steps = int((budget - fit) / (each + SHARE_AFTER * after))
