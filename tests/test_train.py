@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from mixture_of_tokens import cli
 from mixture_of_tokens.data.groups import GroupedBatches, grouped_order
 from mixture_of_tokens.data.prepare import prepare_text
-from mixture_of_tokens.inference.generate import Sampling, continue_prompts
 from mixture_of_tokens.inference.losses import cross_entropy, evaluate_blocks
+from mixture_of_tokens.inference.sampling import Sampling, continue_prompts
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import TABLE as ROUTINGS

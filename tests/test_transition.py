@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, set_seed
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
-from mixture_of_tokens.convert import beginning, export
+from mixture_of_tokens.convert import beginning, verify
 from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.transition import Transitioned
 from mixture_of_tokens.data.groups import GroupedBatches
@@ -376,7 +376,7 @@ def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, monkeypatch, c
     (command,) = re.findall(r"^.*mot transition again/.*$", (tmp_path / "page.html").read_text(), re.MULTILINE)
     assert "--steps 0 --scores sigmoid" in command
     assert "--learning-rate" not in command
-    monkeypatch.setattr(export, "compare_logits", lambda model, directory, ids: (0.0, 1.0))  # see test_export.py
+    monkeypatch.setattr(verify, "compare_logits", lambda model, directory, ids: (0.0, 1.0))  # see test_export.py
     mot("export", out, tmp_path / "exported")
     assert f"{result['switch']['at_the_switch']:.4f} at the end" in (tmp_path / "exported" / "README.md").read_text()
     mot("audit", out, "--expect", "private", "--batches", 1)

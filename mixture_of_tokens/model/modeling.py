@@ -185,9 +185,9 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
 
     def balance(self) -> None:
         """To be called after each step of training: routings without a balancing loss then balance their load."""
-        modules = [module for module in self.modules() if isinstance(module, Routed)]
+        routed = [module for module in self.modules() if isinstance(module, Routed) and module.gate is not None]
         # Where a router is frozen, as below an adapter, its layer stays as it was saved.
-        layers = [layer for layer in modules if any(weight.requires_grad for weight in layer.gate.parameters())]
+        layers = [layer for layer in routed if any(weight.requires_grad for weight in layer.gate.parameters())]
         for kind in dict.fromkeys(map(type, layers)):
             kind.balance([layer for layer in layers if type(layer) is kind])
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mixture_of_tokens.inference.generate import Sampling, continue_prompts
+from mixture_of_tokens.inference.sampling import Sampling, continue_prompts
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
 

@@ -21,7 +21,7 @@ from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import ids_of
 from mixture_of_tokens.disk import plain_errors, published, write_text
-from mixture_of_tokens.inference.generate import continue_prompts
+from mixture_of_tokens.inference.sampling import continue_prompts
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
