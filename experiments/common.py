@@ -212,6 +212,15 @@ def settings_of(cell: Mapping[str, str], model: Mapping[str, str]) -> str:
     return " ".join(f"{flag} {value}" for flag, value in (cell | fixed).items())
 
 
+def steps_of_early_switch(budget: float, share: float, *, before: float, after: float, fit: float) -> tuple[int, int]:
+    """Steps in groups, in a share of a budget, and those after the switch, in what the fit leaves of it.
+
+    All in steps of the dense model: what a step takes before and after the switch, and the fit.
+    """
+    steps = int(share * budget / before)
+    return steps, int((budget - steps * before - fit) / after)
+
+
 def loss_alone(run: Path, split: str) -> float:
     """Of each row of "tuning" or "validation" by itself, by as many of its experts as the granularity says."""
     model, blocks = load_model(str(run)), getattr(text_of(str(run)), split)

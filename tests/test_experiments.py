@@ -648,8 +648,8 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
         run = read(kept / f"{system.directory(seed, budget)}{'-transition' * system.mixes}.json")
         assert run.facts.steps == steps + after
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=5e-4)
-        options = replace(fresh.OPTIONS, steps=steps, model=dict(system.model))
-        asked = merge(system.name, seed, rate, options).config
+        how = {"model": dict(system.model), "training": fresh.schedule_of(system, steps)}
+        asked = merge(system.name, seed, rate, replace(fresh.OPTIONS, steps=steps, **how)).config
         if not system.mixes:
             assert asked.identity() == run.config.identity()
             continue

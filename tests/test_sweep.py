@@ -144,7 +144,7 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
         (["--seeds", "0,one"], "--seeds: 'one' is no whole number"),
         (["--learning-rate", "1e-3,-1"], "--learning-rate must be positive, not -1"),
         (["--model.vocab_size", "300,512"], "losses a token of different vocabularies cannot be compared"),
-        (["--model.router_temperature", "1,0"], "router_temperature must be positive"),
+        (["--model.router_temperature", "1,0"], "router_temperature must be 1e-20 to 1e20"),
         (
             ["--model.max_position_embeddings", "32,64"],
             "settings that differ in --model.max_position_embeddings cannot",

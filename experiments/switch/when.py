@@ -29,7 +29,7 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, directory_of, loss_alone, once, read_csv, script
+from common import Experiment, directory_of, loss_alone, once, read_csv, script, steps_of_early_switch
 
 MIXTURE, SPARSE, SEEDS = "MoT-Nano/32E/4", "TC-Nano/32E/4", (0, 4)
 BUDGET = 7000  # steps of the dense model
@@ -67,8 +67,8 @@ def steps_of(share: float | str, times: Times) -> Steps:
         return Steps(int(BUDGET / times.before), 0)
     if share == 0:
         return Steps(0, int(BUDGET / times.after))
-    before = int(share * BUDGET / times.before)
-    return Steps(before, int((BUDGET - times.distilling - before * times.before) / times.after))
+    how = {"before": times.before, "after": times.after, "fit": times.distilling}
+    return Steps(*steps_of_early_switch(BUDGET, share, **how))
 
 
 def loss_of(experiment: Experiment, share: float | str, seed: int, steps: Steps) -> float:

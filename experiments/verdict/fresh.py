@@ -15,7 +15,8 @@ steps come after the training in groups; of the one that is switched early, a te
 quarter. What is trained may train beside other work, or be stopped: the same command goes on. Peak rates are the best
 of fresh-rates.csv, whose runs are as long as the short ones, after an early switch the one from which it falls; of
 systems that it does not have, the best of fresh-sweeps.csv, whose runs are shorter, or the default. A system that
-stands twice has another rate or share beside it; rates of those with LONG_BUDGET were tried on the text of the result.
+stands twice has another rate, share or schedule beside it ("held for 25%": the peak rate stays that long, as before an
+early switch); rates of those with LONG_BUDGET were tried on the text of the result.
 Expected: a switched mixture is level with the best Token Choice, by 0.01 nats, and ahead of it after LONG_BUDGET.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
@@ -60,6 +61,7 @@ from common import (
     signed,
     spread,
     step_times,
+    steps_of_early_switch,
     swept,
     write_csv,
 )
@@ -67,6 +69,7 @@ from common import (
 BUDGET, LONG_BUDGET, SEEDS = 7000, 28_000, (1, 2, 3)  # in steps of the dense model
 TUNING_SEED = 0  # which no result uses
 SHARE_AFTER, EARLY = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
+WARM_UP = 100  # steps
 STEPS, EARLY_STEPS = 2000, 500  # of distillation, for a layer, where the switch is late and early
 OPTIONS = Options(device="cpu", data=["packages"])
 ROUNDS, TURNS, TIMED, GROUP = 7, 6, 3, 32  # rounds, turns of each system in one, steps of a turn; rows of a group
@@ -79,6 +82,7 @@ class System(NamedTuple):
     model: Mapping[str, str] = {}
     share: float | None = None  # of the time, before an early switch; None of what is switched at the end, or never
     rate: float | None = None  # another peak rate than the best that was tried; where the switch is early, after it
+    held: float = 0  # the share of its steps in which the rate stays at its peak, as it does before an early switch
 
     @property
     def mixes(self) -> bool:
@@ -94,7 +98,8 @@ class System(NamedTuple):
         switch = ["switched early" if self.early else "switched"] if self.mixes else []
         share = [] if self.share in (None, EARLY) else [f"after {self.share:.0%}"]
         rate = [] if self.rate is None else [f"rate {self.rate:g}"]
-        return ", ".join([self.name, *settings, *switch, *share, *rate])
+        held = [f"held for {self.held:.0%}"] if self.held else []
+        return ", ".join([self.name, *settings, *switch, *share, *rate, *held])
 
     @property
     def after(self) -> "System":
@@ -104,8 +109,10 @@ class System(NamedTuple):
     def directory(self, seed: int, budget: int = BUDGET) -> str:
         rate = "" if self.rate is None else f"rate={self.rate:g}"
         share = "" if self.share in (None, EARLY) else f"share={self.share:g}"
+        held = f"held={self.held:g}" if self.held else ""
         length = "" if budget == BUDGET else budget
-        return directory_of(self.name, self.model, "early" * self.early, share, rate, "fresh", length, f"seed{seed}")
+        how = ("early" * self.early, share, rate, held, "fresh", length)
+        return directory_of(self.name, self.model, *how, f"seed{seed}")
 
     @property
     def before(self) -> "System":
@@ -120,7 +127,7 @@ class System(NamedTuple):
     @property
     def as_timed(self) -> "System":
         """The one whose steps take the same time."""
-        return self._replace(share=None, rate=None)
+        return self._replace(share=None, rate=None, held=0)
 
 
 SYSTEMS = (
@@ -130,6 +137,8 @@ SYSTEMS = (
     System("TC-Nano/32E", SHARP | DROPLESS),
     System("TC-Nano/32E/4", DROPLESS),
     System("TC-Nano/32E/4", DROPLESS, rate=1e-2),
+    System("TC-Nano/32E/4", DROPLESS, rate=1e-2, held=0.25),
+    System("TC-Nano/32E/4", DROPLESS, rate=2e-2, held=0.25),
     System("TC-Nano/32E/8", DROPLESS),
     System("STC-Nano/32E/8"),
     System("MoT-Nano/32E"),
@@ -262,18 +271,28 @@ def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]
         return int(budget / each), 0
     after, fit = float(times[system.after.label]["share_of_dense"]), float(own["distil_steps_of_dense"])
     if system.share is not None:
-        before = int(system.share * budget / each)
-        return before, int((budget - before * each - fit * EARLY_STEPS / STEPS) / after)
+        how = {"before": each, "after": after, "fit": fit * EARLY_STEPS / STEPS}
+        return steps_of_early_switch(budget, system.share, **how)
     steps = int((budget - fit) / (each + SHARE_AFTER * after))
     return steps, round(SHARE_AFTER * steps)
+
+
+def schedule_of(system: System, steps: int) -> dict[str, Any]:
+    """Fields of TrainingArguments: before an early switch the rate stays, and falls after it (../switch/when.py)."""
+    if system.early:
+        return {"lr_scheduler_type": "constant_with_warmup"}
+    if not system.held:
+        return {}
+    held = int(system.held * steps)
+    falls = {"num_stable_steps": held - WARM_UP, "num_decay_steps": steps - held}
+    falls |= {"decay_type": "cosine", "min_lr_ratio": 0.1}
+    return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": falls}
 
 
 def trained(out: Path, kept: Path, system: System, seed: int, steps: int, rate: float, options: Options) -> None:
     """Train a system, or a mixture up to its switch. Raises SystemExit for another text than that of the kept runs."""
     check_text(merge(SYSTEMS[0].name, 0, None, OPTIONS).config, sorted(kept.glob("*-fresh-*.json"))[:1])
-    # Before an early switch the rate stays, and falls after it (../switch/when.py).
-    schedule = {"lr_scheduler_type": "constant_with_warmup"} if system.early else {}
-    options = replace(options, steps=steps, model=dict(system.model), training=schedule)
+    options = replace(options, steps=steps, model=dict(system.model), training=schedule_of(system, steps))
     train(system.name, out=out, seed=seed, learning_rate=rate, options=options, resume=True)
 
 
