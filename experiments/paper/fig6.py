@@ -52,13 +52,18 @@ def says() -> Said | None:
     if None in above.values():
         return None
     over = {label: found.mean for label, found in above.items() if found}
+    seeds = {
+        label: "one seed" if found.seeds == 1 else f"{found.seeds} seeds" for label, found in above.items() if found
+    }
     best, capped = (
         max((system.label for system in systems), key=lambda label: over[label])
         for systems in (BASELINES, WITH_CAPACITY)
     )
-    told = [f"{BEST_MIXTURE.label} {signed(over[best])} over the best of Token and Expert Choice ({best})"]
-    told.append(f"{signed(over[capped])} over the best of those with a capacity ({capped})")
-    return told, verdict(over[best] <= LEVEL, in_part=over[capped] <= LEVEL)
+    told = [
+        f"{signed(over[label])} over the best of {what} ({label}, {seeds[label]})"
+        for label, what in ((best, "Token and Expert Choice"), (capped, "those with a capacity"))
+    ]
+    return [f"{BEST_MIXTURE.label} {told[0]}", told[1]], verdict(over[best] <= LEVEL, in_part=over[capped] <= LEVEL)
 
 
 def draw(study: Study) -> None:
