@@ -136,7 +136,9 @@ def test_adapted_experts_serve_a_text_alone_by_few():
 
 
 class Quantized(torch.Tensor):
-    """A weight of which only products are known."""
+    """A weight of which only products are known, as torchao has."""
+
+    __tensor_flatten__ = __tensor_unflatten__ = None  # by which torch knows one that wraps others
 
     @classmethod
     def __torch_function__(cls, function, types, given=(), options=None):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import logging
 
 from mixture_of_tokens.experts import Experts, Routed, Router, truncated_normal_
@@ -136,7 +137,7 @@ def _is_matrix(head: nn.Module) -> bool:
         return False
     kinds = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
     hooks = [hook for kind in kinds for hook in kind.values()]
-    whole = type(head.weight.data) is Tensor  # no DTensor, and not quantized
+    whole = not is_traceable_wrapper_subclass(head.weight)  # as a DTensor is, and a quantized weight
     return whole and all(str(hook.__module__).startswith("torch.distributed.fsdp") for hook in hooks)
 
 
