@@ -15,7 +15,7 @@ OURS = re.compile(rb'^  ("files": \{\s+".*": \{\s+"bytes"|"sha256": "[0-9a-f]{64
 
 
 def hash_of_file(path: Path, progress: Callable[[int], Any] = int) -> str:
-    """The SHA-256 of a file's content. read: called with the number of bytes read. Raises OSError with the name."""
+    """The SHA-256 of a file's content. progress: called with the number of bytes read. Raises OSError with the name."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -7,9 +7,9 @@ Every system has the dense model's FLOPs in its experts, and 32 times its parame
 Tokens ends level with the best of Expert Choice and Token Choice, by 0.01 nats. Token Choice has the top 1 of 32 or 8
 of 256 experts, with a capacity of 1.25 or without one, at temperatures of 0.25 and 1, the default. The paper: it
 matches the better of Expert Choice and Token Choice (abstract; values not available), which drop tokens beyond a
-capacity: level with those alone is parity in part. Beside these stand routings that
-are younger: Token Choice with sigmoid gates and biases in place of a balancing loss, Expert Threshold and ReMoE. Peak
-rates were swept (`micro.py --sweep`), but for /4 and for 8 of 256 experts with a capacity, which have the others' best.
+capacity: level with those alone is parity in part. Beside these stand routings that are younger: Token Choice with
+sigmoid gates and biases in place of a balancing loss, Expert Threshold and ReMoE. Peak rates were swept
+(`micro.py --sweep`), but for /4 and for 8 of 256 experts with a capacity, which have the others' best.
 The dense model, /8, Token Choice of one expert, Token Choice that drops nothing and the best of all have three seeds,
 Token Choice of one expert at temperature 1 two, the others one. The verdict is of the seeds that /8 and another have.
 What serves one text alone: `alone.py`.

@@ -25,6 +25,7 @@ from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.model.passes import serving_alone
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.options import Options
 
@@ -110,9 +111,8 @@ def measured(source: Source, directory: Path, wanted: list[str]) -> list[dict[st
         print(f"{directory.name}: {way} {found:.4f}", file=sys.stderr)
 
     scored("groups", "", model, "")
-    model.serve_alone()
-    scored("alone", "", model, "")
-    model.serve_alone(False)
+    with serving_alone(model):
+        scored("alone", "", model, "")
     needed = set(wanted)
     for name, way in reversed(WAYS.items()):
         needed |= {way.after} if name in needed and way.after else set()

@@ -44,7 +44,7 @@ from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.model.names import SIZES
 from mixture_of_tokens.runs.run import Run, read
 from mixture_of_tokens.training.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.recipes import RECIPES, merge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -69,7 +69,6 @@ from common import (
 BUDGET, LONG_BUDGET, SEEDS = 7000, 28_000, (1, 2, 3)  # in steps of the dense model
 TUNING_SEED = 0  # which no result uses
 SHARE_AFTER, EARLY = 0.1, 0.1  # of the steps after a late switch, and of the time before an early one
-WARM_UP = 100  # steps
 STEPS, EARLY_STEPS = 2000, 500  # of distillation, for a layer, where the switch is late and early
 OPTIONS = Options(device="cpu", data=["packages"])
 ROUNDS, TURNS, TIMED, GROUP = 7, 6, 3, 32  # rounds, turns of each system in one, steps of a turn; rows of a group
@@ -283,8 +282,8 @@ def schedule_of(system: System, steps: int) -> dict[str, Any]:
         return {"lr_scheduler_type": "constant_with_warmup"}
     if not system.held:
         return {}
-    held = int(system.held * steps)
-    falls = {"num_stable_steps": held - WARM_UP, "num_decay_steps": steps - held}
+    held, warm_up = int(system.held * steps), RECIPES["Nano"].warmup_steps
+    falls = {"num_stable_steps": held - warm_up, "num_decay_steps": steps - held}
     falls |= {"decay_type": "cosine", "min_lr_ratio": 0.1}
     return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": falls}
 

@@ -272,7 +272,7 @@ def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> N
     """Raises ValueError where --anneal cannot be used."""
     check_range("--anneal", end)
     before = source.config.anneal_temperature_to or source.model_config.router_temperature
-    if control is not None or not 0 < end < before:
+    if control is not None or end >= before:
         legal = f"be above 0 and below the source's temperature, {before:g}"
         raise ValueError(f"--anneal {end:g} must {legal}, and is not for controls")
     if steps < 2:

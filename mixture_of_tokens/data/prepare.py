@@ -314,11 +314,10 @@ def _make(
 
 
 def _clear(own: Path) -> None:
-    """Delete what killed processes have left in the cache: files whose lock nobody holds, and `own`, as we hold its.
+    """Delete what killed processes have left in the cache beside `own`, which we hold: files whose lock nobody holds.
 
     Without this, half of a text that nobody prepares again would stay for ever.
     """
-    shutil.rmtree(own, ignore_errors=True)
     for left in {path.stem for suffix in (PARTIAL, LOCK) for path in own.parent.glob(f"tokens-*{suffix}")} - {own.stem}:
         path = own.with_name(f"{left}{LOCK}")
         with suppress(Timeout, OSError), FileLock(path).acquire(timeout=0):
