@@ -19,15 +19,16 @@ def writes_events(trainer: Trainer, directory: Path, step: int) -> Iterator[None
         return
     writer = SummaryWriter(str(directory), purge_step=step + 1)
     trainer.add_callback(TensorBoardCallback(writer))
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # such as of a full disk, which may be what was raised
-            writer.close()  # or its thread goes on after a training that fails
+    with _without_tracebacks():
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # such as of a full disk, which may be what was raised
+                writer.close()  # or its thread goes on after a training that fails
 
 
 @contextmanager
-def told_by_the_main_thread() -> Iterator[None]:
+def _without_tracebacks() -> Iterator[None]:
     """TensorBoard's thread prints a traceback of what its next call raises, such as of a full disk: not that."""
     before = threading.excepthook
 
