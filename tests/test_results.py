@@ -234,11 +234,22 @@ def test_one_name_with_two_settings_is_two_models_named_by_what_differs(tmp_path
     ]
 
 
+def test_settings_of_the_routing_that_are_not_the_names_are_told(tmp_path):
+    common = {"capacity_factor": None, "router_temperature": 0.25}  # as of mot compare: each model reads some of them
+    names = ("Transformer-Nano", "MoT-Nano/32E", "TC-Nano/32E")
+    runs = [run(tmp_path / str(number), name, model=common) for number, name in enumerate(names)]
+    assert list(by_model(runs)) == [
+        "Transformer-Nano",
+        "MoT-Nano/32E",
+        "TC-Nano/32E (capacity_factor null, router_temperature 0.25)",
+    ]
+
+
 def test_settings_that_upstream_keeps_elsewhere_are_told_apart_too(tmp_path):
     eager = {"attn_implementation": "eager"}
     runs = [run(tmp_path / "a", "MoT-Nano/32E"), run(tmp_path / "b", "MoT-Nano/32E", model=eager)]
     assert list(by_model(runs)) == [
-        "MoT-Nano/32E (attn_implementation None)",
+        "MoT-Nano/32E (attn_implementation null)",
         "MoT-Nano/32E (attn_implementation eager)",
     ]
 

@@ -1,11 +1,11 @@
-"""What the models of a comparison are called: by name, and where names are alike by what differs."""
+"""What the models of a comparison are called: by name and settings of their routing, and by what else differs."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from mixture_of_tokens.model.names import NAMED_OF_EXPERTS, config_from_name, parse_name
-from mixture_of_tokens.model.routings import converted_from
+from mixture_of_tokens.model.routings import SETTINGS, converted_from
 from mixture_of_tokens.runs.records import OF_TRAINING
 from mixture_of_tokens.runs.run import Run
 
@@ -27,9 +27,9 @@ def _label(run: Run, others: Sequence[Run], *, brief: bool) -> str:
             lacks = key.startswith("transition.") and run.settings.get(key) is None
             if lacks or key in FOLLOWS:
                 return False
-        return key in replaced or any(other.settings.get(key) != run.settings.get(key) for other in namesakes)
+        return key in own or any(other.settings.get(key) != run.settings.get(key) for other in namesakes)
 
-    replaced = _in_place_of_the_name(run)
+    own = _in_place_of_the_name(run) | (set() if run.switch else _of_the_routing(run))
     keys = {key: None for other in namesakes for key in other.settings}
     values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in keys if tells(key)]
     return f"{_title(run)} ({', '.join(values)})" if values else _title(run)
@@ -41,6 +41,13 @@ def _in_place_of_the_name(run: Run) -> set[str]:
     named = config_from_name(run.name, gated=own.gated, shared_experts=own.shared_experts)
     sizes = SIZE_FIELDS if own.sparse_routings else set(SIZE_FIELDS) - set(NAMED_OF_EXPERTS)
     return {f"model.{field}" for field in sizes if getattr(named, field) != getattr(own, field)}
+
+
+def _of_the_routing(run: Run) -> set[str]:
+    """Settings of the routing that are not the name's."""
+    named = config_from_name(run.name)
+    keys = {f"model.{field}": field for field in SETTINGS}
+    return {key for key, field in keys.items() if key in run.settings and run.settings[key] != getattr(named, field)}
 
 
 def _title(run: Run) -> str:
@@ -55,4 +62,5 @@ def _setting(run: Run, key: str) -> Any:
     """A model's setting is read from its configuration, as `settings` omits defaults; upstream keeps not all there."""
     kind, _, field = key.rpartition(".")
     default = getattr(run.model_config, field, None) if kind == "model" else OF_TRAINING.get(key)
-    return run.settings.get(key, default)
+    value = run.settings.get(key, default)
+    return "null" if value is None else value

@@ -64,7 +64,7 @@ class Plans(Result):
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{run.directory}: {run.steps} steps, learning rate {run.learning_rate:g}, {short(run.flops)}FLOPs"
+            f"{run.directory}: {run.steps} steps, learning rate {run.learning_rate:g}, {short(run.flops)}FLOPs in all"
             for run in self.runs
         )
 
