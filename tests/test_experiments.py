@@ -25,6 +25,8 @@ from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokens, transition
 from mixture_of_tokens.convert.transition import SCHEDULES
+from mixture_of_tokens.model.cost import flops_per_token
+from mixture_of_tokens.model.names import config_from_name, parse_name
 from mixture_of_tokens.reports.report import report
 from mixture_of_tokens.runs.run import pack, read
 from mixture_of_tokens.runs.typed import FORMAT
@@ -339,19 +341,30 @@ def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
 
     said = " ".join((ROOT / "README.md").read_text().split())
     for steps, *results in zip(lengths, mixture, token_choice, strict=True):
-        shares = " | ".join(f"{getattr(result, of).mean:.2f}" for result in results for of in ("steps", "time"))
+        kinds = ("steps", "flops", "time")
+        shares = " | ".join(f"{getattr(result, of).mean:.2f}" for result in results for of in kinds)
         assert f"| {steps * fig7.TOKENS / 1e6:.0f} million tokens | {shares} |" in said
-    seeds = f"three seeds need {' and '.join(spans)}, Token Choice {others.steps.mean:.2f} and {others.time.mean:.2f}"
-    assert f"after {lengths[0] * fig7.TOKENS / 1e6:.0f} million tokens {seeds}." in said
+    seeds = f"Over three seeds after {lengths[0] * fig7.TOKENS / 1e6:.0f} million tokens Mixture of Tokens needs"
+    both = f"{' and '.join(spans)}, Token Choice {others.steps.mean:.2f} and {others.time.mean:.2f}"
+    assert f"{seeds} {both}." in said
+    behind = [
+        apart.equal_time.mean - other.equal_time.mean
+        for apart, other in [*zip(mixture, token_choice, strict=True), (many, others)]
+    ]
+    below = f"Token Choice is {min(behind):.2f} to {max(behind):.2f} nats below the mixture at every length"
+    assert f"When the dense model ends, {below}." in said
     tokens, (end, *ends) = lengths[-1] * fig7.TOKENS, (results[-1] for results in (dense, mixture, token_choice))
     mixed, chosen = (f"{end.loss.mean - other.loss.mean:.3f}" for other in ends)
     told = f"Mixture of Tokens ends {mixed} nats below the dense model, and Token Choice {chosen}"
-    assert f"After {tokens / 1e6:.0f} million tokens {told}." in said
-    (steps, time), (its_steps, its_time) = [(other.steps.mean, other.time.mean) for other in ends]
-    claim = f"in {steps:.2f} of that model's steps and {time:.2f} of its time"
+    assert f"after {tokens / 1e6:.0f} million tokens {told}." in said
+    (steps, flops, time), (its_steps, its_flops, its_time) = [
+        (other.steps.mean, other.flops.mean, other.time.mean) for other in ends
+    ]
+    claim = f"in {steps:.2f} of that model's steps, {flops:.2f} of its FLOPs and {time:.2f} of its time"
     assert f"on {tokens / 1e6:.0f} million tokens of Python source, a Mixture of Tokens reaches" in said
     assert f"the dense model's final loss {claim}" in said
-    assert f"needs {its_steps:.2f} of the steps and {its_time:.2f} of the time" in said
+    needs = f"{its_steps:.2f} of the steps, {its_flops:.2f} of the FLOPs and {its_time:.2f} of the time"
+    assert f"needs {needs}." in said
     papers = 150_000 * 65_536
     assert f"after {papers / tokens:.0f} to {papers / (fig7.LENGTHS[0] * fig7.TOKENS):.0f} times as many tokens" in said
 
@@ -367,9 +380,14 @@ def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
     times = {row["system"]: row for row in micro.read_csv(micro.TIMES) if row["way"] == "compiled"}
     its, other = (times[system.label] for system in (micro.BEST_MIXTURE, micro.TOKEN_CHOICE))
     shares = [f"{float(row['share_of_dense']):.2f}" for row in (its, other)]
-    spans = [" to ".join(f"{float(row[f'share_{end}']):.2f}" for end in ("low", "high")) for row in (its, other)]
     assert f"takes {shares[0]} times a dense one's time, one of Token Choice {shares[1]}" in said
-    assert f"([seven rounds of timing](docs/speed.md#a-training-step) gave {spans[0]} and {spans[1]})" in said
+    more = []
+    for name in (micro.BEST_MIXTURE.name, "MoT-Medium/32E/8"):
+        dense = config_from_name(f"Transformer-{parse_name(name).size}")
+        costs = [sum(flops_per_token(config).forward.values()) for config in (config_from_name(name), dense)]
+        more.append(f"{costs[0] / costs[1] - 1:.0%}".replace("%", " %"))
+    added = f"router and mixing add {more[0]} to the FLOPs of the Micro below, {more[1]} to those of a Medium"
+    assert added in said
 
 
 def test_the_readme_says_how_far_token_choice_is_ahead_after_a_long_training():
@@ -646,13 +664,18 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
         settings = fresh.settings_of(system, budget, kept)
         assert {column: row[column] for column in settings} == {name: str(value) for name, value in settings.items()}
         seed, rate = int(row["seed"]), float(row["rate"])
-        run = read(kept / f"{system.directory(seed, budget)}{'-transition' * system.mixes}.json")
+        run = read(kept / f"{system.directory(seed, budget)}{system.end}.json")
         assert run.facts.steps == steps + after
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=5e-4)
         how = {"model": dict(system.model), "training": fresh.schedule_of(system, steps)}
         asked = merge(system.name, seed, rate, replace(fresh.OPTIONS, steps=steps, **how)).config
-        if not system.mixes:
+        if not system.mixes and not system.early:
             assert asked.identity() == run.config.identity()
+            continue
+        if not system.mixes:
+            assert (run.seed, run.config.first_step, run.switch) == (seed, steps, None)
+            assert run.config.learning_rate == float(row["rate_after"])
+            assert run.config.training.items() >= SCHEDULES["decay"].items()
             continue
         early = {"learning_rate": float(row["rate_after"] or 0), "schedule": "decay", "distil_steps": fresh.EARLY_STEPS}
         how = early if system.early else {"learning_rate": rate / 4, "schedule": "own", "distil_steps": fresh.STEPS}
@@ -669,7 +692,7 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
 def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     systems = (fresh.System("TC-Nano/4E"), fresh.System("MoT-Nano/4E"), fresh.System("MoT-Nano/4E", share=fresh.EARLY))
-    systems += (fresh.System("STC-Nano/4E"),)  # which no switch makes
+    systems += (fresh.System("STC-Nano/4E"), fresh.System("TC-Nano/4E", fresh.DROPLESS, share=0.25))  # no switch
     sizes = {
         "SYSTEMS": systems,
         "LONG_SYSTEMS": systems[:1],
@@ -690,7 +713,7 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     fresh.timed(here.kept)
     times = {row["system"]: row for row in fresh.read_csv(here.kept / "fresh-timings.csv")}
     assert [bool(row["distil_steps_of_dense"]) for row in times.values()] == [False, True, False, False]
-    monkeypatch.setattr(fresh, "steps_within", lambda budget, system, times: (10, 3 if system.mixes else 0))
+    monkeypatch.setattr(fresh, "steps_within", lambda budget, system, times: (10, 3 if system.end else 0))
     monkeypatch.setattr(fresh, "RATES", [(systems[2], (2e-2, 1e-2)), (systems[3], (2e-2,))])
     for _ in range(2):
         fresh.try_rates(here)
@@ -705,13 +728,17 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     assert read(here.kept / f"{systems[0].directory(1, fresh.LONG_BUDGET)}.json").facts.steps == 10
     assert {row["budget"] for row in rows} == {str(fresh.BUDGET)}
     assert [row["system"] for row in rows[:3]] == ["TC-Nano/4E", "MoT-Nano/4E, switched", "MoT-Nano/4E, switched early"]
-    assert [row["system"] for row in rows[3:]] == ["STC-Nano/4E"]
+    assert [row["system"] for row in rows[3:]] == ["STC-Nano/4E", systems[4].label]
     for system, row in zip(systems, rows, strict=True):
-        run = read(here.kept / f"{system.directory(1)}{'-transition' * system.mixes}.json")
+        run = read(here.kept / f"{system.directory(1)}{system.end}.json")
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=1e-5)
         assert bool(row["in_groups"]) == bool(row["alone"]) == system.mixes
     assert read(here.kept / f"{systems[2].directory(1)}-transition.json").config.learning_rate == best
     assert read(here.kept / f"{systems[3].directory(1)}.json").config.learning_rate == 2e-2
+    on = read(here.kept / f"{systems[4].directory(1)}-on.json")
+    assert (on.config.first_step, on.config.learning_rate) == (10, best)
+    before, after = ([point.train_loss for point in on.rows if (point.step > 10) == late] for late in (False, True))
+    assert abs(after[0] - before[-1]) < abs(after[0] - before[0])  # it begins where the first part ends
     fresh.serve(here)
     rows = fresh.read_csv(here.kept / "fresh-serving.csv")
     exports = ["TC-Nano/4E", "TC-Nano/4E, capacity_factor null", "STC-Nano/4E"]

@@ -289,6 +289,26 @@ def test_a_run_over_parts_goes_on_where_it_was_stopped(folder, tmp_path, monkeyp
     mot("evaluate", whole, "--regroupings", 1)  # on the validation text of the first part
 
 
+def test_a_part_that_has_changed_since_it_was_read_is_refused(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "prepare_ahead", lambda *arguments: None)
+    corpus, run = tmp_path / "corpus", tmp_path / "run"
+    shutil.copytree(folder, corpus)
+    mot(*command(corpus, run))
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "checkpoint-30")
+    changed = corpus / "04.jsonl"  # of the second part, in which step 24 lies; with its old size
+    text = changed.read_text()
+    changed.write_text(text.swapcase().replace('"TEXT"', '"text"').replace("\\N", "\\n"))
+    assert changed.stat().st_size == len(text.encode())
+    with pytest.raises(SystemExit, match="2"):
+        mot(*command(corpus, run, "--resume"))
+    assert "04.jsonl, " in (said := capsys.readouterr().err)
+    assert "has changed since it was trained on: put it back, or name another directory with --out" in said
+    changed.write_text(text)
+    mot(*command(corpus, run, "--resume"))
+    assert len(losses(run)) == 30
+
+
 def test_training_begins_before_all_is_prepared_and_a_bad_part_is_told_when_it_is_reached(folder, tmp_path, capsys):
     corpus = tmp_path / "corpus"
     shutil.copytree(folder, corpus)

@@ -1,5 +1,7 @@
 """Settings of some routings: which read them, and that others refuse them."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import SETTINGS, TABLE, Routing
 from mixture_of_tokens.reports.compare import _plans
 from mixture_of_tokens.training.recipes import check_settings, chosen_in, merge
+from processes import mot
 
 OTHER = {  # than the default
     "router_temperature": 0.3,
@@ -119,6 +122,26 @@ def test_a_setting_may_have_the_value_that_it_has_anyway(name):
     others = {"capacity_factor": None, "intermediate_size": 100, "num_hidden_layers": 2}
     assert set(asked(f"{name}/5" if "/" in name else name, model=fields | others)) == {""}
     assert set(asked(name, model=chosen_in(made.as_read())["model"])) == {""}
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "other"),
+    [
+        ("MoT-Nano/4E", {"num_hidden_layers": 2}, "TC-Nano/4E"),
+        ("MoT-Nano/32E/8", {"shared_experts": 1}, "MoT-Nano/4E/8"),
+        ("MoT-Nano/32E/8", {"shared_experts": 1}, "TC-Nano/8E/4"),
+        ("Transformer-Micro", {"gated": False}, "Transformer-Nano"),
+        ("TC-Nano/4E", {"capacity_factor": None, "num_attention_heads": 8}, "TC-Micro/4E"),
+        ("MoT-Nano/4E", {}, "MoT-Micro/4E"),
+    ],
+)
+def test_a_runs_file_with_another_name_keeps_what_was_chosen_alone(name, chosen, other, tmp_path, capsys):
+    """Not what followed from it, which would make another model than the name says."""
+    mot("train", name, *(f"--model.{key}={json.dumps(value)}" for key, value in chosen.items()), "--dry-run")
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    mot("train", other, "--config", tmp_path / "config.yaml", "--dry-run")
+    asked = train(other, options=Options(model=chosen), dry_run=True)
+    assert capsys.readouterr().out == str(asked)
 
 
 def test_a_window_is_refused_where_none_is_used():

@@ -33,6 +33,7 @@ def card(
     name = path.name if path == Path(run).absolute() or of_the_end else f"{path.name}, {Path(run).name}"
     lines += [f"# {name}", ""]
     lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
+    lines.append("`generate` does not stop at the end of the context by itself: set `max_new_tokens`.")
     if blocks := len(config.sparse_routings):
         lines.append(
             f"{blocks} of its {config.num_hidden_layers} feed-forwards are sparse: {config.num_experts} experts of "

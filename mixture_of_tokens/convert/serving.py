@@ -54,7 +54,7 @@ class Served:
         table = aligned([["", "loss", "FLOPs/token", "ms/token alone"], *rows])
         whole = "the whole validation text" if self.split != "validation" else "all of it"
         part = f"at most {ROWS:,} rows of the {self.split} text"
-        table += f"\n\nLosses are of {part}; mot train's, by default, of {whole}."
+        table += f"\n\nLosses are of {part}: they do not compare with mot train's, by default of {whole}."
         if len(self.tried) == 1:
             return f"{table}\n\nTop {self.chosen.top_k} is written."
         why = f"the fewest experts with a loss at most {ENOUGH:g} nats above the lowest of these"

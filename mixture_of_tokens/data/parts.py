@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches
 from mixture_of_tokens.data.prepare import Prepared, prepare_text
+from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import end_with_parent, place_of_machine
 
 READ_AHEAD = 3  # steps whose rows a loader may have asked for; several workers, which may be further, wait themselves
@@ -92,21 +93,28 @@ class Parts:
 class PartedBatches(GroupedBatches):
     """`GroupedBatches` of one part after the other, and then from the first part again, in another order.
 
-    rows_of_parts: how many rows the first parts have, as far as it is known. A run that goes on gets them from its
-    checkpoint, so that it needs no part that it has left behind. `ready` is called before every step, so all processes
-    wait for a part at the same time and outside of what they do together, and the main process knows all rows.
+    rows_of_parts: how many rows the first parts have, as far as it is known; hashes: of the text of parts that were
+    read. A run that goes on gets both from its checkpoint, so that it needs no part that it has left behind. `ready` is
+    called before every step, so all processes wait for a part at the same time and outside of what they do together,
+    and the main process knows all rows.
     """
 
     def __init__(self, parts: Parts, **options: Any):
         self.parts, self.rows_of_parts = parts, []
+        self.hashes: dict[int, str] = {}
         self._open: dict[int, Blocks] = {}
         self._ahead: Any = None
         super().__init__(self._part(0), **options)
         self.rows_of_parts = [self.rows_per_epoch]
 
     def _part(self, number: int) -> Blocks:
+        """Raises ValueError for one whose text is another than when it was read before."""
         if number not in self._open:
-            self._open[number] = self.parts.prepare(number).train
+            made = self.parts.prepare(number)
+            if self.hashes.setdefault(number, made.facts["hash"]) != made.facts["hash"]:
+                what = f"part {number + 1} of the text ({few_of(self.parts.files[number])}) has changed"
+                raise ValueError(f"{what} since it was trained on: put it back, or name another directory with --out")
+            self._open[number] = made.train
             for earlier in list(self._open)[:-2]:  # two, as the next one is asked for before this one's last rows
                 del self._open[earlier]
         return self._open[number]
@@ -126,10 +134,11 @@ class PartedBatches(GroupedBatches):
 
     def position(self, step: int) -> dict[str, Any]:
         self.place(max(0, step * self.batch_size - 1))
-        return {"rows_of_parts": self.rows_of_parts}
+        return {"rows_of_parts": self.rows_of_parts, "hashes_of_parts": self.hashes}
 
     def go_on_from(self, facts: dict[str, Any]) -> None:
         self.rows_of_parts = list(facts.get("rows_of_parts", self.rows_of_parts))
+        self.hashes |= {int(number): its for number, its in facts.get("hashes_of_parts", {}).items()}
 
     def begin(self, step: int) -> None:
         needed = self.gone + self.length

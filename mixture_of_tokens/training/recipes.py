@@ -5,7 +5,7 @@ import math
 import os
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ RECIPES = {
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
 }
-RECOMMENDED = ("learning_rate", "batch_size")  # options that a name has a default for
+RECOMMENDED = ("learning_rate", "batch_size", "steps")  # options that a name has a default for
 # Systems with another peak rate than their size's: of Nano and Micro by sweeps (experiments/LOG.md), else the authors'.
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
@@ -129,15 +129,27 @@ def merge(
 
 def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
     """A run's config.yaml without what its name and steps give by themselves: for another name, or other steps."""
-    steps = entries.get("steps")
+    name, steps = str(entries["name"]), entries.get("steps")
     with by_itself():
-        plain = merge(str(entries["name"]), 0, None, Options(steps=steps if type(steps) is int else None)).config
-    own, chosen = plain.as_read(), dict(entries)
+        plain = merge(name, 0, None, Options(steps=steps if type(steps) is int else None)).config
+    own, chosen = plain.as_read() | {"steps": RECIPES[parse_name(name).size].steps}, dict(entries)
     own["training"]["per_device_eval_batch_size"] = entries.get("micro_batch")  # its default
     for kind in ("training", "model"):
         if isinstance(given := entries.get(kind), dict):
             chosen[kind] = {field: value for field, value in given.items() if value != own[kind].get(field, ...)}
+    if isinstance(model := chosen.get("model"), dict):
+        chosen["model"] = _without_what_follows(name, model)
     return {key: value for key, value in chosen.items() if key not in RECOMMENDED or value != own[key]}
+
+
+def _without_what_follows(name: str, model: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the model without those that the others give, such as the kinds of its blocks by their number."""
+    for field in tuple(model):
+        others = {other: value for other, value in model.items() if other != field}
+        with by_itself(), suppress(ValueError):
+            if merge(name, 0, None, Options(model=others)).config.model.get(field, ...) == model[field]:
+                model = others
+    return model
 
 
 def check_settings(*runs: RunConfig) -> None:
