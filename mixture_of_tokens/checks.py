@@ -91,6 +91,11 @@ def listed(given: Any) -> list[Any]:
     return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
+def flagged(flag: str, word: str) -> list[str]:
+    """A flag and its value as words of a command line; in one, if the value would be taken for a flag."""
+    return [f"{flag}={word}"] if word.startswith("-") else [flag, word]
+
+
 def check(name: str, value: Any, hint: Any) -> None:
     """Raises ValueError for a value that is none of the annotation's; a list's may stand alone."""
     if legal := _refusal(value, hint):
@@ -121,7 +126,7 @@ def _refusal(value: Any, option: Any) -> str | None:
     if typing.get_origin(option) is Literal:
         choices = typing.get_args(option)
         return None if value in choices else " or ".join(choices)
-    if typing.get_origin(option) is list:
+    if typing.get_origin(option) in (list, Sequence):
         (kind,) = typing.get_args(option)
         what = next((what for one in listed(value) if (what := _refusal(one, kind))), None)
         return what and f"{what}, or a list of such"

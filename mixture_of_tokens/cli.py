@@ -29,7 +29,7 @@ from cyclopts import (
 )
 
 from mixture_of_tokens import __version__, yaml12
-from mixture_of_tokens.checks import listed
+from mixture_of_tokens.checks import flagged, listed
 from mixture_of_tokens.process import is_main, is_told, process_count
 
 # Each command's function, as module:name, and the first line of its docstring.
@@ -99,11 +99,11 @@ def _flags(key: str, value: Any, negative: bool) -> Iterator[list[str]]:
         words = key if value else f"--no-{key.removeprefix('--')}"
         yield from [[words]] if value or negative else []
     elif value is not None:
-        yield from ([key, word] for word in _words_of(key, value))
+        yield from (flagged(key, word) for word in _words_of(key, value))
 
 
 def _field(flag: str, value: Any) -> list[str]:
-    return [flag, value if isinstance(value, str) else dumps(value, default=str)]
+    return flagged(flag, value if isinstance(value, str) else dumps(value, default=str))
 
 
 def _words_of(key: str, value: Any) -> list[str]:
@@ -222,11 +222,17 @@ def _common(
     entries = _entries(config)
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
+    for field in {"help", "version"} & entries.keys():  # which would be printed, and nothing be done
+        raise ValueError(f"--config {config} names {field}, which is for the command line alone")
     command = words[0] if words and words[0] in COMMANDS else None
     of_run = "format" in entries  # which has all fields, also those that nobody chose
     if of_run and command not in (None, *OF_A_RUN):
         what = " and ".join(f"mot {each}" for each in OF_A_RUN)
         raise ValueError(f"--config {config} is of a run: {what} take it; mot {command} takes a file of its own flags")
+    if of_run:
+        from mixture_of_tokens.runs.typed import check_format
+
+        check_format(entries["format"], config)
     if isinstance(entries.get("config"), dict):  # a run in one file
         entries = entries["config"]
     if entries.get("transition") is not None:
@@ -252,7 +258,7 @@ def _common(
         raise ValueError(f"--config {config} is no file of flags: {error}") from None
     _check_kinds(config, arguments, named)
     first = [word for argument, its in unflagged.items() if argument not in given for word in its]
-    others = (word for flag in flags if _positive(flag[0]) not in given for word in flag)
+    others = (word for flag in flags if _positive(flag[0].partition("=")[0]) not in given for word in flag)
     return [*words[:1], *first, *words[1:], *others], json or named.get("--json") is True
 
 

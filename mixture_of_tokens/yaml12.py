@@ -7,7 +7,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 _TAG = "tag:yaml.org,2002:"
-_OTHERS = ("bool", "int", "float")  # that 1.1 writes in other ways
+_OTHERS = ("bool", "int", "float", "timestamp")  # that 1.1 writes in other ways, or has alone
 
 
 class _Dumper(yaml.SafeDumper):

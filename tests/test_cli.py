@@ -17,6 +17,7 @@ import yaml
 
 import mixture_of_tokens
 from mixture_of_tokens import cli
+from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.runs.run import Run
 from processes import function, mot
@@ -315,6 +316,31 @@ def test_a_number_from_python_is_a_number():
         with pytest.raises(ValueError, match=f"anneal_temperature_to takes a number, not {given!r}"):
             mixture_of_tokens.Options(anneal_temperature_to=given)
     assert mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=1).steps == 3
+
+
+@pytest.mark.parametrize("field", ["model", "training"])
+@pytest.mark.parametrize("key", [None, 1])
+def test_names_of_fields_from_python_are_text(field, key):
+    with pytest.raises(ValueError, match=f"a key of {field} takes text, not {key}"):
+        mixture_of_tokens.Options(**{field: {key: 1}})
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "message"),
+    [
+        (["a"], {"vocab_size": "300"}, "vocab_size takes a whole number, not '300'"),
+        (["a"], {"context": 4.5}, "context takes a whole number, not 4.5"),
+        (["a"], {"max_bytes": True}, "max_bytes takes a whole number, not True"),
+        (["a"], {"tokenizer": object}, "tokenizer takes text or a path, not"),
+        (b"a", {}, "sources takes text or a path, or a list of such, not b'a'"),
+        ((name for name in "ab"), {}, "sources takes text or a path, or a list of such, not <generator"),
+        ("", {}, "an empty name ('') was given where a file or folder should be named"),
+        ([], {}, "there are no sources"),
+    ],
+)
+def test_arguments_of_prepare_text_are_checked(sources, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare_text(sources, **options)
 
 
 @pytest.mark.usefixtures("tiny_cache")

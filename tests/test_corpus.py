@@ -273,6 +273,17 @@ def test_json_lines_are_rows_whatever_their_file_is_called(tmp_path, capsys):
     assert capsys.readouterr().err == told
 
 
+def test_json_lines_may_begin_with_a_long_one_or_a_blank_one(tmp_path):
+    long = "x" * 2**20 + ODD
+    rows = [json.dumps({"text": text}) for text in (long, ODD)]
+    for name, text in {"long.json": "\n".join(rows), "blank.json": "\n \n" + rows[1], "alone.json": rows[0]}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig" if name == "long.json" else "utf-8")
+    found = {name: read(tmp_path / f"{name}.json") for name in ("long", "blank", "alone")}
+    assert found == {"long": [long, ODD], "blank": [ODD], "alone": [long]}
+    (tmp_path / "text.json").write_text("[" + "1, " * 2**19 + "1]")
+    assert len(read(tmp_path / "text.json")) == 1
+
+
 def test_folders_that_a_glob_matches_are_told_of(tmp_path, capsys):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "a.txt").write_text("a")
@@ -349,6 +360,28 @@ def test_what_this_library_writes_into_a_folder_of_text_is_not_read(tmp_path):
     assert files(str(tmp_path)) == [*before, tmp_path / "runs" / "c.py"]
     with pytest.raises(ValueError, match="holds no file of a known kind"):
         files(str(run))
+
+
+def test_a_pattern_of_folders_finds_what_their_folder_would(tmp_path):
+    """No link to a folder is followed, of which two in a circle would take for ever, and no run is read."""
+    for name in ("a.txt", "b/c.txt", "b/d/e.txt", "b/d/f.py", "b/.g/h.txt", "run/config.yaml", "run/metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for name in ("loop", "b/loop", "b/d/loop"):
+        (tmp_path / name).symlink_to(tmp_path)
+    for pattern, expected in {
+        "**": ["a.txt", "b/c.txt", "b/d/e.txt", "b/d/f.py"],
+        "**/*.txt": ["a.txt", "b/c.txt", "b/d/e.txt"],
+        "**/d/*": ["b/d/e.txt", "b/d/f.py"],
+        "b/**/[ef].*": ["b/d/e.txt", "b/d/f.py"],
+        "?/**/d/**/e.txt": ["b/d/e.txt"],
+        "b/*": ["b/c.txt"],
+    }.items():
+        assert files(str(tmp_path / pattern)) == [tmp_path / name for name in expected], pattern
+    assert files(str(tmp_path / "loop" / "**" / "c.txt")) == [tmp_path / "loop" / "b" / "c.txt"]  # which is named
+    for pattern in ("**/none", "none/**"):
+        with pytest.raises(ValueError, match="matches no file"):
+            files(str(tmp_path / pattern))
 
 
 def test_a_link_to_nothing_in_a_folder_is_named(tmp_path):

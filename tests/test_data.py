@@ -245,3 +245,20 @@ def test_a_step_of_incomplete_groups_is_refused():
         GroupedBatches(blocks_of([97] * 40, context=8), group_size=5, batch_size=10, steps=1, seed=-1)
     with pytest.raises(ValueError, match="batch_size 12 must be a multiple of the group size, 5"):
         GroupedBatches(blocks_of([97] * 40, context=8), group_size=5, batch_size=12, steps=4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"group_size": 0}, "--group-size must be at least 1, not 0"),
+        ({"group_size": -4}, "--group-size must be at least 1, not -4"),
+        ({"group_size": 4.0}, "group_size takes a whole number, not 4.0"),
+        ({"steps": 2.5}, "steps takes a whole number, not 2.5"),
+        ({"seed": None}, "seed takes a whole number, not None"),
+        ({"mixed": 0}, "--mixed must be at least 1, not 0"),
+    ],
+)
+def test_sizes_of_batches_are_whole_numbers(given, message):
+    blocks = blocks_of([97] * 40, context=8)
+    with pytest.raises(ValueError, match=message):
+        GroupedBatches(blocks, **{"group_size": 5, "batch_size": 20, "steps": 4, "seed": 0} | given)

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from mixture_of_tokens import cli
 from mixture_of_tokens.runs import loading
 from mixture_of_tokens.training import arguments
-from mixture_of_tokens.training.options import Options, typed
+from mixture_of_tokens.training.options import Options, as_flags, typed
 from processes import function, mot
 
 START: dict[str, tuple[str, ...]] = {
@@ -185,7 +185,7 @@ OF_TRAINING = [
         for field in ("run_name", "lr_scheduler_kwargs", "eval_steps")
         for value in (DEEP, "{", "2001-13-45x: ]")
     ),
-    *(("trackio_static_space_id", value) for value in ("&a [*a]", "2001-13-45")),
+    *(("trackio_static_space_id", value) for value in ("&a [*a]", "!!timestamp 2001-13-45")),
 ]
 OF_MODEL = [
     *(("rms_norm_eps", value) for value in ("0", "-1", "nan", "1e400", "x")),
@@ -289,7 +289,13 @@ def test_a_variable_that_changes_a_training_silently_is_refused(name, monkeypatc
     "text",
     [
         *("a: [", "x: y: z", "- a", "3", "", "\t", "a: *b", "{a: !!python/object:os.system x}", DEEP, "a: " + DEEP),
-        *("training: &a {b: *a}", "training: {[1, 2]: 3}", "training: {? {a: 1} : 2}", "a: 2001-13-45", "a\0b"),
+        *(
+            "training: &a {b: *a}",
+            "training: {[1, 2]: 3}",
+            "training: {? {a: 1} : 2}",
+            "a: !!timestamp 2001-13-45",
+            "a\0b",
+        ),
         *("a: " + "9" * 5000, "steps: 1\nsteps: 2", "model: {gated: true, gated: false}"),
         *("a: !!map [b]", "a: !!map b"),
     ],
@@ -349,3 +355,35 @@ def test_numbers_in_a_file_of_flags_are_yaml_1_2_too(tmp_path, capsys):
     file.write_text("learning_rate: 1e-2\nmodel: {rope_parameters: {rope_type: default, rope_theta: 1e6}}\n")
     mot("train", "MoT-Nano/32E", "--config", file, "--dry-run")
     assert "1000000.0" in capsys.readouterr().out
+
+
+def test_a_time_in_a_file_of_flags_is_text(capsys):
+    Path("flags.yaml").write_text("name: MoT-Nano/32E\ndata: 2025-1-5T7:00:00\nout: 2001-02-03\n")
+    mot("train", "--config", "flags.yaml", "--dry-run", "--json")
+    assert json.loads(capsys.readouterr().out)["data"] == ["2025-1-5T7:00:00"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version: true", "--config flags.yaml names version, which is for the command line alone"),
+        ("help: true", "--config flags.yaml names help, which is for the command line alone"),
+        ("format: 9", "flags.yaml has format 9, and this version reads 0 to 1"),
+        ("format: hello", "flags.yaml has format 'hello', and this version reads 0 to 1"),
+    ],
+)
+def test_a_file_of_flags_does_not_stand_for_something_else(text, message, capsys):
+    Path("flags.yaml").write_text(f"name: MoT-Nano/32E\n{text}\n")
+    assert message in refused(("train", "--config", "flags.yaml", "--dry-run"), capsys)
+
+
+def test_a_name_that_begins_like_a_flag_goes_round(capsys):
+    names = ["-x.txt", "--y.txt", "plain.txt"]
+    mot("train", "MoT-Nano/32E", *(f"--data={name}" for name in names), "--seed", 3, "--dry-run")
+    Path("config.yaml").write_text(capsys.readouterr().out)
+    mot("train", "--config", "config.yaml", "--dry-run", "--json")
+    assert json.loads(capsys.readouterr().out)["data"] == names
+    mot("train", "--config", "config.yaml", "--data", "other.txt", "--dry-run", "--json")
+    assert json.loads(capsys.readouterr().out)["data"] == ["other.txt"]
+    mot("train", "MoT-Nano/32E", *as_flags(Options(data=names)), "--dry-run", "--json")
+    assert json.loads(capsys.readouterr().out)["data"] == names

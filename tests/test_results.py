@@ -12,6 +12,7 @@ import pytest
 from mixture_of_tokens.formatting import Result, short
 from mixture_of_tokens.model.cost import flops_per_token, memory
 from mixture_of_tokens.reports import page
+from mixture_of_tokens.reports.again import Places, commands_of
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
 from mixture_of_tokens.reports.figures import Line, panel
 from mixture_of_tokens.reports.markup import NOTHING, html
@@ -521,3 +522,20 @@ def test_damaged_and_unevaluated_runs_are_refused(tmp_path):
     never = replace(run(tmp_path), rows=[])
     with pytest.raises(ValueError, match="has no eval_loss"):
         comparison(by_model([never]))
+
+
+def test_runs_of_one_name_are_made_again_in_different_places(tmp_path):
+    places = Places()
+    found = [run(tmp_path / "x" / "run"), run(tmp_path / "y" / "run", seed=1), run(tmp_path / "x" / "run")]
+    commands = [commands_of(each, places) for each in found]
+    assert [re.findall("--out (.*)", line) for (line,) in commands] == [["again/run"], ["again/run-2"], ["again/run"]]
+    assert f"--config {tmp_path}/y/run/config.yaml " in commands[1][0]
+    assert [places.of(each.directory) for each in found] == ["again/run", "again/run-2", "again/run"]
+
+
+def test_a_run_is_called_by_the_name_of_its_folder_from_within_too(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    for place, directory in {"mine": ".", "mine/model": ".."}.items():
+        monkeypatch.chdir(tmp_path / place)
+        (line,) = commands_of(run(directory), Places())
+        assert line == f"mot train --config {Path(directory) / 'config.yaml'} --out again/mine"

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from mixture_of_tokens import sweep
 from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.sweep import Cell, Outcome
@@ -144,6 +145,8 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
         (["--seeds", "0,one"], "--seeds: 'one' is no whole number"),
         (["--learning-rate", "1e-3,-1"], "--learning-rate must be positive, not -1"),
         (["--model.vocab_size", "300,512"], "losses a token of different vocabularies cannot be compared"),
+        (["--model.capacity_factor", "1.0,"], "--model.capacity_factor 1.0, has an empty value"),
+        (["--training.weight_decay", "0,,1"], "--training.weight_decay 0,,1 has an empty value"),
         (["--model.router_temperature", "1,0"], "router_temperature must be 1e-20 to 1e20"),
         (
             ["--model.max_position_embeddings", "32,64"],
@@ -159,3 +162,8 @@ def test_the_whole_grid_is_checked_before_the_first_run(words, message, tmp_path
     assert err.count("\n") == 1
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_rate_is_no_sweep():
+    with pytest.raises(ValueError, match="--learning-rate takes at least one rate"):
+        sweep("MoT-Nano/4E", learning_rate=[], dry_run=True)

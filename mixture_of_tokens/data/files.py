@@ -40,8 +40,15 @@ def has_json_rows(path: Path, field: str) -> bool:
     if suffix(path) != ".json":
         return suffix(path) in LINES
     with _opened(path) as file:
+        line = b"\n"
+        while line and not line.strip():
+            line = file.readline(PART)
+        if line.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":  # a text, of which a line may have gigabytes
+            return False
+        while not line.endswith(b"\n") and (more := file.readline(PART)):
+            line += more
         try:
-            first = json.loads(file.readline(PART))
+            first = json.loads(line)
         except (ValueError, RecursionError):
             return False
     return isinstance(first, dict) and field in first

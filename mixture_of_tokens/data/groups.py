@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mixture_of_tokens.checks import at_least_one, check
 from mixture_of_tokens.data.tokens import TokenFiles
 from mixture_of_tokens.loss import IGNORE
 
@@ -176,6 +177,11 @@ class GroupedBatches(Dataset):
         mixed: int | None = None,
         first_step: int = 0,
     ):
+        numbers = {"group_size": group_size, "batch_size": batch_size, "steps": steps, "seed": seed}
+        numbers |= {"first_step": first_step} | ({} if mixed is None else {"mixed": mixed})
+        for what, number in numbers.items():
+            check(what, number, int)
+        at_least_one(group_size=group_size, mixed=mixed)
         self.blocks, self.group_size, self.seed, self.first_step = blocks, group_size, seed, first_step
         self.mixed = mixed or group_size
         self.batch_size, self.length, self.gone = batch_size, steps * batch_size, first_step * batch_size

@@ -41,7 +41,7 @@ def data_report(
     field: str = "text",
     max_bytes: int | None = None,
     tokenizer: str | None = None,
-    vocab_size: int = 512,
+    vocab_size: int | None = None,
     context: int = 64,
     group_size: int = 32,
     near_duplicates: Literal["drop", "keep"] = "drop",
@@ -58,7 +58,7 @@ def data_report(
         field: The field of .jsonl, .parquet and Hub rows that holds the text.
         max_bytes: Bytes of text to read at most; by default all.
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
-        vocab_size: Size of the tokenizer that is trained.
+        vocab_size: Size of the tokenizer that is trained, by default 512. With `tokenizer`, at least its length.
         context: Tokens in a block.
         group_size: Blocks in a group.
         near_duplicates: What is done with documents that share about half of their lines with others.
@@ -69,7 +69,7 @@ def data_report(
         [str(source) for given in data for source in listed(given)] or None,
         field=field,
         max_bytes=max_bytes,
-        vocab_size=vocab_size if tokenizer is None else None,
+        vocab_size=vocab_size,
         context=context,
         tokenizer=tokenizer,
         group_size=group_size,

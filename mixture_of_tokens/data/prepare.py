@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens import manifest
-from mixture_of_tokens.checks import at_least_one, listed
+from mixture_of_tokens.checks import at_least_one, checked, listed
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.files import Document
 from mixture_of_tokens.data.groups import Blocks, segmented
@@ -38,7 +38,7 @@ from mixture_of_tokens.data.tokenizer import (
     tokenizer_in,
     train_tokenizer,
 )
-from mixture_of_tokens.data.tokens import FORMAT, TokenFiles, progress_bar, say_what_is_altered, tokenize, training_text
+from mixture_of_tokens.data.tokens import FORMAT, TokenFiles, altered, progress_bar, tokenize, training_text
 from mixture_of_tokens.disk import hold, naming, published, release
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.process import say_once
@@ -79,14 +79,15 @@ class Prepared:
                 )
 
 
+@checked
 def prepare_text(
-    sources: Sequence[str] | None = None,
+    sources: Sequence[str | Path] | None = None,
     *,
     field: str = "text",
     max_bytes: int | None = None,
     vocab_size: int | None = None,
     context: int = 64,
-    tokenizer: str | None = None,
+    tokenizer: str | Path | None = None,
     group_size: int = 32,
     keep_near_duplicates: bool = False,
     together: bool = False,
@@ -108,16 +109,16 @@ def prepare_text(
     Raises ValueError for bad sources or options, and if the training or validation split is shorter than a block.
     """
     at_least_one(context=context, group_size=group_size, max_bytes=max_bytes)
-    if sources is not None and not sources:  # as of a pattern that no file fits
+    if sources is not None and not listed(sources):  # as of a pattern that no file fits
         raise ValueError("there are no sources; give none at all for the source text of Python's standard library")
-    sources = [str(source) for source in listed(sources or ())]
-    given, vocab_size = _given(tokenizer, vocab_size)
+    named = [] if sources is None else [str(source) for source in listed(sources)]
+    given, vocab_size = _given(None if tokenizer is None else str(tokenizer), vocab_size)
     group_size = max(COMMON_GROUP, group_size)
     # Sizes of files: their text is somewhat shorter, or longer if they are compressed.
-    sizes = [corpus.raw_bytes(source) for source in sources or [None]]
+    sizes = [corpus.raw_bytes(source) for source in named or [None]]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     with progress_bar("Looking for the data in the cache", total) as bar:
-        content = [corpus.fingerprint(source, bar.update) for source in sources or [None]]
+        content = [corpus.fingerprint(source, bar.update) for source in named or [None]]
     options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else hash_of(given)]
     options += [KEEP_NEAR] * keep_near_duplicates
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
@@ -126,7 +127,7 @@ def prepare_text(
     def make() -> dict[str, Any]:
         return _make(
             directory,
-            corpus.documents(sources, field, together=together),
+            corpus.documents(named, field, together=together),
             max_bytes=max_bytes,
             total=max_bytes if total is None or max_bytes is None else min(total, max_bytes),
             group_size=group_size,
@@ -139,9 +140,12 @@ def prepare_text(
     entry = _entry(directory, make)
     facts = entry["facts"]
     splits, segments = _splits(directory, entry, context, group_size)
-    named = sources or [f"the standard library of Python {platform.python_version()}"]
+    named = named or [f"the standard library of Python {platform.python_version()}"]
     if segments:
         say_segments(named, group_size, segments)
+    if lost := facts.pop("altered", None):
+        what = f"--tokenizer {tokenizer} does not keep text as it is: {lost[0]!r} becomes {lost[1]!r}"
+        say_once(f"{what}. Bits a byte will be too low by what is lost")
     _say_what_is_missing(named, facts, group_size, duplicates=not keep_near_duplicates)
     facts |= {"source": named, "segments": segments}
     kept = given or tokenizer_in(directory)
@@ -302,12 +306,15 @@ def _make(
                     with progress_bar("Training the tokenizer") as bar:
                         pieces = training_text(text, parts.places["train"], bar.update)
                         tokenizer = train_tokenizer(pieces, vocab_size)
+                    lost = None
                 else:
-                    say_what_is_altered(tokenizer, training_text(text, parts.places["train"], int))
-                facts = tokenize(text, parts, tokenizer, beside, group_size)
+                    lost = altered(tokenizer, training_text(text, parts.places["train"], int))
+                made = tokenize(text, parts, tokenizer, beside, group_size)
+                if lost is not None:
+                    made["facts"]["altered"] = lost
             text.unlink()
             with _hashing("Hashing the tokens", beside) as hash_of:
-                manifest.write(beside, hash_of, **facts)
+                manifest.write(beside, hash_of, **made)
     except OSError as error:  # errors of reading name the file; those of a full disk name none
         raise naming(error, directory.parent) from error
     return manifest.read(directory)

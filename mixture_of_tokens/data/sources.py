@@ -3,6 +3,7 @@
 Text is read byte for byte, so that bits per byte count a file's own bytes, line ends included.
 """
 
+import fnmatch
 import glob
 import itertools
 import os
@@ -90,12 +91,12 @@ def files(source: str) -> list[Path]:
             say_once(f"{source}: files of other kinds are left out, {few_of(others)}; those that are named are read")
         return found
     if glob.has_magic(source):
-        matches = sorted(glob.glob(str(path), recursive=True))
+        matches = _below(path) if "**" in path.parts else sorted(glob.glob(str(path)))
         folders = dict.fromkeys(filter(os.path.isdir, matches))  # in order, and found at once among many
         found = [_regular(Path(match)) for match in matches if match not in folders]
         if not found:
             raise ValueError(f"{source} matches no file")
-        if folders and "**" not in source:
+        if folders:
             say_once(
                 f"{source} is read without the folders that it matches, {few_of(folders)}; name them too, or use **"
             )
@@ -103,6 +104,24 @@ def files(source: str) -> list[Path]:
     if not path.exists():
         raise ValueError(f"{source}: there is no such file or folder")
     return [_regular(path)]
+
+
+def _below(pattern: Path) -> list[str]:
+    """The files that a pattern with ** matches, of those that are read where their folder is named."""
+    first = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    folder, wanted = Path(*pattern.parts[:first]), pattern.parts[first:]
+    found = _walk(folder, runs=False) if folder.is_dir() else ()
+    return sorted(str(file) for file in found if _matches(file.relative_to(folder).parts, wanted))
+
+
+def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Both in parts, of which ** stands for any number."""
+    if not pattern:
+        return not path
+    first, *rest = pattern
+    if first == "**":
+        return any(_matches(path[start:], rest) for start in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], first) and _matches(path[1:], rest)
 
 
 def located(source: str) -> Path:

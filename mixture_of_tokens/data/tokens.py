@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of, ids_of, refuse
 from mixture_of_tokens.formatting import first_line
-from mixture_of_tokens.process import say_once
 
 FORMAT = 5  # of the files in the cache; after a change they are made anew
 SHARD_TOKENS = 2**27  # per file
@@ -165,12 +164,10 @@ def _altered(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[str, str] |
     return text[equal : equal + SHOWN], given_back[equal : equal + SHOWN]
 
 
-def say_what_is_altered(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> None:
+def altered(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> tuple[str, str] | None:
+    """As `_altered`, of the first of some pieces that is not given back."""
     tried = (piece[:CHARACTERS_TRIED] for piece in islice(pieces, TRIED))
-    found = next(filter(None, (_altered(tokenizer, piece) for piece in tried)), None)
-    if found:
-        what = f"--tokenizer {tokenizer.name_or_path} does not keep text as it is: {found[0]!r} becomes {found[1]!r}"
-        say_once(f"{what}. Bits a byte will be too low by what is lost")
+    return next(filter(None, (_altered(tokenizer, piece) for piece in tried)), None)
 
 
 class _Writer:

@@ -11,7 +11,7 @@ from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
-from mixture_of_tokens.reports.again import commands_of, place_of
+from mixture_of_tokens.reports.again import Places, commands_of
 from mixture_of_tokens.reports.comparison import COMPARISON, Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.markup import START
 from mixture_of_tokens.reports.page import page
@@ -62,8 +62,9 @@ def report(*runs: Path, out: Path | None = None) -> Report:
     runs = tuple(Path(each) for given in runs for each in listed(given))
     found, command = runs_of(runs)
     models = by_model(found)
-    again = [command] if command else [line for run in found for line in commands_of(run)]
-    here = ["mot", "report", *(map(str, runs) if command else map(place_of, found))]
+    places = Places()
+    again = [command] if command else [line for run in found for line in commands_of(run, places)]
+    here = ["mot", "report", *(map(str, runs) if command else (places.of(run.directory) for run in found))]
     commands = [*dict.fromkeys(again), shlex.join([*here, *([] if out is None else ["--out", str(out)])])]
     if out is None:
         place = runs[0] if len(runs) == 1 and runs[0].is_dir() else runs[0].parent

@@ -16,6 +16,12 @@ from mixture_of_tokens.disk import write_text
 FORMAT = 1
 
 
+def check_format(number: Any, file: Path) -> None:
+    """Raises ValueError for a format that this version does not read."""
+    if type(number) is not int or not 0 <= number <= FORMAT:
+        raise ValueError(f"{file} has format {repr(number)}, and this version reads 0 to {FORMAT}")
+
+
 class Record:
     """A dataclass that is read from a file. `as_now` and `check` are for what the types of its fields do not say."""
 
@@ -25,9 +31,7 @@ class Record:
         if not isinstance(written, dict):
             raise ValueError(f"{file} holds no fields")
         values = dict(written)
-        number = values.pop("format", 0)
-        if type(number) is not int or not 0 <= number <= FORMAT:
-            raise ValueError(f"{file} has format {repr(number)}, and this version reads 0 to {FORMAT}")
+        check_format(values.pop("format", 0), file)
         kind: Any = cls
         hints, known = typing.get_type_hints(cls), {field.name: field for field in fields(kind)}
         for name in values:

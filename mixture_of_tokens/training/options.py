@@ -12,7 +12,7 @@ import yaml
 from cyclopts import Parameter
 
 from mixture_of_tokens import yaml12
-from mixture_of_tokens.checks import check, listed, plain
+from mixture_of_tokens.checks import check, flagged, listed, plain
 from mixture_of_tokens.model.placement import Device
 
 
@@ -108,6 +108,8 @@ class Options:
             check(field.name, getattr(self, field.name), field.type)
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("model", "training"):
+            for field in getattr(self, name):
+                check(f"a key of {name}", field, str)
             words = {k: v if isinstance(v, str) else as_word(v) for k, v in getattr(self, name).items()}
             object.__setattr__(self, name, words)
 
@@ -157,7 +159,7 @@ def as_flags(options: Options) -> list[str]:
         if value == getattr(DEFAULTS, field.name):
             continue
         if isinstance(value, dict):
-            words += [word for key, inner in value.items() for word in (f"{flag}.{key}", inner)]
+            words += [word for key, inner in value.items() for word in flagged(f"{flag}.{key}", inner)]
         else:
-            words += [word for each in (value if isinstance(value, list) else [value]) for word in (flag, str(each))]
+            words += [word for each in listed(value) for word in flagged(flag, str(each))]
     return words

@@ -132,7 +132,8 @@ def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
     name, steps = str(entries["name"]), entries.get("steps")
     with by_itself():
         plain = merge(name, 0, None, Options(steps=steps if type(steps) is int else None)).config
-    own, chosen = plain.as_read() | {"steps": RECIPES[parse_name(name).size].steps}, dict(entries)
+    own, chosen = plain.as_read(), dict(entries)
+    own["steps"] = RECIPES[parse_name(name).size].steps
     own["training"]["per_device_eval_batch_size"] = entries.get("micro_batch")  # its default
     for kind in ("training", "model"):
         if isinstance(given := entries.get(kind), dict):

@@ -171,6 +171,8 @@ def sweep(
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
     seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
+    if learning_rate == []:
+        raise ValueError("--learning-rate takes at least one rate")
     out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else Path(out)
     check_holds_runs(out)
     if options.evaluate_on is None:
@@ -243,7 +245,10 @@ def _grid(rates: list[float] | None, options: Options) -> list[dict[str, str]]:
     for kind, fields in (("model", options.model), ("training", options.training)):
         for field, value in fields.items():
             if "," in value and value[:1] not in "[{":  # those are one YAML value
-                lists[f"--{kind}.{field}"] = list(dict.fromkeys(word.strip() for word in value.split(",")))
+                words = list(dict.fromkeys(word.strip() for word in value.split(",")))
+                if "" in words:
+                    raise ValueError(f"--{kind}.{field} {value} has an empty value")
+                lists[f"--{kind}.{field}"] = words
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
