@@ -55,6 +55,7 @@ def make(experiment: Experiment) -> None:
     for directory in sorted(experiment.trained.glob("*-fresh-*")):
         rows: list[dict[str, Any]] = list(read_csv(file))
         unusable = directory.name.endswith("-served") or not (directory / "model").is_dir()
+        unusable |= directory.with_name(f"{directory.name}-on").is_dir()  # which is the same, trained on
         if unusable or directory.name in {row["run"] for row in rows}:
             continue
         config = read(directory).config

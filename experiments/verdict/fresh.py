@@ -15,8 +15,9 @@ steps come after the training in groups; of the one that is switched early, a te
 quarter. What is trained may train beside other work, or be stopped: the same command goes on. Peak rates are the best
 of fresh-rates.csv, whose runs are as long as the short ones, after an early switch the one from which it falls; of
 systems that it does not have, the best of fresh-sweeps.csv, whose runs are shorter, or the default. A system that
-stands twice has another rate, share or schedule beside it ("held for 25%": the peak rate stays that long, as before an
-early switch); rates of those with LONG_BUDGET were tried on the text of the result.
+stands twice has another rate, share or schedule beside it. "held for 25%": the peak rate stays that long, as before an
+early switch; "as if switched": Token Choice by the rates of a mixture that is switched early, with the moments kept,
+but without a switch. Rates of those with LONG_BUDGET were tried on the text of the result.
 Expected: a switched mixture is level with the best Token Choice, by 0.01 nats, and ahead of it after LONG_BUDGET.
 
 All is exported, and scored by plain transformers in another process, each row alone, over the whole validation text.
@@ -37,14 +38,21 @@ from typing import Any, NamedTuple
 from exported import by_plain_transformers
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions, train, transition
+from mixture_of_tokens.convert.beginning import carry_moments, go_on_from
 from mixture_of_tokens.convert.distil import distil
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import Blocks, training_groups
+from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.model.names import SIZES
+from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.runs.loading import load_model
+from mixture_of_tokens.runs.records import Transition
 from mixture_of_tokens.runs.run import Run, read
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import RECIPES, merge
+from mixture_of_tokens.training.train import run_merged
+from mixture_of_tokens.training.trainer import GroupedTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -80,6 +88,7 @@ class System(NamedTuple):
     name: str
     model: Mapping[str, str] = {}
     share: float | None = None  # of the time, before an early switch; None of what is switched at the end, or never
+    # Of Token Choice: trained by the schedule of a mixture that is switched early, without a switch.
     rate: float | None = None  # another peak rate than the best that was tried; where the switch is early, after it
     held: float = 0  # the share of its steps in which the rate stays at its peak, as it does before an early switch
 
@@ -94,11 +103,16 @@ class System(NamedTuple):
     @property
     def label(self) -> str:
         settings = [f"{field} {value}" for field, value in self.model.items()]
-        switch = ["switched early" if self.early else "switched"] if self.mixes else []
+        switch = ["switched early" if self.early else "switched"] if self.mixes else ["as if switched"] * self.early
         share = [] if self.share in (None, EARLY) else [f"after {self.share:.0%}"]
         rate = [] if self.rate is None else [f"rate {self.rate:g}"]
         held = [f"held for {self.held:.0%}"] if self.held else []
         return ", ".join([self.name, *settings, *switch, *share, *rate, *held])
+
+    @property
+    def scheduled_as(self) -> "System":
+        """The mixture whose schedule it has."""
+        return self if self.mixes else System(self.name.replace("TC-", "MoT-"), share=self.share)
 
     @property
     def after(self) -> "System":
@@ -112,6 +126,11 @@ class System(NamedTuple):
         length = "" if budget == BUDGET else budget
         how = ("early" * self.early, share, rate, held, "fresh", length)
         return directory_of(self.name, self.model, *how, f"seed{seed}")
+
+    @property
+    def end(self) -> str:
+        """Of the directory of what is exported, where it is trained in two parts."""
+        return "-transition" if self.mixes else "-on" if self.early else ""
 
     @property
     def before(self) -> "System":
@@ -138,6 +157,7 @@ SYSTEMS = (
     System("TC-Nano/32E/4", DROPLESS, rate=1e-2),
     System("TC-Nano/32E/4", DROPLESS, rate=1e-2, held=0.25),
     System("TC-Nano/32E/4", DROPLESS, rate=2e-2, held=0.25),
+    System("TC-Nano/32E/4", DROPLESS, share=0.25),
     System("TC-Nano/32E/8", DROPLESS),
     System("STC-Nano/32E/8"),
     System("MoT-Nano/32E"),
@@ -239,6 +259,7 @@ def best_rate(system: System, kept: Path) -> float:
     """The peak rate from the start on. The default, where none were tried, is the best of earlier sweeps."""
     if system.rate is not None and not system.early:
         return system.rate
+    system = system.scheduled_as if system.early else system
     rates = {} if system.early else tried(system, kept)
     for row in [] if rates else read_csv(kept / SWEPT):
         flags = dict(re.findall(r"--(\S+) (\S+)", row["settings"]))
@@ -252,7 +273,7 @@ def best_rate_after(system: System, kept: Path) -> float | None:
     """The rate from which it falls after an early switch; None after a late one, which goes on with the one before."""
     if not system.early:
         return None
-    rates = tried(system._replace(share=EARLY), kept)
+    rates = tried(system.scheduled_as._replace(share=EARLY), kept)
     return system.rate or min(rates, key=rates.__getitem__, default=None)
 
 
@@ -266,9 +287,9 @@ def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]
     """Those that fit into the time of so many dense steps: in all or before the switch, and after it."""
     own = times[system.as_timed.label]
     each = float(own["share_of_dense"])
-    if not system.mixes:
+    if not (system.mixes or system.early):
         return int(budget / each), 0
-    after, fit = float(times[system.after.label]["share_of_dense"]), float(own["distil_steps_of_dense"])
+    after, fit = float(times[system.after.label]["share_of_dense"]), float(own["distil_steps_of_dense"] or 0)
     if system.share is not None:
         how = {"before": each, "after": after, "fit": fit * EARLY_STEPS / STEPS}
         return steps_of_early_switch(budget, system.share, **how)
@@ -303,6 +324,21 @@ def switched(source: Path, out: Path, system: System, steps: int, rate: float | 
     return read(out)
 
 
+def trained_on(source: Path, out: Path, system: System, seed: int, steps: int, rate: float | None) -> None:
+    """As after a switch, but without one: the same weights, moments and text, and a rate that falls from this one."""
+    before = read(source)
+
+    def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
+        trainer.causal_lm.load_state_dict(load_model(str(source), device="cpu").state_dict())
+        carry_moments(trainer, checkpoints.at(source, before.config.steps), {}, without=())
+        go_on_from(before, trainer, out)
+
+    options = replace(OPTIONS, steps=steps, model=dict(system.model), training={"warmup_steps": "0"})
+    asked = Transition(source=str(source), calibrate="none", optimizer="carried")
+    merged = merge(system.name, seed, rate, options, first_step=before.config.steps, transition=asked)
+    run_merged(merged, out, resume=True, begin=begin)
+
+
 def settings_of(system: System, budget: int, kept: Path) -> dict[str, Any]:
     """How it is trained: steps and peak rates, before a switch and after it."""
     steps, after = steps_within(budget, system, times_in(kept))
@@ -314,14 +350,15 @@ def made(
     experiment: Experiment, budget: int, system: System, seed: int, settings: Mapping[str, Any]
 ) -> list[dict[str, object]]:
     """The one row of fresh.csv."""
-    out = experiment.trained / system.directory(seed, budget)
+    out = experiment.trained / f"{system.directory(seed, budget)}{system.end}"
     source = experiment.trained / system.before.directory(seed, budget)
     trained(source, experiment.kept, system, seed, settings["steps"], settings["rate"], OPTIONS)
     before = {"in_groups": "", "alone": ""}
     if system.mixes:
         before = {"in_groups": read(source).facts.final_loss, "alone": loss_alone(source, "validation")}
-        out = out.with_name(f"{out.name}-transition")
         switched(source, out, system, settings["after"], settings["rate_after"] or None)
+    elif system.early:
+        trained_on(source, out, system, seed, settings["after"], settings["rate_after"])
     keep([read(out)], experiment.kept, first_seed=SEEDS[0])
     return [{"loss": by_plain_transformers("loss", out), **before}]
 

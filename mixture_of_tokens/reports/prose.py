@@ -158,7 +158,7 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
                 f"with the parameters of {example.group_size} dense feed-forwards"
                 + f", each 1/{k} as wide as one (granularity {k})" * (k > 1)
                 + "."
-                + " Sizes in brackets take the place of the name's." * any("(" in model.label for model in models),
+                + " Settings in brackets take the place of the name's." * any("(" in model.label for model in models),
             ),
             ("Expert", "One of the feed-forwards that a layer has in place of a single one."),
             ("Router", "The small matrix that decides which expert gets how much of which token."),
