@@ -377,6 +377,6 @@ def main(words: list[str] | None = None) -> None:
     except MemoryError as error:  # numpy's says how much
         print(f"mot: error: there is too little memory{': ' * bool(str(error))}{error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # ^C, or SIGTERM where its number is given
         print("mot: stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))

@@ -38,17 +38,25 @@ def the_only_training() -> Iterator[None]:
 
 def process_count() -> int:
     """Of those that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, _of_torchrun("WORLD_SIZE", 1))
 
 
 def process_number() -> int:
     """This process's, among those of torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    return _of_torchrun("RANK", 0) if process_count() > 1 else 0
+
+
+def _of_torchrun(name: str, alone: int) -> int:
+    """A number of the environment. Raises ValueError for what is none."""
+    word = os.environ.get(name) or str(alone)
+    if not word.isdecimal():
+        raise ValueError(f"{name}={word} in the environment is no whole number: torchrun sets it, so leave it unset")
+    return int(word)
 
 
 def place_of_machine() -> tuple[int, int, bool]:
     """This machine's number, how many there are, and whether this is its first process."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", process_count()))
+    here = max(1, _of_torchrun("LOCAL_WORLD_SIZE", process_count()))
     return process_number() // here, max(1, process_count() // here), process_number() % here == 0
 
 

@@ -586,3 +586,10 @@ def test_an_impossible_top_k_is_refused_before_the_text_is_read(tiny_runs, tmp_p
     with pytest.raises(SystemExit, match="2"):
         mot("export", tiny_runs["MoT-Nano/4E/2"], tmp_path / "out", "--top-k", 9)
     assert "--top-k must be 1 to 8, the number of experts, not 9" in capsys.readouterr().err
+
+
+def test_an_export_is_for_one_process(tiny_runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes would each do all of the work"):
+        export_module.export(tiny_runs["TC-Nano/4E"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -160,7 +160,11 @@ OF_TRAINING = [
     *(("lr_scheduler_kwargs", value) for value in ("{foo: 1}", "1", "foo", "{min_lr_rate: x}", "{min_lr: 5}")),
     *(("optim", value) for value in ("adamw_bnb_8bit", "foo", "1", "lomo", "schedule_free_adamw", "galore_adamw")),
     *(("optim_args", value) for value in ("foo", "a=1", "1")),
-    *(("report_to", value) for value in ("foo", "3", "null", "[tensorboard, foo]", "[[1]]", "{a: 1}")),
+    *(
+        ("report_to", value)
+        for value in ("foo", "3", "null", "[tensorboard, foo]", "[tensorboard, none]", "[[1]]", "{a: 1}")
+    ),
+    ("ddp_backend", "gloo"),
     *(("dataloader_num_workers", value) for value in ("-1", "1.5", "x", "null")),
     *((field, "1") for field in ("dataloader_persistent_workers", "dataloader_prefetch_factor")),
     *(("dataloader_multiprocessing_context", value) for value in ("fork", "foo")),
@@ -190,6 +194,11 @@ OF_TRAINING = [
 OF_MODEL = [
     *(("rms_norm_eps", value) for value in ("0", "-1", "nan", "1e400", "x")),
     *(("rope_parameters", value) for value in (DEEP, "&a [*a]", "{rope_type: default, rope_theta: -1}", "3")),
+    *(
+        ("rope_parameters", f"{{rope_theta: 1e4, {rest}}}")
+        for rest in ("rope_type: nope", "rope_type: linear, factor: 0.5")
+    ),
+    ("rope_parameters", "{rope_theta: 1e4, rope_type: llama3, factor: 2.0}"),
     *(
         (field, value)
         for field in ("hidden_size", "num_experts", "group_size")

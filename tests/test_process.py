@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mixture_of_tokens.process import spin_briefly
+from mixture_of_tokens.process import is_main, process_count, process_number, spin_briefly
 
 OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 PLAN = [sys.executable, "-m", "mixture_of_tokens", "plan", "Transformer-Nano"]
@@ -30,3 +30,17 @@ def test_who_has_chosen_how_threads_wait_keeps_their_choice(name, monkeypatch):
     assert spin_briefly() == (name is None)
     found = {each: os.environ[each] for each in OPENMP if each in os.environ}
     assert found == ({"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"} if name is None else {name: "777"})
+
+
+def test_a_number_without_others_is_one_process(monkeypatch):
+    """As an environment may have it that torchrun has not made."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert (process_count(), process_number(), is_main()) == (1, 0, True)
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert process_count() == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (process_count(), process_number(), is_main()) == (2, 1, False)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="WORLD_SIZE=two in the environment is no whole number: torchrun sets it"):
+        process_count()

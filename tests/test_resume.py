@@ -249,6 +249,24 @@ def test_a_row_of_metrics_that_cannot_be_written_again_is_named(whole, tmp_path,
     assert "".join(written) == (out / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("lost", [slice(None), slice(1, 2)])
+def test_a_run_does_not_go_on_without_its_rows_of_metrics(whole, tmp_path, capsys, lost):
+    """They cannot be written again, and a report would read other curves."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "run.json").unlink()
+    rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    left = len(rows) - len(rows[lost])
+    (out / "metrics.jsonl").write_text("".join(row for row in rows if row not in rows[lost]))
+    with pytest.raises(SystemExit, match="2"):
+        mot(*FLAGS, "--out", out, "--resume")
+    what = f"metrics.jsonl has {left} of the {len(rows)} rows up to step {STEPS}: put it back, or name another"
+    assert what in capsys.readouterr().err
+    (out / "metrics.jsonl").write_text("".join(rows))
+    mot(*FLAGS, "--out", out, "--resume")
+    assert_same(out, whole)
+
+
 @pytest.mark.slow
 def test_killed_thirty_times_at_any_moment_it_ends_as_if_uninterrupted(whole, tmp_path):
     """Two of three kills fall into training, at a moment after a new checkpoint; the others fall at any time before.

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.utils import logging
 
 from mixture_of_tokens import cli
+from mixture_of_tokens.data import prepare as preparing
 from mixture_of_tokens.data.groups import GroupedBatches, grouped_order
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.inference.losses import cross_entropy, evaluate_blocks
@@ -30,7 +33,7 @@ from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import TABLE as ROUTINGS
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
-from mixture_of_tokens.training import trainer
+from mixture_of_tokens.training import signals, trainer
 from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
@@ -151,6 +154,65 @@ def test_a_signal_does_not_wait_for_text_that_is_still_prepared(number, small_co
     assert not waited
     what = f"stopped by {number.name} after step 2, which is saved; --resume goes on"
     assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_a_signal_while_text_is_prepared_leaves_nothing(command, number, small_corpus, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(preparing, "tokenize", interrupted)
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    out = ["--out", tmp_path / "run"] if command == "train" else []
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        mot(command, "MoT-Nano/4E", "--data", small_corpus, *(["--device", "cpu"] if out else []), *out)
+    assert "mot: stopped" in capsys.readouterr().err
+    left = [path.name for path in tmp_path.rglob("*")]
+    assert left == ["cache"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_run_is_the_same_whatever_the_process_has_set(dtype, small_corpus, tmp_path):
+    """Its default type, its progress bars, and handlers that Python has not set."""
+    options = Options(steps=2, batch_size=8, data=small_corpus, device="cpu")
+    plain = train("MoT-Nano/4E", out=tmp_path / "plain", options=options)
+    before = torch.get_default_dtype()
+    logging.enable_progress_bar()
+    try:
+        torch.set_default_dtype(dtype)
+        other = train("MoT-Nano/4E", out=tmp_path / "other", options=options)
+        assert torch.get_default_dtype() == dtype
+        assert logging.is_progress_bar_enabled()
+    finally:
+        torch.set_default_dtype(before)
+        logging.disable_progress_bar()
+    weights = [load_file(run.directory / "model" / "model.safetensors") for run in (plain, other)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert plain.facts.final_loss == other.facts.final_loss
+
+
+def test_a_handler_that_was_not_set_from_python_is_replaced(monkeypatch):
+    """As of an interpreter in another program: Python says None, and does not take it back."""
+    install, asked = signal.signal, []
+
+    def told(number, handler):
+        if handler is None:
+            raise TypeError("signal handler must be signal.SIG_IGN, signal.SIG_DFL, or a callable object")
+        asked.append(handler)
+        install(number, handler)
+
+    before = install(signal.SIGTERM, signal.SIG_DFL), install(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(signals.signal, "signal", told)
+    try:
+        with signals.StopOnSignal(int).installed(), signals.ended_by_sigterm():
+            assert len(asked) == 3
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        install(signal.SIGTERM, before[0])
+        install(signal.SIGINT, before[1])
 
 
 def test_the_clock_stands_still_while_a_run_evaluates_and_saves(small_corpus, tmp_path, monkeypatch):

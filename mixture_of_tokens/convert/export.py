@@ -24,7 +24,14 @@ from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of
+from mixture_of_tokens.runs.loading import (
+    load_model,
+    load_tokenizer_of,
+    placed,
+    run_directory,
+    text_of,
+    without_progress_bars,
+)
 from mixture_of_tokens.runs.ownership import owned_file
 
 EXPORT = "export"  # the fact `of` in the manifest of one
@@ -91,6 +98,7 @@ def export(
     Raises ValueError for layers without a counterpart in plain transformers, and for a checkpoint of another model.
     """
     run, out = str(run), Path(out)
+    placed(None, None)
     if out.is_symlink() or out.name in ("", ".."):  # what it names is written, and needs a name
         out = out.resolve()
     at_least_one(top_k=top_k, distil_steps=distil_steps)
@@ -104,7 +112,7 @@ def export(
         TemporaryDirectory(prefix=f"{out.name}.", dir=out.absolute().parent).cleanup()
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}; name another directory") from None
-    with owned_file(out, patience=0):
+    with owned_file(out, patience=0), without_progress_bars():
         checkpoints.put_back(out, EXPORT)
         taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
         if taken and not force:

@@ -2,6 +2,7 @@
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
@@ -16,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
 
 __all__ = [
+    "ROPE_INIT_FUNCTIONS",
     "GradientCheckpointingLayer",
     "MoeCausalLMOutputWithPast",
     "OutputRecorder",

@@ -2,6 +2,8 @@
 
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -81,14 +83,14 @@ def load_model(
         raise ValueError("--experts says how many experts serve a text alone; give --alone too")
     directory = model_directory(run)
     keep_large_blocks()
-    transformers.logging.disable_progress_bar()
     if not Path(run).exists() and is_main():  # which takes half a minute where there is no connection
         print(f"mot: {run} is no directory here, so it is a name on the Hub", file=sys.stderr)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {config.model_type} model is no causal language model")
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, trust_remote_code=False)
+        with without_progress_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         where = "" if Path(run).exists() else ": there is no such directory, and as a name on the Hub it"
         raise ValueError(f"{run}{where} cannot be loaded: {first_line(error)}") from None
@@ -101,6 +103,18 @@ def load_model(
         placement.check(model.config, on_cpu=device == "cpu")
         return shard_model(model, placement).eval()
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Transformers' own."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
 
 
 def placed(shard: int | None, expert_parallel: int | None, experts: int | None = None) -> Placement:

@@ -20,6 +20,7 @@ from transformers.utils.logging import get_log_levels_dict
 from mixture_of_tokens.checks import LARGEST
 from mixture_of_tokens.formatting import first_line
 from mixture_of_tokens.model.names import nearest
+from mixture_of_tokens.process import process_count
 from mixture_of_tokens.training.options import typed
 
 # Fields of TrainingArguments that have a flag of their own.
@@ -143,6 +144,8 @@ def given_fields(given: Mapping[str, str]) -> dict[str, Any]:
     for field in OF_WORKERS:
         if values.get(field) and not values.get("dataloader_num_workers"):
             raise ValueError(f"--training.{field}: it is for --training.dataloader_num_workers above 0")
+    if values.get("ddp_backend") and process_count() == 1:
+        raise ValueError("--training.ddp_backend: it is for several processes, as torchrun starts them")
     return values
 
 
@@ -182,8 +185,10 @@ def _check_field(field: str, value: Any, hint: Any) -> None:
     if any(typing.get_origin(kind) is dict or kind is dict for kind in kinds) and not isinstance(value, dict | None):
         raise ValueError(f"{flag} takes names and values, as in '{{name: 0.1}}', not {value!r}")
     if field == "report_to":
-        installed = get_available_reporting_integrations()
-        for reporter in value if isinstance(value, list) else [value]:
+        installed, reporters = get_available_reporting_integrations(), value if isinstance(value, list) else [value]
+        if len(reporters) > 1 and not {"all", "none"}.isdisjoint(reporters):
+            raise ValueError(f"{flag} {', '.join(map(str, reporters))}: all and none stand alone")
+        for reporter in reporters:
             if reporter not in ("all", "none", *installed):
                 raise ValueError(f"{flag} {reporter}: it is not installed; there is {', '.join(installed)}")
 

@@ -51,12 +51,13 @@ class RunLog(TrainerCallback):
     def __init__(self, path: Path, tokens_per_step: int, clock: Clock, first_step: int = 0):
         self.path, self.tokens_per_step, self.clock, self.first_step = path, tokens_per_step, clock, first_step
         self.row: MetricsRow | None = None
+        self.written = 0  # rows
         self.bar: tqdm | None = None
 
-    def forget_after(self, step: int) -> None:
-        """Drop the rows that a resumed run writes again, and an incomplete last one.
+    def forget_after(self, step: int, rows: int = 0) -> None:
+        """Drop the rows that a resumed run writes again, and an incomplete last one; `rows` must be left.
 
-        Raises ValueError, naming file and line, for a damaged row, which cannot be written again.
+        Raises ValueError, naming file and line, for a damaged row, and for missing ones: none can be written again.
         """
         kept = []
         if self.path.exists():
@@ -64,6 +65,10 @@ class RunLog(TrainerCallback):
                 if not line.endswith(b"\n") or row_of(line, number, self.path).step > step:
                     break
                 kept.append(line.decode())
+        if len(kept) < rows:
+            what = f"{self.path} has {len(kept)} of the {rows} rows up to step {step}"
+            raise ValueError(f"{what}: put it back, or name another directory with --out")
+        self.written = len(kept)
         write_text(self.path, "".join(kept))
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -118,6 +123,7 @@ class RunLog(TrainerCallback):
         if row is not None:
             with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(row.line())
+            self.written += 1
 
 
 class AnnealTemperature(TrainerCallback):

@@ -18,6 +18,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, SIZES, Name, config_from_name, parse_name
 from mixture_of_tokens.model.placement import Placement, check_device
 from mixture_of_tokens.model.routings import SETTINGS
+from mixture_of_tokens.model.upstream import ROPE_INIT_FUNCTIONS
 from mixture_of_tokens.process import by_itself, process_count, the_only_training
 from mixture_of_tokens.runs.admission import check_seed
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
@@ -210,10 +211,15 @@ def _check_training(arguments: Mapping[str, Any], on_cpu: bool) -> None:
 
 def _check_model(config: MixtureOfTokensConfig) -> None:
     """Raises ValueError for numbers with which a model computes NaN, or trains for something else."""
-    theta = (config.rope_parameters or {}).get("rope_theta", 1.0)
+    rope = config.rope_parameters or {}
+    theta, kind, factor = rope.get("rope_theta", 1.0), rope.get("rope_type", "default"), rope.get("factor", 1.0)
     for field, value in {"rms_norm_eps": config.rms_norm_eps, "rope_parameters: its rope_theta": theta}.items():
         if not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ValueError(f"--model.{field} must be positive and finite, not {value}")
+    if kind not in (kinds := ["default", *ROPE_INIT_FUNCTIONS]):
+        raise ValueError(f"--model.rope_parameters: its rope_type {kind!r} is unknown; legal are {', '.join(kinds)}")
+    if not (isinstance(factor, int | float) and 1 <= factor < math.inf):  # upstream warns, and computes with it
+        raise ValueError(f"--model.rope_parameters: its factor must be at least 1 and finite, not {factor}")
 
 
 def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -> None:
@@ -236,7 +242,7 @@ def _names_the_flag(name: str, overrides: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = in_words(error)
+        what = f"it lacks {error}" if isinstance(error, KeyError) else in_words(error)
         if what.partition(" ")[0] in overrides:
             raise ValueError(f"--model.{what}") from error
         if isinstance(error, ValueError) and (not overrides or name in what):

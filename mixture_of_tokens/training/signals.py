@@ -25,7 +25,12 @@ def ended_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _restore(signal.SIGTERM, before)
+
+
+def _restore(number: int, handler: Any) -> None:
+    """None is of a handler that was not set from Python, which cannot set it again."""
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class StopOnSignal(TrainerCallback):
@@ -51,7 +56,7 @@ class StopOnSignal(TrainerCallback):
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                _restore(number, handler)
 
     def _receive(self, number: int, frame) -> None:
         waiting, self._waiting = self._waiting, False

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 from cyclopts import Parameter
 from transformers import TrainingArguments, set_seed
 
@@ -47,6 +46,7 @@ from mixture_of_tokens.process import (
 )
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.admission import check_free, check_resumed, check_writable
+from mixture_of_tokens.runs.loading import without_progress_bars
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read
@@ -115,13 +115,24 @@ def run_merged(
         print(f"{out} is finished already", file=sys.stderr)
         return read(out)
     check_writable(out)
-    with the_only_training(), owned(out):
+    with the_only_training(), owned(out), without_progress_bars(), _in_fp32():
         _check(out, merged, resume)  # another process may have begun meanwhile
         taken = TrainingArguments(output_dir=str(out), **merged.arguments)
         taken.run_name = taken.run_name or out.name
         # Several GPUs of one process would each take all the rows; they are for torchrun.
         taken._n_gpu = min(1, taken.n_gpu)
         return _run(merged.config, taken, merged.placement, out, begin, again)
+
+
+@contextmanager
+def _in_fp32() -> Iterator[None]:
+    """Whatever torch's default type is, which no file of the run would tell."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _check(out: Path, merged: Merged, resume: bool) -> None:
@@ -184,8 +195,8 @@ def _run(
     if torch.cuda.is_initialized():  # an earlier run's model, which is in a circle with its trainer's callbacks
         gc.collect()
         torch.cuda.empty_cache()
-    transformers.logging.disable_progress_bar()
-    trainer, prepared = build(run, arguments, placement)
+    with _saying_where(f"before the first step; {again} goes on"):
+        trainer, prepared = build(run, arguments, placement)
     checkpoint = _newest(out)
     if checkpoint is not None:
         trainer.facts_of(checkpoint)  # or why not, before anything is written

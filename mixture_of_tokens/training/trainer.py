@@ -120,10 +120,10 @@ class GroupedTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
 
     def train(self, checkpoint: Path | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        step = 0
+        step = rows = 0
         if checkpoint is not None:
             facts = self.facts_of(checkpoint)
-            step = facts["step"]
+            step, rows = facts["step"], facts.get("rows", 0)  # of the file metrics.jsonl
             self.clock.before = facts["seconds"]
             self.rows.go_on_from(facts)
             precision = at_least_fp32(self.causal_lm.dtype)
@@ -136,7 +136,7 @@ class GroupedTrainer(Trainer):
         if self.args.world_size > 1:  # each drops other elements of its rows; a checkpoint has all their states
             torch.manual_seed(self.args.seed + self.args.process_index)
         if self.is_world_process_zero():
-            self.run_log.forget_after(self.rows.first_step + step)
+            self.run_log.forget_after(self.rows.first_step + step, rows)
         try:
             self.rows.begin(step)
             events = self.run / "tensorboard"
@@ -290,10 +290,10 @@ class GroupedTrainer(Trainer):
                 with self._failing_together(final):
                     if main:
                         check_optimizer(written)
-                        facts = {"seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
-                        facts |= self.rows.position(step)
-                        manifest.write(written, step=step, **facts)
                         self.run_log.save()
+                        facts = {"seconds": self.clock.seconds, "reported": reported, "corpus": self.corpus}
+                        facts |= {"rows": self.run_log.written} | self.rows.position(step)
+                        manifest.write(written, step=step, **facts)
                         publish(written, final)
                         checkpoints.keep_newest(self.run, step, self.args.save_total_limit)
             finally:
