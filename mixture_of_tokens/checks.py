@@ -100,6 +100,8 @@ def check(name: str, value: Any, hint: Any) -> None:
     """Raises ValueError for a value that is none of the annotation's; a list's may stand alone."""
     if legal := _refusal(value, hint):
         raise ValueError(f"{name} takes {legal}, not {value!r}")
+    if Path in (hint, *typing.get_args(hint)) and isinstance(value, str | os.PathLike) and "\0" in str(value):
+        raise ValueError(f"{name} takes a path, and {str(value)!r} has a NUL in it")
 
 
 def check_range(name: str, value: Any) -> None:

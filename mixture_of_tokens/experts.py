@@ -80,6 +80,8 @@ class Experts(nn.Module):
         check("expert_size", expert_size, int)
         check("num_experts", num_experts, int)
         check("gated", gated, bool)
+        check("activation", activation, str)
+        check_range("initializer_scale", initializer_scale)
         if min(hidden_size, expert_size, num_experts) < 1:
             raise ValueError(f"sizes must be at least 1: {hidden_size=}, {expert_size=}, {num_experts=}")
         if activation not in ACTIVATIONS:
@@ -144,6 +146,7 @@ class Router(nn.Module):
         check("learnable_temperature", learnable_temperature, bool)
         if not isinstance(router_dtype, torch.dtype) or not router_dtype.is_floating_point:
             raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {router_dtype!r}")
+        check_range("initializer_scale", initializer_scale)
         self.router_dtype, self.temperature_setting = router_dtype, temperature
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.log_temperature = nn.Parameter(torch.empty(())) if learnable_temperature else None

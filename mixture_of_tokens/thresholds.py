@@ -5,6 +5,7 @@ experts depend on that token alone, and the rule of training is that of evaluati
 `balance` moves what decides how many there are.
 """
 
+import math
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Literal, Unpack
@@ -97,8 +98,9 @@ class ReMoE(_Above):
         super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
         check("l1_start", l1_start, float)
         check("l1_factor", l1_factor, float)
-        if not (l1_start > 0 and l1_factor > 1):
-            raise ValueError(f"l1_start must be above 0 and l1_factor above 1, not {l1_start} and {l1_factor}")
+        if not (0 < l1_start < math.inf and 1 < l1_factor < math.inf):
+            legal = "l1_start must be above 0 and l1_factor above 1, both finite"
+            raise ValueError(f"{legal}, not {l1_start} and {l1_factor}")
         self.l1_start, self.l1_factor, self.auxiliary_loss = l1_start, l1_factor, L1Loss(num_experts_per_tok)
         self.register_buffer("l1_weight", torch.empty((), dtype=at_least_fp32()))
         self.reset_state()
@@ -128,8 +130,9 @@ class ReMoE(_Above):
             layer.noted = None
             step = torch.sign(choices - layer.num_experts_per_tok * tokens)
             layer.l1_weight *= layer.l1_factor ** step.to(layer.l1_weight.device)
-            # From below that it would not come back.
-            layer.l1_weight.clamp_(min=torch.finfo(layer.l1_weight.dtype).tiny)
+            # From beyond these it would not come back.
+            limits = torch.finfo(layer.l1_weight.dtype)
+            layer.l1_weight.clamp_(min=limits.tiny, max=limits.max)
 
 
 class ExpertThreshold(_Above):

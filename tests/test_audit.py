@@ -245,3 +245,24 @@ def test_bad_use_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             mot("audit", *words)
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits[:, -1],
+        lambda logits: logits.argmax(-1),
+        lambda logits: logits.flatten(0, 1),
+        lambda logits: logits.mean(),
+        lambda logits: logits.mT,
+        lambda logits: logits.transpose(0, 1),
+        lambda logits: logits.argmax(-1, keepdim=True),
+    ],
+)
+def test_a_model_whose_output_is_no_logits_is_refused(change):
+    class Changed(nn.Sequential):
+        def forward(self, ids):
+            return change(super().forward(ids))
+
+    with pytest.raises(ValueError, match=r"Changed gives .* logits are \(B, T, V\), floating point"):
+        audit_model(Changed(nn.Embedding(50, 16), nn.Linear(16, 50)), vocab_size=50, length=9, batches=1)

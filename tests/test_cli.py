@@ -381,6 +381,8 @@ def test_fields_of_options_take_what_python_has_for_them():
         ("audit", ["runs/mine"], {"expect": "safe"}, "expect takes causal or private, not 'safe'"),
         ("audit", ["runs/mine"], {"alone": "yes"}, "alone takes True or False, not 'yes'"),
         ("export", ["runs/mine", 5], {}, "out takes a path, not 5"),
+        ("export", ["runs/mine", "a\0b"], {}, r"out takes a path, and 'a\\x00b' has a NUL in it"),
+        ("generate", ["runs/mine"], {"prompt": "a", "out": "a\0b"}, "out takes a path, and .* has a NUL in it"),
         ("export", ["runs/mine", "out"], {"scores": "top"}, "scores takes softmax or sigmoid, not 'top'"),
         ("transition", ["runs/mine"], {"calibrate": "no"}, "calibrate takes distil or scales or none, not 'no'"),
         ("generate", ["runs/mine"], {"prompt": ["a", 5]}, r"prompt takes text, or a list of such, not \['a', 5\]"),

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import reference
-from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions
+from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions, calibrate_thresholds
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.losses import cross_entropy
 from mixture_of_tokens.model import modeling
@@ -420,3 +420,12 @@ def test_a_model_that_lies_on_the_disk_is_measured_too(tmp_path):
         calibrate_companions(each, [batch])
         each.serve_alone()
     torch.testing.assert_close(there(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("calibrate", [calibrate_companions, calibrate_thresholds])
+def test_what_is_calibrated_and_by_what_is_checked(calibrate):
+    model = tiny("mixture_of_tokens")
+    with pytest.raises(ValueError, match="model takes a module of torch, not a str"):
+        calibrate("runs/mine", [])
+    with pytest.raises(ValueError, match="batches takes several batches, as in a list or a loader, not a NoneType"):
+        calibrate(model, None)

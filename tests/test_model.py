@@ -788,3 +788,28 @@ def test_the_later_half_mixes_by_default():
 def test_a_wrong_configuration_says_what_is_legal(fields, message):
     with pytest.raises(ValueError, match=message):
         MixtureOfTokensConfig(**fields)
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture_of_tokens", "token_choice"])
+@pytest.mark.parametrize("width", [4, 6])
+def test_a_mask_of_another_width_than_the_tokens_is_refused(kind, width):
+    """Attention would read its first columns, and mixtures its last ones."""
+    model, ids = tiny(kind), torch.randint(1, 97, (3, 5))
+    with pytest.raises(ValueError, match=rf"attention_mask must be \(3, 5\), as the tokens are, not \(3, {width}\)"):
+        model(ids, attention_mask=torch.ones(3, width))
+
+
+def test_an_assistant_writes_on_from_a_text_that_ends_like_padding():
+    """Transformers gives it no mask, and its text has no padding."""
+    model = tiny("mixture_of_tokens")
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 96
+    settings = GenerationConfig.from_dict(model.generation_config.to_dict() | {"max_new_tokens": 3, "do_sample": False})
+    prompt = torch.tensor([[5, 0, 7, 0]])
+    with pytest.raises(ValueError, match="one ends with the padding token"):
+        model.generate(prompt, settings)
+    expected = model.generate(prompt, settings, attention_mask=torch.ones_like(prompt))
+    # As transformers gives them to an assistant.
+    settings.update(
+        is_assistant=True, assistant_confidence_threshold=0, return_dict_in_generate=True, output_scores=True
+    )
+    assert torch.equal(model.generate(prompt, settings).sequences, expected)

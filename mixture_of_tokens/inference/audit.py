@@ -324,6 +324,9 @@ def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             raise ValueError(
                 f"{type(model).__name__} gives a {type(outputs).__name__}, which neither is logits nor has them"
             )
+        if logits.dim() != 3 or logits.shape[:2] != ids.shape or not logits.is_floating_point():
+            gives = f"{type(model).__name__} gives {tuple(logits.shape)} of {logits.dtype}"
+            raise ValueError(f"{gives} for tokens {tuple(ids.shape)}: logits are (B, T, V), floating point")
         return logits.cpu(), ()
     ids = ids.to(model.device)
     outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True)

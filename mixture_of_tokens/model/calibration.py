@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.passes import watch
+from mixture_of_tokens.model.passes import check_batches, watch
 from mixture_of_tokens.thresholds import ExpertThreshold
 
 
@@ -25,8 +25,9 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
         batches: inputs of the model, each of many tokens: an expert's even share of a batch is to be some tokens.
             Smaller ones are ignored.
 
-    Raises ValueError if there is no batch.
+    Raises ValueError if there is no batch, and for arguments of another type.
     """
+    check_batches(model, batches)
     layers = [module for module in model.modules() if isinstance(module, ExpertThreshold)]
     if not layers:
         return

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import full_precision, grouped
-from mixture_of_tokens.model.passes import watch
+from mixture_of_tokens.model.passes import check_batches, watch
 
 
 class _Means:
@@ -68,8 +68,9 @@ def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] |
             of different texts; incomplete groups are ignored. Of a model of this library, its inputs on any device, and
             other entries, such as labels, are left out.
 
-    Raises ValueError if no batch has a full group.
+    Raises ValueError if no batch has a full group, and for arguments of another type.
     """
+    check_batches(model, batches)
     layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
     if not layers:
         return

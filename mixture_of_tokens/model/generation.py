@@ -31,6 +31,15 @@ def real_tokens(attention_mask: Any, current: Any, cache: Any = None) -> Any:
     return attention_mask[:, -width:].bool().to(current.device)
 
 
+def check_width(attention_mask: Any, current: Any) -> None:
+    """Raises ValueError for a 2-D mask that is not of these tokens: attention would read other columns of it."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or current is None:
+        return
+    if attention_mask.shape != current.shape[:2]:
+        expected, given = tuple(current.shape[:2]), tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask must be {expected}, as the tokens are, not {given}")
+
+
 def _ends_in_padding(prompt: Tensor, pad: int | None, stop_ids: list[int]) -> bool:
     """Whether upstream would infer a mask with padding on the right: only where the token is no end of text."""
     return pad is not None and pad not in stop_ids and bool((prompt[:, -1] == pad).any())
@@ -82,6 +91,8 @@ class GroupedGeneration:
                 raise ValueError(f"{what}; take an assistant of this library, or serve_alone()")
             stop, prompt = setting("eos_token_id"), kwargs.get("input_ids") if inputs is None else inputs
             kwargs["stop_ids"] = stop_ids = [] if stop is None else torch.as_tensor(stop).flatten().tolist()
+            if mask is None and getattr(generation_config, "is_assistant", False) and prompt is not None:
+                mask = kwargs["attention_mask"] = torch.ones_like(prompt)  # it is given a text without padding
             if mask is None and prompt is not None and _ends_in_padding(prompt, setting("pad_token_id"), stop_ids):
                 raise ValueError("prompts must be padded on the left, and one ends with the padding token")
             if prompt is not None:

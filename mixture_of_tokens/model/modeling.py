@@ -18,7 +18,7 @@ from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.loss import IGNORE, AuxiliaryLoss, chunked_cross_entropy
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.generation import GroupedGeneration, real_tokens
+from mixture_of_tokens.model.generation import GroupedGeneration, check_width, real_tokens
 from mixture_of_tokens.model.routings import Routing, dense_feed_forward
 from mixture_of_tokens.model.upstream import (
     GradientCheckpointingLayer,
@@ -123,7 +123,10 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
         """As upstream's, with `token_mask` (B, T), true where a token is real; by default from a 2-D attention mask."""
         if token_mask is None:
             cache = kwargs.get("past_key_values", kwargs.get("cache"))  # the name depends on transformers' version
-            token_mask = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids, cache)
+            current = inputs_embeds if input_ids is None else input_ids
+            if cache is None:
+                check_width(attention_mask, current)
+            token_mask = real_tokens(attention_mask, current, cache)
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "token_mask": token_mask}
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 

@@ -38,6 +38,14 @@ def serving_alone(model: MixtureOfTokensForCausalLM, num_experts_alone: int | No
             layer.serve_alone(*was)
 
 
+def check_batches(model: Any, batches: Any) -> None:
+    """Raises ValueError, naming it, for an argument of another type."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model takes a module of torch, not a {type(model).__name__}")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches takes several batches, as in a list or a loader, not a {type(batches).__name__}")
+
+
 def pass_forward(model: MixtureOfTokensForCausalLM, batch: Mapping[str, Tensor]) -> None:
     """For what hooks see: the head computes one position only, and what is no input, such as labels, is left out."""
     inputs = {name: batch[name] for name in INPUTS if name in batch}
