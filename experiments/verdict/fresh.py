@@ -164,6 +164,7 @@ SYSTEMS = (
     System("MoT-Nano/32E/4"),
     System("MoT-Nano/32E/8"),
     System("MoT-Nano/32E/8", share=EARLY),
+    System("MoT-Nano/32E/4", share=0.25, rate=5e-3),
     System("MoT-Nano/32E/4", share=0.25),
     System("MoT-Nano/32E/4", share=EARLY),  # with which the others are compared
 )
@@ -171,11 +172,13 @@ LONG_SYSTEMS = (
     System("Transformer-Nano"),
     System("TC-Nano/32E", SHARP),
     System("TC-Nano/32E", SHARP, rate=1e-2),
+    System("TC-Nano/32E", SHARP | DROPLESS),
     System("TC-Nano/32E/4", DROPLESS),
     System("TC-Nano/32E/4", DROPLESS, rate=2.5e-3),
     System("TC-Nano/32E/8", DROPLESS, rate=5e-3),
     System("STC-Nano/32E/8"),
     System("STC-Nano/32E/8", rate=5e-3),
+    System("MoT-Nano/32E"),
     System("MoT-Nano/32E/8", share=EARLY, rate=5e-3),
     System("MoT-Nano/32E/4", share=EARLY),
     System("MoT-Nano/32E/4", share=0.25, rate=5e-3),
