@@ -284,7 +284,7 @@ def test_killed_thirty_times_at_any_moment_it_ends_as_if_uninterrupted(whole, tm
             assert begun or process.exitcode == 0, (tmp_path / "log").read_text()
             time.sleep(choose.uniform(0, 0.1))
         else:
-            process.join(choose.uniform(0, 3))
+            process.join(choose.uniform(0, 1))
         process.kill()
         if finish(process) == 0:
             break
