@@ -259,8 +259,9 @@ def test_what_ends_one_layer_s_distillation_ends_all(steps, error, two_threads):
 def test_distillation_reads_on_in_the_text_and_begins_it_again(trained, seen, monkeypatch):
     source, text = trained[0], trained[1].validation  # it is short
     monkeypatch.setattr(distillation, "PART", 4)
-    parts = []
+    parts, bars = [], []
     monkeypatch.setattr(distillation, "branches", lambda *args: parts.append(branches(*args)) or parts[-1])
+    monkeypatch.setattr(distillation, "tqdm", lambda **how: bars.append(tqdm(**how)) or bars[-1])
     target, _ = switched(source)
     errors = distil(source, target, text, steps=10)
     assert [len(part[2][0]) for part in parts] == [4 * 512, 4 * 512, 2 * 512]
@@ -270,6 +271,7 @@ def test_distillation_reads_on_in_the_text_and_begins_it_again(trained, seen, mo
     assert not torch.equal(inputs[: 4 * 512], inputs[4 * 512 : 8 * 512])
     assert torch.equal(inputs[a_round:], inputs[: len(inputs) - a_round])
     assert errors["2"][1] == distillation.distance(target.model.layers[2].mlp, *parts[-1][2])
+    assert bars[0].n == pytest.approx(bars[0].total)
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])

@@ -37,6 +37,7 @@ from mixture_of_tokens.sparse import TokenChoice
 STEPS = 2000  # of Adam, for each layer
 PART = 256  # of them are made on one part of the text, so that the parts' inputs and outputs alone are held in memory
 READ = 4  # times that a token is read, on average: that the source serves it alone costs more than a step
+SERVING = 0.5  # of the time of the fits goes into that at Nano, for the bar
 FEW = 4  # experts of a token then, as a multiple of the granularity: 0.3 % off all of them, and much faster
 RATE, BETAS = 0.05, (0.9, 0.95)  # the rate is a share of a weight's mean size, and falls to zero
 ROUTER = 0.5  # of the rate, for the router; found by experiment, as the others (experiments/LOG.md)
@@ -72,11 +73,14 @@ def distil(
     fits: dict[int, Fit] = {}
     seen: Branches = {}
     what = f"Distilling {len(layers)} layers, top {target.config.num_experts_per_tok}"
-    bar = tqdm(desc=what, total=len(layers) * steps, unit="step", delay=2, dynamic_ncols=True)
+    total, form = (1 + SERVING) * len(layers) * steps, "{l_bar}{bar}| {elapsed}<{remaining}"
+    # Time left is by all that was done, as text is served and steps are made in turns.
+    bar = tqdm(desc=what, total=total, bar_format=form, smoothing=0, miniters=0, delay=2, dynamic_ncols=True)
+    step_of_token = SERVING * len(layers) * READ / STEP_TOKENS
     for done in range(0, steps, PART):
         part = min(PART, steps - done)
         seen.clear()
-        seen |= branches(source, groups, part * STEP_TOKENS // READ, few)
+        seen |= branches(source, groups, part * STEP_TOKENS // READ, few, lambda n: bar.update(n * step_of_token))
         if not fits:
             before = {i: distance(layer, *seen[i]) for i, layer in layers}
             if not again:

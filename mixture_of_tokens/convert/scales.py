@@ -52,7 +52,9 @@ def fit_scales(
 
     Returns, by layer, the distance from the source's output as a share of its size, before and after.
     """
-    seen = branches(source, batches, TOKENS)
+    what = {"desc": "Serving the source alone", "total": TOKENS, "unit": "token"}
+    with tqdm(**what, delay=2, leave=False, dynamic_ncols=True) as served:
+        seen = branches(source, batches, TOKENS, None, served.update)
     errors = {}
     layers, mixing = sparse_layers(target, TokenChoice), dict(sparse_layers(source, MixtureOfTokens))
     bar = tqdm(desc="Fitting routers and scales", total=len(layers) * steps, unit="step", delay=2, dynamic_ncols=True)

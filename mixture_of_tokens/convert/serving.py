@@ -81,7 +81,9 @@ def serve(
     blocks = getattr(text, split)
     if fewer:
         tops = " and ".join(map(str, fewer))
-        print(f"Distilling for {first} experts a token, and then for {tops} in a quarter of the steps", file=sys.stderr)
+        print(
+            f"Distilling for {first} experts a token; then for {tops}, each in a quarter of that time", file=sys.stderr
+        )
     made: list[MixtureOfTokensForCausalLM] = []
     for k in (first, *fewer):
         config = token_choice_config(source.config, top_k=k, scores=scores)

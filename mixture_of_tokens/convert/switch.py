@@ -20,7 +20,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -103,6 +102,7 @@ def branches(
     batches: Iterable[dict[str, Tensor]],
     tokens: int,
     num_experts_alone: int | None = None,
+    served: Callable[[int], object] = lambda tokens: None,
 ) -> Branches:
     """Input x and output y (S, D) of every Mixture of Tokens layer, each row served alone.
 
@@ -110,6 +110,7 @@ def branches(
         source: with calibrated companions; it is left as it was.
         batches: rows of training text, of which at most this many tokens are taken, but at least one row.
         num_experts_alone: as `serve_alone` takes it.
+        served: called with the number of tokens of each batch, after it.
 
     Raises ValueError where there are none.
     """
@@ -125,7 +126,6 @@ def branches(
 
     handles = [layer.register_forward_hook(note(i)) for i, layer in layers]
     count = 0
-    bar = tqdm(desc="Serving the source alone", total=tokens, unit="token", delay=2, leave=False, dynamic_ncols=True)
     try:
         with serving_alone(source, num_experts_alone), evaluating(source):
             for batch in batches:
@@ -133,11 +133,10 @@ def branches(
                 rows = batch["input_ids"].to(source.device)[: max(1, (tokens - count) // length)]
                 source(rows, logits_to_keep=1, use_cache=False)
                 count += rows.numel()
-                bar.update(rows.numel())
+                served(rows.numel())
                 if count + length > tokens:
                     break  # before the next batch is taken, which may be another call's
     finally:
-        bar.close()
         for handle in handles:
             handle.remove()
     if not count:
