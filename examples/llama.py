@@ -36,7 +36,7 @@ class MixedBlock(LlamaDecoderLayer):
 
 
 class MixedLlama(LlamaForCausalLM):
-    """Trains and scores whole texts. `generate` needs more, see model/generation.py."""
+    """Trains and scores whole texts. `generate` is right for rows that are served alone (docs/serving.md)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -46,7 +46,8 @@ class MixedLlama(LlamaForCausalLM):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more):
         if "shift_labels" in more:  # as rows of GroupedBatches have them; a Llama needs labels to return a loss
             more["labels"] = more["shift_labels"]
-        token_mask = None if attention_mask is None else attention_mask.bool()
+        newest = slice(-input_ids.shape[1], None)  # those before are in the cache
+        token_mask = None if attention_mask is None else attention_mask[:, newest].bool()
         return super().forward(input_ids, attention_mask=attention_mask, token_mask=token_mask, **more)
 
 

@@ -70,6 +70,10 @@ COMMANDS = {
 }
 OF_A_RUN = {"train": (), "prepare": ("seed", "learning_rate")}  # commands that take its file, and what they leave out
 WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated
+_IN_THE_NAME = "the model's name has it, as in MoT-Nano/16E/8: groups of 16, granularity 8"
+# Where other programs' flags are to be found here, for whoever tries them.
+ELSEWHERE = {"--lr": "it is --learning-rate", "--max-steps": "it is --steps", "--output-dir": "it is --out"}
+ELSEWHERE |= dict.fromkeys(("--group-size", "--granularity"), _IN_THE_NAME)
 WHOLE, DIGITS = re.compile(r"[+-]?[0-9]+"), 18  # whole numbers, and how long they may be to fit in 64 bits
 
 
@@ -314,6 +318,7 @@ def _reworded(error: Exception, words: list[str]) -> str:
             told = told.replace("Unknown option", "Unknown option of the --config file")
         command = next((f" {word}" for word in words if word in COMMANDS), "")
         hint = "" if "Did you mean" in told else f" mot{command} --help shows what is legal."
+        hint = f" Here {ELSEWHERE[flag]}." if flag in ELSEWHERE else hint
         return f"{told}{hint}"
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         first, *more = error.unused_tokens

@@ -105,9 +105,11 @@ class MixtureOfTokens(Routed):
         uniform: bool = False,
         **options: Unpack[RoutedOptions],
     ) -> "MixtureOfTokens":
-        """The layer with the FLOPs of a dense feed-forward of width `intermediate_size` and G times its parameters.
+        """The layer whose experts have the FLOPs of a dense feed-forward of this width, and G times its parameters.
 
-        E = G * k experts of width intermediate_size / k, where k is the granularity.
+        E = G * k experts of width intermediate_size / k, where k is the granularity; router and mixing come on top. Of
+        a SwiGLU feed-forward, or with `gated=False, activation="relu"`, the paper's, of a plain one; `options` are
+        those of `Routed`.
         """
         check("intermediate_size", intermediate_size, int)
         check("granularity", granularity, int)

@@ -137,6 +137,26 @@ def test_padding_reaches_nothing(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_that_are_served_alone_are_written_as_by_themselves(model, cached):
+    """Of a batch in which a short prompt is padded on the left, and a row goes on behind its end."""
+    for layer in (module for module in model.modules() if isinstance(module, MixtureOfTokens)):
+        torch.nn.init.normal_(layer.gate.weight)
+        torch.nn.init.normal_(layer.companion)
+        layer.serve_alone()
+    how: dict = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "use_cache": cached}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    tokens, mask = some_tokens(rows=2), torch.ones(2, 12, dtype=torch.long)
+    tokens[1, :8], mask[1, :8] = 0, 0
+    both = model.generate(tokens, attention_mask=mask, **how)
+    for row, ids in enumerate((tokens[:1], tokens[1:, 8:])):
+        own = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        assert both.sequences[row, 12:].tolist() == own.sequences[0, ids.shape[1] :].tolist()
+        for together, by_itself in zip(both.logits, own.logits, strict=True):
+            torch.testing.assert_close(together[row], by_itself[0], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
 def test_no_token_sees_the_future_but_it_sees_its_group(model):
     tokens, k = some_tokens(), 5
     later, mates = tokens.clone(), tokens.clone()

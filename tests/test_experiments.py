@@ -351,8 +351,10 @@ def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
         apart.equal_time.mean - other.equal_time.mean
         for apart, other in [*zip(mixture, token_choice, strict=True), (many, others)]
     ]
-    below = f"Token Choice is {min(behind):.2f} to {max(behind):.2f} nats below the mixture at every length"
-    assert f"When the dense model ends, {below}." in said
+    ahead = f"Token Choice is {min(behind):.2f} to {max(behind):.2f} nats ahead of the mixture at every length"
+    assert f"At equal time, when the dense run ends, {ahead}, and after 12 million tokens (three seeds)" in said
+    assert many.equal_time.mean >= fig7.result_of(fig7.Row(fig7.DENSE, lengths[0], fig7.SEEDS)).equal_time.mean
+    assert "(three seeds) the mixture is no better than the dense model." in said
     tokens, (end, *ends) = lengths[-1] * fig7.TOKENS, (results[-1] for results in (dense, mixture, token_choice))
     mixed, chosen = (f"{end.loss.mean - other.loss.mean:.3f}" for other in ends)
     told = f"Mixture of Tokens ends {mixed} nats below the dense model, and Token Choice {chosen}"
@@ -386,7 +388,8 @@ def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
         dense = config_from_name(f"Transformer-{parse_name(name).size}")
         costs = [sum(flops_per_token(config).forward.values()) for config in (config_from_name(name), dense)]
         more.append(f"{costs[0] / costs[1] - 1:.0%}".replace("%", " %"))
-    added = f"router and mixing add {more[0]} to the FLOPs of the Micro below, {more[1]} to those of a Medium"
+    micros, mediums = f"{more[0]} to the FLOPs of the Micro below (128 wide)", f"{more[1]} to those of a Medium"
+    added = f"router and mixing add {micros}, {mediums} (512 wide)"
     assert added in said
 
 

@@ -44,6 +44,8 @@ def check_batches(model: Any, batches: Any) -> None:
         raise ValueError(f"model takes a module of torch, not a {type(model).__name__}")
     if not isinstance(batches, Iterable):
         raise ValueError(f"batches takes several batches, as in a list or a loader, not a {type(batches).__name__}")
+    if isinstance(batches, Tensor | Mapping):
+        raise ValueError("batches takes several; of one, give [batch]")
 
 
 def pass_forward(model: MixtureOfTokensForCausalLM, batch: Mapping[str, Tensor]) -> None:
@@ -69,8 +71,6 @@ def watch(
 
         return after
 
-    if isinstance(batches, Tensor | Mapping):
-        raise ValueError("batches takes several; of one, give [batch]")
     handles = [module.register_forward_hook(noted(hook), with_kwargs=True) for module, hook in hooks.items()]
     try:
         with evaluating(model):

@@ -154,7 +154,7 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
         entries += [
             (
                 str(example),
-                f"A name is a configuration: size {example.size}, groups of {example.group_size} tokens, and experts "
+                f"A name is a configuration: size {example.size}, groups of {example.group_size} texts, and experts "
                 f"with the parameters of {example.group_size} dense feed-forwards"
                 + f", each 1/{k} as wide as one (granularity {k})" * (k > 1)
                 + "."

@@ -78,13 +78,13 @@ class Run:
         loss, bits = f"{facts.final_loss:.4f} nats a token", f"{facts.bits_per_byte:.4f} bits a byte"
         lines = [f"{self.name}: loss {loss} of all {facts.evaluated_on} text, {bits}"]
         if facts.regrouping_spread is not None:
-            lines.append(f"In other groups of that text the loss differs by {facts.regrouping_spread:.4f} nats at most")
-        speed = f"{duration(facts.seconds)} of training, {facts.tokens_per_second} tokens/s"
+            lines.append(f"Three ways to group that text differ by {facts.regrouping_spread:.4f} nats at most")
+        speed = f"{duration(facts.seconds)} of training without its evaluations, {facts.tokens_per_second} tokens/s"
         lines.append(f"{speed}. Everything is in {self.directory}.")
         if not self.model_config.causal:
             lines.append("It is not causal: its loss is low because it sees what follows, and it cannot write.")
         elif facts.sample is not None:
-            lines.append(f"A lone prompt, continued:\n\n{SAMPLE_PROMPT}{facts.sample}")
+            lines.append(f"A prompt, served alone and continued:\n\n{SAMPLE_PROMPT}{facts.sample}")
         return "\n".join(lines)
 
     def to_json(self) -> str:

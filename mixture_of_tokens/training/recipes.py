@@ -148,8 +148,9 @@ def _without_what_follows(name: str, model: dict[str, Any]) -> dict[str, Any]:
     """Fields of the model without those that the others give, such as the kinds of its blocks by their number."""
     for field in tuple(model):
         others = {other: value for other, value in model.items() if other != field}
-        with by_itself(), suppress(ValueError):
-            if merge(name, 0, None, Options(model=others)).config.model.get(field, ...) == model[field]:
+        with suppress(ValueError):
+            config, overrides = _model_of(name, Options(model=others))
+            if _written(config, overrides, own_tokenizer=False).get(field, ...) == model[field]:
                 model = others
     return model
 
