@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -24,12 +24,13 @@ from cyclopts import (
     CycloptsError,
     MissingArgumentError,
     Parameter,
+    Token,
     UnknownOptionError,
     UnusedCliTokensError,
 )
 
 from mixture_of_tokens import __version__, yaml12
-from mixture_of_tokens.checks import flagged, listed
+from mixture_of_tokens.checks import listed
 from mixture_of_tokens.process import is_main, is_told, process_count
 
 # Each command's function, as module:name, and the first line of its docstring.
@@ -93,21 +94,15 @@ def _named(entries: dict[Any, Any]) -> dict[str, Any]:
     return named
 
 
-def _flags(key: str, value: Any, negative: bool) -> Iterator[list[str]]:
-    """An entry of a configuration file as the equivalent words of the command line, `negative` if that has --no-KEY."""
-    if isinstance(value, dict):  # --model and --training, whose fields take any YAML
-        yield from (_field(f"{key}.{name}", inner) for name, inner in value.items())
-    elif "." in key:
-        yield _field(key, value)
-    elif isinstance(value, bool):
-        words = key if value else f"--no-{key.removeprefix('--')}"
-        yield from [[words]] if value or negative else []
-    elif value is not None:
-        yield from (flagged(key, word) for word in _words_of(key, value))
-
-
-def _field(flag: str, value: Any) -> list[str]:
-    return flagged(flag, value if isinstance(value, str) else dumps(value, default=str))
+def _leaves(named: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Flags with their words; a field of --model or --training takes any YAML, as text. Null is what is not given."""
+    for flag, value in named.items():
+        if "." in flag:
+            yield flag, [value if isinstance(value, str) else dumps(value, default=str)]
+        elif isinstance(value, dict):
+            yield from _leaves({f"{flag}.{name}": inner for name, inner in value.items()})
+        elif value is not None:
+            yield flag, _words_of(flag, value)
 
 
 def _words_of(key: str, value: Any) -> list[str]:
@@ -135,32 +130,6 @@ def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str,
         takes_text = bool(kinds & {str, Path}) and not kinds & {int, float, dict}
         if takes_text and (others := [each for each in listed(value) if isinstance(each, int | float)]):
             raise ValueError(f"--config {config}: {field} takes text, and {others[0]} is a number: put it in quotes")
-
-
-def _without_flag(arguments: ArgumentCollection, entries: dict[str, Any]) -> dict[str, list[str]]:
-    """Takes what has no flag from the entries, such as the NAMES of mot compare, as words, by the argument."""
-    flags = {argument.name: f"--{argument.name.lower()}" for argument in arguments if argument.name[:1] != "-"}
-    found = {name: entries.pop(flag) for name, flag in flags.items() if flag in entries}
-    return {name: list(_words_of(flags[name], value)) for name, value in found.items() if value is not None}
-
-
-def _values_of(words: list[str]) -> dict[str, list[str]]:
-    """The values of a command line by their arguments, wherever they stand in it; what is wrong is told later."""
-    found: dict[str, list[str]] = {}
-
-    def note(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-        if commands:
-            found.update({each.name: [token.value for token in each.tokens] for each in arguments if each.tokens})
-
-    app = _app(words)
-    app.config = note
-    with suppress(CycloptsError):
-        app.parse_known_args(words)
-    return found
-
-
-def _positive(flag: str) -> str:
-    return flag.replace("--no-", "--", 1)
 
 
 def _entries(config: Path) -> Any:
@@ -209,7 +178,7 @@ def _common(
     *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Path | None = None,
     json: bool = False,
-) -> tuple[list[str], bool]:
+) -> tuple[list[str], tuple[Path | None, dict[Any, Any]], bool]:
     """Any command.
 
     Args:
@@ -218,8 +187,15 @@ def _common(
             is such a file: with another NAME or other --steps, the defaults it holds are those of the new ones.
         json: Print the result as JSON.
     """
-    if config is None:
-        return list(words), json
+    entries = {} if config is None else _read(config)
+    asked = entries.get("json")
+    if not isinstance(asked, bool | None):
+        raise ValueError(f"--config {config}: json takes true or false, not {asked!r}")
+    return list(words), (config, entries), json or asked is True
+
+
+def _read(config: Path) -> dict[Any, Any]:
+    """What a --config file holds. Raises ValueError for what is no file of flags."""
     if not config.is_file():
         what = "it is a directory" if config.is_dir() else "there is no such file"
         raise ValueError(f"--config {config}: {what}")
@@ -228,42 +204,52 @@ def _common(
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
     for field in {"help", "version"} & entries.keys():  # which would be printed, and nothing be done
         raise ValueError(f"--config {config} names {field}, which is for the command line alone")
-    command = words[0] if words and words[0] in COMMANDS else None
-    of_run = "format" in entries  # which has all fields, also those that nobody chose
-    if of_run and command not in (None, *OF_A_RUN):
-        what = " and ".join(f"mot {each}" for each in OF_A_RUN)
-        raise ValueError(f"--config {config} is of a run: {what} take it; mot {command} takes a file of its own flags")
-    if of_run:
+    if "format" in entries:
         from mixture_of_tokens.runs.typed import check_format
 
         check_format(entries["format"], config)
-    if isinstance(entries.get("config"), dict):  # a run in one file
-        entries = entries["config"]
+        inner = entries["config"] if isinstance(entries.get("config"), dict) else entries  # a run in one file
+        entries = inner | {"format": entries["format"]}
     if entries.get("transition") is not None:
         raise ValueError(f"--config {config} is of a converted run: repeat it with mot transition")
-    values = {} if command is None else _values_of([*words])
-    given = {_positive(_flag(word.partition("=")[0])) for word in words if word.startswith("--")} | values.keys()
-    other_name = values.get("--name", [entries.get("name")]) != [entries.get("name")]
-    if of_run and "name" in entries and ("--steps" in given or other_name):
-        from mixture_of_tokens.training.recipes import chosen_in
+    return entries
 
-        entries = chosen_in(entries)
-    beside = ("format", "micro_batch", "first_step", "transition")  # what a run has beside its flags
-    for field in (*beside, *(OF_A_RUN[command] if of_run and command is not None else ())):
-        entries.pop(field, None)
-    negative = bool(words) and words[0] in WITH_NEGATIVE_FLAGS
+
+def _fill_in(config: Path, entries: dict, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give arguments that the command line leaves out what a --config file has for them."""
+    if not commands:
+        return
+    entries, given = dict(entries), {(each.name, token.keys) for each in arguments for token in each.tokens}
+    if entries.pop("format", None) is not None:  # of a run, which has all fields, also those that nobody chose
+        if commands[0] not in OF_A_RUN:
+            what = " and ".join(f"mot {each}" for each in OF_A_RUN)
+            raise ValueError(
+                f"--config {config} is of a run: {what} take it; mot {commands[0]} takes a file of its own flags"
+            )
+        name = next((token.value for each in arguments if each.name == "--name" for token in each.tokens), None)
+        if ("--steps", ()) in given or name not in (None, entries.get("name")):
+            from mixture_of_tokens.training.recipes import chosen_in
+
+            entries = chosen_in(entries)
+        for field in ("micro_batch", "first_step", "transition", *OF_A_RUN[commands[0]]):
+            entries.pop(field, None)
     try:
         named = _named(entries)
-        arguments = ArgumentCollection() if command is None else _app([command])[command].assemble_argument_collection()
-        unflagged = _without_flag(arguments, named)
-        own = [(key, value) for key, value in named.items() if key != "--json"]
-        flags = [flag for key, value in own for flag in _flags(key, value, negative)]
+        named.pop("--json", None)
+        leaves = list(_leaves(named))
     except (ValueError, TypeError, RecursionError) as error:  # an entry that holds itself, or a key that is a list
         raise ValueError(f"--config {config} is no file of flags: {error}") from None
     _check_kinds(config, arguments, named)
-    first = [word for argument, its in unflagged.items() if argument not in given for word in its]
-    others = (word for flag in flags if _positive(flag[0].partition("=")[0]) not in given for word in flag)
-    return [*words[:1], *first, *words[1:], *others], json or named.get("--json") is True
+    without_flag = {f"--{each.name.lower()}": each for each in arguments if each.name[:1] != "-"}  # such as NAMES
+    for flag, words in leaves:
+        token = Token(keyword=flag, source=str(config))
+        try:
+            argument, keys, _ = (without_flag[flag], (), None) if flag in without_flag else arguments.match(flag)
+        except ValueError:
+            raise UnknownOptionError(token=token, argument_collection=arguments) from None
+        if (argument.name, keys) not in given:
+            for index, word in enumerate(words):
+                argument.append(token.evolve(value=word, keys=keys, index=index))
 
 
 def _app(words: list[str]) -> App:
@@ -297,8 +283,10 @@ def _run(words: list[str]) -> None:
         raise BrokenPipeError from error
     if common is None:  # help or version, printed by now
         return
-    merged, json = common
-    command, bound, unparsed = app.parse_args(merged)
+    words, (config, entries), json = common
+    if config is not None:
+        app.config = (partial(_fill_in, config, entries), _check_words)
+    command, bound, unparsed = app.parse_args(words)
     streamed = {"stream": sys.stdout} if "stream" in unparsed and not json else {}
     result = command(*bound.args, **bound.kwargs, **streamed)
     if result is None or streamed or not is_main():

@@ -81,23 +81,20 @@ class Experts(nn.Module):
         check("num_experts", num_experts, int)
         check("gated", gated, bool)
         check("activation", activation, str)
-        check_range("initializer_scale", initializer_scale)
         if min(hidden_size, expert_size, num_experts) < 1:
             raise ValueError(f"sizes must be at least 1: {hidden_size=}, {expert_size=}, {num_experts=}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
-        self.gated, self.activation = gated, activation
+        self.gated, self.activation, self.initializer_scale = gated, activation, initializer_scale
         if gated:
             self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         else:
             self.up_proj = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
-        self.reset_parameters(initializer_scale)
+        self.reset_parameters()
 
-    def reset_parameters(self, scale: float | None = None) -> None:
-        """Draw all weights (`truncated_normal_`), by default with the scale of the last time."""
-        if scale is not None:
-            self.initializer_scale = scale
+    def reset_parameters(self) -> None:
+        """Draw all weights (`truncated_normal_`)."""
         for weight in self.parameters():
             truncated_normal_(weight, self.initializer_scale)
 
@@ -129,9 +126,6 @@ class Router(nn.Module):
     draw the temperature to 1. Weights are drawn as those of `Experts`.
     """
 
-    fixed_temperature: Tensor
-    temperature_setting: float
-
     def __init__(
         self,
         hidden_size: int,
@@ -146,35 +140,22 @@ class Router(nn.Module):
         check("learnable_temperature", learnable_temperature, bool)
         if not isinstance(router_dtype, torch.dtype) or not router_dtype.is_floating_point:
             raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {router_dtype!r}")
-        check_range("initializer_scale", initializer_scale)
         self.router_dtype, self.temperature_setting = router_dtype, temperature
+        self.initializer_scale = initializer_scale
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.log_temperature = nn.Parameter(torch.empty(())) if learnable_temperature else None
-        self.register_buffer("fixed_temperature", torch.empty((), dtype=at_least_fp32()), persistent=False)
-        self.reset_parameters(initializer_scale)
+        self.reset_parameters()
 
     def set_temperature(self, temperature: float | Tensor) -> None:
         if isinstance(temperature, Tensor):  # of a schedule
             temperature = float(temperature)
         check_range("temperature", temperature)
         self.temperature_setting = temperature
-        nn.init.constant_(self.fixed_temperature, temperature)
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(temperature))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As a module's; but a tensor that becomes the temperature gives it a device and a type, not its value.
-
-        transformers' `from_pretrained` assigns tensors of any content to buffers that a checkpoint does not have.
-        """
-        if name == "fixed_temperature" and isinstance(value, Tensor):
-            value = torch.full_like(value, self.temperature_setting)
-        super().__setattr__(name, value)
-
-    def reset_parameters(self, scale: float | None = None) -> None:
+    def reset_parameters(self) -> None:
         """Draw the weight anew, and set the temperature back to its setting."""
-        if scale is not None:
-            self.initializer_scale = scale
         truncated_normal_(self.weight, self.initializer_scale)
         self.set_temperature(self.temperature_setting)
 
@@ -188,18 +169,11 @@ class Router(nn.Module):
                 return now
             return torch.empty_like(now, dtype=dtype) if tensor.is_meta else tensor.to(now.device, dtype)
 
-        super()._apply(but_precise, recurse)
-        self.fixed_temperature = self.fixed_temperature  # perhaps of `to_empty`
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.fixed_temperature.is_meta:  # of weights that are assigned to a module without memory
-            self.fixed_temperature = torch.empty_like(self.fixed_temperature, device=self.weight.device)
+        return super()._apply(but_precise, recurse)
 
     @property
-    def temperature(self) -> Tensor:
-        return self.fixed_temperature if self.log_temperature is None else self.log_temperature.exp()
+    def temperature(self) -> Tensor | float:
+        return self.temperature_setting if self.log_temperature is None else self.log_temperature.exp()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E)"""
@@ -207,7 +181,7 @@ class Router(nn.Module):
             raise ValueError(f"x has rows of width {x.shape[-1]}, and hidden_size is {self.weight.shape[1]}")
         dtype = torch.promote_types(self.router_dtype, x.dtype)
         with full_precision(x.device):
-            weight = self.weight.to(dtype) / self.temperature.to(dtype)
+            weight = self.weight.to(dtype) / self.temperature
         return precise_linear(x, weight)
 
     def extra_repr(self) -> str:

@@ -113,9 +113,9 @@ def test_experts_of_groups_of_one_are_served_and_distilled_all(small_corpus, tmp
     assert labels[-1] == "alone"
     few = []
 
-    def noted(source, batches, tokens, num_experts_alone):
+    def noted(source, batches, tokens, num_experts_alone, *served):
         few.append(num_experts_alone)
-        return branches(source, batches, tokens, num_experts_alone)
+        return branches(source, batches, tokens, num_experts_alone, *served)
 
     monkeypatch.setattr(distillation, "branches", noted)
     run = str(tmp_path / "run")

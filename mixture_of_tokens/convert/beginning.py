@@ -79,7 +79,7 @@ def _switched(
     if asked.control == "router":
         for name, router in target.named_modules():
             if isinstance(router, Router):  # drawn anew: the seed has made them as the source's were at first
-                router.reset_parameters(target.config.initializer_scale)
+                router.reset_parameters()
                 new.append(f"{name}.weight")
     losses["at_the_switch"] = trainer.loss_of(target)
     facts = source.facts

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     Dots1Config,
@@ -35,7 +36,7 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
     config = model.config
     check_exportable(config)
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
-    common["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    common["head_dim"] = config.head_width
     kinds = {routing.exports_as for routing in config.sparse_routings}
     if not kinds:
         plain: Any = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
@@ -99,6 +100,7 @@ def nothing_shared() -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
     """The model's weights by transformers' names, which are its own; plain routers have no temperature."""
     named = model.named_parameters(remove_duplicate=False)  # both names of tied embeddings
@@ -110,7 +112,7 @@ def plain_weights(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
     for i, block in enumerate(model.model.layers):
         gate = f"model.layers.{i}.mlp.gate"
         if isinstance(block.mlp, TokenChoice):
-            weights[f"{gate}.weight"] /= block.mlp.gate.temperature.detach()
+            weights[f"{gate}.weight"] /= block.mlp.gate.temperature
         if isinstance(block.mlp, SigmoidChoice):
             weights[f"{gate}.e_score_correction_bias"] = block.mlp.selection_bias.detach().clone()
     return weights

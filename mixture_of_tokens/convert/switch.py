@@ -86,7 +86,7 @@ def to_token_choice(source: MixtureOfTokensForCausalLM, target: MixtureOfTokensF
     for i, layer in sparse_layers(source, MixtureOfTokens):
         name = f"model.layers.{i}.mlp.gate.weight"
         assert layer.gate is not None  # `token_choice_config` refuses uniform mixing
-        scales[name] = 1 / layer.gate.temperature.detach()
+        scales[name] = torch.as_tensor(1 / layer.gate.temperature)
         weights[name] *= scales[name]
     target.load_state_dict(weights, strict=False)  # but for biases of selection, which are zero
     return scales

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from mixture_of_tokens.checks import at_least_one, checked, listed
@@ -231,7 +232,8 @@ def argmax_routing(model) -> Iterator[None]:
     try:
         for layer in layers:
             if layer.gate is not None:
-                layer.companion_logit *= layer.gate.temperature.detach() / ARGMAX_TEMPERATURE
+                with torch.no_grad():
+                    layer.companion_logit *= layer.gate.temperature / ARGMAX_TEMPERATURE
         for router in routers:
             router.set_temperature(ARGMAX_TEMPERATURE)
         yield

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import full_precision, grouped
-from mixture_of_tokens.model.passes import check_batches, watch
+from mixture_of_tokens.model.passes import check_batches, serving_restored, watch
 
 
 class _Means:
@@ -71,26 +71,19 @@ def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] |
     Raises ValueError if no batch has a full group, and for arguments of another type.
     """
     check_batches(model, batches)
-    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
-    if not layers:
-        return
-    means = {layer: _Means(layer) for layer in layers}
-    served = [(layer.alone, layer.num_experts_alone) for layer in layers]
-    before = [(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers]
-    found = False
-    try:
+    with serving_restored(model) as layers:
+        before = [(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers]
+        means = {layer: _Means(layer) for layer in layers}
         for layer in layers:  # measured in groups, and as it was before the first time
             layer.serve_alone(False)
-        forget_companions(model)
-        watch(model, {layer: mean.add for layer, mean in means.items()}, batches)
-        found = all(mean.groups for mean in means.values())
-    finally:
-        for layer, (companion, logit) in zip(layers, before, strict=True):
-            layer.companion.copy_(companion)
-            layer.companion_logit.copy_(logit)
-        for (layer, mean), was in zip(means.items(), served, strict=True):
-            if found:
-                mean.give(layer)
-            layer.serve_alone(*was)
-    if not found:
-        raise ValueError(f"no batch has a group of {layers[0].group_size} real tokens to measure companions on")
+            layer.reset_state()
+        try:
+            watch(model, {layer: mean.add for layer, mean in means.items()}, batches if layers else ())
+        finally:
+            for layer, (companion, logit) in zip(layers, before, strict=True):
+                layer.companion.copy_(companion)
+                layer.companion_logit.copy_(logit)
+        if not all(mean.groups for mean in means.values()):
+            raise ValueError(f"no batch has a group of {layers[0].group_size} real tokens to measure companions on")
+        for layer, mean in means.items():
+            mean.give(layer)

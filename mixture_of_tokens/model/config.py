@@ -81,10 +81,10 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         return super().from_dict(config_dict | given, **kwargs)
 
     def __post_init__(self, **kwargs):
-        if kwargs.get("head_dim", 0) is None:  # as upstream's default: of the hidden size and the heads
-            del kwargs["head_dim"]
+        if (head_dim := kwargs.pop("head_dim", None)) is not None:  # a field that upstream reads and does not declare
+            self.head_dim = head_dim
         for name in POSITIVE:
-            value = kwargs.get(name, getattr(self, name, None))
+            value = getattr(self, name, None)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.mlp_layer_types is None:
@@ -97,9 +97,14 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(ROUTINGS)}")
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
-        for name in ("initializer_scale", "router_temperature", "balance_rate", "threshold_decay"):
+        for name in (
+            "initializer_scale",
+            "router_temperature",
+            "balance_rate",
+            "threshold_decay",
+            "router_aux_loss_coef",
+        ):
             check_range(name, getattr(self, name))
-        check_range("router_aux_loss_coef", self.router_aux_loss_coef)
         if self.capacity_factor is not None:
             check_range("capacity_factor", self.capacity_factor)
         if self.threshold_scores not in SCORES:
@@ -109,12 +114,11 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"shared_experts must be 0 or more, not {self.shared_experts}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
-        heads, kv_heads = self.num_attention_heads, kwargs.get("num_key_value_heads", self.num_key_value_heads)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             raise ValueError(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
-        width = kwargs.get("head_dim", getattr(self, "head_dim", None)) or self.hidden_size // heads
-        if width % 2:
-            raise ValueError(f"head_dim must be even, for rotary positions, not {width}")
+        if self.head_width % 2:
+            raise ValueError(f"head_dim must be even, for rotary positions, not {self.head_width}")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must be at least 0 and below 1, not {self.attention_dropout}")
         if self.use_sliding_window and self.sliding_window is not None and self.sliding_window < 1:
@@ -127,6 +131,11 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         self.mlp_only_layers = [i for i, kind in enumerate(self.mlp_layer_types) if kind == DENSE.kind]
         self.decoder_sparse_step = 1
         super().__post_init__(**kwargs)
+
+    @property
+    def head_width(self) -> int:
+        """Of an attention head: `head_dim`, or upstream's default where that is not given."""
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
     @property
     def routings(self) -> list[Routing]:

@@ -18,7 +18,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def _attention_widths(config: MixtureOfTokensConfig) -> tuple[int, int, int]:
     """The widths of a head, of all queries and of all keys of a token."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = config.head_width
     return head, head * config.num_attention_heads, head * config.num_key_value_heads
 
 

@@ -88,7 +88,7 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
         elif isinstance(module, nn.Embedding):
             nn.init.trunc_normal_(module.weight, std=scale, a=-2 * scale, b=2 * scale)
         elif isinstance(module, Experts | Router):
-            module.reset_parameters(scale)
+            module.reset_parameters()
         elif isinstance(module, Routed):  # for a checkpoint without, such as one without companions
             module.reset_state()
         else:

@@ -26,16 +26,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def serving_alone(model: MixtureOfTokensForCausalLM, num_experts_alone: int | None = None) -> Iterator[None]:
-    """A model that serves each row alone; afterwards each of its layers serves as before."""
+def serving_restored(model: nn.Module) -> Iterator[list[MixtureOfTokens]]:
+    """The Mixture of Tokens layers of a model; afterwards each serves as before."""
     layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
     before = [(layer.alone, layer.num_experts_alone) for layer in layers]
     try:
-        model.serve_alone(num_experts_alone=num_experts_alone)
-        yield
+        yield layers
     finally:
         for layer, was in zip(layers, before, strict=True):
             layer.serve_alone(*was)
+
+
+@contextmanager
+def serving_alone(model: MixtureOfTokensForCausalLM, num_experts_alone: int | None = None) -> Iterator[None]:
+    """A model that serves each row alone; afterwards each of its layers serves as before."""
+    with serving_restored(model):
+        model.serve_alone(num_experts_alone=num_experts_alone)
+        yield
 
 
 def check_batches(model: Any, batches: Any) -> None:
