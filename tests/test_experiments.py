@@ -1,4 +1,4 @@
-"""What is kept of runs: old run directories are read, packed and unpacked; the scripts make what is committed."""
+"""What is kept of runs: run directories are read, packed and unpacked; the scripts make what is committed."""
 
 import copy
 import csv
@@ -35,13 +35,13 @@ from mixture_of_tokens.training.recipes import merge
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
-FORMAT_0 = Path(__file__).parent / "data" / "format0"
+SWITCHED = Path(__file__).parent / "data" / "switched"
 
 
 @pytest.fixture
-def old(tmp_path) -> Path:
-    """A run directory of format 0, to be damaged."""
-    return Path(shutil.copytree(FORMAT_0, tmp_path / "old"))
+def copied(tmp_path) -> Path:
+    """A run directory, to be damaged."""
+    return Path(shutil.copytree(SWITCHED, tmp_path / "copied"))
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def script(monkeypatch):
     return lambda name: runpy.run_path(str(EXPERIMENTS / name / "run.py"))
 
 
-def test_a_run_directory_of_format_0_is_read():
-    run = read(FORMAT_0)
+def test_a_run_directory_is_read():
+    run = read(SWITCHED)
     assert (run.name, run.seed, run.facts.steps, run.facts.evaluated_on) == ("TC-Nano/32E", 1, 1320, "validation")
     assert (run.facts.final_loss, run.facts.seconds, run.facts.threads) == (2.647028327033094, 132.6, 1)
     assert run.facts.text == ("91203739bc4ce4c6", "596bf9ff3c9db30c")
@@ -64,7 +64,7 @@ def test_a_run_directory_of_format_0_is_read():
     assert config.transition is not None
     assert asdict(config.transition) == {
         "source": "experiments/nano/MoT-Nano-32E-seed1",
-        "calibrate": "scales",  # written as "full", when there was no other fit
+        "calibrate": "scales",
         "optimizer": "carried",
         "control": None,
         "anneal": None,
@@ -84,7 +84,7 @@ def test_a_run_directory_of_format_0_is_read():
 
 
 def test_a_run_is_the_same_when_it_was_packed(tmp_path):
-    run = read(FORMAT_0)
+    run = read(SWITCHED)
     pack(run, tmp_path / "whole.json", telemetry=True)
     pack(run, tmp_path / "slim.json", telemetry=False)
     assert json.loads((tmp_path / "whole.json").read_text())["format"] == FORMAT
@@ -97,11 +97,11 @@ def test_a_run_is_the_same_when_it_was_packed(tmp_path):
     assert (tmp_path / "again.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
-def test_a_directory_goes_before_a_file_of_its_name(old, monkeypatch):
-    run = read(old)
-    pack(replace(run, rows=run.evaluations), old.with_name("old.json"), telemetry=False)
-    assert read(old) == run
-    monkeypatch.chdir(old)
+def test_a_directory_goes_before_a_file_of_its_name(copied, monkeypatch):
+    run = read(copied)
+    pack(replace(run, rows=run.evaluations), copied.with_name("copied.json"), telemetry=False)
+    assert read(copied) == run
+    monkeypatch.chdir(copied)
     assert read(Path()) == replace(run, directory=Path())
 
 
@@ -109,7 +109,8 @@ DAMAGES = {
     "a newer format": (lambda fields: fields | {"format": FORMAT + 1}, "format"),
     "no number as format": (lambda fields: fields | {"format": "new"}, "format"),
     "an unknown field": (lambda fields: fields | {"flavour": 1}, "flavour"),
-    "a missing field": (lambda fields: dict([*fields.items()][1:]), "lacks the field"),
+    "no format": (lambda fields: dict([*fields.items()][1:]), "has no format"),
+    "a missing field": (lambda fields: {key: fields[key] for key in fields if key != [*fields][1]}, "lacks the field"),
     "another type": (lambda fields: fields | {[*fields][1]: [[]]}, "cannot be"),
     "no fields": (lambda fields: 3, "holds no fields"),
 }
@@ -117,34 +118,34 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", ["config.yaml", "run.json", "switch.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_record_is_one_error_that_names_its_file(old, name, damage):
-    file = old / name
+def test_a_damaged_record_is_one_error_that_names_its_file(copied, name, damage):
+    file = copied / name
     change, told = DAMAGES[damage]
     file.write_text(json.dumps(change(yaml.safe_load(file.read_text()))))  # JSON is YAML too
     with pytest.raises(ValueError, match=told) as error:
-        read(old)
+        read(copied)
     assert str(file) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "run.json", "switch.json", "metrics.jsonl"])
 @pytest.mark.parametrize("text", ["{", '{"name": [}', "\0", "[" * 100_000])
-def test_a_file_that_cannot_be_parsed_is_one_error_that_names_it(old, name, text):
-    (old / name).write_text(text)
+def test_a_file_that_cannot_be_parsed_is_one_error_that_names_it(copied, name, text):
+    (copied / name).write_text(text)
     with pytest.raises(ValueError, match=r"be read|damaged") as error:
-        read(old)
-    assert str(old / name) in str(error.value)
+        read(copied)
+    assert str(copied / name) in str(error.value)
 
 
 @pytest.mark.parametrize(
     "change",
     [{"step": None}, {"step": "1"}, {"steps": 1}, {"train_loss": "nan"}, {"layers": []}, {"format": FORMAT + 1}],
 )
-def test_a_damaged_row_is_one_error_that_names_the_file_and_the_line(old, change):
-    file = old / "metrics.jsonl"
+def test_a_damaged_row_is_one_error_that_names_the_file_and_the_line(copied, change):
+    file = copied / "metrics.jsonl"
     first, second, *rest = file.read_text().splitlines()
     file.write_text("\n".join([first, json.dumps(json.loads(second) | change), *rest]))
     with pytest.raises(ValueError, match="line 2") as error:
-        read(old)
+        read(copied)
     assert str(file) in str(error.value)
 
 
@@ -166,7 +167,7 @@ PACKED_DAMAGES = {
 @pytest.mark.parametrize("damage", PACKED_DAMAGES)
 def test_a_damaged_packed_run_is_one_error_that_names_its_file(tmp_path, damage):
     file = tmp_path / "packed.json"
-    pack(read(FORMAT_0), file, telemetry=True)
+    pack(read(SWITCHED), file, telemetry=True)
     file.write_text(json.dumps(PACKED_DAMAGES[damage](json.loads(file.read_text()))))
     with pytest.raises(ValueError, match=r"packed\.json"):
         read(tmp_path / "packed")
@@ -191,7 +192,7 @@ def kept() -> list[Path]:
 def test_all_runs_are_kept_with_evaluations_and_one_seed_with_telemetry():
     folders = [file.parent.name for file in kept()]
     assert {name: folders.count(name) for name in folders} == {
-        "nano": 12, "prose": 3, "long": 3, "transition": 59, "verdict": 80, "routings": 42, "paper": 68
+        "nano": 12, "prose": 3, "long": 3, "transition": 59, "verdict": 82, "routings": 42, "paper": 68
     }  # fmt: skip
     for file in kept():
         run = read(file)
@@ -475,7 +476,7 @@ def test_a_run_whose_schedule_is_not_known_is_reported(tmp_path):
 
 def test_telemetry_is_thinned_evenly_and_evaluations_stay(script):
     common = script("nano")["compared"].__globals__
-    run = read(FORMAT_0)
+    run = read(SWITCHED)
     rows = [replace(run.rows[0], step=step, eval_loss=2.0 if step % 50 == 0 else None) for step in range(1, 1321)]
     steps = [row.step for row in common["thinned"](replace(run, rows=rows)).rows]
     assert steps == sorted({*range(1320, 0, -22), *range(50, 1321, 50), 1201})

@@ -15,7 +15,7 @@ from mixture_of_tokens import manifest
 from mixture_of_tokens.inference.continuations import Continuation, Row, _resumed, to_file
 from mixture_of_tokens.reports.comparison import runs_of
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.records import METRICS, MetricsRow, RunConfig, RunFacts, Switch, metrics
+from mixture_of_tokens.runs.records import METRICS, RunConfig, RunFacts, Switch, metrics
 from mixture_of_tokens.runs.run import pack, read
 from mixture_of_tokens.training.callbacks import Clock, RunLog
 
@@ -136,7 +136,7 @@ def test_a_manifest(tmp_path):
         found = checkpoints.newest(tmp_path)
         assert found is None or content == whole
         manifest.damage(directory)
-        checkpoints.is_described(directory, "export")
+        manifest.is_of(directory, "export")
 
     fuzz(whole, act)
 
@@ -173,14 +173,6 @@ def test_a_file_of_something_else(tmp_path, text):
         file.write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=name):
             kind.read(file)
-
-
-def test_what_older_rows_have_for_values_that_were_not_finite_is_left_out(whole, tmp_path):
-    row = whole["metrics"][0] | {"layers": {"2": {"entropy": None, "load": 1.5}}}
-    (tmp_path / METRICS).write_text(json.dumps(row) + "\n")
-    (read_again,) = metrics(tmp_path / METRICS)
-    assert isinstance(read_again, MetricsRow)
-    assert read_again.layers == {"2": {"load": 1.5}}
 
 
 def test_a_file_of_prompts_that_is_finished_is_said_to_be_and_nothing_else_is_taken_for_it(tmp_path, capsys):

@@ -68,6 +68,7 @@ def run(directory, name="Transformer-Nano", seed=0, losses=(3.0, 2.0), seconds=1
         "evaluate_on": "validation",
         "training": {"save_steps": seed},
         "model": dict(model),
+        "micro_batch": 128,
     }
     return Run(Path(directory), RunConfig(**asked | changed), facts, rows)
 

@@ -79,10 +79,10 @@ SIZES = {
     "Base": Size(768, blocks=12, heads=12, gated_width=2048, plain_width=3072),
 }
 
-# What every model of transformers has is not a model's to set here, but for two; runs of earlier versions have the
-# second. Upstream reads the last two without declaring them.
+# Fields that may be overridden: ours and Qwen3-MoE's, not what every model of transformers has, but for `dtype`.
+# Upstream reads the last two without declaring them.
 FIELDS = {field.name for field in fields(MixtureOfTokensConfig)} - {field.name for field in fields(PreTrainedConfig)}
-FIELDS = sorted(FIELDS | {"dtype", "transformers_version", "head_dim", "attn_implementation"})
+FIELDS = sorted(FIELDS | {"dtype", "head_dim", "attn_implementation"})
 
 # The fields that a name determines; NAMED_OF_EXPERTS only where there are experts. A name leaves open the vocabulary,
 # the context and training settings (temperature, capacity, ...).

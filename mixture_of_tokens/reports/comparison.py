@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 
 from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import Result, Summary, few_of
+from mixture_of_tokens.formatting import Result, Summary, few_of, listing
 from mixture_of_tokens.model.cost import memory, parameters
 from mixture_of_tokens.model.routings import properties
 from mixture_of_tokens.reports.labels import labels
 from mixture_of_tokens.runs import records
+from mixture_of_tokens.runs.admission import check_comparable
 from mixture_of_tokens.runs.run import Point, Run, read
 from mixture_of_tokens.runs.typed import FORMAT, as_fields
 
@@ -195,8 +196,8 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for model, own in zip(models, seeds, strict=True):
         if own != seeds[0]:
             raise ValueError(
-                f"runs are compared seed by seed, and {models[0][0].name} has the seeds {_listed(seeds[0])}, "
-                f"{model[0].name} {_listed(own)}"
+                f"runs are compared seed by seed, and {models[0][0].name} has the seeds {listing(seeds[0])}, "
+                f"{model[0].name} {listing(own)}"
             )
     labelled = dict(zip(labels([model[0] for model in models]), models, strict=True))
     assert len(labelled) == len(models)  # a label has all that differs
@@ -214,20 +215,6 @@ def _check_steps(runs: Sequence[Run]) -> None:
     for (run, its), (other, theirs) in combinations(zip(runs, ends, strict=True), 2):
         if not its & theirs:
             check_comparable({str(each.directory): {STEPS: each.config.last_step} for each in (run, other)})
-
-
-def check_comparable(conditions: dict[str, dict[str, Any]]) -> None:
-    """Raises ValueError where the conditions of runs, by run, are not the same for all."""
-    first, *_ = conditions
-    for who, own in conditions.items():
-        for what, value in own.items():
-            if value != conditions[first][what]:
-                apart = f"{conditions[first][what]} and {value}"
-                raise ValueError(f"{first} and {who} cannot be compared, they differ in {what}: {apart}")
-
-
-def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, values))
 
 
 def reached(run: Run, other: Run) -> Reached | None:
@@ -314,8 +301,6 @@ def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> 
 
 def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list[ComparedRun]) -> ComparedModel:
     first = model[0]
-    parts = first.config.training.get("gradient_accumulation_steps", 1)
-    rows = first.config.micro_batch or first.config.batch_size // parts
     count = parameters(first.model_config)
     pairs = list(zip(runs, baseline, strict=True))
     apart = Summary.of(
@@ -332,7 +317,7 @@ def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list
         learning_rate=first.config.learning_rate,
         parameters={"total": count["total"], "active": count["active"]},
         flops_per_token={"forward": first.training_flops_per_token / 3, "training": first.training_flops_per_token},
-        memory_estimate=sum(memory(first.model_config, rows).values()),
+        memory_estimate=sum(memory(first.model_config, first.config.micro_batch).values()),
         final_loss=_summary(run.final_loss for run in runs),
         bits_per_byte=_summary(run.bits_per_byte for run in runs),
         seconds=_summary(run.seconds for run in runs),

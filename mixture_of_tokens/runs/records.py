@@ -19,7 +19,7 @@ from mixture_of_tokens.formatting import finite
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import SETTINGS
-from mixture_of_tokens.runs.typed import FORMAT, JsonFile, Record, is_a
+from mixture_of_tokens.runs.typed import FORMAT, JsonFile, Record, is_a, without_format
 
 SAMPLE_PROMPT = "def "  # what a run's sample continues
 CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metrics.jsonl"
@@ -27,9 +27,7 @@ FULL = "full groups"
 # Fields of TrainingArguments that decide how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
 CARRIED_OUT += ("gradient_checkpointing", "activation_checkpointing", "run_name", "log_level")
-# Fields of a model's configuration that earlier runs do not have, which are as if they had the default.
-ADDED = {"balance_rate": 1e-3, "threshold_decay": 0.9, "threshold_scores": "softmax", "shared_experts": 0}
-# What transformers takes for fields of `identity` that are not there.
+# TrainingArguments' defaults, by their key in `identity`.
 OF_TRAINING = {f"training.{field.name}": field.default for field in fields(TrainingArguments)}
 MAY_MOVE = ("data", "tokenizer", "transition.source")  # paths, of which a resumed run may name others
 DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
@@ -46,19 +44,13 @@ class Transition(Record):
     anneal: float | None = None
     distil_steps: int | None = None
 
-    @classmethod
-    def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
-        if values.get("calibrate") == "full":  # its name when there was no other fit
-            values["calibrate"] = "scales"
-        return values
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Record):
     """The configuration of a run: config.yaml. `str` gives the file's text.
 
     training, model: fields of transformers' TrainingArguments, and of the model's configuration.
-    micro_batch: rows that a device takes at once; None where it is not known.
+    micro_batch: rows that a device takes at once.
     first_step, transition: of a run that continues another one; its steps count on from there.
     """
 
@@ -75,7 +67,7 @@ class RunConfig(Record):
     evaluate_on: str
     training: dict[str, Any]
     model: dict[str, Any]
-    micro_batch: int | None = None
+    micro_batch: int
     first_step: int = 0
     part_bytes: int | None = None
     near_duplicates: str = "drop"
@@ -84,13 +76,13 @@ class RunConfig(Record):
     @classmethod
     def read(cls, file: Path) -> Self:
         """Raises ValueError, naming the file, for what is no configuration of a run."""
-        return cls.of(_yaml(file), file)
+        return cls.of(without_format(_yaml(file), file), file)
 
     @classmethod
-    def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
-        if values.get("transition") is not None:
-            values["transition"] = Transition.of(values["transition"], file)
-        return values
+    def of(cls, written: Any, file: Path) -> Self:
+        if isinstance(written, dict) and written.get("transition") is not None:
+            written = written | {"transition": Transition.of(written["transition"], file)}
+        return super().of(written, file)
 
     def check(self, file: Path) -> None:
         try:
@@ -98,25 +90,17 @@ class RunConfig(Record):
         except Exception as error:  # transformers has its own for wrong fields of a model
             raise ValueError(f"{file} describes no model: {' '.join(str(error).split())}") from None
 
-    def __str__(self) -> str:
-        return yaml12.dump(self._written())
+    @property
+    def directory_name(self) -> str:
+        """Of its run directory, where no other is asked for."""
+        return f"{self.name.replace('/', '-')}-seed{self.seed}"
 
-    def _written(self) -> dict[str, Any]:
-        """The fields of the file, without those that are as in all earlier runs."""
-        written: dict[str, Any] = {"format": FORMAT} | asdict(self)
-        for key in ("micro_batch", "first_step", "part_bytes", "transition"):
-            if not written[key]:
-                del written[key]
-        if self.near_duplicates == "drop":
-            del written["near_duplicates"]
-        for key in ("anneal", "distil_steps"):
-            if self.transition is not None and written["transition"][key] is None:
-                del written["transition"][key]
-        return written
+    def __str__(self) -> str:
+        return yaml12.dump({"format": FORMAT} | asdict(self))
 
     def as_read(self) -> dict[str, Any]:
         """The fields of the file as they would be read again: no tuples."""
-        return json.loads(json.dumps(self._written(), default=str))
+        return json.loads(json.dumps(asdict(self), default=str))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | asdict(self), indent=2)
@@ -163,12 +147,10 @@ class RunConfig(Record):
         flat: dict[str, Any] = {}
         for key, value in self.with_effect().as_read().items():
             if key in ("training", "model", "transition"):
-                flat |= {f"{key}.{field}": inner for field, inner in value.items() if not _carried_out(key, field)}
-            elif key not in ("format", "micro_batch"):
+                fields_of = (value or {}).items()
+                flat |= {f"{key}.{field}": inner for field, inner in fields_of if not _carried_out(key, field)}
+            elif key != "micro_batch":
                 flat[key] = value
-        for field, default in ADDED.items():
-            if flat.get(f"model.{field}") == default:
-                del flat[f"model.{field}"]
         return flat
 
     def conditions(self) -> dict[str, Any]:
@@ -266,7 +248,7 @@ class Switch(JsonFile):
         evaluated on.
     branch_errors: by layer, the distance from the source's output as a share of its size, before and after the fit.
     fit_seconds: of the fit and of the companions that it needs, 0 where nothing is fitted; None where not measured.
-    groups: as `mot evaluate` calls those of `source_in_groups`; earlier files do not say it.
+    groups: as `mot evaluate` calls those of `source_in_groups`.
     """
 
     step: int
@@ -302,12 +284,6 @@ class MetricsRow(Record):
     aux_loss: float | None = None
     data_wait: float | None = None
     layers: dict[str, dict[str, float]] | None = None
-
-    @classmethod
-    def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
-        if isinstance(layers := values.get("layers"), dict):  # of format 0, with null for what was not finite
-            values["layers"] = {layer: _without_none(measured) for layer, measured in layers.items()}
-        return values
 
     def check(self, file: Path) -> None:
         if not all(layer.isdecimal() for layer in self.layers or ()):

@@ -22,7 +22,7 @@ from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
-from mixture_of_tokens.runs.typed import FORMAT, as_fields
+from mixture_of_tokens.runs.typed import FORMAT, as_fields, without_format
 
 
 @dataclass(frozen=True)
@@ -276,19 +276,19 @@ def _unpacked(file: Path) -> Run:
     written = as_fields(file)
     if not isinstance(written, dict):
         raise ValueError(f"{file} holds no fields")
-    number = {"format": written.get("format", 0)}
+    if lacking := [key for key in ("config", "facts") if key not in written]:
+        raise ValueError(f"{file} is no run: it has no {lacking[0]}")
+    written = without_format(written, file)
     parts = {}
     for key, kind in kinds.items():
         if key == "switch" and written.get(key) is None:
             continue
-        if key not in written:
-            raise ValueError(f"{file} is no run: it has no {key}")
         if not isinstance(part := written[key], dict):
             raise ValueError(f"{file} is no run: {key} cannot be {repr(part)}")
-        parts[key] = kind.of(part | number, file)
+        parts[key] = kind.of(part, file)
     if not isinstance(rows := written.get("metrics"), list):
         raise ValueError(f"{file} is no run: metrics cannot be {repr(rows)}")
-    if unknown := [key for key in written if key not in (*kinds, "format", "metrics")]:
+    if unknown := [key for key in written if key not in (*kinds, "metrics")]:
         raise ValueError(f"{file} has an unknown field, {unknown[0]!r}")
     metrics = [MetricsRow.of(row, file) for row in rows]
     return _whole(Run(file.with_suffix(""), parts["config"], parts["facts"], metrics, parts.get("switch")), file)

@@ -1,7 +1,4 @@
-"""Dataclasses that are read from files, with every field of its type.
-
-Files carry a format number. Files without one have format 0, and lack fields that have defaults in their classes.
-"""
+"""Dataclasses that are read from files, with every field of its type. Files carry a format number."""
 
 import json
 import types
@@ -18,40 +15,33 @@ FORMAT = 1
 
 def check_format(number: Any, file: Path) -> None:
     """Raises ValueError for a format that this version does not read."""
-    if type(number) is not int or not 0 <= number <= FORMAT:
-        raise ValueError(f"{file} has format {repr(number)}, and this version reads 0 to {FORMAT}")
+    if type(number) is not int or number != FORMAT:
+        has = "no format" if number is None else f"format {number!r}"
+        raise ValueError(f"{file} has {has}, and this version reads format {FORMAT}")
 
 
 class Record:
-    """A dataclass that is read from a file. `as_now` and `check` are for what the types of its fields do not say."""
+    """A dataclass that is read from a file. `check` is for what the types of its fields do not say."""
 
     @classmethod
     def of(cls, written: Any, file: Path) -> Self:
-        """Raises ValueError for missing, unknown or wrongly typed fields and a newer format."""
+        """Raises ValueError for missing, unknown or wrongly typed fields."""
         if not isinstance(written, dict):
             raise ValueError(f"{file} holds no fields")
-        values = dict(written)
-        check_format(values.pop("format", 0), file)
         kind: Any = cls
         hints, known = typing.get_type_hints(cls), {field.name: field for field in fields(kind)}
-        for name in values:
+        for name in written:
             if name not in known:
                 raise ValueError(f"{file} has an unknown field, {name!r}")
         for name, field in known.items():
-            if name not in values and field.default is MISSING:
+            if name not in written and field.default is MISSING:
                 raise ValueError(f"{file} lacks the field {name!r}")
-        values = cls.as_now(values, file)
-        for name, value in values.items():
+        for name, value in written.items():
             if not is_a(value, hints[name]):
                 raise ValueError(f"{file}: {name} cannot be {repr(value)}")
-        made = cls(**values)
+        made = cls(**written)
         made.check(file)
         return made
-
-    @classmethod
-    def as_now(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
-        """Written fields as this version has them: old values renamed, inner records made of their fields."""
-        return values
 
     def check(self, file: Path) -> None:
         """Raises ValueError, naming the file, for values of the right types that cannot be."""
@@ -63,11 +53,19 @@ class JsonFile(Record):
     @classmethod
     def read(cls, file: Path) -> Self:
         """Raises ValueError, naming the file, for what is no such record."""
-        return cls.of(as_fields(file), file)
+        return cls.of(without_format(as_fields(file), file), file)
 
     def write(self, file: Path) -> None:
         written: Any = self
         write_text(file, json.dumps({"format": FORMAT} | asdict(written), indent=2) + "\n")
+
+
+def without_format(written: Any, file: Path) -> Any:
+    """The fields of a file. Raises ValueError for another format."""
+    if not isinstance(written, dict):
+        return written
+    check_format(written.get("format"), file)
+    return {name: value for name, value in written.items() if name != "format"}
 
 
 def as_fields(file: Path) -> Any:
