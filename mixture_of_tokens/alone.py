@@ -7,9 +7,9 @@ largest weights do; the others give it what they give their companion, which `se
            + sum_e w[t, e] * FFN_e(companion[e])                                     for all other e
 
 (with `normalize_mixture` both mixtures are divided by their norms). An expert of weight w is off by about w squared, so
-with K = k, the granularity, where experts cost what a dense feed-forward does, the output is nearly the same. What
-companions get is a constant without a gradient, of the weights as they are when `serve_alone` is called, or as they are
-drawn anew, or loaded into the layer or a module that holds it; call it again when they are changed otherwise.
+with K = k, the granularity, where experts cost what a dense feed-forward does, the output is nearly the same.
+FFN_e(companion[e]) is computed without a gradient when `serve_alone` is called, and again when weights are drawn anew
+or loaded. After any other change of the weights, call `serve_alone` again.
 """
 
 import itertools
@@ -62,7 +62,7 @@ def served_alone(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | N
     check_shapes(x_BTD, token_mask)
     if layer.num_experts_alone < layer.num_experts:
         return _to_few_experts(layer, x_BTD, token_mask)
-    at_once = layer.alone_at_once or AT_ONCE.get(x_BTD.device.type, AT_ONCE["cpu"])
+    at_once = AT_ONCE.get(x_BTD.device.type, AT_ONCE["cpu"])
     if len(x_BTD) == 1 and x_BTD.shape[1] <= at_once:
         return layer.in_groups(x_BTD, token_mask)
     # Tokens as positions of one example.

@@ -32,7 +32,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# What is taken for a kind, and how it is called. A kind that is not here is its owner's to check.
+# By annotation, the types that are accepted and their name in messages. Other annotations are not checked here.
 KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),

@@ -69,7 +69,8 @@ COMMANDS = {
     "prepare": ("training.prepare:prepare", "Prepare the text that mot train with the same flags would train on."),
     "data-report": ("data.inspect:data_report", "Prepare a corpus and print what is in it."),
 }
-OF_A_RUN = {"train": (), "prepare": ("seed", "learning_rate")}  # commands that take its file, and what they leave out
+# Commands whose --config may be a run's config.yaml, and the fields of it that each ignores.
+OF_A_RUN = {"train": (), "prepare": ("seed", "learning_rate")}
 WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated
 _IN_THE_NAME = "the model's name has it, as in MoT-Nano/16E/8: groups of 16, granularity 8"
 # Where other programs' flags are to be found here, for whoever tries them.
@@ -302,8 +303,6 @@ def _reworded(error: Exception, words: list[str]) -> str:
     """cyclopts' message, reworded where it names a word that the user did not write, or does not say what is legal."""
     if isinstance(error, UnknownOptionError):
         told, flag = str(error), (error.token.keyword or error.token.value).partition("=")[0]
-        if not any(word.partition("=")[0] == flag for word in words):
-            told = told.replace("Unknown option", "Unknown option of the --config file")
         command = next((f" {word}" for word in words if word in COMMANDS), "")
         hint = "" if "Did you mean" in told else f" mot{command} --help shows what is legal."
         hint = f" Here {ELSEWHERE[flag]}." if flag in ELSEWHERE else hint

@@ -57,7 +57,6 @@ class MixtureOfTokens(Routed):
     companion: Tensor
     companion_logit: Tensor
     companion_output: Tensor  # (E, D), empty unless few experts run for a token alone
-    alone_at_once: int | None = None  # tokens served alone at a time, by default of the device
 
     def __init__(
         self,

@@ -50,6 +50,14 @@ def read(folder: Path) -> dict[str, Any]:
     raise ValueError(f"{NAME} is not what was written")
 
 
+def is_of(folder: Path, what: str) -> bool:
+    """Whether a folder's manifest is there and has this as the fact `of`."""
+    try:
+        return read(folder).get("of") == what
+    except ValueError:
+        return False
+
+
 def fault(folder: Path, hash_of: Callable[[Path], str] = hash_of_file) -> str | None:
     """What is missing or damaged; None where every file is as it was written. Raises OSError if one cannot be read."""
     try:

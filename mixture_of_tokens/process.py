@@ -1,5 +1,5 @@
-"""What belongs to a whole process: its place among those of torchrun; how its threads wait and what it does with freed
-memory, which make it fast on a CPU."""
+"""What belongs to a whole process: its place among those of torchrun, and which of them speaks for all; one training at
+a time; its end with its parent's; and how threads wait and freed memory is kept, which make it fast on a CPU."""
 
 import ctypes
 import multiprocessing
@@ -39,6 +39,12 @@ def the_only_training() -> Iterator[None]:
 def process_count() -> int:
     """Of those that torchrun started."""
     return max(1, _of_torchrun("WORLD_SIZE", 1))
+
+
+def check_one_process() -> None:
+    """Raises ValueError for several, which would each do all of the work."""
+    if process_count() > 1:
+        raise ValueError(f"{process_count()} processes would each do all of the work: leave out torchrun")
 
 
 def process_number() -> int:

@@ -69,8 +69,8 @@ def test_a_manifest_tells_what_has_changed(tmp_path):
     assert manifest.damage(directory) == "file is not what was written"
     (directory / "file").unlink()
     assert manifest.damage(directory) == "file is missing"
-    assert checkpoints.is_described(directory, "test")
-    assert not checkpoints.is_described(directory, "other")
+    assert manifest.is_of(directory, "test")
+    assert not manifest.is_of(directory, "other")
 
 
 def test_every_file_of_a_folder_is_in_its_manifest(tmp_path):
@@ -134,7 +134,7 @@ FOREIGN = [
 def test_a_manifest_of_other_software_says_nothing(foreign, tmp_path):
     (tmp_path / manifest.NAME).write_text(foreign)
     assert manifest.damage(tmp_path) is None
-    assert not checkpoints.is_described(tmp_path, "test")
+    assert not manifest.is_of(tmp_path, "test")
     assert manifest.fault(tmp_path) == f"{manifest.NAME} is not what was written"  # which no resumption accepts
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import reference
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions, calibrate_thresholds
+from mixture_of_tokens.alone import AT_ONCE
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.losses import cross_entropy
 from mixture_of_tokens.model import modeling
@@ -129,9 +130,9 @@ def test_companions_are_saved_and_zeros_where_a_checkpoint_has_none(tmp_path):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["mot", "mot_normalized", "uniform"])
-def test_alone_every_row_gets_what_it_gets_by_itself(name, masked):
+def test_alone_every_row_gets_what_it_gets_by_itself(name, masked, monkeypatch):
     layer, x, cotangent = build(name), tokens(2 * G + 1, T, 8), tokens(2 * G + 1, T, 8, seed=3)
-    layer.alone_at_once = 5  # across rows, not a divisor
+    monkeypatch.setitem(AT_ONCE, "cpu", 5)  # across rows, not a divisor
     mask = some_mask(2 * G + 1, T) if masked else None
     each = [layer(x[i : i + 1], None if mask is None else mask[i : i + 1]) for i in range(len(x))]
     together = layer(x, mask)
@@ -173,11 +174,11 @@ def test_a_checkpoint_has_its_companions_and_the_last_one_those_of_the_run(tiny_
     assert all(expected[name].any() and torch.equal(found[name], expected[name]) for name in names)
 
 
-def test_a_long_text_alone_is_served_in_parts_too():
+def test_a_long_text_alone_is_served_in_parts_too(monkeypatch):
     layer, x, seen = build("mot"), tokens(1, 3 * T, 8), []
     layer.serve_alone()
     expected = layer(x)
-    layer.alone_at_once = 4
+    monkeypatch.setitem(AT_ONCE, "cpu", 4)
     layer.experts.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     assert_close(layer(x), expected)
     assert max(seen) == 4

@@ -344,7 +344,7 @@ def test_a_size_that_is_not_the_name_s_is_told(flags, tmp_path):
     mot("train", "MoT-Nano/4E", *rows[2:], "--out", tmp_path / "8", "--model.group_size", 8)
     page = report(tmp_path / "8", out=tmp_path / "x.html")
     assert [model.label for model in page.comparison.models] == ["MoT-Nano/4E (group_size 8)"]
-    assert "groups of 4 tokens" in (text := (tmp_path / "x.html").read_text())
+    assert "groups of 4 texts" in (text := (tmp_path / "x.html").read_text())
     assert "Sizes in brackets take the place of the name&#x27;s." in text or "take the place of the name's." in text
 
 

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM
+from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, audit
 from mixture_of_tokens.convert import export as export_module
 from mixture_of_tokens.convert import serving
 from mixture_of_tokens.convert import verify as verify_module
@@ -588,8 +588,9 @@ def test_an_impossible_top_k_is_refused_before_the_text_is_read(tiny_runs, tmp_p
     assert "--top-k must be 1 to 8, the number of experts, not 9" in capsys.readouterr().err
 
 
-def test_an_export_is_for_one_process(tiny_runs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", [lambda run, out: export_module.export(run, out), lambda run, out: audit(run)])
+def test_what_several_processes_would_all_do_is_for_one(command, tiny_runs, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes would each do all of the work"):
-        export_module.export(tiny_runs["TC-Nano/4E"], tmp_path / "out")
+        command(tiny_runs["TC-Nano/4E"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

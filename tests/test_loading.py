@@ -1,6 +1,7 @@
 """Models by run directory and by name, and the device that they are loaded on."""
 
 import json
+import re
 import shutil
 
 import huggingface_hub
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs.loading import load_model, text_of
 from processes import mot
 
@@ -82,3 +84,12 @@ def test_a_name_that_is_no_directory_is_said_to_be_the_hubs(tmp_path, monkeypatc
     told, error = capsys.readouterr().err.splitlines()
     assert told == "mot: MoT-Nanoo is no directory here, so it is a name on the Hub"
     assert error.startswith("mot: error: MoT-Nanoo: there is no such directory")
+
+
+def test_the_card_of_a_run_s_model_says_how_to_load_it(tiny_runs):
+    folder = tiny_runs["MoT-Nano/4E/2"] / "model"
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    made: dict = {}
+    exec(code.replace("this/directory", str(folder)), made)
+    assert isinstance(made["model"], MixtureOfTokensForCausalLM)
+    assert len(made["tokenizer"]) == made["model"].config.vocab_size

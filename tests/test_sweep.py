@@ -3,12 +3,14 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
-from mixture_of_tokens import sweep
+from mixture_of_tokens import sweep, train
 from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.training import train as training
 from mixture_of_tokens.training.sweep import Cell, Outcome
 from processes import mot
 
@@ -144,13 +146,13 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
         (["--learning-rate", "1e-3,fast"], "--learning-rate: 'fast' is no number"),
         (["--seeds", "0,one"], "--seeds: 'one' is no whole number"),
         (["--learning-rate", "1e-3,-1"], "--learning-rate must be positive, not -1"),
-        (["--model.vocab_size", "300,512"], "losses a token of different vocabularies cannot be compared"),
+        (["--model.vocab_size", "300,512"], "they differ in --model.vocab_size: 300 and 512"),
         (["--model.capacity_factor", "1.0,"], "--model.capacity_factor 1.0, has an empty value"),
         (["--training.weight_decay", "0,,1"], "--training.weight_decay 0,,1 has an empty value"),
         (["--model.router_temperature", "1,0"], "router_temperature must be 1e-20 to 1e20"),
         (
             ["--model.max_position_embeddings", "32,64"],
-            "settings that differ in --model.max_position_embeddings cannot",
+            "cannot be compared, they differ in --model.max_position_embeddings: 32 and 64",
         ),
     ],
 )
@@ -162,6 +164,14 @@ def test_the_whole_grid_is_checked_before_the_first_run(words, message, tmp_path
     assert err.count("\n") == 1
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_granularity_one_is_the_same_directory_as_none(monkeypatch):
+    monkeypatch.setattr(training, "run_merged", lambda merged, out, *, resume: out)
+    for name in ("MoT-Nano/4E/1", "MoT-Nano/4E"):
+        assert train(name, seed=3) == Path("runs/MoT-Nano-4E-seed3")
+        (run,) = sweep(name, dry_run=True).runs
+        assert run.directory == "runs/sweep-MoT-Nano-4E/seed=0"
 
 
 def test_no_rate_is_no_sweep():

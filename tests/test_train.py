@@ -500,7 +500,10 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["train", "MoT-Nano/32E", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),
         (["train", "MoT-Nano/32E", "--stps", 3], "Did you mean --steps?"),
-        (["train", "MoT-Nano/32E", "--config", "stps.yaml"], "of the --config file: --stps. Did you mean --steps?"),
+        (
+            ["train", "MoT-Nano/32E", "--config", "stps.yaml"],
+            "Unknown option: --stps from stps.yaml. Did you mean --steps?",
+        ),
         (["train", "MoT-Nano/32E", "--lr", 3], "Unknown option: --lr. Here it is --learning-rate."),
         (["train", "MoT-Nano/32E", "--group-size=16"], "Here the model's name has it, as in MoT-Nano/16E/8"),
         (["train", "MoT-Nano/32E", "--lora", 3], "Unknown option: --lora. mot train --help shows what is legal."),

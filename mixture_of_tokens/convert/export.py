@@ -19,19 +19,12 @@ from mixture_of_tokens.convert.plain import NONE_SHARED, check_exportable, to_pl
 from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
 from mixture_of_tokens.convert.verify import verify
-from mixture_of_tokens.disk import disk_errors, plain_errors, published
+from mixture_of_tokens.disk import disk_errors, plain_errors, published, replaced
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
-from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.loading import (
-    load_model,
-    load_tokenizer_of,
-    placed,
-    run_directory,
-    text_of,
-    without_progress_bars,
-)
+from mixture_of_tokens.process import check_one_process
+from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of, without_progress_bars
 from mixture_of_tokens.runs.ownership import owned_file
 
 EXPORT = "export"  # the fact `of` in the manifest of one
@@ -98,7 +91,7 @@ def export(
     Raises ValueError for layers without a counterpart in plain transformers, and for a checkpoint of another model.
     """
     run, out = str(run), Path(out)
-    placed(None, None)
+    check_one_process()
     if out.is_symlink() or out.name in ("", ".."):  # what it names is written, and needs a name
         out = out.resolve()
     at_least_one(top_k=top_k, distil_steps=distil_steps)
@@ -113,13 +106,20 @@ def export(
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}; name another directory") from None
     with owned_file(out, patience=0), without_progress_bars():
-        checkpoints.put_back(out, EXPORT)
+        _put_back(out)
         taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
         if taken and not force:
             raise ValueError(f"{out} exists already; name another directory, or replace an export with --force")
-        if taken and not checkpoints.is_described(out, EXPORT):
+        if taken and not manifest.is_of(out, EXPORT):
             raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
         return _export(run, out, top_k, scores, distil_steps, license, device)
+
+
+def _put_back(out: Path) -> None:
+    """Rename back an export that was being replaced by one that was killed."""
+    before = replaced(out)
+    if not out.exists() and manifest.is_of(before, EXPORT):
+        before.rename(out)
 
 
 def _export(

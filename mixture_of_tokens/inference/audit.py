@@ -27,6 +27,7 @@ from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
 from mixture_of_tokens.formatting import Result, first_line
 from mixture_of_tokens.model.placement import Device
+from mixture_of_tokens.process import check_one_process
 from mixture_of_tokens.runs.admission import check_seed
 from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, text_of
 
@@ -172,6 +173,7 @@ def audit(
 
     Raises ValueError for bad options and for a run without a model.
     """
+    check_one_process()
     at_least_one(batches=batches, experts=experts)
     check_seed(seed)
     run = str(run)

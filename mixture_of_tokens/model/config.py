@@ -10,7 +10,7 @@ ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 POSITIVE = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads")
 POSITIVE += ("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "group_size", "vocab_size")
 POSITIVE += ("max_position_embeddings",)
-FLAGS = ("gated", "learnable_temperature", "normalize_mixture")  # upstream checks its own
+BOOLEANS = ("gated", "learnable_temperature", "normalize_mixture")  # upstream checks its own
 
 MOST_BLOCKS = 1000
 
@@ -123,7 +123,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"attention_dropout must be at least 0 and below 1, not {self.attention_dropout}")
         if self.use_sliding_window and self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
-        for name in FLAGS:
+        for name in BOOLEANS:
             check(name, getattr(self, name), bool)
         if self.router_dtype not in ROUTER_DTYPES:
             raise ValueError(f"router_dtype {self.router_dtype!r} is unknown; legal are {', '.join(ROUTER_DTYPES)}")

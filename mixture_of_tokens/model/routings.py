@@ -39,8 +39,8 @@ class Routing:
 
     What it promises:
         causal: a token's output does not depend on later tokens.
-        shares_batch: rows of a batch influence each other, unless they are served alone. In evaluation: where Token
-            Choice drops in training, they do.
+        shares_batch: rows of a batch influence each other in evaluation, unless they are served alone. In training
+            Token Choice's rows do too, where it has a capacity.
         serves_alone: a row can be served by itself.
         differentiable: outputs are continuous in the weights: no token's choice of experts jumps.
         balance: what keeps the load of the experts even; "" where there is nothing to balance.
@@ -331,11 +331,6 @@ SETTINGS = {
 def routings_of(model: Any) -> list[Routing]:
     """Each block's row, for a model or a configuration; empty for models of other libraries."""
     return getattr(getattr(model, "config", model), "routings", [])
-
-
-def converted_from(kind: str) -> Routing:
-    """The routing that can be converted to this kind."""
-    return next(row for row in TABLE if kind in row.converts_to)
 
 
 def properties(routings: list[Routing]) -> dict[str, str]:

@@ -12,10 +12,10 @@ from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import duration
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.process import is_main, of_all
-from mixture_of_tokens.reports.comparison import COMPARISON, by_model, check_comparable, comparison, write
+from mixture_of_tokens.reports.comparison import COMPARISON, by_model, comparison, write
 from mixture_of_tokens.reports.report import PAGE, Report, check_no_other_file, write_page
 from mixture_of_tokens.runs import records
-from mixture_of_tokens.runs.admission import check_holds_runs, check_resumed, names_listed_in
+from mixture_of_tokens.runs.admission import check_holds_runs, check_planned, check_resumed, names_listed_in
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run
@@ -138,7 +138,7 @@ def _plans(
             merged = merge(name, seed, rate, options)
             given.append(merged.config)
             merged = merged._replace(config=merged.config.with_effect())  # mot train takes its config.yaml
-            directory = out / f"{name.replace('/', '-')}-seed{seed}"
+            directory = out / merged.config.directory_name
             check_resumed(directory, merged.config)
             plans.append(_Planned(merged, directory, PlannedRun.of(directory, merged).flops))
     check_settings(*given)
@@ -147,7 +147,7 @@ def _plans(
         raise ValueError("--training.eval_strategy no leaves no curves to compare; steps would")
     if any(config.training.get("eval_delay", 0) > config.steps for config in configs):
         raise ValueError("--training.eval_delay is beyond the last step, which leaves no curves to compare")
-    check_comparable({c.name: c.conditions() | {"--model.vocab_size": c.model.get("vocab_size")} for c in configs})
+    check_planned({config.name: config for config in configs})
     return plans
 
 

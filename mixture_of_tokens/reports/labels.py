@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixture_of_tokens.model.names import NAMED_OF_EXPERTS, config_from_name, parse_name
-from mixture_of_tokens.model.routings import SETTINGS, converted_from
+from mixture_of_tokens.model.routings import MIXTURE, SETTINGS
 from mixture_of_tokens.runs.records import OF_TRAINING
 from mixture_of_tokens.runs.run import Run
 
@@ -54,8 +54,7 @@ def _title(run: Run) -> str:
     """A switched run is titled after its source; the name in its configuration is Token Choice's."""
     if run.switch is None:
         return run.name
-    name = parse_name(run.name)
-    return f"{dataclasses.replace(name, system=converted_from(name.routing.kind).prefix)}, switched"
+    return f"{dataclasses.replace(parse_name(run.name), system=MIXTURE.prefix)}, switched"
 
 
 def _setting(run: Run, key: str) -> Any:

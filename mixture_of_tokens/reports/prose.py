@@ -5,7 +5,7 @@ from typing import Any
 
 from mixture_of_tokens.formatting import Summary, difference, duration, enumerated, loss, ratio, span, with_span
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.routings import TABLE, converted_from
+from mixture_of_tokens.model.routings import MIXTURE, TABLE
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison
 
 # Of telemetry.py, in the order of the page: title and meaning.
@@ -132,8 +132,7 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
     switched = any(model.switched for model in models)
     shown = {name.system for name in names}
     if switched:
-        kinds = {parse_name(model.name).routing.kind for model in models if model.switched}
-        shown |= {converted_from(kind).prefix for kind in kinds}
+        shown.add(MIXTURE.prefix)
     entries = [
         (row.title if row.title == row.prefix else f"{row.prefix}, {row.title}", row.meaning)
         for row in TABLE

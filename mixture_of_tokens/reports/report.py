@@ -11,6 +11,7 @@ from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
+from mixture_of_tokens.process import check_one_process
 from mixture_of_tokens.reports.again import Places, commands_of
 from mixture_of_tokens.reports.comparison import COMPARISON, Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.markup import START
@@ -59,6 +60,7 @@ def report(*runs: Path, out: Path | None = None) -> Report:
 
     Raises ValueError for runs that are not finished, damaged, or cannot be compared.
     """
+    check_one_process()
     runs = tuple(Path(each) for given in runs for each in listed(given))
     found, command = runs_of(runs)
     models = by_model(found)

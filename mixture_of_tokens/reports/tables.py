@@ -102,7 +102,7 @@ def _promises(comparison: Comparison) -> Element:
         "of the batch, in evaluation. Balanced: what keeps the load of the experts even. Differentiable: no choice of "
         "experts jumps."
     )
-    columns = tuple((key.capitalize(), _property(key)) for key in PROPERTIES)
+    columns = tuple((key.capitalize(), lambda model, key=key: model.properties[key]) for key in PROPERTIES)
     return table("Properties", note, (("", columns),), _rows(comparison))
 
 
@@ -159,10 +159,6 @@ def switch_table(rows: Sequence[tuple[Child, list[Run]]]) -> Element:
 
 def _rows(comparison: Comparison) -> list[tuple[Child, ComparedModel]]:
     return [(with_swatch(i, model.label), model) for i, model in enumerate(comparison.models)]
-
-
-def _property(key: str) -> Callable[[ComparedModel], Child]:
-    return lambda model: model.properties[key]
 
 
 def _milliseconds(seconds: float) -> str:

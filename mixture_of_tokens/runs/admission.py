@@ -1,7 +1,8 @@
-"""Checks before a run directory is written, or gone on with."""
+"""Checks before a run directory is written, gone on with, or compared with others."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs import checkpoints, records
@@ -61,13 +62,28 @@ def check_resumed(out: Path, config: RunConfig) -> None:
                 f"{out} was started with {flag} {was}, now it is {wanted}; "
                 f"give the same {same}, or name another directory with --out"
             )
-    sizes = {started.micro_batch or config.micro_batch, config.micro_batch}  # not known of a run of format 0
     balanced = [routing.title for routing in config.model_config.routings if routing.auxiliary_weight or routing.varies]
-    if balanced and len(sizes) > 1 and not (out / records.FACTS).is_file():
+    if balanced and started.micro_batch != config.micro_batch and not (out / records.FACTS).is_file():
         raise ValueError(
             f"{out} was started with micro-batches of {started.micro_batch} rows, now they have {config.micro_batch}: "
             f"{balanced[0]}'s balance is of a micro-batch; keep processes x accumulation"
         )
+
+
+def check_comparable(conditions: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError where the conditions of runs, by run, are not the same for all."""
+    first, *_ = conditions
+    for who, own in conditions.items():
+        for what, value in own.items():
+            if value != conditions[first][what]:
+                apart = f"{conditions[first][what]} and {value}"
+                raise ValueError(f"{first} and {who} cannot be compared, they differ in {what}: {apart}")
+
+
+def check_planned(configs: dict[str, RunConfig]) -> None:
+    """Raises ValueError where runs that are to be trained could not be compared afterwards."""
+    vocabularies = {who: {"--model.vocab_size": config.model.get("vocab_size")} for who, config in configs.items()}
+    check_comparable({who: config.conditions() | vocabularies[who] for who, config in configs.items()})
 
 
 def names_listed_in(file: Path, kind: str) -> set[str]:

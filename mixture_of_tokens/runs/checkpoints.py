@@ -1,4 +1,4 @@
-"""Checkpoints and exports that are complete or absent: complete means that every file is as its manifest says."""
+"""Checkpoints that are complete or absent: complete means that every file is as its manifest says."""
 
 import re
 import shutil
@@ -7,22 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mixture_of_tokens import manifest
-from mixture_of_tokens.disk import replaced
-
-
-def put_back(final: Path, of: str) -> None:
-    """Rename back what `publish` was replacing when it was killed."""
-    before = replaced(final)
-    if not final.exists() and is_described(before, of):
-        before.rename(final)
-
-
-def is_described(directory: Path, of: str) -> bool:
-    """Whether a directory's manifest has this value for the fact `of`."""
-    try:
-        return manifest.read(directory).get("of") == of
-    except ValueError:
-        return False
 
 
 def _all(run: Path) -> Iterator[Path]:

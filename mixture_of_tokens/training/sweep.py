@@ -19,8 +19,9 @@ from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer
 from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Result, aligned, few_of, short
 from mixture_of_tokens.model.cost import training_flops
+from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.process import is_main
-from mixture_of_tokens.runs.admission import check_holds_runs, check_resumed, names_listed_in
+from mixture_of_tokens.runs.admission import check_holds_runs, check_planned, check_resumed, names_listed_in
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
@@ -170,6 +171,7 @@ def sweep(
 
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
+    name = str(parse_name(name))  # /1 is left out
     seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
     if learning_rate == []:
         raise ValueError("--learning-rate takes at least one rate")
@@ -178,8 +180,6 @@ def sweep(
     if options.evaluate_on is None:
         options = dataclasses.replace(options, evaluate_on="tuning")
     cells = _grid(learning_rate, options)
-    if any("--model.vocab_size" in settings for settings in cells):
-        raise ValueError("--model.vocab_size: losses a token of different vocabularies cannot be compared; give one")
     planned: list[_Planned] = []
     for settings in cells:
         for seed in seeds:
@@ -188,11 +188,7 @@ def sweep(
             check_settings(merged.config)
             check_resumed(directory, merged.config)
             planned.append(_Planned(settings, seed, merged, directory))
-    first = planned[0].merged.config.conditions()
-    for each in planned:
-        for what, value in each.merged.config.conditions().items():
-            if value != first[what]:
-                raise ValueError(f"settings that differ in {what} cannot be compared: {first[what]} and {value}")
+    check_planned({directory.name: merged.config for _, _, merged, directory in planned})
     if dry_run:
         return Plans([PlannedRun.of(directory, merged) for _, _, merged, directory in planned])
     with owned(out):

@@ -57,6 +57,23 @@ from mixture_of_tokens.training.signals import StopOnSignal, ended_by_sigterm
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
 REGROUPINGS = 3
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+Its architecture is that of the Python package mixture-of-tokens, which has to be installed and imported:
+
+```python
+import mixture_of_tokens.model  # makes its classes known to transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this/directory")
+tokenizer = AutoTokenizer.from_pretrained("this/directory")
+```
+"""
 
 Begin = Callable[[GroupedTrainer, Prepared], None]
 
@@ -92,7 +109,7 @@ def train(
     check_settings(merged.config)
     if dry_run:
         return merged.config
-    out = Path("runs") / f"{name.replace('/', '-')}-seed{seed}" if out is None else Path(out)
+    out = Path("runs") / merged.config.directory_name if out is None else Path(out)
     if resume and not out.exists() and is_main():
         print(f"{out} is not there yet: training begins at step 0", file=sys.stderr)
     return run_merged(merged, out, resume=resume)
@@ -299,6 +316,7 @@ def _finish(
         prepared.tokenizer.model_max_length = config.max_position_embeddings
         prepared.tokenizer.save_pretrained(beside)
         manifest.write(beside)
+        (beside / "README.md").write_text(CARD.format(name=run.name))  # which people edit
     facts = RunFacts(
         name=run.name,
         seed=run.seed,
