@@ -9,7 +9,8 @@ Shape letters as in `layers.py`. Each product could be one einsum. They are auto
   place (`out=`) is no faster, and many times slower when another process uses a core.
 
 Each public function casts as autocast would, so that what it saves has one type, and `backward`, which runs outside of
-autocast, multiplies in that one too. Of a router's logits that is the type of their gradients alone (`precise_linear`).
+autocast, multiplies in that one too. A router's logits keep their precision; only their gradients are in autocast's
+type (`precise_linear`).
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -2,7 +2,7 @@
 
 A slot is a row that an expert reads; an expert's slots are neighbours. Tokens go to slots by a gather and come back by
 another, and so do their gradients: torch's index_add, and its gradient of an index, are several times slower on a CPU.
-Shape letters as in `layers.py`, and N slots. Sizes are of `shape`, as `len` would be a constant to the compiler.
+Shape letters as in `layers.py`, and N slots. Sizes are read from `shape`: `len` would be a constant to the compiler.
 """
 
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ class Slots(NamedTuple):
 
     @classmethod
     def of(cls, token_A: Tensor, slot_A: Tensor, num_slots: int, num_tokens: int) -> "Slots":
-        """By the token of each assignment, in order, and its slot, which is N where it is dropped."""
+        """From each assignment's token, in ascending order, and its slot, which is `num_slots` where it is dropped."""
         A, device = token_A.shape[0], token_A.device
         empty_N = slot_A.new_full((num_slots + 1,), A)
         assignment_N = empty_N.index_copy(0, slot_A, torch.arange(A, device=device))[:-1]
@@ -104,7 +104,8 @@ class Slots(NamedTuple):
 def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gate_A: Tensor) -> Tensor:
     """The sum of gate[a] * FFN_expert[a](x[token[a]]) over the assignments of each token: (S, D).
 
-    Assignments are token by token; those to expert E, which there is not, count nothing, and have gate 0.
+    Assignments are in the order of their tokens. Those of masked tokens are to expert E, which does not exist, with
+    gate 0, and add nothing.
     """
     experts, E = layer.experts, layer.num_experts
     if expert_A.shape[0] <= min(FEW * E, COPIED // layer.weights_of_an_expert):
@@ -120,10 +121,10 @@ def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gat
 
 
 def order_of_slots(layer: Routed, x_SD: Tensor, mean_rows: int) -> tuple[int, bool]:
-    """To which multiple an expert's rows are rounded up, and whether experts lie in the order of their rows.
+    """The multiple that an expert's rows are rounded up to, and whether experts are sorted by their numbers of rows.
 
-    On a CPU small experts do, and those with equally many rows are multiplied at once. For others in 16 bits oneDNN
-    compiles a product for each number of rows, which takes ten times as long as the product.
+    On a CPU small experts are sorted, and those with equally many rows are multiplied at once. Large experts in 16 bits
+    are rounded up, because oneDNN compiles a product for each number of rows, ten times as long as the product takes.
     """
     (like,) = autocast_to(x_SD.new_empty(0))
     if like.device.type != "cpu" or mean_rows == 0:
@@ -139,11 +140,11 @@ def slots_without_limit(
 ) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """The slot of each assignment, where each expert's slots end, the order of the experts, and the number of slots.
 
-    Assignments to expert `num_experts`, which there is not, get the last slots, for which `ragged_linear` gives zeros.
+    Assignments to expert `num_experts`, which does not exist, get the last slots, where `ragged_linear` gives zeros.
 
     Args:
-        multiple: of an expert's slots.
-        by_rows: experts lie in the order of their numbers of slots; else in their own, and the order is None.
+        multiple: each expert gets a multiple of so many slots.
+        by_rows: sort experts by their numbers of slots; else they keep their own order, and the one returned is None.
     """
     A, device = expert_A.shape[0], expert_A.device
     sorted_A, order_A = expert_A.sort(stable=True)

@@ -16,7 +16,7 @@ from mixture_of_tokens.slots import Slots, dropless
 
 
 def tokens_of_an_expert(group_size: int, num_experts_per_tok: int, num_experts: int) -> int:
-    """The capacity of Expert Choice, of a group."""
+    """How many tokens of a group an expert takes in Expert Choice."""
     return max(1, round(group_size * num_experts_per_tok / num_experts))
 
 

@@ -1,8 +1,8 @@
 """Sparse routings in which a token goes to every expert whose score is above a threshold. Letters as in `layers.py`.
 
-How many experts a token gets varies; on average it is to be `num_experts_per_tok`, K. Nothing is dropped, a token's
-experts depend on that token alone, and the rule of training is that of evaluation. After each step of training
-`balance` moves what decides how many there are.
+How many experts a token gets varies; the average is kept at `num_experts_per_tok`, K. Nothing is dropped, a token's
+experts depend on that token alone, and training and evaluation choose by the same rule. After each step of training
+`balance` moves the threshold (Expert Threshold), or the weight of the penalty on gates (ReMoE).
 """
 
 import math
@@ -23,7 +23,7 @@ SCORES = ("softmax", "sigmoid")
 
 
 class _Above(Routed):
-    """What the two share: K, and experts on the pairs of a token and an expert whose gate is above zero."""
+    """What ReMoE and Expert Threshold share: an expert computes the tokens for which its gate is above zero."""
 
     def __init__(
         self,
@@ -144,9 +144,10 @@ class ExpertThreshold(_Above):
     The threshold follows the score that the expert's even share of tokens, K / E of them, is above. After each step
     `balance` moves it there, by an exponential average over steps with the factor `threshold_decay`. So the load is
     even without a loss, once the logits have settled: while they grow, thresholds lag behind them. As in Expert Choice,
-    experts choose the tokens; but nothing depends on the other tokens of the batch. At first it is the threshold for
-    inputs whose elements are normal with variance one. A batch of which an even share is less than half a token moves
-    nothing. Their runs begin with Expert Choice over the whole batch, which is not causal; this does not.
+    experts choose the tokens; but nothing depends on the other tokens of the batch. Thresholds start where they would
+    be for inputs whose elements are normal with variance one. A batch in which an even share is less than half a token
+    does not move them. The authors' runs begin with Expert Choice over the whole batch, which is not causal; ours do
+    not.
     """
 
     threshold: Tensor
