@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from mixture_of_tokens.convert.export import export
     from mixture_of_tokens.convert.transition import transition
     from mixture_of_tokens.data.groups import GroupedBatches
-    from mixture_of_tokens.data.inspect import data_report
     from mixture_of_tokens.data.prepare import prepare_text
+    from mixture_of_tokens.data.report import data_report
     from mixture_of_tokens.experts import Experts, Router
     from mixture_of_tokens.inference.audit import audit, audit_model
     from mixture_of_tokens.inference.evaluate import evaluate
@@ -51,7 +51,7 @@ _MODULES = {
     "model.calibration": ("calibrate_thresholds",),
     "model.companions": ("calibrate_companions",),
     "model.plan": ("plan",),
-    "data.inspect": ("data_report",),
+    "data.report": ("data_report",),
     "data.prepare": ("prepare_text",),
     "data.groups": ("GroupedBatches",),
     "training.options": ("Options",),

@@ -67,7 +67,7 @@ COMMANDS = {
         "Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.",
     ),
     "prepare": ("training.prepare:prepare", "Prepare the text that mot train with the same flags would train on."),
-    "data-report": ("data.inspect:data_report", "Prepare a corpus and print what is in it."),
+    "data-report": ("data.report:data_report", "Prepare a corpus and print what is in it."),
 }
 # Commands whose --config may be a run's config.yaml, and the fields of it that each ignores.
 OF_A_RUN = {"train": (), "prepare": ("seed", "learning_rate")}

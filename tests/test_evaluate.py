@@ -23,7 +23,7 @@ from transformers import (
 
 from mixture_of_tokens import MixtureOfTokens, Options, evaluate, train
 from mixture_of_tokens.convert import distil as distillation
-from mixture_of_tokens.convert.serving import serve
+from mixture_of_tokens.convert.distilled import switch_and_distil
 from mixture_of_tokens.convert.switch import branches
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.inference.evaluate import argmax_routing, in_parts
@@ -119,7 +119,7 @@ def test_experts_of_groups_of_one_are_served_and_distilled_all(small_corpus, tmp
 
     monkeypatch.setattr(distillation, "branches", noted)
     run = str(tmp_path / "run")
-    serve(load_model(run), text_of(run), top_k=2, scores="softmax", distil_steps=2)
+    switch_and_distil(load_model(run), text_of(run), top_k=2, scores="softmax", distil_steps=2)
     assert few == [None]
 
 

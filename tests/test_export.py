@@ -26,11 +26,11 @@ from transformers import (
 )
 
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, audit
+from mixture_of_tokens.convert import distilled as distilled_module
 from mixture_of_tokens.convert import export as export_module
-from mixture_of_tokens.convert import serving
 from mixture_of_tokens.convert import verify as verify_module
+from mixture_of_tokens.convert.distilled import Distilled, TopK, best_of, switch_and_distil
 from mixture_of_tokens.convert.plain import to_plain
-from mixture_of_tokens.convert.serving import Served, TopK, best_of, serve
 from mixture_of_tokens.convert.verify import in_plain_transformers
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.runs.loading import load_model, text_of
@@ -199,7 +199,9 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     """Train, export, plain transformers: the switched model's text to the last token, and the run untouched."""
     made = []
     monkeypatch.setattr(
-        export_module, "serve", lambda *args, **options: made.append(serve(*args, **options)) or made[0]
+        export_module,
+        "switch_and_distil",
+        lambda *args, **options: made.append(switch_and_distil(*args, **options)) or made[0],
     )
     files = {path: path.read_bytes() for path in tiny_runs[MIXED].rglob("*") if path.is_file()}
     mot("export", tiny_runs[MIXED], tmp_path / "out", "--distil-steps", 20, *words)
@@ -215,7 +217,7 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     assert model.config.num_experts_per_tok == fewest.top_k
     run = str(tiny_runs[MIXED])
     for each, of in ((served.source, load_model(run)), (fewest, model)):
-        assert each.loss == pytest.approx(serving._loss(of, text_of(run).tuning), abs=1e-5)
+        assert each.loss == pytest.approx(distilled_module._loss(of, text_of(run).tuning), abs=1e-5)
     assert "rows of the tuning text: they do not compare with mot train's, by default of the whole validation" in shown
     flops = [each.flops_per_token for each in served.tried]
     assert flops == sorted(flops, reverse=True)
@@ -242,7 +244,7 @@ def test_the_fewest_experts_that_are_as_good_as_the_best_are_written(losses, bes
     chosen = best_of(tried)
     assert chosen.top_k == best
     why = "the fewest experts with a loss at most 0.01 nats above the lowest of these"
-    assert f"Top {best} is written: {why}" in str(Served("tuning", source, tried, chosen))
+    assert f"Top {best} is written: {why}" in str(Distilled("tuning", source, tried, chosen))
 
 
 @pytest.mark.usefixtures("tiny_cache", "checked_elsewhere")
@@ -250,8 +252,8 @@ def test_a_checkpoint_is_exported_as_what_it_is(tiny_runs, tmp_path, monkeypatch
     served = []
     monkeypatch.setattr(
         export_module,
-        "serve",
-        lambda source, *args, **options: served.append(source) or serve(source, *args, **options),
+        "switch_and_distil",
+        lambda source, *args, **options: served.append(source) or switch_and_distil(source, *args, **options),
     )
     mot("export", tiny_runs[MIXED] / "checkpoint-30", tmp_path / "out", "--distil-steps", 1)
     assert all(layer.companion.any() for layer in served[0].modules() if isinstance(layer, MixtureOfTokens))
@@ -276,7 +278,7 @@ def test_an_export_that_is_trained_on_is_balanced_as_hard():
 def test_time_is_taken_of_a_model_whose_padding_is_the_first_token():
     model = model_of("mixture_of_tokens")
     model.generation_config.pad_token_id = model.config.pad_token_id = 0
-    assert serving._milliseconds([model])[0] > 0
+    assert distilled_module._milliseconds([model])[0] > 0
 
 
 @pytest.mark.slow

@@ -12,13 +12,13 @@ import pytest
 from mixture_of_tokens.formatting import Result, short
 from mixture_of_tokens.model.cost import flops_per_token, memory
 from mixture_of_tokens.reports import page
-from mixture_of_tokens.reports.again import Places, commands_of
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
 from mixture_of_tokens.reports.figures import Line, panel
 from mixture_of_tokens.reports.markup import NOTHING, html
 from mixture_of_tokens.reports.page import _curves, _measure, _samples, _switches, _through_the_switch
 from mixture_of_tokens.reports.prose import findings
 from mixture_of_tokens.reports.report import summary_of
+from mixture_of_tokens.reports.reproduce import Places, commands_of
 from mixture_of_tokens.reports.tables import switch_table, tables
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig, RunFacts, Switch, Transition
 from mixture_of_tokens.runs.run import Load, Run, Stages, pack, read

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mixture_of_tokens.convert.serving import Served
+from mixture_of_tokens.convert.distilled import Distilled
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs import provenance, records
@@ -19,7 +19,7 @@ def card(
     compared: str,
     difference: float,
     license: str | None,
-    served: Served | None,
+    distilled: Distilled | None,
 ) -> str:
     """The model card."""
     config, kind = model.config, type(plain).__name__
@@ -54,16 +54,16 @@ def card(
                 f"{switch.source_in_groups:.4f} before, with texts in groups, {switch.source_alone:.4f} with "
                 f"each alone, {switch.at_the_switch:.4f} at the switch, and {end:.4f} at the end."
             )
-        whose = "Loss" if served is None else "The Mixture of Tokens' loss"
+        whose = "Loss" if distilled is None else "The Mixture of Tokens' loss"
         lines.append(
             f"{whose} on all {facts.evaluated_on} text: {facts.final_loss:.4f} nats a token, "
             f"{facts.bits_per_byte:.4f} bits a byte."
         )
-    if served is not None:
+    if distilled is not None:
         lines.append(
             "It was trained as a Mixture of Tokens (arXiv 2310.15961) and distilled into a sparse model, without "
-            f"training it further. Over a part of the {served.split} text the loss was {served.source.loss:.4f} "
-            f"before, with texts in groups, and is {served.chosen.loss:.4f} now."
+            f"training it further. Over a part of the {distilled.split} text the loss was {distilled.source.loss:.4f} "
+            f"before, with texts in groups, and is {distilled.chosen.loss:.4f} now."
         )
     lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("this/directory")']

@@ -15,8 +15,8 @@ from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.convert.card import card
 from mixture_of_tokens.convert.distil import STEPS
+from mixture_of_tokens.convert.distilled import Distilled, switch_and_distil
 from mixture_of_tokens.convert.plain import NONE_SHARED, check_exportable, to_plain
-from mixture_of_tokens.convert.serving import Served, serve
 from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
 from mixture_of_tokens.convert.verify import verify
 from mixture_of_tokens.disk import disk_errors, plain_errors, published, replaced
@@ -36,7 +36,7 @@ class Exported(Result):
     """A checkpoint of plain transformers.
 
     difference: the largest of a logit from the run's, or the switched model's, on `compared`.
-    served: of a Mixture of Tokens, which was switched for the export.
+    distilled: of a Mixture of Tokens, which was switched for the export.
     """
 
     directory: str
@@ -44,12 +44,12 @@ class Exported(Result):
     parameters: int
     compared: str
     difference: float
-    served: Served | None = None
+    distilled: Distilled | None = None
 
     def __str__(self) -> str:
-        whose = "the run's" if self.served is None else "the switched model's"
+        whose = "the run's" if self.distilled is None else "the switched model's"
         differ = f"Its logits on {self.compared} differ from {whose} by at most {self.difference:.1e}."
-        lines = [] if self.served is None else [str(self.served), ""]
+        lines = [] if self.distilled is None else [str(self.distilled), ""]
         return "\n".join([*lines, f"{self.directory} is a {self.architecture}. {differ}"])
 
 
@@ -139,7 +139,7 @@ def _export(
             f"the tokenizer beside {run} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
             "another model's"
         )
-    served = None
+    distilled = None
     if any(routing.converts_to for routing in model.config.routings):
         if run_directory(run) is None:
             what = "a Mixture of Tokens is distilled on the text that it was trained on"
@@ -148,7 +148,9 @@ def _export(
             raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
         scores = scores or default_scores(model.config)
         check_exportable(token_choice_config(model.config, top_k=top_k, scores=scores))  # before the distillation
-        model, served = serve(model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps or STEPS)
+        model, distilled = switch_and_distil(
+            model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps or STEPS
+        )
     elif (top_k, scores, distil_steps) != (None, None, None):
         raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and so is --distil-steps; {run} is none")
     model = model.cpu()
@@ -164,10 +166,10 @@ def _export(
         difference = verify(run, model, type(plain), beside, ids, what)
         with disk_errors(out):
             manifest.write(beside, of=EXPORT)
-            text = card(run, model, plain, what, difference, license, served)
+            text = card(run, model, plain, what, difference, license, distilled)
             # Which people edit. It names the text, whose name may be no UTF-8.
             (beside / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
-    return Exported(str(out), type(plain).__name__, plain.num_parameters(), what, difference, served)
+    return Exported(str(out), type(plain).__name__, plain.num_parameters(), what, difference, distilled)
 
 
 def _write_config(directory: Path) -> None:

@@ -93,7 +93,7 @@ def _sketches(text: Path, places: np.ndarray, *, part: int = PART) -> np.ndarray
 
 
 def _sketches_elsewhere(text: Path, places: np.ndarray) -> np.ndarray:
-    command = [sys.executable, "-P", __file__, str(text)]  # -P: our inspect.py is not the standard library's
+    command = [sys.executable, "-P", __file__, str(text)]  # -P: no module beside this file is imported
     done = subprocess.run(command, input=places.tobytes(), stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise OSError(f"looking for duplicates, a process ended with status {done.returncode}: out of memory?")

@@ -12,11 +12,11 @@ from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.process import check_one_process
-from mixture_of_tokens.reports.again import Places, commands_of
 from mixture_of_tokens.reports.comparison import COMPARISON, Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.markup import START
 from mixture_of_tokens.reports.page import page
 from mixture_of_tokens.reports.prose import differing, findings
+from mixture_of_tokens.reports.reproduce import Places, commands_of
 from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs.admission import check_writable
 from mixture_of_tokens.runs.run import Run

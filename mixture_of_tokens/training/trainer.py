@@ -46,7 +46,7 @@ from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
 from mixture_of_tokens.process import end_with_parent, of_all
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.training.callbacks import Clock, RunLog
-from mixture_of_tokens.training.events import writes_events
+from mixture_of_tokens.training.tensorboard import writes_events
 
 EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
 BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # what a schedule has for each of the optimizer's groups

@@ -35,7 +35,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Served:
+class Distilled:
     """What a switch without training gives.
 
     split: of the text that losses are measured on, tuning, or validation where that is short.
@@ -61,9 +61,9 @@ class Served:
         return f"{table}\n\nTop {self.chosen.top_k} is written: {why}. --top-k chooses another."
 
 
-def serve(
+def switch_and_distil(
     source: MixtureOfTokensForCausalLM, text: Prepared, *, top_k: int | None, scores: Scores, distil_steps: int
-) -> tuple[MixtureOfTokensForCausalLM, Served]:
+) -> tuple[MixtureOfTokensForCausalLM, Distilled]:
     """Switch and distil a trained Mixture of Tokens.
 
     Args:
@@ -103,7 +103,7 @@ def serve(
         )
     ]
     best = best_of(tried)
-    return made[tried.index(best)], Served(split, before, tried, best)
+    return made[tried.index(best)], Distilled(split, before, tried, best)
 
 
 def best_of(tried: list[TopK]) -> TopK:
