@@ -150,8 +150,10 @@ class System(NamedTuple):
 
 SYSTEMS = (
     System("Transformer-Nano"),
+    System("Transformer-Nano", rate=1e-2),
     System("TC-Nano/32E", SHARP),
     System("TC-Nano/32E", SHARP, rate=1e-2),
+    System("TC-Nano/32E", SHARP, rate=2.5e-3),
     System("TC-Nano/32E", SHARP | DROPLESS),
     System("TC-Nano/32E/4", DROPLESS),
     System("TC-Nano/32E/4", DROPLESS, rate=1e-2),
