@@ -228,7 +228,7 @@ def _fill_in(config: Path, entries: dict, app: App, commands: tuple[str, ...], a
                 f"--config {config} is of a run: {what} take it; mot {commands[0]} takes a file of its own flags"
             )
         name = next((token.value for each in arguments if each.name == "--name" for token in each.tokens), None)
-        if ("--steps", ()) in given or name not in (None, entries.get("name")):
+        if "name" in entries and (("--steps", ()) in given or name not in (None, entries["name"])):
             from mixture_of_tokens.training.recipes import chosen_in
 
             entries = chosen_in(entries)
@@ -245,9 +245,11 @@ def _fill_in(config: Path, entries: dict, app: App, commands: tuple[str, ...], a
     for flag, words in leaves:
         token = Token(keyword=flag, source=str(config))
         try:
-            argument, keys, _ = (without_flag[flag], (), None) if flag in without_flag else arguments.match(flag)
+            argument, keys, means = (without_flag[flag], (), None) if flag in without_flag else arguments.match(flag)
         except ValueError:
             raise UnknownOptionError(token=token, argument_collection=arguments) from None
+        if means is False:  # of --no-gated, say
+            words = [str(word != "True") for word in words]
         if (argument.name, keys) not in given:
             for index, word in enumerate(words):
                 argument.append(token.evolve(value=word, keys=keys, index=index))

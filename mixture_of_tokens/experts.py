@@ -121,7 +121,8 @@ class Experts(nn.Module):
 class Router(nn.Module):
     """Logits x . c_e / temperature, computed in `router_dtype` or in the input's type, whichever is more precise.
 
-    The temperature is a setting outside the state dict; a schedule may change it between steps (`set_temperature`).
+    The temperature is a setting outside the state dict; a schedule may change it between steps (`set_temperature`). For
+    the compiler it is a constant, and varies from the first change on; with `dynamic=False` each value compiles anew.
     With `learnable_temperature` it is exp of the parameter `log_temperature`, which is not for weight decay: that would
     draw the temperature to 1. Weights are drawn as those of `Experts`.
     """
@@ -150,7 +151,7 @@ class Router(nn.Module):
         if isinstance(temperature, Tensor):  # of a schedule
             temperature = float(temperature)
         check_range("temperature", temperature)
-        self.temperature_setting = temperature
+        self.temperature_setting = float(temperature)
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(temperature))
 

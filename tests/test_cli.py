@@ -290,6 +290,17 @@ def test_a_file_of_flags_has_those_that_are_on_by_default_too(tmp_path, capsys):
             shown[name, word] = capsys.readouterr().out
     assert shown["plain", ""] == shown["plain", "--no-gated"] == shown["gated", "--no-gated"]
     assert shown["gated", ""] == shown["gated", "--gated"] == shown["plain", "--gated"] != shown["plain", ""]
+    for line, same in {"no-gated: true": "plain", "no_gated: false": "gated"}.items():
+        file.write_text(line)
+        mot("plan", "MoT-Medium/32E", "--config", file)
+        assert capsys.readouterr().out == shown[same, ""]
+
+
+def test_a_file_with_a_format_and_no_name_is_one_of_flags(tmp_path, capsys):
+    for text in ("format: 1\nsteps: 3", "format: 1\nconfig: {steps: 3}"):
+        (tmp_path / "some.yaml").write_text(text)
+        mot("train", "MoT-Nano/4E", "--config", tmp_path / "some.yaml", "--dry-run", "--json")
+        assert json.loads(capsys.readouterr().out)["steps"] == 3
 
 
 @pytest.mark.usefixtures("tiny_cache")
