@@ -377,8 +377,8 @@ def test_a_time_in_a_file_of_flags_is_text(capsys):
     [
         ("version: true", "--config flags.yaml names version, which is for the command line alone"),
         ("help: true", "--config flags.yaml names help, which is for the command line alone"),
-        ("format: 9", "flags.yaml has format 9, and this version reads 0 to 1"),
-        ("format: hello", "flags.yaml has format 'hello', and this version reads 0 to 1"),
+        ("format: 9", "flags.yaml has format 9, and this version reads format 1"),
+        ("format: hello", "flags.yaml has format 'hello', and this version reads format 1"),
     ],
 )
 def test_a_file_of_flags_does_not_stand_for_something_else(text, message, capsys):
