@@ -491,7 +491,6 @@ def test_preparing_says_when_many_documents_are_left_out(tmp_path, fresh_cache, 
         ValueError, match="was started with --near-duplicates keep, now it is drop; give the same flags"
     ):
         check_resumed(tmp_path / "run", dropping)
-    assert "near_duplicates" not in str(merge("MoT-Nano/4E", 0, None, Options()).config)  # as in earlier runs
 
 
 def test_short_lines_count_where_a_document_has_next_to_nothing_else(work):
