@@ -76,7 +76,7 @@ def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] |
         means = {layer: _Means(layer) for layer in layers}
         for layer in layers:  # measured in groups, and as it was before the first time
             layer.serve_alone(False)
-            layer.reset_state()
+        forget_companions(model)
         try:
             watch(model, {layer: mean.add for layer, mean in means.items()}, batches if layers else ())
         finally:
