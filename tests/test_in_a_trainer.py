@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mixture_of_tokens.experts import Experts
+from mixture_of_tokens.model import modeling
 from mixture_of_tokens.model.balance import BalanceCallback
 from mixture_of_tokens.model.routings import ROUTINGS, TABLE
 from mixture_of_tokens.sparse import SigmoidChoice
@@ -78,6 +79,29 @@ def test_a_callback_balances_what_has_no_loss_for_it(kind, buffer, tmp_path):
 
     assert moved(lambda model: [BalanceCallback(model)])
     assert not moved(lambda model: [])
+
+
+@pytest.mark.parametrize("kind", [row.kind for row in TABLE])
+def test_a_training_in_which_nothing_balances_the_experts_is_warned_of(kind, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(modeling.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(modeling, "MANY_BATCHES", 3)
+
+    def warned(steps: int, balanced: bool, frozen: bool = False) -> bool:
+        warnings.clear()
+        model, ids = tiny(kind).train(), Texts(ROWS_A_STEP).ids
+        for block in model.model.layers if frozen else []:
+            block.mlp.requires_grad_(False)
+        for _ in range(steps):
+            model(ids, labels=ids).loss.backward()
+            if balanced:
+                model.balance()
+        return any("without a call of balance()" in warning for warning in warnings)
+
+    assert warned(3, balanced=False) == (kind in ("sigmoid_choice", "expert_threshold", "remoe"))
+    assert not warned(2, balanced=False)
+    assert not warned(5, balanced=True)
+    assert not warned(5, balanced=False, frozen=True)
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixture_of_tokens", "token_choice"])

@@ -36,6 +36,8 @@ from mixture_of_tokens.model.upstream import (
 
 logger = logging.get_logger(__name__)
 
+MANY_BATCHES = 200  # of training, more than gradients are accumulated over
+
 
 @dataclass
 class CausalLMOutput(MoeCausalLMOutputWithPast):
@@ -153,6 +155,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         self.model = MixtureOfTokensModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._batches_since_balance = 0
         self.post_init()
 
     def set_router_temperature(self, temperature: float) -> None:
@@ -189,11 +192,25 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
 
     def balance(self) -> None:
         """To be called after each step of training: routings without a balancing loss then balance their load."""
-        routed = [module for module in self.modules() if isinstance(module, Routed) and module.gate is not None]
-        # Where a router is frozen, as below an adapter, its layer stays as it was saved.
-        layers = [layer for layer in routed if any(weight.requires_grad for weight in layer.gate.parameters())]
+        self._batches_since_balance = 0
+        layers = self._to_balance()
         for kind in dict.fromkeys(map(type, layers)):
             kind.balance([layer for layer in layers if type(layer) is kind])
+
+    def _to_balance(self) -> list[Routed]:
+        routed = [module for module in self.modules() if isinstance(module, Routed)]
+        balanced = [layer for layer in routed if type(layer).balance is not Routed.balance]
+        # Where a router is frozen, as below an adapter, its layer stays as it was saved.
+        return [layer for layer in balanced if any(weight.requires_grad for weight in layer.gate.parameters())]
+
+    def _check_balance_is_called(self) -> None:
+        """Warn, once, in a training without `balance`, such as a Trainer's without `BalanceCallback`."""
+        self._batches_since_balance += torch.is_grad_enabled()
+        if self._batches_since_balance == MANY_BATCHES and self._to_balance():
+            logger.warning_once(
+                f"{MANY_BATCHES} batches were trained on without a call of balance(), and nothing else balances the "
+                "experts of this model. Call it after each step, or give a Trainer callbacks=[BalanceCallback(model)]."
+            )
 
     def _auxiliary_weights(self) -> dict[Routing, float | Tensor]:
         """The weights of auxiliary losses, without those of weight zero."""
@@ -292,6 +309,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         shift_labels = kwargs.pop("shift_labels", None)
         if self.training and not torch.compiler.is_compiling():  # which cannot trace a warning
             self._check_groups(input_ids if inputs_embeds is None else inputs_embeds)
+            self._check_balance_is_called()
         weights = self._auxiliary_weights() if self.training else {}
         with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         outputs = self.model(
