@@ -334,9 +334,9 @@ def test_served_alone_a_model_mixes_nothing():
     model = mixing()
     calibrate_companions(model, [batch(seed=5)])
     inputs = batch()
-    assert model.mixes_examples
+    assert model.shares_batch
     model.serve_alone()
-    assert not model.mixes_examples
+    assert not model.shares_batch
     expected = torch.cat([model(input_ids=row[None]).logits for row in inputs["input_ids"]])
     assert_close(model(**inputs).logits, expected)
     beams = model.generate(**inputs, num_beams=2, max_new_tokens=3, do_sample=False)  # no more refused

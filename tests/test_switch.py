@@ -103,7 +103,7 @@ def test_fitted_scales_bring_branches_and_loss_nearer_and_are_known(trained):
             full = f"model.layers.{i}.mlp.{name}"
             assert_close(target.get_parameter(full), source.get_parameter(full) * scales[full])
             assert scales[full].shape == (8, 1, 1)
-    assert source.mixes_examples  # the source is as it was
+    assert source.shares_batch  # the source is as it was
 
 
 def test_scales_are_fitted_in_a_model_in_bf16(trained):

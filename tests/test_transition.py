@@ -91,7 +91,7 @@ def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned)
     assert model.config.mlp_layer_types == ["dense", "dense", "token_choice", "token_choice"]
     assert (model.config.num_experts_per_tok, model.config.capacity_factor) == (2, None)
     assert model.config.router_temperature == 1
-    assert not model.mixes_examples
+    assert not model.shares_batch
     assert read(transitioned[0]).model_config.capacity_factor is None  # config.yaml says so too
 
 

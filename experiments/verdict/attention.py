@@ -59,7 +59,7 @@ def make(experiment: Experiment) -> None:
         if unusable or directory.name in {row["run"] for row in rows}:
             continue
         config = read(directory).config
-        if not config.model_config.mixes_examples:
+        if not config.model_config.shares_batch:
             text = text or config.prepare().validation
             rows.append(looked(directory, text))
             write_csv(file, list(rows[-1]), sorted(rows, key=lambda row: row["run"]))

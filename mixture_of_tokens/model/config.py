@@ -153,6 +153,6 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         return all(routing.causal for routing in self.routings)
 
     @property
-    def mixes_examples(self) -> bool:
+    def shares_batch(self) -> bool:
         """Whether an example's output depends on the other examples of its batch."""
         return any(routing.shares_batch for routing in self.routings)

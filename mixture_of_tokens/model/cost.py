@@ -182,7 +182,7 @@ def legal_micro_batches(config: MixtureOfTokensConfig, batch: int, *, in_groups:
 
     Raises ValueError if the batch does not divide into groups.
     """
-    group = config.group_size if config.mixes_examples or in_groups else 1
+    group = config.group_size if config.shares_batch or in_groups else 1
     if batch < 1 or batch % group:
         nearest = max(1, min(round(batch / group), LARGEST // group)) * group
         raise ValueError(f"a batch of {batch} sequences does not divide into groups of {group}; {nearest} would")

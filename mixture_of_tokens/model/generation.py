@@ -46,10 +46,10 @@ def _ends_in_padding(prompt: Tensor, pad: int | None, stop_ids: list[int]) -> bo
 
 
 class GroupedGeneration:
-    """`generate` for a model whose rows may influence each other (`mixes_examples`)."""
+    """`generate` for a model whose rows may influence each other (`shares_batch`)."""
 
     config: Any
-    mixes_examples: Any
+    shares_batch: Any
     generation_config: Any
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
@@ -71,7 +71,7 @@ class GroupedGeneration:
             own = getattr(generation_config, name, None)
             return kwargs.get(name, getattr(self.generation_config, name) if own is None else own)
 
-        if self.mixes_examples:
+        if self.shares_batch:
             if (setting("num_beams") or 1) > 1:
                 raise ValueError(
                     "beam search would mix the beams of one prompt with each other; use num_beams=1, or serve_alone()"

@@ -236,7 +236,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         return {routing: torch.stack(own).mean() for routing, own in losses.items()}
 
     @property
-    def mixes_examples(self) -> bool:
+    def shares_batch(self) -> bool:
         """Whether a row's output depends on the other rows of its batch, which `serve_alone` changes."""
         blocks = zip(self.config.routings, self.model.layers, strict=True)
         return any(routing.shares_batch and not getattr(block.mlp, "alone", False) for routing, block in blocks)
@@ -244,12 +244,12 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
     def _check_groups(self, inputs: Any) -> None:
         """Warn, once each, where training leaves a group incomplete, as a Trainer's eight rows do, or forms none."""
         size = self.config.group_size
-        if inputs is not None and len(inputs) % size and self.mixes_examples:
+        if inputs is not None and len(inputs) % size and self.shares_batch:
             logger.warning_once(
                 f"A batch of {len(inputs)} rows is no multiple of the group size, {size}: the last group is trained "
                 f"incomplete. Take batches of a multiple of {size}, and drop the last one."
             )
-        if self.config.mixes_examples and not self.mixes_examples:
+        if self.config.shares_batch and not self.shares_batch:
             logger.warning_once("Each row is served alone, so training forms no groups; call serve_alone(False) first.")
 
     def _check_balanced(self, aux_loss: Tensor) -> None:

@@ -150,7 +150,7 @@ def weights_hash(run: str) -> str | None:
 
 def group_size_of(model: Any) -> int | None:
     """The group size where the rows of a batch influence each other; None where each row is computed by itself."""
-    return model.config.group_size if getattr(model, "mixes_examples", False) else None
+    return model.config.group_size if getattr(model, "shares_batch", False) else None
 
 
 def check_tokens(model: Any, run: str, largest: int) -> None:

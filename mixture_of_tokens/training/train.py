@@ -296,7 +296,7 @@ def _finish(
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run.last_step * trainer.run_log.tokens_per_step
     # A sweep's runs are compared with one another alone, and a split may take minutes.
-    several = model.mixes_examples and len(trainer.evaluated) > run.group_size and run.evaluate_on == "validation"
+    several = model.shares_batch and len(trainer.evaluated) > run.group_size and run.evaluate_on == "validation"
     seeds = range(REGROUPINGS if several else 1)
     say_once(f"Evaluating on all of the {run.evaluate_on} text{f', grouped in {len(seeds)} ways' * (len(seeds) > 1)}")
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
