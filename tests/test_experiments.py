@@ -577,29 +577,34 @@ def test_scripts_that_add_to_one_file_at_the_same_time_lose_no_row(fresh, tmp_pa
 @pytest.fixture
 def fresh(script, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(EXPERIMENTS / "verdict"), *sys.path])
-    for name in ("common", "fresh", "exported"):
+    for name in ("common", "fresh", "exported", "systems"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("fresh")
 
 
-def test_a_budget_holds_the_steps_before_and_after_a_switch(fresh):
+@pytest.fixture
+def verdict(fresh):
+    return sys.modules["systems"]
+
+
+def test_a_budget_holds_the_steps_before_and_after_a_switch(verdict):
     systems = (
-        fresh.System("Transformer-Nano"),
-        fresh.System("MoT-Nano/32E/8"),
-        fresh.System("TC-Nano/32E/8", fresh.DROPLESS),
+        verdict.System("Transformer-Nano"),
+        verdict.System("MoT-Nano/32E/8"),
+        verdict.System("TC-Nano/32E/8", verdict.DROPLESS),
     )
     times = {
         each.label: {"share_of_dense": share, "distil_steps_of_dense": 400}
         for each, share in zip(systems, (1, 1.6, 2), strict=True)
     }
     dense, mixture, _ = systems
-    assert fresh.steps_within(6000, dense, times) == (6000, 0)
-    assert fresh.steps_within(6000, mixture, times) == (3111, 311)  # 5,600, of which 1.6 + 0.1 x 2 a step
-    assert fresh.steps_within(6000, mixture._replace(share=fresh.EARLY), times) == (375, 2650)  # 600, 100 and 5,300
+    assert verdict.steps_within(6000, dense, times) == (6000, 0)
+    assert verdict.steps_within(6000, mixture, times) == (3111, 311)  # 5,600, of which 1.6 + 0.1 x 2 a step
+    assert verdict.steps_within(6000, mixture._replace(share=verdict.EARLY), times) == (375, 2650)  # 600, 100 and 5,300
 
 
-def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, tmp_path):
-    file = tmp_path / fresh.SWEPT
+def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, verdict, tmp_path):
+    file = tmp_path / verdict.SWEPT
     of = {
         "--learning-rate 0.01": 2.5,
         "--learning-rate 0.02": 2.4,
@@ -607,14 +612,18 @@ def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, tmp_pat
     }
     rows = [{"name": "TC-Nano/4E", "settings": settings, "tuning_loss": loss} for settings, loss in of.items()]
     fresh.write_csv(file, list(rows[0]), rows)
-    systems = fresh.System("TC-Nano/4E"), fresh.System("TC-Nano/4E", fresh.DROPLESS), fresh.System("MoT-Nano/4E")
+    systems = (
+        verdict.System("TC-Nano/4E"),
+        verdict.System("TC-Nano/4E", verdict.DROPLESS),
+        verdict.System("MoT-Nano/4E"),
+    )
     of_tc, of_mot = (merge(name, 0, None, Options()).config.learning_rate for name in ("TC-Nano/4E", "MoT-Nano/4E"))
-    assert [fresh.best_rate(system, tmp_path) for system in systems] == [0.02, 0.04, of_mot]
-    assert fresh.best_rate(systems[0], tmp_path / "missing") == of_tc != 0.02
+    assert [verdict.best_rate(system, tmp_path) for system in systems] == [0.02, 0.04, of_mot]
+    assert verdict.best_rate(systems[0], tmp_path / "missing") == of_tc != 0.02
     longer = {"system": systems[0].label, "learning_rate": 0.005, "loss": 2.45}  # of the whole budget: it goes before
-    fresh.write_csv(tmp_path / fresh.TRIED, list(longer), [longer])
-    assert [fresh.best_rate(system, tmp_path) for system in systems] == [0.005, 0.04, of_mot]
-    assert fresh.best_rate(systems[0]._replace(rate=0.03), tmp_path) == 0.03
+    fresh.write_csv(tmp_path / verdict.TRIED, list(longer), [longer])
+    assert [verdict.best_rate(system, tmp_path) for system in systems] == [0.005, 0.04, of_mot]
+    assert verdict.best_rate(systems[0]._replace(rate=0.03), tmp_path) == 0.03
 
 
 def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
@@ -630,49 +639,49 @@ def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
     assert all(float(row["tuning_loss"]) > 0 for row in rows)
 
 
-def test_the_rate_after_an_early_switch_is_the_best_that_was_tried(fresh, tmp_path):
-    early, losses = fresh.System("MoT-Nano/4E", share=fresh.EARLY), {0.02: 2.5, 0.03: 2.4}
-    before = fresh.best_rate(early, tmp_path)
-    assert fresh.best_rate_after(early, tmp_path) is None
+def test_the_rate_after_an_early_switch_is_the_best_that_was_tried(fresh, verdict, tmp_path):
+    early, losses = verdict.System("MoT-Nano/4E", share=verdict.EARLY), {0.02: 2.5, 0.03: 2.4}
+    before = verdict.best_rate(early, tmp_path)
+    assert verdict.best_rate_after(early, tmp_path) is None
     rows = [{"system": early.label, "learning_rate": rate, "loss": loss} for rate, loss in losses.items()]
-    fresh.write_csv(tmp_path / fresh.TRIED, list(rows[0]), rows)
-    assert fresh.best_rate_after(early, tmp_path) == 0.03
-    assert fresh.best_rate(early, tmp_path) == before != 0.03
-    assert fresh.best_rate_after(early._replace(share=None), tmp_path) is None
+    fresh.write_csv(tmp_path / verdict.TRIED, list(rows[0]), rows)
+    assert verdict.best_rate_after(early, tmp_path) == 0.03
+    assert verdict.best_rate(early, tmp_path) == before != 0.03
+    assert verdict.best_rate_after(early._replace(share=None), tmp_path) is None
     other = early._replace(rate=0.005)  # after the switch: both have one source
-    assert fresh.best_rate_after(other, tmp_path) == 0.005
-    assert fresh.best_rate(other, tmp_path) == before
+    assert verdict.best_rate_after(other, tmp_path) == 0.005
+    assert verdict.best_rate(other, tmp_path) == before
     assert other.before.directory(1) == early.directory(1) != other.directory(1)
 
 
-def test_a_rate_at_which_training_diverges_is_the_worst(fresh, tiny, tmp_path, monkeypatch):
+def test_a_rate_at_which_training_diverges_is_the_worst(fresh, verdict, tiny, tmp_path, monkeypatch):
     cells = [{"settings": {"--learning-rate": rate}, "loss": loss} for rate, loss in (("1", None), ("0.03", 2.5))]
     made = SimpleNamespace(as_dict=lambda: {"cells": cells})
     monkeypatch.setattr(sys.modules["common"], "sweep", lambda *args, **options: made)
-    fresh.swept(tmp_path / fresh.SWEPT, [("MoT-Nano/4E", [1.0, 0.03], {})], tiny, tmp_path)
-    assert fresh.best_rate(fresh.System("MoT-Nano/4E"), tmp_path) == 0.03
+    fresh.swept(tmp_path / verdict.SWEPT, [("MoT-Nano/4E", [1.0, 0.03], {})], tiny, tmp_path)
+    assert verdict.best_rate(verdict.System("MoT-Nano/4E"), tmp_path) == 0.03
 
 
 @pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps")
-def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
-    kept, short = EXPERIMENTS / "verdict", {system.label for system in fresh.SYSTEMS}
-    systems = {system.label: system for system in fresh.SYSTEMS + fresh.LONG_SYSTEMS}
-    rows, times = fresh.read_csv(kept / fresh.RESULTS), fresh.times_in(kept)
-    assert {row["system"] for row in rows if row["budget"] == str(fresh.BUDGET)} == short
-    assert {int(row["budget"]) for row in rows} == {fresh.BUDGET, fresh.LONG_BUDGET}
+def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh, verdict):
+    kept, short = EXPERIMENTS / "verdict", {system.label for system in verdict.SYSTEMS}
+    systems = {system.label: system for system in verdict.SYSTEMS + verdict.LONG_SYSTEMS}
+    rows, times = fresh.read_csv(kept / fresh.RESULTS), verdict.times_in(kept)
+    assert {row["system"] for row in rows if row["budget"] == str(verdict.BUDGET)} == short
+    assert {int(row["budget"]) for row in rows} == {verdict.BUDGET, verdict.LONG_BUDGET}
     assert len({(row["budget"], row["system"], row["seed"]) for row in rows}) == len(rows)
     for row in rows:
         system = systems[row["system"]]
         budget, steps, after = (int(row[column]) for column in ("budget", "steps", "after"))
-        assert (steps, after) == fresh.steps_within(budget, system, times)
-        settings = fresh.settings_of(system, budget, kept)
+        assert (steps, after) == verdict.steps_within(budget, system, times)
+        settings = verdict.settings_of(system, budget, kept)
         assert {column: row[column] for column in settings} == {name: str(value) for name, value in settings.items()}
         seed, rate = int(row["seed"]), float(row["rate"])
         run = read(kept / f"{system.directory(seed, budget)}{system.end}.json")
         assert run.facts.steps == steps + after
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=5e-4)
-        how = {"model": dict(system.model), "training": fresh.schedule_of(system, steps)}
-        asked = merge(system.name, seed, rate, replace(fresh.OPTIONS, steps=steps, **how)).config
+        how = {"model": dict(system.model), "training": verdict.schedule_of(system, steps)}
+        asked = merge(system.name, seed, rate, replace(verdict.OPTIONS, steps=steps, **how)).config
         if not system.mixes and not system.early:
             assert asked.identity() == run.config.identity()
             continue
@@ -681,8 +690,12 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
             assert run.config.learning_rate == float(row["rate_after"])
             assert run.config.training.items() >= SCHEDULES["decay"].items()
             continue
-        early = {"learning_rate": float(row["rate_after"] or 0), "schedule": "decay", "distil_steps": fresh.EARLY_STEPS}
-        how = early if system.early else {"learning_rate": rate / 4, "schedule": "own", "distil_steps": fresh.STEPS}
+        early = {
+            "learning_rate": float(row["rate_after"] or 0),
+            "schedule": "decay",
+            "distil_steps": verdict.EARLY_STEPS,
+        }
+        how = early if system.early else {"learning_rate": rate / 4, "schedule": "own", "distil_steps": verdict.STEPS}
         assert (run.seed, run.switch.step, run.config.learning_rate) == (seed, steps, how["learning_rate"])
         assert run.config.transition.distil_steps == how["distil_steps"]
         for field, value in SCHEDULES[how["schedule"]].items():
@@ -693,10 +706,14 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh):
 
 
 @pytest.mark.slow
-def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatch):
+def test_the_verdict_on_fresh_text_is_measured(fresh, verdict, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    systems = (fresh.System("TC-Nano/4E"), fresh.System("MoT-Nano/4E"), fresh.System("MoT-Nano/4E", share=fresh.EARLY))
-    systems += (fresh.System("STC-Nano/4E"), fresh.System("TC-Nano/4E", fresh.DROPLESS, share=0.25))  # no switch
+    systems = (
+        verdict.System("TC-Nano/4E"),
+        verdict.System("MoT-Nano/4E"),
+        verdict.System("MoT-Nano/4E", share=verdict.EARLY),
+    )
+    systems += (verdict.System("STC-Nano/4E"), verdict.System("TC-Nano/4E", verdict.DROPLESS, share=0.25))  # no switch
     sizes = {
         "SYSTEMS": systems,
         "LONG_SYSTEMS": systems[:1],
@@ -711,13 +728,17 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
         "SERVED_ROUNDS": 2,
     }
     for name, value in sizes.items():
-        monkeypatch.setattr(fresh, name, value)
+        homes = [module for module in (fresh, verdict) if hasattr(module, name)]
+        assert homes
+        for module in homes:
+            monkeypatch.setattr(module, name, value)
     here = fresh.Experiment(tmp_path / "kept", tmp_path / "trained")
     here.kept.mkdir()
     fresh.timed(here.kept)
     times = {row["system"]: row for row in fresh.read_csv(here.kept / "fresh-timings.csv")}
     assert [bool(row["distil_steps_of_dense"]) for row in times.values()] == [False, True, False, False]
-    monkeypatch.setattr(fresh, "steps_within", lambda budget, system, times: (10, 3 if system.end else 0))
+    for module in (fresh, verdict):
+        monkeypatch.setattr(module, "steps_within", lambda budget, system, times: (10, 3 if system.end else 0))
     monkeypatch.setattr(fresh, "RATES", [(systems[2], (2e-2, 1e-2)), (systems[3], (2e-2,))])
     for _ in range(2):
         fresh.try_rates(here)
@@ -728,9 +749,9 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     for _ in range(2):  # the second time nothing is missing
         fresh.make(here)
     *rows, longer = fresh.read_csv(here.kept / "fresh.csv")
-    assert (longer["budget"], longer["system"]) == (str(fresh.LONG_BUDGET), "TC-Nano/4E")
-    assert read(here.kept / f"{systems[0].directory(1, fresh.LONG_BUDGET)}.json").facts.steps == 10
-    assert {row["budget"] for row in rows} == {str(fresh.BUDGET)}
+    assert (longer["budget"], longer["system"]) == (str(verdict.LONG_BUDGET), "TC-Nano/4E")
+    assert read(here.kept / f"{systems[0].directory(1, verdict.LONG_BUDGET)}.json").facts.steps == 10
+    assert {row["budget"] for row in rows} == {str(verdict.BUDGET)}
     assert [row["system"] for row in rows[:3]] == ["TC-Nano/4E", "MoT-Nano/4E, switched", "MoT-Nano/4E, switched early"]
     assert [row["system"] for row in rows[3:]] == ["STC-Nano/4E", systems[4].label]
     for system, row in zip(systems, rows, strict=True):
@@ -748,8 +769,8 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, tiny, tmp_path, monkeypatc
     exports = ["TC-Nano/4E", "TC-Nano/4E, capacity_factor null", "STC-Nano/4E"]
     assert [row["system"] for row in rows] == 2 * exports
     assert all(0 < float(row["token_ms"]) < 1000 for row in rows)
-    assert "| MoT-Nano/4E, switched early | 1 |" in fresh.table(here.kept, fresh.BUDGET, systems)
-    assert "switched" not in fresh.table(here.kept, fresh.LONG_BUDGET, systems[:1])
+    assert "| MoT-Nano/4E, switched early | 1 |" in fresh.table(here.kept, verdict.BUDGET, systems)
+    assert "switched" not in fresh.table(here.kept, verdict.LONG_BUDGET, systems[:1])
 
 
 @pytest.fixture
