@@ -3,14 +3,15 @@
     python benchmarks/neighbours.py            measure, print, append to benchmarks/neighbours.csv
     python benchmarks/neighbours.py --table    the latest results of benchmarks/neighbours.csv as Markdown
 
-About four minutes. Nothing else may run: the busy processes are the benchmark's own, each a loop in Python.
+About six minutes. Nothing else may run: the busy processes are the benchmark's own, each a loop in Python.
 
-Two processes train the same model on the same random tokens: forward, backward, fused AdamW. One has OpenMP's threads
-as it sets them, one as `mot` does (`mixture_of_tokens.process.spin_briefly`). They take turns, in an order that is
-shuffled every round, and wait asleep in between.
+Three processes train the same model on the same random tokens: forward, backward, fused AdamW. One has OpenMP's threads
+as it sets them, one as `mot` does (`mixture_of_tokens.process.spin_briefly`), one has a single thread. They take turns,
+in an order that is shuffled every round, and wait asleep in between.
 
-Columns: busy, the number of busy processes; waiting, `openmp` or `mot`; milliseconds, the median over the rounds of a
-step's time (low, high: quartiles); share_of_idle, that time over the same process's without busy ones, within a round.
+Columns: busy, the number of busy processes; waiting, `openmp`, `mot` or `one thread`; milliseconds, the median over the
+rounds of a step's time (low, high: quartiles); share_of_idle, that time over the same process's without busy ones,
+within a round.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.process import BRIEFLY, OWN_CHOICE
 
 RESULTS = Path(__file__).with_name("neighbours.csv")
-WAITING = ("openmp", "mot")
+WAITING = {"openmp": {}, "mot": BRIEFLY, "one thread": {"OMP_NUM_THREADS": "1"}}  # and what the process is told
 COLUMNS = (*MACHINE, "model", "batch", "steps", "rounds", "busy")
 COLUMNS += columns_of("milliseconds", "share_of_idle")
 
@@ -63,7 +64,7 @@ class Trained:
         own = {name: value for name, value in os.environ.items() if name not in OWN_CHOICE}
         words = [sys.executable, __file__, "--train", "--model", args.model]
         words += ["--batch-size", str(args.batch_size), "--steps", str(args.steps)]
-        environment = own | (BRIEFLY if waiting == "mot" else {})
+        environment = own | WAITING[waiting]
         self.process = subprocess.Popen(
             words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -91,7 +92,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             for busy in random.sample(args.busy, len(args.busy)):
                 others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
                 try:
-                    for waiting in random.sample(WAITING, len(WAITING)):
+                    for waiting in random.sample([*WAITING], len(WAITING)):
                         seconds[busy, waiting].append(trained[waiting].seconds())
                 finally:
                     for other in others:
@@ -112,16 +113,18 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    def cell(row: dict) -> str:
-        return f"{float(row['milliseconds']):,.0f} = {with_quartiles(row, 'share_of_idle')}"
+    def cell(row: dict | None) -> str:
+        return "" if row is None else f"{float(row['milliseconds']):,.0f} = {with_quartiles(row, 'share_of_idle')}"
 
     of = {(int(row["busy"]), row["waiting"]): row for row in rows}
-    lines = [(busy, *(cell(of[busy, waiting]) for waiting in WAITING)) for busy in dict.fromkeys(b for b, _ in of)]
+    counts = dict.fromkeys(busy for busy, _ in of)
+    lines = [(busy, *(cell(of.get((busy, waiting))) for waiting in WAITING)) for busy in counts]
     first = rows[0]
     facts = f"{first['model']}, {first['hardware']}, {first['cores']} cores, {first['threads']} threads, torch "
     facts += f"{first['torch']}, {first['rounds']} rounds, commit {first['commit']}, {first['date'][:10]}: "
     facts += "ms a step, and as a multiple of the idle one"
-    return f"{facts}\n\n" + markdown([("busy processes", "OpenMP's own waiting", "as `mot` sets it"), *lines])
+    head = ("busy processes", "OpenMP's own waiting", "as `mot` sets it", "one thread")
+    return f"{facts}\n\n" + markdown([head, *lines])
 
 
 def main() -> None:
