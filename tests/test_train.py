@@ -30,6 +30,7 @@ from mixture_of_tokens.inference.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.sampling import Sampling, continue_prompts
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.model.routings import SETTINGS
 from mixture_of_tokens.model.routings import TABLE as ROUTINGS
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
@@ -303,7 +304,7 @@ def test_flags_and_file_reach_model_and_trainer(directory, capsys):
     file = directory / "flags.yaml"
     model = "  router_temperature: 0.25\n  capacity_factor: null\n"
     file.write_text(f"steps: 7\nmodel:\n{model}training:\n  weight_decay: 0.5\n")
-    mot("train", "MoT-Nano/32E", "--config", file, "--steps", 9, "--training.max_grad_norm", "1e-1", "--dry-run")
+    mot("train", "TC-Nano/32E", "--config", file, "--steps", 9, "--training.max_grad_norm", "1e-1", "--dry-run")
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["steps"] == 9
     assert (shown["training"]["weight_decay"], shown["training"]["max_grad_norm"]) == (0.5, 0.1)
@@ -313,8 +314,19 @@ def test_flags_and_file_reach_model_and_trainer(directory, capsys):
     file.write_text(yaml.safe_dump(shown))
     mot("train", "--config", file, "--dry-run")
     assert yaml.safe_load(capsys.readouterr().out) == shown
-    mot("train", "TC-Nano/32E", "--config", file, "--dry-run")
-    assert yaml.safe_load(capsys.readouterr().out)["name"] == "TC-Nano/32E"
+    mot("train", "TC-Nano/8E", "--config", file, "--dry-run")
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "TC-Nano/8E"
+
+
+@pytest.mark.parametrize(
+    "name", ["Transformer-Nano", "MoT-Nano/32E/8", "TC-Nano/32E", "STC-Nano/32E", "ReMoE-Nano/32E"]
+)
+def test_a_configuration_has_the_settings_that_its_model_reads_and_no_others(name, capsys):
+    mot("train", name, "--dry-run")
+    shown = yaml.safe_load(capsys.readouterr().out)
+    settings = {setting for routing in config_from_name(name).routings for setting in routing.settings}
+    assert shown["model"].keys() & SETTINGS.keys() == settings
+    assert not shown["model"].keys() & {"initializer_range", "decoder_sparse_step", "mlp_only_layers"}
 
 
 def test_of_a_run_s_configuration_another_name_takes_what_was_chosen(directory, capsys):

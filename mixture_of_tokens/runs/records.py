@@ -30,7 +30,8 @@ CARRIED_OUT += ("gradient_checkpointing", "activation_checkpointing", "run_name"
 # TrainingArguments' defaults, by their key in `identity`.
 OF_TRAINING = {f"training.{field.name}": field.default for field in fields(TrainingArguments)}
 MAY_MOVE = ("data", "tokenizer", "transition.source")  # paths, of which a resumed run may name others
-DERIVED = ("transformers_version", "mlp_only_layers")  # fields of a model's configuration that are not written
+# Fields of a model's configuration that are not written: they follow from others, or nothing reads them.
+DERIVED = ("transformers_version", "mlp_only_layers", "decoder_sparse_step", "initializer_range")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class RunConfig(Record):
         return f"{self.name.replace('/', '-')}-seed{self.seed}"
 
     def __str__(self) -> str:
-        return yaml12.dump({"format": FORMAT} | asdict(self))
+        return yaml12.dump({"format": FORMAT} | asdict(self.with_effect()))
 
     def as_read(self) -> dict[str, Any]:
         """The fields of the file as they would be read again: no tuples."""
@@ -120,11 +121,11 @@ class RunConfig(Record):
         return {field for routing in self.model_config.routings for field in routing.settings}
 
     def with_effect(self) -> Self:
-        """With the name's own values of settings that the model does not read."""
-        unread = self.model.keys() & SETTINGS.keys() - self.reads
-        own = config_from_name(self.name, **{key: value for key, value in self.model.items() if key not in unread})
+        """Without settings that the model does not read."""
+        unread = SETTINGS.keys() - self.reads
+        read = {key: value for key, value in self.model.items() if key not in unread}
         end = self.anneal_temperature_to if "router_temperature" in self.reads else None
-        return replace(self, model=self.model | {key: getattr(own, key) for key in unread}, anneal_temperature_to=end)
+        return replace(self, model=read, anneal_temperature_to=end)
 
     @property
     def group_size(self) -> int:

@@ -164,7 +164,8 @@ def check_settings(*runs: RunConfig) -> None:
     read = set().union(*(run.reads for run in runs))
     for run in runs:
         own = run.with_effect()
-        given = {f"--model.{key}": key for key in SETTINGS if run.model.get(key) not in (None, own.model.get(key))}
+        anyway = own.model_config.to_dict()
+        given = {f"--model.{key}": key for key in SETTINGS if run.model.get(key, anyway[key]) != anyway[key]}
         if run.anneal_temperature_to != own.anneal_temperature_to:
             given["--anneal-temperature-to"] = "router_temperature"
         for flag, field in given.items():
