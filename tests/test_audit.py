@@ -231,7 +231,7 @@ def test_a_run_with_too_little_text_to_look_at_is_looked_at_with_random_tokens(t
     mot("audit", run, "--expect", "causal")
     shown = capsys.readouterr()
     assert "looking at random tokens" in shown.err
-    assert "several rows of one document: 0" in shown.out
+    assert "several rows of one segment: 0" in shown.out
 
 
 def test_a_model_without_its_text_is_looked_at_with_random_tokens(tmp_path, capsys):

@@ -605,8 +605,12 @@ def test_one_small_file_will_do_and_the_run_says_what_counts_as_documents(direct
     facts = json.loads((out / "run.json").read_text())
     splits = [facts["corpus"][split] for split in ("train", "tuning", "validation")]
     assert sum(split["bytes"] for split in splits) == len(text.read_bytes())
-    assert facts["corpus"]["segments"] > 0
+    assert (segments := facts["corpus"]["segments"]) > 0
     assert math.isfinite(facts["bits_per_byte"])
+    mot("audit", out, "--batches", 1, "--device", "cpu")
+    shown = capsys.readouterr().out
+    assert "several rows of one segment: 0\n" in shown
+    assert f"{segments} far-apart segments of them count as documents" in shown
 
 
 def test_a_given_tokenizer_sets_the_vocabulary(runs, directory, small_corpus, capsys):

@@ -72,7 +72,8 @@ def card(
     lines += ["written = model.generate(**inputs, max_new_tokens=40, do_sample=True)"]
     lines += ["print(tokenizer.decode(written[0]))", "```", ""]
     lines.append("Rows of a batch do not influence each other beyond rounding.")
-    lines.append(f"Logits in fp32 on {compared} are at most {difference:.1e} from the training library's.")
+    whose = "the run's" if distilled is None else "those of the distilled model"
+    lines.append(f"Logits in fp32 on {compared} are at most {difference:.1e} from {whose} in the training library.")
     versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
     return "\n".join([*lines, "", f"Written by mixture-of-tokens ({versions}).", ""])
 

@@ -78,15 +78,17 @@ class Leaks:
 class Audit(Result):
     """What a model leaks.
 
-    length: of the texts, in tokens; collisions: groups of the run's own text with several rows of one document, None
-        where unknown; expect: what the model was expected to be; alone: whether each row was served alone, and experts:
-        by how many experts a token, None for all.
+    length: of the texts, in tokens; collisions: groups of the run's own text with several rows of one document, or of
+        one segment where that text has `segments`, which count as documents; None where unknown; expect: what the model
+        was expected to be; alone: whether each row was served alone, and experts: by how many experts a token, None for
+        all.
     """
 
     run: str
     length: int
     leaks: Leaks
     collisions: int | None = None
+    segments: int = 0
     expect: Literal["causal", "private"] | None = None
     alone: bool = False
     experts: int | None = None
@@ -113,7 +115,7 @@ class Audit(Result):
     def as_dict(self) -> dict[str, Any]:
         written = super().as_dict()
         verdicts = {"allowed": self.leaks.allowed, "causal": self.causal, "private": self.private}
-        facts = {name: written[name] for name in ("run", "alone", "experts", "length", "collisions")}
+        facts = {name: written[name] for name in ("run", "alone", "experts", "length", "collisions", "segments")}
         return facts | written["leaks"] | verdicts
 
     def __str__(self) -> str:
@@ -137,7 +139,13 @@ class Audit(Result):
                 lines.append(f"They move the residual stream by this share of its size, {where}:\n  {'':<12}{shares}")
             lines.append("")
         if self.collisions is not None:
-            lines.append(f"Groups of its text with several rows of one document: {self.collisions}")
+            unit = "segment" if self.segments else "document"
+            lines.append(f"Groups of its text with several rows of one {unit}: {self.collisions}")
+        if self.segments:
+            lines.append(
+                f"Its documents are too few: {self.segments} far-apart segments of them count as documents, so rows of "
+                "a group may be of one document."
+            )
         by = f", by {self.experts} experts" if self.experts else ""
         served = f"served alone{by}: " if self.alone else ""
         verdict = f"causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}"
@@ -185,12 +193,13 @@ def audit(
     except (ValueError, OSError) as error:  # unknown, too short, or not to be read
         print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
         seen = texts(None, model, batches, seed)
-    found = None
+    found, segments = None, 0
     if text is not None and group_size_of(model) is not None:
         size = model.config.group_size
         grouped = [blocks for blocks in (text.train, text.validation) if len(blocks) >= 2 * size]
         found = sum(len(collisions(blocks, deal(blocks, size))[0]) for blocks in grouped)
-    return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, expect, alone, experts)
+        segments = text.facts["segments"]
+    return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, segments, expect, alone, experts)
 
 
 @checked
