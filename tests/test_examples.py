@@ -12,12 +12,17 @@ from mixture_of_tokens import MixtureOfTokens, audit_model, calibrate_companions
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.data.prepare import prepare_text
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "llama.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return runpy.run_path(str(EXAMPLE))
+    return runpy.run_path(str(EXAMPLES / "llama.py"))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return runpy.run_path(str(EXAMPLES / "pytorch.py"))
 
 
 @pytest.fixture
@@ -69,6 +74,29 @@ def test_its_audit_finds_it_causal_and_its_groups_shared(model):
     assert not audit_model(model, group_size=16, batches=1).causal
     with pytest.raises(ValueError, match="group_size must be at least 1, not 0"):
         audit_model(model, group_size=0)
+
+
+def test_a_model_of_plain_torch_is_trained_in_groups_and_served_alone(plain, small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path))
+    text = prepare_text([str(small_corpus)], context=16)
+    torch.manual_seed(0)
+    model = plain["LanguageModel"](len(text.tokenizer))
+    losses = plain["train"](model, text.train, steps=25)
+    assert losses[-1] < losses[0] - 0.5
+    losses = plain["served"](model, text.train, text.validation)
+    assert losses["alone"] < losses["in groups"]
+    assert abs(losses["alone, 2 experts"] - losses["alone"]) < 0.05
+    path = tmp_path / "model.pt"
+    torch.save(model.state_dict(), path)
+    again = plain["LanguageModel"](len(text.tokenizer)).eval()
+    again.load_state_dict(torch.load(path))
+    again.serve_alone(num_experts_alone=2)
+    ids = some_tokens() % len(text.tokenizer)
+    assert torch.equal(again(ids), model(ids))  # as `served` left it
+    assert audit_model(again, vocab_size=97, length=12, group_size=16, batches=1).private
+    again.serve_alone(False)
+    found = audit_model(again, vocab_size=97, length=12, group_size=16, batches=1)
+    assert (found.causal, found.private) == (True, False)
 
 
 class Own(torch.nn.Module):

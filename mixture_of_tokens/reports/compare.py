@@ -132,16 +132,14 @@ def _plans(
         raise ValueError("name at least one model, such as Transformer-Nano")
     if len(set(names)) < len(names):
         raise ValueError("a model is named twice; its runs would be the same")
-    plans, given = [], []
+    plans = []
     for seed in seeds:
         for name, rate in zip(names, rates, strict=True):
             merged = merge(name, seed, rate, options)
-            given.append(merged.config)
-            merged = merged._replace(config=merged.config.with_effect())  # mot train takes its config.yaml
             directory = out / merged.config.directory_name
             check_resumed(directory, merged.config)
             plans.append(_Planned(merged, directory, PlannedRun.of(directory, merged).flops))
-    check_settings(*given)
+    check_settings(*(plan.merged for plan in plans))
     configs = [plan.merged.config for plan in plans]
     if any(config.training["eval_strategy"] == "no" for config in configs):
         raise ValueError("--training.eval_strategy no leaves no curves to compare; steps would")

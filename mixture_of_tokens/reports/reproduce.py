@@ -46,7 +46,8 @@ def commands_of(run: Run, places: Places) -> list[str]:
     words = ["mot", "transition", places.of(source), "--out", places.of(run.directory)]
     words += ["--top-k", str(config.num_experts_per_tok), "--steps", str(steps + mixing)]
     words += ["--learning-rate", repr(rate)] if steps else []
-    words += [] if config.capacity_factor is None else ["--capacity", repr(config.capacity_factor)]
+    drops = "capacity_factor" in run.config.reads and config.capacity_factor is not None
+    words += ["--capacity", repr(config.capacity_factor)] if drops else []
     words += ["--scores", "sigmoid" if "sigmoid_choice" in (config.mlp_layer_types or ()) else "softmax"]
     if steps and run.config.of_training("lr_scheduler_type") == "constant":
         words += ["--schedule", "continued"]

@@ -97,7 +97,7 @@ class RunConfig(Record):
         return f"{self.name.replace('/', '-')}-seed{self.seed}"
 
     def __str__(self) -> str:
-        return yaml12.dump({"format": FORMAT} | asdict(self.with_effect()))
+        return yaml12.dump({"format": FORMAT} | asdict(self))
 
     def as_read(self) -> dict[str, Any]:
         """The fields of the file as they would be read again: no tuples."""

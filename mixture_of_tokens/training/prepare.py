@@ -46,10 +46,10 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
     at_least_one(shard=options.shard, replicate=options.replicate, expert_parallel=options.expert_parallel)
     options = replace(options, device=None, shard=None, replicate=None, expert_parallel=None)  # they decide no text
     with by_itself():
-        run = merge(name, 0, None, options).config
-    check_settings(run)
+        merged = merge(name, 0, None, options)
+    check_settings(merged)
     with ended_by_sigterm():
-        return _prepared(run)
+        return _prepared(merged.config)
 
 
 def _prepared(run: RunConfig) -> PreparedText | None:

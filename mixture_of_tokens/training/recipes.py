@@ -54,11 +54,15 @@ DTYPES = ("float32", "bfloat16", "float64")
 
 
 class Merged(NamedTuple):
-    """A run's configuration, and how it is carried out: keywords of TrainingArguments, and where the weights lie."""
+    """A run's configuration, and how it is carried out: keywords of TrainingArguments, and where the weights lie.
+
+    unread: settings that were given and that the model does not read, by the flag; `config` does not have them.
+    """
 
     config: RunConfig
     arguments: dict[str, Any]
     placement: Placement
+    unread: dict[str, str]
 
 
 def merge(
@@ -125,7 +129,12 @@ def merge(
     taken = {"max_steps": max(1, steps), "seed": seed, "learning_rate": learning_rate, "use_cpu": on_cpu}
     taken |= {"per_device_train_batch_size": micro_batch, "tf32": False}
     _check_training(taken | training, on_cpu)
-    return Merged(run, taken | training, placement)
+    kept = run.with_effect()
+    anyway = kept.model_config.to_dict()
+    unread = {f"--model.{key}": key for key in SETTINGS if run.model.get(key) not in (None, anyway[key])}
+    if run.anneal_temperature_to != kept.anneal_temperature_to:
+        unread["--anneal-temperature-to"] = "router_temperature"
+    return Merged(kept, taken | training, placement, unread)
 
 
 def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
@@ -155,20 +164,15 @@ def _without_what_follows(name: str, model: dict[str, Any]) -> dict[str, Any]:
     return model
 
 
-def check_settings(*runs: RunConfig) -> None:
+def check_settings(*runs: Merged) -> None:
     """Raises ValueError for a setting that no model of these runs reads, but with the value that it has anyway.
 
     `merge` does not: a comparison's models have their settings in common, and `mot transition` takes its source's.
     """
-    names = ", ".join(dict.fromkeys(run.name for run in runs))
-    read = set().union(*(run.reads for run in runs))
+    names = ", ".join(dict.fromkeys(run.config.name for run in runs))
+    read = set().union(*(run.config.reads for run in runs))
     for run in runs:
-        own = run.with_effect()
-        anyway = own.model_config.to_dict()
-        given = {f"--model.{key}": key for key in SETTINGS if run.model.get(key, anyway[key]) != anyway[key]}
-        if run.anneal_temperature_to != own.anneal_temperature_to:
-            given["--anneal-temperature-to"] = "router_temperature"
-        for flag, field in given.items():
+        for flag, field in run.unread.items():
             if field not in read:
                 raise ValueError(f"{flag} would do nothing in {names}; it is of {', '.join(SETTINGS[field])}")
 

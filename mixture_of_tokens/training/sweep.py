@@ -185,7 +185,7 @@ def sweep(
         for seed in seeds:
             chosen, rate = _apply(options, settings)
             merged, directory = merge(name, seed, rate, chosen), out / _directory(settings, seed)
-            check_settings(merged.config)
+            check_settings(merged)
             check_resumed(directory, merged.config)
             planned.append(_Planned(settings, seed, merged, directory))
     check_planned({directory.name: merged.config for _, _, merged, directory in planned})

@@ -106,7 +106,7 @@ def train(
     Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
     """
     merged = merge(name, seed, learning_rate, options)
-    check_settings(merged.config)
+    check_settings(merged)
     if dry_run:
         return merged.config
     out = Path("runs") / merged.config.directory_name if out is None else Path(out)
