@@ -89,8 +89,9 @@ class Turn:
             shard=args.shard,
             expert_parallel=args.expert_parallel,
         )
-        self.config, arguments, self.placement = merge(name, 0, None, options)
-        self.arguments, self.loop = TrainingArguments(output_dir=out, **arguments), loop
+        merged = merge(name, 0, None, options)
+        self.config, self.placement, self.loop = merged.config, merged.placement, loop
+        self.arguments = TrainingArguments(output_dir=out, **merged.arguments)
         self.flops = training_flops(self.config.model_config, self.config.batch_size)
         self.arguments._n_gpu = min(1, self.arguments.n_gpu)  # as `mot train` has it
 

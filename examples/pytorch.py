@@ -37,8 +37,10 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Without positions, which causal attention finds by itself. A learned embedding of them, of nn.Embedding's size, is
-    no good beside the layer: what stands for other texts where a row is served alone is one average for all positions.
+    """Without embeddings of positions, which causal attention finds by itself.
+
+    Learned ones, of nn.Embedding's size, do not go well with serving alone: what then stands for other texts is one
+    average for all positions.
     """
 
     def __init__(self, vocab_size: int, blocks: int = 2):

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from mixture_of_tokens.alone import renew_alone, served_alone, set_alone
 from mixture_of_tokens.checks import check, divisors
 from mixture_of_tokens.experts import Routed, RoutedOptions, softmax
-from mixture_of_tokens.layout import at_least_fp32, combine, dispatch, grouped, ungrouped
+from mixture_of_tokens.layout import at_least_fp32, check_full, combine, dispatch, grouped, ungrouped
 
 
 class MixtureOfTokens(Routed):
@@ -166,6 +166,8 @@ class MixtureOfTokens(Routed):
     def in_groups(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """The equations of the module's docstring."""
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
+        if self.training:
+            check_full(x_BTD, self.group_size)
         weights_MGE, rest_ME = self._weights_and_rest(x_MGD, mask_MG1, missing_M11)
         cast_MGE = weights_MGE.to(x_MGD.dtype)
         mixtures_EMD = dispatch(cast_MGE, x_MGD)

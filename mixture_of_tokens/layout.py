@@ -13,6 +13,8 @@ autocast, multiplies in that one too. A router's logits keep their precision; on
 type (`precise_linear`).
 """
 
+import functools
+import logging
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -36,6 +38,20 @@ def check_shapes(x_BTD: Tensor, token_mask: Tensor | None) -> None:
         raise ValueError(f"token_mask must be {tuple(x_BTD.shape[:2])}, not {tuple(token_mask.shape)}")
     if token_mask is not None and token_mask.is_floating_point():  # perhaps one that is added, 0 for real tokens
         raise ValueError(f"token_mask must be true where a token is real, so bool or integer, not {token_mask.dtype}")
+
+
+def check_full(x_BTD: Tensor, group_size: int) -> None:
+    """Warn, once for a number of rows, where the last group of a batch is incomplete; called in training."""
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and len(x_BTD) % group_size:
+        _warn_once(
+            f"A batch of {len(x_BTD)} rows is no multiple of the group size, {group_size}: the last group is trained "
+            f"incomplete. Take batches of a multiple of {group_size}, and drop the last one."
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
 
 
 def at_least_fp32(dtype: torch.dtype | None = None) -> torch.dtype:

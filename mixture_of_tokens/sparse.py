@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mixture_of_tokens.checks import check, check_range
 from mixture_of_tokens.experts import Routed, RoutedOptions, check_choices, highest, softmax, summed_over_processes
-from mixture_of_tokens.layout import at_least_fp32, check_shapes, grouped, ungrouped
+from mixture_of_tokens.layout import at_least_fp32, check_full, check_shapes, grouped, ungrouped
 from mixture_of_tokens.loss import AuxiliaryLoss, LoadBalancingLoss
 from mixture_of_tokens.slots import Slots, dropless
 
@@ -51,6 +51,8 @@ class ExpertChoice(Routed):
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         x_MGD, mask_MG1, _ = grouped(x_BTD, token_mask, self.group_size)
+        if self.training:
+            check_full(x_BTD, self.group_size)
         M, G, D = x_MGD.shape
         scores_MGE = softmax(self.gate(x_MGD), dim=-1)
         if mask_MG1 is not None:  # masked tokens are taken last, and with gate 0

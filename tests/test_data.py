@@ -238,6 +238,9 @@ def test_a_loader_that_shuffles_rows_or_cuts_groups_is_refused():
     for options in ({"batch_size": 20, "shuffle": True}, {"batch_size": 12}):
         with pytest.raises(ValueError, match="no whole groups"):
             loaded(**options)
+    rows = GroupedBatches(blocks_of([97] * 40, context=8), group_size=5, batch_size=20, steps=4, seed=0)
+    with pytest.raises(KeyError, match="give the DataLoader collate_fn=dict"):
+        next(iter(DataLoader(rows, batch_size=20)))
 
 
 def test_a_step_of_incomplete_groups_is_refused():

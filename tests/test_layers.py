@@ -18,7 +18,7 @@ import reference
 from mixture_of_tokens import slots
 from mixture_of_tokens.experts import Experts, Routed, Router, highest
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.layout import precise_linear
+from mixture_of_tokens.layout import _warn_once, precise_linear
 from mixture_of_tokens.model.routings import TABLE
 from mixture_of_tokens.slots import Slots, order_of_slots, ragged_linear, slots_without_limit
 from mixture_of_tokens.soft import SoftMoE
@@ -265,6 +265,27 @@ def test_temperature_can_be_set_between_steps():
     learnable = build("mot_learnable_temperature")
     learnable.gate.set_temperature(0.5)
     assert_close(learnable.gate.temperature.item(), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["mixture_of_tokens", "expert_choice"])
+def test_training_a_layer_in_incomplete_groups_is_told_once(kind, caplog):
+    _warn_once.cache_clear()
+    layer = tiny(kind).model.layers[1].mlp
+    size, width = layer.group_size, layer.experts.down_proj.shape[1]
+    told = f"A batch of {size + 1} rows is no multiple of the group size, {size}: the last group is trained incomplete"
+
+    def count(rows: int) -> int:
+        for _ in range(2):
+            layer(torch.randn(rows, 3, width))
+        return caplog.text.count(told)
+
+    layer.eval()
+    assert count(size + 1) == 0
+    layer.train()
+    assert count(2 * size) == 0
+    with torch.no_grad():
+        assert count(size + 1) == 0
+    assert count(size + 1) == 1
 
 
 @pytest.mark.parametrize("experts", EXPERTS)

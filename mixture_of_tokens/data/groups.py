@@ -152,6 +152,13 @@ def collisions(blocks: Blocks, groups: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.concatenate([group for group, _ in found]), np.concatenate([place for _, place in found])
 
 
+class _Whole(dict):
+    """A batch, of which a DataLoader without `collate_fn=dict` asks for rows."""
+
+    def __missing__(self, key: Any) -> Any:
+        raise KeyError(f"{key!r}: a batch comes whole, as a dict of tensors; give the DataLoader collate_fn=dict")
+
+
 class GroupedBatches(Dataset):
     """Training rows in order: row i is of step i // batch_size, and the rows of a step depend on (seed, step) alone.
 
@@ -237,7 +244,7 @@ class GroupedBatches(Dataset):
                 f"not shuffle them, and take batches of a multiple of {self.mixed}; a Trainer needs "
                 'train_sampling_strategy="sequential"'
             )
-        return self._batch(rows)
+        return _Whole(self._batch(rows))
 
     def _batch(self, rows: list[int]) -> dict[str, Tensor]:
         return self.blocks.batch(self.block_numbers(rows))

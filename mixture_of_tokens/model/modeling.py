@@ -241,14 +241,8 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         blocks = zip(self.config.routings, self.model.layers, strict=True)
         return any(routing.shares_batch and not getattr(block.mlp, "alone", False) for routing, block in blocks)
 
-    def _check_groups(self, inputs: Any) -> None:
-        """Warn, once each, where training leaves a group incomplete, as a Trainer's eight rows do, or forms none."""
-        size = self.config.group_size
-        if inputs is not None and len(inputs) % size and self.shares_batch:
-            logger.warning_once(
-                f"A batch of {len(inputs)} rows is no multiple of the group size, {size}: the last group is trained "
-                f"incomplete. Take batches of a multiple of {size}, and drop the last one."
-            )
+    def _check_groups(self) -> None:
+        """Warn, once, where training forms no groups."""
         if self.config.shares_batch and not self.shares_batch:
             logger.warning_once("Each row is served alone, so training forms no groups; call serve_alone(False) first.")
 
@@ -308,7 +302,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         # Not among the arguments: Trainer would take it for a label that every batch of an evaluation must have.
         shift_labels = kwargs.pop("shift_labels", None)
         if self.training and not torch.compiler.is_compiling():  # which cannot trace a warning
-            self._check_groups(input_ids if inputs_embeds is None else inputs_embeds)
+            self._check_groups()
             self._check_balance_is_called()
         weights = self._auxiliary_weights() if self.training else {}
         with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
