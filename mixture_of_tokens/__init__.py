@@ -7,7 +7,7 @@ that train, evaluate and compare need the packages of the extra `train`.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from mixture_of_tokens.convert.export import export
