@@ -147,7 +147,7 @@ def train_cases(cases: list[Case], data: str, directory: Path) -> None:
         fields = {"gradient_accumulation_steps": str(PARTS // case.processes), "logging_steps": "1"}
         fields |= {"eval_steps": str(STEPS), "report_to": "none", "save_strategy": "no"} | case.training
         options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=fields, data=[data], **case.layout)
-        config, arguments, placement = merge(case.name, 0, 1e-2, options)
+        config, arguments, placement, _ = merge(case.name, 0, 1e-2, options)
         out, shapes = directory / case.label, []
         out.mkdir(parents=True, exist_ok=True)
         taken = TrainingArguments(output_dir=str(out), **arguments)

@@ -79,7 +79,7 @@ def test_a_part_of_a_text_is_its_first_groups(runs, prepared):
 @pytest.mark.usefixtures("tiny_cache")
 def test_curves_are_over_as_many_groups_as_make_the_rows_of_an_evaluation(small_corpus, tmp_path, monkeypatch):
     options = Options(steps=1, batch_size=8, data=[str(small_corpus)], device="cpu")
-    run, arguments, placement = merge("MoT-Nano/4E", 0, None, options)
+    run, arguments, placement, _ = merge("MoT-Nano/4E", 0, None, options)
     made, prepared = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
     size = made.rows.group_size
     assert len(prepared.validation) > 4 * size
@@ -291,7 +291,7 @@ def test_another_seed_is_another_model_on_rows_in_another_order(small_corpus, tm
     options = Options(steps=2, batch_size=32, data=[str(small_corpus)], device="cpu")
     weights, rows = [], []
     for seed in (0, 1, 1):
-        run, arguments, placement = merge("MoT-Nano/4E/2", seed, None, options)
+        run, arguments, placement, _ = merge("MoT-Nano/4E/2", seed, None, options)
         trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
         weights.append([parameter.detach() for parameter in trainer.causal_lm.parameters() if parameter.std()])
         rows.append(trainer.rows.block_numbers(list(range(64))).tolist())
@@ -744,7 +744,7 @@ def test_attention_in_half_precision_on_a_cpu_is_by_products(training, model, ex
         training=training | {"eval_strategy": "no"},
         model=model,
     )
-    run, arguments, placement = merge("MoT-Nano/4E", 0, None, options)
+    run, arguments, placement, _ = merge("MoT-Nano/4E", 0, None, options)
     trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
     assert trainer.causal_lm.config._attn_implementation == expected
     trainer.train()
@@ -782,7 +782,7 @@ def test_a_learned_temperature_is_not_decayed(small_corpus, tmp_path):
     options = Options(
         steps=1, batch_size=8, data=[str(small_corpus)], device="cpu", model={"learnable_temperature": "true"}
     )
-    run, arguments, placement = merge("MoT-Nano/4E", 0, None, options)
+    run, arguments, placement, _ = merge("MoT-Nano/4E", 0, None, options)
     trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
     names = {parameter: name for name, parameter in trainer.causal_lm.named_parameters()}
     decayed, kept = ({names[each] for each in group["params"]} for group in trainer.create_optimizer().param_groups)
@@ -805,7 +805,7 @@ def test_a_temperature_is_annealed_by_the_same_factor_in_every_step():
 def test_a_learned_temperature_moves_where_weights_are_bf16(small_corpus, tmp_path):
     model = {"dtype": "bfloat16", "learnable_temperature": "true"}
     options = Options(steps=4, batch_size=8, data=[str(small_corpus)], device="cpu", model=model)
-    run, arguments, placement = merge("MoT-Nano/4E", 0, None, options)
+    run, arguments, placement, _ = merge("MoT-Nano/4E", 0, None, options)
     trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
     dtypes = {name: parameter.dtype for name, parameter in trainer.causal_lm.named_parameters()}
     learned = {name for name in dtypes if name.endswith("log_temperature")}
@@ -821,7 +821,7 @@ def test_training_in_bf16_alone_has_all_weights_and_moments_in_bf16(name, small_
     options = Options(
         steps=4, batch_size=8, data=[str(small_corpus)], device="cpu", training=fields, model={"dtype": "bfloat16"}
     )
-    run, arguments, placement = merge(name, 0, None, options)
+    run, arguments, placement, _ = merge(name, 0, None, options)
     trainer, _ = build(run, TrainingArguments(str(tmp_path), **arguments), placement)
     model = trainer.causal_lm
     before = [parameter.detach().clone() for parameter in model.parameters()]

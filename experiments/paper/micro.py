@@ -182,7 +182,7 @@ def timed() -> None:
             if system.name.startswith("ReMoE-"):
                 continue
             options = replace(system.options(SHORT), model=dict(system.model) | settings)
-            run, arguments, placement = merge(system.name, 2, None, options)
+            run, arguments, placement, _ = merge(system.name, 2, None, options)
             with tempfile.TemporaryDirectory() as out:
                 trainer, prepared = build(run, TrainingArguments(out, **arguments), placement)
             models[system.label], blocks = trainer.causal_lm, prepared.train
