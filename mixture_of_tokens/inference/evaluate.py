@@ -86,6 +86,14 @@ class Evaluation(Result):
         return aligned([columns, *table])
 
 
+class _Planned(NamedTuple):
+    """A line to be: its label, block numbers (groups, rows) of every regrouping, and how the model is served."""
+
+    label: str
+    orders: list[np.ndarray]
+    served: AbstractContextManager = nullcontext()
+
+
 class _Measured(NamedTuple):
     nats: float
     tokens: int
@@ -152,63 +160,62 @@ def evaluate(
         )
         tokens: Any = blocks.tokens  # in memory
         check_tokens(model, run, int(tokens.max()))
-    lines = _lines(model, blocks, regroupings, sweep_tokens, experts)
+    plan, lines = _planned(model, blocks, regroupings, sweep_tokens, experts), []
+    total = sum(len(not_empty(order)) for planned in plan for order in planned.orders)
+    with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:
+        for planned in plan:
+            with planned.served:
+                found = [_measure(model, blocks, order, bar) for order in planned.orders]
+            lines.append(_line(planned, found, blocks))
     return Evaluation(run, group_size, context, blocks.bytes, lines)
 
 
-def _lines(
-    model, blocks: Blocks, regroupings: int, sweep_tokens: int, experts: int | None = None
-) -> list[EvaluationLine]:
+def _planned(model, blocks: Blocks, regroupings: int, sweep_tokens: int, experts: int | None) -> list[_Planned]:
+    """The lines of an evaluation, before they are measured."""
     mixes, group_size = group_size_of(model) is not None, group_size_of(model) or BATCH_SIZE
     seeds = range(regroupings if mixes else 1)
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
     if all(len(not_empty(order)) == 1 for order in full):  # so short a text is grouped in one way
         full = full[:1]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
-    # Label, block numbers (groups, rows) of every regrouping, and how the model is served.
     counts = np.concatenate([(not_empty(order) >= 0).sum(1) for order in full])
     filled = label_of_groups(np.concatenate(full)) if mixes else f"{group_size} rows"
-    plan: list[tuple[str, list[np.ndarray], AbstractContextManager]] = []
-    plan.append((filled, full, nullcontext()))
+    plan = [_Planned(filled, full)]
     if len(part) < len(full[0]):
-        plan.append((f"{filled}, same text as below", [part], nullcontext()))
+        plan.append(_Planned(f"{filled}, same text as below", [part]))
     routed = [routing.routed for routing in routings_of(model) if routing.reads_mixtures]
     if any(routed):
-        plan.append((f"{filled}, argmax routing", [part], argmax_routing(model)))
+        plan.append(_Planned(f"{filled}, argmax routing", [part], argmax_routing(model)))
     # Below the largest group that there is.
     sizes = [2**power for power in range(1, int(counts.max() - 1).bit_length())] if mixes else []
-    plan += [(f"{n} rows a group", [in_parts(part, n)], nullcontext()) for n in reversed(sizes)]
+    plan += [_Planned(f"{n} rows a group", [in_parts(part, n)]) for n in reversed(sizes)]
     if all(routing.serves_alone for routing in routings_of(model)):
-        plan.append(("alone", [in_parts(part, 1)], nullcontext()))
+        plan.append(_Planned("alone", [in_parts(part, 1)]))
         if mixes and group_size > 1 and routed and all(routed) and not is_sharded(model):
             count, granularity = model.config.num_experts, model.config.num_experts_per_tok
             wanted = (2 * granularity, granularity) if experts is None else (experts,)
             for few in (few for few in wanted if few < count):
-                plan.append((f"alone, {few} of {count} experts", [in_parts(part, 1)], serving_alone(model, few)))
-    lines = []
-    total = sum(len(not_empty(order)) for _, orders, _ in plan for order in orders)
-    with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:
-        for label, orders, served in plan:
-            with served:
-                found = [_measure(model, blocks, order, bar) for order in orders]
-            losses, rows = [one.nats / one.tokens for one in found], orders[0].shape[1]
-            loss, seconds = statistics.mean(losses), statistics.median(s for one in found for s in one.seconds)
-            speed = statistics.median(speed for one in found for speed in one.speeds)
-            complete = found[0].tokens == len(blocks.tokens) - 1
-            lines.append(
-                EvaluationLine(
-                    label=label,
-                    rows=rows,
-                    loss=loss,
-                    spread=max(losses) - min(losses) if len(losses) > 1 else None,
-                    perplexity=math.exp(loss) if loss < LARGEST_LOSS else math.inf,
-                    bits_per_byte=loss * found[0].tokens / math.log(2) / blocks.bytes if complete else None,
-                    tokens=found[0].tokens,
-                    seconds_per_group=seconds,
-                    tokens_per_second=speed,
-                )
-            )
-    return lines
+                served = serving_alone(model, few)
+                plan.append(_Planned(f"alone, {few} of {count} experts", [in_parts(part, 1)], served))
+    return plan
+
+
+def _line(planned: _Planned, found: list[_Measured], blocks: Blocks) -> EvaluationLine:
+    """What was found of each regrouping, as one line."""
+    losses = [one.nats / one.tokens for one in found]
+    loss, first = statistics.mean(losses), found[0]
+    complete = first.tokens == len(blocks.tokens) - 1
+    return EvaluationLine(
+        label=planned.label,
+        rows=planned.orders[0].shape[1],
+        loss=loss,
+        spread=max(losses) - min(losses) if len(losses) > 1 else None,
+        perplexity=math.exp(loss) if loss < LARGEST_LOSS else math.inf,
+        bits_per_byte=loss * first.tokens / math.log(2) / blocks.bytes if complete else None,
+        tokens=first.tokens,
+        seconds_per_group=statistics.median(seconds for one in found for seconds in one.seconds),
+        tokens_per_second=statistics.median(speed for one in found for speed in one.speeds),
+    )
 
 
 def in_parts(groups: np.ndarray, n: int) -> np.ndarray:
