@@ -86,7 +86,7 @@ class Evaluation(Result):
         return aligned([columns, *table])
 
 
-class _Planned(NamedTuple):
+class _PlannedLine(NamedTuple):
     """A line to be: its label, block numbers (groups, rows) of every regrouping, and how the model is served."""
 
     label: str
@@ -170,7 +170,7 @@ def evaluate(
     return Evaluation(run, group_size, context, blocks.bytes, lines)
 
 
-def _planned(model, blocks: Blocks, regroupings: int, sweep_tokens: int, experts: int | None) -> list[_Planned]:
+def _planned(model, blocks: Blocks, regroupings: int, sweep_tokens: int, experts: int | None) -> list[_PlannedLine]:
     """The lines of an evaluation, before they are measured."""
     mixes, group_size = group_size_of(model) is not None, group_size_of(model) or BATCH_SIZE
     seeds = range(regroupings if mixes else 1)
@@ -180,27 +180,27 @@ def _planned(model, blocks: Blocks, regroupings: int, sweep_tokens: int, experts
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     counts = np.concatenate([(not_empty(order) >= 0).sum(1) for order in full])
     filled = label_of_groups(np.concatenate(full)) if mixes else f"{group_size} rows"
-    plan = [_Planned(filled, full)]
+    plan = [_PlannedLine(filled, full)]
     if len(part) < len(full[0]):
-        plan.append(_Planned(f"{filled}, same text as below", [part]))
+        plan.append(_PlannedLine(f"{filled}, same text as below", [part]))
     routed = [routing.routed for routing in routings_of(model) if routing.reads_mixtures]
     if any(routed):
-        plan.append(_Planned(f"{filled}, argmax routing", [part], argmax_routing(model)))
+        plan.append(_PlannedLine(f"{filled}, argmax routing", [part], argmax_routing(model)))
     # Below the largest group that there is.
     sizes = [2**power for power in range(1, int(counts.max() - 1).bit_length())] if mixes else []
-    plan += [_Planned(f"{n} rows a group", [in_parts(part, n)]) for n in reversed(sizes)]
+    plan += [_PlannedLine(f"{n} rows a group", [in_parts(part, n)]) for n in reversed(sizes)]
     if all(routing.serves_alone for routing in routings_of(model)):
-        plan.append(_Planned("alone", [in_parts(part, 1)]))
+        plan.append(_PlannedLine("alone", [in_parts(part, 1)]))
         if mixes and group_size > 1 and routed and all(routed) and not is_sharded(model):
             count, granularity = model.config.num_experts, model.config.num_experts_per_tok
             wanted = (2 * granularity, granularity) if experts is None else (experts,)
             for few in (few for few in wanted if few < count):
                 served = serving_alone(model, few)
-                plan.append(_Planned(f"alone, {few} of {count} experts", [in_parts(part, 1)], served))
+                plan.append(_PlannedLine(f"alone, {few} of {count} experts", [in_parts(part, 1)], served))
     return plan
 
 
-def _line(planned: _Planned, found: list[_Measured], blocks: Blocks) -> EvaluationLine:
+def _line(planned: _PlannedLine, found: list[_Measured], blocks: Blocks) -> EvaluationLine:
     """What was found of each regrouping, as one line."""
     losses = [one.nats / one.tokens for one in found]
     loss, first = statistics.mean(losses), found[0]
