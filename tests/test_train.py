@@ -610,7 +610,7 @@ def test_one_small_file_will_do_and_the_run_says_what_counts_as_documents(direct
     mot("audit", out, "--batches", 1, "--device", "cpu")
     shown = capsys.readouterr().out
     assert "several rows of one segment: 0\n" in shown
-    assert f"{segments} far-apart segments of them count as documents" in shown
+    assert f"{segments} far-apart segments count as documents" in shown
 
 
 def test_a_given_tokenizer_sets_the_vocabulary(runs, directory, small_corpus, capsys):
