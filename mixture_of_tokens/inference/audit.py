@@ -143,8 +143,8 @@ class Audit(Result):
             lines.append(f"Groups of its text with several rows of one {unit}: {self.collisions}")
         if self.segments:
             lines.append(
-                f"Its documents are too few, or too long: {self.segments} far-apart segments count as documents, so rows of "
-                "a group may be of one document."
+                f"Its documents are too few, or too long: {self.segments} far-apart segments count as documents, so "
+                "rows of a group may be of one document."
             )
         by = f", by {self.experts} experts" if self.experts else ""
         served = f"served alone{by}: " if self.alone else ""
