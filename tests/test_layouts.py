@@ -64,7 +64,7 @@ def train_all(trainings: list[Training], data: str, directory: Path) -> None:
         fields |= {"dataloader_num_workers": str(training.workers)}
         fields |= {"logging_steps": "1", "eval_strategy": "no", "report_to": "none", "save_strategy": "no"}
         options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=fields, data=[data])
-        config, arguments, _ = merge(training.name, 0, 1e-2, options)
+        config, arguments, *_ = merge(training.name, 0, 1e-2, options)
         out = directory / training.label
         out.mkdir(exist_ok=True)
         taken = TrainingArguments(output_dir=str(out), **arguments)
@@ -121,7 +121,7 @@ def evaluated_run(data: str, out: Path, accumulation: int) -> None:
     """Saves what a process finds of an untrained model, and how many batches it evaluates."""
     training = {"gradient_accumulation_steps": str(accumulation)}
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", training=training, data=[data])
-    config, arguments, _ = merge(MOT, 0, 1e-2, options)
+    config, arguments, *_ = merge(MOT, 0, 1e-2, options)
     trainer, _ = build(config, TrainingArguments(output_dir=str(out), **arguments))
     forward, batches = trainer.causal_lm.forward, []
     trainer.causal_lm.forward = lambda *words, **inputs: batches.append(1) or forward(*words, **inputs)
@@ -157,7 +157,7 @@ def test_auxiliary_gradients_are_scaled_once(seen, small_corpus, tmp_path):
     """The coefficient times the auxiliary loss is in the gradient: four parts give what one batch's sum over four."""
     rows, gradients, metrics = seen[Training(TC)]
     options = Options(steps=STEPS, batch_size=BATCH, device="cpu", data=[str(small_corpus)])
-    config, arguments, _ = merge(TC, 0, 1e-2, options)
+    config, arguments, *_ = merge(TC, 0, 1e-2, options)
     trainer, _ = build(config, TrainingArguments(output_dir=str(tmp_path), **arguments))
     model, coefficient = trainer.causal_lm.double(), config.model_config.router_aux_loss_coef
     labels = [trainer.rows.blocks.batch(trainer.rows.block_numbers(list(range(8 * i, 8 * i + 8)))) for i in range(4)]
