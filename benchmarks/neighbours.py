@@ -3,7 +3,7 @@
     python benchmarks/neighbours.py            measure, print, append to benchmarks/neighbours.csv
     python benchmarks/neighbours.py --table    the latest results of benchmarks/neighbours.csv as Markdown
 
-About six minutes. Nothing else may run: the busy processes are the benchmark's own, each a loop in Python.
+About two minutes. Nothing else may run: the busy processes are the benchmark's own, each a loop in Python.
 
 Three processes train the same model on the same random tokens: forward, backward, fused AdamW. One has OpenMP's threads
 as it sets them, one as `mot` does (`mixture_of_tokens.process.spin_briefly`), one has a single thread. They take turns,
