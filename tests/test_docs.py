@@ -153,6 +153,15 @@ def test_the_readme_has_the_means_of_the_table_of_routings():
         assert (seeds, cells[: len(means)]) == ("3", means)
 
 
+def test_the_readme_has_the_time_of_a_lone_text():
+    table = text_of("speed").split("## Writing text")[1]
+    dense, alone = (
+        float(re.search(rf"^\| {name} \| ([\d,]+)", table, flags=re.MULTILINE)[1])
+        for name in ("Transformer-Nano", "MoT-Nano/32E/8, alone, experts: 8")
+    )
+    assert f"[{dense / alone:.1f} times the dense model's time](docs/speed.md#writing-text)" in README.read_text()
+
+
 def test_the_sizes_are_those_that_names_stand_for():
     shown = rows_under("size")
     assert [row[0] for row in shown] == list(SIZES)
@@ -205,7 +214,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/switch/when.py": (10, "conversion"),
     "experiments/switch/few.py": (21, "serving"),
     "experiments/transition/run.py": (20, "../experiments/LOG"),
-    "experiments/verdict/fresh.py": (92, "conversion"),
+    "experiments/verdict/fresh.py": (101, "equal-time"),
     "experiments/verdict/attention.py": (73, "../experiments/LOG"),
     "experiments/partial_groups/run.py": (14, "serving"),
     "experiments/paper/ledger.py": (12, "results"),

@@ -341,11 +341,11 @@ def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
     spans = " | ".join(f"{of.mean:.2f} ({of.least:.2f} to {of.greatest:.2f})" for of in shares)
 
     said = " ".join((ROOT / "README.md").read_text().split())
-    assert f"| {lengths[0] * fig7.TOKENS / 1e6:.0f} million tokens, three seeds | {spans} |" in said
+    assert f"| {lengths[0] * fig7.TOKENS / 1e6:.0f} million, three seeds | {spans} |" in said
     for steps, *results in list(zip(lengths, mixture, token_choice, strict=True))[1:]:
         kinds = ("steps", "flops", "time")
         shares = " | ".join(f"{getattr(result, of).mean:.2f}" for result in results for of in kinds)
-        assert f"| {steps * fig7.TOKENS / 1e6:.0f} million tokens | {shares} |" in said
+        assert f"| {steps * fig7.TOKENS / 1e6:.0f} million | {shares} |" in said
     behind = [
         apart.equal_time.mean - other.equal_time.mean
         for apart, other in [*zip(mixture, token_choice, strict=True), (many, others)]
@@ -387,8 +387,8 @@ def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
         dense = config_from_name(f"Transformer-{parse_name(name).size}")
         costs = [sum(flops_per_token(config).forward.values()) for config in (config_from_name(name), dense)]
         more.append(f"{costs[0] / costs[1] - 1:.0%}".replace("%", " %"))
-    micros, mediums = f"{more[0]} to the FLOPs of the Micro below (128 wide)", f"{more[1]} to those of a Medium"
-    added = f"router and mixing add {micros}, {mediums} (512 wide)"
+    micros, mediums = f"{more[0]} to the FLOPs of a model that is 128 wide", f"{more[1]} to those of one that is 512"
+    added = f"router and mixing add {micros}, {mediums} wide"
     assert added in said
 
 

@@ -137,7 +137,7 @@ def _without_temperature(label: str) -> str:
 
 def table_of(rows: Iterable[Row], *, lengths: bool = True) -> str:
     """Those of which a run is kept; `lengths`: with how long each was trained."""
-    columns = ["seeds", "loss", "at equal time", "steps", "FLOPs", "time", "a step, of dense"]
+    columns = ["seeds", "loss", "at equal time", "steps", "FLOPs", "time", "step time, of dense"]
     lines = [["", *(["M tokens"] if lengths else []), *columns]]
     for row in rows:
         found, share = result_of(row), share_of_step(row.system)

@@ -245,7 +245,7 @@ def table(experiment: Experiment) -> str:
 def use_table(experiment: Experiment) -> str:
     """What a step takes, and how experts are used at the end of the first seed's run, layer by layer."""
     times = _times_of(experiment)
-    rows = [["", "a step, of dense", "experts a token", "largest load", "dead experts"]]
+    rows = [["", "step time, of dense", "experts a token", "largest load", "dead experts"]]
     for system in SYSTEMS[1:]:
         if not (runs := runs_of(experiment, system)):
             continue

@@ -231,12 +231,15 @@ def make(experiment: Experiment) -> None:
 
 def table(kept: Path, budget: int, systems: Sequence[System]) -> str:
     found, times = [row for row in read_csv(kept / RESULTS) if row["budget"] == str(budget)], times_in(kept)
-    head = ["loss of the export", "before the switch, in groups", "alone", "steps", "a step, of dense", "peak rate"]
-    head.append("ms a token, served")
-    tokens: dict[str, list[float]] = {}
-    for row in read_csv(kept / SERVED):
-        tokens.setdefault(row["system"], []).append(float(row["token_ms"]))
-    lines = [["", "seeds", *head]]
+    head = [
+        "loss of the export",
+        "before the switch, in groups",
+        "alone",
+        "steps",
+        "step time, of dense",
+        "peak learning rate",
+    ]
+    lines = [["", "seeds", *head, "ms a token"]]
     for system in systems:
         own = [row for row in found if row["system"] == system.label]
         if not own:
@@ -247,9 +250,37 @@ def table(kept: Path, budget: int, systems: Sequence[System]) -> str:
         shares = [times[stage.label] for stage in stages]
         each = ", then ".join(f"{float(row['share_of_dense']):.2f}" for row in shares)
         peaks = ", then ".join(f"{float(own[0][key]):g}" for key in ("rate", "rate_after") if own[0][key])
-        ms = tokens.get(system.served.label)
-        token = f"{statistics.median(ms):.2f} ({min(ms):.2f} to {max(ms):.2f})" if ms else ""
-        lines.append([system.label, str(len(own)), *losses, steps, each, peaks, token])
+        lines.append([system.label, str(len(own)), *losses, steps, each, peaks, token_ms(kept, system)])
+    return markdown(lines)
+
+
+def token_ms(kept: Path, system: System) -> str:
+    """Milliseconds a token of what its export is one of: the median, with least and greatest."""
+    ms = [float(row["token_ms"]) for row in read_csv(kept / SERVED) if row["system"] == system.served.label]
+    return f"{statistics.median(ms):.2f} ({min(ms):.2f} to {max(ms):.2f})" if ms else ""
+
+
+def summary(kept: Path) -> str:
+    """The systems that have all seeds of both budgets, each by the best of its rates."""
+    rows = read_csv(kept / RESULTS)
+    kinds: dict[str, dict[int, list[System]]] = {}  # by label without a rate, and by budget
+    for budget, systems in budgets():
+        for system in systems:
+            kinds.setdefault(system.at_any_rate.label, {}).setdefault(budget, []).append(system)
+    lines = [["", "10 minutes: loss", "peak learning rate", "40 minutes: loss", "peak learning rate", "ms a token"]]
+    for label, of_budget in kinds.items():
+        cells = []
+        for budget, systems in of_budget.items():
+            known = [
+                [row for row in rows if row["budget"] == str(budget) and row["system"] == each.label]
+                for each in systems
+            ]
+            complete = [own for own in known if len(own) == len(SEEDS)]
+            if complete:
+                best = min(complete, key=lambda own: statistics.fmean(float(row["loss"]) for row in own))
+                cells += [spread(row["loss"] for row in best), f"{float(best[0]['rate_after'] or best[0]['rate']):g}"]
+        if len(cells) == 2 * len(budgets()):
+            lines.append([label, *cells, token_ms(kept, of_budget[BUDGET][0])])
     return markdown(lines)
 
 
@@ -273,7 +304,7 @@ def rates_table(kept: Path) -> str:
     """Losses of the rates that were tried for the whole budget, with one seed, on the tuning split."""
     found = read_csv(kept / TRIED)
     rates = sorted({float(row["learning_rate"]) for row in found}, reverse=True)
-    lines = [["peak rate, or the one after an early switch", *map("{:g}".format, rates)]]
+    lines = [["peak learning rate, or the one after an early switch", *map("{:g}".format, rates)]]
     for system, _ in RATES:
         own = tried(system, kept)
         if own:
@@ -283,7 +314,7 @@ def rates_table(kept: Path) -> str:
 
 def tables(kept: Path) -> str:
     each = [part(kept, *one) for one in budgets() for part in (table, over_table)]
-    return "\n\n".join([*each, rates_table(kept)])
+    return "\n\n".join([summary(kept), *each, rates_table(kept)])
 
 
 def sweep(experiment: Experiment) -> None:

@@ -86,6 +86,11 @@ class System(NamedTuple):
         return self.after if self.mixes else self.as_timed
 
     @property
+    def at_any_rate(self) -> "System":
+        """What the tables compare, whatever rate it has."""
+        return self._replace(rate=None, held=0)
+
+    @property
     def as_timed(self) -> "System":
         """The one whose steps take the same time."""
         return self._replace(share=None, rate=None, held=0)
