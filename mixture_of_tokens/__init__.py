@@ -12,7 +12,7 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from mixture_of_tokens.convert.export import export
     from mixture_of_tokens.convert.transition import transition
-    from mixture_of_tokens.data.groups import GroupedBatches
+    from mixture_of_tokens.data.groups import GroupedBatches, prepare_tokens
     from mixture_of_tokens.data.prepare import prepare_text
     from mixture_of_tokens.data.report import data_report
     from mixture_of_tokens.experts import Experts, Router
@@ -53,7 +53,7 @@ _MODULES = {
     "model.plan": ("plan",),
     "data.report": ("data_report",),
     "data.prepare": ("prepare_text",),
-    "data.groups": ("GroupedBatches",),
+    "data.groups": ("GroupedBatches", "prepare_tokens"),
     "training.options": ("Options",),
     "training.prepare": ("prepare",),
     "training.train": ("train",),
@@ -97,6 +97,7 @@ __all__ = [
     "plan",
     "prepare",
     "prepare_text",
+    "prepare_tokens",
     "report",
     "sweep",
     "train",

@@ -16,6 +16,7 @@ from mixture_of_tokens.data.groups import (
     deal,
     grouped_order,
     in_blocks_of,
+    prepare_tokens,
     segmented,
 )
 from mixture_of_tokens.data.tokens import TokenFiles
@@ -80,6 +81,41 @@ def test_a_split_without_tokens_has_no_blocks_and_no_order():
     for everything in (False, True):
         with pytest.raises(ValueError, match="0 blocks of 8 tokens do not fill two groups of 4"):
             grouped_order(empty, 4, everything=everything)
+
+
+def test_tokens_of_ones_own_are_grouped_as_prepared_ones_are(tmp_path):
+    lengths = [50, 4000, 31, 77, 900]
+    own = blocks_of(lengths, context=8)
+    own.tokens.tofile(tmp_path / "tokens")
+    mapped = np.memmap(tmp_path / "tokens", dtype=own.tokens.dtype, mode="r")
+    text = prepare_tokens(mapped, np.cumsum(lengths).tolist(), context=8, group_size=4)
+    assert text.ends.tolist() == in_segments(lengths, 8, 4).ends.tolist() != own.ends.tolist()
+    with pytest.raises(ValueError, match="a document has more than 1 / 8 of the"):
+        GroupedBatches(own, group_size=4, batch_size=8, steps=3, seed=0)
+    rows = GroupedBatches(text, group_size=4, batch_size=8, steps=3, seed=0)
+    for batch in DataLoader(rows, batch_size=8, collate_fn=dict):
+        assert set(batch["input_ids"].ravel().tolist()) <= set(own.tokens.tolist())
+        assert (batch["input_ids"][:, 1:] == batch["shift_labels"][:, :-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends", "options", "message"),
+    [
+        ([1, 2, 3], [3], {}, "tokens must be a one-dimensional array of integers"),
+        (np.zeros((3, 2), dtype=int), [6], {}, "tokens must be a one-dimensional array of integers"),
+        (np.zeros(6), [6], {}, "tokens must be a one-dimensional array of integers"),
+        (np.zeros(6, dtype=int), [2.0, 6.0], {}, "ends must be a one-dimensional array of integers"),
+        (np.zeros(6, dtype=int), [2, 5], {}, "ends must rise to the number of tokens, 6"),
+        (np.zeros(6, dtype=int), [4, 4, 6], {}, "ends must rise to the number of tokens, 6"),
+        (np.zeros(6, dtype=int), [4, 2, 6], {}, "ends must rise to the number of tokens, 6"),
+        (np.zeros(0, dtype=int), np.zeros(0, dtype=int), {}, "ends must rise to the number of tokens, 0"),
+        (np.zeros(6, dtype=int), [6], {"context": 0}, "context must be at least 1"),
+        (np.zeros(6, dtype=int), [6], {"group_size": "4"}, "group_size takes a whole number"),
+    ],
+)
+def test_tokens_that_cannot_be_grouped_are_refused(tokens, ends, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_tokens(tokens, ends, **options)
 
 
 # Groups

@@ -7,7 +7,7 @@ stripe apart, and a document can be in a group twice only if it has more than 1 
 is divided into segments, which count as documents: see `segmented`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,13 +26,14 @@ class Blocks:
     """A token stream cut into blocks of `context` tokens, each with the token that follows as its last target.
 
     tokens: (L,) of one split, documents one after the other, each closed by the end-of-text token.
-    ends: (documents,), where each document ends in `tokens`; bytes: UTF-8 length of the split's text.
+    ends: (documents,), where each document ends in `tokens`.
+    bytes: the UTF-8 length of the text, by which an evaluation divides; 0 of text that is only trained on.
     """
 
     tokens: np.ndarray | TokenFiles
     ends: np.ndarray
     context: int
-    bytes: int
+    bytes: int = 0
 
     def __len__(self) -> int:
         """Complete blocks. The incomplete one at the end is evaluated (`padded=True`) but not trained on."""
@@ -80,6 +81,32 @@ def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarr
     document = np.repeat(np.arange(len(ends)), parts)
     part = np.arange(1, len(document) + 1) - (np.cumsum(parts) - parts)[document]
     return (ends - lengths)[document] + part * lengths[document] // parts[document], int(parts[parts > 1].sum())
+
+
+def prepare_tokens(
+    tokens: np.ndarray, ends: Sequence[int] | np.ndarray, *, context: int = 64, group_size: int = 32
+) -> Blocks:
+    """Text that is tokens already, for `GroupedBatches`: documents one after the other.
+
+    Args:
+        tokens: (L,) integers, a np.memmap too: all documents, each with the token that ends a text.
+        ends: (documents,), where each document ends in `tokens`, so the last one is L. It is this that keeps parts of
+            one document out of one group.
+        context: Tokens in a block.
+        group_size: Documents are divided into segments such that groups of this size can be made of different ones.
+
+    Raises ValueError for other arrays, and for sizes below 1.
+    """
+    check("context", context, int)
+    check("group_size", group_size, int)
+    at_least_one(context=context, group_size=group_size)
+    ends = np.asarray(ends)
+    for name, array in {"tokens": tokens, "ends": ends}.items():
+        if not isinstance(array, np.ndarray) or array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{name} must be a one-dimensional array of integers")
+    if not len(ends) or ends[-1] != len(tokens) or (np.diff(ends, prepend=0) <= 0).any():
+        raise ValueError(f"ends must rise to the number of tokens, {len(tokens)}: where each document ends")
+    return Blocks(tokens, segmented(ends.astype(np.int64), context, group_size)[0], context)
 
 
 def in_blocks_of(blocks: Blocks, context: int, group_size: int) -> Blocks:
