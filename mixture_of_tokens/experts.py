@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixture_of_tokens.checks import check, check_range
-from mixture_of_tokens.layout import at_least_fp32, expert_linear, full_precision, precise_linear
+from mixture_of_tokens.layout import at_least_fp32, expert_linear, full_precision, is_autocast, precise_linear
 
 INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
@@ -103,7 +103,7 @@ class Experts(nn.Module):
         act, own = ACTIVATIONS[self.activation], self.down_proj.dtype
         if x_ERD.shape[-1] != (hidden_size := self.down_proj.shape[1]):
             raise ValueError(f"x has rows of width {x_ERD.shape[-1]}, and hidden_size is {hidden_size}")
-        if x_ERD.dtype != own and not torch.is_autocast_enabled(x_ERD.device.type):
+        if x_ERD.dtype != own and not is_autocast(x_ERD.device.type):
             raise ValueError(f"x is {x_ERD.dtype} and the experts are {own}: convert one of them, or use autocast")
         if self.gated:
             # Copied apart, since on narrow strided rows an activation takes three times as long.

@@ -98,10 +98,14 @@ def _has_autocast(device: str) -> bool:
     return device != "meta"
 
 
+def is_autocast(device: str) -> bool:
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, cast as autocast would for a matrix product: all but those in float64."""
     device = tensors[0].device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if not is_autocast(device):
         return tensors
     return tuple(t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(device)) for t in tensors)
 

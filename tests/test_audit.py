@@ -44,6 +44,38 @@ def test_influence_is_measured_by_position_and_by_block():
     assert audited(build("dense")).leaks.top1_flips == [0, 0, 0, 0]
 
 
+def test_the_last_block_is_looked_at_before_the_final_norm():
+    model = build("mixture_of_tokens")
+    before = audited(model).leaks.layers
+    with torch.no_grad():
+        model.model.norm.weight[1:] = 0  # of what comes out of it, one number is left
+    assert audited(model).leaks.layers == before
+
+
+class InFloat32(nn.Module):
+    """Casts by itself, so that a copy in float64 does not run."""
+
+    def __init__(self, leaks: bool):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(50, 16), nn.LayerNorm(16), nn.Linear(16, 50)
+        self.mix = nn.GRU(16, 16, batch_first=True)
+        self.leaks = leaks
+
+    def forward(self, ids):
+        x = self.norm(self.embed(ids).float())
+        return self.head(self.mix(x.flip(1) if self.leaks else x)[0])
+
+
+def test_a_model_that_does_not_run_in_float64_is_audited():
+    with pytest.raises(RuntimeError):
+        InFloat32(leaks=False).double()(torch.zeros(1, 2, dtype=torch.long))
+    sound, leaking = (audit_model(InFloat32(leaks), vocab_size=50, length=9) for leaks in (False, True))
+    assert sound.causal
+    assert sound.private
+    assert 1e-8 < sound.leaks.noise < 1e-5
+    assert not leaking.causal
+
+
 class AlongTheSequence(nn.Module):
     """Expert Choice with the positions of a text for a group."""
 

@@ -248,6 +248,18 @@ def test_a_model_that_cannot_be_loaded_is_named_and_has_no_samples(compared, tmp
     assert "There are no samples" in (runs["short"] / "report.html").read_text()
 
 
+@pytest.mark.parametrize("where", ["load_model", "continue_prompts"])
+def test_a_gpu_that_is_full_costs_samples_and_not_the_report(compared, monkeypatch, capsys, where):
+    def full(*args, **kwargs) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the manual.")
+
+    run = compared / "Transformer-Nano-seed0"
+    monkeypatch.setattr(samples, where, full)
+    mot("report", run)
+    assert "There are no samples" in (run / "report.html").read_text()
+    assert "no samples of Transformer-Nano: CUDA out of memory. Tried to allocate 2 GiB.\n" in capsys.readouterr().err
+
+
 def test_one_run_and_one_without_measurements_have_pages_too(compared, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(compared / "Transformer-Nano-seed0", run, ignore=shutil.ignore_patterns("checkpoint-*", "model"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import train_tokenizer
 from mixture_of_tokens.data.whole import whole_text
 from mixture_of_tokens.runs.admission import check_resumed
+from mixture_of_tokens.runs.loading import load_tokenizer_of
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from texts import sentences, texts
@@ -656,6 +658,22 @@ server.server_close()
 print(*(fingerprint(source, print) for source in SOURCES), sep="; ")
 print(*(fingerprint(source, print) for source in ("hf:other/set", "hf:other/set@v1")), sep="; ")
 """
+
+
+def test_a_text_that_is_scored_whole_is_of_the_newest_commit(tiny_runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    newest, read_of = ["first"], []
+
+    def load(name, config, split, streaming, revision):
+        read_of.append(revision)
+        return [{"text": text} for text in texts(7)]
+
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda *args, **kwargs: SimpleNamespace(sha=newest[0]))
+    monkeypatch.setattr("datasets.load_dataset", load)
+    tokenizer = load_tokenizer_of(str(tiny_runs["Transformer-Nano"]))
+    for newest[0] in ("first", "second"):
+        whole_text(["hf:some/set"], tokenizer, context=8, group_size=4)
+    assert read_of == ["first", "second"]
 
 
 def test_a_hub_data_set_is_known_by_its_commit_which_is_remembered_without_a_network(tmp_path):

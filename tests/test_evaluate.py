@@ -145,6 +145,15 @@ def test_a_module_that_is_in_another_mode_stays_in_it(tiny_runs, tiny_cache):
     assert len(set(before.values())) == 2
 
 
+def test_a_model_that_mixes_nothing_reads_a_few_rows_alone(tiny_runs, evaluated, monkeypatch):
+    monkeypatch.setattr("mixture_of_tokens.inference.evaluate.ROWS_FOR_SPEED", 3)
+    whole, alone = evaluated(tiny_runs["Transformer-Nano"])["lines"]
+    assert (alone["label"], alone["rows"], alone["tokens"]) == ("alone, 3 rows", 1, 3 * 64)
+    assert whole["tokens"] > 10 * alone["tokens"]
+    monkeypatch.undo()
+    assert evaluated(tiny_runs["Transformer-Nano"])["lines"][-1]["label"] == "alone"
+
+
 def test_alone_is_each_block_by_itself(tiny_runs, evaluated):
     result = evaluated(tiny_runs[MIXED], "--sweep-tokens", 600)
     line = next(line for line in result["lines"] if line["label"] == "alone")

@@ -386,6 +386,13 @@ def test_the_oldest_transformers_we_support_opens_an_export(saved, elsewhere, tm
     assert then["text"] == now["text"]
 
 
+@pytest.mark.parametrize("words", [(), ("--force",)])
+def test_a_mount_point_is_refused_before_anything_is_fitted(saved, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        mot("export", saved("dense"), "/proc", *words)
+    assert "/proc is a mount point, and cannot be replaced: name a directory in it" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("checked_elsewhere")
 def test_what_exists_is_replaced_only_by_force_and_only_by_what_is_whole(saved, tmp_path, monkeypatch, capsys):
     directory, out = saved("dense"), tmp_path / "out"

@@ -630,6 +630,14 @@ def test_thresholds_outlive_a_router_that_is_not_finite():
     assert torch.equal(layer.threshold, before)
 
 
+def test_types_that_differ_are_told_without_memory_too():
+    with torch.device("meta"):
+        layer = MixtureOfTokens(D, F, E, G).bfloat16()
+        x = torch.randn(G, T, D)
+    with pytest.raises(ValueError, match=r"x is torch.float32 and the experts are torch.bfloat16"):
+        layer(x)
+
+
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_weights_are_assigned_to_a_layer_without_memory(name):
     layer = build(name, dtype=torch.float32)

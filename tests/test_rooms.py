@@ -198,6 +198,9 @@ def test_the_layer_needs_torch_alone():
 MODELS = """
 import torch
 from mixture_of_tokens import BalanceCallback, MixtureOfTokensForCausalLM, calibrate_companions, config_from_name, plan
+from mixture_of_tokens import GroupedBatches, audit_model, prepare_text
+text = prepare_text([sys.argv[2]], context=8, vocab_size=300, group_size=4)
+GroupedBatches(text.train, group_size=4, batch_size=4, steps=1, seed=0)
 from mixture_of_tokens.model.telemetry import measure
 model = MixtureOfTokensForCausalLM(config_from_name("MoT-Nano/4E", vocab_size=50)).train()
 batch = {"input_ids": torch.randint(50, (8, 5))}
@@ -208,13 +211,15 @@ BalanceCallback(model)
 model.eval().serve_alone()
 model.generate(batch["input_ids"], max_new_tokens=2)
 model.save_pretrained(sys.argv[1])
+assert audit_model(model, group_size=4, length=5, batches=1).causal
 from transformers import AutoModelForCausalLM
 assert torch.equal(AutoModelForCausalLM.from_pretrained(sys.argv[1]).lm_head.weight, model.lm_head.weight)
 """
 
 
-def test_the_models_need_nothing_of_the_extra(tmp_path):
-    done = fresh(MODELS, str(tmp_path), without=EXTRA)
+@pytest.mark.usefixtures("tiny_cache")
+def test_the_models_and_their_data_need_nothing_of_the_extra(small_corpus, tmp_path):
+    done = fresh(MODELS, str(tmp_path), str(small_corpus), without=EXTRA)
     assert done.returncode == 0, done.stderr
 
 

@@ -99,6 +99,8 @@ def export(
         raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
+    if out.is_mount():  # what is complete is renamed to it
+        raise ValueError(f"{out} is a mount point, and cannot be replaced: name a directory in it, as {out / 'model'}")
     if not Path(run).exists():
         raise ValueError(f"{run}: there is no such directory")
     try:  # known before the distillation

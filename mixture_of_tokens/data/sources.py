@@ -190,6 +190,13 @@ def fingerprint(source: str | None, progress: Callable[[int], Any]) -> list[str]
     return result + [f"{kind} {hash_of_file(path, progress)}" for kind, path in zip(kinds, paths, strict=True)]
 
 
+def look_up(source: str) -> None:
+    """Find the commit of a Hub data set that `documents` is to read, where `fingerprint` is not asked."""
+    if _paths(source) is None:
+        name, _, revision = _hub_name(source)
+        _hub_commit(name, revision)
+
+
 def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
     as_text = [path for path in paths if suffix(path) in OTHER_TABLES and not has_json_rows(path, field)]
     if as_text:

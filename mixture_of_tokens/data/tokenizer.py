@@ -1,12 +1,12 @@
 """Tokenizers: a byte-level BPE trained on the corpus, or an existing one; as transformers tokenizers."""
 
 import hashlib
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from accelerate.utils import patch_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -116,6 +116,15 @@ def tokenizer_in(directory: Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer in {directory} cannot be read: {first_line(error)}") from error
 
 
-def parallel_tokenizers() -> AbstractContextManager[None]:
+@contextmanager
+def parallel_tokenizers() -> Iterator[None]:
     """Let tokenizers use all cores, whatever the environment variable was."""
-    return patch_environment(TOKENIZERS_PARALLELISM="true")
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before

@@ -45,7 +45,8 @@ class Leaks:
         row when all other rows were replaced, and of these when it alone was.
     kl_mean, kl_largest, top1_flips: how that changes the distributions, by quarters of the positions:
         Kullback-Leibler divergence in nats, and the share of positions with another likeliest token.
-    layers: how far it moves the residual stream after each block, as a share of its size; of our models only.
+    layers: how far it moves the residual stream after each block, as a share of its size; of models whose blocks are
+        `model.layers`, as in most of transformers.
     """
 
     logits_std: float
@@ -278,7 +279,8 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         own = torch.arange(rows) == int(torch.randint(rows, (), generator=generator))
         some = {0, length // 4, min(length // 2, length - 2), length - 2}
         every = range(number % (length - 1), length - 1, len(texts))  # all positions, over the batches
-        for k in _progress(sorted({*some, *every}), f"Looking at batch {number + 1} of {len(texts)}"):
+        what = f"Looking at batch {number + 1} of {len(texts)}"
+        for k in tqdm(sorted({*some, *every}), what, unit="position", delay=2, dynamic_ncols=True, leave=False):
             for what, where in zip(future, (own, ~own, torch.ones_like(own)), strict=True):
                 if where.any() and (k in some or what == "both"):
                     changed = ids.clone()
@@ -310,10 +312,6 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
     )
 
 
-def _progress(positions: list[int], what: str) -> tqdm:
-    return tqdm(positions, what, unit="position", delay=2, dynamic_ncols=True, file=sys.stderr, leave=False)
-
-
 def _largest(changes: list[float]) -> float:
     """NaN where one is: what cannot be compared is no small change."""
     return float(torch.tensor(changes, dtype=torch.float64).max()) if changes else 0.0
@@ -340,17 +338,34 @@ def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             raise ValueError(f"{gives} for tokens {tuple(ids.shape)}: logits are (B, T, V), floating point")
         return logits.cpu(), ()
     ids = ids.to(model.device)
-    outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True)
-    return outputs.logits.cpu(), tuple(state.cpu() for state in (outputs.hidden_states or ())[1:])
+    states: list[Tensor] = []
+
+    def keep(block: nn.Module, inputs: Any, output: Any) -> None:  # `output_hidden_states` has the last one normalized
+        states.append((output if isinstance(output, Tensor) else output[0]).cpu())
+
+    hooks = [block.register_forward_hook(keep) for block in getattr(getattr(model, "model", None), "layers", ())]
+    try:
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits.cpu(), tuple(states)
 
 
 def _noise(model, ids: Tensor, logits: Tensor) -> float:
-    """The largest change of logits when the batch is computed again, and in float64."""
+    """The largest change of logits when the batch is computed again, and in float64; where a model casts to float32 by
+    itself, with all weights moved to the next number instead."""
     again = (_look(model, ids)[0] - logits).abs().max()
     fast = getattr(getattr(model, "config", None), "_experts_implementation", None)
     if fast is not None:  # transformers' fast experts do not take float64
         model.set_experts_implementation("eager")
-    exact = _look(model.double(), ids)[0]
+    try:
+        exact = _look(model.double(), ids)[0]
+    except RuntimeError:
+        moved = copy.deepcopy(model.float())
+        for weight in moved.parameters():
+            weight.copy_(torch.nextafter(weight, weight.new_tensor(torch.inf)))
+        exact = _look(moved, ids)[0]
     model.float()
     if fast is not None:
         model.set_experts_implementation(fast)

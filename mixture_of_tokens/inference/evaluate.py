@@ -39,6 +39,7 @@ from mixture_of_tokens.runs.loading import (
 )
 
 BATCH_SIZE = 32  # of models that do not mix rows
+ROWS_FOR_SPEED = 256  # alone, of models whose loss is the same as in batches
 ARGMAX_TEMPERATURE = 1e-6
 LARGEST_LOSS = math.log(sys.float_info.max)  # of a loss whose perplexity is a number
 
@@ -190,7 +191,11 @@ def _planned(model, blocks: Blocks, regroupings: int, sweep_tokens: int, experts
     sizes = [2**power for power in range(1, int(counts.max() - 1).bit_length())] if mixes else []
     plan += [_PlannedLine(f"{n} rows a group", [in_parts(part, n)]) for n in reversed(sizes)]
     if all(routing.serves_alone for routing in routings_of(model)):
-        plan.append(_PlannedLine("alone", [in_parts(part, 1)]))
+        rows = in_parts(part, 1)
+        if not mixes and len(rows) > ROWS_FOR_SPEED:  # its loss is the same
+            plan.append(_PlannedLine(f"alone, {ROWS_FOR_SPEED} rows", [rows[:ROWS_FOR_SPEED]]))
+        else:
+            plan.append(_PlannedLine("alone", [rows]))
         if mixes and group_size > 1 and routed and all(routed) and not is_sharded(model):
             count, granularity = model.config.num_experts, model.config.num_experts_per_tok
             wanted = (2 * granularity, granularity) if experts is None else (experts,)

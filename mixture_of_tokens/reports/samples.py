@@ -3,6 +3,9 @@
 import sys
 from pathlib import Path
 
+import torch
+
+from mixture_of_tokens.formatting import first_line
 from mixture_of_tokens.inference.sampling import Sampling, continue_prompts
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
@@ -22,8 +25,9 @@ def continued(directories: dict[str, Path], device: Device | None = None) -> dic
     """Continuations of the first prompts by the models of run directories, by prompt and label, with a fixed seed.
 
     All prompts are one batch. A model has none that is not causal, or that they do not suit: its tokenizer has no token
-    for one, or its context is as short as one; or of which the logits are not finite. One that does not load is named
-    on standard error, and has none. Empty where a run has no model/ any more, or no model has one.
+    for one, or its context is as short as one; or of which the logits are not finite. One that does not load, or for
+    which a GPU has too little memory, is named on standard error, and has none. Empty where a run has no model/ any
+    more, or no model has one.
     """
     if not all((directory / "model").is_dir() for directory in directories.values()):
         return {}
@@ -31,13 +35,16 @@ def continued(directories: dict[str, Path], device: Device | None = None) -> dic
     for label, directory in directories.items():
         try:
             model, tokenizer = load_model(str(directory), device=device), load_tokenizer_of(str(directory))
-        except ValueError as error:
-            print(f"mot: no samples of {label}: {error}", file=sys.stderr)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            print(f"mot: no samples of {label}: {first_line(error)}", file=sys.stderr)
             continue
         if not model.config.causal:
             continue
         try:
             texts = continue_prompts(model, tokenizer, PROMPTS, Sampling(temperature=TEMPERATURE))
+        except torch.OutOfMemoryError as error:
+            print(f"mot: no samples of {label}: {first_line(error)}", file=sys.stderr)
+            continue
         except ValueError:
             continue
         for prompt, text in zip(SHOWN, texts, strict=False):
