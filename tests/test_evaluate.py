@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -380,3 +381,22 @@ def test_a_model_that_says_nothing_of_its_context_or_of_an_end_is_evaluated_and_
     assert json.loads(capsys.readouterr().out)["lines"][0]["loss"] == pytest.approx(math.log(512), abs=0.5)
     mot("audit", tmp_path / "bloom", "--expect", "private", "--batches", "1")
     assert "private: yes" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_a_model_that_expects_a_token_at_the_beginning_is_told(tiny_runs, tmp_path, capsys):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=513, num_key_value_heads=1, head_dim=8, **sizes)).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_runs[MIXED] / "model")
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    (tmp_path / "text.txt").write_text("abc de fgh ijk lmn opa " * 200)
+    told = "expects <bos> at the beginning of a text, and blocks have none: its loss may come out too high"
+    for begins in (False, True):
+        if begins:
+            special = [("<bos>", tokenizer.bos_token_id)]
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=special)
+        tokenizer.save_pretrained(tmp_path)
+        mot("evaluate", tmp_path, "--data", tmp_path / "text.txt", "--context", 32, "--json")
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["lines"]
+        assert (told in captured.err) == begins

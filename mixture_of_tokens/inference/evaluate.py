@@ -26,7 +26,7 @@ from mixture_of_tokens.model.passes import serving_alone
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import routings_of
 from mixture_of_tokens.model.sharding import is_sharded
-from mixture_of_tokens.process import is_main
+from mixture_of_tokens.process import is_main, say_once
 from mixture_of_tokens.runs.loading import (
     check_experts,
     check_tokens,
@@ -156,9 +156,11 @@ def evaluate(
     if sources is None:
         blocks = in_blocks_of(text_of(run).validation, context, max(COMMON_GROUP, group_size or BATCH_SIZE))
     else:
-        blocks = whole_text(
-            sources, load_tokenizer_of(run), field=field, context=context, group_size=group_size or BATCH_SIZE
-        )
+        tokenizer = load_tokenizer_of(run)
+        if (first := tokenizer.bos_token_id) is not None and tokenizer("a").input_ids[:1] == [first]:
+            what = f"{run} expects {tokenizer.bos_token} at the beginning of a text"
+            say_once(f"{what}, and blocks have none: its loss may come out too high")
+        blocks = whole_text(sources, tokenizer, field=field, context=context, group_size=group_size or BATCH_SIZE)
         tokens: Any = blocks.tokens  # in memory
         check_tokens(model, run, int(tokens.max()))
     plan, lines = _planned(model, blocks, regroupings, sweep_tokens, experts), []
