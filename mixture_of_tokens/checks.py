@@ -112,6 +112,14 @@ def check_range(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be {legal}, not {value}")
 
 
+def check_number(flag: str, value: Any) -> None:
+    """Raises ValueError for a number that is not finite, or of which sums do not fit in 64 bits."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{flag} takes a finite number, not {value}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{flag} is more than {LARGEST}" if value > 0 else f"{flag} is less than -{LARGEST}")
+
+
 def at_least_one(**numbers: int | None) -> None:
     """Raises ValueError, naming the flag, for a number below 1."""
     for name, number in numbers.items():

@@ -31,6 +31,7 @@ from cyclopts import (
 
 from mixture_of_tokens import __version__, yaml12
 from mixture_of_tokens.checks import listed
+from mixture_of_tokens.formatting import enumerated
 from mixture_of_tokens.process import is_main, is_told, process_count
 
 # Each command's function, as module:name, and the first line of its docstring.
@@ -70,7 +71,10 @@ COMMANDS = {
     "data-report": ("data.report:data_report", "Prepare a corpus and print what is in it."),
 }
 # Commands whose --config may be a run's config.yaml, and the fields of it that each ignores.
-OF_A_RUN = {"train": (), "prepare": ("seed", "learning_rate")}
+_OF_TRAINING = ("seed", "learning_rate")
+_OF_TEXT = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "evaluate_on")
+OF_A_RUN = {"train": (), "prepare": _OF_TRAINING}
+OF_A_RUN |= {"plan": (*_OF_TRAINING, *_OF_TEXT, "anneal_temperature_to", "training")}
 WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated
 _IN_THE_NAME = "the model's name has it, as in MoT-Nano/16E/8: groups of 16, granularity 8"
 # Where other programs' flags are to be found here, for whoever tries them.
@@ -184,8 +188,9 @@ def _common(
 
     Args:
         config: A YAML file of flags, a line each, such as `steps: 100`; what has no flag, such as the names of models,
-            is `names: [A, B]`. Flags on the command line override it. For mot train and mot prepare a run's config.yaml
-            is such a file: with another NAME or other --steps, the defaults it holds are those of the new ones.
+            is `names: [A, B]`. Flags on the command line override it. For mot train, mot prepare and mot plan a
+            run's config.yaml is such a file: with another NAME or other --steps, the defaults it holds are those of the
+            new ones.
         json: Print the result as JSON.
     """
     entries = {} if config is None else _read(config)
@@ -223,7 +228,7 @@ def _fill_in(config: Path, entries: dict, app: App, commands: tuple[str, ...], a
     entries, given = dict(entries), {(each.name, token.keys) for each in arguments for token in each.tokens}
     if entries.pop("format", None) is not None:  # of a run, which has all fields, also those that nobody chose
         if commands[0] not in OF_A_RUN:
-            what = " and ".join(f"mot {each}" for each in OF_A_RUN)
+            what = enumerated([f"mot {each}" for each in OF_A_RUN])
             raise ValueError(
                 f"--config {config} is of a run: {what} take it; mot {commands[0]} takes a file of its own flags"
             )

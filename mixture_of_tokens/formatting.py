@@ -116,3 +116,7 @@ def markdown(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
     rule = ["---" if i < left else "---:" for i in range(len(head))]
     texts = (["" if cell is None else str(cell) for cell in cells] for cells in (head, rule, *body))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in texts)
+
+
+def in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

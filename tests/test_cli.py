@@ -155,7 +155,7 @@ def test_a_flag_goes_before_a_file_s_however_it_is_spelled(tmp_path, capsys):
         (
             ["sweep", "MoT-Nano/32E"],
             "format: 1\nsteps: 3",
-            "is of a run: mot train and mot prepare take it; mot sweep takes a file of its own flags",
+            "is of a run: mot train, mot prepare and mot plan take it; mot sweep takes a file of its own flags",
         ),
     ],
 )

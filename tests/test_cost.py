@@ -22,6 +22,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.plan import plan, plan_of
 from mixture_of_tokens.model.routings import BY_PREFIX, ROUTINGS
+from mixture_of_tokens.runs.run import read
 from processes import mot
 from test_names import PAPER
 
@@ -315,6 +316,43 @@ def test_legal_micro_batches_are_whole_groups_and_divide_the_batch():
         legal_micro_batches(odd_config("uniform", group_size=6), 40)
     with pytest.raises(ValueError, match="groups of 6; 6 would"):
         legal_micro_batches(odd_config("uniform", group_size=6), 2)
+
+
+def test_the_model_that_is_planned_has_its_own_fields(tiny_runs, capsys):
+    fields = {"num_hidden_layers": 6, "vocab_size": 50257, "max_position_embeddings": 256}
+    planned = plan("MoT-Micro/32E/8", model=fields)
+    config = config_from_name("MoT-Micro/32E/8", **fields)
+    assert planned.parameters == parameters(config)
+    assert (planned.context, planned.vocab_size) == (256, 50257)
+    flags = [word for field, value in fields.items() for word in (f"--model.{field}", value)]
+    mot("plan", "MoT-Micro/32E/8", *flags, "--json")
+    assert json.loads(capsys.readouterr().out) == asdict(planned)
+    plain = plan("MoT-Micro/32E/8", model=fields | {"gated": False})
+    assert plain == plan("MoT-Micro/32E/8", model=fields, gated=False) != planned
+    run = tiny_runs["MoT-Nano/4E/2"]
+    mot("plan", "--config", run / "config.yaml", "--json")
+    shown, (config, facts) = json.loads(capsys.readouterr().out), (read(run).config, read(run).facts)
+    assert shown["parameters"]["total"] == facts.parameters
+    assert (shown["batch"], shown["training"]["steps"]) == (config.batch_size, config.steps)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--model.layers", 3), "--model.layers: the configuration has no field 'layers'"),
+        (("--model.hidden_size", "wide"), "--model.hidden_size takes a whole number, not 'wide'"),
+        (("--model.num_experts", 0), "num_experts"),
+        (("--model.rms_norm_eps", 0), "--model.rms_norm_eps must be positive and finite, not 0.0"),
+    ],
+)
+def test_a_field_that_cannot_be_planned_is_one_line(words, told, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        mot("plan", "MoT-Nano/4E/2", *words)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mot: error: --model.")
+    assert told in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_plan_prints_what_json_holds(capsys):

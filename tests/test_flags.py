@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 from mixture_of_tokens import cli
 from mixture_of_tokens.runs import loading
 from mixture_of_tokens.training import arguments
-from mixture_of_tokens.training.options import Options, as_flags, typed
+from mixture_of_tokens.training.options import Options, as_flags
+from mixture_of_tokens.yaml12 import typed
 from processes import function, mot
 
 START: dict[str, tuple[str, ...]] = {

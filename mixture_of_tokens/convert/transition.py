@@ -23,10 +23,11 @@ from mixture_of_tokens.runs.admission import check_free
 from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
 from mixture_of_tokens.runs.run import Run, Stages, read
-from mixture_of_tokens.training.options import Options, as_word
+from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.yaml12 import as_word
 
 # Fields that are copied from the source.
 GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")

@@ -4,16 +4,18 @@ import math
 from copy import copy
 from dataclasses import dataclass, replace
 from textwrap import indent
-from typing import Literal
+from typing import Any, Literal
 
 from mixture_of_tokens.checks import LARGEST, at_least_one, checked
 from mixture_of_tokens.formatting import Result, aligned, duration, listing, short
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, training_flops
-from mixture_of_tokens.model.names import SIZES, config_from_name, name_of, parse_name
+from mixture_of_tokens.model.fields import config_of
+from mixture_of_tokens.model.names import SIZES, name_of, parse_name
 from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.model.routings import DENSE
 from mixture_of_tokens.model.spread import Spread, spread_of
+from mixture_of_tokens.yaml12 import as_words
 
 TFLOPS = 300.0  # some 30 % of an H100's 989 in bf16
 
@@ -153,6 +155,7 @@ def plan(
     expert_parallel: int | None = None,
     steps: int | None = None,
     tflops: float = TFLOPS,
+    model: dict[str, Any] | None = None,
 ) -> Plan:
     """Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.
 
@@ -173,8 +176,9 @@ def plan(
         expert_parallel: Devices of a copy that divide the experts.
         steps: Steps of a training, whose tokens, FLOPs and time are then printed too.
         tflops: What a device gives, in 10^12 FLOPs a second: its peak times the share of it that is reached.
+        model: Fields of the model's configuration, as in --model.num_hidden_layers 8.
 
-    Raises ValueError for an unknown name, and for a micro-batch or a placement that is not legal.
+    Raises ValueError for an unknown name or field, and for a micro-batch or a placement that is not legal.
     """
     at_least_one(batch_size=batch_size, devices=devices, steps=steps)
     for flag, value in {"batch-size": batch_size, "devices": devices, "steps": steps}.items():
@@ -186,7 +190,8 @@ def plan(
         raise ValueError("--shard, --replicate and --expert-parallel are for --devices N")
     if steps is None and tflops != TFLOPS:
         raise ValueError("--tflops is for --steps N, whose time it says")
-    parsed, config = parse_name(name), config_from_name(name, gated=gated)
+    fields = ({} if gated else {"gated": "false"}) | as_words("model", model or {})
+    parsed, (config, _) = parse_name(name), config_of(name, fields)
     batch = batch_size or -(-SIZES[parsed.size].batch // parsed.group_size) * parsed.group_size
     spread = None
     if devices is not None:

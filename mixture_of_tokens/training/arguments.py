@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import math
 import multiprocessing
 import os
 import typing
@@ -17,11 +16,11 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
 
-from mixture_of_tokens.checks import LARGEST
-from mixture_of_tokens.formatting import first_line
+from mixture_of_tokens.checks import check_number
+from mixture_of_tokens.formatting import first_line, in_words
 from mixture_of_tokens.model.names import nearest
 from mixture_of_tokens.process import process_count
-from mixture_of_tokens.training.options import typed
+from mixture_of_tokens.yaml12 import typed
 
 # Fields of TrainingArguments that have a flag of their own.
 TAKEN = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}
@@ -193,14 +192,6 @@ def _check_field(field: str, value: Any, hint: Any) -> None:
                 raise ValueError(f"{flag} {reporter}: it is not installed; there is {', '.join(installed)}")
 
 
-def check_number(flag: str, value: Any) -> None:
-    """Raises ValueError for a number that is not finite, or of which sums do not fit in 64 bits."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{flag} takes a finite number, not {value}")
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError(f"{flag} is more than {LARGEST}" if value > 0 else f"{flag} is less than -{LARGEST}")
-
-
 def check_environment() -> None:
     """Raises ValueError where accelerate would train in another way than the flags say."""
     for name, reason in ENVIRONMENT.items():
@@ -245,7 +236,3 @@ def try_out(arguments: TrainingArguments) -> None:
             torch.compile(torch.neg, backend=backend)(torch.zeros(1))
         except Exception as error:
             raise ValueError(f"--training.torch_compile_backend {backend}: {first_line(error)}") from error
-
-
-def in_words(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -1,19 +1,16 @@
 """The options of commands that train, and their values as text."""
 
 import dataclasses
-import json
 import os
 import typing
 from collections.abc import Sequence
-from types import NoneType
 from typing import Annotated, Any, Literal
 
-import yaml
 from cyclopts import Parameter
 
-from mixture_of_tokens import yaml12
 from mixture_of_tokens.checks import check, flagged, listed, plain
 from mixture_of_tokens.model.placement import Device
+from mixture_of_tokens.yaml12 import as_words
 
 
 def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
@@ -108,47 +105,10 @@ class Options:
             check(field.name, getattr(self, field.name), field.type)
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("model", "training"):
-            for field in getattr(self, name):
-                check(f"a key of {name}", field, str)
-            words = {k: v if isinstance(v, str) else as_word(v) for k, v in getattr(self, name).items()}
-            object.__setattr__(self, name, words)
+            object.__setattr__(self, name, as_words(name, getattr(self, name)))
 
 
 DEFAULTS = Options()
-
-
-def as_word(value: Any) -> str:
-    """A value from Python as the text of a flag: numbers of numpy, paths and torch's types too. Text is quoted."""
-    return json.dumps(plain(value), default=lambda one: str(one).removeprefix("torch."))
-
-
-def typed(flag: str, text: str, kind: Any) -> Any:
-    """A flag's text as the declared type of its field. Raises ValueError for text of another type.
-
-    Lists, dictionaries and undeclared fields take any YAML, for their owner to check.
-    """
-    try:
-        value = yaml12.load(text)
-        json.dumps(value, default=str)  # not of what holds itself
-    except RecursionError:
-        raise ValueError(f"{flag} is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        what = getattr(error, "problem", None) or error  # a YAML error's own text says "<unicode string>"
-        raise ValueError(f"{flag}: {text[:40]!r} is no YAML: {what}") from None
-    kinds = {kind} if typing.get_origin(kind) in (list, dict) else set(typing.get_args(kind) or (kind,))
-    if not kinds <= {bool, int, float, str, NoneType}:
-        return value
-    if str in kinds and not (value is None and NoneType in kinds):
-        return value if isinstance(value, str) else text
-    if bool in kinds and text.lower() in ("yes", "on", "no", "off"):
-        return text.lower() in ("yes", "on")
-    legal = kinds | ({int} if float in kinds else set())
-    if type(value) not in legal:
-        words = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
-        several = f"; mot sweep tries several, as in {flag} 1,2" if isinstance(value, list) or "," in text else ""
-        one = " or ".join(words[each] for each in words if each in kinds)
-        raise ValueError(f"{flag} takes {one}, not {text!r}{several}")
-    return value
 
 
 def as_flags(options: Options) -> list[str]:

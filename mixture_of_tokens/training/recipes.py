@@ -3,27 +3,27 @@
 import dataclasses
 import math
 import os
-import typing
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
 
-from mixture_of_tokens.checks import check_range
+from mixture_of_tokens.checks import check_number, check_range
 from mixture_of_tokens.data.tokenizer import check_vocab_size
+from mixture_of_tokens.formatting import in_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.model.fields import config_of, names_the_flag
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.names import FIELDS, SIZES, Name, config_from_name, parse_name
+from mixture_of_tokens.model.names import FIELDS, SIZES, Name, parse_name
 from mixture_of_tokens.model.placement import Placement, check_device
 from mixture_of_tokens.model.routings import SETTINGS
-from mixture_of_tokens.model.upstream import ROPE_INIT_FUNCTIONS
 from mixture_of_tokens.process import by_itself, process_count, the_only_training
 from mixture_of_tokens.runs.admission import check_seed
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
-from mixture_of_tokens.training.arguments import FIXED, check_environment, check_number, given_fields, in_words, try_out
-from mixture_of_tokens.training.options import Options, typed
+from mixture_of_tokens.training.arguments import FIXED, check_environment, given_fields, try_out
+from mixture_of_tokens.training.options import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,6 @@ RECOMMENDED = ("learning_rate", "batch_size", "steps")  # options that a name ha
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
-# Of weights in training; Adam's smallest numbers are zero in float16.
-DTYPES = ("float32", "bfloat16", "float64")
 
 
 class Merged(NamedTuple):
@@ -120,7 +118,7 @@ def merge(
         first_step=first_step,
         transition=transition,
     )
-    with _names_the_flag(name, overrides), torch.device("meta"):  # invalid fields are reported before the run starts
+    with names_the_flag(name, overrides), torch.device("meta"):  # invalid fields are reported before the run starts
         MixtureOfTokensForCausalLM(config)
     placement = Placement.of(options.shard, options.replicate, options.expert_parallel, process_count())
     placement.check(config, on_cpu=on_cpu)
@@ -177,19 +175,6 @@ def check_settings(*runs: Merged) -> None:
                 raise ValueError(f"{flag} would do nothing in {names}; it is of {', '.join(SETTINGS[field])}")
 
 
-def _overrides(flags: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of the model's configuration as values of their types."""
-    hints = typing.get_type_hints(MixtureOfTokensConfig, localns={"torch": torch}) | {"head_dim": int | None}
-    overrides = {}
-    for field, text in flags.items():
-        value = typed(f"--model.{field}", text, hints.get(field))
-        check_number(f"--model.{field}", value)
-        overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
-    if (dtype := overrides.get("dtype")) not in (None, *DTYPES):
-        raise ValueError(f"--model.dtype {dtype}: weights are trained in {', '.join(DTYPES)}")
-    return overrides
-
-
 def _written(config: MixtureOfTokensConfig, overrides: Mapping[str, Any], *, own_tokenizer: bool) -> dict[str, Any]:
     """Fields of the model, as a run records them."""
     written = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
@@ -215,56 +200,12 @@ def _check_training(arguments: Mapping[str, Any], on_cpu: bool) -> None:
     try_out(made)
 
 
-def _check_model(config: MixtureOfTokensConfig) -> None:
-    """Raises ValueError for numbers with which a model computes NaN, or trains for something else."""
-    rope = config.rope_parameters or {}
-    theta, kind, factor = rope.get("rope_theta", 1.0), rope.get("rope_type", "default"), rope.get("factor", 1.0)
-    for field, value in {"rms_norm_eps": config.rms_norm_eps, "rope_parameters: its rope_theta": theta}.items():
-        if not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"--model.{field} must be positive and finite, not {value}")
-    if kind not in (kinds := ["default", *ROPE_INIT_FUNCTIONS]):
-        raise ValueError(f"--model.rope_parameters: its rope_type {kind!r} is unknown; legal are {', '.join(kinds)}")
-    if not (isinstance(factor, int | float) and 1 <= factor < math.inf):  # upstream warns, and computes with it
-        raise ValueError(f"--model.rope_parameters: its factor must be at least 1 and finite, not {factor}")
-
-
-def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -> None:
-    """Raises ValueError for fields of upstream's that do nothing here, but with the value that they have anyway."""
-    for field, does, anyway in (
-        ("initializer_range", "--model.initializer_scale", MixtureOfTokensConfig.initializer_range),
-        ("decoder_sparse_step", "--model.mlp_layer_types", config.decoder_sparse_step),
-        ("mlp_only_layers", "--model.mlp_layer_types", config.mlp_only_layers),
-        ("sliding_window", "with --model.use_sliding_window true it", config.sliding_window),
-        *((f"{token}_token_id", "the tokenizer", None) for token in ("eos", "pad")),
-    ):
-        if overrides.get(field) not in (None, anyway):
-            raise ValueError(f"--model.{field} {overrides[field]} would do nothing; {does} does")
-
-
-@contextmanager
-def _names_the_flag(name: str, overrides: Mapping[str, Any]) -> Iterator[None]:
-    """Raise as ValueError, with the flag, what a library raises for one of these fields of the model."""
-    flag = f"--model.{next(iter(overrides))}" if len(overrides) == 1 else "--model"
-    try:
-        yield
-    except Exception as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else in_words(error)
-        if what.partition(" ")[0] in overrides:
-            raise ValueError(f"--model.{what}") from error
-        if isinstance(error, ValueError) and (not overrides or name in what):
-            raise
-        raise ValueError(f"{flag}: {what}") from error
-
-
 def _model_of(name: str, options: Options) -> tuple[MixtureOfTokensConfig, dict[str, Any]]:
     """A name's configuration with the options' fields, and these fields. Raises ValueError where they are no model."""
-    overrides = _overrides(options.model)
-    with _names_the_flag(name, overrides):
-        config = config_from_name(name, **overrides)
-        if options.tokenizer is None:
+    config, overrides = config_of(name, options.model)
+    if options.tokenizer is None:
+        with names_the_flag(name, overrides):
             check_vocab_size(config.vocab_size)
-    _check_model(config)
-    _check_effect(config, overrides)
     if config.learnable_temperature and options.anneal_temperature_to is not None:
         raise ValueError("--anneal-temperature-to would set the temperature that --model.learnable_temperature learns")
     if options.anneal_temperature_to is not None:
