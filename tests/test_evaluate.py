@@ -35,6 +35,7 @@ from processes import mot
 
 MIXED = "MoT-Nano/4E/2"
 FEW = ("alone, 4 of 8 experts", "alone, 2 of 8 experts")
+SIZES = ("full groups", "2 rows a group", "alone", *FEW)
 
 
 @pytest.fixture
@@ -144,6 +145,31 @@ def test_a_module_that_is_in_another_mode_stays_in_it(tiny_runs, tiny_cache):
     evaluate_blocks(model, text, group_size=4, batch_size=8, groups=2)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert len(set(before.values())) == 2
+
+
+def test_a_part_of_a_text_is_scored(tiny_runs, evaluated):
+    whole = evaluated(tiny_runs[MIXED], "--sweep-tokens", 600)["lines"][0]
+    part = evaluated(tiny_runs[MIXED], "--max-tokens", 2000)["lines"]
+    assert {line["label"] for line in part} == {*SIZES, "full groups, argmax routing"}
+    (tokens,) = {line["tokens"] for line in part}
+    assert 2000 - 2 * 4 * 64 < tokens <= 2000
+    assert part[0]["spread"] is None
+    assert part[0]["bits_per_byte"] is None
+    assert part[0]["loss"] == pytest.approx(whole["loss"], abs=0.2)
+    assert part[0]["loss"] != whole["loss"]
+
+
+@pytest.mark.parametrize("name", ["Transformer-Nano", MIXED, "TC-Nano/4E"])
+def test_a_model_is_read_in_bf16(tiny_runs, evaluated, name):
+    words = (tiny_runs[name], "--max-tokens", 2000)
+    exact, rounded = (evaluated(*words, *more)["lines"][0]["loss"] for more in ((), ("--dtype", "bfloat16")))
+    assert 0 < abs(exact - rounded) < 0.02
+    model = load_model(str(tiny_runs[name]), dtype="bfloat16")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    precise = {key: buffer for key, buffer in model.named_buffers() if "companion" in key}
+    assert bool(precise) == (name == MIXED)
+    saved = load_model(str(tiny_runs[name])).state_dict()
+    assert all(torch.equal(buffer, saved[key]) for key, buffer in precise.items() if key in saved)
 
 
 def test_a_model_that_mixes_nothing_reads_a_few_rows_alone(tiny_runs, evaluated, monkeypatch):

@@ -218,6 +218,18 @@ def test_a_file_is_not_continued_by_other_weights(run, prompts, tmp_path, capsys
     assert (tmp_path / "out.jsonl").read_text() == before
 
 
+def test_a_file_is_continued_in_the_precision_that_it_was_begun_in(run, prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    mot("generate", run, "--prompts-file", prompts, "--out", out, "--dtype", "bfloat16")
+    before = out.read_text()
+    assert '"dtype"' not in before  # it is in the hash
+    with pytest.raises(SystemExit, match="2"):
+        mot("generate", run, "--prompts-file", prompts, "--out", out)
+    assert "out.jsonl" in capsys.readouterr().err
+    mot("generate", run, "--prompts-file", prompts, "--out", out, "--dtype", "bfloat16")
+    assert out.read_text() == before
+
+
 def test_a_full_disk_is_told_of_continuations(run, prompts, tmp_path, capsys):
     out, words = tmp_path / "out.jsonl", ["--prompts-file", prompts, "--max-new-tokens", 24]
     settings = len(prompts.read_text()) + 900  # more than stands in the first line

@@ -23,7 +23,7 @@ from mixture_of_tokens.formatting import Result, aligned
 from mixture_of_tokens.inference.losses import cross_entropy, label_of_groups, not_empty
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.passes import serving_alone
-from mixture_of_tokens.model.placement import Device
+from mixture_of_tokens.model.placement import Device, Dtype
 from mixture_of_tokens.model.routings import routings_of
 from mixture_of_tokens.model.sharding import is_sharded
 from mixture_of_tokens.process import is_main, say_once
@@ -111,8 +111,10 @@ def evaluate(
     context: int | None = None,
     regroupings: int = 3,
     sweep_tokens: int = 1_000_000,
+    max_tokens: int | None = None,
     experts: int | None = None,
     device: Device | None = None,
+    dtype: Dtype | None = None,
     shard: int | None = None,
     expert_parallel: int | None = None,
 ) -> Evaluation:
@@ -131,19 +133,22 @@ def evaluate(
         context: Tokens in a block; by default the model's, at most 1,024.
         regroupings: Ways to form full groups; the loss is their mean, the spread largest - least.
         sweep_tokens: Smaller groups are made from the first full groups, which hold at most this many tokens.
+        max_tokens: Score at most these many tokens, spread over the text and grouped in one way; by default all.
         experts: Alone, these many experts a token in place of the granularity and twice as many.
         device: cpu or cuda; by default cuda where there is one.
+        dtype: float32 or bfloat16, in which all is computed; by default that of the saved weights.
         shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
         expert_parallel: Of these processes, so many divide the experts.
 
     Raises ValueError for bad options, a run without a model, and an unknown text.
     """
-    at_least_one(regroupings=regroupings, sweep_tokens=sweep_tokens, context=context, experts=experts)
+    at_least_one(regroupings=regroupings, sweep_tokens=sweep_tokens, max_tokens=max_tokens, context=context)
+    at_least_one(experts=experts)
     sources = None if data is None else [str(each) for each in listed(data)]
     if sources == []:
         raise ValueError("data names no text; leave it out for the run's own validation text")
     run = str(run)
-    model = load_model(run, device=device, placement=placed(shard, expert_parallel, experts))
+    model = load_model(run, device=device, dtype=dtype, placement=placed(shard, expert_parallel, experts))
     check_experts(run, model, experts)
     longest = context_of(model)
     context = min(longest, 1024) if context is None else context
@@ -163,7 +168,7 @@ def evaluate(
         blocks = whole_text(sources, tokenizer, field=field, context=context, group_size=group_size or BATCH_SIZE)
         tokens: Any = blocks.tokens  # in memory
         check_tokens(model, run, int(tokens.max()))
-    plan, lines = _planned(model, blocks, regroupings, sweep_tokens, experts), []
+    plan, lines = _planned(model, blocks, regroupings, sweep_tokens, max_tokens, experts), []
     total = sum(len(not_empty(order)) for planned in plan for order in planned.orders)
     with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:
         for planned in plan:
@@ -173,13 +178,17 @@ def evaluate(
     return Evaluation(run, group_size, context, blocks.bytes, lines)
 
 
-def _planned(model, blocks: Blocks, regroupings: int, sweep_tokens: int, experts: int | None) -> list[_PlannedLine]:
+def _planned(
+    model, blocks: Blocks, regroupings: int, sweep_tokens: int, max_tokens: int | None, experts: int | None
+) -> list[_PlannedLine]:
     """The lines of an evaluation, before they are measured."""
     mixes, group_size = group_size_of(model) is not None, group_size_of(model) or BATCH_SIZE
-    seeds = range(regroupings if mixes else 1)
+    seeds = range(regroupings if mixes and max_tokens is None else 1)
     full = [grouped_order(blocks, group_size, seed=seed, everything=True) for seed in seeds]
     if all(len(not_empty(order)) == 1 for order in full):  # so short a text is grouped in one way
         full = full[:1]
+    if max_tokens is not None:
+        full = [full[0][: max(1, max_tokens // (group_size * blocks.context))]]
     part = full[0][: max(1, sweep_tokens // (group_size * blocks.context))]
     counts = np.concatenate([(not_empty(order) >= 0).sum(1) for order in full])
     filled = label_of_groups(np.concatenate(full)) if mixes else f"{group_size} rows"

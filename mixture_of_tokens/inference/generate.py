@@ -21,7 +21,7 @@ from mixture_of_tokens.inference.sampling import DEFAULT, Sampling, draw, encode
 from mixture_of_tokens.inference.stream import Streamer
 from mixture_of_tokens.model.generation import CANNOT_WRITE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.placement import Device
+from mixture_of_tokens.model.placement import Device, Dtype
 from mixture_of_tokens.model.sharding import broadcast
 from mixture_of_tokens.process import is_main, process_count
 from mixture_of_tokens.runs.loading import (
@@ -70,6 +70,7 @@ def generate(
     experts: int | None = None,
     seed: int = DEFAULT.seed,
     device: Device | None = None,
+    dtype: Dtype | None = None,
     shard: int | None = None,
     expert_parallel: int | None = None,
     stream: Annotated[TextIO | None, Parameter(parse=False)] = None,
@@ -97,6 +98,7 @@ def generate(
             the granularity cost what a dense feed-forward does, and give nearly the same loss.
         seed: Of sampling; what is drawn depends on the number of prompts in a batch too, also with --alone.
         device: cpu or cuda; by default cuda where there is one.
+        dtype: float32 or bfloat16, in which all is computed; by default that of the saved weights.
         shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
         expert_parallel: Of these processes, so many divide the experts.
         stream: Where the text goes as it is written.
@@ -114,7 +116,7 @@ def generate(
     run = str(run)
     prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
     placement = placed(shard, expert_parallel, experts)
-    model = load_model(run, alone=alone, experts=experts, device=device, placement=placement)
+    model = load_model(run, alone=alone, experts=experts, device=device, dtype=dtype, placement=placement)
     tokenizer = load_tokenizer_of(run)
     if not getattr(model.config, "causal", True):
         raise ValueError(CANNOT_WRITE)
@@ -144,6 +146,7 @@ def generate(
     if prompts_file is not None:
         out = _beside(Path(prompts_file)) if out is None else Path(out)
         served = {"samples": samples, "batch_size": batch_size, "alone": alone, "experts": experts}
+        served |= {} if dtype is None else {"dtype": dtype}
         settings = _settings_of(run, prompts, sampling, served)
         with owned_file(out), _leading(write) as led:
             return Generated(to_file(out, settings, batches, led, prompts), str(out))

@@ -17,6 +17,7 @@ from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.routings import BY_CONSTRUCTION
 
 Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]  # of the weights of a model that is only read
 
 
 def check_device(device: Device | None) -> None:

@@ -17,7 +17,7 @@ from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import refuse
 from mixture_of_tokens.formatting import first_line
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.placement import COPIES, Device, Placement, check_device
+from mixture_of_tokens.model.placement import COPIES, Device, Dtype, Placement, check_device
 from mixture_of_tokens.model.sharding import shard_model
 from mixture_of_tokens.process import is_main, keep_large_blocks, process_count
 from mixture_of_tokens.runs import checkpoints, records
@@ -65,6 +65,7 @@ def load_model(
     alone: bool = False,
     experts: int | None = None,
     device: Device | None = None,
+    dtype: Dtype | None = None,
     placement: Placement = COPIES,
 ) -> Any:
     """The causal language model of a run, in evaluation mode.
@@ -73,6 +74,7 @@ def load_model(
         alone: serve each row by itself, `MixtureOfTokensForCausalLM.serve_alone`.
         experts: that a token of a Mixture of Tokens goes to alone, by default all.
         device: by default a CUDA device if there is one.
+        dtype: of the weights, by default as they were saved.
         placement: over processes, which all call this, each with memory for the whole model on its CPU.
 
     Raises ValueError as `model_directory` does, for what transformers cannot load as a causal language model, and for
@@ -89,8 +91,9 @@ def load_model(
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {config.model_type} model is no causal language model")
+        how: dict[str, Any] = {"config": config, "trust_remote_code": False, "dtype": dtype or "auto"}
         with without_progress_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_pretrained(directory, **how)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         where = "" if Path(run).exists() else ": there is no such directory, and as a name on the Hub it"
         raise ValueError(f"{run}{where} cannot be loaded: {first_line(error)}") from None
