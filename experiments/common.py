@@ -38,7 +38,7 @@ from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.ownership import owned_file
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig
-from mixture_of_tokens.runs.run import Run, pack, read
+from mixture_of_tokens.runs.run import Run, pack, read_run
 from mixture_of_tokens.training.options import Options
 
 HERE = Path(__file__).resolve().parent
@@ -122,7 +122,7 @@ def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = (), *, first_
     first, again = min(run.seed for run in runs) if first_seed is None else first_seed, []
     for run in runs:
         file = kept / f"{run.directory.name}.json"
-        if file.is_file() and read(file).facts.text != run.facts.text:
+        if file.is_file() and read_run(file).facts.text != run.facts.text:
             print(f"{file} was of another text: its losses are not comparable with the new ones", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             pack(thinned(run), packed := Path(folder) / file.name, telemetry=run.seed == first)
@@ -130,7 +130,7 @@ def keep(runs: Sequence[Run], kept: Path, without: Sequence[str] = (), *, first_
         for prefix in (*without, f"{RUNS}/", f"{RUNS.resolve()}/"):
             text = text.replace(prefix, "")
         write_text(file, text)
-        again.append(read(file))
+        again.append(read_run(file))
     return again
 
 
@@ -140,7 +140,7 @@ def check_text(config: RunConfig, files: Iterable[Path]) -> None:
     Text of this machine comes with Python and its packages, which differ; what is trained on it would compare with
     nothing here.
     """
-    texts = {read(file).facts.text: file for file in files}
+    texts = {read_run(file).facts.text: file for file in files}
     if not texts:
         return
     here = config.prepare().facts

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.model.plan import plan
     from mixture_of_tokens.reports.compare import compare
     from mixture_of_tokens.reports.report import report
+    from mixture_of_tokens.runs.run import Run, read_run
     from mixture_of_tokens.soft import SoftMoE
     from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
     from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
@@ -65,6 +66,7 @@ _MODULES = {
     "convert.export": ("export",),
     "reports.compare": ("compare",),
     "reports.report": ("report",),
+    "runs.run": ("Run", "read_run"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -81,6 +83,7 @@ __all__ = [
     "Options",
     "ReMoE",
     "Router",
+    "Run",
     "SigmoidChoice",
     "SoftMoE",
     "TokenChoice",
@@ -98,6 +101,7 @@ __all__ = [
     "prepare",
     "prepare_text",
     "prepare_tokens",
+    "read_run",
     "report",
     "sweep",
     "train",

@@ -21,7 +21,7 @@ FEW = 4  # rows of an expert on average
 WAITS = (torch.Tag.cudagraph_unsafe,)  # the host waits for the device, to know the sizes
 
 
-class _Dispatch(torch.autograd.Function):
+class _ToSlots(torch.autograd.Function):
     @staticmethod
     def forward(x_SD, token_N, slot_A, start_S, kept_A):
         return _at_rows(x_SD, token_N)
@@ -36,7 +36,7 @@ class _Dispatch(torch.autograd.Function):
         return _sum_by_token(grad_ND, slot_A, start_S, kept_A.to(grad_ND.dtype)), None, None, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _FromSlots(torch.autograd.Function):
     @staticmethod
     def forward(y_ND, gate_A, token_N, assignment_N, slot_A, start_S):
         return _sum_by_token(y_ND, slot_A, start_S, gate_A)
@@ -93,12 +93,12 @@ class Slots(NamedTuple):
 
     def dispatch(self, x_SD: Tensor) -> Tensor:
         """What is in the slots: (S, D) -> (N, D)."""
-        return _Dispatch.apply(*autocast_to(x_SD), self.token_N, self.slot_A, self.start_S, self.kept_A)
+        return _ToSlots.apply(*autocast_to(x_SD), self.token_N, self.slot_A, self.start_S, self.kept_A)
 
     def combine(self, y_ND: Tensor, gate_A: Tensor) -> Tensor:
         """The sum of gate[a] * y[slot[a]] over the assignments of each token that are kept: (N, D), (A,) -> (S, D)."""
         gate_A = (gate_A * self.kept_A).to(y_ND.dtype)
-        return _Combine.apply(y_ND, gate_A, self.token_N, self.assignment_N, self.slot_A, self.start_S)
+        return _FromSlots.apply(y_ND, gate_A, self.token_N, self.assignment_N, self.slot_A, self.start_S)
 
 
 def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gate_A: Tensor) -> Tensor:

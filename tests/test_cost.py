@@ -22,7 +22,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.plan import plan, plan_of
 from mixture_of_tokens.model.routings import BY_PREFIX, ROUTINGS
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.run import read_run
 from processes import mot
 from test_names import PAPER
 
@@ -331,7 +331,7 @@ def test_the_model_that_is_planned_has_its_own_fields(tiny_runs, capsys):
     assert plain == plan("MoT-Micro/32E/8", model=fields, gated=False) != planned
     run = tiny_runs["MoT-Nano/4E/2"]
     mot("plan", "--config", run / "config.yaml", "--json")
-    shown, (config, facts) = json.loads(capsys.readouterr().out), (read(run).config, read(run).facts)
+    shown, (config, facts) = json.loads(capsys.readouterr().out), (read_run(run).config, read_run(run).facts)
     assert shown["parameters"]["total"] == facts.parameters
     assert (shown["batch"], shown["training"]["steps"]) == (config.batch_size, config.steps)
 

@@ -28,7 +28,7 @@ from mixture_of_tokens.convert.transition import SCHEDULES
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.names import config_from_name, parse_name
 from mixture_of_tokens.reports.report import report
-from mixture_of_tokens.runs.run import pack, read
+from mixture_of_tokens.runs.run import pack, read_run
 from mixture_of_tokens.runs.typed import FORMAT
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
@@ -53,7 +53,7 @@ def script(monkeypatch):
 
 
 def test_a_run_directory_is_read():
-    run = read(SWITCHED)
+    run = read_run(SWITCHED)
     assert (run.name, run.seed, run.facts.steps, run.facts.evaluated_on) == ("TC-Nano/32E", 1, 1320, "validation")
     assert (run.facts.final_loss, run.facts.seconds, run.facts.threads) == (2.647028327033094, 132.6, 1)
     assert run.facts.text == ("91203739bc4ce4c6", "596bf9ff3c9db30c")
@@ -84,25 +84,25 @@ def test_a_run_directory_is_read():
 
 
 def test_a_run_is_the_same_when_it_was_packed(tmp_path):
-    run = read(SWITCHED)
+    run = read_run(SWITCHED)
     pack(run, tmp_path / "whole.json", telemetry=True)
     pack(run, tmp_path / "slim.json", telemetry=False)
     assert json.loads((tmp_path / "whole.json").read_text())["format"] == FORMAT
     for named in (tmp_path / "whole", tmp_path / "whole.json"):
-        assert read(named) == replace(run, directory=tmp_path / "whole")
-    slim = read(tmp_path / "slim")
+        assert read_run(named) == replace(run, directory=tmp_path / "whole")
+    slim = read_run(tmp_path / "slim")
     assert slim.rows == [replace(row, layers=None) for row in run.evaluations]
     assert slim.curve == run.curve
-    pack(read(tmp_path / "whole"), tmp_path / "again.json", telemetry=True)
+    pack(read_run(tmp_path / "whole"), tmp_path / "again.json", telemetry=True)
     assert (tmp_path / "again.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
 def test_a_directory_goes_before_a_file_of_its_name(copied, monkeypatch):
-    run = read(copied)
+    run = read_run(copied)
     pack(replace(run, rows=run.evaluations), copied.with_name("copied.json"), telemetry=False)
-    assert read(copied) == run
+    assert read_run(copied) == run
     monkeypatch.chdir(copied)
-    assert read(Path()) == replace(run, directory=Path())
+    assert read_run(Path()) == replace(run, directory=Path())
 
 
 DAMAGES = {
@@ -123,7 +123,7 @@ def test_a_damaged_record_is_one_error_that_names_its_file(copied, name, damage)
     change, told = DAMAGES[damage]
     file.write_text(json.dumps(change(yaml.safe_load(file.read_text()))))  # JSON is YAML too
     with pytest.raises(ValueError, match=told) as error:
-        read(copied)
+        read_run(copied)
     assert str(file) in str(error.value)
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_record_is_one_error_that_names_its_file(copied, name, damage)
 def test_a_file_that_cannot_be_parsed_is_one_error_that_names_it(copied, name, text):
     (copied / name).write_text(text)
     with pytest.raises(ValueError, match=r"be read|damaged") as error:
-        read(copied)
+        read_run(copied)
     assert str(copied / name) in str(error.value)
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_row_is_one_error_that_names_the_file_and_the_line(copied, cha
     first, second, *rest = file.read_text().splitlines()
     file.write_text("\n".join([first, json.dumps(json.loads(second) | change), *rest]))
     with pytest.raises(ValueError, match="line 2") as error:
-        read(copied)
+        read_run(copied)
     assert str(file) in str(error.value)
 
 
@@ -167,22 +167,22 @@ PACKED_DAMAGES = {
 @pytest.mark.parametrize("damage", PACKED_DAMAGES)
 def test_a_damaged_packed_run_is_one_error_that_names_its_file(tmp_path, damage):
     file = tmp_path / "packed.json"
-    pack(read(SWITCHED), file, telemetry=True)
+    pack(read_run(SWITCHED), file, telemetry=True)
     file.write_text(json.dumps(PACKED_DAMAGES[damage](json.loads(file.read_text()))))
     with pytest.raises(ValueError, match=r"packed\.json"):
-        read(tmp_path / "packed")
+        read_run(tmp_path / "packed")
 
 
 def test_a_file_that_is_no_packed_run_lacks_a_part(tmp_path):
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"other\.json is no run: it has no config"):
-        read(tmp_path / "other.json")
+        read_run(tmp_path / "other.json")
 
 
 def test_a_packed_run_that_cannot_be_parsed_is_one_error(tmp_path):
     (tmp_path / "packed.json").write_text('{"format": 1')
     with pytest.raises(ValueError, match=r"packed\.json cannot be read"):
-        read(tmp_path / "packed")
+        read_run(tmp_path / "packed")
 
 
 def kept() -> list[Path]:
@@ -195,7 +195,7 @@ def test_all_runs_are_kept_with_evaluations_and_one_seed_with_telemetry():
         "nano": 12, "prose": 3, "long": 3, "transition": 59, "verdict": 91, "routings": 42, "paper": 68
     }  # fmt: skip
     for file in kept():
-        run = read(file)
+        run = read_run(file)
         assert json.loads(file.read_text())["format"] == FORMAT
         assert len(run.evaluations) >= 10
         measured = {key for row in run.rows for layer in (row.layers or {}).values() for key in layer}
@@ -216,7 +216,7 @@ def test_scripts_train_what_is_committed(script):
         made = script(folder)
         for name in made["NAMES"]:
             for seed in made["SEEDS"]:
-                config = read(EXPERIMENTS / folder / f"{name.replace('/', '-')}-seed{seed}").config
+                config = read_run(EXPERIMENTS / folder / f"{name.replace('/', '-')}-seed{seed}").config
                 data = config.data if folder == "prose" else []
                 assert (
                     merge(name, seed, None, replace(made["OPTIONS"], data=data)).config.identity() == config.identity()
@@ -243,7 +243,7 @@ def test_the_figures_scripts_train_what_is_committed(paper):
                 asked = merge(system.name, seed, system.learning_rate, system.options(steps)).config
                 assert asked.identity() == run.config.identity()
                 found.add(f"{system.directory(steps, seed)}.json")
-    kept = {file.name: read(file) for file in (EXPERIMENTS / "paper").glob("*-seed*.json")}
+    kept = {file.name: read_run(file) for file in (EXPERIMENTS / "paper").glob("*-seed*.json")}
     assert found >= set(kept)
     for size in ("Nano", "Micro"):  # the second text is cut for groups of 64
         assert len({run.facts.text for run in kept.values() if size in run.name}) == 2
@@ -254,7 +254,7 @@ def test_nothing_is_trained_on_another_text_than_what_is_kept(paper, small_corpu
     monkeypatch.setitem(studies.SIZES, "Nano", Options(device="cpu", data=[str(small_corpus)]))
     row = studies.Row(studies.System("MoT-Nano/4E"), 10, (1,))
     for size in ("Nano", "Micro"):
-        assert len({read(file).facts.text for file in studies.kept_dense(size)}) == 1
+        assert len({read_run(file).facts.text for file in studies.kept_dense(size)}) == 1
     with pytest.raises(SystemExit, match=r"the text of the runs .* \(91203739bc4ce4c6\) is not that of this machine"):
         studies.trained([row])
     nothing = studies.Experiment(tmp_path / "kept", tmp_path / "trained")
@@ -324,7 +324,7 @@ def test_the_packages_of_the_text_are_those_that_runs_had():
     runs = [*EXPERIMENTS.glob("paper/*-Micro-*.json"), *EXPERIMENTS.glob("verdict/*-fresh-*.json")]
     assert len(runs) > 60
     for run in runs:
-        had = {name: version for name, version in read(run).facts.versions.items() if name in listed}
+        had = {name: version for name, version in read_run(run).facts.versions.items() if name in listed}
         assert len(had) >= 5
         assert had == {name: listed[name] for name in had}, run
 
@@ -394,7 +394,7 @@ def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
 
 def test_the_readme_says_how_far_token_choice_is_ahead_after_a_long_training():
     ends = {
-        name: read(EXPERIMENTS / "long" / f"{name}-Nano-32E{end}-seed1").facts.final_loss
+        name: read_run(EXPERIMENTS / "long" / f"{name}-Nano-32E{end}-seed1").facts.final_loss
         for name, end in (("MoT", "-8"), ("TC", ""))
     }
     said = f"[it is ahead by {ends['MoT'] - ends['TC']:.3f}](docs/results.md#other-text-and-ten-times-as-long)"
@@ -438,7 +438,7 @@ def test_the_script_of_the_routings_trains_what_is_committed(script):
         for seed in made["SEEDS"]:
             folder = EXPERIMENTS / ("nano" if system.nano else "routings")
             asked = merge(system.name, seed, system.rate, system.options).config
-            assert asked.identity() == read(folder / system.directory(seed)).config.identity()
+            assert asked.identity() == read_run(folder / system.directory(seed)).config.identity()
 
 
 def test_the_scripts_ways_to_switch_are_those_committed(script, tmp_path):
@@ -447,7 +447,7 @@ def test_the_scripts_ways_to_switch_are_those_committed(script, tmp_path):
         source = EXPERIMENTS / "nano" / f"{name.replace('/', '-')}-seed2"
         for end, way in made["ways_of"](name).items():
             asked = transition(source, out=tmp_path / "new", dry_run=True, **way.options).identity()
-            before = read(EXPERIMENTS / "transition" / "-".join(filter(None, [source.name, end]))).config.identity()
+            before = read_run(EXPERIMENTS / "transition" / "-".join(filter(None, [source.name, end]))).config.identity()
             if "transition.source" in asked:
                 assert asked.pop("transition.source").endswith(before.pop("transition.source"))
             if end == "anneal":  # whose first part comes before
@@ -474,7 +474,7 @@ def test_a_run_whose_schedule_is_not_known_is_reported(tmp_path):
 
 def test_telemetry_is_thinned_evenly_and_evaluations_stay(script):
     common = script("nano")["compared"].__globals__
-    run = read(SWITCHED)
+    run = read_run(SWITCHED)
     rows = [replace(run.rows[0], step=step, eval_loss=2.0 if step % 50 == 0 else None) for step in range(1, 1321)]
     steps = [row.step for row in common["thinned"](replace(run, rows=rows)).rows]
     assert steps == sorted({*range(1320, 0, -22), *range(50, 1321, 50), 1201})
@@ -499,7 +499,8 @@ def test_a_comparison_s_script_trains_keeps_and_goes_on(script, tiny, tmp_path, 
     texts = [(experiment.kept / name).read_text() for name in files]
     assert not any(str(small_corpus.parent) in text for text in texts)
     (first, second), (whole, other) = (
-        [read(place / f"MoT-Nano-4E-seed{seed}") for seed in (1, 2)] for place in (experiment.kept, experiment.trained)
+        [read_run(place / f"MoT-Nano-4E-seed{seed}") for seed in (1, 2)]
+        for place in (experiment.kept, experiment.trained)
     )
     assert (first.config.data, len(first.rows)) == (["texts"], 10)
     assert first.rows == whole.rows
@@ -527,7 +528,7 @@ def test_the_transition_s_script_trains_and_keeps(script, tiny, tmp_path, monkey
     names = {f"MoT-Nano-4E-seed1{end and '-'}{end}.json" for end in ways}
     assert {file.name for file in experiment.kept.iterdir()} == names
     for name in names:
-        run = read(experiment.kept / name)
+        run = read_run(experiment.kept / name)
         assert (run.switch is None) == name.endswith("scratch.json")
         assert run.facts.steps == 22
 
@@ -675,7 +676,7 @@ def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh, verd
         settings = verdict.settings_of(system, budget, kept)
         assert {column: row[column] for column in settings} == {name: str(value) for name, value in settings.items()}
         seed, rate = int(row["seed"]), float(row["rate"])
-        run = read(kept / f"{system.directory(seed, budget)}{system.end}.json")
+        run = read_run(kept / f"{system.directory(seed, budget)}{system.end}.json")
         assert run.facts.steps == steps + after
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=5e-4)
         how = {"model": dict(system.model), "training": verdict.schedule_of(system, steps)}
@@ -748,17 +749,17 @@ def test_the_verdict_on_fresh_text_is_measured(fresh, verdict, tiny, tmp_path, m
         fresh.make(here)
     *rows, longer = fresh.read_csv(here.kept / "fresh.csv")
     assert (longer["budget"], longer["system"]) == (str(verdict.LONG_BUDGET), "TC-Nano/4E")
-    assert read(here.kept / f"{systems[0].directory(1, verdict.LONG_BUDGET)}.json").facts.steps == 10
+    assert read_run(here.kept / f"{systems[0].directory(1, verdict.LONG_BUDGET)}.json").facts.steps == 10
     assert {row["budget"] for row in rows} == {str(verdict.BUDGET)}
     assert [row["system"] for row in rows[:3]] == ["TC-Nano/4E", "MoT-Nano/4E, switched", "MoT-Nano/4E, switched early"]
     assert [row["system"] for row in rows[3:]] == ["STC-Nano/4E", systems[4].label]
     for system, row in zip(systems, rows, strict=True):
-        run = read(here.kept / f"{system.directory(1)}{system.end}.json")
+        run = read_run(here.kept / f"{system.directory(1)}{system.end}.json")
         assert float(row["loss"]) == pytest.approx(run.facts.final_loss, abs=1e-5)
         assert bool(row["in_groups"]) == bool(row["alone"]) == system.mixes
-    assert read(here.kept / f"{systems[2].directory(1)}-transition.json").config.learning_rate == best
-    assert read(here.kept / f"{systems[3].directory(1)}.json").config.learning_rate == 2e-2
-    on = read(here.kept / f"{systems[4].directory(1)}-on.json")
+    assert read_run(here.kept / f"{systems[2].directory(1)}-transition.json").config.learning_rate == best
+    assert read_run(here.kept / f"{systems[3].directory(1)}.json").config.learning_rate == 2e-2
+    on = read_run(here.kept / f"{systems[4].directory(1)}-on.json")
     assert (on.config.first_step, on.config.learning_rate) == (10, best)
     before, after = ([point.train_loss for point in on.rows if (point.step > 10) == late] for late in (False, True))
     assert abs(after[0] - before[-1]) < abs(after[0] - before[0])  # it begins where the first part ends
@@ -797,7 +798,7 @@ def test_rows_of_attention_are_of_runs_that_do_not_mix(attention, tiny_runs, tin
     ):
         shutil.copytree(tiny_runs[name], here.trained / directory)
     here.kept.mkdir()
-    run = read(tiny_runs["Transformer-Nano"])
+    run = read_run(tiny_runs["Transformer-Nano"])
     monkeypatch.setattr(attention, "BLOCKS", len(run.config.prepare().validation))
     for _ in range(2):  # the second time nothing is missing
         attention.make(here)
@@ -807,7 +808,7 @@ def test_rows_of_attention_are_of_runs_that_do_not_mix(attention, tiny_runs, tin
         "Transformer-Nano-fresh-seed1",
     ]
     for row, name in zip(rows, ("TC-Nano/4E", "Transformer-Nano"), strict=True):
-        assert float(row["loss"]) == pytest.approx(read(tiny_runs[name]).facts.final_loss, abs=0.01)
+        assert float(row["loss"]) == pytest.approx(read_run(tiny_runs[name]).facts.final_loss, abs=0.01)
         assert all(0 < float(row[f"block_{n}"]) < 1 for n in (1, 2, 3, 4))
     assert "| Transformer-Nano-fresh-seed1 |" in attention.table(here.kept)
 

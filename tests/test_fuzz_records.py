@@ -16,7 +16,7 @@ from mixture_of_tokens.inference.continuations import Continuation, Row, _resume
 from mixture_of_tokens.reports.comparison import runs_of
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.records import METRICS, RunConfig, RunFacts, Switch, metrics
-from mixture_of_tokens.runs.run import pack, read
+from mixture_of_tokens.runs.run import pack, read_run
 from mixture_of_tokens.training.callbacks import Clock, RunLog
 
 RESULT = Path(__file__).parent.parent / "experiments" / "verdict" / "MoT-Nano-32E-4-fresh-seed2-transition"
@@ -117,7 +117,7 @@ def test_a_packed_run(whole, tmp_path):
 
     def act(content):
         file.write_text(json.dumps(content))
-        holds(file, lambda: read(tmp_path / "packed"))
+        holds(file, lambda: read_run(tmp_path / "packed"))
 
     fuzz(short, act)
 
@@ -144,7 +144,7 @@ def test_a_manifest(tmp_path):
 def test_a_comparison(tmp_path):
     file = tmp_path / "compare.json"
     whole = {"models": [{"runs": [{"directory": "one"}]}], "command": "mot compare"}
-    pack(read(RESULT), tmp_path / "one.json", telemetry=False)
+    pack(read_run(RESULT), tmp_path / "one.json", telemetry=False)
 
     def act(content):
         file.write_text(json.dumps(content))

@@ -21,7 +21,7 @@ from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.reports.reproduce import Places, commands_of
 from mixture_of_tokens.reports.tables import switch_table, tables
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig, RunFacts, Switch, Transition
-from mixture_of_tokens.runs.run import Load, Run, Stages, pack, read
+from mixture_of_tokens.runs.run import Load, Run, Stages, pack, read_run
 
 CORPUS = {"hash": "h", "train": {"documents": 1, "tokens": 2, "bytes": 3}}
 
@@ -127,7 +127,7 @@ def test_flops_are_counted_by_the_experts_that_tokens_had(tmp_path):
     expected = [nominal * row.tokens + experts * more for row, more in zip(made.rows, extra, strict=True)]
     assert [point.flops for point in made.curve] == pytest.approx(expected)
     pack(made, tmp_path / "kept.json", telemetry=False)
-    kept = read(tmp_path / "kept")
+    kept = read_run(tmp_path / "kept")
     assert kept.rows[0].layers == {"2": {"experts_per_token": 3.0}, "3": {"experts_per_token": 5.0}}
     assert [point.flops for point in kept.curve] == [point.flops for point in made.curve]
 
@@ -513,13 +513,13 @@ def test_runs_that_cannot_be_compared_are_refused(change, message, tmp_path):
 
 def test_damaged_and_unevaluated_runs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
-        read(tmp_path)
+        read_run(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.yaml cannot be read"):
-        read(tmp_path)
+        read_run(tmp_path)
     (tmp_path / "config.yaml").write_text(str(run(tmp_path).config))
     with pytest.raises(ValueError, match=r"run\.json cannot be read"):
-        read(tmp_path)
+        read_run(tmp_path)
     never = replace(run(tmp_path), rows=[])
     with pytest.raises(ValueError, match="has no eval_loss"):
         comparison(by_model([never]))

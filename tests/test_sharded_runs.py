@@ -21,7 +21,7 @@ from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.runs import checkpoints
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training import trainer as training
 from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import in_processes, mot, rows_of
@@ -55,7 +55,9 @@ def train_all(commands: list[list[str]]) -> None:
 
 
 def losses(run: Path) -> dict[int, list[float]]:
-    return {row.step: [loss for loss in (row.train_loss, row.eval_loss) if loss is not None] for row in read(run).rows}
+    return {
+        row.step: [loss for loss in (row.train_loss, row.eval_loss) if loss is not None] for row in read_run(run).rows
+    }
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def go_on(runs: Path, pairs: Sequence[tuple[str, str]], data: Path, directory: P
         assert found.keys() == expected.keys()
         for step, loss in found.items():  # which no layout could give by chance: the moments of Adam went along
             assert loss == pytest.approx(expected[step], rel=1e-5), (source, layout, step)
-        assert read(out).facts.final_loss == pytest.approx(read(runs / "one").facts.final_loss, rel=1e-5)
+        assert read_run(out).facts.final_loss == pytest.approx(read_run(runs / "one").facts.final_loss, rel=1e-5)
         assert (directory / "log").read_text().count(f"Going on from {out / 'checkpoint-2'}") == 1
 
 
@@ -122,7 +124,7 @@ def test_a_run_goes_on_in_any_layout_from_a_checkpoint_of_any(all_runs, small_co
 
 def check_model(runs: Path, layout: str) -> None:
     """One file, like that of one process."""
-    run, alone = read(runs / layout), read(runs / "one")
+    run, alone = read_run(runs / layout), read_run(runs / "one")
     files = sorted(path.name for path in (runs / layout / "model").iterdir())
     assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
     written = json.loads((runs / layout / "model" / "config.json").read_text())

@@ -23,7 +23,7 @@ from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.transition import Transitioned
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import mot, rows_of, start
 from texts import write_texts
@@ -83,7 +83,7 @@ def test_the_source_is_untouched_and_its_metrics_go_on(transitioned, tiny_runs):
     assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", SOURCE_STEPS + STEPS)
     assert facts["seconds"] > json.loads((tiny_runs[MIXED] / "run.json").read_text())["seconds"]
     switch = json.loads((run / "switch.json").read_text())
-    assert switch["flops_per_token"] == read(tiny_runs[MIXED]).flops[1]
+    assert switch["flops_per_token"] == read_run(tiny_runs[MIXED]).flops[1]
 
 
 def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned):
@@ -92,7 +92,7 @@ def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned)
     assert (model.config.num_experts_per_tok, model.config.capacity_factor) == (2, None)
     assert model.config.router_temperature == 1
     assert not model.shares_batch
-    assert read(transitioned[0]).model_config.capacity_factor is None  # config.yaml says so too
+    assert read_run(transitioned[0]).model_config.capacity_factor is None  # config.yaml says so too
 
 
 @pytest.mark.usefixtures("tiny_cache")
@@ -113,7 +113,7 @@ def test_it_is_private_and_has_a_page(transitioned, tiny_runs, tmp_path, capsys)
 
 @pytest.mark.usefixtures("tiny_cache")
 def test_the_printed_table_has_each_loss_in_its_row(transitioned, tiny_runs):
-    source, run = read(tiny_runs[MIXED]), read(transitioned[0])
+    source, run = read_run(tiny_runs[MIXED]), read_run(transitioned[0])
     found = Transitioned.of(source, run)
     assert found.seconds_after == run.facts.seconds - source.facts.seconds > 0
     losses = {"source_in_groups": 2.0, "source_alone": 2.5, "plain_switch": 3.25, "at_the_switch": 2.75}
@@ -276,7 +276,7 @@ def test_the_control_from_scratch_is_the_same_model_from_nothing(barely_trained,
     facts = json.loads(capsys.readouterr().out)
     assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", 2 + 3)
     assert rows_of(tmp_path / "scratch")[0]["train_loss"] > 5  # near ln 512
-    run = read(tmp_path / "scratch")
+    run = read_run(tmp_path / "scratch")
     assert (run.model_config.capacity_factor, run.model_config.router_temperature) == (None, 1)
     other = copy_of(barely_trained, tmp_path / "other", model={"rms_norm_eps": 1e-3}, training={"weight_decay": 0.7})
     mot("transition", other, "--control", "scratch", "--learning-rate", 0.5, "--dry-run")
@@ -290,7 +290,7 @@ def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_pa
     monkeypatch.chdir(tmp_path / "source")
     words = ["--steps", 4, "--schedule", "continued", "--top-k", 1, "--calibrate", "none", "--optimizer", "fresh"]
     mot("transition", ".", *words)
-    run = read(tmp_path / "source-transition")
+    run = read_run(tmp_path / "source-transition")
     last = [row["learning_rate"] for row in rows_of(tiny_runs[MIXED]) if "learning_rate" in row][-1]
     rates = [row.learning_rate for row in run.rows if row.step > SOURCE_STEPS and row.learning_rate is not None]
     assert rates == pytest.approx([last] * len(rates))
@@ -302,7 +302,7 @@ def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_pa
 def test_the_rate_falls_from_the_source_s_last_one(tiny_runs, tmp_path, capsys):
     out = tmp_path / "new"
     mot("transition", tiny_runs[MIXED], "--steps", 10, "--schedule", "decay", "--calibrate", "none", "--out", out)
-    run = read(out)
+    run = read_run(out)
     last = [row["learning_rate"] for row in rows_of(tiny_runs[MIXED]) if "learning_rate" in row][-1]
     rates = [row.learning_rate for row in run.rows if row.step > SOURCE_STEPS and row.learning_rate is not None]
     assert rates == sorted(rates, reverse=True)

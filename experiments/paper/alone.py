@@ -23,7 +23,7 @@ from studies import EXPERIMENT, System, with_weights
 
 from mixture_of_tokens.formatting import Summary, markdown, with_span
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.run import read_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -56,7 +56,7 @@ class Served(NamedTuple):
 def measured(seed: int) -> list[dict[str, float]]:
     """Of the mixture served alone, over the whole validation text, with the same run's loss in groups."""
     run = with_weights(BEST_MIXTURE, SHORT, seed)
-    return [{"in_groups": read(run).facts.final_loss, "alone": loss_alone(run, "validation")}]
+    return [{"in_groups": read_run(run).facts.final_loss, "alone": loss_alone(run, "validation")}]
 
 
 def make(file: Path) -> None:
@@ -75,7 +75,7 @@ def served(file: Path) -> list[Served]:
         if row.runs and parse_name(row.system.name).routing.private:
             found.append(Served(row.system.label, losses_of(row), [(row.system, SHORT)]))
     for way, (label, options) in (fig8.OF_MICROS | fig8.CONTROLS).items():
-        run = read(fig8.TRANSITION / f"{fig8.MICRO.runs[0]}-{way}.json")
+        run = read_run(fig8.TRANSITION / f"{fig8.MICRO.runs[0]}-{way}.json")
         sparse, its = SIGMOID if options.get("scores") == "sigmoid" else DROPLESS, {run.seed: run.facts.final_loss}
         if run.switch is None:
             found.append(Served(sparse.label, its, [(sparse, run.facts.steps)]))

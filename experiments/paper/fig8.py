@@ -24,7 +24,7 @@ from studies import DISTIL_STEPS, EXPERIMENT, FIRST_SEEDS, SIZES, Said, Study, v
 
 from mixture_of_tokens import transition
 from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.runs.run import Run, read_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -54,7 +54,7 @@ class Source(NamedTuple):
     ways: Ways
 
     def transitions(self, way: str) -> list[Run]:
-        return [read(TRANSITION / directory_of(run, way)) for run in self.runs]
+        return [read_run(TRANSITION / directory_of(run, way)) for run in self.runs]
 
 
 TRANSITION = Experiment.named("transition").kept
@@ -76,7 +76,7 @@ def make() -> None:
             continue
         source = with_weights(SYSTEM, micro.SHORT, SEED)
         transition(source, out=out, device=SIZES["Micro"].device, resume=True, **options)
-        keep([read(out)], TRANSITION, first_seed=SEED)
+        keep([read_run(out)], TRANSITION, first_seed=SEED)
 
 
 def stages_of(source: Source, way: str) -> list[list[float]]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from mixture_of_tokens import train
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 
@@ -107,7 +107,7 @@ def trained(rows: Iterable[Row]) -> None:
     for steps, seed, system in sorted(missing, key=lambda run: run[:2]):
         if run_of(system, steps, seed) is None:
             out = with_weights(system, steps, seed)
-            keep([read(out)], EXPERIMENT.kept, first_seed=FIRST_SEEDS[parse_name(system.name).size])
+            keep([read_run(out)], EXPERIMENT.kept, first_seed=FIRST_SEEDS[parse_name(system.name).size])
 
 
 def with_weights(system: System, steps: int, seed: int) -> Path:
@@ -131,7 +131,7 @@ def run_of(system: System, steps: int, seed: int) -> Run | None:
 @cache
 def _kept(file: Path) -> Run:
     """Read once, as several studies ask for one run."""
-    return read(file)
+    return read_run(file)
 
 
 CONFIRMED, IN_PART, CONTRADICTED = "confirmed", "in part", "contradicted"

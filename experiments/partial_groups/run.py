@@ -32,7 +32,7 @@ from mixture_of_tokens.inference.losses import cross_entropy
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.run import read_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -81,7 +81,7 @@ TREATMENTS = {"companions": Treated, "zeros": Zeros, "scaled": Scaled, "softmax"
 @torch.no_grad()
 def losses(run: Path, most: int = TOKENS) -> list[dict[str, object]]:
     """Rows of losses.csv, over about so many tokens."""
-    model, prepared, facts = load_model(str(run)).cpu(), text_of(str(run)), read(run).facts
+    model, prepared, facts = load_model(str(run)).cpu(), text_of(str(run)), read_run(run).facts
     text = prepared.validation
     calibrate_companions(model, training_groups(prepared.train, model.config.group_size))
     blocks = [block for block in model.model.layers if isinstance(block.mlp, MixtureOfTokens)]

@@ -30,7 +30,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.telemetry import combine_weights, measure
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.runs.run import Run, experts_per_token, read
+from mixture_of_tokens.runs.run import Run, experts_per_token, read_run
 from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -114,14 +114,14 @@ def trained(experiment: Experiment) -> None:
             if not system.nano:
                 out = experiment.trained / system.directory(seed)
                 train(system.name, out=out, seed=seed, learning_rate=system.rate, options=system.options, resume=True)
-                keep([read(out)], experiment.kept, first_seed=SEEDS[0])
+                keep([read_run(out)], experiment.kept, first_seed=SEEDS[0])
 
 
 def runs_of(experiment: Experiment, system: System) -> list[Run]:
     """Those of its runs that are finished, by seed."""
     folder = Experiment.named("nano").kept if system.nano else experiment.kept
     files = [folder / f"{system.directory(seed)}.json" for seed in SEEDS]
-    return [read(file) for file in files if file.is_file()]
+    return [read_run(file) for file in files if file.is_file()]
 
 
 def timed(experiment: Experiment) -> None:

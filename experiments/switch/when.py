@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from mixture_of_tokens import train, transition
 from mixture_of_tokens.convert.transition import Transitioned
 from mixture_of_tokens.formatting import loss, markdown
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -76,7 +76,7 @@ def loss_of(experiment: Experiment, share: float | str, seed: int, steps: Steps)
         out = experiment.trained / directory_of(SPARSE, "when", BUDGET, f"seed{seed}")
         options = replace(OPTIONS, steps=steps.after, model=DROPLESS)
         train(SPARSE, out=out, seed=seed, learning_rate=RATE_FROM_SCRATCH, options=options, resume=True)
-        return read(out).facts.final_loss
+        return read_run(out).facts.final_loss
     out = experiment.trained / directory_of(MIXTURE, "when", BUDGET, share, f"seed{seed}")
     options = replace(OPTIONS, steps=steps.before, training=CONSTANT if steps.after else {})
     train(MIXTURE, out=out, seed=seed, options=options, resume=True)

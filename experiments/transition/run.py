@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from mixture_of_tokens import transition
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.runs.records import Switch
-from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.runs.run import Run, read_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -86,7 +86,7 @@ def make(sources: Experiment, experiment: Experiment, name: str, ways=None, seed
         for end, way in (ways or ways_of(name)).items():
             out = experiment.trained / directory_of(source.name, end)
             transition(source, out=out, device=options.device, resume=True, **way.options)
-            runs.append(read(out))
+            runs.append(read_run(out))
     keep(runs, experiment.kept)
 
 
@@ -94,7 +94,7 @@ def table(experiment: Experiment) -> str:
     rows = [["source", "way", *OF_A_SWITCH, "at the end, whole split"]]
     for name in NAMES:
         for end, way in ways_of(name).items():
-            found = [read(experiment.kept / directory_of(name, f"seed{seed}", end)) for seed in SEEDS]
+            found = [read_run(experiment.kept / directory_of(name, f"seed{seed}", end)) for seed in SEEDS]
             switched = [run for run in found if run.switch is not None]
             cells = [spread(map(of, switched)) for of in OF_A_SWITCH.values()]
             rows.append([directory_of(name), way.label, *cells, spread(run.facts.final_loss for run in found)])

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from mixture_of_tokens.data.groups import Blocks
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.runs.loading import load_model
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.run import read_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -58,7 +58,7 @@ def make(experiment: Experiment) -> None:
         unusable |= directory.with_name(f"{directory.name}-on").is_dir()  # which is the same, trained on
         if unusable or directory.name in {row["run"] for row in rows}:
             continue
-        config = read(directory).config
+        config = read_run(directory).config
         if not config.model_config.shares_batch:
             text = text or config.prepare().validation
             rows.append(looked(directory, text))

@@ -8,7 +8,7 @@
 
 The text is the source of the installed packages. The systems and their schedules are in systems.py. The budget is the
 time of BUDGET steps of the dense model, which take ten minutes where one takes 86 milliseconds (two idle cores of an
-AMD EPYC). The best of that have LONG_BUDGET too, in which the text is read 1.4 to 2.5 times. `--time` measures steps of
+AMD EPYC). The best of that have LONG_BUDGET too, in which the text is read 1.3 to 2.5 times. `--time` measures steps of
 untrained models in rounds that take every system in turn, and the distillation of each switch beside dense steps, all
 of it as a multiple of those. So it says how many steps the budget holds, for each system a whole schedule of its own.
 Of a mixture's budget the switch and a tenth of its steps come after the training in groups; of the one that is switched
@@ -71,7 +71,7 @@ from mixture_of_tokens.model.names import SIZES
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import Transition
-from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import run_merged
@@ -160,12 +160,12 @@ def switched(source: Path, out: Path, system: System, steps: int, rate: float | 
     early: dict[str, Any] = {"schedule": "decay", "distil_steps": EARLY_STEPS, "learning_rate": rate}
     how = early if system.early else {"distil_steps": STEPS}
     transition(source, out=out, steps=steps, device="cpu", resume=True, **how)
-    return read(out)
+    return read_run(out)
 
 
 def trained_on(source: Path, out: Path, system: System, seed: int, steps: int, rate: float | None) -> None:
     """As after a switch, but without one: the same weights, moments and text, and a rate that falls from this one."""
-    before = read(source)
+    before = read_run(source)
 
     def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
         trainer.causal_lm.load_state_dict(load_model(str(source), device="cpu").state_dict())
@@ -187,11 +187,11 @@ def made(
     trained(source, experiment.kept, system, seed, settings["steps"], settings["rate"], OPTIONS)
     before = {"in_groups": "", "alone": ""}
     if system.mixes:
-        before = {"in_groups": read(source).facts.final_loss, "alone": loss_alone(source, "validation")}
+        before = {"in_groups": read_run(source).facts.final_loss, "alone": loss_alone(source, "validation")}
         switched(source, out, system, settings["after"], settings["rate_after"] or None)
     elif system.early:
         trained_on(source, out, system, seed, settings["after"], settings["rate_after"])
-    keep([read(out)], experiment.kept, first_seed=SEEDS[0])
+    keep([read_run(out)], experiment.kept, first_seed=SEEDS[0])
     return [{"loss": by_plain_transformers("loss", out), **before}]
 
 
@@ -218,7 +218,7 @@ def tuned(experiment: Experiment, system: System, rate: float, steps: int, after
         if system.mixes:
             source, out = out, out.with_name(f"{out.name}-transition")
             switched(source, out, system, after, None)
-    return [{"loss": read(out).facts.final_loss}]
+    return [{"loss": read_run(out).facts.final_loss}]
 
 
 def make(experiment: Experiment) -> None:

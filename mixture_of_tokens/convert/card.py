@@ -9,7 +9,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs import provenance, records
 from mixture_of_tokens.runs.loading import run_directory
 from mixture_of_tokens.runs.records import RunFacts, Switch
-from mixture_of_tokens.runs.run import read
+from mixture_of_tokens.runs.run import read_run
 
 
 def card(
@@ -47,7 +47,7 @@ def card(
         lines += ["", "## Training", "", f"{facts.name}, {facts.steps:,} steps, {facts.tokens:,} tokens of"]
         lines.append(f"{source} (hash {facts.text[0]}), seed {facts.seed}.")
         if (path / records.SWITCH).is_file():
-            switch, end = Switch.read(path / records.SWITCH), read(path).stages.end_loss
+            switch, end = Switch.read(path / records.SWITCH), read_run(path).stages.end_loss
             lines.append(
                 "It was a Mixture of Tokens (arXiv 2310.15961) first, and was switched to Token Choice after "
                 f"{switch.step:,} steps. Over a part of the {facts.evaluated_on} text the loss was "

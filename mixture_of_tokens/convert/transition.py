@@ -22,7 +22,7 @@ from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.admission import check_free
 from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
-from mixture_of_tokens.runs.run import Run, Stages, read
+from mixture_of_tokens.runs.run import Run, Stages, read_run
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
@@ -177,7 +177,7 @@ def transition(
     Placement.of(shard, replicate, expert_parallel, process_count())
     _check_flags(steps, capacity, schedule, learning_rate, calibrate, distil_steps, optimizer, control)
     run, out = _places(Path(run), out, control)
-    source = read(run)
+    source = read_run(run)
     steps = max(1, source.facts.steps // 10) if steps is None else steps
     asked = Transition(
         source=str(run.resolve()),
@@ -353,7 +353,7 @@ def _annealed(
         go_on_from(source, trainer, out)
 
     run_merged(merged, out, resume=resume, begin=begin)
-    return read(out)
+    return read_run(out)
 
 
 def _token_choice_name(source: Run, kind: str) -> str:

@@ -31,7 +31,7 @@ from mixture_of_tokens.model.routings import properties
 from mixture_of_tokens.reports.labels import labels
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.admission import check_comparable
-from mixture_of_tokens.runs.run import Point, Run, read
+from mixture_of_tokens.runs.run import Point, Run, read_run
 from mixture_of_tokens.runs.typed import FORMAT, as_fields
 
 COMPARISON = "compare.json"
@@ -349,13 +349,13 @@ def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
             except (KeyError, TypeError):
                 raise ValueError(f"{file} is no comparison of mot compare") from None
             command = written["command"] if len(directories) == 1 else None
-            runs += [read(directory / name) for name in names]
+            runs += [read_run(directory / name) for name in names]
         elif directory.is_dir() and not any((directory / name).exists() for name in (records.FACTS, records.CONFIG)):
             inside = [str(file.parent) for name in (records.FACTS, COMPARISON) for file in directory.glob(f"*/{name}")]
             what = f"{directory} is no finished run or comparison: it has no {records.FACTS} and no {COMPARISON}"
             raise ValueError(f"{what}; in it are {few_of(sorted(inside))}" if inside else what)
         else:
-            runs.append(read(directory))
+            runs.append(read_run(directory))
     return runs, command
 
 

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from mixture_of_tokens.runs.records import CONFIG, Transition
-from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.runs.run import Run, read_run
 
 
 class Places:
@@ -62,7 +62,7 @@ def commands_of(run: Run, places: Places) -> list[str]:
 def _other_part(run: Run, name: str) -> Run | None:
     """The finished run of this name in the same folder, if one command with --anneal made both."""
     try:
-        other = read(_named(run.directory).with_name(name))
+        other = read_run(_named(run.directory).with_name(name))
     except (OSError, ValueError):
         return None
     made_alike = other.config.transition == run.config.transition

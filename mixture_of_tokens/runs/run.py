@@ -2,7 +2,7 @@
 
 A finished run is a directory with config.yaml, metrics.jsonl, run.json and, after a switch, switch.json (`records.py`).
 `pack` writes these, without weights, to one file: NAME.json in place of the directory NAME, for results that are kept.
-`read` takes both.
+`read_run` takes both.
 """
 
 import json
@@ -208,11 +208,12 @@ def _worst(layers: Iterable[dict[str, float]]) -> Load:
     return Load(largest_load, dropped)
 
 
-def read(directory: Path) -> Run:
+def read_run(directory: str | Path) -> Run:
     """A finished run, from its directory or its one-file form.
 
     Raises ValueError for a run that is not finished or damaged.
     """
+    directory = Path(directory)
     packed = directory if directory.suffix == ".json" else directory.parent / f"{directory.name}.json"  # also of "."
     if packed.is_file() and not (directory / records.FACTS).is_file():
         return _unpacked(packed)

@@ -49,7 +49,7 @@ from mixture_of_tokens.runs.admission import check_free, check_resumed, check_wr
 from mixture_of_tokens.runs.loading import without_progress_bars
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
-from mixture_of_tokens.runs.run import Run, read
+from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
@@ -130,7 +130,7 @@ def run_merged(
         if not is_main():
             return None
         print(f"{out} is finished already", file=sys.stderr)
-        return read(out)
+        return read_run(out)
     check_writable(out)
     with the_only_training(), owned(out), without_progress_bars(), _in_fp32():
         _check(out, merged, resume)  # another process may have begun meanwhile
@@ -337,7 +337,7 @@ def _finish(
         **provenance.hardware("cpu" if trainer.args.use_cpu else None),
     )
     facts.write(out / records.FACTS)
-    return read(out)
+    return read_run(out)
 
 
 def _sample(model: MixtureOfTokensForCausalLM, tokenizer: Any) -> str | None:
