@@ -215,7 +215,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/switch/few.py": (21, "serving"),
     "experiments/transition/run.py": (20, "../experiments/LOG"),
     "experiments/verdict/fresh.py": (101, "equal-time"),
-    "experiments/verdict/attention.py": (73, "../experiments/LOG"),
+    "experiments/verdict/attention.py": (75, "../experiments/LOG"),
     "experiments/partial_groups/run.py": (14, "serving"),
     "experiments/paper/ledger.py": (12, "results"),
     "experiments/paper/fig6.py": (14, "results"),
