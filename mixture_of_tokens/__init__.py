@@ -112,7 +112,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    except ModuleNotFoundError as error:
+        from mixture_of_tokens.process import missing_package
+
+        if (package := missing_package(error)) is None:
+            raise
+        ask = 'pip install "mixture-of-tokens[train]"'
+        raise ModuleNotFoundError(f"{package} is not installed; {name} comes with {ask}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

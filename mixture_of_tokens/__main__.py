@@ -1,10 +1,9 @@
 """The command `mot`, and `python -m mixture_of_tokens` for launchers such as torchrun."""
 
-import importlib.util
 import os
 import sys
 
-from mixture_of_tokens.process import leave_processes, spin_briefly
+from mixture_of_tokens.process import leave_processes, missing_package, spin_briefly
 
 
 def main() -> None:
@@ -30,8 +29,7 @@ def main() -> None:
         print("mot: stopped", file=sys.stderr)
         sys.exit(130)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if not package or importlib.util.find_spec(package):  # it is installed: a fault, or another version than ours
+        if (package := missing_package(error)) is None:
             raise
         ask = 'pip install "mixture-of-tokens[train]"'
         print(f"mot: error: {package} is not installed; the command line comes with {ask}", file=sys.stderr)

@@ -2,6 +2,7 @@
 a time; its end with its parent's; and how threads wait and freed memory is kept, which make it fast on a CPU."""
 
 import ctypes
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -34,6 +35,12 @@ def the_only_training() -> Iterator[None]:
         yield
     finally:
         _TRAINING.release()
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """The package that is not installed; None where an installed one lacks a module: a fault, or another version."""
+    package = (error.name or "").partition(".")[0]
+    return package if package and importlib.util.find_spec(package) is None else None
 
 
 def process_count() -> int:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -255,6 +256,14 @@ def test_without_the_extra_mot_says_in_a_line_what_to_install():
     assert done.stderr == (
         'mot: error: cyclopts is not installed; the command line comes with pip install "mixture-of-tokens[train]"\n'
     )
+
+
+def test_without_the_extra_a_function_that_trains_says_what_to_install():
+    done = fresh("from mixture_of_tokens import train", without=EXTRA)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    what = r'ModuleNotFoundError: \w+ is not installed; train comes with pip install "mixture-of-tokens\[train\]"'
+    assert re.fullmatch(what, last)
 
 
 @pytest.mark.parametrize("name", ["torch.not_there", "mixture_of_tokens.not_there", None])

@@ -270,7 +270,8 @@ class MetricsRow(Record):
     """Measurements after a step: a line of metrics.jsonl. None: not measured at this step, or not finite.
 
     train_loss: mean cross-entropy since the last row; eval_loss: over a fixed part of the text; aux_loss: the
-        load-balancing loss; data_wait: share of the time since the last row in which training waited for its batches;
+        load-balancing loss; tokens_per_second: since the first step, of a run that continues another since that one's;
+        data_wait: share of the time since the last row in which training waited for its batches;
         layers: `telemetry.measure`, and the router's gradient norm, by layer.
     """
 
