@@ -45,6 +45,7 @@ def save_picture(
     level: float | None = None,
     logarithmic: bool = False,
     apart: bool = False,
+    legend: int = 0,
 ) -> None:
     """Panels by the label of their x; means over the seeds in a band from the least to the greatest.
 
@@ -52,6 +53,7 @@ def save_picture(
         level: the loss of a dotted line.
         logarithmic: whether x is.
         apart: whether each panel has a range of its own.
+        legend: the number of the panel that it is in, where it is in one.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -74,7 +76,7 @@ def save_picture(
             }
             figure.legend(list(lines.values()), list(lines), loc="outside right upper", frameon=False)
         else:
-            axes[0].legend(frameon=False)
+            axes[legend].legend(frameon=False)
         figure.savefig(file, transparent=True, metadata={"Date": None})
 
 

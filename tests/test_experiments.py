@@ -576,7 +576,7 @@ def test_scripts_that_add_to_one_file_at_the_same_time_lose_no_row(fresh, tmp_pa
 @pytest.fixture
 def fresh(script, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(EXPERIMENTS / "verdict"), *sys.path])
-    for name in ("common", "fresh", "exported", "systems"):
+    for name in ("common", "fresh", "exported", "systems", "pictures"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("fresh")
 
@@ -584,6 +584,23 @@ def fresh(script, monkeypatch):
 @pytest.fixture
 def verdict(fresh):
     return sys.modules["systems"]
+
+
+def test_the_picture_of_equal_time_is_of_the_committed_runs(fresh, verdict, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(fresh, "save_picture", lambda panels, *rest, **how: drawn.append(panels))
+    kept = EXPERIMENTS / "verdict"
+    fresh.draw(fresh.Experiment(kept, kept))
+    ends = {}
+    for row in fresh.read_csv(kept / fresh.RESULTS):
+        ends.setdefault((row["budget"], row["system"]), []).append(float(row["loss"]))
+    everything, sparse = drawn[0].values()
+    assert [curve.label for curve in sparse] == [curve.label for curve in everything[1:]]
+    for system, curve in zip(fresh.DRAWN, everything, strict=True):
+        assert curve.x[-1] == pytest.approx(verdict.BUDGET, rel=0.01)
+        assert sorted(curve.x) == list(curve.x)
+        own = ends[str(verdict.BUDGET), system.label]
+        assert curve.losses[:, -1].mean() == pytest.approx(statistics.mean(own), abs=0.02)
 
 
 def test_a_budget_holds_the_steps_before_and_after_a_switch(verdict):

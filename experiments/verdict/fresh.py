@@ -4,6 +4,7 @@
     python experiments/verdict/fresh.py --sweep   # peak rates, on the tuning split; six hours of one thread
     python experiments/verdict/fresh.py --time    # a step of every system in turns, and the fits; an idle machine
     python experiments/verdict/fresh.py --serve   # a token of every export in turns, by plain transformers; the same
+    python experiments/verdict/fresh.py --draw    # fresh.svg, the picture of docs/equal-time.md
     python experiments/verdict/fresh.py --table   # Markdown
 
 The text is the source of the installed packages. The systems and their schedules are in systems.py. The budget is the
@@ -38,10 +39,13 @@ from typing import Any
 from exported import by_plain_transformers
 from systems import (
     BUDGET,
+    DROPLESS,
+    EARLY,
     EARLY_STEPS,
     OPTIONS,
     RATES,
     SEEDS,
+    SHARP,
     STEPS,
     SWEEPS,
     SWEPT,
@@ -71,7 +75,7 @@ from mixture_of_tokens.model.names import SIZES
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import Transition
-from mixture_of_tokens.runs.run import Run, read_run
+from mixture_of_tokens.runs.run import Point, Run, read_run
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import run_merged
@@ -93,10 +97,18 @@ from common import (
     swept,
     write_csv,
 )
+from pictures import Curve, curve_of, save_picture
 
 ROUNDS, TURNS, TIMED, GROUP = 7, 6, 3, 32  # rounds, turns of each system in one, steps of a turn; rows of a group
 LITTLE = 4_000_000  # bytes of text, for a model that is only served
 RESULTS, SERVED, SERVED_ROUNDS = "fresh.csv", "fresh-serving.csv", 5
+DRAWN = (
+    System("Transformer-Nano"),
+    System("TC-Nano/32E", SHARP, rate=1e-2),
+    System("TC-Nano/32E/4", DROPLESS, rate=1e-2),
+    System("STC-Nano/32E/8"),
+    System("MoT-Nano/32E/4", share=EARLY),
+)
 
 
 def timed(kept: Path) -> None:
@@ -317,6 +329,29 @@ def tables(kept: Path) -> str:
     return "\n\n".join([summary(kept), *each, rates_table(kept)])
 
 
+def draw(experiment: Experiment) -> None:
+    """Losses against time, of all from a twelfth of it on, and of the sparse ones in its second half.
+
+    Of a mixture before its switch they are in groups.
+    """
+    panels: dict[str, list[Curve]] = {"time, in steps of the dense model": [], "the sparse ones, second half": []}
+    times = times_in(experiment.kept)
+    for system in DRAWN:
+        runs = [read_run(experiment.kept / f"{system.directory(seed)}{system.end}.json") for seed in SEEDS]
+        steps, _ = steps_within(BUDGET, system, times)
+        before, after = (float(times[each.label]["share_of_dense"]) for each in (system.as_timed, system.served))
+        fit = float(times[system.as_timed.label]["distil_steps_of_dense"] or 0) * EARLY_STEPS / STEPS
+
+        def at(point: Point, steps=steps, before=before, after=after, fit=fit) -> float:
+            return point.step * before if point.step <= steps else steps * before + fit + (point.step - steps) * after
+
+        label = f"{system.name}, switched early" if system.early else system.name
+        for curves, since in zip(panels.values(), (BUDGET / 12, BUDGET / 2), strict=True):
+            if system != DRAWN[0] or since < BUDGET / 2:
+                curves.append(curve_of(label, runs, since / after, at))
+    save_picture(panels, "loss on validation text", experiment.kept / "fresh.svg", apart=True, legend=1)
+
+
 def sweep(experiment: Experiment) -> None:
     swept(experiment.kept / SWEPT, SWEEPS, replace(OPTIONS, steps=SWEPT_STEPS), experiment.trained)
     try_rates(experiment)
@@ -328,6 +363,7 @@ if __name__ == "__main__":
         __doc__,
         lambda: make(experiment),
         lambda: tables(experiment.kept),
+        draw=("draw fresh.svg of what is committed", lambda: draw(experiment)),
         sweep=("try rates", lambda: sweep(experiment)),
         time=("measure steps on an idle machine", lambda: timed(experiment.kept)),
         serve=("measure tokens of exports on an idle machine", lambda: serve(experiment)),
