@@ -251,7 +251,7 @@ def table(kept: Path, budget: int, systems: Sequence[System]) -> str:
         "step time, of dense",
         "peak learning rate",
     ]
-    lines = [["", "seeds", *head, "ms a token"]]
+    tokens, lines = token_ms(kept), [["", "seeds", *head, "ms a token"]]
     for system in systems:
         own = [row for row in found if row["system"] == system.label]
         if not own:
@@ -262,19 +262,21 @@ def table(kept: Path, budget: int, systems: Sequence[System]) -> str:
         shares = [times[stage.label] for stage in stages]
         each = ", then ".join(f"{float(row['share_of_dense']):.2f}" for row in shares)
         peaks = ", then ".join(f"{float(own[0][key]):g}" for key in ("rate", "rate_after") if own[0][key])
-        lines.append([system.label, str(len(own)), *losses, steps, each, peaks, token_ms(kept, system)])
+        lines.append([system.label, str(len(own)), *losses, steps, each, peaks, tokens.get(system.served.label, "")])
     return markdown(lines)
 
 
-def token_ms(kept: Path, system: System) -> str:
-    """Milliseconds a token of what its export is one of: the median, with least and greatest."""
-    ms = [float(row["token_ms"]) for row in read_csv(kept / SERVED) if row["system"] == system.served.label]
-    return f"{statistics.median(ms):.2f} ({min(ms):.2f} to {max(ms):.2f})" if ms else ""
+def token_ms(kept: Path) -> dict[str, str]:
+    """Milliseconds a token of what is served: the median, with least and greatest."""
+    tokens: dict[str, list[float]] = {}
+    for row in read_csv(kept / SERVED):
+        tokens.setdefault(row["system"], []).append(float(row["token_ms"]))
+    return {each: f"{statistics.median(ms):.2f} ({min(ms):.2f} to {max(ms):.2f})" for each, ms in tokens.items()}
 
 
 def summary(kept: Path) -> str:
     """The systems that have all seeds of both budgets, each by the best of its rates."""
-    rows = read_csv(kept / RESULTS)
+    rows, tokens = read_csv(kept / RESULTS), token_ms(kept)
     kinds: dict[str, dict[int, list[System]]] = {}  # by label without a rate, and by budget
     for budget, systems in budgets():
         for system in systems:
@@ -292,7 +294,7 @@ def summary(kept: Path) -> str:
                 best = min(complete, key=lambda own: statistics.fmean(float(row["loss"]) for row in own))
                 cells += [spread(row["loss"] for row in best), f"{float(best[0]['rate_after'] or best[0]['rate']):g}"]
         if len(cells) == 2 * len(budgets()):
-            lines.append([label, *cells, token_ms(kept, of_budget[BUDGET][0])])
+            lines.append([label, *cells, tokens.get(of_budget[BUDGET][0].served.label, "")])
     return markdown(lines)
 
 

@@ -34,19 +34,21 @@ def continued(directories: dict[str, Path], device: Device | None = None) -> dic
     written = {prompt: {} for prompt in SHOWN}
     for label, directory in directories.items():
         try:
-            model, tokenizer = load_model(str(directory), device=device), load_tokenizer_of(str(directory))
+            texts = _texts(directory, device)
         except (ValueError, torch.OutOfMemoryError) as error:
             print(f"mot: no samples of {label}: {first_line(error)}", file=sys.stderr)
-            continue
-        if not model.config.causal:
-            continue
-        try:
-            texts = continue_prompts(model, tokenizer, PROMPTS, Sampling(temperature=TEMPERATURE))
-        except torch.OutOfMemoryError as error:
-            print(f"mot: no samples of {label}: {first_line(error)}", file=sys.stderr)
-            continue
-        except ValueError:
             continue
         for prompt, text in zip(SHOWN, texts, strict=False):
             written[prompt][label] = text
     return written if any(written.values()) else {}
+
+
+def _texts(directory: Path, device: Device | None) -> list[str]:
+    """The continuations of all prompts; none where they do not suit. Raises ValueError for a model not to be loaded."""
+    model, tokenizer = load_model(str(directory), device=device), load_tokenizer_of(str(directory))
+    if not model.config.causal:
+        return []
+    try:
+        return continue_prompts(model, tokenizer, PROMPTS, Sampling(temperature=TEMPERATURE))
+    except ValueError:
+        return []
