@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mixture_of_tokens.process import BRIEFLY, OWN_CHOICE, spin_briefly
+from mixture_of_tokens.cpu import BRIEFLY, OWN_CHOICE, spin_briefly
 from mixture_of_tokens.runs import provenance
 
 MACHINE = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa", "waiting")

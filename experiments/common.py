@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 from mixture_of_tokens import compare, sweep, train
+from mixture_of_tokens.cpu import keep_large_blocks
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import Summary, loss, markdown, with_span
 from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.process import keep_large_blocks
 from mixture_of_tokens.reports import comparison
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_model, runs_of
 from mixture_of_tokens.reports.prose import seeds_of

@@ -3,7 +3,8 @@
 import os
 import sys
 
-from mixture_of_tokens.process import leave_processes, missing_package, spin_briefly
+from mixture_of_tokens.cpu import spin_briefly
+from mixture_of_tokens.process import leave_processes, missing_package
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from cyclopts import (
 from mixture_of_tokens import __version__, yaml12
 from mixture_of_tokens.checks import listed
 from mixture_of_tokens.formatting import enumerated
-from mixture_of_tokens.process import is_main, is_told, process_count
+from mixture_of_tokens.process import ended_by_sigterm, is_main, is_told, process_count
 
 # Each command's function, as module:name, and the first line of its docstring.
 COMMANDS = {
@@ -348,7 +348,8 @@ def main(words: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            _run(words)
+            with ended_by_sigterm():
+                _run(words)
         finally:
             _flush()
     except BrokenPipeError:  # the reader of the output has closed it, as in `mot generate ... | head`

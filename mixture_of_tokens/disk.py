@@ -31,7 +31,7 @@ def write_text(file: Path, text: str) -> None:
     What a link leads to is written, and the link stays. Raises OSError, naming the file, where it cannot be written.
     """
     file = file.resolve() if file.is_symlink() else file
-    beside = file.with_name(f"{file.name}.partial")
+    beside = file.with_name(f"{file.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
         beside.write_text(text, encoding="utf-8")
         flush(beside)

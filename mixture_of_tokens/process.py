@@ -1,11 +1,10 @@
 """What belongs to a whole process: its place among those of torchrun, and which of them speaks for all; one training at
-a time; its end with its parent's; and how threads wait and freed memory is kept, which make it fast on a CPU."""
+a time; and its end, by SIGTERM or with its parent's."""
 
-import ctypes
 import importlib.util
 import multiprocessing
 import os
-import platform
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,13 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
-# How long a thread of OpenMP spins before it sleeps: of GNU's, turns of a loop (some 10 microseconds); of LLVM's and
-# Intel's, milliseconds.
-BRIEFLY = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 Failure = TypeVar("Failure", bound=BaseException)
-OWN_CHOICE = ("OMP_WAIT_POLICY", *BRIEFLY)
-
-
 _TRAINING = threading.RLock()
 
 
@@ -96,6 +89,28 @@ def say_once(what: str) -> None:
         print(what, file=sys.stderr)
 
 
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Until the end of the block SIGTERM raises KeyboardInterrupt, as ^C does, but with its number."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        restore(signal.SIGTERM, before)
+
+
+def restore(number: int, handler: Any) -> None:
+    """None is of a handler that was not set from Python, which cannot set it again."""
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 def end_with_parent() -> None:
     """End this process, which multiprocessing has started, when its parent ends, also when that is killed."""
 
@@ -122,31 +137,3 @@ def of_all(error: Failure) -> Failure:
 def is_told(error: BaseException) -> bool:
     """Whether another process tells of this error."""
     return getattr(error, "of_all", False) and not is_main()
-
-
-def spin_briefly() -> bool:
-    """Let threads that wait for each other sleep soon. Returns whether it has set anything.
-
-    It must be called before torch is loaded, as that is when OpenMP reads these variables. Who has set one of them
-    keeps their own choice.
-
-    Threads of OpenMP spin for milliseconds by default. When another process uses one of the cores, they spin for a
-    thread that does not run, at every matrix product: a step of training then takes 10 to 30 times as long.
-    """
-    if any(name in os.environ for name in OWN_CHOICE):
-        return False
-    os.environ |= BRIEFLY
-    return True
-
-
-def keep_large_blocks() -> bool:
-    """Keep glibc from returning large blocks to the system. Returns whether it could be set.
-
-    At high granularity, gradients and mixtures take hundreds of megabytes, which glibc maps and unmaps at every step.
-    Page faults were a third of a training step on the CPU.
-    """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1  # malloc.h
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, largest))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from mixture_of_tokens.process import say_once, spin_briefly
+from mixture_of_tokens.cpu import spin_briefly
+from mixture_of_tokens.process import say_once
 from processes import mot
 from texts import write_texts
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from mixture_of_tokens import ExpertChoice
-from mixture_of_tokens.inference.audit import Audit, audit_model, leaks, texts
+from mixture_of_tokens.data.groups import Blocks
+from mixture_of_tokens.inference import audit
+from mixture_of_tokens.inference.audit import Audit, audit_model
 from mixture_of_tokens.model.routings import TABLE
-from mixture_of_tokens.runs.loading import text_of
+from mixture_of_tokens.runs.loading import group_size_of, text_of
 from processes import mot
 from routings import randomized, small_model, tiny
 
@@ -21,7 +24,7 @@ def build(kind: str):
 
 
 def audited(model) -> Audit:
-    return Audit("model", 0, leaks(model, texts(None, model, batches=3, seed=0)))
+    return audit_model(model, group_size=group_size_of(model))
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.kind)
@@ -151,7 +154,13 @@ def test_a_leak_at_a_single_position_is_found(position):
 
 def test_texts_of_one_token_are_refused():
     with pytest.raises(ValueError, match="texts of one token have no later ones"):
-        audit_model(tiny("dense", max_position_embeddings=1), length=2)
+        audit_model(tiny("dense", max_position_embeddings=1))
+
+
+def test_a_model_of_ones_own_is_looked_at_as_far_as_is_asked():
+    for length in (None, 128):
+        found = audit_model(ReadsWhere(at(80) if length else at()), vocab_size=50, length=length, batches=1)
+        assert (found.length, found.causal) == ((64, True), (128, False))[length is not None]
 
 
 @pytest.mark.parametrize("one", [0, 3, 7])
@@ -252,6 +261,28 @@ def test_documents_that_meet_themselves_are_a_leak(tiny_runs, monkeypatch, capsy
     assert not found["causal"]
 
 
+def test_groups_are_those_of_the_training(monkeypatch):
+    """Of 32 rows, though the model mixes 4 of them: a document of 16 of 640 blocks may be in two, of 4 rows in one."""
+    tokens = np.zeros(640 * 4 + 1, dtype=np.int64)
+    blocks = Blocks(tokens, np.append(np.arange(64, len(tokens) - 1, 64), len(tokens)), context=4)
+    text = SimpleNamespace(train=blocks, validation=blocks)
+    for size, meet in ((4, False), (32, True)):
+        config = SimpleNamespace(group_size=size, seed=3, model_config=SimpleNamespace(group_size=4))
+        monkeypatch.setattr(audit, "config_of", lambda run, config=config: config)
+        assert (audit.collisions_in("run", text) > 0) == meet
+
+
+@pytest.mark.parametrize(("flags", "looked"), [((), 64), (("--length", "8"), 8)])
+@pytest.mark.usefixtures("tiny_cache")
+def test_it_says_how_many_positions_it_has_looked_at(flags, looked, tiny_runs, capsys):
+    mot("audit", tiny_runs["MoT-Nano/4E/2"], "--batches", 1, *flags)
+    shown = capsys.readouterr().out
+    assert ("Of the 64 positions the first 8 were looked at." in shown) == (looked == 8)
+    with pytest.raises(SystemExit, match="2"):
+        mot("audit", tiny_runs["MoT-Nano/4E/2"], "--length", 65)
+    assert "length 65 is more than the 64 tokens that the model takes" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("tiny_cache")
 def test_a_run_with_too_little_text_to_look_at_is_looked_at_with_random_tokens(tiny_runs, monkeypatch, capsys):
     run = tiny_runs["MoT-Nano/4E/2"]
@@ -263,7 +294,7 @@ def test_a_run_with_too_little_text_to_look_at_is_looked_at_with_random_tokens(t
     mot("audit", run, "--expect", "causal")
     shown = capsys.readouterr()
     assert "looking at random tokens" in shown.err
-    assert "several rows of one segment: 0" in shown.out
+    assert "in a group with another of their segment: 0" in shown.out
 
 
 def test_a_model_without_its_text_is_looked_at_with_random_tokens(tmp_path, capsys):

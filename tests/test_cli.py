@@ -193,6 +193,23 @@ def test_an_interrupted_command_is_one_line_and_has_the_status_of_a_signal(monke
     assert capsys.readouterr() == ("", "mot: stopped\n")
 
 
+def test_sigterm_lets_a_command_clean_up(monkeypatch, capsys):
+    ended, before = [], signal.getsignal(signal.SIGTERM)
+
+    def terminated(words):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            ended.append(words[0])
+
+    monkeypatch.setattr(cli, "_run", terminated)
+    with pytest.raises(SystemExit, match="143"):
+        mot("plan", "MoT-Nano/4E")
+    assert ended == ["plan"]
+    assert capsys.readouterr() == ("", "mot: stopped\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
 def test_a_stream_that_is_closed_as_by_a_daemon_is_no_error(closed):
     command = f'"{sys.executable}" -m mixture_of_tokens plan MoT-Nano/4E {closed}'

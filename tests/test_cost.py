@@ -6,7 +6,7 @@ Models run on fake tensors: shapes without values or memory, on a device that, u
 import json
 import math
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 
 import pytest
@@ -23,6 +23,8 @@ from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.plan import plan, plan_of
 from mixture_of_tokens.model.routings import BY_PREFIX, ROUTINGS
 from mixture_of_tokens.runs.run import read_run
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import merge
 from processes import mot
 from test_names import PAPER
 
@@ -396,6 +398,13 @@ def test_plan_says_how_long_a_training_takes(capsys):
 def test_plan_has_the_micro_batches_that_train_takes(capsys):
     assert plan("TC-Nano/32E").legal_micro_batches == [32, 64, 128]
     assert plan("Transformer-Nano").legal_micro_batches == [1, 2, 4, 8, 16, 32, 64, 128]
+    for name in ("TC-Nano/32E", "Transformer-Nano"):
+        taken = []
+        for parts in range(128, 0, -1):
+            with suppress(ValueError):
+                merge(name, 0, None, Options(training={"gradient_accumulation_steps": str(parts)}))
+                taken.append(128 // parts)
+        assert taken == plan(name).legal_micro_batches
     with pytest.raises(ValueError, match="a batch of 100 sequences does not divide into groups of 32; 96 would"):
         plan("TC-Nano/32E", batch_size=100)
 

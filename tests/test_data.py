@@ -208,7 +208,7 @@ def test_a_text_in_shorter_blocks_has_no_mates_from_one_document_either(context)
         assert shorter.ends.tolist() == long.ends.tolist()
 
 
-def test_the_order_of_many_blocks_takes_little_memory_and_is_the_same_every_time():
+def test_the_order_of_blocks_is_in_32_bits_and_the_same_every_time():
     blocks = blocks_of([97] * 40, context=8)
     orders = [deal(blocks, 5, seed=3, epoch=4) for _ in range(2)]
     assert (orders[0] == orders[1]).all()
@@ -295,6 +295,8 @@ def test_a_step_of_incomplete_groups_is_refused():
         ({"steps": 2.5}, "steps takes a whole number, not 2.5"),
         ({"seed": None}, "seed takes a whole number, not None"),
         ({"mixed": 0}, "--mixed must be at least 1, not 0"),
+        ({"mixed": 2}, "group_size 5 must be a multiple of mixed, 2, or groups would meet"),
+        ({"mixed": 10}, "group_size 5 must be a multiple of mixed, 10, or groups would meet"),
     ],
 )
 def test_sizes_of_batches_are_whole_numbers(given, message):

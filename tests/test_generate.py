@@ -132,7 +132,10 @@ def test_samples_of_one_prompt_are_never_in_one_batch(run, capsys):
     assert [line["sample"] for line in lines] == [0, 1, 2]
     model, tokenizer = load_model(str(run)), load_tokenizer_of(str(run))
     for sample, line in enumerate(lines):
-        assert line["text"] == continue_prompts(model, tokenizer, ["abc"], Sampling(seed=sample))[0]
+        assert line["text"] == continue_prompts(model, tokenizer, ["abc"], Sampling().of_batch(sample))[0]
+    mot("generate", run, "--prompt", "abc", "--samples", 3, "--seed", 1, "--json")
+    others = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert not {line["text"] for line in lines} & set(others)
 
 
 def test_batches_hold_every_row_once_by_length_in_whole_groups():

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from mixture_of_tokens.process import is_main, process_count, process_number, spin_briefly
+from mixture_of_tokens.cpu import spin_briefly
+from mixture_of_tokens.process import is_main, process_count, process_number
 
 OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 PLAN = [sys.executable, "-m", "mixture_of_tokens", "plan", "Transformer-Nano"]

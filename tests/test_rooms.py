@@ -148,16 +148,15 @@ def for_type_checkers() -> dict[str, str]:
 def test_public_names_are_the_same_for_importers_type_checkers_and_readers():
     places = {name: f"mixture_of_tokens.{module}" for name, module in mixture_of_tokens._PLACES.items()}
     assert for_type_checkers() == places
-    assert set(mixture_of_tokens.__all__) - {"__version__"} == set(places)
+    assert set(mixture_of_tokens.__all__) == set(places)
     assert sorted(mixture_of_tokens.__all__) == list(mixture_of_tokens.__all__)
 
 
 @pytest.mark.parametrize("name", mixture_of_tokens.__all__)
 def test_every_public_name_is_there(name):
     found = getattr(mixture_of_tokens, name)
-    if name != "__version__":
-        assert callable(found)
-        assert found is getattr(importlib.import_module(f"mixture_of_tokens.{mixture_of_tokens._PLACES[name]}"), name)
+    assert callable(found)
+    assert found is getattr(importlib.import_module(f"mixture_of_tokens.{mixture_of_tokens._PLACES[name]}"), name)
     assert name in dir(mixture_of_tokens)
 
 

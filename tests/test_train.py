@@ -32,6 +32,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import SETTINGS
 from mixture_of_tokens.model.routings import TABLE as ROUTINGS
+from mixture_of_tokens.process import ended_by_sigterm
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.training import signals, trainer
@@ -208,7 +209,7 @@ def test_a_handler_that_was_not_set_from_python_is_replaced(monkeypatch):
     before = install(signal.SIGTERM, signal.SIG_DFL), install(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(signals.signal, "signal", told)
     try:
-        with signals.StopOnSignal(int).installed(), signals.ended_by_sigterm():
+        with signals.StopOnSignal(int).installed(), ended_by_sigterm():
             assert len(asked) == 3
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     finally:
@@ -609,7 +610,7 @@ def test_one_small_file_will_do_and_the_run_says_what_counts_as_documents(direct
     assert math.isfinite(facts["bits_per_byte"])
     mot("audit", out, "--batches", 1, "--device", "cpu")
     shown = capsys.readouterr().out
-    assert "several rows of one segment: 0\n" in shown
+    assert "in a group with another of their segment: 0\n" in shown
     assert f"{segments} far-apart segments count as documents" in shown
 
 
@@ -802,7 +803,7 @@ def test_a_temperature_is_annealed_by_the_same_factor_in_every_step():
 
 
 @pytest.mark.usefixtures("tiny_cache")
-def test_a_learned_temperature_moves_where_weights_are_bf16(small_corpus, tmp_path):
+def test_a_learned_temperature_is_in_fp32_where_weights_are_bf16(small_corpus, tmp_path):
     model = {"dtype": "bfloat16", "learnable_temperature": "true"}
     options = Options(steps=4, batch_size=8, data=[str(small_corpus)], device="cpu", model=model)
     run, arguments, placement, _ = merge("MoT-Nano/4E", 0, None, options)

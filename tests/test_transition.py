@@ -24,6 +24,7 @@ from mixture_of_tokens.convert.transition import Transitioned
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read_run
+from mixture_of_tokens.training import trainer
 from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import mot, rows_of, start
 from texts import write_texts
@@ -93,6 +94,19 @@ def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned)
     assert model.config.router_temperature == 1
     assert not model.shares_batch
     assert read_run(transitioned[0]).model_config.capacity_factor is None  # config.yaml says so too
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_losses_at_the_switch_are_computed_as_in_training(small_corpus, tmp_path, monkeypatch):
+    seen, evaluated = [], trainer.evaluate_blocks
+    monkeypatch.setattr(
+        trainer, "evaluate_blocks", lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or evaluated(*a, **k)
+    )
+    flags = ["--steps", 2, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--training.bf16", "true"]
+    mot("train", MIXED, *flags, "--out", tmp_path / "source")
+    mot("transition", tmp_path / "source", "--steps", 0, "--calibrate", "none", "--out", tmp_path / "new")
+    assert len(seen) > 5
+    assert all(seen)
 
 
 @pytest.mark.usefixtures("tiny_cache")
@@ -315,8 +329,13 @@ def test_the_rate_falls_from_the_source_s_last_one(tiny_runs, tmp_path, capsys):
 @pytest.mark.usefixtures("tiny_cache")
 def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_runs, tmp_path, capsys):
     out = tmp_path / "new"
-    mot("transition", tiny_runs[MIXED], "--steps", 7, "--anneal", 0.05, "--calibrate", "none", "--json", "--out", out)
+    words = [tiny_runs[MIXED], "--steps", 7, "--anneal", 0.05, "--calibrate", "none", "--json", "--out", out]
+    mot("transition", *words, "--dry-run")
+    planned = json.loads(capsys.readouterr().out)
+    mot("transition", *words)
     result = json.loads(capsys.readouterr().out)
+    first = read_run(out).config.first_step
+    assert (planned["first_step"], planned["steps"]) == (first, read_run(out).config.steps) == (SOURCE_STEPS + 3, 4)
     annealed = AutoModelForCausalLM.from_pretrained(tmp_path / "new-annealed" / "model")
     assert annealed.config.router_temperature == pytest.approx(0.05)
     commands = []

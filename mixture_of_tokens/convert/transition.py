@@ -197,6 +197,7 @@ def transition(
     merged_with = partial(
         _merged,
         asked=asked,
+        first=source.facts.steps + mixing,
         steps=steps - mixing,
         top_k=top_k,
         capacity=capacity,
@@ -288,6 +289,7 @@ def _merged(
     source: Run,
     *,
     asked: Transition,
+    first: int,
     steps: int,
     top_k: int | None,
     capacity: float | None,
@@ -296,7 +298,7 @@ def _merged(
     where: Options,
     learning_rate: float | None,
 ) -> Merged:
-    """The source's configuration with the new routing and schedule."""
+    """The source's configuration with the new routing and schedule; `first` is the step at which it is switched."""
     target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores)
     given = source.config.model
     model = {field: getattr(target, field, value) for field, value in given.items() if field in FIELDS}
@@ -306,7 +308,7 @@ def _merged(
     if learning_rate is None:
         learning_rate = source.config.learning_rate / 4 if schedule == "own" else _last_rate(source)
     options = _options(source, steps, model, training, where)
-    name, first = _token_choice_name(source, kind_of(scores)), source.facts.steps
+    name = _token_choice_name(source, kind_of(scores))
     return merge(name, source.seed, learning_rate, options, first_step=first, transition=asked)
 
 

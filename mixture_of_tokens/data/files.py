@@ -45,8 +45,8 @@ def has_json_rows(path: Path, field: str) -> bool:
             line = file.readline(PART)
         if line.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":  # a text, of which a line may have gigabytes
             return False
-        while not line.endswith(b"\n") and (more := file.readline(PART)):
-            line += more
+        if not line.endswith(b"\n"):
+            line += file.readline()
         try:
             first = json.loads(line)
         except (ValueError, RecursionError):

@@ -193,7 +193,7 @@ class GroupedBatches(Dataset):
     however processes and accumulation divide a step's rows in order.
 
     Args:
-        mixed: rows that the model mixes, by default those of a group; groups of the data may be several times as large.
+        mixed: rows that the model mixes, by default those of a group; those of a group must be a multiple of them.
         first_step: the number of steps of the run that this one continues.
 
     Batches must be whole groups of mixed rows, in order: rows of two groups may be of one document. Raises ValueError
@@ -218,6 +218,8 @@ class GroupedBatches(Dataset):
         at_least_one(group_size=group_size, mixed=mixed)
         self.blocks, self.group_size, self.seed, self.first_step = blocks, group_size, seed, first_step
         self.mixed = mixed or group_size
+        if group_size % self.mixed:
+            raise ValueError(f"group_size {group_size} must be a multiple of mixed, {mixed}, or groups would meet")
         self.batch_size, self.length, self.gone = batch_size, steps * batch_size, first_step * batch_size
         for what, number in {"seed": seed, "steps": steps, "first_step": first_step}.items():
             if number < 0:

@@ -129,7 +129,7 @@ def prepare_text(
             directory,
             corpus.documents(named, field, together=together),
             max_bytes=max_bytes,
-            total=max_bytes if total is None or max_bytes is None else min(total, max_bytes),
+            total=min((each for each in (total, max_bytes) if each is not None), default=None),
             group_size=group_size,
             tokenizer=given,
             vocab_size=vocab_size,

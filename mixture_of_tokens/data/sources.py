@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mixture_of_tokens.data.files import LINES, Document, documents_in, has_json_rows, suffix, text_of_row
-from mixture_of_tokens.disk import naming
+from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import few_of, first_line
 from mixture_of_tokens.manifest import hash_of_file
 from mixture_of_tokens.process import say_once
@@ -107,7 +107,10 @@ def files(source: str) -> list[Path]:
 
 
 def _below(pattern: Path) -> list[str]:
-    """The files that a pattern with ** matches, of those that are read where their folder is named."""
+    """The files that a pattern with ** matches, of those that are read where their folder is named.
+
+    glob would follow links to folders, of which two in a circle take for ever.
+    """
     first = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
     folder, wanted = Path(*pattern.parts[:first]), pattern.parts[first:]
     found = _walk(folder, runs=False) if folder.is_dir() else ()
@@ -286,14 +289,7 @@ def _hub_commit(name: str, revision: str) -> str:
     except Exception:  # network errors of many kinds; errors of the data set are reported when it is read
         return note.read_text() if note.exists() else revision
     note.parent.mkdir(parents=True, exist_ok=True)
-    written = note.with_name(f"{note.name}.{os.getpid()}")
-    try:
-        written.write_text(commit)
-        written.replace(note)  # never half of it
-    except OSError as error:
-        raise naming(error, note) from error
-    finally:
-        written.unlink(missing_ok=True)
+    write_text(note, commit)
     return commit
 
 

@@ -17,23 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mixture_of_tokens.checks import at_least_one, checked
-from mixture_of_tokens.data.groups import Blocks, collisions, deal, grouped_order
+from mixture_of_tokens.data.groups import collisions, deal
+from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result, first_line
+from mixture_of_tokens.inference.probes import length_of, random_tokens, rows_of, texts
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.process import check_one_process
 from mixture_of_tokens.runs.admission import check_seed
-from mixture_of_tokens.runs.loading import context_of, group_size_of, load_model, text_of
+from mixture_of_tokens.runs.loading import config_of, context_of, group_size_of, load_model, text_of
 
 MARGIN = 10
-ROWS, LONGEST = 8, 64  # of the batch of a model without groups; tokens of a text
 QUARTERS = 4
+FACTS = ("run", "alone", "experts", "length", "context", "collisions", "segments")
 NOT_TESTED = "not tested: its logits do not move with its input"
 
 
@@ -79,15 +80,16 @@ class Leaks:
 class Audit(Result):
     """What a model leaks.
 
-    length: of the texts, in tokens; collisions: groups of the run's own text with several rows of one document, or of
-        one segment where that text has `segments`, which count as documents; None where unknown; expect: what the model
-        was expected to be; alone: whether each row was served alone, and experts: by how many experts a token, None for
-        all.
+    length: of the texts, in tokens; context: that of the model; collisions: rows of groups of the run's own text, by
+        its training and its evaluations, that are of a document, or a segment where that text has `segments`, which
+        count as documents, of an earlier row of their group; expect: what the model was expected to be; alone: whether
+        each row was served alone, and experts: by how many experts a token, None for all. None where unknown.
     """
 
     run: str
     length: int
     leaks: Leaks
+    context: int | None = None
     collisions: int | None = None
     segments: int = 0
     expect: Literal["causal", "private"] | None = None
@@ -116,7 +118,7 @@ class Audit(Result):
     def as_dict(self) -> dict[str, Any]:
         written = super().as_dict()
         verdicts = {"allowed": self.leaks.allowed, "causal": self.causal, "private": self.private}
-        facts = {name: written[name] for name in ("run", "alone", "experts", "length", "collisions", "segments")}
+        facts = {name: written[name] for name in FACTS}
         return facts | written["leaks"] | verdicts
 
     def __str__(self) -> str:
@@ -127,7 +129,10 @@ class Audit(Result):
         width = max(len(what) for what, _ in rows)
         lines = [f"{'What is replaced':<{width}}  largest change of a logit in the rest"]
         lines += [f"{what:<{width}}  {value:.1e}" for what, value in rows]
-        lines += ["", f"Logits have a standard deviation of {leaks.logits_std:.1f}.", ""]
+        lines += ["", f"Logits have a standard deviation of {leaks.logits_std:.1f}."]
+        if self.context is not None and self.length < self.context:
+            lines.append(f"Of the {self.context} positions the first {self.length} were looked at.")
+        lines.append("")
         if leaks.mates > leaks.allowed:
             positions = f"by quarters of the {self.length} positions"
             lines.append(f"Other rows change the distribution of the next token by (nats, share), {positions}:")
@@ -141,7 +146,7 @@ class Audit(Result):
             lines.append("")
         if self.collisions is not None:
             unit = "segment" if self.segments else "document"
-            lines.append(f"Groups of its text with several rows of one {unit}: {self.collisions}")
+            lines.append(f"Rows of its text in a group with another of their {unit}: {self.collisions}")
         if self.segments:
             lines.append(
                 f"Its documents are too few, or too long: {self.segments} far-apart segments count as documents, so "
@@ -161,21 +166,24 @@ def audit(
     expect: Literal["causal", "private"] | None = None,
     alone: bool = False,
     experts: int | None = None,
+    length: int | None = None,
     batches: int = 3,
     seed: int = 0,
     device: Device | None = None,
 ) -> Audit:
     """Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.
 
-    Causal: no logit moves when later tokens change, in its own row or in others; every position is looked at. Private:
-    causal, and no logit moves when other rows of the batch change. The batches are text of the run where it is known,
-    or else random tokens.
+    Causal: no logit moves when later tokens change, in its own row or in others. Private: causal, and no logit moves
+    when other rows of the batch change. All positions of the texts are looked at. These are of the run where its text
+    is known, or else random tokens.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
         expect: Exit with status 1 unless the model is this; from Python, `failure` of what is returned says so.
         alone: Audit a Mixture of Tokens as `mot generate --alone` serves it.
         experts: With --alone, experts that a token goes to; by default all.
+        length: Tokens of a text, at most the model's context; by default 64, or fewer where logits would take much
+            memory. Time grows with its square.
         batches: Number of batches.
         seed: Seed of the batches and of the replaced tokens.
         device: cpu or cuda; by default cuda where there is one.
@@ -187,20 +195,29 @@ def audit(
     check_seed(seed)
     run = str(run)
     model = load_model(run, alone=alone, experts=experts, device=device).float()
+    context, rows = context_of(model), rows_of(group_size_of(model))
+    length = length_of(length, rows, context, model.config.get_text_config().vocab_size)
     text = None
     try:
         text = text_of(run)
-        seen = texts(text.validation, model, batches, seed)
+        seen = texts(text.validation, model, batches, rows, length, seed)
     except (ValueError, OSError) as error:  # unknown, too short, or not to be read
         print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
-        seen = texts(None, model, batches, seed)
+        seen = texts(None, model, batches, rows, length, seed)
     found, segments = None, 0
     if text is not None and group_size_of(model) is not None:
-        size = model.config.group_size
-        grouped = [blocks for blocks in (text.train, text.validation) if len(blocks) >= 2 * size]
-        found = sum(len(collisions(blocks, deal(blocks, size))[0]) for blocks in grouped)
-        segments = text.facts["segments"]
-    return Audit(run, seen[0][0].shape[1], leaks(model, seen, seed), found, segments, expect, alone, experts)
+        found, segments = collisions_in(run, text), text.facts["segments"]
+    return Audit(run, length, leaks(model, seen, seed), context, found, segments, expect, alone, experts)
+
+
+def collisions_in(run: str, text: Prepared) -> int:
+    """Rows that a group of the run's training, or of its evaluations, has of one document, beyond the first."""
+    config = config_of(run)
+    size, mixed, found = config.group_size, config.model_config.group_size, 0
+    for blocks, seed in ((text.train, config.seed), (text.validation, 0)):
+        if len(blocks) >= 2 * size:
+            found += len(collisions(blocks, deal(blocks, size, seed=seed).reshape(-1, mixed))[0])
+    return found
 
 
 @checked
@@ -223,7 +240,8 @@ def audit_model(
             transformers' models get an attention mask too. A copy of it is looked at, in evaluation mode, float32 and
             float64.
         vocab_size: numbers of tokens are below this; by default that of the model's `config`, if it has one.
-        length: tokens of a row; by default 64, or fewer where logits would take much memory or the model takes fewer.
+        length: tokens of a row, all positions of which are looked at; by default 64, or fewer where logits would take
+            much memory or the model takes fewer.
         group_size: of its layers; a batch has two groups. None where rows do not meet.
 
     Raises ValueError for numbers that are too small, where `vocab_size` is missing and there is no `config`, and for a
@@ -237,14 +255,14 @@ def audit_model(
         if value is not None and value < smallest:
             raise ValueError(f"{what} must be at least {smallest}, not {value}")
     check_seed(seed)
-    longest = LONGEST
+    context = None
     if isinstance(model, PreTrainedModel):
-        vocab_size, longest = vocab_size or model.config.get_text_config().vocab_size, context_of(model)
+        vocab_size, context = vocab_size or model.config.get_text_config().vocab_size, context_of(model)
     vocab_size = vocab_size or getattr(getattr(model, "config", None), "vocab_size", None)
     if vocab_size is None:
         raise ValueError(f"give vocab_size: {type(model).__name__} has no config that says it")
-    rows = 2 * (group_size or ROWS // 2)
-    length = min(longest, length) if length is not None else length_of(rows, longest, vocab_size)
+    rows = rows_of(group_size)
+    length = length_of(length, rows, context, vocab_size)
     model = copy.deepcopy(model).float().eval()
     seen = random_tokens((batches, 2, rows, length), vocab_size, seed)
     try:
@@ -253,7 +271,7 @@ def audit_model(
     except (RuntimeError, IndexError) as error:
         what = f"{type(model).__name__} does not take tokens ({rows}, {length}) below {vocab_size}: {first_line(error)}"
         raise ValueError(f"{what}; give the length and vocab_size of your model") from error
-    return Audit(type(model).__name__, length, leaks(model, seen, seed))
+    return Audit(type(model).__name__, length, leaks(model, seen, seed), context)
 
 
 @torch.no_grad()
@@ -370,29 +388,3 @@ def _noise(model, ids: Tensor, logits: Tensor) -> float:
     if fast is not None:
         model.set_experts_implementation(fast)
     return max(float(again), float((exact - logits).abs().max()), torch.finfo(logits.dtype).eps * float(logits.std()))
-
-
-def texts(blocks: Blocks | None, model: Any, batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of batches for `leaks`: two groups of text as in training, or random tokens where there is no text."""
-    rows, vocab_size = 2 * (group_size_of(model) or ROWS // 2), model.config.get_text_config().vocab_size
-    length = length_of(rows, context_of(model), vocab_size)
-    if blocks is None:
-        return random_tokens((batches, 2, rows, length), vocab_size, seed)
-    order = grouped_order(blocks, rows // 2, seed=seed)
-    chosen = order[np.arange(4 * batches) % len(order)].reshape(batches, 2, rows)
-    tokens = torch.stack([blocks.batch(each.ravel())["input_ids"][:, :length] for each in chosen])
-    return _different(tokens.unflatten(1, (2, rows)), vocab_size)
-
-
-def length_of(rows: int, longest: int, vocab_size: int) -> int:
-    """Of a batch's texts, in tokens; memory holds all logits several times."""
-    return min(longest, max(8, min(LONGEST, 2**27 // (rows * vocab_size))))
-
-
-def random_tokens(shape: tuple[int, ...], vocab_size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of batches for `leaks`, of the shape (batches, 2, rows, length)."""
-    return _different(torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)), vocab_size)
-
-
-def _different(tokens: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
-    return [(ids, torch.where(ids == others, (others + 1) % vocab_size, others)) for ids, others in tokens]

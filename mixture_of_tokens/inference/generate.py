@@ -131,9 +131,8 @@ def generate(
         _say_what_batches_do(model, batches, lengths, max_new_tokens)
 
     def write(number: int, streamer: BaseStreamer | None = None) -> list[Continuation]:
-        drawn = sampling._replace(seed=(seed + number) % 2**32)
         rows = batches[number]
-        written = draw(model, tokenizer, [encoded[row.prompt] for row in rows], drawn, streamer)
+        written = draw(model, tokenizer, [encoded[row.prompt] for row in rows], sampling.of_batch(number), streamer)
         return [
             Continuation(row.prompt, row.sample, prompts[row.prompt], text, count)
             for row, (text, count) in zip(rows, written, strict=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -35,6 +36,11 @@ class Sampling(NamedTuple):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
         check_seed(self.seed)
+
+    def of_batch(self, number: int) -> "Sampling":
+        """With a seed of its own for each batch but the first, which no other seed's batch is likely to have."""
+        seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0]) if number else self.seed
+        return self._replace(seed=seed)
 
     def checked(self, _: Tensor, logits: Tensor) -> Tensor:
         """Raises ValueError for logits (B, V) that cannot be sampled from; -inf rules a token out."""

@@ -30,7 +30,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             "mixture_of_tokens", ... None: Mixture of Tokens in the later half of the blocks, as in the paper.
         group_size: tokens mixed together, each from a different example; training batches are multiples of it.
         gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
-        router_temperature, learnable_temperature, router_dtype, normalize_mixture: see `layers.py`.
+        router_temperature, learnable_temperature, router_dtype: see `Router`; normalize_mixture: see `MixtureOfTokens`.
         capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`; threshold_decay and
             threshold_scores ("softmax" or "sigmoid"): see `ExpertThreshold`.
         shared_experts: experts of a sparse block that every token goes to, with gate 1, beside the routed ones

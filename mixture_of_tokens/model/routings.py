@@ -2,7 +2,7 @@
 
 Names, costs, evaluation, generation, audit, conversion, export and the report read this table; there is no other list
 of kinds. A new routing is a layer (such as those of `sparse.py`), a row here, and its literal reference in
-`tests/reference.py`; the property tests run over the table.
+`tests/reference.py`; the property tests run over `tests/routings.py`, which must have it too.
 """
 
 from collections.abc import Callable

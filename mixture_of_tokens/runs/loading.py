@@ -13,13 +13,14 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens import manifest
+from mixture_of_tokens.cpu import keep_large_blocks
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import refuse
 from mixture_of_tokens.formatting import first_line
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Device, Dtype, Placement, check_device
 from mixture_of_tokens.model.sharding import shard_model
-from mixture_of_tokens.process import is_main, keep_large_blocks, process_count
+from mixture_of_tokens.process import is_main, process_count
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.records import RunConfig, RunFacts
 
@@ -197,6 +198,13 @@ def _is_run_directory(path: Path) -> bool:
     return True
 
 
+def config_of(run: str) -> RunConfig:
+    """Of a run directory, or of that of a checkpoint."""
+    directory = run_directory(run)
+    assert directory is not None
+    return RunConfig.read(directory / records.CONFIG)
+
+
 def text_of(run: str) -> Prepared:
     """The text that a run directory, or a checkpoint in one, was trained on.
 
@@ -206,7 +214,7 @@ def text_of(run: str) -> Prepared:
     if directory is None:
         raise ValueError(f"{run} is no run directory, so its text is not known; name one with --data")
     try:
-        prepared = RunConfig.read(directory / records.CONFIG).prepare()
+        prepared = config_of(run).prepare()
     except ValueError as error:  # such as of a relative path
         raise ValueError(f"the text of {run}, its --data as seen from here: {error}") from None
     before = _corpus_of(Path(run), directory) or prepared.facts

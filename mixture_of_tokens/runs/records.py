@@ -1,7 +1,4 @@
-"""The files of a run directory as typed records: config.yaml, run.json, switch.json, the rows of metrics.jsonl.
-
-Each record has one reader and one writer.
-"""
+"""The files of a run directory as typed records: config.yaml, run.json, switch.json, the rows of metrics.jsonl."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -270,9 +267,9 @@ class MetricsRow(Record):
     """Measurements after a step: a line of metrics.jsonl. None: not measured at this step, or not finite.
 
     train_loss: mean cross-entropy since the last row; eval_loss: over a fixed part of the text; aux_loss: the
-        load-balancing loss; tokens_per_second: since the first step, of a run that continues another since that one's;
-        data_wait: share of the time since the last row in which training waited for its batches;
-        layers: `telemetry.measure`, and the router's gradient norm, by layer.
+        routings' own, before its weight; tokens_per_second: since the first step, of a run that continues another since
+        that one's; data_wait: share of the time since the last row in which training waited for its batches; layers:
+        `telemetry.measure`, and the router's gradient norm, by layer.
     """
 
     step: int

@@ -95,15 +95,6 @@ CHOICES: dict[str, Any] = {
     "torch_compile_backend": [backend.value.lower() for backend in DynamoBackend if backend.value != "NO"],
     "torch_compile_mode": COMPILE_MODES,
 }
-# All others work. A field of a newer transformers is in none of these tables, and tests/test_flags.py finds it.
-WORKS = {*STEPS, *POSITIVE, *NOT_NEGATIVE, *BELOW_ONE, *OF_WORKERS, *CHOICES, *REFUSED_VALUES}
-WORKS |= {
-    *("lr_scheduler_kwargs", "optim_args", "bf16", "fp16", "tf32", "activation_checkpointing", "torch_compile"),
-    *("gradient_checkpointing", *OF_CHECKPOINTING),
-    *("logging_first_step", "eval_strategy", "per_device_eval_batch_size", "report_to", "run_name"),
-    *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "full_determinism"),
-    *("dataloader_pin_memory", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph"),
-}
 # Variables with which accelerate changes a training that its flags do not tell of; `accelerate launch` sets them to no.
 ENVIRONMENT = {
     **dict.fromkeys(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"), REFUSED["fsdp"]),

@@ -133,7 +133,7 @@ class AnnealTemperature(TrainerCallback):
         self.model, self.start, self.end = model, model.config.router_temperature, end
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step:  # resumed, perhaps after the last step: no checkpoint holds the temperature
+        if state.global_step:  # resumed, perhaps after the last step; that of the checkpoint is not read
             self._set(state.global_step - 1, state.max_steps)
 
     def on_step_begin(self, args, state, control, **kwargs):

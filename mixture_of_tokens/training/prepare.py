@@ -11,10 +11,8 @@ from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.process import by_itself, process_count, process_number
-from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import check_settings, merge
-from mixture_of_tokens.training.signals import ended_by_sigterm
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,7 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
     with by_itself():
         merged = merge(name, 0, None, options)
     check_settings(merged)
-    with ended_by_sigterm():
-        return _prepared(merged.config)
-
-
-def _prepared(run: RunConfig) -> PreparedText | None:
-    rank = process_number()
+    run, rank = merged.config, process_number()
     if (parts := run.parts) is None:
         if rank != 0:
             return None

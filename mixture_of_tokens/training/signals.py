@@ -10,27 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Until the end of the block SIGTERM raises KeyboardInterrupt, as ^C does, but with its number."""
-
-    def end(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        _restore(signal.SIGTERM, before)
-
-
-def _restore(number: int, handler: Any) -> None:
-    """None is of a handler that was not set from Python, which cannot set it again."""
-    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+from mixture_of_tokens.process import restore
 
 
 class StopOnSignal(TrainerCallback):
@@ -56,7 +36,7 @@ class StopOnSignal(TrainerCallback):
             yield
         finally:
             for number, handler in before.items():
-                _restore(number, handler)
+                restore(number, handler)
 
     def _receive(self, number: int, frame) -> None:
         waiting, self._waiting = self._waiting, False

@@ -15,6 +15,7 @@ from transformers import TrainingArguments, set_seed
 
 from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import checked
+from mixture_of_tokens.cpu import keep_large_blocks
 from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
 from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
@@ -37,8 +38,8 @@ from mixture_of_tokens.model.sharding import (
     whole_state,
 )
 from mixture_of_tokens.process import (
+    ended_by_sigterm,
     is_main,
-    keep_large_blocks,
     process_count,
     process_number,
     say_once,
@@ -53,7 +54,7 @@ from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
-from mixture_of_tokens.training.signals import StopOnSignal, ended_by_sigterm
+from mixture_of_tokens.training.signals import StopOnSignal
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
 REGROUPINGS = 3

@@ -258,7 +258,8 @@ class GroupedTrainer(Trainer):
     def _evaluate_blocks(self, model: Any, **options: Any) -> dict[str, float]:
         """By all processes together."""
         sizes = {"group_size": self.rows.group_size, "batch_size": self.args.per_device_eval_batch_size}
-        found = evaluate_blocks(model, self.evaluated, accelerator=self.accelerator, **sizes, **options)
+        with self.accelerator.autocast():  # as in training, whether or not it has prepared the model
+            found = evaluate_blocks(model, self.evaluated, accelerator=self.accelerator, **sizes, **options)
         if not math.isfinite(loss := found["loss"]):
             step = self.state.global_step
             raise of_all(

@@ -1,0 +1,51 @@
+"""The batches of an audit, and what replaces their tokens."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixture_of_tokens.data.groups import Blocks, grouped_order
+
+ROWS, LENGTH = 8, 64  # of a batch without groups; tokens of a text, if nothing else is asked for
+LOGITS = 2**27  # at most, of a batch: memory holds all logits several times
+
+Pair = tuple[Tensor, Tensor]  # token ids (rows, length), and others, different everywhere
+
+
+def rows_of(group_size: int | None) -> int:
+    """Of a batch: two groups."""
+    return 2 * (group_size or ROWS // 2)
+
+
+def length_of(asked: int | None, rows: int, context: int | None, vocab_size: int) -> int:
+    """Of a batch's texts, in tokens. Raises ValueError for more than the context, where it is known, and below 2."""
+    if asked is None:
+        length = max(8, min(LENGTH, LOGITS // (rows * vocab_size)))
+        return length if context is None else min(context, length)
+    if context is not None and asked > context:
+        raise ValueError(f"length {asked} is more than the {context} tokens that the model takes")
+    if asked < 2:
+        raise ValueError(f"length must be at least 2, not {asked}: one token has no later one")
+    return asked
+
+
+def texts(blocks: Blocks | None, model: Any, batches: int, rows: int, length: int, seed: int) -> list[Pair]:
+    """Groups of text as in training, or random tokens where there is no text."""
+    vocab_size = model.config.get_text_config().vocab_size
+    if blocks is None:
+        return random_tokens((batches, 2, rows, length), vocab_size, seed)
+    order = grouped_order(blocks, rows // 2, seed=seed)
+    chosen = order[np.arange(4 * batches) % len(order)].reshape(batches, 2, rows)
+    tokens = torch.stack([blocks.batch(each.ravel())["input_ids"][:, :length] for each in chosen])
+    return _different(tokens.unflatten(1, (2, rows)), vocab_size)
+
+
+def random_tokens(shape: tuple[int, ...], vocab_size: int, seed: int) -> list[Pair]:
+    """Of the shape (batches, 2, rows, length)."""
+    return _different(torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)), vocab_size)
+
+
+def _different(tokens: Tensor, vocab_size: int) -> list[Pair]:
+    return [(ids, torch.where(ids == others, (others + 1) % vocab_size, others)) for ids, others in tokens]
