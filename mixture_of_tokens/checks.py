@@ -91,11 +91,6 @@ def listed(given: Any) -> list[Any]:
     return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
-def flagged(flag: str, word: str) -> list[str]:
-    """A flag and its value as words of a command line; in one, if the value would be taken for a flag."""
-    return [f"{flag}={word}"] if word.startswith("-") else [flag, word]
-
-
 def check(name: str, value: Any, hint: Any) -> None:
     """Raises ValueError for a value that is none of the annotation's; a list's may stand alone."""
     if legal := _refusal(value, hint):

@@ -382,6 +382,8 @@ def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
     its, other = (times[system.label] for system in (micro.BEST_MIXTURE, micro.TOKEN_CHOICE))
     shares = [f"{float(row['share_of_dense']):.2f}" for row in (its, other)]
     assert f"takes {shares[0]} times a dense one's time, one of Token Choice {shares[1]}" in said
+    had = [f"{1 / float(row['share_of_dense']):.0%}".replace("%", " %") for row in (its, other)]
+    assert f"The mixture has then had {had[0]} of its steps, Token Choice {had[1]}" in said
     more = []
     for name in (micro.BEST_MIXTURE.name, "MoT-Medium/32E/8"):
         dense = config_from_name(f"Transformer-{parse_name(name).size}")

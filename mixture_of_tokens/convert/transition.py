@@ -12,6 +12,7 @@ from mixture_of_tokens.convert.beginning import begin_switched, carry_moments, g
 from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.switch import Scores, default_scores, kind_of, token_choice_config
 from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.flags import as_word
 from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.names import FIELDS, parse_name
 from mixture_of_tokens.model.placement import Device, Placement
@@ -27,7 +28,6 @@ from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import GroupedTrainer
-from mixture_of_tokens.yaml12 import as_word
 
 # Fields that are copied from the source.
 GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")

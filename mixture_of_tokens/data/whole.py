@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.data.files import Document
 from mixture_of_tokens.data.groups import Blocks, segmented
-from mixture_of_tokens.data.prepare import progress_bar, say_segments
+from mixture_of_tokens.data.prepare import say_segments
 from mixture_of_tokens.data.sources import documents, look_up
 from mixture_of_tokens.data.splits import opened, spool
 from mixture_of_tokens.data.tokenizer import parallel_tokenizers
-from mixture_of_tokens.data.tokens import batches, encoded
+from mixture_of_tokens.data.tokens import batches, encoded, progress_bar
 from mixture_of_tokens.disk import naming
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from mixture_of_tokens.checks import check_number
+from mixture_of_tokens.flags import typed
 from mixture_of_tokens.formatting import in_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.upstream import ROPE_INIT_FUNCTIONS
-from mixture_of_tokens.yaml12 import typed
 
 # Of weights in training; Adam's smallest numbers are zero in float16.
 DTYPES = ("float32", "bfloat16", "float64")

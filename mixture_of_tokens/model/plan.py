@@ -7,6 +7,7 @@ from textwrap import indent
 from typing import Any, Literal
 
 from mixture_of_tokens.checks import LARGEST, at_least_one, checked
+from mixture_of_tokens.flags import as_words
 from mixture_of_tokens.formatting import Result, aligned, duration, listing, short
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, training_flops
@@ -15,7 +16,6 @@ from mixture_of_tokens.model.names import SIZES, name_of, parse_name
 from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.model.routings import DENSE
 from mixture_of_tokens.model.spread import Spread, spread_of
-from mixture_of_tokens.yaml12 import as_words
 
 TFLOPS = 300.0  # some 30 % of an H100's 989 in bf16
 

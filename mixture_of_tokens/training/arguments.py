@@ -17,10 +17,10 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
 
 from mixture_of_tokens.checks import check_number
+from mixture_of_tokens.flags import typed
 from mixture_of_tokens.formatting import first_line, in_words
 from mixture_of_tokens.model.names import nearest
 from mixture_of_tokens.process import process_count
-from mixture_of_tokens.yaml12 import typed
 
 # Fields of TrainingArguments that have a flag of their own.
 TAKEN = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}

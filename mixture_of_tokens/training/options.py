@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from mixture_of_tokens.checks import check, flagged, listed, plain
+from mixture_of_tokens.checks import check, listed, plain
+from mixture_of_tokens.flags import as_words, flagged
 from mixture_of_tokens.model.placement import Device
-from mixture_of_tokens.yaml12 import as_words
 
 
 def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
