@@ -17,10 +17,10 @@ import yaml
 from transformers import TrainingArguments
 
 from mixture_of_tokens import cli
+from mixture_of_tokens.flags import typed
 from mixture_of_tokens.runs import loading
 from mixture_of_tokens.training import arguments
 from mixture_of_tokens.training.options import Options, as_flags
-from mixture_of_tokens.yaml12 import typed
 from processes import function, mot
 
 START: dict[str, tuple[str, ...]] = {
