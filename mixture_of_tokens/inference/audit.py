@@ -192,6 +192,8 @@ def audit(
     """
     check_one_process()
     at_least_one(batches=batches, experts=experts)
+    if length is not None and length < 2:
+        raise ValueError(f"--length must be at least 2, not {length}: one token has no later one")
     check_seed(seed)
     run = str(run)
     model = load_model(run, alone=alone, experts=experts, device=device).float()

@@ -20,14 +20,12 @@ def rows_of(group_size: int | None) -> int:
 
 
 def length_of(asked: int | None, rows: int, context: int | None, vocab_size: int) -> int:
-    """Of a batch's texts, in tokens. Raises ValueError for more than the context, where it is known, and below 2."""
+    """Of a batch's texts, in tokens. Raises ValueError for more than the context, where that is known."""
     if asked is None:
         length = max(8, min(LENGTH, LOGITS // (rows * vocab_size)))
         return length if context is None else min(context, length)
     if context is not None and asked > context:
         raise ValueError(f"length {asked} is more than the {context} tokens that the model takes")
-    if asked < 2:
-        raise ValueError(f"length must be at least 2, not {asked}: one token has no later one")
     return asked
 
 
