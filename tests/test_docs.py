@@ -220,6 +220,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/paper/ledger.py": (12, "results"),
     "experiments/paper/fig6.py": (14, "results"),
     "experiments/paper/alone.py": (17, "results"),
+    "experiments/paper/early.py": (5, "equal-time"),
     "experiments/paper/length.py": (12, "results"),
     "experiments/paper/fig7.py": (17, "results"),
     "experiments/paper/router_rate.py": (5, "results"),

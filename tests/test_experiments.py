@@ -192,7 +192,7 @@ def kept() -> list[Path]:
 def test_all_runs_are_kept_with_evaluations_and_one_seed_with_telemetry():
     folders = [file.parent.name for file in kept()]
     assert {name: folders.count(name) for name in folders} == {
-        "nano": 12, "prose": 3, "long": 3, "transition": 59, "verdict": 98, "routings": 42, "paper": 68
+        "nano": 12, "prose": 3, "long": 3, "transition": 62, "verdict": 98, "routings": 42, "paper": 71
     }  # fmt: skip
     for file in kept():
         run = read_run(file)
@@ -236,17 +236,28 @@ def paper(script, monkeypatch):
 
 def test_the_figures_scripts_train_what_is_committed(paper):
     found = set()
-    for study in paper("ledger").STUDIES:
-        for row in study.rows:
-            system, steps, _ = row
-            for seed, run in row.runs.items():
-                asked = merge(system.name, seed, system.learning_rate, system.options(steps)).config
-                assert asked.identity() == run.config.identity()
-                found.add(f"{system.directory(steps, seed)}.json")
+    rows = [row for study in paper("ledger").STUDIES for row in study.rows]
+    for row in [*rows, *paper("early").ROWS]:
+        system, steps, _ = row
+        for seed, run in row.runs.items():
+            asked = merge(system.name, seed, system.learning_rate, system.options(steps)).config
+            assert asked.identity() == run.config.identity()
+            found.add(f"{system.directory(steps, seed)}.json")
     kept = {file.name: read_run(file) for file in (EXPERIMENTS / "paper").glob("*-seed*.json")}
     assert found >= set(kept)
     for size in ("Nano", "Micro"):  # the second text is cut for groups of 64
         assert len({run.facts.text for run in kept.values() if size in run.name}) == 2
+
+
+def test_an_early_switch_of_a_micro_is_as_its_script_makes_it(paper):
+    early = paper("early")
+    for steps, seed in early.RUNS:
+        run = read_run(early.file_of(steps, seed))
+        asked = merge(early.MIXTURE.name, seed, None, early.MIXTURE.options(early.in_groups(steps))).config
+        assert run.config.learning_rate == asked.learning_rate == early.RATE
+        assert (run.switch.step, run.config.last_step) == (asked.steps, steps)
+        assert run.config.transition.distil_steps == early.DISTIL_STEPS
+        assert run.facts.text == early.Row(early.FROM_SCRATCH, steps, (seed,)).runs[seed].facts.text
 
 
 def test_nothing_is_trained_on_another_text_than_what_is_kept(paper, small_corpus, tmp_path, monkeypatch):
