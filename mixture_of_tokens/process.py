@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -96,19 +96,20 @@ def ended_by_sigterm() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with answered(end, signal.SIGTERM):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
+
+
+@contextmanager
+def answered(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """Signals of these numbers go to a handler until the end of the block; only the main thread can ask for them."""
+    numbers = numbers if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        restore(signal.SIGTERM, before)
-
-
-def restore(number: int, handler: Any) -> None:
-    """None is of a handler that was not set from Python, which cannot set it again."""
-    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, earlier in before.items():  # None is of one that was not set from Python, which cannot set it again
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 def end_with_parent() -> None:

@@ -66,9 +66,8 @@ def table() -> str:
         cells = [f"{steps:,}", str(seed), loss(early.facts.final_loss)]
         cells.append("" if early.switch is None else f"{early.switch.fit_seconds or 0:.0f}")
         for system in others:
-            run = Row(system, steps, (seed,)).runs.get(seed)
-            above = "" if run is None else f" ({signed(run.facts.final_loss - early.facts.final_loss)})"
-            cells.append("" if run is None else f"{loss(run.facts.final_loss)}{above}")
+            ends = [run.facts.final_loss for run in Row(system, steps, (seed,)).runs.values()]
+            cells.append("".join(f"{loss(end)} ({signed(end - early.facts.final_loss)})" for end in ends))
         lines.append(cells)
     return markdown(lines, left=2)
 

@@ -80,10 +80,11 @@ class Leaks:
 class Audit(Result):
     """What a model leaks.
 
-    length: of the texts, in tokens; context: that of the model; collisions: rows of groups of the run's own text, by
-        its training and its evaluations, that are of a document, or a segment where that text has `segments`, which
-        count as documents, of an earlier row of their group; expect: what the model was expected to be; alone: whether
-        each row was served alone, and experts: by how many experts a token, None for all. None where unknown.
+    length: of the texts, in tokens; context: that of the model, None where unknown; collisions: rows that share a
+        document, or a segment where the run's text has `segments`, which count as documents, with another row of their
+        group, in the groups of its training and its evaluations; None where these are unknown; expect: what the model
+        was expected to be; alone: whether each row was served alone, and experts: by how many experts a token, None for
+        all.
     """
 
     run: str
@@ -198,14 +199,15 @@ def audit(
     run = str(run)
     model = load_model(run, alone=alone, experts=experts, device=device).float()
     context, rows = context_of(model), rows_of(group_size_of(model))
-    length = length_of(length, rows, context, model.config.get_text_config().vocab_size)
-    text = None
+    vocab_size = model.config.get_text_config().vocab_size
+    length = length_of(length, rows, context, vocab_size)
+    shape, text = (batches, 2, rows, length), None
     try:
         text = text_of(run)
-        seen = texts(text.validation, model, batches, rows, length, seed)
+        seen = texts(text.validation, shape, vocab_size, seed)
     except (ValueError, OSError) as error:  # unknown, too short, or not to be read
         print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
-        seen = texts(None, model, batches, rows, length, seed)
+        seen = random_tokens(shape, vocab_size, seed)
     found, segments = None, 0
     if text is not None and group_size_of(model) is not None:
         found, segments = collisions_in(run, text), text.facts["segments"]

@@ -132,9 +132,10 @@ def evaluate(
         field: The field of --data's rows that holds the text.
         context: Tokens in a block; by default the model's, at most 1,024.
         regroupings: Ways to form full groups; the loss is their mean, the spread largest - least.
-        sweep_tokens: Smaller groups are made from the first full groups, as many as hold this many tokens, but one.
-        max_tokens: Score as many groups, spread over the text and grouped in one way, as hold these many tokens, at
-            least one; by default all.
+        sweep_tokens: Smaller groups are made from the first full groups, which hold at most this many tokens, but from
+            one at least.
+        max_tokens: Score groups that hold at most this many tokens, but one at least, spread over the text and grouped
+            in one way; by default all.
         experts: Alone, these many experts a token in place of the granularity and twice as many.
         device: cpu or cuda; by default cuda where there is one.
         dtype: float32 or bfloat16, in which all is computed; by default that of the saved weights.

@@ -1,7 +1,5 @@
 """The batches of an audit, and what replaces their tokens."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from mixture_of_tokens.data.groups import Blocks, grouped_order
 ROWS, LENGTH = 8, 64  # of a batch without groups; tokens of a text, if nothing else is asked for
 LOGITS = 2**27  # at most, of a batch: memory holds all logits several times
 
+Shape = tuple[int, int, int, int]  # batches, the two of a pair, rows, length
 Pair = tuple[Tensor, Tensor]  # token ids (rows, length), and others, different everywhere
 
 
@@ -29,19 +28,16 @@ def length_of(asked: int | None, rows: int, context: int | None, vocab_size: int
     return asked
 
 
-def texts(blocks: Blocks | None, model: Any, batches: int, rows: int, length: int, seed: int) -> list[Pair]:
-    """Groups of text as in training, or random tokens where there is no text."""
-    vocab_size = model.config.get_text_config().vocab_size
-    if blocks is None:
-        return random_tokens((batches, 2, rows, length), vocab_size, seed)
+def texts(blocks: Blocks, shape: Shape, vocab_size: int, seed: int) -> list[Pair]:
+    """Groups of text as in training."""
+    batches, _, rows, length = shape
     order = grouped_order(blocks, rows // 2, seed=seed)
     chosen = order[np.arange(4 * batches) % len(order)].reshape(batches, 2, rows)
     tokens = torch.stack([blocks.batch(each.ravel())["input_ids"][:, :length] for each in chosen])
     return _different(tokens.unflatten(1, (2, rows)), vocab_size)
 
 
-def random_tokens(shape: tuple[int, ...], vocab_size: int, seed: int) -> list[Pair]:
-    """Of the shape (batches, 2, rows, length)."""
+def random_tokens(shape: Shape, vocab_size: int, seed: int) -> list[Pair]:
     return _different(torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)), vocab_size)
 
 

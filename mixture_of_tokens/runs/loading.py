@@ -214,7 +214,7 @@ def text_of(run: str) -> Prepared:
     if directory is None:
         raise ValueError(f"{run} is no run directory, so its text is not known; name one with --data")
     try:
-        prepared = config_of(run).prepare()
+        prepared = RunConfig.read(directory / records.CONFIG).prepare()
     except ValueError as error:  # such as of a relative path
         raise ValueError(f"the text of {run}, its --data as seen from here: {error}") from None
     before = _corpus_of(Path(run), directory) or prepared.facts

@@ -1,16 +1,15 @@
 """What SIGTERM and ^C do to a training."""
 
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from mixture_of_tokens.process import restore
+from mixture_of_tokens.process import answered
 
 
 class StopOnSignal(TrainerCallback):
@@ -27,16 +26,9 @@ class StopOnSignal(TrainerCallback):
         self._wait, self._waiting = wait, False
         self._hosts: Any = None  # all processes, by way of the CPU: no step waits for a device
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> AbstractContextManager[None]:
         """The handlers, until the end of the block."""
-        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-        before = {number: signal.signal(number, self._receive) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                restore(number, handler)
+        return answered(self._receive, signal.SIGTERM, signal.SIGINT)
 
     def _receive(self, number: int, frame) -> None:
         waiting, self._waiting = self._waiting, False
