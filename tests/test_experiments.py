@@ -401,7 +401,7 @@ def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
         costs = [sum(flops_per_token(config).forward.values()) for config in (config_from_name(name), dense)]
         more.append(f"{costs[0] / costs[1] - 1:.0%}".replace("%", " %"))
     micros, mediums = f"{more[0]} to the FLOPs of a model that is 128 wide", f"{more[1]} to those of one that is 512"
-    added = f"router and mixing add {micros}, {mediums} wide"
+    added = f"router and mixing add {micros}, {mediums} wide (both at granularity 8)"
     assert added in said
 
 
@@ -902,6 +902,17 @@ def test_the_readme_says_what_few_experts_cost_alone():
         f"is then {few - every:.3f} nats above that of all experts and {in_groups - few:.3f} below the one in groups"
         in said
     )
+
+
+def test_the_readme_says_how_many_flops_a_text_alone_takes():
+    """Experts as a dense feed-forward, on top of which come the router and what goes back to a token."""
+    times = []
+    for size in ("Nano", "Micro"):
+        mixture = flops_per_token(config_from_name(f"MoT-{size}/32E/8")).forward
+        dense = flops_per_token(config_from_name(f"Transformer-{size}")).forward
+        times.append(f"{1 + (mixture['router'] + mixture['combine']) / sum(dense.values()):.2f}")
+    said = f"a Nano has {times[0]} times the dense model's FLOPs then, a Micro {times[1]} times"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_the_switch_s_script_measures_only_what_is_missing(script, tiny_runs, tiny_cache, monkeypatch):
