@@ -1,0 +1,402 @@
+"""Trained as it is served: a Mixture of Tokens whose batch is replaced by companions from the first step on.
+
+    python experiments/alone/run.py             # trains what is missing, one run after the other, and prints the tables
+    python experiments/alone/run.py --table     # prints the tables alone
+
+Served alone by K experts, a Mixture of Tokens is a sparse mixture of experts: private, causal, at about the FLOPs of a
+dense feed-forward. `Alone` below is that form with a gradient through all of it:
+
+    b[e]   = companion_logit[e] + log(G - 1)
+    w[t,e] = sigmoid(logit[t,e] - b[e])                          a softmax of the token against G - 1 companions
+    out[t] = sum over t's top K of w[t,e] FFN_e(w[t,e] x_t + (1 - w[t,e]) c_e)  +  sum of all other w[t,e] FFN_e(c_e)
+
+Every variant changes one part of it. `Default` is Token Choice in which the experts that were not chosen answer with a
+running average of their outputs ("Default MoE", arXiv 2504.12463). All systems share one loop, one schedule, the text
+and its order. Losses are of `EVALUATED` batches of the tuning split, each text by itself, with as many experts as in
+training. A run takes about two minutes of one core of an AMD EPYC; each is one row of runs.csv, written when it ends.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_tokens import (
+    GroupedBatches,
+    MixtureOfTokens,
+    MixtureOfTokensForCausalLM,
+    TokenChoice,
+    calibrate_companions,
+    config_from_name,
+    prepare_text,
+)
+from mixture_of_tokens.cpu import keep_large_blocks
+from mixture_of_tokens.experts import highest, softmax
+from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.runs import provenance
+from mixture_of_tokens.slots import dropless
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import add_rows, read_csv
+
+HERE = Path(__file__).resolve().parent
+GROUP, WARM_UP, EVALUATED, MEASURED = 32, 100, 16, 8  # rows; steps; batches of losses, and of companions
+DECAY = 0.99  # of running averages, a step
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    system: "alone", "groups" (a Mixture of Tokens throughout), "default" (Default MoE), or the prefix of a routing.
+    name: size, groups and granularity, as in Nano/32E/8; k: experts a token, by default the granularity.
+    rate: the peak rate; rows: of a step.
+    gate: "sigmoid" as above, or "softmax" over the experts.
+    reads: what a chosen expert reads, "blend" as above, or "token".
+    constant: what experts that were not chosen give: "gradient" as above, "detached", or "none".
+    companion: "start", measured before the first step (of `alone`) and then fixed; "zero"; "average", which follows;
+        "renewed", measured anew a few times; "learned".
+    balance: of a bias as sigmoid Token Choice has; 0 for none.
+    groups_first: the share of the steps in groups, before the form begins.
+    companions: G - 1 tokens stand beside each, with the G of the name where 0.
+    """
+
+    system: str
+    seed: int = 1
+    rate: float = 2e-2
+    name: str = "Nano/32E/8"
+    k: int = 0
+    steps: int = 800
+    rows: int = 64
+    temperature: float = 0.0
+    gate: str = "sigmoid"
+    reads: str = "blend"
+    constant: str = "gradient"
+    companion: str = "start"
+    balance: float = 0.0
+    groups_first: float = 0.0
+    companions: int = 0
+
+    @property
+    def label(self) -> str:
+        """What is not the default, without the seed."""
+        default = Run(self.system)
+        own = {name: value for name, value in asdict(self).items() if value != getattr(default, name)}
+        own = {name: value for name, value in own.items() if name not in ("seed", "steps", "rows")}
+        return " ".join([self.system, *(f"{name}={value}" for name, value in own.items())])
+
+    @property
+    def experts(self) -> int:
+        parts = self.name.split("/")
+        return self.k or (int(parts[2]) if len(parts) > 2 else 1)
+
+
+class Alone(MixtureOfTokens):
+    """A Mixture of Tokens that is trained alone once `few` is set. Letters as in `layers.py`."""
+
+    how: Run
+    few = 0
+    loads: Tensor | None = None
+    bias_E: Tensor | None = None
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        if not self.few:
+            return super().forward(x_BTD, token_mask)
+        how, x_SD, S, K = self.how, x_BTD.flatten(0, 1), x_BTD.shape[0] * x_BTD.shape[1], self.few
+        c_ED = self.companion
+        logits_SE = self.gate(x_SD)
+        if how.gate == "sigmoid":
+            w_SE = (logits_SE - (self.companion_logit + math.log(self.group_size - 1))).sigmoid()
+        else:
+            w_SE = softmax(logits_SE, dim=-1)
+        if how.balance:
+            if self.bias_E is None:
+                self.bias_E = torch.zeros(self.num_experts)
+            _, e_SK = highest(w_SE.detach() + self.bias_E, K)
+            w_SK = w_SE.gather(1, e_SK)
+        else:
+            w_SK, e_SK = highest(w_SE, K)
+        if how.reads == "blend":
+            rows_AD = (w_SK[..., None] * x_SD[:, None] + (1 - w_SK[..., None]) * c_ED[e_SK]).flatten(0, 1)
+            token_A = torch.arange(S * K)
+            y_SD = dropless(self, rows_AD, token_A, e_SK.flatten(), w_SK.flatten()).view(S, K, -1).sum(1)
+        else:
+            token_A = torch.arange(S).repeat_interleave(K)
+            y_SD = dropless(self, x_SD, token_A, e_SK.flatten(), w_SK.flatten())
+        if how.constant != "none":
+            y_ED = self.experts(c_ED[:, None])[:, 0]
+            y_ED = y_ED.detach() if how.constant == "detached" else y_ED
+            y_SD = y_SD + w_SE.scatter(1, e_SK, 0) @ y_ED
+        if self.training and torch.is_grad_enabled():
+            self.follow(x_SD.detach(), logits_SE.detach(), e_SK)
+        elif self.loads is not None:
+            self.loads += torch.bincount(e_SK.flatten(), minlength=self.num_experts)
+        return y_SD.view_as(x_BTD)
+
+    @torch.no_grad()
+    def follow(self, x_SD: Tensor, logits_SE: Tensor, e_SK: Tensor) -> None:
+        """What is learned without a gradient."""
+        if self.how.companion == "average":
+            p_SE = logits_SE.softmax(0)  # the mean mixture, of all tokens of the step as one group
+            self.companion.lerp_(p_SE.T @ x_SD, 1 - DECAY)
+            log_mean_E = logits_SE.logsumexp(0) - math.log(len(x_SD))
+            self.companion_logit.lerp_(log_mean_E, 1 - DECAY)
+        if self.how.balance:
+            load_E = torch.bincount(e_SK.flatten(), minlength=self.num_experts).float()
+            self.bias_E += self.how.balance * (load_E.mean() - load_E).sign()
+
+    def begin(self) -> None:
+        """Companions are measured by now."""
+        self.few = self.how.experts
+        if self.how.companion == "zero":
+            self.companion.zero_()
+            self.companion_logit.zero_()
+        if self.how.companion == "learned":
+            for name in ("companion", "companion_logit"):
+                value = self._buffers.pop(name)
+                self.register_parameter(name, nn.Parameter(value.clone()))
+
+
+class Default(TokenChoice):
+    """Token Choice in which an expert that was not chosen gives a running average of its outputs (Default MoE).
+
+    As described in arXiv 2504.12463: the gates' gradient sees these outputs; the averages have none.
+    """
+
+    loads: Tensor | None = None
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register_buffer("usual_ED", torch.zeros(self.num_experts, self.experts.down_proj.shape[1]))
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        x_SD, K = x_BTD.flatten(0, 1), self.num_experts_per_tok
+        p_SE = softmax(self.gate(x_SD), dim=-1)
+        p_SK, e_SK = highest(p_SE, K)
+        S = len(x_SD)
+        # Outputs apart, as their average is needed too.
+        ones_A = torch.ones(S * K)
+        rows_AD = x_SD[:, None].expand(-1, K, -1).flatten(0, 1)
+        y_SKD = dropless(self, rows_AD, torch.arange(S * K), e_SK.flatten(), ones_A).view(S, K, -1)
+        y_SD = (p_SK[..., None] * y_SKD).sum(1) + p_SE.scatter(1, e_SK, 0) @ self.usual_ED
+        if self.training:
+            self.note(p_SE, e_SK, None)
+            with torch.no_grad():
+                count_E = torch.bincount(e_SK.flatten(), minlength=self.num_experts)
+                sums_ED = torch.zeros_like(self.usual_ED).index_add_(0, e_SK.flatten(), y_SKD.detach().flatten(0, 1))
+                mean_ED = sums_ED / count_E.clamp(min=1)[:, None]
+                new_ED = DECAY * self.usual_ED + (1 - DECAY) * mean_ED
+                self.usual_ED = torch.where(count_E[:, None] > 0, new_ED, self.usual_ED)
+        elif self.loads is not None:
+            self.loads += torch.bincount(e_SK.flatten(), minlength=self.num_experts)
+        return y_SD.view_as(x_BTD)
+
+
+def build(run: Run) -> MixtureOfTokensForCausalLM:
+    prefix = {"alone": "MoT", "groups": "MoT", "default": "TC"}.get(run.system, run.system)
+    fields: dict[str, Any] = {"router_temperature": run.temperature} if run.temperature else {}
+    if prefix == "TC":
+        fields["capacity_factor"] = None
+    if run.k and prefix != "MoT":
+        fields["num_experts_per_tok"] = run.k
+    torch.manual_seed(run.seed)
+    model = MixtureOfTokensForCausalLM(config_from_name(f"{prefix}-{run.name}", **fields))
+    for layer in model.modules():
+        if run.system == "alone" and isinstance(layer, MixtureOfTokens):
+            layer.__class__ = Alone
+            layer.how = run
+            layer.group_size = run.companions + 1 if run.companions else layer.group_size
+        if run.system == "default" and isinstance(layer, TokenChoice):
+            layer.__class__ = Default
+            layer.register_buffer("usual_ED", torch.zeros(layer.num_experts, model.config.hidden_size))
+    return model
+
+
+def optimizer_of(model: nn.Module, rate: float) -> torch.optim.AdamW:
+    decayed = [p for name, p in model.named_parameters() if p.dim() > 1 and "companion" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() <= 1 or "companion" in name]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), fused=True)
+
+
+def rate_at(run: Run, step: int) -> float:
+    """As `mot train`: a warm-up, then a cosine down to a tenth."""
+    if step < WARM_UP:
+        return run.rate * (step + 1) / WARM_UP
+    return run.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARM_UP) / (run.steps - WARM_UP))))
+
+
+def loader(blocks: Any, rows: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    batches = GroupedBatches(blocks, group_size=GROUP, batch_size=rows, steps=steps, seed=seed)
+    return iter(torch.utils.data.DataLoader(batches, batch_size=rows, collate_fn=dict))
+
+
+@torch.no_grad()
+def loss_of(model: MixtureOfTokensForCausalLM, batches: list[dict[str, Tensor]]) -> float:
+    model.eval()
+    found = [float(model(**batch).loss) for batch in batches]
+    model.train()
+    return sum(found) / len(found)
+
+
+def trained(run: Run, text: Any) -> dict[str, Any]:
+    """What is measured of a run. Losses are infinite where it diverged."""
+    started, seconds = time.perf_counter(), 0.0
+    tuning, measured = list(loader(text.tuning, 128, EVALUATED, 5)), list(loader(text.train, 64, MEASURED, 77))
+    model = build(run)
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, Alone)]
+    optimizer, begins = optimizer_of(model, run.rate), round(run.groups_first * run.steps)
+    at_begin: dict[str, Any] = {"before": "", "after": ""}
+    model.train()
+    for step, batch in enumerate(loader(text.train, run.rows, run.steps, run.seed)):
+        if layers and step == begins:
+            if begins:
+                at_begin["before"] = round(loss_of(model, tuning), 4)
+            calibrate_companions(model, measured)
+            for layer in layers:
+                layer.begin()
+            if begins:
+                at_begin["after"] = round(loss_of(model, tuning), 4)
+            if run.companion == "learned":
+                fresh = optimizer_of(model, run.rate)
+                fresh.state.update(optimizer.state)
+                optimizer = fresh
+        if layers and run.companion == "renewed" and step in (50, 100, 200, 400):
+            for layer in layers:
+                layer.few = 0
+            calibrate_companions(model, measured)
+            for layer in layers:
+                layer.few = run.experts
+        now = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(run, step)
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.balance()
+        seconds += time.perf_counter() - now
+        if step % 100 == 99:
+            print(f"{run} step {step + 1}, {loss.item():.3f}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        if not math.isfinite(loss.item()):
+            return {"loss": math.inf}
+    if run.system == "groups":
+        in_groups = loss_of(model, tuning)
+        calibrate_companions(model, measured)
+        model.serve_alone(num_experts_alone=run.experts)
+        return {"loss": loss_of(model, tuning), "in_groups": round(in_groups, 4), "seconds": round(seconds)}
+    counting: list[Any] = [layer for layer in model.modules() if isinstance(layer, Alone | Default)]
+    for layer in counting:
+        layer.loads = torch.zeros(layer.num_experts)
+    result: dict[str, Any] = {"loss": loss_of(model, tuning), "seconds": round(seconds)} | at_begin
+    if counting:
+        shares = [layer.loads / layer.loads.mean() for layer in counting]
+        result["dead"] = round(statistics.mean(float((s < 0.01).float().mean()) for s in shares), 3)
+        result["greatest_load"] = round(max(float(s.max()) for s in shares), 1)
+    return result
+
+
+COLUMNS = tuple(field.name for field in fields(Run))
+FOUND = ("loss", "in_groups", "before", "after", "dead", "greatest_load", "seconds", "commit", "hardware")
+
+
+def key_of(run: Run) -> dict[str, str]:
+    return {name: str(value) for name, value in asdict(run).items()}
+
+
+def is_made(run: Run) -> Mapping[str, str] | None:
+    wanted = key_of(run)
+    return next((row for row in read_csv(HERE / "runs.csv") if wanted.items() <= row.items()), None)
+
+
+def make(run: Run, text: Any) -> None:
+    found = trained(run, text)
+    where = {"commit": provenance.commit(), "hardware": provenance.hardware("cpu")["hardware"]}
+    found["loss"] = f"{found['loss']:.4f}"
+    row = key_of(run) | {column: (found | where).get(column, "") for column in FOUND}
+    add_rows(HERE / "runs.csv", [row], COLUMNS)
+
+
+def seeded(*runs: Run, seeds: Iterable[int] = (1, 2)) -> list[Run]:
+    return [replace(run, seed=seed) for seed in seeds for run in runs]
+
+
+def plan() -> list[Run]:
+    """In the order in which they are made."""
+    alone = Run("alone")
+    rates = [Run(system, rate=rate) for rate in (1e-2, 2e-2, 4e-2) for system in ("alone", "TC", "STC", "default")]
+    others = [Run("groups"), Run("Transformer"), Run("ReMoE"), Run("ET", rate=1e-2), Run("ET")]
+    parts = [
+        replace(alone, gate="softmax"),
+        replace(alone, reads="token"),
+        replace(alone, constant="none"),
+        replace(alone, constant="detached"),
+        *(replace(alone, companion=kind) for kind in ("zero", "average", "learned", "renewed")),
+        replace(alone, reads="token", constant="none"),
+        replace(alone, gate="softmax", reads="token"),
+        replace(alone, balance=1e-3),
+        *(replace(alone, groups_first=share) for share in (0.1, 0.25, 0.5)),
+        *(replace(alone, companions=number) for number in (1, 7, 63)),
+        *(replace(alone, temperature=value) for value in (0.125, 0.5, 1.0)),
+        *(replace(alone, k=number) for number in (4, 16)),
+        *(replace(alone, name=f"Nano/32E{granularity}") for granularity in ("", "/4", "/16")),
+        *(Run("TC", rate=1e-2, name=f"Nano/32E{granularity}") for granularity in ("", "/4", "/16")),
+        *(Run("TC", rate=1e-2, k=number) for number in (4, 16)),
+        *(Run("STC", rate=2e-2, temperature=value) for value in (0.25, 0.5)),
+        *(Run("TC", rate=1e-2, temperature=value) for value in (0.25, 0.5)),
+    ]
+    return [
+        *rates,
+        *others,
+        *seeded(*parts, seeds=[1]),
+        *seeded(*rates, *others, seeds=[2]),
+        *seeded(*parts, seeds=[2]),
+    ]
+
+
+def longer(*runs: Run, seeds: Iterable[int] = (1, 2, 3)) -> list[Run]:
+    """As long as the comparisons of ../routings."""
+    return [replace(run, steps=1200, rows=128, seed=seed) for seed in seeds for run in runs]
+
+
+def table(runs: Iterable[Run]) -> str:
+    """By their settings, with a column for each seed."""
+    made = [(run, row) for run in dict.fromkeys(runs) if (row := is_made(run)) is not None]
+    seeds = sorted({run.seed for run, _ in made})
+    rows = [["", *(f"seed {seed}" for seed in seeds), "dead", "greatest load", "seconds"]]
+    for label in dict.fromkeys(run.label for run, _ in made):
+        own = {run.seed: row for run, row in made if run.label == label}
+        first = own[min(own)]
+        losses = [own[seed]["loss"] if seed in own else "" for seed in seeds]
+        rows.append([label, *losses, first["dead"], first["greatest_load"], first["seconds"]])
+    return markdown(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the tables, and stop")
+    given = parser.parse_args()
+    runs = plan()
+    if not given.table:
+        keep_large_blocks()
+        text = prepare_text()
+        for run in runs:
+            if is_made(run) is None:
+                make(run, text)
+    for steps, rows in sorted({(run.steps, run.rows) for run in runs}):
+        own = [run for run in runs if (run.steps, run.rows) == (steps, rows)]
+        print(f"{steps} steps of {rows} rows\n\n{table(own)}\n")
+
+
+if __name__ == "__main__":
+    main()
