@@ -71,6 +71,16 @@ def publish(beside: Path, final: Path) -> None:
         shutil.rmtree(before, ignore_errors=True)
 
 
+def publish_file(beside: Path, final: Path) -> None:
+    """Give a file that is complete its final name, once all of it is on the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    beside.chmod(0o666 & ~umask)
+    flush(beside)
+    beside.replace(final)
+    flush(final.absolute().parent)
+
+
 @contextmanager
 def published(beside: Path, final: Path) -> Iterator[None]:
     """`publish` what the block has written to `beside`; nothing is left there where it fails, or was killed before."""

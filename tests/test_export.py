@@ -217,7 +217,7 @@ def test_a_mixture_of_tokens_is_exported_without_training(words, tiny_runs, else
     assert model.config.num_experts_per_tok == fewest.top_k
     run = str(tiny_runs[MIXED])
     for each, of in ((served.source, load_model(run)), (fewest, model)):
-        assert each.loss == pytest.approx(distilled_module._loss(of, text_of(run).tuning), abs=1e-5)
+        assert each.loss == pytest.approx(distilled_module.loss_of(of, text_of(run).tuning), abs=1e-5)
     assert "rows of the tuning text: they do not compare with mot train's, by default of the whole validation" in shown
     flops = [each.flops_per_token for each in served.tried]
     assert flops == sorted(flops, reverse=True)

@@ -97,7 +97,7 @@ def switch_and_distil(
             distil(source, target, text.train, steps=distil_steps)
         made.append(target)
     before, *tried = [
-        TopK(k, _loss(model, blocks), _flops(model), ms)
+        TopK(k, loss_of(model, blocks), _flops(model), ms)
         for k, model, ms in zip(
             (source.config.num_experts, first, *fewer), (source, *made), _milliseconds([source, *made]), strict=True
         )
@@ -112,7 +112,8 @@ def best_of(tried: list[TopK]) -> TopK:
     return min((each for each in tried if each.loss <= lowest + ENOUGH), key=lambda each: each.top_k)
 
 
-def _loss(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:
+def loss_of(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:
+    """Of at most `ROWS` rows, in full groups unless they are served alone."""
     size = model.config.group_size
     return evaluate_blocks(model, blocks, group_size=size, batch_size=size, groups=max(1, ROWS // size))["loss"]
 

@@ -1,10 +1,14 @@
-"""A trained model as a checkpoint of plain transformers, Qwen3-MoE, Dots1 or Qwen3: the command `mot export`."""
+"""A trained model for other software: the command `mot export`."""
 
+import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,13 +17,14 @@ from transformers import GenerationConfig
 
 from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import at_least_one, checked
-from mixture_of_tokens.convert.card import card
+from mixture_of_tokens.convert.card import card, hub_card
 from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.distilled import Distilled, switch_and_distil
+from mixture_of_tokens.convert.hub import serve_as_written, write_code
 from mixture_of_tokens.convert.plain import NONE_SHARED, check_exportable, to_plain
 from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
-from mixture_of_tokens.convert.verify import verify
-from mixture_of_tokens.disk import disk_errors, plain_errors, published, replaced
+from mixture_of_tokens.convert.verify import verify, verify_code
+from mixture_of_tokens.disk import disk_errors, plain_errors, publish_file, published, replaced
 from mixture_of_tokens.formatting import Result
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Device
@@ -27,30 +32,45 @@ from mixture_of_tokens.process import check_one_process
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of, without_progress_bars
 from mixture_of_tokens.runs.ownership import owned_file
 
+if TYPE_CHECKING:
+    from mixture_of_tokens.convert.verify_gguf import CheckedGguf
+
 EXPORT = "export"  # the fact `of` in the manifest of one
-ROWS = 4
+ROWS = 8  # of text, that what is written is compared on
+
+
+Format = Literal["transformers", "gguf", "hub"]
+Quantize = Literal["f32", "f16", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True)
 class Exported(Result):
-    """A checkpoint of plain transformers.
+    """A model that other software loads.
 
-    difference: the largest of a logit from the run's, or the switched model's, on `compared`.
-    distilled: of a Mixture of Tokens, which was switched for the export.
+    directory: that was written, of GGUF the file; architecture: as that software calls it.
+    difference: the largest of a logit from the run's, or the switched model's, on `compared`; of GGUF of a log
+        probability, None where no engine was asked.
+    distilled: of a Mixture of Tokens, which was switched for the export. gguf: what was found of a GGUF file.
     """
 
     directory: str
+    format: Format
     architecture: str
     parameters: int
     compared: str
-    difference: float
+    difference: float | None
     distilled: Distilled | None = None
+    gguf: "CheckedGguf | None" = None
 
     def __str__(self) -> str:
+        lines = [] if self.distilled is None else [str(self.distilled), ""]
+        if self.gguf is not None:
+            lines.append(f"{self.directory} is a GGUF file of architecture {self.architecture}. {self.gguf}")
+            return "\n".join(lines)
         whose = "the run's" if self.distilled is None else "the switched model's"
         differ = f"Its logits on {self.compared} differ from {whose} by at most {self.difference:.1e}."
-        lines = [] if self.distilled is None else [str(self.distilled), ""]
-        return "\n".join([*lines, f"{self.directory} is a {self.architecture}. {differ}"])
+        code = " It brings its own code: transformers loads it with trust_remote_code=True." * (self.format == "hub")
+        return "\n".join([*lines, f"{self.directory} is a {self.architecture}. {differ}{code}"])
 
 
 @checked
@@ -58,6 +78,8 @@ def export(
     run: str | Path,
     out: Path,
     *,
+    format: Format | None = None,
+    quantize: Quantize | None = None,
     top_k: int | None = None,
     scores: Scores | None = None,
     distil_steps: int | None = None,
@@ -65,21 +87,26 @@ def export(
     force: bool = False,
     device: Device | None = None,
 ) -> Exported:
-    """Write a model as plain transformers: as Qwen3-MoE, with sigmoid gates as Dots1, a dense one as Qwen3.
+    """Write a model for other software: plain transformers, llama.cpp (GGUF), or the Hub with code of its own.
 
-    A Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled, on text that the run was
-    trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes two to three
-    minutes of two idle cores.
+    As plain transformers a model becomes a Qwen3-MoE, with sigmoid gates a Dots1, a dense one a Qwen3. For these, and
+    for llama.cpp, a Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled, on text that
+    the run was trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes
+    two to three minutes of two idle cores. For the Hub it stays as it is, and each text is served alone.
 
-    Every weight that was written is compared with the run's, or with the switched model's. Another process, which
-    cannot import this library, loads the directory and computes logits. If they differ by more than rounding, the
-    directory is removed.
+    What is written is checked before it has its name. Of a folder every weight is compared with the model's, and
+    another process, which cannot import this library, loads it and computes logits. A GGUF file is read back, and
+    where xllamacpp is installed llama.cpp computes log probabilities, text and tokens from it. If they differ by more
+    than rounding, nothing is left.
 
     Args:
-        run: A run directory or a checkpoint.
-        out: The directory to write.
+        run: A run directory or a checkpoint; for GGUF also what mot export wrote for transformers.
+        out: The directory to write, of GGUF the file.
+        format: transformers, gguf or hub; by default gguf for a name that ends in .gguf, else transformers.
+        quantize: Of GGUF, the type of its matrices: f32 (the default), f16, q8_0 or q4_0. Routers stay f32.
         top_k: Of a Mixture of Tokens, experts that a token goes to. By default the granularity, half of it and a
-            quarter are tried, and the fewest with a loss at most 0.01 above the lowest of the three are written.
+            quarter are tried, and the fewest with a loss at most 0.01 above the lowest of the three are written; for
+            the Hub, the granularity.
         scores: Of a Mixture of Tokens, gates of the exported model: softmax over the experts, the default (Qwen3-MoE),
             or a sigmoid each (Dots1), the default for a model with shared experts.
         distil_steps: Of a Mixture of Tokens, steps of distillation for each layer, by default 2,000; a model that was
@@ -91,12 +118,12 @@ def export(
     Raises ValueError for layers without a counterpart in plain transformers, and for a checkpoint of another model.
     """
     run, out = str(run), Path(out)
+    format = format or ("gguf" if out.suffix == ".gguf" else "transformers")
     check_one_process()
     if out.is_symlink() or out.name in ("", ".."):  # what it names is written, and needs a name
         out = out.resolve()
     at_least_one(top_k=top_k, distil_steps=distil_steps)
-    if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
-        raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
+    _check_flags(format, quantize, scores, distil_steps, license)
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: {out.absolute().parent} is no directory")
     if out.is_mount():  # what is complete is renamed to it
@@ -108,13 +135,48 @@ def export(
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}; name another directory") from None
     with owned_file(out, patience=0), without_progress_bars():
+        if format == "gguf":
+            _check_free_file(out, force)
+            return _export_gguf(run, out, quantize or "f32", top_k, scores, distil_steps, device)
         _put_back(out)
         taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
         if taken and not force:
             raise ValueError(f"{out} exists already; name another directory, or replace an export with --force")
         if taken and not manifest.is_of(out, EXPORT):
             raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
+        if format == "hub":
+            return _export_hub(run, out, top_k, license, device)
         return _export(run, out, top_k, scores, distil_steps, license, device)
+
+
+def _check_flags(
+    format: Format, quantize: Quantize | None, scores: Scores | None, distil_steps: int | None, license: str | None
+) -> None:
+    """Raises ValueError for what does nothing in this format."""
+    if format == "hub" and (scores, distil_steps) != (None, None):
+        raise ValueError(
+            "--scores and --distil-steps are for models that are distilled, which --format hub does not do"
+        )
+    if format != "gguf" and quantize is not None:
+        raise ValueError("--quantize is for --format gguf")
+    if format == "gguf" and license is not None:
+        raise ValueError("--license is for a model card, and a GGUF file has none")
+    if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
+        raise ValueError(f"--license {license}: give it as the Hub abbreviates it, such as apache-2.0 or mit")
+    if format == "gguf" and importlib.util.find_spec("gguf") is None:
+        raise ValueError('--format gguf needs the package gguf: pip install "mixture-of-tokens[gguf]"')
+
+
+def _check_free_file(out: Path, force: bool) -> None:
+    """Raises ValueError for a file that is not to be replaced."""
+    if out.is_dir():
+        raise ValueError(
+            f"{out} is a directory, and a GGUF file is written: name a file in it, as {out / 'model.gguf'}"
+        )
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists already; name another file, or replace a GGUF file with --force")
+    if out.exists() and out.open("rb").read(4) != b"GGUF":
+        raise ValueError(f"{out} is no GGUF file, so --force does not replace it; name another file")
 
 
 def _put_back(out: Path) -> None:
@@ -122,6 +184,46 @@ def _put_back(out: Path) -> None:
     before = replaced(out)
     if not out.exists() and manifest.is_of(before, EXPORT):
         before.rename(out)
+
+
+def _loaded(run: str, device: Device | None) -> tuple[Any, Any]:
+    """The model, in fp32, and its tokenizer. Raises ValueError where they do not belong together."""
+    model, tokenizer = load_model(run, device=device).float(), load_tokenizer_of(run)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer beside {run} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
+            "another model's"
+        )
+    return model, tokenizer
+
+
+def _switched(
+    run: str, model: MixtureOfTokensForCausalLM, top_k: int | None, scores: Scores | None, distil_steps: int | None
+) -> tuple[MixtureOfTokensForCausalLM, Distilled | None]:
+    """A model that has a counterpart in transformers, on the CPU, and how a Mixture of Tokens became one.
+
+    Raises ValueError for flags of a Mixture of Tokens and another model, and for a mixture that cannot be switched.
+    """
+    if not any(routing.converts_to for routing in model.config.routings):
+        check_not_switched(run, top_k, scores, distil_steps)
+        return model.cpu(), None
+    if run_directory(run) is None:
+        what = "a Mixture of Tokens is distilled on the text that it was trained on"
+        raise ValueError(f"{run} is no run directory, so its text is not known: {what}")
+    if model.config.shared_experts and scores == "softmax":
+        raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
+    scores = scores or default_scores(model.config)
+    check_exportable(token_choice_config(model.config, top_k=top_k, scores=scores))  # before the distillation
+    switched, distilled = switch_and_distil(
+        model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps or STEPS
+    )
+    return switched.cpu(), distilled
+
+
+def check_not_switched(run: str, top_k: int | None, scores: Scores | None, distil_steps: int | None) -> None:
+    """Raises ValueError for flags of a Mixture of Tokens."""
+    if (top_k, scores, distil_steps) != (None, None, None):
+        raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and so is --distil-steps; {run} is none")
 
 
 def _export(
@@ -133,45 +235,87 @@ def _export(
     license: str | None,
     device: Device | None,
 ) -> Exported:
-    model, tokenizer = load_model(run, device=device).float(), load_tokenizer_of(run)
+    model, tokenizer = _loaded(run, device)
     if not isinstance(model, MixtureOfTokensForCausalLM):
         raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads without an export")
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer beside {run} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
-            "another model's"
-        )
-    distilled = None
-    if any(routing.converts_to for routing in model.config.routings):
-        if run_directory(run) is None:
-            what = "a Mixture of Tokens is distilled on the text that it was trained on"
-            raise ValueError(f"{run} is no run directory, so its text is not known: {what}")
-        if model.config.shared_experts and scores == "softmax":
-            raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
-        scores = scores or default_scores(model.config)
-        check_exportable(token_choice_config(model.config, top_k=top_k, scores=scores))  # before the distillation
-        model, distilled = switch_and_distil(
-            model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps or STEPS
-        )
-    elif (top_k, scores, distil_steps) != (None, None, None):
-        raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and so is --distil-steps; {run} is none")
-    model = model.cpu()
+    model, distilled = _switched(run, model, top_k, scores, distil_steps)
     plain = to_plain(model)
+    with _written(run, out, plain, tokenizer) as (beside, ids, what):
+        difference = verify(run, model, type(plain), beside, ids, what)
+        _finish(beside, out, card(run, model, plain, what, difference, license, distilled))
+    kind = type(plain).__name__
+    return Exported(str(out), "transformers", kind, plain.num_parameters(), what, difference, distilled)
+
+
+def _export_hub(run: str, out: Path, top_k: int | None, license: str | None, device: Device | None) -> Exported:
+    model, tokenizer = _loaded(run, device)
+    if not isinstance(model, MixtureOfTokensForCausalLM):
+        raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads without code of its own")
+    if not all(routing.causal for routing in model.config.routings):
+        raise ValueError(f"{run} is not causal: it sees what it is to predict, and writes no text")
+    losses = serve_as_written(run, model, top_k)
+    model = model.cpu()
+    with _written(run, out, model, tokenizer) as (beside, ids, what):
+        write_code(beside, model)
+        difference = verify_code(run, model, beside, ids, what)
+        _finish(beside, out, hub_card(run, model, losses, license))
+    kind = json.loads((out / "config.json").read_text())["architectures"][0]
+    return Exported(str(out), "hub", kind, model.num_parameters(), what, difference)
+
+
+@contextmanager
+def _written(run: str, out: Path, model: Any, tokenizer: Any) -> Iterator[tuple[Path, Tensor, str]]:
+    """Publish a folder with model and tokenizer; the block adds to it, or raises. Gives text to compare on, too."""
     tokenizer.model_max_length = model.config.max_position_embeddings
     ids, what = _text(run, model)
     beside = out.with_name(f".{out.name}.partial")  # no name that a user gives
     with published(beside, out):
         with plain_errors(out):
-            plain.save_pretrained(beside)
+            model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
             _write_config(beside)
-        difference = verify(run, model, type(plain), beside, ids, what)
+        yield beside, ids, what
+
+
+def _finish(beside: Path, out: Path, text: str) -> None:
+    with disk_errors(out):
+        manifest.write(beside, of=EXPORT)
+        # Which people edit. It names the text, whose name may be no UTF-8.
+        (beside / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _export_gguf(
+    run: str,
+    out: Path,
+    quantize: Quantize,
+    top_k: int | None,
+    scores: Scores | None,
+    distil_steps: int | None,
+    device: Device | None,
+) -> Exported:
+    from mixture_of_tokens.convert.to_gguf import check_tokenizer, write_gguf
+    from mixture_of_tokens.convert.verify_gguf import check_gguf
+
+    model, tokenizer = _loaded(run, device)
+    check_tokenizer(tokenizer)  # before the distillation
+    if isinstance(model, MixtureOfTokensForCausalLM):
+        switched, distilled = _switched(run, model, top_k, scores, distil_steps)
+        plain = to_plain(switched)
+    else:  # written by an earlier export
+        check_not_switched(run, top_k, scores, distil_steps)
+        plain, distilled = model.cpu(), None
+    ids, what = _text(run, plain)
+    beside = out.with_name(f".{out.name}.partial")
+    try:
+        with plain_errors(out):
+            architecture = write_gguf(plain, tokenizer, beside, quantize, name=Path(run).absolute().name)
+        found = check_gguf(plain, tokenizer, beside, ids, quantize)
         with disk_errors(out):
-            manifest.write(beside, of=EXPORT)
-            text = card(run, model, plain, what, difference, license, distilled)
-            # Which people edit. It names the text, whose name may be no UTF-8.
-            (beside / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
-    return Exported(str(out), type(plain).__name__, plain.num_parameters(), what, difference, distilled)
+            publish_file(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+    parameters = plain.num_parameters()
+    return Exported(str(out), "gguf", architecture, parameters, what, found.difference, distilled, found)
 
 
 def _write_config(directory: Path) -> None:
@@ -185,7 +329,7 @@ def _write_config(directory: Path) -> None:
     GenerationConfig(**settings).save_pretrained(directory)
 
 
-def _text(run: str, model: MixtureOfTokensForCausalLM) -> tuple[Tensor, str]:
+def _text(run: str, model: Any) -> tuple[Tensor, str]:
     """Token ids (rows, T) to compare logits on, and what they are."""
     length = model.config.max_position_embeddings
     try:

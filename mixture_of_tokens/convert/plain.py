@@ -1,8 +1,5 @@
 """A model in transformers' own classes: Qwen3-MoE, with sigmoid gates Dots1, without experts Qwen3."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,8 +41,8 @@ def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
         plain = _dots1(config, common)
     else:
         plain = _qwen3_moe(config, common)
-    empty = {name: value for name, value in plain.state_dict().items() if not value.numel()}  # of no shared experts
-    plain.load_state_dict(plain_weights(model) | empty)
+    weights = plain_weights(model)
+    plain.load_state_dict(weights | unshared(plain, weights))
     return plain.eval()
 
 
@@ -87,17 +84,16 @@ def _dots1(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
     dense = len(config.routings) - len(config.sparse_routings)
     experts = {"n_routed_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
     experts |= {"moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob}
-    alone = {"n_shared_experts": config.shared_experts, "n_group": 1, "topk_group": 1, "sliding_window": None}
-    with nothing_shared():
-        return Dots1ForCausalLM(Dots1Config(**common, **experts, **alone, first_k_dense_replace=dense))
+    # Other software takes no Dots1 without a shared expert (vLLM divides by its width), and reads `scoring_func`.
+    others = {"n_shared_experts": config.shared_experts or 1, "scoring_func": "sigmoid"}
+    others |= {"n_group": 1, "topk_group": 1, "sliding_window": None}
+    return Dots1ForCausalLM(Dots1Config(**common, **experts, **others, first_k_dense_replace=dense))
 
 
-@contextmanager
-def nothing_shared() -> Iterator[None]:
-    """Dots1 has shared experts; where we have none, torch warns that there is nothing to initialise."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        yield
+def unshared(plain: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, all zero, of the shared experts that Dots1 has and a model of these weights has not."""
+    missing = [name for name in plain.state_dict() if ".mlp.shared_experts." in name and name not in weights]
+    return {name: torch.zeros_like(plain.state_dict()[name]) for name in missing}
 
 
 @torch.no_grad()

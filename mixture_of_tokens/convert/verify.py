@@ -3,25 +3,29 @@
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixture_of_tokens.convert.plain import nothing_shared, plain_weights
+from mixture_of_tokens.convert.plain import plain_weights, unshared
 from mixture_of_tokens.disk import plain_errors
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 
 TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
 
-# Run by `in_plain_transformers` on the directory and the files of ids and of logits.
+# Run by `in_plain_transformers` on the directory, the files of ids and of logits, and of a folder for code, or none.
 CHECK = """
-import sys, torch
+import os, sys
+directory, given, found, code = sys.argv[1:]
+if code:
+    os.environ["HF_MODULES_CACHE"] = code
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-directory, given, found = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=bool(code)).eval()
 AutoTokenizer.from_pretrained(directory)
 with torch.no_grad():
     save_file({"logits": model(load_file(given)["ids"]).logits.contiguous()}, found)
@@ -36,12 +40,31 @@ def verify(
     Raises ValueError where transformers' model of that architecture in the directory is not `model`, made of `run`.
     """
     not_the_same = f"the checkpoint written from {run} is not the same model, and was removed"
-    with nothing_shared():
-        written = architecture.from_pretrained(directory, dtype=torch.float32)
+    written = architecture.from_pretrained(directory, dtype=torch.float32)
     if (name := different_weight(model, written)) is not None:
         raise ValueError(f"{not_the_same}: {name} is not the run's")
+    return _within_rounding(not_the_same, *_compared(model, directory, ids), what)
+
+
+def verify_code(run: str, model: MixtureOfTokensForCausalLM, directory: Path, ids: Tensor, what: str) -> float:
+    """The same of a directory that brings its own code. Raises ValueError where its model is not `model`."""
+    not_the_same = f"the folder written from {run} is not the same model, and was removed"
+    with torch.device("cpu"):
+        written = MixtureOfTokensForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    theirs = written.state_dict()
+    for name, value in model.state_dict().items():
+        if not _equal(value, theirs.get(name)):
+            raise ValueError(f"{not_the_same}: {name} is not the run's")
+    with TemporaryDirectory() as code:
+        return _within_rounding(not_the_same, *_compared(model, directory, ids, code), what)
+
+
+def _compared(model: Any, directory: Path, ids: Tensor, code: str = "") -> tuple[float, float]:
     print("Comparing logits with plain transformers', in another process", file=sys.stderr)
-    difference, scale = compare_logits(model, directory, ids)
+    return compare_logits(model, directory, ids, code)
+
+
+def _within_rounding(not_the_same: str, difference: float, scale: float, what: str) -> float:
     allowed = TOLERANCE * max(1.0, scale)
     if not difference <= allowed:
         much = f"logits on {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
@@ -51,8 +74,8 @@ def verify(
 
 def different_weight(model: MixtureOfTokensForCausalLM, plain: Any) -> str | None:
     """The name of a weight that is not exactly the model's. Logits of a few rows do not involve every expert."""
-    expected = plain_weights(model)
-    found = {name: value for name, value in plain.state_dict().items() if value.numel()}
+    weights, found = plain_weights(model), plain.state_dict()
+    expected = weights | unshared(plain, weights)
     names = sorted({*expected, *found})
     return next((name for name in names if not _equal(expected.get(name), found.get(name))), None)
 
@@ -61,8 +84,11 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and torch.equal(a, b)
 
 
-def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, float]:
+def compare_logits(model: Any, directory: Path, ids: Tensor, code: str = "") -> tuple[float, float]:
     """The largest difference of a model's logits from plain transformers', and their standard deviation.
+
+    Args:
+        code: a folder that transformers may copy the directory's code to, and run it; by default it runs none.
 
     Raises ValueError where transformers cannot load the directory.
     """
@@ -70,7 +96,7 @@ def compare_logits(model: Any, directory: Path, ids: Tensor) -> tuple[float, flo
     try:
         with plain_errors(directory):
             save_file({"ids": ids.contiguous()}, given)
-        in_plain_transformers(CHECK, str(directory), str(given), str(found))
+        in_plain_transformers(CHECK, str(directory), str(given), str(found), code)
         with torch.no_grad():
             logits = model(ids).logits
         return float((load_file(found)["logits"] - logits).abs().max()), float(logits.std())
