@@ -1,0 +1,194 @@
+"""Every exportable form in the engines that people serve with: `make test-engines` (not part of the other tests).
+
+It prints the table of docs/guide/serve.md. llama.cpp and vLLM are in environments of their own, in .engines.
+"""
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mixture_of_tokens import MixtureOfTokensForCausalLM, config_from_name, export
+from mixture_of_tokens.convert.to_gguf import write_gguf
+from mixture_of_tokens.convert.verify_gguf import TOLERANCE, answers_of, plain_greedy, questions_of
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINES, MIXED = ROOT / ".engines", "MoT-Nano/4E/2"
+RESULTS = ROOT / "benchmarks" / "engines.csv"
+
+pytestmark = pytest.mark.engines
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 16}
+SIZES |= {"max_position_embeddings": 128}
+
+
+def form(kind: str, **fields: Any) -> Callable[[int], MixtureOfTokensConfig]:
+    own = {"mlp_layer_types": ["dense", kind, kind], "num_experts_per_tok": 1, "capacity_factor": None}
+    return lambda vocab_size: MixtureOfTokensConfig(**SIZES | own | fields | {"vocab_size": vocab_size})
+
+
+FORMS = {
+    "dense": form("dense"),
+    "dense, grouped queries, tied embeddings": form("dense", num_key_value_heads=1, tie_word_embeddings=True),
+    "Token Choice, 1 of 16": form("token_choice"),
+    "Token Choice, 8 of 16": form("token_choice", num_experts_per_tok=8),
+    "Token Choice, 4 of 16, gates normalised": form("token_choice", num_experts_per_tok=4, norm_topk_prob=True),
+    "Token Choice, grouped queries": form("token_choice", num_experts_per_tok=2, num_key_value_heads=1),
+    "Token Choice, tied embeddings": form("token_choice", num_experts_per_tok=2, tie_word_embeddings=True),
+    "Token Choice, a Micro's shape": lambda size: config_from_name("TC-Micro/32E/8", vocab_size=size),
+    "sigmoid Token Choice, 8 of 16": form("sigmoid_choice", num_experts_per_tok=8),
+    "sigmoid Token Choice, gates normalised": form("sigmoid_choice", num_experts_per_tok=4, norm_topk_prob=True),
+    "sigmoid Token Choice, 2 shared experts": form("sigmoid_choice", num_experts_per_tok=2, shared_experts=2),
+    "sigmoid Token Choice, grouped queries, tied": form(
+        "sigmoid_choice", num_experts_per_tok=4, num_key_value_heads=1, tie_word_embeddings=True
+    ),
+}
+SWITCHED = "Mixture of Tokens, switched"
+
+
+def model_of(make: Callable[[int], MixtureOfTokensConfig], vocab_size: int) -> MixtureOfTokensForCausalLM:
+    """With weights so large that choices are clear, and predictions far from even."""
+    torch.manual_seed(0)
+    model = MixtureOfTokensForCausalLM(make(vocab_size)).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.mul_(1 + 0.3 * torch.randn_like(value)) if value.dim() == 1 else value.mul_(3)
+        for name, value in model.named_buffers():
+            if "selection_bias" in name:
+                value.uniform_(-0.3, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_runs, tmp_path_factory) -> dict[str, Path]:
+    """Folders of transformers, by form."""
+    out, folders = tmp_path_factory.mktemp("exported"), {}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_runs[MIXED] / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs[MIXED].parent / "cache"))
+        for number, (name, make) in enumerate(FORMS.items()):
+            model_of(make, len(tokenizer)).save_pretrained(out / f"run-{number}")
+            tokenizer.save_pretrained(out / f"run-{number}")
+            export(out / f"run-{number}", out / str(number), device="cpu")
+            folders[name] = out / str(number)
+        export(tiny_runs[MIXED], out / "switched", distil_steps=20, device="cpu")
+        folders[SWITCHED] = out / "switched"
+    return folders
+
+
+@pytest.fixture(scope="module")
+def references(exported) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
+    """Transformers' model, tokenizer and the questions about it, by form."""
+    found = {}
+    for name, folder in exported.items():
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = "".join(path.read_text() for path in sorted((ROOT / "mixture_of_tokens").glob("l*.py")))
+        ids = torch.tensor(tokenizer(text)["input_ids"][: 8 * 60]).view(8, 60)
+        found[name] = plain, tokenizer, questions_of(plain, tokenizer, ids)
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_vllm(exported, references, tmp_path_factory) -> Path:
+    """A folder of vLLM's answers, of all forms, as its import takes longest."""
+    out = tmp_path_factory.mktemp("vllm")
+    numbers = enumerate(exported.items())
+    asked = {str(i): {"folder": str(folder), "questions": references[name][2]} for i, (name, folder) in numbers}
+    (out / "questions.json").write_text(json.dumps(asked))
+    words = [ENGINES / "vllm" / "bin" / "python", Path(__file__).parent / "engine_vllm.py", out / "questions.json", out]
+    with (out / "log").open("w") as log:
+        subprocess.run(list(map(str, words)), stdout=log, stderr=subprocess.STDOUT, check=False)
+    return out
+
+
+def compared(name: str, references: Any, found: Any, *, writes_ends: bool = False) -> dict[str, Any]:
+    """What an engine makes of a form, beside transformers.
+
+    writes_ends: whether it writes the token that ends a text where it is asked to go on beyond it, as llama.cpp does not.
+    """
+    plain, tokenizer, questions = references[name]
+    rows = torch.tensor(questions["rows"])
+    with torch.no_grad():
+        expected = plain(rows).logits.log_softmax(-1).numpy()
+    values = found["log_probabilities"]
+    never = None if writes_ends else tokenizer.eos_token_id
+    greedy = plain_greedy(plain, rows[:, : questions["prompt"]], questions["new"], never).numpy()
+    ours = [tokenizer(line)["input_ids"] for line in questions["lines"]]
+    theirs = json.loads(str(found["lines"]))
+    targets = np.array(questions["rows"])[:, 1:, None]
+    losses = [-np.take_along_axis(of[:, :-1], targets, -1).mean() for of in (values, expected)]
+    return {
+        "difference": float(abs(values - expected).max()),
+        "top": int((values.argmax(-1) == expected.argmax(-1)).sum()),
+        "greedy": int((found["greedy"] == greedy).sum()),
+        "lines": sum(a == b for a, b in zip(ours, theirs, strict=True)),
+        "positions": values.shape[0] * values.shape[1],
+        "written": greedy.size,
+        "loss_apart": float(losses[0] - losses[1]),
+        "loss": float(losses[1]),
+    }
+
+
+def noted(engine: str, name: str, found: dict[str, Any]) -> None:
+    """A row of the results, in place of an earlier one."""
+    row = {"engine": engine, "form": name} | {key: f"{value:.4g}" for key, value in found.items()}
+    with RESULTS.open(newline="") as file:
+        kept = [each for each in csv.DictReader(file) if (each["engine"], each["form"]) != (engine, name)]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, row])
+
+
+def check_exact(found: dict[str, Any]) -> None:
+    assert found["difference"] <= TOLERANCE
+    assert (found["top"], found["greedy"]) == (found["positions"], found["written"])
+    assert found["lines"] == 50
+
+
+@pytest.mark.parametrize("name", [*FORMS, SWITCHED])
+def test_vllm_computes_what_transformers_does(name, exported, references, by_vllm):
+    file = by_vllm / f"{list(exported).index(name)}.npz"
+    assert file.is_file(), (by_vllm / "log").read_text()[-2000:]
+    with np.load(file) as answered:
+        found = compared(name, references, dict(answered), writes_ends=True)
+    noted("vllm", name, found)
+    check_exact(found)
+
+
+@pytest.mark.parametrize("quantize", ["f32", "q8_0"])
+@pytest.mark.parametrize("name", [*FORMS, SWITCHED])
+def test_llama_cpp_computes_what_transformers_does(name, quantize, references, tmp_path):
+    plain, tokenizer, questions = references[name]
+    write_gguf(plain, tokenizer, tmp_path / "model.gguf", quantize, "model")
+    answered = answers_of(tmp_path / "model.gguf", questions, str(ENGINES / "llama" / "bin" / "python"))
+    found = compared(name, references, answered)
+    noted(f"llama.cpp {quantize}", name, found)
+    if quantize == "f32":
+        check_exact(found)
+    else:
+        assert found["lines"] == 50
+        assert abs(found["loss_apart"]) < 0.02 * found["loss"]
+
+
+def test_a_model_that_is_another_one_is_noticed(references, tmp_path):
+    """The control: one expert of one block, negated."""
+    name = "Token Choice, 8 of 16"
+    plain, tokenizer, questions = references[name]
+    weight = plain.model.layers[2].mlp.experts.down_proj
+    with torch.no_grad():
+        weight[3] *= -1
+        write_gguf(plain, tokenizer, tmp_path / "model.gguf", "f32", "model")
+        weight[3] *= -1
+    answered = answers_of(tmp_path / "model.gguf", questions, str(ENGINES / "llama" / "bin" / "python"))
+    assert compared(name, references, answered)["difference"] > 100 * TOLERANCE
