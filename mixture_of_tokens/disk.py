@@ -142,11 +142,16 @@ def disk_errors(final: Path) -> Iterator[None]:
 
 @contextmanager
 def plain_errors(final: Path) -> Iterator[None]:
-    """Raise as OSError what torch.save, safetensors and tokenizers raise on a full disk; `disk_errors` included."""
+    """Raise as OSError what torch.save, safetensors and tokenizers raise on a full disk; `disk_errors` included.
+
+    numpy's error of an incomplete write is an OSError without a number, and gets the name.
+    """
     try:
         with disk_errors(final):
             yield
     except Exception as error:  # tokenizers raises Exception itself
+        if isinstance(error, OSError) and error.errno is None and not str(error).startswith(str(final)):
+            raise OSError(f"{final} could not be written: {error}") from error
         if not isinstance(error, RuntimeError | SafetensorError) and type(error) is not Exception:
             raise
         why = str(error)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, config_from_name, export
 from mixture_of_tokens.convert.to_gguf import write_gguf
-from mixture_of_tokens.convert.verify_gguf import TOLERANCE, answers_of, plain_greedy, questions_of
+from mixture_of_tokens.convert.verify_gguf import TOLERANCE, answers_of, ids_of_lines, plain_greedy, questions_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ def model_of(make: Callable[[int], MixtureOfTokensConfig], vocab_size: int) -> M
     torch.manual_seed(0)
     model = MixtureOfTokensForCausalLM(make(vocab_size)).eval()
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for value in model.parameters():
             value.mul_(1 + 0.3 * torch.randn_like(value)) if value.dim() == 1 else value.mul_(3)
         for name, value in model.named_buffers():
             if "selection_bias" in name:
@@ -114,7 +114,7 @@ def by_vllm(exported, references, tmp_path_factory) -> Path:
 def compared(name: str, references: Any, found: Any, *, writes_ends: bool = False) -> dict[str, Any]:
     """What an engine makes of a form, beside transformers.
 
-    writes_ends: whether it writes the token that ends a text where it is asked to go on beyond it, as llama.cpp does not.
+    writes_ends: whether it writes the token that ends a text where it is to go on beyond it, as llama.cpp does not.
     """
     plain, tokenizer, questions = references[name]
     rows = torch.tensor(questions["rows"])
@@ -123,7 +123,7 @@ def compared(name: str, references: Any, found: Any, *, writes_ends: bool = Fals
     values = found["log_probabilities"]
     never = None if writes_ends else tokenizer.eos_token_id
     greedy = plain_greedy(plain, rows[:, : questions["prompt"]], questions["new"], never).numpy()
-    ours = [tokenizer(line)["input_ids"] for line in questions["lines"]]
+    ours = ids_of_lines(tokenizer, questions["lines"])
     theirs = json.loads(str(found["lines"]))
     targets = np.array(questions["rows"])[:, 1:, None]
     losses = [-np.take_along_axis(of[:, :-1], targets, -1).mean() for of in (values, expected)]

@@ -101,7 +101,7 @@ def hub_card(run: str, model: MixtureOfTokensForCausalLM, losses: dict[str, floa
     lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['name = "this/directory"']
     lines += ["model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)"]
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(name)"]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)"]
     lines += ['inputs = tokenizer("def ", return_tensors="pt")']
     lines += ["written = model.generate(**inputs, max_new_tokens=40, do_sample=True)"]
     lines += ["print(tokenizer.decode(written[0]))", "```", ""]

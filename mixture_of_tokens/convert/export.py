@@ -175,8 +175,13 @@ def _check_free_file(out: Path, force: bool) -> None:
         )
     if out.exists() and not force:
         raise ValueError(f"{out} exists already; name another file, or replace a GGUF file with --force")
-    if out.exists() and out.open("rb").read(4) != b"GGUF":
+    if out.exists() and not _is_gguf(out):
         raise ValueError(f"{out} is no GGUF file, so --force does not replace it; name another file")
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
 
 
 def _put_back(out: Path) -> None:

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=bool(code)).eval()
-AutoTokenizer.from_pretrained(directory)
+AutoTokenizer.from_pretrained(directory, trust_remote_code=bool(code))
 with torch.no_grad():
     save_file({"logits": model(load_file(given)["ids"]).logits.contiguous()}, found)
 """

@@ -89,7 +89,7 @@ def check_gguf(
     # Asked to go on beyond the end of a text, the engine never writes the token that ends it.
     greedy = plain_greedy(plain, inputs[:, : questions["prompt"]], questions["new"], tokenizer.eos_token_id)
     agreed = int((torch.from_numpy(found["greedy"]) == greedy).sum())
-    theirs, ours = json.loads(str(found["lines"])), [tokenizer(line)["input_ids"] for line in questions["lines"]]
+    theirs, ours = json.loads(str(found["lines"])), ids_of_lines(tokenizer, questions["lines"])
     lines = sum(a == b for a, b in zip(theirs, ours, strict=True))
     checked = CheckedGguf(
         engine=f"llama.cpp ({ENGINE} {importlib.metadata.version(ENGINE)})",
@@ -123,6 +123,11 @@ def questions_of(plain: Any, tokenizer: PreTrainedTokenizerFast, inputs: Tensor)
     }
 
 
+def ids_of_lines(tokenizer: PreTrainedTokenizerFast, lines: list[str]) -> list[list[int]]:
+    """Without a warning of those that are longer than the model's context."""
+    return [tokenizer.backend_tokenizer.encode(line).ids for line in lines]
+
+
 def _is_ascii(text: str) -> bool:
     return len(text) == 1 and text.isascii() and text.isprintable()
 
@@ -135,7 +140,8 @@ def answers_of(file: Path, questions: dict[str, Any], python: str = sys.executab
         words = [python, "-P", llama_cpp.__file__, str(file), str(asked), str(answered)]
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
-            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no word of why")
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            last = next((line for line in reversed(said) if "error" in line.lower()), said[-1] if said else "no reason")
             raise ValueError(f"llama.cpp cannot use the file that was written: {last}")
         with np.load(answered) as read:
             return dict(read)
@@ -146,7 +152,8 @@ def plain_greedy(plain: Any, prompts: Tensor, new: int, never: int | None = None
     """(rows, new): the continuation of each row, beyond an end of text too. never: a token that is not written."""
     how: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     how |= {} if never is None else {"suppress_tokens": [never]}
-    return torch.stack([plain.generate(row[None], **how, max_new_tokens=new)[0, len(row) :] for row in prompts])
+    how |= {"attention_mask": torch.ones_like(prompts[:1]), "max_new_tokens": new}  # a prompt may hold token 0
+    return torch.stack([plain.generate(row[None], **how)[0, len(row) :] for row in prompts])
 
 
 def _loss(log_probabilities: Tensor, targets: Tensor) -> float:
