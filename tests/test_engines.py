@@ -3,9 +3,16 @@
 It prints the table of docs/guide/serve.md. llama.cpp and vLLM are in environments of their own, in .engines.
 """
 
+import contextlib
 import csv
 import json
+import os
+import re
+import shlex
+import signal
 import subprocess
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,3 +199,113 @@ def test_a_model_that_is_another_one_is_noticed(references, tmp_path):
         weight[3] *= -1
     answered = answers_of(tmp_path / "model.gguf", questions, str(ENGINES / "llama" / "bin" / "python"))
     assert compared(name, references, answered)["difference"] > 100 * TOLERANCE
+
+
+# The commands of docs/guide/serve.md
+
+PAGE = ROOT / "docs" / "guide" / "serve.md"
+
+
+def blocks(engine: str) -> list[str]:
+    """Code of the page that begins with `# ENGINE`."""
+    found = re.findall(r"^```\w+\n# (\S+)\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [code for name, code in found if name == engine]
+
+
+@pytest.fixture(scope="module")
+def place(tiny_runs, tmp_path_factory) -> Path:
+    """A directory with what the page's `mot export` lines write."""
+    place = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tiny_runs[MIXED].parent / "cache"))
+        export(tiny_runs[MIXED], place / "exported", distil_steps=5, device="cpu")
+        export(tiny_runs[MIXED], place / "mine-hub", format="hub", device="cpu")
+        export(place / "exported", place / "mine-q8.gguf", quantize="q8_0", device="cpu")
+    return place
+
+
+def python(engine: str, *words: object, place: Path) -> str:
+    own = {"HF_MODULES_CACHE": str(place / "code"), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [str(ENGINES / engine / "bin" / "python"), *map(str, words)]
+    done = subprocess.run(command, cwd=place, env=os.environ | own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [("transformers", "scores"), ("llama.cpp", "llama"), ("vllm", "vllm")], ids=str
+)
+def test_the_python_of_the_page_writes_text(name, engine, place):
+    code = blocks(name)[0]
+    (place / "page.py").write_text(code)
+    assert python(engine, "page.py", place=place).strip()
+
+
+def test_vllm_serves_the_export(place):
+    (line,) = (shlex.split(block) for block in blocks("vllm") if block.startswith("vllm serve"))
+    address = f"http://127.0.0.1:{line[line.index('--port') + 1]}/v1/completions"
+    asked = json.dumps({"model": "exported", "prompt": "def ", "max_tokens": 5}).encode()
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    program = ENGINES / "vllm" / "bin" / line[0]
+    settings = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with (place / "log").open("w") as log:
+        process = subprocess.Popen(
+            [str(program), *line[1:]], cwd=place, env=settings, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            answer = None
+            for _ in range(300):
+                assert process.poll() is None, (place / "log").read_text()[-3000:]
+                with contextlib.suppress(OSError):
+                    request = urllib.request.Request(address, asked, {"Content-Type": "application/json"})
+                    answer = json.loads(direct.open(request, timeout=60).read())
+                    break
+                time.sleep(1)
+            assert answer is not None
+            assert answer["usage"]["completion_tokens"] == 5
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["exported", "hub"])
+def test_lm_eval_scores_as_the_model_does(number, place):
+    """A task of this test's in place of the Hub's: which of two continuations is likelier."""
+    line = shlex.split(blocks("lm_eval")[0].splitlines()[number])
+    lines = [text for text in PAGE.read_text().splitlines() if 20 < len(text) < 40]
+    pairs = [(lines[i][:8], [lines[i][8:], lines[-1 - i][8:]]) for i in range(len(lines) // 2)]
+    places = [{"context": context, "choices": choices, "answer": 0} for context, choices in pairs]
+    (place / "places.json").write_text("".join(json.dumps(one) + "\n" for one in places))
+    task = {"task": "places", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "places.json"}}}
+    task |= {"output_type": "multiple_choice", "test_split": "test", "target_delimiter": "", "doc_to_target": "answer"}
+    task |= {"doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}"}
+    task["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    (place / "places.yaml").write_text(json.dumps(task))
+    line[line.index("--tasks") + 1] = "places"
+    more = ["--include_path", ".", "--device", "cpu", "--batch_size", "3", "--output_path", f"scores-{number}"]
+    python("scores", "-m", *line, *more, place=place)
+    (scores,) = (place / f"scores-{number}").rglob("results*.json")
+    found = json.loads(scores.read_text())["results"]["places"]["acc,none"]
+    folder = ("exported", "mine-hub")[number]
+    model = (
+        AutoModelForCausalLM.from_pretrained(place / folder).eval()
+        if folder == "exported"
+        else MixtureOfTokensForCausalLM.from_pretrained(place / folder).eval()
+    )
+    if folder == "mine-hub":
+        model.serve_alone(num_experts_alone=model.config.num_experts_per_tok)
+    tokenizer = AutoTokenizer.from_pretrained(place / folder)
+    likelier = [
+        np.argmax([likelihood(model, tokenizer, context, each) for each in choices]) for context, choices in pairs
+    ]
+    right = sum(choice == 0 for choice in likelier)
+    assert len(pairs) > 5
+    assert found == pytest.approx(right / len(pairs))
+
+
+@torch.no_grad()
+def likelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
+    before, whole = tokenizer(context)["input_ids"], tokenizer(context + continuation)["input_ids"]
+    ids = torch.tensor([whole])
+    found = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    return float(found[len(before) - 1 :].sum())

@@ -32,34 +32,50 @@ def serve(file: str, context: int, threads: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def answers(file: str, questions: dict[str, Any]) -> dict[str, np.ndarray]:
-    rows, size = questions["rows"], questions["vocab_size"]
-    length = max(len(rows[0]), questions["prompt"] + questions["new"]) + 1
-    server = serve(file, length, questions["threads"])  # which ends with this process
-    address = server.listening_address
-    address = address if address.startswith("http") else f"http://{address}"
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+class Engine:
+    """llama.cpp with a file loaded, which answers until this process ends."""
 
-    def ask(path: str, **body: Any) -> dict[str, Any]:
-        request = urllib.request.Request(address + path, json.dumps(body).encode())
+    def __init__(self, file: str, context: int, threads: int):
+        self.server = serve(file, context, threads)
+        address = self.server.listening_address
+        self.address = address if address.startswith("http") else f"http://{address}"
+        self.direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(self, path: str, **body: Any) -> dict[str, Any]:
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
-        with direct.open(request, timeout=300) as answer:
+        with self.direct.open(request, timeout=300) as answer:
             return json.loads(answer.read())
 
-    found = np.full((len(rows), len(rows[0]), size), np.nan)
-    # A token that ends the text, or is a part of a character, comes without probabilities. So another one is forced;
-    # what is told is from before that.
-    one = {"n_predict": 1, "n_probs": size, "temperature": 0.0, "logit_bias": [[questions["forced"], 1e3]]}
-    for i, row in enumerate(rows):
-        for t in range(len(row)):
-            answer = ask("/completion", prompt=row[: t + 1], cache_prompt=True, **one)
-            for entry in answer["completion_probabilities"][0]["top_logprobs"]:
-                found[i, t, entry["id"]] = entry["logprob"]
+    def after(self, tokens: list[int], token: int, probabilities: int) -> list[dict[str, Any]]:
+        """Have a token written after others. Its log probability, and so many of the highest, are from before that.
+
+        Empty for a token that ends a text, or is a part of a character: these come without.
+        """
+        how = {"n_predict": 1, "n_probs": probabilities, "temperature": 0.0, "cache_prompt": True}
+        return self.ask("/completion", prompt=tokens, logit_bias=[[token, 1e3]], **how).get(
+            "completion_probabilities", []
+        )
+
+    def log_probabilities(self, tokens: list[int], vocab_size: int, forced: int) -> np.ndarray:
+        """(V,): of the whole vocabulary after these tokens."""
+        found = np.full(vocab_size, np.nan)
+        for entry in self.after(tokens, forced, vocab_size)[0]["top_logprobs"]:
+            found[entry["id"]] = entry["logprob"]
+        return found
+
+
+def answers(file: str, questions: dict[str, Any]) -> dict[str, np.ndarray]:
+    rows, size = questions["rows"], questions["vocab_size"]
+    engine = Engine(file, max(len(rows[0]), questions["prompt"] + questions["new"]) + 1, questions["threads"])
+    found = [
+        [engine.log_probabilities(row[: t + 1], size, questions["forced"]) for t in range(len(row))] for row in rows
+    ]
     further = {"n_predict": questions["new"], "temperature": 0.0, "return_tokens": True, "ignore_eos": True}
-    greedy = [ask("/completion", prompt=row[: questions["prompt"]], **further)["tokens"] for row in rows]
-    lines = [ask("/tokenize", content=line)["tokens"] for line in questions["lines"]]
+    greedy = [engine.ask("/completion", prompt=row[: questions["prompt"]], **further)["tokens"] for row in rows]
+    lines = [engine.ask("/tokenize", content=line)["tokens"] for line in questions["lines"]]
     return {
-        "log_probabilities": found,
+        "log_probabilities": np.array(found),
         "greedy": np.array([[*tokens, *[-1] * questions["new"]][: questions["new"]] for tokens in greedy]),
         "lines": np.array(json.dumps(lines)),
     }
