@@ -48,7 +48,9 @@ def test_the_readme_is_short_and_shows_all_kinds_of_blocks():
     assert all(str(page.relative_to(ROOT)) in README.read_text() for page in PAGES[1:])
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != ENGINES], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python") and page != ENGINES], ids=lambda page: page.stem
+)
 @pytest.mark.usefixtures("tiny_cache")
 def test_python_blocks_run(page, small_corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    Dots1Config,
+    Dots1ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, export
 from mixture_of_tokens.convert import export as export_module
@@ -161,6 +168,26 @@ def test_an_earlier_export_gives_the_same_tensors_as_the_run(saved, tmp_path, mo
     a, b = (gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors for name in "ab")
     assert [tensor.name for tensor in a] == [tensor.name for tensor in b]
     assert all(np.array_equal(one.data, other.data) for one, other in zip(a, b, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.usefixtures("without_engine")
+def test_an_export_of_before_has_no_shared_expert_and_becomes_the_same_file(tiny_runs, tmp_path):
+    plain = to_plain(model_of("sigmoid_choice"))
+    config = Dots1Config.from_dict(plain.config.to_dict() | {"n_shared_experts": 0})
+    before = Dots1ForCausalLM(config).eval()
+    weights = {name: value for name, value in plain.state_dict().items() if "shared_experts" not in name}
+    before.load_state_dict({name: value for name, value in before.state_dict().items() if not value.numel()} | weights)
+    ids = torch.randint(512, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(before(ids).logits, plain(ids).logits)  # bit for bit
+    tokenizer, written = AutoTokenizer.from_pretrained(tiny_runs[MIXED] / "model"), []
+    for model in (plain, before):
+        model.save_pretrained(tmp_path / "folder")
+        tokenizer.save_pretrained(tmp_path / "folder")
+        export(tmp_path / "folder", tmp_path / "model.gguf", device="cpu", force=True)
+        written.append((tmp_path / "model.gguf").read_bytes())
+    assert written[0] == written[1]
 
 
 @pytest.mark.usefixtures("without_engine")

@@ -198,9 +198,9 @@ def _tensors(plain: Any, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
         gate, up = np.split(take(f"{mlp}.experts.gate_up_proj"), 2, axis=1)
         experts = {"gate_proj": gate, "up_proj": up, "down_proj": take(f"{mlp}.experts.down_proj")}
         for name, ours in FEED_FORWARD.items():
-            shared = take(f"{mlp}.shared_experts.{name}.weight", np.zeros_like(experts[name][0]))
+            shared = take(f"{mlp}.shared_experts.{name}.weight", np.empty(0))
             yield f"blk.{i}.{ours}_exps.weight", np.ascontiguousarray(experts[name])
-            yield f"blk.{i}.{ours}_shexp.weight", shared
+            yield f"blk.{i}.{ours}_shexp.weight", shared if shared.size else np.zeros_like(experts[name][0])
     if left:
         raise ValueError(f"GGUF has no place for {', '.join(sorted(left))}")
 
