@@ -28,7 +28,7 @@ from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import text_of
 
 RESULTS = Path(__file__).resolve().parent / "rounding.csv"
-TYPES = ("f32", "f16", "q8_0", "q4_0")
+TYPES = ("f32", "q8_0", "q4_0")
 
 
 def nats(file: str, rows: list[list[int]], forced: int, vocab_size: int) -> float:

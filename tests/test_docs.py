@@ -245,7 +245,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/paper/table3.py": (7, "results"),
     "benchmarks/generate.py": (10, "speed"),
     "benchmarks/engines.py": (15, "guide/serve"),
-    "benchmarks/rounding.py": (7, "guide/serve"),
+    "benchmarks/rounding.py": (6, "guide/serve"),
     "benchmarks/neighbours.py": (15, "speed"),
     "benchmarks/train.py": (73, "speed"),
     "benchmarks/placements.py": (30, "scaling"),
