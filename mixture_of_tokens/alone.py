@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mixture_of_tokens.experts import Experts, highest
 from mixture_of_tokens.layout import at_least_fp32, check_shapes
@@ -75,14 +76,14 @@ def served_alone(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | N
     return torch.cat([layer.in_groups(*part) for part in parts], dim=1).view_as(x_BTD)
 
 
-def _beside_companions(layer: "MixtureOfTokens", x_ND: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
-    """Mixtures of tokens with the companions of experts, by the tokens' weights."""
-    companion_ND = layer.companion.index_select(0, expert_N)
-    mix_ND = companion_ND.lerp(x_ND.to(companion_ND.dtype), weight_N.to(companion_ND.dtype)[:, None])
-    if not layer.normalize_mixture:
-        return mix_ND.to(x_ND.dtype)
-    squares_N = weight_N.square() + (1 - weight_N).square() / (layer.group_size - 1)
-    return (mix_ND / squares_N.sqrt()[:, None]).to(x_ND.dtype)
+def _beside_companions(layer: "MixtureOfTokens", x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+    """Mixtures of tokens (..., D) with the companions of experts (...), by the tokens' weights (...)."""
+    companion = F.embedding(expert, layer.companion)
+    mix = companion.lerp(x.to(companion.dtype), weight[..., None].to(companion.dtype))
+    if layer.normalize_mixture:
+        squares = weight.square() + (1 - weight).square() / (layer.group_size - 1)
+        mix = mix / squares.sqrt()[..., None]
+    return mix.to(x.dtype)
 
 
 def _to_few_experts(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -94,9 +95,9 @@ def _to_few_experts(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor 
     weights_SE = (logits_SE.to(at_least_fp32(logits_SE.dtype)) - companions_E).sigmoid()
     weight_SK, expert_SK = highest(weights_SE, layer.num_experts_alone)
     read = functools.partial(_beside_companions, layer)
-    own_SD = dropless(layer, x_SD, expert_SK.flatten(), weight_SK.flatten(), read=read)
+    own_SD = dropless(layer, x_SD, expert_SK, weight_SK, read=read)
     others_SE = weights_SE.scatter(1, expert_SK, 0)
-    y_SD = own_SD + others_SE @ layer.companion_output.to(others_SE.dtype)
+    y_SD = torch.addmm(own_SD.to(others_SE.dtype), others_SE, layer.companion_output.to(others_SE.dtype))
     if masked_S1 is not None:
         y_SD = y_SD.masked_fill(masked_S1, 0)
     return y_SD.view_as(x_BTD).to(x_BTD.dtype)

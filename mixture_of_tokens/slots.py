@@ -108,39 +108,38 @@ class Slots(NamedTuple):
 def dropless(
     layer: Routed,
     x_SD: Tensor,
-    expert_A: Tensor,
-    gate_A: Tensor,
+    expert: Tensor,
+    gate: Tensor,
     token_A: Tensor | None = None,
     read: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The sum of gate[a] * FFN_expert[a](x[token[a]]) over the assignments of each token: (S, D).
 
-    Assignments are in the order of their tokens. Those of masked tokens, which must be zeros, are to expert E, which
-    does not exist, with gate 0, and add nothing.
+    Those of masked tokens, which must be zeros, are to expert E, which does not exist, with gate 0, and add nothing.
 
     Args:
-        token_A: by default each token has equally many assignments.
-        read: from tokens (N, D), the experts that they go to and their gates (N,) to what these experts read instead.
+        expert, gate: (S, K), or (A,) of assignments to these tokens, in ascending order.
+        read: what experts read instead of tokens (..., D), by the experts' numbers and the gates (...).
     """
-    experts, E, (S, D), A = layer.experts, layer.num_experts, x_SD.shape, expert_A.shape[0]
-    few = min(FEW * E, COPIED // layer.weights_of_an_expert)
-    if A <= few:
-        which_A = expert_A.clamp(max=E - 1)
-        x_AD = x_SD.repeat_interleave(A // S, 0) if token_A is None else x_SD.index_select(0, token_A)
-        x_AD = x_AD if read is None else read(x_AD, which_A, gate_A)
-        y_A1D = experts(x_AD[:, None], lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
-        y_AD = gate_A[:, None] * y_A1D[:, 0]
-        if token_A is None:
-            return y_AD.view(S, -1, D).sum(1)
-        return y_AD.new_zeros(S, D).index_add(0, token_A, y_AD)
+    experts, E, (S, D), A = layer.experts, layer.num_experts, x_SD.shape, expert.numel()
+    copied = expert.numel() <= min(FEW * E, COPIED // layer.weights_of_an_expert)
+    known = expert.clamp(max=E - 1)
+    if copied:
+        x = x_SD[:, None] if token_A is None else x_SD.index_select(0, token_A)
+        x = x.expand(*expert.shape, D) if read is None else read(x, known, gate)
+        which_A = known.flatten()
+        y_A1D = experts(x.reshape(A, 1, D), lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
+        y = gate[..., None] * y_A1D.view(*expert.shape, D)
+        return y.sum(1) if token_A is None else y.new_zeros(S, D).index_add(0, token_A, y)
     if token_A is None:
         token_A = torch.arange(S, device=x_SD.device).repeat_interleave(A // S)
+    expert_A, gate_A = expert.flatten(), gate.flatten()
     order = order_of_slots(layer, x_SD, A // E)
     slot_A, ends_E, order_E, num_slots = slots_without_limit(expert_A, E, *order)
     slots = Slots.of(token_A, slot_A, num_slots, S)
     x_ND = slots.dispatch(x_SD)
     if read is not None:
-        x_ND = read(x_ND, slots.of_assignments(expert_A.clamp(max=E - 1)), slots.of_assignments(gate_A))
+        x_ND = read(x_ND, slots.of_assignments(known.flatten()), slots.of_assignments(gate_A))
     y_ND = experts(x_ND, lambda x, weight: ragged_linear(x, weight, ends_E, order_E))
     return slots.combine(y_ND, gate_A)
 
