@@ -12,12 +12,15 @@ FFN_e(companion[e]) is computed without a gradient when `serve_alone` is called,
 or loaded. After any other change of the weights, call `serve_alone` again.
 """
 
+import functools
 import itertools
+import math
 from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mixture_of_tokens.experts import Experts, highest
 from mixture_of_tokens.layout import at_least_fp32, check_shapes
@@ -46,9 +49,10 @@ def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | No
     layer.alone, layer.num_experts_alone = alone, int(few) if alone else layer.num_experts
     layer.companion_output = layer.companion.new_empty(0)
     if layer.num_experts_alone < layer.num_experts:
-        mix_ED = _beside_companions(layer, torch.zeros_like(layer.companion_logit), layer.companion, layer.companion)
         (experts,) = (module for module in layer.experts.modules() if isinstance(module, Experts))  # below an adapter
-        y_E1D = layer.experts(mix_ED[:, None].to(experts.down_proj.dtype))
+        each_E, no_E = torch.arange(layer.num_experts, device=layer.companion.device), 0 * layer.companion_logit
+        mix_ED = _beside_companions(layer, layer.companion.to(experts.down_proj.dtype), each_E, no_E)
+        y_E1D = layer.experts(mix_ED[:, None])
         layer.companion_output = y_E1D[:, 0].to(layer.companion.dtype)
 
 
@@ -72,28 +76,28 @@ def served_alone(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | N
     return torch.cat([layer.in_groups(*part) for part in parts], dim=1).view_as(x_BTD)
 
 
-def _beside_companions(layer: "MixtureOfTokens", weight: Tensor, x: Tensor, companion: Tensor) -> Tensor:
-    """Mixtures (..., D) of a token with an expert's companions, by the token's weight (...)."""
-    mix = weight[..., None] * x + (1 - weight[..., None]) * companion
-    if not layer.normalize_mixture:
-        return mix
-    squares = weight.square() + (1 - weight).square() / (layer.group_size - 1)
-    return mix / squares.sqrt()[..., None]
+def _beside_companions(layer: "MixtureOfTokens", x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+    """Mixtures of tokens (..., D) with the companions of experts (...), by the tokens' weights (...)."""
+    companion = F.embedding(expert, layer.companion)
+    mix = companion.lerp(x.to(companion.dtype), weight[..., None].to(companion.dtype))
+    if layer.normalize_mixture:
+        squares = weight.square() + (1 - weight).square() / (layer.group_size - 1)
+        mix = mix / squares.sqrt()[..., None]
+    return mix.to(x.dtype)
 
 
 def _to_few_experts(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor | None) -> Tensor:
     """The formula of the module's docstring."""
     masked_S1 = None if token_mask is None else ~token_mask.bool().reshape(-1, 1)
     x_SD = x_BTD.flatten(0, 1) if masked_S1 is None else x_BTD.flatten(0, 1).masked_fill(masked_S1, 0)
-    S, K, dtype = len(x_SD), layer.num_experts_alone, at_least_fp32(x_SD.dtype)
-    missing_S11 = x_SD.new_full((S, 1, 1), layer.group_size - 1, dtype=dtype)
-    weights_SE = layer.weights(x_SD[:, None], None, missing_S11)[:, 0]
-    weight_SK, expert_SK = highest(weights_SE, K)
-    mix_SKD = _beside_companions(layer, weight_SK, x_SD[:, None], layer.companion[expert_SK]).to(x_SD.dtype)
-    each_A = torch.arange(S * K, device=x_SD.device)
-    own_AD = dropless(layer, mix_SKD.flatten(0, 1), each_A, expert_SK.flatten(), weight_SK.flatten())
+    # The softmax over a token and its companions, of which all have the same logit.
+    logits_SE, companions_E = layer.logits(x_SD[:, None])[:, 0], layer.companion_logit + math.log(layer.group_size - 1)
+    weights_SE = (logits_SE.to(at_least_fp32(logits_SE.dtype)) - companions_E).sigmoid()
+    weight_SK, expert_SK = highest(weights_SE, layer.num_experts_alone)
+    read = functools.partial(_beside_companions, layer)
+    own_SD = dropless(layer, x_SD, expert_SK, weight_SK, read=read)
     others_SE = weights_SE.scatter(1, expert_SK, 0)
-    y_SD = own_AD.view(S, K, -1).sum(1) + others_SE @ layer.companion_output.to(others_SE.dtype)
+    y_SD = torch.addmm(own_SD.to(others_SE.dtype), others_SE, layer.companion_output.to(others_SE.dtype))
     if masked_S1 is not None:
         y_SD = y_SD.masked_fill(masked_S1, 0)
     return y_SD.view_as(x_BTD).to(x_BTD.dtype)

@@ -16,6 +16,7 @@ type (`precise_linear`).
 import functools
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,17 +103,28 @@ def is_autocast(device: str) -> bool:
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type in which autocast would multiply this tensor: its own without autocast, and where it is float64."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if is_autocast(device) and x.dtype != torch.float64 else x.dtype
+
+
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, cast as autocast would for a matrix product: all but those in float64."""
-    device = tensors[0].device.type
-    if not is_autocast(device):
-        return tensors
-    return tuple(t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(device)) for t in tensors)
+    """The tensors, cast as autocast would for a matrix product."""
+    return tuple(x.to(autocast_dtype(x)) for x in tensors)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context without autocast; the meta device has none to turn off."""
-    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+    """A context without autocast."""
+    return torch.autocast(device.type, enabled=False) if is_autocast(device.type) else nullcontext()
+
+
+def applied(function: Any, *tensors: Any) -> Tensor:
+    """An autograd function of these, but where no gradient is taken its forward alone.
+
+    For one token that is being written, `apply` takes longer than the product.
+    """
+    return function.apply(*tensors) if torch.is_grad_enabled() else function.forward(*tensors)
 
 
 def _swapped(x: Tensor) -> Tensor:
@@ -221,24 +233,24 @@ def precise_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     Its gradients are computed in the type of x, and under autocast in autocast's, as those of all other products are;
     for a weight in float64 in float64.
     """
-    (low,) = autocast_to(x.new_empty(0))
+    low = autocast_dtype(x)
     with full_precision(x.device):
-        if weight_OI.dtype in (low.dtype, torch.float64):
+        if weight_OI.dtype in (low, torch.float64):
             return F.linear(x.to(weight_OI.dtype), weight_OI)
-        return _PreciseLinear.apply(x, weight_OI, low.dtype)
+        return applied(_PreciseLinear, x, weight_OI, low)
 
 
 def dispatch(weights_MGE: Tensor, x_MGD: Tensor) -> Tensor:
     """mix[e, m] = sum_g weights[m, g, e] * x[m, g]: (M, G, E), (M, G, D) -> (E, M, D)."""
-    return _swapped(_Dispatch.apply(*autocast_to(weights_MGE, x_MGD)))
+    return _swapped(applied(_Dispatch, *autocast_to(weights_MGE, x_MGD)))
 
 
 def combine(weights_MGE: Tensor, y_EMD: Tensor) -> Tensor:
     """out[m, g] = sum_e weights[m, g, e] * y[e, m]: (M, G, E), (E, M, D) -> (M, G, D)."""
     weights_MGE, y_EMD = autocast_to(weights_MGE, y_EMD)
-    return _Combine.apply(weights_MGE, _swapped(y_EMD))
+    return applied(_Combine, weights_MGE, _swapped(y_EMD))
 
 
 def expert_linear(x_ERI: Tensor, weight_EOI: Tensor) -> Tensor:
     """Each expert's rows times its own matrix: (E, R, I), (E, O, I) -> (E, R, O)."""
-    return _ExpertLinear.apply(*autocast_to(x_ERI, weight_EOI))
+    return applied(_ExpertLinear, *autocast_to(x_ERI, weight_EOI))

@@ -5,7 +5,7 @@ another, and so do their gradients: torch's index_add, and its gradient of an in
 Shape letters as in `layers.py`, and N slots. Sizes are read from `shape`: `len` would be a constant to the compiler.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixture_of_tokens.experts import Routed
-from mixture_of_tokens.layout import autocast_to, expert_linear, save_inputs
+from mixture_of_tokens.layout import applied, autocast_to, expert_linear, save_inputs
 
 SMALL = 2**17  # bytes of an expert, up to which a CPU multiplies several at once
 COPIED = 2**22  # weights that are copied at most, where an expert has few rows, as where text is written
@@ -93,30 +93,54 @@ class Slots(NamedTuple):
 
     def dispatch(self, x_SD: Tensor) -> Tensor:
         """What is in the slots: (S, D) -> (N, D)."""
-        return _ToSlots.apply(*autocast_to(x_SD), self.token_N, self.slot_A, self.start_S, self.kept_A)
+        return applied(_ToSlots, *autocast_to(x_SD), self.token_N, self.slot_A, self.start_S, self.kept_A)
+
+    def of_assignments(self, values_A: Tensor) -> Tensor:
+        """Each slot's: (A,) -> (N,); 0 for one that is empty."""
+        return _at_rows(values_A[:, None], self.assignment_N)[:, 0]
 
     def combine(self, y_ND: Tensor, gate_A: Tensor) -> Tensor:
         """The sum of gate[a] * y[slot[a]] over the assignments of each token that are kept: (N, D), (A,) -> (S, D)."""
         gate_A = (gate_A * self.kept_A).to(y_ND.dtype)
-        return _FromSlots.apply(y_ND, gate_A, self.token_N, self.assignment_N, self.slot_A, self.start_S)
+        return applied(_FromSlots, y_ND, gate_A, self.token_N, self.assignment_N, self.slot_A, self.start_S)
 
 
-def dropless(layer: Routed, x_SD: Tensor, token_A: Tensor, expert_A: Tensor, gate_A: Tensor) -> Tensor:
+def dropless(
+    layer: Routed,
+    x_SD: Tensor,
+    expert: Tensor,
+    gate: Tensor,
+    token_A: Tensor | None = None,
+    read: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """The sum of gate[a] * FFN_expert[a](x[token[a]]) over the assignments of each token: (S, D).
 
-    Assignments are in the order of their tokens. Those of masked tokens are to expert E, which does not exist, with
-    gate 0, and add nothing.
+    Those of masked tokens, which must be zeros, are to expert E, which does not exist, with gate 0, and add nothing.
+
+    Args:
+        expert, gate: (S, K), or (A,) of assignments to these tokens, in ascending order.
+        read: what experts read instead of tokens (..., D), by the experts' numbers and the gates (...).
     """
-    experts, E = layer.experts, layer.num_experts
-    if expert_A.shape[0] <= min(FEW * E, COPIED // layer.weights_of_an_expert):
-        which_A, x_A1D = expert_A.clamp(max=E - 1), x_SD.index_select(0, token_A)[:, None]
-        y_A1D = experts(x_A1D, lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
-        y_AD = (gate_A[:, None] * y_A1D[:, 0]).masked_fill(expert_A[:, None] == E, 0)
-        return y_AD.new_zeros(x_SD.shape).index_add(0, token_A, y_AD)
-    order = order_of_slots(layer, x_SD, expert_A.shape[0] // E)
+    experts, E, (S, D), A = layer.experts, layer.num_experts, x_SD.shape, expert.numel()
+    copied = expert.numel() <= min(FEW * E, COPIED // layer.weights_of_an_expert)
+    known = expert.clamp(max=E - 1)
+    if copied:
+        x = x_SD[:, None] if token_A is None else x_SD.index_select(0, token_A)
+        x = x.expand(*expert.shape, D) if read is None else read(x, known, gate)
+        which_A = known.flatten()
+        y_A1D = experts(x.reshape(A, 1, D), lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
+        y = gate[..., None] * y_A1D.view(*expert.shape, D)
+        return y.sum(1) if token_A is None else y.new_zeros(S, D).index_add(0, token_A, y)
+    if token_A is None:
+        token_A = torch.arange(S, device=x_SD.device).repeat_interleave(A // S)
+    expert_A, gate_A = expert.flatten(), gate.flatten()
+    order = order_of_slots(layer, x_SD, A // E)
     slot_A, ends_E, order_E, num_slots = slots_without_limit(expert_A, E, *order)
-    slots = Slots.of(token_A, slot_A, num_slots, x_SD.shape[0])
-    y_ND = experts(slots.dispatch(x_SD), lambda x, weight: ragged_linear(x, weight, ends_E, order_E))
+    slots = Slots.of(token_A, slot_A, num_slots, S)
+    x_ND = slots.dispatch(x_SD)
+    if read is not None:
+        x_ND = read(x_ND, slots.of_assignments(known.flatten()), slots.of_assignments(gate_A))
+    y_ND = experts(x_ND, lambda x, weight: ragged_linear(x, weight, ends_E, order_E))
     return slots.combine(y_ND, gate_A)
 
 

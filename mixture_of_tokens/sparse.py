@@ -142,14 +142,14 @@ class TokenChoice(Routed):
             gate_TBK = gate_TBK / (gate_TBK.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0; as Dots1 has it
         if masked_TB1 is not None:  # masked tokens go to no expert
             gate_TBK, expert_TBK = gate_TBK.masked_fill(masked_TB1, 0), expert_TBK.masked_fill(masked_TB1, E)
-        x_SD, gate_A, expert_A = x_TBD.flatten(0, 1), gate_TBK.flatten(), expert_TBK.flatten()
-        token_A = torch.arange(x_SD.shape[0], device=x_SD.device).repeat_interleave(K)
+        x_SD = x_TBD.flatten(0, 1)
         if self.training and self.capacity_factor is not None:
+            token_A = torch.arange(x_SD.shape[0], device=x_SD.device).repeat_interleave(K)
             slots = Slots.of(token_A, *self._slots_within_capacity(expert_TBK), x_SD.shape[0])
             y_ND = self.experts(slots.dispatch(x_SD).unflatten(0, (E, -1))).flatten(0, 1)
-            y_SD = slots.combine(y_ND, gate_A)
+            y_SD = slots.combine(y_ND, gate_TBK.flatten())
         else:
-            y_SD = dropless(self, x_SD, token_A, expert_A, gate_A)
+            y_SD = dropless(self, x_SD, expert_TBK.flatten(0, 1), gate_TBK.flatten(0, 1))
         return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
 
     def _slots_within_capacity(self, expert_TBK: Tensor) -> tuple[Tensor, int]:

@@ -65,7 +65,7 @@ class _Above(Routed):
         if self.training and torch.is_grad_enabled():  # not of telemetry
             noted_SE = logits_SE.detach()
             self.note(noted_SE if token_mask is None else noted_SE[real_S])
-        y_SD = dropless(self, x_SD, token_A, expert_A, gate_SE[token_A, expert_A])
+        y_SD = dropless(self, x_SD, expert_A, gate_SE[token_A, expert_A], token_A)
         return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import reference
@@ -15,6 +16,7 @@ from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.losses import cross_entropy
 from mixture_of_tokens.model import modeling
 from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.sparse import TokenChoice
 from routings import E, G, T, build, gradients, some_mask, tiny, tokens
 
 MIXED = "MoT-Nano/4E/2"
@@ -193,6 +195,33 @@ def test_alone_a_token_may_go_to_few_experts(options, few, rows):
     layer.serve_alone(num_experts_alone=few)
     with torch.no_grad():
         assert_close(layer(x).flatten(0, 1), reference.alone(x.flatten(0, 1), layer, few))
+    of = (x.requires_grad_(), layer.gate.weight)  # what experts give their companions is no constant in the reference
+    cotangent = tokens(rows, T, 8, seed=3)
+    found = torch.autograd.grad(layer(x), of, cotangent)
+    assert_close(found, torch.autograd.grad(reference.alone(x.flatten(0, 1), layer, few), of, cotangent.flatten(0, 1)))
+
+
+class Counted(TorchDispatchMode):
+    """How many operations of torch run."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_to_few_experts_a_written_token_takes_few_more_operations_than_by_token_choice(rows):
+    """They, and not the products, are what takes time."""
+    mixture, choice = MixtureOfTokens(32, 12, 256, 32), TokenChoice(32, 12, 256, num_experts_per_tok=8).eval()
+    mixture.serve_alone(num_experts_alone=8)
+    x, counts = torch.randn(rows, 1, 32), {}
+    for layer in (mixture, choice):
+        with torch.inference_mode(), Counted() as counted:
+            layer(x)
+        counts[layer] = counted.number
+    assert counts[mixture] <= 1.3 * counts[choice], counts.values()  # it was 1.6 times as many
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -478,6 +478,15 @@ def test_every_generated_token_is_the_argmax_of_a_masked_uncached_forward(causal
         assert torch.equal(written[alive, length], expected[alive]), step
 
 
+@pytest.mark.parametrize(("lengths", "masked"), [([6, 6], False), ([6, 4], True)], ids=str)
+def test_layers_get_a_mask_only_where_a_token_is_masked(lengths, masked):
+    model, seen = tiny("mixture_of_tokens"), []
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda layer, args: seen.append(args[1]))
+    x, mask = left_padded(lengths)
+    model.generate(x, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert [token_mask is not None for token_mask in seen] == 3 * [masked]
+
+
 def test_what_is_not_causal_refuses_to_write():
     model, (x, mask) = tiny("soft_moe"), left_padded([4, 4])
     with pytest.raises(ValueError, match="it cannot write"):

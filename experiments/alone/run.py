@@ -127,11 +127,9 @@ class Alone(MixtureOfTokens):
             w_SK, e_SK = highest(w_SE, K)
         if how.reads == "blend":
             rows_AD = (w_SK[..., None] * x_SD[:, None] + (1 - w_SK[..., None]) * c_ED[e_SK]).flatten(0, 1)
-            token_A = torch.arange(S * K)
-            y_SD = dropless(self, rows_AD, token_A, e_SK.flatten(), w_SK.flatten()).view(S, K, -1).sum(1)
+            y_SD = dropless(self, rows_AD, e_SK.view(-1, 1), w_SK.view(-1, 1)).view(S, K, -1).sum(1)
         else:
-            token_A = torch.arange(S).repeat_interleave(K)
-            y_SD = dropless(self, x_SD, token_A, e_SK.flatten(), w_SK.flatten())
+            y_SD = dropless(self, x_SD, e_SK, w_SK)
         if how.constant != "none":
             y_ED = self.experts(c_ED[:, None])[:, 0]
             y_ED = y_ED.detach() if how.constant == "detached" else y_ED
@@ -186,7 +184,7 @@ class Default(TokenChoice):
         # Outputs apart, as their average is needed too.
         ones_A = torch.ones(S * K)
         rows_AD = x_SD[:, None].expand(-1, K, -1).flatten(0, 1)
-        y_SKD = dropless(self, rows_AD, torch.arange(S * K), e_SK.flatten(), ones_A).view(S, K, -1)
+        y_SKD = dropless(self, rows_AD, e_SK.view(-1, 1), ones_A[:, None]).view(S, K, -1)
         y_SD = (p_SK[..., None] * y_SKD).sum(1) + p_SE.scatter(1, e_SK, 0) @ self.usual_ED
         if self.training:
             self.note(p_SE, e_SK, None)

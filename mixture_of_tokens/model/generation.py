@@ -45,6 +45,13 @@ def _ends_in_padding(prompt: Tensor, pad: int | None, stop_ids: list[int]) -> bo
     return pad is not None and pad not in stop_ids and bool((prompt[:, -1] == pad).any())
 
 
+def _all_true(mask: Any) -> bool:
+    """Whether nothing is masked, where that is known at once: on a device it would have to be waited for."""
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.dim() == 2 and mask.device.type == "cpu" and bool(mask.all())
+
+
 class GroupedGeneration:
     """`generate` for a model whose rows may influence each other (`shares_batch`)."""
 
@@ -141,5 +148,8 @@ class GroupedGeneration:
         token_mask = token_mask.to(current.device)
         if attention_mask is not None and attention_mask.dim() == 2:
             token_mask &= real_tokens(attention_mask, current)
-        inputs["token_mask"] = token_mask
+        if _all_true(token_mask) and _all_true(inputs.get("attention_mask")):
+            inputs["attention_mask"] = None  # each layer would mask nothing, at some cost
+        else:
+            inputs["token_mask"] = token_mask
         return inputs
