@@ -9,13 +9,13 @@ import json
 import re
 from pathlib import Path
 
-import mixture_of_tokens
+from mixture_of_tokens import __version__
 from mixture_of_tokens.convert.distilled import loss_of
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.routings import MIXTURE
 from mixture_of_tokens.runs.loading import text_of
 
-PACKAGE = mixture_of_tokens.__name__
+PACKAGE, ROOT = "mixture_of_tokens", Path(__file__).parents[1]
 MODEL, ALONE = "model.modeling", "model.served_alone"
 OPERATORS = f'"{PACKAGE}::'  # names of torch's custom operators, which a process knows once
 
@@ -63,7 +63,7 @@ def write_code(directory: Path, model: MixtureOfTokensForCausalLM) -> list[str]:
 
 
 def _source(module: str) -> Path:
-    return Path(mixture_of_tokens.__file__).parent / f"{module.replace('.', '/')}.py"
+    return ROOT / f"{module.replace('.', '/')}.py"
 
 
 def _flat(module: str) -> str:
@@ -87,5 +87,5 @@ def _needed(entry: str) -> list[str]:
 def _relative(text: str) -> str:
     """With `from .experts import` in place of `from mixture_of_tokens.experts import`, and operators of its own."""
     text = re.sub(rf"^(\s*)from {PACKAGE}\.(?:\w+\.)*(\w+) import", r"\1from .\2 import", text, flags=re.MULTILINE)
-    head = f"# Of {PACKAGE.replace('_', '-')} {mixture_of_tokens.__version__}, Apache-2.0; written by mot export.\n"
+    head = f"# Of {PACKAGE.replace('_', '-')} {__version__}, Apache-2.0; written by mot export.\n"
     return head + text.replace(OPERATORS, f'"{PACKAGE}_hub::')
