@@ -26,6 +26,7 @@ from mixture_of_tokens.convert.verify_gguf import questions_of
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import text_of
+from mixture_of_tokens.runs.run import read_run
 
 RESULTS = Path(__file__).resolve().parent / "rounding.csv"
 TYPES = ("f32", "q8_0", "q4_0")
@@ -71,7 +72,7 @@ def measure(exported: str, run: str, tokens: int) -> None:
             made.append((kind, loss, file.stat().st_size))
             print(made[-1], file=sys.stderr)
     where = {"tokens": rows[:, 1:].numel(), "commit": provenance.commit()}
-    name = f"{Path(run).name}, {type(plain).__name__}"
+    name = f"{read_run(Path(run)).facts.name}, as {type(plain).__name__}"
     new = [{"model": name, "type": kind, "loss": f"{loss:.6f}", "bytes": size} | where for kind, loss, size in made]
     old = list(csv.DictReader(RESULTS.read_text().splitlines())) if RESULTS.is_file() else []
     with RESULTS.open("w", newline="") as file:
@@ -88,7 +89,14 @@ def table() -> str:
         apart = f"{float(row['loss']) - float(first['loss']):+.5f}" if row is not first else ""
         by = row["type"] if row is first else f"llama.cpp, {row['type']}"
         lines.append(
-            [row["model"], by, f"{float(row['loss']):.4f}", apart, row["tokens"], f"{int(row['bytes']) / 1e6:.1f}"]
+            [
+                row["model"],
+                by,
+                f"{float(row['loss']):.4f}",
+                apart,
+                f"{int(row['tokens']):,}",
+                f"{int(row['bytes']) / 1e6:.1f}",
+            ]
         )
     return markdown(lines, left=2)
 

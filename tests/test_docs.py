@@ -109,7 +109,7 @@ def test_commands_are_legal(words, tiny_runs, small_corpus, tmp_path, monkeypatc
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
     (command, *given), switched = words, False
     if command in WITH_A_RUN:
-        (tmp_path / given[0]).parent.mkdir()
+        (tmp_path / given[0]).parent.mkdir(exist_ok=True)
         switched = given[0].endswith("-transition")
         (tmp_path / given[0]).symlink_to(tiny_runs["TC-Nano/4E" if switched else READING])
     if command == "report":
