@@ -6,14 +6,13 @@ import json
 import os
 import traceback
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mixture_of_tokens import disk, manifest
-from mixture_of_tokens.model import sharding
+from mixture_of_tokens.model import optimizer_state
 from mixture_of_tokens.runs import checkpoints
 
 
@@ -231,16 +230,17 @@ def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
     ):
         raise RuntimeError(internal)
 
-    def full(*arguments):
+    def full(*arguments, **others):
         raise CheckpointException("failed", {0: (RuntimeError(internal), traceback.StackSummary())})
 
-    nothing: Any = None
-    monkeypatch.setattr(sharding, "save_optimizer_distributed", full)
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    monkeypatch.setattr(optimizer_state, "save", full)
     with (
         pytest.raises(OSError, match="checkpoint-4 could not be written: No space left on device"),
         disk.plain_errors(tmp_path / "checkpoint-4"),
     ):
-        sharding.save_optimizer(nothing, nothing, tmp_path)
+        optimizer_state.save_optimizer(model, optimizer, tmp_path)
 
 
 def test_only_a_disk_s_errors_get_a_name(tmp_path):

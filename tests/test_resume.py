@@ -356,7 +356,7 @@ def test_resuming_what_is_not_there_says_that_it_begins(small_corpus, tmp_path, 
     assert f"{tmp_path / 'run'} is not there yet: training begins at step 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["manifest.json", "optimizer/.metadata"])
+@pytest.mark.parametrize("damage", ["manifest.json", "optimizer/optimizer.json"])
 def test_every_missing_file_is_noticed(whole, tmp_path, damage):
     shutil.copytree(whole, tmp_path / "run")
     assert fault(tmp_path / "run" / "checkpoint-48") is None
@@ -389,7 +389,7 @@ def test_damaged_checkpoints_ahead_do_not_push_out_the_one_that_is_written(whole
     for step in (16, 24):
         shutil.copytree(whole / "checkpoint-40", out / f"checkpoint-{step}")
     for step in (40, 48):
-        (out / f"checkpoint-{step}" / "optimizer" / ".metadata").unlink()
+        (out / f"checkpoint-{step}" / "optimizer" / "optimizer.json").unlink()
     keep_newest(out, 24, 2)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-16", "checkpoint-24"]
 

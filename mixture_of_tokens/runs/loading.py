@@ -92,6 +92,8 @@ def load_model(
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {config.model_type} model is no causal language model")
+        if "/" in str(attention := getattr(config, "_attn_implementation", None)):
+            raise ValueError(f"its attn_implementation, {attention}, would be code on the Hub")
         how: dict[str, Any] = {"config": config, "trust_remote_code": False, "dtype": dtype or "auto"}
         with without_progress_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(directory, **how)
