@@ -108,25 +108,26 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path):
     assert manifest.fault(directory) is None
 
 
-def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, capsys):
-    directory = checkpoint(tmp_path / "checkpoint-8")
-    (directory / "file").write_text("")
-    manifest.write(directory, step=8)
+def test_an_error_of_the_disk_is_no_damage(tmp_path, capsys):
+    """The older checkpoint is not gone on with, or the next save would remove the newer one."""
+    for step in (8, 16):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        (directory / "file").write_text("")
+        manifest.write(directory, step=step)
     assert checkpoints.newest(tmp_path) == directory
     (directory / "file").unlink()
     (directory / "file").symlink_to("/proc/self/mem")  # of which nothing can be read
-    assert checkpoints.newest(tmp_path) is None
-    assert "checkpoint-8 is skipped: [Errno 5] Input/output error: " in capsys.readouterr().err
+    with pytest.raises(OSError, match="file"):
+        checkpoints.newest(tmp_path)
+    assert "skipped" not in capsys.readouterr().err
+    (directory / "file").unlink()
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-8"  # which is missing, and so damage
 
 
-FOREIGN = [
-    '{"name": "an app"}',
-    '{"files": ["a", "b"]}',
-    '{"files": {"a": 1}}',
-    "[]",
-    "{",
-    '{\n  "files": {\n    "a": 1}}',
-]
+FOREIGN = ['{"name": "an app"}', '{"files": ["a", "b"]}', '{"files": {"a": 1}}', "[]"]
+FOREIGN += ['{\n  "files": {\n    "a": 1}}']
+NO_JSON = ["{", "", "\x80\x04N."]
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
@@ -135,6 +136,12 @@ def test_a_manifest_of_other_software_says_nothing(foreign, tmp_path):
     assert manifest.damage(tmp_path) is None
     assert not manifest.is_of(tmp_path, "test")
     assert manifest.fault(tmp_path) == f"{manifest.NAME} is not what was written"  # which no resumption accepts
+
+
+@pytest.mark.parametrize("content", NO_JSON)
+def test_a_manifest_that_does_not_parse_is_damage(content, tmp_path):
+    (tmp_path / manifest.NAME).write_text(content, encoding="latin-1")
+    assert manifest.damage(tmp_path) == f"{manifest.NAME} is not what was written"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple]] = {
     "generate": lambda run, out: (run, "--prompt", "a", "--max-new-tokens", 1, "--device", "cpu"),
     "evaluate": lambda run, out: (run, "--regroupings", 1, "--device", "cpu"),
     "report": lambda run, out: (run, "--out", out),
-    "export": lambda run, out: (run, out),
+    "export": lambda run, out: (run, out, "--distil-steps", 1),
 }
 OF_A_CHECKPOINT = ("generate", "evaluate", "export")
 
@@ -138,6 +138,8 @@ def check_that_nothing_runs(
     assert names
     copy, out, ran = (run.parent / name for name in ("copy", "out", "ran"))
     for name, write in product(names, PICKLES):
+        if write is as_torch_saves and not name.endswith(READ_BY_RESUME):
+            continue
         shutil.copytree(run, copy)
         write(ran, copy / name)
         sign(copy / name, copy)

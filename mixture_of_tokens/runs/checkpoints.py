@@ -19,12 +19,12 @@ def _all(run: Path) -> Iterator[Path]:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest valid checkpoint of a run; reports on standard error which ones it skips, and why."""
+    """The newest valid checkpoint of a run; reports on standard error which ones it skips, and why.
+
+    Raises OSError where one cannot be read: it may be whole, and going on from an earlier one would remove it.
+    """
     for checkpoint in _all(run):
-        try:
-            problem = manifest.fault(checkpoint) or _renamed(checkpoint)
-        except OSError as error:
-            problem = str(error)
+        problem = manifest.fault(checkpoint) or _renamed(checkpoint)
         if problem is None:
             return checkpoint
         print(f"{checkpoint} is skipped: {problem}", file=sys.stderr)

@@ -33,7 +33,8 @@ def model_directory(run: str) -> str:
     Raises ValueError where the model is missing or damaged, and for a path that does not exist.
     """
     directory = Path(_located(run))
-    if (damage := manifest.damage(directory)) is not None:
+    own = run_directory(run) is not None and (directory / manifest.NAME).is_file()
+    if (damage := manifest.fault(directory) if own else manifest.damage(directory)) is not None:
         raise ValueError(f"{directory} is damaged: {damage}")
     return str(directory)
 
