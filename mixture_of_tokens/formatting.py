@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -120,3 +121,9 @@ def markdown(rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
 
 def in_words(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def unreadable(error: BaseException) -> str:
+    """Why a file could not be read. What unpicklers say is left out: torch advises to trust the file."""
+    refused = isinstance(error, pickle.UnpicklingError)
+    return "it holds what no training writes" if refused else f"{type(error).__name__}: {first_line(error)}"

@@ -77,9 +77,20 @@ def fault(folder: Path, hash_of: Callable[[Path], str] = hash_of_file) -> str | 
 
 
 def damage(folder: Path) -> str | None:
-    """`fault` where there is a manifest of ours; None for folders of other software."""
+    """`fault` where there is a manifest of ours, or one that nobody can read; None for folders of other software."""
     path = folder / NAME
-    return fault(folder) if path.is_file() and OURS.search(path.read_bytes()) else None
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    return fault(folder) if OURS.search(content) or not _is_json(content) else None
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _hash_of(content: dict[str, Any]) -> str:

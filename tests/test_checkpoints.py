@@ -6,14 +6,13 @@ import json
 import os
 import traceback
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mixture_of_tokens import disk, manifest
-from mixture_of_tokens.model import sharding
+from mixture_of_tokens.model import optimizer_state
 from mixture_of_tokens.runs import checkpoints
 
 
@@ -109,25 +108,26 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path):
     assert manifest.fault(directory) is None
 
 
-def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, capsys):
-    directory = checkpoint(tmp_path / "checkpoint-8")
-    (directory / "file").write_text("")
-    manifest.write(directory, step=8)
+def test_an_error_of_the_disk_is_no_damage(tmp_path, capsys):
+    """The older checkpoint is not gone on with, or the next save would remove the newer one."""
+    for step in (8, 16):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        (directory / "file").write_text("")
+        manifest.write(directory, step=step)
     assert checkpoints.newest(tmp_path) == directory
     (directory / "file").unlink()
     (directory / "file").symlink_to("/proc/self/mem")  # of which nothing can be read
-    assert checkpoints.newest(tmp_path) is None
-    assert "checkpoint-8 is skipped: [Errno 5] Input/output error: " in capsys.readouterr().err
+    with pytest.raises(OSError, match="file"):
+        checkpoints.newest(tmp_path)
+    assert "skipped" not in capsys.readouterr().err
+    (directory / "file").unlink()
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-8"  # which is missing, and so damage
 
 
-FOREIGN = [
-    '{"name": "an app"}',
-    '{"files": ["a", "b"]}',
-    '{"files": {"a": 1}}',
-    "[]",
-    "{",
-    '{\n  "files": {\n    "a": 1}}',
-]
+FOREIGN = ['{"name": "an app"}', '{"files": ["a", "b"]}', '{"files": {"a": 1}}', "[]"]
+FOREIGN += ['{\n  "files": {\n    "a": 1}}']
+NO_JSON = ["{", "", "\x80\x04N."]
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
@@ -136,6 +136,12 @@ def test_a_manifest_of_other_software_says_nothing(foreign, tmp_path):
     assert manifest.damage(tmp_path) is None
     assert not manifest.is_of(tmp_path, "test")
     assert manifest.fault(tmp_path) == f"{manifest.NAME} is not what was written"  # which no resumption accepts
+
+
+@pytest.mark.parametrize("content", NO_JSON)
+def test_a_manifest_that_does_not_parse_is_damage(content, tmp_path):
+    (tmp_path / manifest.NAME).write_text(content, encoding="latin-1")
+    assert manifest.damage(tmp_path) == f"{manifest.NAME} is not what was written"
 
 
 @pytest.mark.parametrize(
@@ -231,16 +237,17 @@ def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
     ):
         raise RuntimeError(internal)
 
-    def full(*arguments):
+    def full(*arguments, **others):
         raise CheckpointException("failed", {0: (RuntimeError(internal), traceback.StackSummary())})
 
-    nothing: Any = None
-    monkeypatch.setattr(sharding, "save_optimizer_distributed", full)
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    monkeypatch.setattr(optimizer_state, "save", full)
     with (
         pytest.raises(OSError, match="checkpoint-4 could not be written: No space left on device"),
         disk.plain_errors(tmp_path / "checkpoint-4"),
     ):
-        sharding.save_optimizer(nothing, nothing, tmp_path)
+        optimizer_state.save_optimizer(model, optimizer, tmp_path)
 
 
 def test_only_a_disk_s_errors_get_a_name(tmp_path):

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixture_of_tokens.data import duplicates, tokens, whole
+from mixture_of_tokens.data import duplicates, sources, tokens, whole
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.sources import cache_directory, documents, files, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
@@ -681,3 +681,66 @@ def test_a_hub_data_set_is_known_by_its_commit_which_is_remembered_without_a_net
     done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True)
     known = "['some/set', 'en', 'abc123']; ['some/set', 'en', 'def456']; ['some/set', '', 'def456']"
     assert done.stdout.splitlines() == [known, known, "['other/set', '', '']; ['other/set', '', 'v1']"]
+
+
+def test_the_text_under_a_commit_is_that_commits(tmp_path, monkeypatch):
+    """Also where another process learns of a newer one between the look-up and the reading."""
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    read_of = []
+
+    def load(name, config, split, streaming, revision):
+        read_of.append(revision)
+        return [{"text": text} for text in texts(60)]
+
+    def refreshed(source, progress, fingerprint=sources.fingerprint):
+        found = fingerprint(source, progress)
+        (note,) = (tmp_path / "cache" / "hub").iterdir()
+        note.write_text("newer")
+        return found
+
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda *args, **kwargs: SimpleNamespace(sha="older"))
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr(sources, "fingerprint", refreshed)
+    prepare_text(["hf:some/set"])
+    assert read_of == ["older"]
+
+
+@pytest.mark.parametrize(("status", "told"), [(401, True), (403, True), (404, True), (429, False), (503, False)])
+def test_what_the_hub_refuses_is_told_and_what_it_cannot_do_now_is_not(status, told, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    note = tmp_path / "cache" / "hub" / "some--set"
+    note.parent.mkdir(parents=True)
+    note.write_text("known")
+
+    def refuse(*arguments, **others):
+        error = OSError("no")
+        vars(error)["response"] = SimpleNamespace(status_code=status)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.dataset_info", refuse)
+    if told:
+        with pytest.raises(ValueError, match=f"some/set.*{status}"):
+            fingerprint("hf:some/set", len_of)
+    else:
+        assert fingerprint("hf:some/set", len_of)[-1] == "known"
+
+
+@pytest.mark.parametrize("max_bytes", [None, 20_000])
+def test_a_file_that_changes_after_it_was_hashed_is_not_stored_under_that_hash(max_bytes, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(texts(60)):
+        (folder / f"{number}.txt").write_text(text)
+
+    def edited(source, progress, fingerprint=sources.fingerprint):
+        found = fingerprint(source, progress)
+        (folder / "3.txt").write_text((folder / "3.txt").read_text()[::-1])
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "fingerprint", edited)
+        with pytest.raises(ValueError, match=r"3\.txt was changed"):
+            prepare_text([folder], max_bytes=max_bytes)
+    assert not list((tmp_path / "cache").glob("tokens-*"))
+    prepare_text([folder], max_bytes=max_bytes)

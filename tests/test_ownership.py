@@ -153,3 +153,12 @@ def test_what_another_process_writes_to_is_refused(command, tiny_runs, small_cor
     assert error.count("mot: error:") == 1
     assert f"mot: another process writes to {out}: waiting for 0 s at most" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_the_next_owner_removes_what_a_killed_one_left_of_its_records(tmp_path):
+    left = [tmp_path / f"{name}.123.partial" for name in ("config.yaml", "run.json", "metrics.jsonl")]
+    others = [tmp_path / name for name in ("report.html.123.partial", "config.yaml", "mine.partial")]
+    for file in (*left, *others):
+        file.write_text("a part")
+    with owned(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != LOCK) == sorted(p.name for p in others)

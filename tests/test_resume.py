@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, damaged, and go on as if nothing had been."""
 
+import errno
 import json
 import os
 import random
@@ -356,7 +357,7 @@ def test_resuming_what_is_not_there_says_that_it_begins(small_corpus, tmp_path, 
     assert f"{tmp_path / 'run'} is not there yet: training begins at step 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["manifest.json", "optimizer/.metadata"])
+@pytest.mark.parametrize("damage", ["manifest.json", "optimizer/optimizer.json"])
 def test_every_missing_file_is_noticed(whole, tmp_path, damage):
     shutil.copytree(whole, tmp_path / "run")
     assert fault(tmp_path / "run" / "checkpoint-48") is None
@@ -389,7 +390,7 @@ def test_damaged_checkpoints_ahead_do_not_push_out_the_one_that_is_written(whole
     for step in (16, 24):
         shutil.copytree(whole / "checkpoint-40", out / f"checkpoint-{step}")
     for step in (40, 48):
-        (out / f"checkpoint-{step}" / "optimizer" / ".metadata").unlink()
+        (out / f"checkpoint-{step}" / "optimizer" / "optimizer.json").unlink()
     keep_newest(out, 24, 2)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-16", "checkpoint-24"]
 
@@ -620,3 +621,62 @@ def test_token_choice_keeps_its_micro_batch_and_others_need_not(tmp_path):
                 check_resumed(out, parts.config)
         else:
             check_resumed(out, parts.config)
+
+
+def flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped", "unsigned"])
+def test_a_finished_run_with_a_damaged_model_is_not_finished_already(damage, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "run")
+    if damage == "gone":
+        shutil.rmtree(out / "model")
+    else:
+        flipped(out / "model" / "model.safetensors")
+    if damage == "unsigned":
+        (out / "model" / "manifest.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        mot(*FLAGS, "--out", out, "--resume")
+    said = capsys.readouterr().err
+    assert "finished already" not in said
+    assert "model" in said.splitlines()[-1]
+    (out / "run.json").unlink()  # as the line says
+    mot(*FLAGS, "--out", out, "--resume")
+    assert_same(out, whole)
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"name": "an app"}', ""])
+def test_a_model_whose_manifest_was_replaced_is_not_used(content, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "run")
+    mot("generate", out, "--prompt", "a", "--max-new-tokens", 1)
+    for folder in ("model", "checkpoint-48"):
+        flipped(out / folder / "model.safetensors")
+        (out / folder / "manifest.json").write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            mot("generate", out if folder == "model" else out / folder, "--prompt", "a", "--max-new-tokens", 1)
+        assert "is damaged" in capsys.readouterr().err
+
+
+def test_an_error_of_the_disk_stops_a_resumption_and_removes_nothing(whole, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "run.json").unlink()
+    file = out / "checkpoint-48" / "model.safetensors"
+    open_file = Path.open
+
+    def failing(path: Path, *words, **others):
+        if path == file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return open_file(path, *words, **others)
+
+    before = sorted(path for path in out.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing)
+        with pytest.raises(SystemExit, match="2"):
+            mot(*FLAGS, "--out", out, "--resume")
+    assert str(file) in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path for path in out.rglob("*")) == before
+    mot(*FLAGS, "--out", out, "--resume")
+    assert_same(out, whole)

@@ -324,20 +324,20 @@ def test_a_damaged_shard_is_passed_over(runs, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(runs / "shards", out)
     assert checkpoints.newest(out) == out / "checkpoint-4"
-    shards = sorted((out / "checkpoint-4" / "optimizer").glob("*.distcp"))
+    shards = sorted((out / "checkpoint-4" / "optimizer").glob("*.safetensors"))
     assert len(shards) == 2
     data = bytearray(shards[1].read_bytes())
     data[len(data) // 2] ^= 1
     shards[1].write_bytes(data)
     assert checkpoints.newest(out) == out / "checkpoint-2"
-    assert "checkpoint-4 is skipped: optimizer/__1_0.distcp is not what was written" in capsys.readouterr().err
+    assert f"checkpoint-4 is skipped: optimizer/{shards[1].name} is not what was written" in capsys.readouterr().err
 
 
 def test_a_part_of_the_optimizer_that_is_on_another_machine_is_missed(runs, tmp_path):
     shutil.copytree(runs / "shards" / "checkpoint-4", tmp_path / "checkpoint")
     training.check_optimizer(tmp_path / "checkpoint")
-    (tmp_path / "checkpoint" / "optimizer" / "__1_0.distcp").unlink()
-    with pytest.raises(OSError, match=r"lacks __1_0.distcp, which another process has written: all processes need the"):
+    next((tmp_path / "checkpoint" / "optimizer").glob("shard-00002-*")).unlink()
+    with pytest.raises(OSError, match=r"lacks parts of \S+, which another process has written: all processes need the"):
         training.check_optimizer(tmp_path / "checkpoint")
 
 

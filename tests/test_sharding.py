@@ -21,6 +21,7 @@ from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.model import sharding
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.model.optimizer_state import check_optimizer, save_optimizer
 from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.model.spread import spread_of
 from mixture_of_tokens.training.options import Options
@@ -136,8 +137,8 @@ def whole_state(trainer: GroupedTrainer, out: Path) -> dict[str, torch.Tensor]:
     if not sharding.is_sharded(model):
         return model.state_dict()
     state = sharding.whole_state(model)
-    sharding.save_optimizer(model, optimizer.optimizer, out)
-    sharding.check_optimizer(out)
+    save_optimizer(model, optimizer.optimizer, out)
+    check_optimizer(out)
     return state
 
 

@@ -20,8 +20,9 @@ from mixture_of_tokens.experts import Router
 from mixture_of_tokens.inference.losses import evaluated_groups, label_of_groups
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.model.optimizer_state import load_optimizer
 from mixture_of_tokens.model.passes import serving_alone
-from mixture_of_tokens.model.sharding import load_optimizer, whole
+from mixture_of_tokens.model.sharding import whole
 from mixture_of_tokens.process import is_main
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import load_model

@@ -15,9 +15,9 @@ from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.flags import as_word
 from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.names import FIELDS, parse_name
+from mixture_of_tokens.model.optimizer_state import OPTIMIZER
 from mixture_of_tokens.model.placement import Device, Placement
 from mixture_of_tokens.model.routings import ROUTINGS
-from mixture_of_tokens.model.sharding import OPTIMIZER
 from mixture_of_tokens.process import process_count
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.admission import check_free

@@ -117,6 +117,7 @@ def prepare_text(
     # Sizes of files: their text is somewhat shorter, or longer if they are compressed.
     sizes = [corpus.raw_bytes(source) for source in named or [None]]
     total = None if None in sizes else sum(size or 0 for size in sizes)
+    before = [corpus.state_of(source) for source in named or [None]]
     with progress_bar("Looking for the data in the cache", total) as bar:
         content = [corpus.fingerprint(source, bar.update) for source in named or [None]]
     options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else hash_of(given)]
@@ -124,10 +125,20 @@ def prepare_text(
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
     directory = corpus.cache_directory() / f"tokens-{key}"
 
+    # As the key says: another process may learn of a newer one meanwhile.
+    commits = {source: mark[-1] for source, size, mark in zip(named, sizes, content, strict=False) if size is None}
+
+    def check_unchanged() -> None:
+        for source, states in zip(named or [None], before, strict=True):
+            now = corpus.state_of(source)
+            if changed := [path for path in [*states, *now] if states.get(path) != now.get(path)]:
+                raise ValueError(f"{changed[0]} was changed while it was read: prepare the text again")
+
     def make() -> dict[str, Any]:
         return _make(
             directory,
-            corpus.documents(named, field, together=together),
+            corpus.documents(named, field, together=together, commits=commits),
+            check_unchanged,
             max_bytes=max_bytes,
             total=min((each for each in (total, max_bytes) if each is not None), default=None),
             group_size=group_size,
@@ -265,6 +276,7 @@ def _hashing(what: str, directory: Path) -> Iterator[Callable[[Path], str]]:
 def _make(
     directory: Path,
     documents: Iterable[Document],
+    check_unchanged: Callable[[], None],
     *,
     max_bytes: int | None,
     total: int | None,
@@ -277,6 +289,7 @@ def _make(
     """Make a cache entry; one that is there is damaged. Returns its manifest.
 
     Args:
+        check_unchanged: Raises ValueError where what was read need not be what the directory is named after.
         total: Approximate bytes to read.
         vocab_size: Of the tokenizer to train if none is given.
     """
@@ -290,6 +303,7 @@ def _make(
             text = beside / "text"
             with progress_bar("Reading", total) as bar:
                 places, digests = spool(documents, text, max_bytes, bar.update)
+            check_unchanged()
             with progress_bar("Looking for duplicates", int(places[:, 1].sum())) as bar:
                 parts = split(
                     text,

@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ MANY = 0.2  # of a folder's files are left out: worth a word
 OF_SEVERAL, PAGE = {"compare.json", "sweep.json"}, "report.html"
 
 
-def documents(sources: Sequence[str], field: str = "text", *, together: bool = False) -> Iterator[Document]:
+def documents(
+    sources: Sequence[str], field: str = "text", *, together: bool = False, commits: Mapping[str, str] | None = None
+) -> Iterator[Document]:
     """The documents of all sources in order: files, rows of JSON lines and .parquet files, rows of Hub data sets.
 
     A .json file holds JSON lines if its first line is an object with the field; otherwise it is one document. Read all
@@ -49,6 +51,7 @@ def documents(sources: Sequence[str], field: str = "text", *, together: bool = F
             or .zst.
         field: The field of a row that holds its text.
         together: The sources are parts of one, of which some may be empty.
+        commits: Of Hub data sets, by source, as `fingerprint` has found them; by default the newest.
 
     Raises ValueError, with file and line, if a source is missing, empty or not UTF-8 text.
     """
@@ -66,7 +69,8 @@ def documents(sources: Sequence[str], field: str = "text", *, together: bool = F
         if source == PACKAGES:
             rows = _decodable(_package_files())
         else:
-            rows = _hub_rows(source, field) if source.startswith("hf:") else _of_files(files(source), field)
+            hub = source.startswith("hf:")
+            rows = _hub_rows(source, field, (commits or {}).get(source)) if hub else _of_files(files(source), field)
         for document in rows:
             yield noted(document)
         if not holds_text and not together:
@@ -193,11 +197,10 @@ def fingerprint(source: str | None, progress: Callable[[int], Any]) -> list[str]
     return result + [f"{kind} {hash_of_file(path, progress)}" for kind, path in zip(kinds, paths, strict=True)]
 
 
-def look_up(source: str) -> None:
-    """Find the commit of a Hub data set that `documents` is to read, where `fingerprint` is not asked."""
-    if _paths(source) is None:
-        name, _, revision = _hub_name(source)
-        _hub_commit(name, revision)
+def state_of(source: str | None) -> dict[Path, tuple[int, ...]]:
+    """What changes when a file of a source is written to."""
+    status = {path: path.stat() for path in _paths(source) or ()}
+    return {path: (at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for path, at in status.items()}
 
 
 def _of_files(paths: list[Path], field: str) -> Iterator[Document]:
@@ -280,27 +283,33 @@ def _hub_note(name: str, revision: str) -> Path:
 
 
 def _hub_commit(name: str, revision: str) -> str:
-    """The newest commit of a data set, or of its revision; without a network the last known one, or the revision."""
+    """The newest commit of a data set, or of its revision; without a network the last known one, or the revision.
+
+    Raises ValueError where the Hub does not give it: it is private, gated or not there.
+    """
     from huggingface_hub import dataset_info
 
     note = _hub_note(name, revision)
     try:
         commit = dataset_info(name, revision=revision or None, timeout=10).sha or ""
-    except Exception:  # network errors of many kinds; errors of the data set are reported when it is read
+    except Exception as error:  # of many kinds where there is no network
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None and 400 <= status < 500 and status not in (408, 429):
+            raise ValueError(f"hf:{name}: the Hub does not give it (status {status}): {first_line(error)}") from error
         return note.read_text() if note.exists() else revision
     note.parent.mkdir(parents=True, exist_ok=True)
     write_text(note, commit)
     return commit
 
 
-def _hub_rows(source: str, field: str) -> Iterator[Document]:
+def _hub_rows(source: str, field: str, commit: str | None) -> Iterator[Document]:
     import datasets  # here, as importing it takes time and few runs need it
 
     name, config, revision = _hub_name(source)
-    note = _hub_note(name, revision)
-    commit = (note.read_text() if note.exists() else revision) or None
+    if commit is None and not Path(name).is_dir():
+        commit = _hub_commit(name, revision)
     try:
-        rows = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit)
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit or None)
     except Exception as error:
         raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
     rows = iter(rows)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from mixture_of_tokens.data.files import Document
 from mixture_of_tokens.data.groups import Blocks, segmented
 from mixture_of_tokens.data.prepare import say_segments
-from mixture_of_tokens.data.sources import documents, look_up
+from mixture_of_tokens.data.sources import documents
 from mixture_of_tokens.data.splits import opened, spool
 from mixture_of_tokens.data.tokenizer import parallel_tokenizers
 from mixture_of_tokens.data.tokens import batches, encoded, progress_bar
@@ -30,8 +30,6 @@ def whole_text(
 
     Raises ValueError for bad sources, and OSError where the disk has no room for their text in a temporary file.
     """
-    for source in sources:
-        look_up(source)
     rows, ends, length = [], [], 0
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text"

@@ -8,22 +8,17 @@ and nothing is dropped.
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, Replicate
-from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard as wildcard
@@ -34,7 +29,6 @@ from mixture_of_tokens.layout import expert_linear
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import Placement
 
-OPTIMIZER = "optimizer"  # the folder of its state in a checkpoint
 IN_ONE_FILE = "1000TB"  # of weights; transformers would begin another after 50 GB
 MIXTURES = "mixtures"  # the name of our way to exchange what experts read
 
@@ -121,48 +115,6 @@ def whole_state(model: MixtureOfTokensForCausalLM) -> dict[str, Tensor]:
 def load_whole(model: MixtureOfTokensForCausalLM, state: dict[str, Tensor]) -> None:
     """Give a sharded model these weights, which every process has in one piece."""
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
-
-
-def save_optimizer(model: MixtureOfTokensForCausalLM, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Write its state by the names of weights, each process its part. Every process calls it.
-
-    Raises, in all of them, what one raises that cannot write: OSError, or torch's RuntimeError of a full disk.
-    """
-    try:
-        with _one_process_will_do():
-            save_optimizer_distributed(model, optimizer, str(checkpoint / OPTIMIZER))
-    except CheckpointException as failed:
-        raise _first_of(failed) from None
-
-
-def load_optimizer(model: MixtureOfTokensForCausalLM, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Read what `save_optimizer` wrote, in this placement or another. Every process calls it."""
-    try:
-        with _one_process_will_do():
-            load_optimizer_distributed(model, optimizer, str(checkpoint / OPTIMIZER))
-    except CheckpointException as failed:
-        error = _first_of(failed)
-        raise error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}") from None
-
-
-def check_optimizer(checkpoint: Path) -> None:
-    """Raises OSError where parts are missing, as when machines write to disks of their own."""
-    written = FileSystemReader(checkpoint / OPTIMIZER).read_metadata().storage_data or {}
-    for name in sorted({place.relative_path for place in written.values()}):
-        if not (checkpoint / OPTIMIZER / name).is_file():
-            what = "all processes need the run directory on a file system that they share"
-            raise OSError(f"{checkpoint / OPTIMIZER} lacks {name}, which another process has written: {what}")
-
-
-@contextmanager
-def _one_process_will_do() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _first_of(failed: CheckpointException) -> BaseException:
-    return next(iter(failed.failures.values()))[0]
 
 
 @contextmanager

@@ -4,9 +4,11 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mixture_of_tokens import manifest
+from mixture_of_tokens.formatting import unreadable
 
 
 def _all(run: Path) -> Iterator[Path]:
@@ -17,12 +19,12 @@ def _all(run: Path) -> Iterator[Path]:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest valid checkpoint of a run; reports on standard error which ones it skips, and why."""
+    """The newest valid checkpoint of a run; reports on standard error which ones it skips, and why.
+
+    Raises OSError where one cannot be read: it may be whole, and going on from an earlier one would remove it.
+    """
     for checkpoint in _all(run):
-        try:
-            problem = manifest.fault(checkpoint) or _renamed(checkpoint)
-        except OSError as error:
-            problem = str(error)
+        problem = manifest.fault(checkpoint) or _renamed(checkpoint)
         if problem is None:
             return checkpoint
         print(f"{checkpoint} is skipped: {problem}", file=sys.stderr)
@@ -55,3 +57,12 @@ def keep_newest(run: Path, step: int, count: int | None) -> None:
         kept = [checkpoint for checkpoint in _all(run) if checkpoint not in damaged]
         for checkpoint in damaged + kept[max(1, count) :]:
             shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Raise as ValueError, naming the file, whatever its reader raises for what no training has written."""
+    try:
+        yield
+    except Exception as error:  # of torch, pickle, safetensors and json, and what their content makes others raise
+        raise ValueError(f"{file} cannot be read: {unreadable(error)}") from error

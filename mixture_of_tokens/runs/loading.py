@@ -33,7 +33,8 @@ def model_directory(run: str) -> str:
     Raises ValueError where the model is missing or damaged, and for a path that does not exist.
     """
     directory = Path(_located(run))
-    if (damage := manifest.damage(directory)) is not None:
+    own = run_directory(run) is not None and (directory / manifest.NAME).is_file()
+    if (damage := manifest.fault(directory) if own else manifest.damage(directory)) is not None:
         raise ValueError(f"{directory} is damaged: {damage}")
     return str(directory)
 
@@ -92,6 +93,8 @@ def load_model(
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {config.model_type} model is no causal language model")
+        if "/" in str(attention := getattr(config, "_attn_implementation", None)):
+            raise ValueError(f"its attn_implementation, {attention}, would be code on the Hub")
         how: dict[str, Any] = {"config": config, "trust_remote_code": False, "dtype": dtype or "auto"}
         with without_progress_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(directory, **how)

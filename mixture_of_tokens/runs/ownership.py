@@ -31,6 +31,8 @@ def owned(directory: Path, *, patience: float = PATIENCE) -> Iterator[None]:
         raise ValueError(f"{directory} cannot be made a directory: {error.strerror}; name another with --out") from None
     try:
         with _exclusive(directory / LOCK, str(directory), patience):
+            for left in directory.glob("*.[jy]*.*.partial"):  # of records, which a killed owner was writing
+                left.unlink()
             yield
     finally:
         with suppress(OSError):  # something stands there by now

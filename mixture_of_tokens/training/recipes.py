@@ -96,6 +96,8 @@ def merge(
     if on_cpu and overrides.get("attn_implementation") == "flex_attention":
         what = "has no backward pass on a CPU; legal there are eager and sdpa"
         raise ValueError(f"--model.attn_implementation flex_attention {what}")
+    if "/" in str(attention := overrides.get("attn_implementation")):  # which transformers would load, and run
+        raise ValueError(f"--model.attn_implementation {attention}: a configuration names no code on the Hub")
     micro_batch, training = _training_fields(options.training, RECIPES[size], steps, batch_size, config.group_size)
     training.setdefault("dataloader_pin_memory", not on_cpu)
     run = RunConfig(

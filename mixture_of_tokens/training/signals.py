@@ -1,5 +1,6 @@
 """What SIGTERM and ^C do to a training."""
 
+import os
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from mixture_of_tokens.process import answered
+from mixture_of_tokens.process import answered, end_with_parent
 
 
 class StopOnSignal(TrainerCallback):
@@ -60,3 +61,17 @@ class StopOnSignal(TrainerCallback):
             self.received = int(received) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
+
+
+def begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int) -> None:
+    """In a new worker of the loader: ignore ^C and SIGTERM, which the main process answers.
+
+    It needs its workers until it has saved. Once `ending` is set, SIGTERM ends a worker: the interpreter sends it at
+    its end, and waits. A worker also ends with a main process that is killed; torch's own check watches its parent,
+    which may be a fork server.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
+    end_with_parent()
+    if begin is not None:
+        begin(number)

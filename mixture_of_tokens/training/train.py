@@ -47,7 +47,7 @@ from mixture_of_tokens.process import (
 )
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.admission import check_free, check_resumed, check_writable
-from mixture_of_tokens.runs.loading import without_progress_bars
+from mixture_of_tokens.runs.loading import model_directory, without_progress_bars
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
@@ -130,8 +130,14 @@ def run_merged(
     if resume and (out / records.FACTS).exists():
         if not is_main():
             return None
+        finished = read_run(out)
+        try:
+            model_directory(str(out))
+        except ValueError as error:
+            what = f"put it back, or remove {out / records.FACTS}, and {again} makes it again from its last checkpoint"
+            raise ValueError(f"{error}; {what}") from None
         print(f"{out} is finished already", file=sys.stderr)
-        return read_run(out)
+        return finished
     check_writable(out)
     with the_only_training(), owned(out), without_progress_bars(), _in_fp32():
         _check(out, merged, resume)  # another process may have begun meanwhile

@@ -5,11 +5,9 @@ the same for every system and no part of training.
 """
 
 import math
-import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,34 +16,27 @@ from typing import Any, cast
 import safetensors.torch
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mixture_of_tokens import manifest
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
 from mixture_of_tokens.disk import disk_errors, plain_errors, publish
+from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.model.balance import BalanceCallback
 from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.sharding import (
-    IN_ONE_FILE,
-    check_optimizer,
-    is_sharded,
-    load_optimizer,
-    load_whole,
-    local,
-    save_optimizer,
-    unsharded,
-    whole_state,
-)
+from mixture_of_tokens.model.optimizer_state import check_optimizer, load_optimizer, save_optimizer
+from mixture_of_tokens.model.sharding import IN_ONE_FILE, is_sharded, load_whole, local, unsharded, whole_state
 from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
-from mixture_of_tokens.process import end_with_parent, of_all
+from mixture_of_tokens.process import of_all
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.training.callbacks import Clock, RunLog
+from mixture_of_tokens.training.signals import begin_worker
 from mixture_of_tokens.training.tensorboard import writes_events
 
 EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
@@ -106,8 +97,12 @@ class GroupedTrainer(Trainer):
         self._failure: OSError | None = None  # of this process, in writing one
 
     def facts_of(self, checkpoint: Path) -> dict[str, Any]:
-        """What is known of a checkpoint. Raises ValueError where it was trained on another text."""
+        """What is known of a checkpoint. Raises ValueError where it was trained on another text, or is damaged."""
         facts = manifest.read(checkpoint)
+        with checkpoints.reading(file := checkpoint / TRAINER_STATE_NAME):
+            step = TrainerState.load_from_json(str(file)).global_step
+            if step != facts["step"]:
+                raise ValueError(f"it is of step {step}")
         if facts["corpus"] != self.corpus:
             raise ValueError(
                 f"{checkpoint} was trained on text and tokenizer {facts['corpus']}, and now they are {self.corpus}; "
@@ -159,7 +154,7 @@ class GroupedTrainer(Trainer):
         if loader.num_workers:
             self._ending = (loader.multiprocessing_context or torch.multiprocessing).Event()
             inner = getattr(loader, "base_dataloader", loader)  # accelerate's loader passes on what is read, not set
-            inner.worker_init_fn = partial(_begin_worker, self._ending, inner.worker_init_fn)
+            inner.worker_init_fn = partial(begin_worker, self._ending, inner.worker_init_fn)
         return loader
 
     @contextmanager
@@ -324,16 +319,15 @@ class GroupedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
-        state = whole_state(self.causal_lm) if is_sharded(self.causal_lm) else None
-        with self._keeping_failure(self.run / Path(output_dir).name):
-            if state is None:
-                super()._save(output_dir)
-            elif self.args.should_save:
-                with torch.device("meta"):
-                    plain = unsharded(self.causal_lm)
-                plain.save_pretrained(output_dir, state_dict=state, max_shard_size=IN_ONE_FILE)
+        model, state = self.causal_lm, None
+        if is_sharded(model):
+            state = whole_state(model)
+            with torch.device("meta"):
+                model = unsharded(model)
+        if self.args.should_save:
+            with self._keeping_failure(self.run / Path(output_dir).name):
+                model.save_pretrained(output_dir, state_dict=state, max_shard_size=IN_ONE_FILE)
                 self.processing_class.save_pretrained(output_dir)  # pyright: ignore
-                torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """By the names of weights, each process its part, so that a run may go on in any layout."""
@@ -348,17 +342,35 @@ class GroupedTrainer(Trainer):
             return
         optimizer = cast(Any, self.optimizer)
         load_optimizer(self.causal_lm, optimizer.optimizer, Path(checkpoint))
-        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        for name in BY_GROUP:  # with expert parallelism there are groups for experts
-            schedule[name] = schedule[name][:1] * len(optimizer.param_groups)
-        self.lr_scheduler.load_state_dict(schedule)  # pyright: ignore
+        with checkpoints.reading(file := Path(checkpoint) / SCHEDULER_NAME):
+            schedule = torch.load(file, weights_only=True)
+            for name in BY_GROUP:  # with expert parallelism there are groups for experts
+                schedule[name] = schedule[name][:1] * len(optimizer.param_groups)
+            self.lr_scheduler.load_state_dict(schedule)  # pyright: ignore
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(Path(checkpoint or "") / SCALER_NAME):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        of = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        with checkpoints.reading(Path(checkpoint or "") / f"rng_state{of}.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if is_sharded(self.causal_lm):
-            load_whole(self.causal_lm, safetensors.torch.load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+        model = self.causal_lm
+        with checkpoints.reading(file := Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME):
+            weights, tied = safetensors.torch.load_file(file), model.all_tied_weights_keys
+            own, its = (
+                {n: w.shape for n, w in each.items() if n not in tied} for each in (model.state_dict(), weights)
+            )
+            if other := {name for name, _ in own.items() ^ its.items()}:
+                raise ValueError(f"it is not of this model: {few_of(sorted(other))}")
+        if is_sharded(model):
+            load_whole(model, weights)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        forget_companions(self.causal_lm)
+            model.load_state_dict(weights, strict=False)  # of tied ones, one is not saved
+        forget_companions(model)
 
 
 class _RouterGradients(TrainerCallback):
@@ -372,20 +384,6 @@ class _RouterGradients(TrainerCallback):
             kept = 1.0 if total is None else min(1.0, args.max_grad_norm / (float(total) + 1e-6))
             # Clipping sets all gradients to zero if one is infinite.
             self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
-
-
-def _begin_worker(ending: Any, begin: Callable[[int], None] | None, number: int) -> None:
-    """In a new worker of the loader: ignore ^C and SIGTERM, which the main process answers.
-
-    It needs its workers until it has saved. Once `ending` is set, SIGTERM ends a worker: the interpreter sends it at
-    its end, and waits. A worker also ends with a main process that is killed; torch's own check watches its parent,
-    which may be a fork server.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
-    end_with_parent()
-    if begin is not None:
-        begin(number)
 
 
 def _as_it_is(batch: Any) -> Any:
