@@ -60,9 +60,14 @@ def _of_torchrun(name: str, alone: int) -> int:
     return int(word)
 
 
+def processes_here() -> int:
+    """Of those that torchrun started, on this machine."""
+    return max(1, _of_torchrun("LOCAL_WORLD_SIZE", process_count()))
+
+
 def place_of_machine() -> tuple[int, int, bool]:
     """This machine's number, how many there are, and whether this is its first process."""
-    here = max(1, _of_torchrun("LOCAL_WORLD_SIZE", process_count()))
+    here = processes_here()
     return process_number() // here, max(1, process_count() // here), process_number() % here == 0
 
 

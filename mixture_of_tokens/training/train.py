@@ -54,6 +54,7 @@ from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
+from mixture_of_tokens.training.room import check_room, tell_room
 from mixture_of_tokens.training.signals import StopOnSignal
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
@@ -100,15 +101,18 @@ def train(
         seed: Of the weights and of the order of the text.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own.
         resume: Go on from the newest valid checkpoint of the run directory, or start where there is none.
-        dry_run: Print the merged configuration and stop, before text or a tokenizer is looked at.
+        dry_run: Print the merged configuration, and how much memory it takes, and stop, before text or a tokenizer is
+            looked at.
 
     Returns the finished run; with `dry_run` its configuration; None in all processes of torchrun but the first.
 
-    Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
+    Raises ValueError for bad settings or too little memory, FloatingPointError for a run that diverges. Exits at a
+    signal, after saving.
     """
     merged = merge(name, seed, learning_rate, options)
     check_settings(merged)
     if dry_run:
+        tell_room(merged)
         return merged.config
     out = Path("runs") / merged.config.directory_name if out is None else Path(out)
     if resume and not out.exists() and is_main():
@@ -132,6 +136,7 @@ def run_merged(
             return None
         print(f"{out} is finished already", file=sys.stderr)
         return read_run(out)
+    check_room(merged)
     check_writable(out)
     with the_only_training(), owned(out), without_progress_bars(), _in_fp32():
         _check(out, merged, resume)  # another process may have begun meanwhile
