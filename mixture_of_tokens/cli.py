@@ -32,7 +32,7 @@ from cyclopts import (
 from mixture_of_tokens import __version__, yaml12
 from mixture_of_tokens.checks import listed
 from mixture_of_tokens.formatting import enumerated
-from mixture_of_tokens.process import ended_by_sigterm, is_main, is_told, process_count
+from mixture_of_tokens.process import end_with_torchrun, ended_by_sigterm, is_main, is_told, process_count
 
 # Each command's function, as module:name, and the first line of its docstring.
 COMMANDS = {
@@ -349,6 +349,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         try:
             with ended_by_sigterm():
+                end_with_torchrun()
                 _run(words)
         finally:
             _flush()

@@ -1,5 +1,5 @@
 """What belongs to a whole process: its place among those of torchrun, and which of them speaks for all; one training at
-a time; and its end, by SIGTERM or with its parent's."""
+a time; and its end, by SIGTERM, with its parent's or with torchrun's."""
 
 import importlib.util
 import multiprocessing
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 Failure = TypeVar("Failure", bound=BaseException)
 _TRAINING = threading.RLock()
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of its processes
+WATCHED_EVERY = 5.0  # seconds
 
 
 @contextmanager
@@ -125,6 +128,20 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def end_with_torchrun() -> None:
+    """Give this process SIGTERM when torchrun, which started it, is gone: killed, it can tell nobody."""
+    if TORCHRUN in os.environ:
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCHED_EVERY)
+    if place_of_machine()[2]:
+        print("mot: torchrun is gone, and its processes end as by SIGTERM", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leave_processes() -> None:

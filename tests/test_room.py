@@ -87,7 +87,7 @@ def test_what_may_take_less_than_the_estimate_is_not_refused(name, training, wit
 
 def test_where_no_number_of_micro_batches_fits_other_ways_are_named(with_memory):
     with_memory(2)
-    with pytest.raises(ValueError, match="gradient_accumulation_steps 8, --training.activation_checkpointing true or"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps 8, --training.activation_checkpointing true or"):
         check_room(merged())
 
 

@@ -24,7 +24,7 @@ from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training import trainer as training
 from mixture_of_tokens.training.trainer import GroupedTrainer
-from processes import in_processes, mot, rows_of
+from processes import free_port, in_processes, mot, rows_of, start
 
 NAME, STEPS, PARTS = "MoT-Nano/4E/2", 4, 4
 # Processes, and the flags of a layout.
@@ -282,6 +282,44 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(runs, small_corpus, 
     assert "stopped by SIGTERM after step 3, which is saved; --resume goes on" in one_line(log, of=1)
     in_processes(mot, [*command, "--resume"], 2, log)
     assert losses(tmp_path / "run") == losses(runs / "copies")
+
+
+def as_torchrun(command: list[str], port: int, directory: Path) -> None:
+    """In its place: starts two processes, which note their exit status, and waits until it is killed."""
+    for rank in (0, 1):
+        if os.fork() == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            place |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "none"}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            try:
+                mot(*command)
+            except SystemExit as ended:
+                (directory / f"status-{rank}").write_text(str(ended.code))
+            os._exit(0)
+    time.sleep(300)
+
+
+def test_processes_whose_torchrun_is_killed_end_with_a_checkpoint(small_corpus, tmp_path):
+    command, log = words("copies", small_corpus, tmp_path / "run"), tmp_path / "log"
+    command[command.index("--steps") + 1] = "5000"
+    command[command.index("--training.save_steps") + 1] = "5000"
+    torchrun = start(as_torchrun, command, free_port(), tmp_path, log=log)
+    metrics, since = tmp_path / "run" / "metrics.jsonl", time.monotonic()
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() - since < 100, log.read_text()
+        time.sleep(0.2)
+    torchrun.kill()
+    since = time.monotonic()
+    while not all((tmp_path / f"status-{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() - since < 60, log.read_text()
+        time.sleep(0.2)
+    assert [(tmp_path / f"status-{rank}").read_text() for rank in (0, 1)] == [str(128 + signal.SIGTERM)] * 2
+    gone, saved = re.findall("mot: .*", log.read_text())[-2:]
+    assert "torchrun is gone" in gone
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-[0-9]*")
+    step = checkpoint.name.partition("-")[2]
+    assert f"stopped by SIGTERM after step {step}, which is saved; --resume goes on" in saved
+    assert checkpoints.newest(tmp_path / "run") == checkpoint
 
 
 def is_alive(process: int) -> bool:

@@ -55,7 +55,7 @@ from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, tell_room
-from mixture_of_tokens.training.signals import StopOnSignal
+from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signal
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
 REGROUPINGS = 3
@@ -138,6 +138,9 @@ def run_merged(
         return read_run(out)
     check_room(merged)
     check_writable(out)
+    if (seconds := seconds_after_signal()) is not None:
+        what = f"{seconds} s for its processes: a step and a checkpoint have to fit, or the last steps are lost"
+        say_once(f"mot: after a signal torchrun waits {what}; --shutdown-timeout N of torch 2.12 sets it")
     with the_only_training(), owned(out), without_progress_bars(), _in_fp32():
         _check(out, merged, resume)  # another process may have begun meanwhile
         taken = TrainingArguments(output_dir=str(out), **merged.arguments)
