@@ -363,7 +363,8 @@ def main(words: list[str] | None = None) -> None:
         kinds = {kind.__name__ for kind in type(error).__mro__}  # torch's, which is not imported for --help
         if process_count() > 1 and ("DistError" in kinds or "gloo" in str(error)):
             what = "another process has ended, or has not answered in time"
-            print(f"mot: error: {what}; training goes on from its last checkpoint with --resume", file=sys.stderr)
+            line = f"mot: error: {what}; training goes on from its last checkpoint with --resume"
+            print("\n" * (not is_main()) + line, file=sys.stderr)  # perhaps after the first process's progress bar
             sys.exit(2)
         what = str(error)
         if "OutOfMemoryError" not in kinds and "DefaultCPUAllocator" not in what:

@@ -140,15 +140,20 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCHED_EVERY)
     if place_of_machine()[2]:
-        print("mot: torchrun is gone, and its processes end as by SIGTERM", file=sys.stderr)
+        print("\nmot: torchrun is gone, and its processes end as by SIGTERM", file=sys.stderr)  # perhaps after a bar
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def have_met() -> bool:
+    """Whether this process and the others of torchrun exchange anything yet."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def leave_processes() -> None:
     """At the end of a process of torchrun: threads of torch that still wait for others would end it by a signal."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if have_met():
+        sys.modules["torch"].distributed.destroy_process_group()
 
 
 def of_all(error: Failure) -> Failure:

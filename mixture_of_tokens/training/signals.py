@@ -25,7 +25,7 @@ def seconds_after_signal() -> int | None:
     """For which torchrun waits for its processes before it kills them; None in a process that it has not started."""
     if TORCHRUN not in os.environ:
         return None
-    if torch.__version__ < (2, 12):
+    if torch.__version__ < "2.12":
         return ALWAYS
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -141,13 +142,28 @@ def run_merged(
     if (seconds := seconds_after_signal()) is not None:
         what = f"{seconds} s for its processes: a step and a checkpoint have to fit, or the last steps are lost"
         say_once(f"mot: after a signal torchrun waits {what}; --shutdown-timeout N of torch 2.12 sets it")
-    with the_only_training(), owned(out), without_progress_bars(), _in_fp32():
+    with the_only_training(), owned(out), without_progress_bars(), _without_comparisons(), _in_fp32():
         _check(out, merged, resume)  # another process may have begun meanwhile
         taken = TrainingArguments(output_dir=str(out), **merged.arguments)
         taken.run_name = taken.run_name or out.name
         # Several GPUs of one process would each take all the rows; they are for torchrun.
         taken._n_gpu = min(1, taken.n_gpu)
         return _run(merged.config, taken, merged.placement, out, begin, again)
+
+
+@contextmanager
+def _without_comparisons() -> Iterator[None]:
+    """Of a checkpoint's micro-batch with the run's: `check_resumed` knows what a resumed run may change."""
+
+    def is_none(record: logging.LogRecord) -> bool:
+        return "trainer_state.json" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.trainer_utils")
+    logger.addFilter(is_none)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_none)
 
 
 @contextmanager
