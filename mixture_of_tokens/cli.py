@@ -32,7 +32,7 @@ from cyclopts import (
 from mixture_of_tokens import __version__, yaml12
 from mixture_of_tokens.checks import listed
 from mixture_of_tokens.formatting import enumerated
-from mixture_of_tokens.process import ended_by_sigterm, is_main, is_told, process_count
+from mixture_of_tokens.process import end_with_torchrun, ended_by_sigterm, is_main, is_told, process_count
 
 # Each command's function, as module:name, and the first line of its docstring.
 COMMANDS = {
@@ -349,6 +349,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         try:
             with ended_by_sigterm():
+                end_with_torchrun()
                 _run(words)
         finally:
             _flush()
@@ -362,7 +363,8 @@ def main(words: list[str] | None = None) -> None:
         kinds = {kind.__name__ for kind in type(error).__mro__}  # torch's, which is not imported for --help
         if process_count() > 1 and ("DistError" in kinds or "gloo" in str(error)):
             what = "another process has ended, or has not answered in time"
-            print(f"mot: error: {what}; training goes on from its last checkpoint with --resume", file=sys.stderr)
+            line = f"mot: error: {what}; training goes on from its last checkpoint with --resume"
+            print("\n" * (not is_main()) + line, file=sys.stderr)  # perhaps after the first process's progress bar
             sys.exit(2)
         what = str(error)
         if "OutOfMemoryError" not in kinds and "DefaultCPUAllocator" not in what:

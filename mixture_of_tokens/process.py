@@ -1,5 +1,5 @@
 """What belongs to a whole process: its place among those of torchrun, and which of them speaks for all; one training at
-a time; and its end, by SIGTERM or with its parent's."""
+a time; and its end, by SIGTERM, with its parent's or with torchrun's."""
 
 import importlib.util
 import multiprocessing
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 Failure = TypeVar("Failure", bound=BaseException)
 _TRAINING = threading.RLock()
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of its processes
+WATCHED_EVERY = 5.0  # seconds
 
 
 @contextmanager
@@ -60,9 +63,14 @@ def _of_torchrun(name: str, alone: int) -> int:
     return int(word)
 
 
+def processes_here() -> int:
+    """Of those that torchrun started, on this machine."""
+    return max(1, _of_torchrun("LOCAL_WORLD_SIZE", process_count()))
+
+
 def place_of_machine() -> tuple[int, int, bool]:
     """This machine's number, how many there are, and whether this is its first process."""
-    here = max(1, _of_torchrun("LOCAL_WORLD_SIZE", process_count()))
+    here = processes_here()
     return process_number() // here, max(1, process_count() // here), process_number() % here == 0
 
 
@@ -122,11 +130,30 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
+def end_with_torchrun() -> None:
+    """Give this process SIGTERM when torchrun, which started it, is gone: killed, it can tell nobody."""
+    if TORCHRUN in os.environ:
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCHED_EVERY)
+    if place_of_machine()[2]:
+        print("\nmot: torchrun is gone, and its processes end as by SIGTERM", file=sys.stderr)  # perhaps after a bar
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def have_met() -> bool:
+    """Whether this process and the others of torchrun exchange anything yet."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def leave_processes() -> None:
     """At the end of a process of torchrun: threads of torch that still wait for others would end it by a signal."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if have_met():
+        sys.modules["torch"].distributed.destroy_process_group()
 
 
 def of_all(error: Failure) -> Failure:

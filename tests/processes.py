@@ -53,12 +53,15 @@ def finish(process, seconds: float = 120) -> int | None:
     return process.exitcode
 
 
-def in_processes(function, words: Sequence, count: int, log: Path, exits: int | tuple[int, ...] = 0) -> None:
-    """Calls `function` in so many processes, as torchrun would; `exits`: the exit status of all, or of each."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        return free.getsockname()[1]
+
+
+def in_processes(function, words: Sequence, count: int, log: Path, exits: int | tuple[int, ...] = 0) -> None:
+    """Calls `function` in so many processes, as torchrun would; `exits`: the exit status of all, or of each."""
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)] if count > 1 else [{}]
     processes = [start(function, *words, log=log, **(world if count > 1 else {}), **rank) for rank in ranks]
     expected = list(exits if isinstance(exits, tuple) else [exits] * count)

@@ -432,7 +432,7 @@ def test_plan_answers_for_any_batch():
 
 def test_plan_takes_a_batch_that_the_group_divides():
     planned = plan("MoT-Nano/24E")
-    assert (planned.batch, planned.micro_batch) == (144, 48)  # 128 is no multiple of 24
+    assert (planned.batch, planned.micro_batch) == (144, 144)  # 128 is no multiple of 24
 
 
 def test_a_model_without_a_name_has_a_plan():

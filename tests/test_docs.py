@@ -369,3 +369,10 @@ def test_no_row_of_a_table_stands_twice():
         rows.update(line for line in lines if re.search(r"\d\.\d", line))
     assert [row for row, times in rows.items() if times > 1] == []
     assert sum(rows.values()) > 60
+
+
+def test_trainings_that_torchrun_starts_are_given_time_for_a_checkpoint():
+    shell = "".join(block for page in PAGES for block in blocks(page, "sh")).replace("\\\n", " ")
+    started = [line for line in shell.splitlines() if "torchrun" in line and " train " in line]
+    assert len(started) > 3
+    assert [line for line in started if "--shutdown-timeout" not in line] == []

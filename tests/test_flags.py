@@ -304,7 +304,7 @@ def test_a_variable_that_changes_a_training_silently_is_refused(name, monkeypatc
     for value in ("no", "False"):  # as accelerate's launcher sets them
         monkeypatch.setenv(name, value)
         mot(*TRAIN)
-    assert capsys.readouterr().err == ""
+    assert name not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

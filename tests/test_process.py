@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mixture_of_tokens.cpu import spin_briefly
 from mixture_of_tokens.process import is_main, process_count, process_number
@@ -45,3 +46,22 @@ def test_a_number_without_others_is_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE=two in the environment is no whole number: torchrun sets it"):
         process_count()
+
+
+SAYS = "from mixture_of_tokens.training.signals import seconds_after_signal as s; print(s())"
+
+
+def seconds_said(*flags: str, **environment: str) -> str:
+    """By a process that another one has started, with these flags, as torchrun does."""
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    words = [sys.executable, "-c", start, SAYS, *flags]
+    return subprocess.run(
+        words, env=os.environ | environment, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 12) or sys.platform != "linux", reason="of torch 2.12, on Linux")
+def test_it_is_known_how_long_torchrun_waits():
+    started = {"TORCHELASTIC_RUN_ID": "none"}
+    assert seconds_said("--shutdown-timeout", "77", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="55", **started) == "77"
+    assert seconds_said(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="55", **started) == "55"

@@ -24,7 +24,7 @@ from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training import trainer as training
 from mixture_of_tokens.training.trainer import GroupedTrainer
-from processes import in_processes, mot, rows_of
+from processes import free_port, in_processes, mot, rows_of, start
 
 NAME, STEPS, PARTS = "MoT-Nano/4E/2", 4, 4
 # Processes, and the flags of a layout.
@@ -101,7 +101,9 @@ def go_on(runs: Path, pairs: Sequence[tuple[str, str]], data: Path, directory: P
         for step, loss in found.items():  # which no layout could give by chance: the moments of Adam went along
             assert loss == pytest.approx(expected[step], rel=1e-5), (source, layout, step)
         assert read_run(out).facts.final_loss == pytest.approx(read_run(runs / "one").facts.final_loss, rel=1e-5)
-        assert (directory / "log").read_text().count(f"Going on from {out / 'checkpoint-2'}") == 1
+        log = (directory / "log").read_text()
+        assert log.count(f"Going on from {out / 'checkpoint-2'}") == 1
+        assert "do not match the ones" not in log  # transformers' of a checkpoint's micro-batch, which may be another
 
 
 def check_same(run: Path, other: Path) -> None:
@@ -204,6 +206,26 @@ def test_a_process_that_is_lost_ends_the_others_and_leaves_the_last_checkpoint(r
     check_same(tmp_path / "run", runs / layout)
 
 
+def without_the_first(command: list[str], lost: str) -> None:
+    """The first process is killed in its third step; the other one says so in a line of its own."""
+    in_its_third_step(lambda: os.kill(os.getpid(), signal.SIGKILL), lost)
+    mot(*command)
+
+
+def test_a_line_does_not_stick_to_the_bar_of_a_process_that_is_lost(small_corpus, tmp_path):
+    command, log = words("copies", small_corpus, tmp_path / "run"), tmp_path / "log"
+    in_processes(without_the_first, (command, "0"), 2, log, exits=(-signal.SIGKILL, 2))
+    assert "another process has ended, or has not answered in time" in one_line(log, of=1)
+    assert [line for line in log.read_text().splitlines() if line.startswith("mot: error: another process")]
+
+
+def test_one_process_tells_that_a_directory_is_taken(runs, small_corpus, tmp_path):
+    shutil.copytree(runs / "copies", tmp_path / "run")
+    log = tmp_path / "log"
+    in_processes(mot, words("copies", small_corpus, tmp_path / "run"), 2, log, exits=2)
+    assert "exists already; go on with --resume" in one_line(log, of=1)
+
+
 def losing_sense(command: list[str]) -> None:
     """The second process has a loss that is no number at the third step."""
     compute, calls = GroupedTrainer.compute_loss, []
@@ -257,13 +279,13 @@ def test_a_process_without_room_on_its_disk_ends_all(small_corpus, tmp_path, lay
     assert [path.name for path in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-2"]
 
 
-def in_its_third_step(happens: Callable[[], object]) -> None:
-    """Something happens to the second process alone."""
+def in_its_third_step(happens: Callable[[], object], rank: str = "1") -> None:
+    """Something happens to one process alone, by default the second one."""
     step, calls = GroupedTrainer.training_step, []
 
     def training_step(self, *arguments, **others):
         calls.append(1)
-        if len(calls) == 2 * self.args.gradient_accumulation_steps + 1 and os.environ["RANK"] == "1":
+        if len(calls) == 2 * self.args.gradient_accumulation_steps + 1 and os.environ["RANK"] == rank:
             happens()
         return step(self, *arguments, **others)
 
@@ -282,6 +304,44 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(runs, small_corpus, 
     assert "stopped by SIGTERM after step 3, which is saved; --resume goes on" in one_line(log, of=1)
     in_processes(mot, [*command, "--resume"], 2, log)
     assert losses(tmp_path / "run") == losses(runs / "copies")
+
+
+def as_torchrun(command: list[str], port: int, directory: Path) -> None:
+    """In its place: starts two processes, which note their exit status, and waits until it is killed."""
+    for rank in (0, 1):
+        if os.fork() == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            place |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "none"}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            try:
+                mot(*command)
+            except SystemExit as ended:
+                (directory / f"status-{rank}").write_text(str(ended.code))
+            os._exit(0)
+    time.sleep(300)
+
+
+def test_processes_whose_torchrun_is_killed_end_with_a_checkpoint(small_corpus, tmp_path):
+    command, log = words("copies", small_corpus, tmp_path / "run"), tmp_path / "log"
+    command[command.index("--steps") + 1] = "5000"
+    command[command.index("--training.save_steps") + 1] = "5000"
+    torchrun = start(as_torchrun, command, free_port(), tmp_path, log=log)
+    metrics, since = tmp_path / "run" / "metrics.jsonl", time.monotonic()
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() - since < 100, log.read_text()
+        time.sleep(0.2)
+    torchrun.kill()
+    since = time.monotonic()
+    while not all((tmp_path / f"status-{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() - since < 60, log.read_text()
+        time.sleep(0.2)
+    assert [(tmp_path / f"status-{rank}").read_text() for rank in (0, 1)] == [str(128 + signal.SIGTERM)] * 2
+    gone, saved = re.findall("mot: .*", log.read_text())[-2:]
+    assert "torchrun is gone" in gone
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-[0-9]*")
+    step = checkpoint.name.partition("-")[2]
+    assert f"stopped by SIGTERM after step {step}, which is saved; --resume goes on" in saved
+    assert checkpoints.newest(tmp_path / "run") == checkpoint
 
 
 def is_alive(process: int) -> bool:

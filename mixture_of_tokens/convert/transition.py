@@ -26,6 +26,7 @@ from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transitio
 from mixture_of_tokens.runs.run import Run, Stages, read_run
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
+from mixture_of_tokens.training.room import tell_room
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
@@ -166,7 +167,7 @@ def transition(
         replicate: Copies of a sharded model.
         expert_parallel: Processes that divide the experts, where experts are balanced by construction.
         resume: Go on from the newest valid checkpoint of the new run.
-        dry_run: Print the merged configuration and stop, before text or a tokenizer is looked at.
+        dry_run: As in mot train.
 
     Returns the run's stages; with `control` scratch the run, with `dry_run` its configuration; None in all
     processes of torchrun but the first.
@@ -209,6 +210,7 @@ def transition(
     if control == "scratch":
         merged = _from_scratch(source, merged.config, steps, where, learning_rate)
     if dry_run:
+        tell_room(merged)
         return merged.config
     if control == "scratch":
         return run_merged(merged, out, resume=resume)

@@ -97,13 +97,13 @@ def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None =
     """What a configuration costs.
 
     Args:
-        batch: sequences a step; micro_batch: sequences at once, by default the smallest legal number of at least 32.
+        batch: sequences a step; micro_batch: sequences at once, by default all of them, as in `mot train`.
 
     Raises ValueError for a batch or micro_batch that is not legal, or an unknown dtype.
     """
     legal = legal_micro_batches(config, batch, in_groups=True)
     if micro_batch is None:
-        micro_batch = next((size for size in legal if size >= 32), legal[-1])
+        micro_batch = legal[-1]
     if micro_batch not in legal:
         raise ValueError(f"micro-batch {micro_batch} is not legal; legal are {listing(legal)}")
     name, dense = name_of(config), copy(config)
@@ -165,8 +165,7 @@ def plan(
 
     Args:
         name: The model, such as MoT-Medium/32E/8.
-        micro_batch: Sequences per device at once. By default the smallest legal number that is at least 32; with
-            --devices a device's whole share of the batch.
+        micro_batch: Sequences per device at once; by default a device's whole share of the batch, as in mot train.
         dtype: The type of weights, gradients, optimizer state and activations.
         gated: SwiGLU feed-forwards. Otherwise the paper's plain ones with ReLU.
         batch_size: Sequences a step; by default the size's own number, in whole groups.

@@ -17,7 +17,7 @@ from itertools import product
 from mixture_of_tokens.checks import divisors
 from mixture_of_tokens.formatting import aligned, listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.cost import legal_micro_batches, memory, parameters
+from mixture_of_tokens.model.cost import BYTES, legal_micro_batches, memory, parameters
 from mixture_of_tokens.model.placement import COPIES, Placement
 from mixture_of_tokens.model.routings import BY_CONSTRUCTION
 
@@ -71,12 +71,19 @@ class Spread:
 
 
 def spread_of(
-    config: MixtureOfTokensConfig, *, batch: int, devices: int, placement: Placement, micro_batch: int | None = None
+    config: MixtureOfTokensConfig,
+    *,
+    batch: int,
+    devices: int,
+    placement: Placement,
+    micro_batch: int | None = None,
+    dtype="float32",
 ) -> Spread:
     """What a step of `batch` sequences costs on so many devices.
 
     Args:
         micro_batch: sequences of a device at once; by default all of its share.
+        dtype: of what a device holds.
 
     Raises ValueError where the batch does not divide, and for a model that cannot lie so.
     """
@@ -98,7 +105,7 @@ def spread_of(
         placement=placement,
         micro_batch=micro_batch,
         micro_steps=steps,
-        memory=_memory(config, placement, micro_batch, steps),
+        memory=_memory(config, placement, micro_batch, steps, dtype),
         sent=_sent(config, devices, placement, micro_batch, steps),
         experts_sent=_experts_sent(config, devices, placement, micro_batch, steps),
         even_at=_even_at(config, devices, micro_batch, steps),
@@ -119,16 +126,20 @@ def legal_placements(config: MixtureOfTokensConfig, devices: int) -> list[Placem
     return found
 
 
-def _memory(config: MixtureOfTokensConfig, placement: Placement, micro_batch: int, steps: int) -> dict[str, int]:
-    parts = memory(config, micro_batch)
+def _memory(
+    config: MixtureOfTokensConfig, placement: Placement, micro_batch: int, steps: int, dtype: str
+) -> dict[str, int]:
+    parts = memory(config, micro_batch, dtype)
     if not placement.sharded:
         return parts | {"total": sum(parts.values())}
     for part in ("weights", "gradients", "optimizer"):
         parts[part] = -(-parts[part] // placement.shard)
     if steps > 1 and placement.replicate == 1:  # not reduced to shards before the last micro-step
         own = parameters(config)
-        parts["gradients"] = WEIGHT * (own["total"] - own["experts"] + own["experts"] // placement.expert_parallel)
-    parts["gathered"] = WEIGHT * _largest_block(config, placement)
+        parts["gradients"] = BYTES[dtype] * (
+            own["total"] - own["experts"] + own["experts"] // placement.expert_parallel
+        )
+    parts["gathered"] = BYTES[dtype] * _largest_block(config, placement)
     return parts | {"total": sum(parts.values())}
 
 

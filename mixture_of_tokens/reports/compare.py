@@ -21,6 +21,7 @@ from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
+from mixture_of_tokens.training.room import check_room
 from mixture_of_tokens.training.sweep import ANOTHER_OUT, PlannedRun, Plans
 from mixture_of_tokens.training.train import run_merged
 
@@ -73,6 +74,9 @@ def compare(
     plans = _plans(names, seeds, _rates(learning_rate, len(names)), options, out)
     if dry_run:
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
+    for plan in plans:
+        if not (plan.directory / records.FACTS).exists():
+            check_room(plan.merged)
     check_no_other_file(out / PAGE)
     if is_main() and (gone := names_listed_in(out / COMPARISON, "models") - {plan.directory.name for plan in plans}):
         what = f"{out} will compare these runs, and no longer {', '.join(str(out / name) for name in sorted(gone))}"

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mixture_of_tokens.process import is_main
+from mixture_of_tokens.model.sharding import broadcast
+from mixture_of_tokens.process import have_met, is_main, of_all
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.ownership import LOCK
 from mixture_of_tokens.runs.records import RunConfig
@@ -18,12 +19,24 @@ def check_seed(seed: int) -> None:
 
 
 def check_free(out: Path) -> None:
-    """Raises ValueError if the directory of a new run is not empty."""
-    if is_main() and out.is_file():
-        raise ValueError(f"{out} is a file; name a directory with --out")
-    if is_main() and not _is_empty(out):
-        what = "; go on with --resume" if (out / records.CONFIG).is_file() else " and is no run directory"
-        raise ValueError(f"{out} exists already{what}, name another with --out, or remove it")
+    """Raises ValueError if the directory of a new run is not empty.
+
+    In all processes of torchrun, by what the first one sees.
+    """
+    said = _taken(out) if is_main() else None
+    if have_met():
+        said = broadcast(said)
+    if said is not None:
+        raise of_all(ValueError(said))
+
+
+def _taken(out: Path) -> str | None:
+    if out.is_file():
+        return f"{out} is a file; name a directory with --out"
+    if _is_empty(out):
+        return None
+    what = "; go on with --resume" if (out / records.CONFIG).is_file() else " and is no run directory"
+    return f"{out} exists already{what}, name another with --out, or remove it"
 
 
 def check_writable(out: Path) -> None:
@@ -39,7 +52,7 @@ def check_writable(out: Path) -> None:
 
 def check_holds_runs(out: Path) -> None:
     """Raises ValueError if the directory of several runs is itself a run."""
-    if is_main() and (out / records.CONFIG).is_file():
+    if (out / records.CONFIG).is_file():
         raise ValueError(f"{out} is a run of its own; name another directory for several with --out")
 
 

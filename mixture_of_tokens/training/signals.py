@@ -1,16 +1,41 @@
 """What SIGTERM and ^C do to a training."""
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from mixture_of_tokens.process import answered, end_with_parent
+from mixture_of_tokens.process import TORCHRUN, answered, end_with_parent
+
+ALWAYS, FLAG = (
+    30,
+    re.compile("--shutdown[-_]timeout(=|$)"),
+)  # seconds of torchrun, and what sets others since torch 2.12
+
+
+def seconds_after_signal() -> int | None:
+    """For which torchrun waits for its processes before it kills them; None in a process that it has not started."""
+    if TORCHRUN not in os.environ:
+        return None
+    if torch.__version__ < "2.12":
+        return ALWAYS
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        words = []
+    given = [word.partition("=")[2] or after for word, after in pairwise(words) if FLAG.match(word)]
+    given += [
+        os.environ[name] for name in ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT") if name in os.environ
+    ]
+    return int(given[0]) if given and given[0].isdecimal() else ALWAYS
 
 
 class StopOnSignal(TrainerCallback):

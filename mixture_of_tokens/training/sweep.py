@@ -21,11 +21,13 @@ from mixture_of_tokens.formatting import Result, aligned, few_of, short
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.process import is_main
+from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.admission import check_holds_runs, check_planned, check_resumed, names_listed_in
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
+from mixture_of_tokens.training.room import check_room, estimate
 from mixture_of_tokens.training.train import run_merged
 
 FILE, DIVERGED = "sweep.json", "diverged.txt"
@@ -34,12 +36,13 @@ ANOTHER_OUT = "; take another --out"  # where a run in it saw other text
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """A run that a command would train; flops: of all its training."""
+    """A run that a command would train; flops: of all its training; memory: bytes of a device, estimated."""
 
     directory: str
     steps: int
     learning_rate: float
     flops: float
+    memory: int
 
     @classmethod
     def of(cls, directory: Path, merged: Merged) -> "PlannedRun":
@@ -49,7 +52,7 @@ class PlannedRun:
         if run.tokenizer is not None and "vocab_size" not in run.model and located(run.tokenizer).exists():
             config.vocab_size = _ids_in(run.tokenizer)
         flops = run.steps * training_flops(config, run.batch_size)
-        return cls(str(directory), run.steps, run.learning_rate, flops)
+        return cls(str(directory), run.steps, run.learning_rate, flops, round(estimate(merged)))
 
 
 @cache
@@ -65,7 +68,8 @@ class Plans(Result):
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{run.directory}: {run.steps} steps, learning rate {run.learning_rate:g}, {short(run.flops)}FLOPs in all"
+            f"{run.directory}: {run.steps} steps, learning rate {run.learning_rate:g}, {short(run.flops)}FLOPs in all, "
+            f"about {run.memory / 2**30:.1f} GiB"
             for run in self.runs
         )
 
@@ -191,6 +195,9 @@ def sweep(
     check_planned({directory.name: merged.config for _, _, merged, directory in planned})
     if dry_run:
         return Plans([PlannedRun.of(directory, merged) for _, _, merged, directory in planned])
+    for _, _, merged, directory in planned:
+        if not any((directory / file).exists() for file in (records.FACTS, DIVERGED)):
+            check_room(merged)
     with owned(out):
         gone = names_listed_in(out / FILE, "cells") - {directory.name for _, _, _, directory in planned}
         if gone and is_main():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -54,7 +55,8 @@ from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
-from mixture_of_tokens.training.signals import StopOnSignal
+from mixture_of_tokens.training.room import check_room, tell_room
+from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signal
 from mixture_of_tokens.training.trainer import GroupedTrainer
 
 REGROUPINGS = 3
@@ -100,15 +102,18 @@ def train(
         seed: Of the weights and of the order of the text.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own.
         resume: Go on from the newest valid checkpoint of the run directory, or start where there is none.
-        dry_run: Print the merged configuration and stop, before text or a tokenizer is looked at.
+        dry_run: Print the merged configuration, and how much memory it takes, and stop, before text or a tokenizer is
+            looked at.
 
     Returns the finished run; with `dry_run` its configuration; None in all processes of torchrun but the first.
 
-    Raises ValueError for bad settings, FloatingPointError for a run that diverges. Exits at a signal, after saving.
+    Raises ValueError for bad settings or too little memory, FloatingPointError for a run that diverges. Exits at a
+    signal, after saving.
     """
     merged = merge(name, seed, learning_rate, options)
     check_settings(merged)
     if dry_run:
+        tell_room(merged)
         return merged.config
     out = Path("runs") / merged.config.directory_name if out is None else Path(out)
     if resume and not out.exists() and is_main():
@@ -138,14 +143,33 @@ def run_merged(
             raise ValueError(f"{error}; {what}") from None
         print(f"{out} is finished already", file=sys.stderr)
         return finished
+    check_room(merged)
     check_writable(out)
-    with the_only_training(), owned(out), without_progress_bars(), _in_fp32():
+    if (seconds := seconds_after_signal()) is not None:
+        what = f"{seconds} s for its processes: a step and a checkpoint have to fit, or the last steps are lost"
+        say_once(f"mot: after a signal torchrun waits {what}; --shutdown-timeout N of torch 2.12 sets it")
+    with the_only_training(), owned(out), without_progress_bars(), _without_comparisons(), _in_fp32():
         _check(out, merged, resume)  # another process may have begun meanwhile
         taken = TrainingArguments(output_dir=str(out), **merged.arguments)
         taken.run_name = taken.run_name or out.name
         # Several GPUs of one process would each take all the rows; they are for torchrun.
         taken._n_gpu = min(1, taken.n_gpu)
         return _run(merged.config, taken, merged.placement, out, begin, again)
+
+
+@contextmanager
+def _without_comparisons() -> Iterator[None]:
+    """Of a checkpoint's micro-batch with the run's: `check_resumed` knows what a resumed run may change."""
+
+    def is_none(record: logging.LogRecord) -> bool:
+        return "trainer_state.json" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.trainer_utils")
+    logger.addFilter(is_none)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_none)
 
 
 @contextmanager
