@@ -122,9 +122,9 @@ def dropless(
         read: what experts read instead of tokens (..., D), by the experts' numbers and the gates (...).
     """
     experts, E, (S, D), A = layer.experts, layer.num_experts, x_SD.shape, expert.numel()
-    copied = A <= min(FEW * E, COPIED // layer.weights_of_an_expert)
+    few = min(FEW * E, COPIED // layer.weights_of_an_expert)
     known = expert.clamp(max=E - 1) if read is None else expert  # where experts read mixtures, none is missing
-    if copied:
+    if few >= A:
         x = x_SD[:, None] if token_A is None else x_SD.index_select(0, token_A)
         x = x.expand(*expert.shape, D) if read is None else read(x, known, gate)
         which_A = known.flatten()

@@ -7,7 +7,7 @@ stripe apart, and a document can be in a group twice only if it has more than 1 
 is divided into segments, which count as documents: see `segmented`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mixture_of_tokens.checks import at_least_one, check
+from mixture_of_tokens.checks import LARGEST, at_least_one, check
 from mixture_of_tokens.data.tokens import TokenFiles
+from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.loss import IGNORE
+from mixture_of_tokens.process import say_once
 
 
 @dataclass(frozen=True)
@@ -83,30 +85,88 @@ def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarr
     return (ends - lengths)[document] + part * lengths[document] // parts[document], int(parts[parts > 1].sum())
 
 
+def say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
+    """Once for a text: a sweep prepares it for every run, and a part of several is opened often."""
+    what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
+    say_once(f"{what}: {segments} far-apart segments count as documents")
+
+
 def prepare_tokens(
-    tokens: np.ndarray, ends: Sequence[int] | np.ndarray, *, context: int = 64, group_size: int = 32
+    tokens: Any,
+    ends: Sequence[int] | np.ndarray | Tensor | None = None,
+    *,
+    context: int = 64,
+    group_size: int = 32,
+    vocab_size: int | None = None,
 ) -> Blocks:
-    """Text that is tokens already, for `GroupedBatches`: documents one after the other.
+    """Text that is tokens already, for `GroupedBatches`.
 
     Args:
-        tokens: (L,) integers, a np.memmap too: all documents, each with the token that ends a text.
-        ends: (documents,), where each document ends in `tokens`, so the last one is L. It is this that keeps parts of
-            one document out of one group.
+        tokens: Documents, as in a list or from an iterator, each one-dimensional, of token ids; empty ones are left
+            out. Or, with `ends`, one array of all of them, one after the other; a np.memmap stays on the disk. Arrays
+            are numpy's, torch's or lists. Nothing is added: close each document with the token that ends a text.
+        ends: (documents,), where each document ends in all tokens, so the last one is their number. It is this that
+            keeps parts of one document out of one group.
         context: Tokens in a block.
-        group_size: Documents are divided into segments such that groups of this size can be made of different ones.
+        group_size: Documents are divided into segments such that groups of this size can be made of different ones;
+            where there are such segments, a line on standard error says so.
+        vocab_size: Of the model: ids must be below it.
 
-    Raises ValueError for other arrays, and for sizes below 1.
+    Raises ValueError for what holds no token ids, for ids below 0 or beyond the vocabulary, and for sizes below 1.
     """
     check("context", context, int)
     check("group_size", group_size, int)
-    at_least_one(context=context, group_size=group_size)
-    ends = np.asarray(ends)
-    for name, array in {"tokens": tokens, "ends": ends}.items():
-        if not isinstance(array, np.ndarray) or array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{name} must be a one-dimensional array of integers")
-    if not len(ends) or ends[-1] != len(tokens) or (np.diff(ends, prepend=0) <= 0).any():
-        raise ValueError(f"ends must rise to the number of tokens, {len(tokens)}: where each document ends")
-    return Blocks(tokens, segmented(ends.astype(np.int64), context, group_size)[0], context)
+    check("vocab_size", vocab_size, int | None)
+    at_least_one(context=context, group_size=group_size, vocab_size=vocab_size)
+    given, lengths = _joined(tokens)
+    if ends is None and lengths is None:
+        raise ValueError("ends is missing: where each document ends in tokens; or give tokens as a list of documents")
+    where = np.cumsum(lengths) if ends is None else _ids("ends", ends)
+    if not len(where) or where[-1] != len(given) or (np.diff(where.astype(np.int64), prepend=0) <= 0).any():
+        raise ValueError(f"ends must rise to the number of tokens, {len(given)}: where each document ends")
+    _check_ids(given, LARGEST + 1 if vocab_size is None else vocab_size)
+    parts, segments = segmented(where.astype(np.int64), context, group_size)
+    if segments:
+        say_segments(["tokens"], group_size, segments)
+    return Blocks(given, parts, context)
+
+
+def _joined(tokens: Any) -> tuple[np.ndarray, list[int] | None]:
+    """All ids as one array, and the lengths of the documents; None of what is one array already."""
+    if isinstance(tokens, str | bytes | Mapping) or not isinstance(tokens, Iterable):
+        raise ValueError(f"tokens takes documents of token ids, or one array of them, not {type(tokens).__name__}")
+    if isinstance(tokens, Tensor) or (isinstance(tokens, np.ndarray) and tokens.dtype != object):
+        return _ids("tokens", tokens), None
+    documents = list(tokens)
+    if documents and not getattr(documents[0], "ndim", isinstance(documents[0], Iterable)):  # a number
+        return _ids("tokens", documents), None
+    arrays = [_ids(f"tokens: document {number}", each) for number, each in enumerate(documents)]
+    arrays = [array for array in arrays if len(array)]
+    if not arrays:
+        raise ValueError("tokens holds no document with a token")
+    # Of signed and unsigned numbers numpy would make floats.
+    wide = None if len({array.dtype for array in arrays}) == 1 else np.int64
+    return np.concatenate(arrays, dtype=wide, casting="unsafe"), [len(array) for array in arrays]
+
+
+def _ids(name: str, given: Any) -> np.ndarray:
+    """Raises ValueError, naming it, for what is no one-dimensional array of whole numbers."""
+    try:
+        array = given.numpy(force=True) if isinstance(given, Tensor) else np.asarray(given)
+    except (ValueError, TypeError, RuntimeError):  # lists of different lengths; bfloat16, which numpy lacks
+        array = np.empty(())
+    if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
+        several = "; where each row is a document, give a list of the rows" if array.ndim > 1 else ""
+        raise ValueError(f"{name} must be a one-dimensional array of integers{several}")
+    return array if array.size else array.astype(np.int64)
+
+
+def _check_ids(tokens: np.ndarray, count: int) -> None:
+    """Raises ValueError for ids that are not 0 to `count` - 1; a file is read only where its type allows of such."""
+    kind = np.iinfo(tokens.dtype)
+    least, most = (tokens.min() if kind.min < 0 else 0), (tokens.max() if kind.max >= count else 0)
+    if least < 0 or most >= count:
+        raise ValueError(f"tokens has the id {least if least < 0 else most}; ids are 0 to {count - 1}")
 
 
 def in_blocks_of(blocks: Blocks, context: int, group_size: int) -> Blocks:

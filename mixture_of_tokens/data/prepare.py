@@ -27,7 +27,7 @@ from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import at_least_one, checked, listed
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.files import Document
-from mixture_of_tokens.data.groups import Blocks, segmented
+from mixture_of_tokens.data.groups import Blocks, say_segments, segmented
 from mixture_of_tokens.data.splits import SPLITS, longest_share, split, spool
 from mixture_of_tokens.data.tokenizer import (
     check_vocab_size,
@@ -203,14 +203,8 @@ def _splits(directory: Path, entry: dict[str, Any], context: int, group_size: in
     return splits, segments
 
 
-# Each of these is said once for a text: a sweep prepares it for every run, and a part of several is opened often.
-def say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
-    what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
-    say_once(f"{what}: {segments} far-apart segments count as documents")
-
-
 def _say_what_is_missing(sources: Sequence[str], facts: dict, group_size: int, *, duplicates: bool) -> None:
-    """On standard error, where much of the text was cut or left out; `duplicates`: near-duplicates were left out."""
+    """Once for a text, where much of it was cut or left out; `duplicates`: near-duplicates were left out."""
     cut = facts["bytes_cut"]
     whole = cut + sum(facts[name]["bytes"] for name in SPLITS)
     if cut > MUCH * whole:

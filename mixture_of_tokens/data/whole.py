@@ -9,8 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.data.files import Document
-from mixture_of_tokens.data.groups import Blocks, segmented
-from mixture_of_tokens.data.prepare import say_segments
+from mixture_of_tokens.data.groups import Blocks, say_segments, segmented
 from mixture_of_tokens.data.sources import documents
 from mixture_of_tokens.data.splits import opened, spool
 from mixture_of_tokens.data.tokenizer import parallel_tokenizers
