@@ -1,16 +1,27 @@
 """`mot plan --devices`: what a device holds and sends."""
 
 import json
+import os
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixture_of_tokens.model.cost import memory, parameters
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.placement import COPIES, Placement
 from mixture_of_tokens.model.spread import Spread, _largest_block, spread_of
-from processes import mot
+from mixture_of_tokens.runs.run import read_run
+from mixture_of_tokens.training.trainer import GroupedTrainer
+from processes import in_processes, mot
+from test_sharded_runs import LAYOUTS, NAME
 
 ALL = Placement(8, 1, 8)
 
@@ -44,10 +55,10 @@ def test_what_experts_send_at_8192_tokens_a_device(name, divided, capacity, copi
 
 def test_the_parts_of_what_is_sent():
     counts = parameters(config_from_name("MoT-Medium/32E", gated=False))
-    others = counts["total"] - counts["experts"]
+    others, once = counts["total"] - counts["experts"], counts["head"] + 512  # which is gathered for both passes
     assert spread("MoT-Medium/32E", COPIES).sent["total"] == 2 * 7 / 8 * 4 * counts["total"]
     divided = spread("MoT-Medium/32E").sent
-    assert divided["weights gathered"] == 2 * 7 / 8 * 4 * others
+    assert divided["weights gathered"] == 7 / 8 * 4 * (2 * others - once)
     assert divided["gradients reduced"] == 7 / 8 * 4 * others
     assert divided["total"] == pytest.approx(sum(divided.values()) / 2)
     # Two micro-steps gather twice as often and reduce once.
@@ -62,7 +73,7 @@ def test_the_parts_of_what_is_sent():
     assert copies["exchanged by experts"] == pytest.approx(2 * divided["exchanged by experts"] * (3 / 4) / (7 / 8))
     # Experts over two of four shards: halves, each a shard of two devices.
     halves = spread("MoT-Medium/32E", Placement(4, 2, 2)).sent
-    gathered = 2 * 4 * (3 / 4 * others + 1 / 2 * counts["experts"] / 2)
+    gathered = 4 * (3 / 4 * (2 * others - once) + 1 / 2 * counts["experts"])
     assert halves["weights gathered"] == pytest.approx(gathered)
 
 
@@ -154,3 +165,89 @@ def test_what_does_not_fit_is_refused(flags, message, capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert message in said[0]
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes that this process sends, as in rings, by the collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent: dict[str, float] = {}
+
+    def count(self, name: str, value: torch.Tensor, processes: int) -> None:
+        share = (1 + (name == "allreduce_")) * (processes - 1) / processes
+        self.sent[name] = self.sent.get(name, 0.0) + share * value.numel() * value.element_size()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.rpartition("::")[2]
+        if name in OF_VALUE:
+            processes = next(ProcessGroup.unbox(each).size() for each in args if isinstance(each, torch.ScriptObject))
+            self.count(name, OF_VALUE[name](args), processes)
+        elif name == "all_to_all_single":
+            self.count(name, args[0], _resolve_process_group(args[-1]).size())
+        return func(*args, **(kwargs or {}))
+
+
+# Of torch's collectives, the tensor that is whole.
+OF_VALUE = {
+    "_allgather_base_": lambda args: args[0],
+    "_reduce_scatter_base_": lambda args: args[1],
+    "allreduce_": lambda args: args[0][0],
+}
+
+
+def counted(commands: list[list[str]]) -> None:
+    """Trains, and writes what the first step has sent, and what was planned of it."""
+    step, collectives = GroupedTrainer.training_step, Collectives()
+
+    def of_copies(_, bucket):
+        collectives.count("allreduce_", bucket.buffer(), torch.distributed.get_world_size())
+        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+    def training_step(self, model, *arguments, **others):
+        copies = isinstance(model, DistributedDataParallel)
+        if copies and not self.micro_steps:
+            model.register_comm_hook(None, of_copies)
+        self.micro_steps += 1
+        with nullcontext() if copies else collectives:  # the hook would wait for the mode
+            return step(self, model, *arguments, **others)
+
+    GroupedTrainer.training_step, GroupedTrainer.micro_steps = training_step, 0  # pyright: ignore
+    for command in commands:
+        collectives.sent.clear()
+        mot(*command)
+        out = command[command.index("--out") + 1]
+        Path(f"{out}-{os.environ['RANK']}.json").write_text(json.dumps(collectives.sent))
+
+
+KINDS = {
+    "weights gathered": "_allgather_base_",
+    "gradients reduced": "_reduce_scatter_base_",
+    "gradients of copies": "allreduce_",
+    "exchanged by experts": "all_to_all_single",
+}
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_is_planned_is_what_collectives_send(count, small_corpus, tmp_path):
+    layouts = [layout for layout, (processes, _) in LAYOUTS.items() if processes == count]
+    cases = [(layout, parts) for layout in layouts for parts in (1, 2)]
+    commands = []
+    for layout, parts in cases:
+        command = ["train", NAME, "--steps", 1, "--batch-size", 32, "--device", "cpu", "--data", small_corpus]
+        command += ["--out", tmp_path / f"{layout}-{parts}", "--training.gradient_accumulation_steps", parts]
+        command += ["--training.bf16", "true", "--training.save_strategy", "no", "--training.report_to", "none"]
+        commands.append([str(word) for word in [*command, *LAYOUTS[layout][1]]])
+    in_processes(counted, (commands,), count, tmp_path / "log")
+    for layout, parts in cases:
+        given = dict(pairwise(LAYOUTS[layout][1]))
+        flags = (
+            int(given[flag]) if flag in given else None for flag in ("--shard", "--replicate", "--expert-parallel")
+        )
+        config = read_run(tmp_path / f"{layout}-{parts}").model_config
+        placement = Placement.of(*flags, count)
+        size = 32 // parts // count
+        planned = spread_of(config, batch=32, devices=count, placement=placement, micro_batch=size).sent
+        for rank in range(count):
+            sent = json.loads((tmp_path / f"{layout}-{parts}-{rank}.json").read_text())
+            assert {KINDS[kind]: size for kind, size in planned.items() if kind != "total"} == pytest.approx(sent)

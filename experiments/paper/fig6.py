@@ -11,7 +11,8 @@ capacity: level with those alone is parity in part. Beside these stand routings 
 sigmoid gates and biases in place of a balancing loss, Expert Threshold and ReMoE. Peak rates were swept
 (`micro.py --sweep`), but for /4 and for 8 of 256 experts with a capacity, which have the others' best.
 The dense model, /8, Token Choice of one expert, Token Choice that drops nothing and the best of all have three seeds,
-Token Choice of one expert at temperature 1 two, the others one. The verdict is of the seeds that /8 and another have.
+Token Choice of one expert at temperature 1 two, the others one. The verdict is of the means over all seeds
+that there are.
 What serves one text alone: `alone.py`.
 """
 
@@ -32,8 +33,10 @@ from micro import (
     draw_curves,
     table_of,
 )
-from nano import against, signed
+from nano import losses_of, signed
 from studies import Row, Said, Study, verdict
+
+from mixture_of_tokens.formatting import Summary
 
 LEVEL = 0.01
 WITH_SEEDS = (DENSE, BEST_MIXTURE, TOKEN_CHOICE, DROPLESS, YOUNGER[0])
@@ -48,13 +51,12 @@ ROWS = [
 
 def says() -> Said | None:
     rows = {row.system.label: row for row in ROWS}
-    above = {system.label: against(rows[BEST_MIXTURE.label], rows[system.label]) for system in BASELINES}
-    if None in above.values():
+    mean = {label: Summary.of(losses_of(row).values()) for label, row in rows.items()}
+    mixture, bases = mean[BEST_MIXTURE.label], {system.label: mean[system.label] for system in BASELINES}
+    if mixture is None or None in bases.values():
         return None
-    over = {label: found.mean for label, found in above.items() if found}
-    seeds = {
-        label: "one seed" if found.seeds == 1 else f"{found.seeds} seeds" for label, found in above.items() if found
-    }
+    over = {label: mixture.mean - base.mean for label, base in bases.items() if base}
+    seeds = {label: "one seed" if base.seeds == 1 else f"{base.seeds} seeds" for label, base in bases.items() if base}
     best, capped = (
         max((system.label for system in systems), key=lambda label: over[label])
         for systems in (BASELINES, WITH_CAPACITY)

@@ -4,9 +4,10 @@ Collectives are counted as rings: a device sends (n - 1) / n of what n devices g
 all-reduce. N parameters, of them N_e of experts; S shards, R copies, X devices that divide the experts of a copy:
 
     copies (DDP)     gradients are all-reduced over all devices, once a step
-    shards (FSDP2)   weights are gathered before each pass, forward and backward, and gradients are reduced to shards;
-                     in one copy once a step, and until then each device holds whole gradients; in several copies in
-                     every micro-step, and the shards are all-reduced over the copies once a step
+    shards (FSDP2)   weights are gathered before each pass, forward and backward, but those of the head and the norm
+                     before it once for both, and gradients are reduced to shards; in one copy once a step, and until
+                     then each device holds whole gradients; in several copies in every micro-step, and the shards are
+                     all-reduced over the copies once a step
     experts          an expert's weights are shards of S / X devices only. Each layer exchanges what experts read and
                      what they give, forward and backward: four times E * M rows of width D, whatever is routed where
 """
@@ -162,7 +163,8 @@ def _sent(
 ) -> dict[str, float]:
     counts = parameters(config)
     if placement.sharded:
-        parts = _weights_sent(counts["total"] - counts["experts"], placement, placement.shard, steps)
+        once = counts["head"] + config.hidden_size  # and the norm before it, which stay whole between the passes
+        parts = _weights_sent(counts["total"] - counts["experts"], placement, placement.shard, steps, once)
         for kind, sent in _of_experts(config, placement, micro_batch, steps).items():
             parts[kind] = parts.get(kind, 0.0) + sent
     else:
@@ -216,11 +218,11 @@ def _rows(config: MixtureOfTokensConfig, micro_batch: int) -> int:
     return sum(routing.rows(config, micro_batch, config.max_position_embeddings, True) for routing in routings)
 
 
-def _weights_sent(count: float, placement: Placement, shard: int, steps: int) -> dict[str, float]:
-    """For so many weights, which are shards of `shard` devices."""
+def _weights_sent(count: float, placement: Placement, shard: int, steps: int, once: int = 0) -> dict[str, float]:
+    """For so many weights, which are shards of `shard` devices; `once` of them are gathered for both passes."""
     reductions = steps if placement.replicate > 1 else 1
     return {
-        "weights gathered": 2 * steps * _ring(shard) * WEIGHT * count,
+        "weights gathered": steps * _ring(shard) * WEIGHT * (2 * count - once),
         "gradients reduced": reductions * _ring(shard) * WEIGHT * count,
         "gradients of copies": _all_reduced(count / shard, placement.replicate),
     }
