@@ -61,7 +61,7 @@ COMMANDS = {
     ),
     "export": (
         "convert.export:export",
-        "Write a model as plain transformers: as Qwen3-MoE, with sigmoid gates as Dots1, a dense one as Qwen3.",
+        "Write a model for other software: plain transformers, llama.cpp (GGUF), or the Hub with code of its own.",
     ),
     "plan": (
         "model.plan:plan",

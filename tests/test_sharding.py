@@ -24,6 +24,7 @@ from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.optimizer_state import check_optimizer, save_optimizer
 from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.model.spread import spread_of
+from mixture_of_tokens.process import is_main
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
@@ -138,7 +139,8 @@ def whole_state(trainer: GroupedTrainer, out: Path) -> dict[str, torch.Tensor]:
         return model.state_dict()
     state = sharding.whole_state(model)
     save_optimizer(model, optimizer.optimizer, out)
-    check_optimizer(out)
+    if is_main():
+        check_optimizer(out)
     return state
 
 

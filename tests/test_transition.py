@@ -392,7 +392,7 @@ def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, monkeypatch, c
     (command,) = re.findall(r"^.*mot transition again/.*$", (tmp_path / "page.html").read_text(), re.MULTILINE)
     assert "--steps 0 --scores sigmoid" in command
     assert "--learning-rate" not in command
-    monkeypatch.setattr(verify, "compare_logits", lambda model, directory, ids: (0.0, 1.0))  # see test_export.py
+    monkeypatch.setattr(verify, "compare_logits", lambda model, directory, ids, code: (0.0, 1.0))  # see test_export.py
     mot("export", out, tmp_path / "exported")
     assert f"{result['switch']['at_the_switch']:.4f} at the end" in (tmp_path / "exported" / "README.md").read_text()
     mot("audit", out, "--expect", "private", "--batches", 1)
