@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixture_of_tokens.experts import Experts, highest
-from mixture_of_tokens.layout import at_least_fp32, check_shapes
+from mixture_of_tokens.layout import at_least_fp32, check_shapes, never_measured, warn_once
 from mixture_of_tokens.slots import dropless
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | No
     if few < layer.num_experts and (layer.gate is None or layer.group_size == 1):
         raise ValueError("served alone, a token goes to all experts where these weigh it alike")
     layer.alone, layer.num_experts_alone = alone, int(few) if alone else layer.num_experts
+    if alone and never_measured(layer.companion, layer.group_size):
+        warn_once(
+            "Served alone, companions stand for the other texts, and those of this layer were never measured: call "
+            "calibrate_companions first, or the loss is much higher."
+        )
     layer.companion_output = layer.companion.new_empty(0)
     if layer.num_experts_alone < layer.num_experts:
         (experts,) = (module for module in layer.experts.modules() if isinstance(module, Experts))  # below an adapter

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from mixture_of_tokens.alone import renew_alone, served_alone, set_alone
 from mixture_of_tokens.checks import check, divisors
 from mixture_of_tokens.experts import Routed, RoutedOptions, softmax
-from mixture_of_tokens.layout import at_least_fp32, check_full, combine, dispatch, grouped, ungrouped
+from mixture_of_tokens.layout import at_least_fp32, check_full, check_measured, combine, dispatch, grouped, ungrouped
 
 
 class MixtureOfTokens(Routed):
@@ -56,6 +56,7 @@ class MixtureOfTokens(Routed):
 
     companion: Tensor
     companion_logit: Tensor
+    measuring = False  # while `calibrate_companions` runs
     companion_output: Tensor  # (E, D), empty unless few experts run for a token alone
 
     def __init__(
@@ -77,6 +78,7 @@ class MixtureOfTokens(Routed):
         super().__init__(hidden_size, expert_size, num_experts, **options)
         self.group_size, self.normalize_mixture = group_size, normalize_mixture
         self.alone, self.num_experts_alone = False, num_experts
+        self._looked_at: set[int] = set()  # numbers of rows, as on a GPU each look at companions waits for it
         if uniform:
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
         self.register_buffer("companion", torch.zeros(num_experts, hidden_size, dtype=at_least_fp32()))
@@ -163,11 +165,21 @@ class MixtureOfTokens(Routed):
             return served_alone(self, x_BTD, token_mask)
         return self.in_groups(x_BTD, token_mask)
 
+    def _check_measured(self, x_BTD: Tensor) -> None:
+        """Of what is served in groups; alone, `serve_alone` has looked."""
+        if torch.compiler.is_compiling() or self.alone or self.measuring:
+            return
+        if (rows := len(x_BTD)) % self.group_size and rows not in self._looked_at:
+            self._looked_at.add(rows)
+            check_measured(self.companion, rows, self.group_size)
+
     def in_groups(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """The equations of the module's docstring."""
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
         if self.training:
             check_full(x_BTD, self.group_size)
+        else:
+            self._check_measured(x_BTD)
         weights_MGE, rest_ME = self._weights_and_rest(x_MGD, mask_MG1, missing_M11)
         cast_MGE = weights_MGE.to(x_MGD.dtype)
         mixtures_EMD = dispatch(cast_MGE, x_MGD)

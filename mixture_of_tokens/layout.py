@@ -44,14 +44,32 @@ def check_shapes(x_BTD: Tensor, token_mask: Tensor | None) -> None:
 def check_full(x_BTD: Tensor, group_size: int) -> None:
     """Warn, once for a number of rows, where the last group of a batch is incomplete; called in training."""
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and len(x_BTD) % group_size:
-        _warn_once(
+        warn_once(
             f"A batch of {len(x_BTD)} rows is no multiple of the group size, {group_size}: the last group is trained "
             f"incomplete. Take batches of a multiple of {group_size}, and drop the last one."
         )
 
 
+def check_measured(companion_ED: Tensor, rows: int, group_size: int) -> None:
+    """Warn, once for a number of rows, where companions that were never measured stand for the rows that are missing.
+
+    Called in evaluation, such as a Trainer's, whose loss is then another one than in complete groups.
+    """
+    if never_measured(companion_ED, group_size):
+        warn_once(
+            f"Outside of training, a batch of {rows} rows is no multiple of the group size, {group_size}, and the "
+            f"companions that replace the missing rows were never measured: its loss is another one than in complete "
+            f"groups. Take batches of a multiple of {group_size}, or call calibrate_companions first."
+        )
+
+
+def never_measured(companion_ED: Tensor, group_size: int) -> bool:
+    """Whether the companions of a layer that needs some are those it was made with; of meta tensors nobody knows."""
+    return group_size > 1 and not companion_ED.is_meta and not companion_ED.any()
+
+
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     logging.getLogger(__name__).warning(message)
 
 

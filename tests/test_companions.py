@@ -14,7 +14,7 @@ from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calib
 from mixture_of_tokens.alone import AT_ONCE
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.inference.losses import cross_entropy
-from mixture_of_tokens.model import modeling
+from mixture_of_tokens.layout import warn_once
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.sparse import TokenChoice
 from routings import E, G, T, build, gradients, some_mask, tiny, tokens
@@ -99,6 +99,8 @@ def test_without_a_whole_group_there_is_nothing_to_measure():
     with pytest.raises(ValueError, match="no batch has a group of 3 real tokens"):
         calibrate_companions(mixing(), [batch(2)])
     calibrate_companions(tiny("token_choice"), [])  # nor is there without a Mixture of Tokens
+    with pytest.raises(ValueError, match="model, a Linear, has no layer MixtureOfTokens"):  # not the caller's model?
+        calibrate_companions(torch.nn.Linear(8, 8), [tokens(G, T, 8)])
 
 
 def test_of_groups_that_lack_a_token_nothing_is_in_the_means():
@@ -301,7 +303,7 @@ def test_weights_that_are_drawn_anew_have_their_own_companions_output():
 
 def test_a_model_served_alone_without_companions_says_so(caplog):
     model = tiny("mixture_of_tokens").eval()
-    modeling.logger.warning_once.cache_clear()
+    warn_once.cache_clear()
     copy.deepcopy(model).to("meta").serve_alone()  # of which nobody knows
     assert not caplog.text
     model.serve_alone()
@@ -309,6 +311,21 @@ def test_a_model_served_alone_without_companions_says_so(caplog):
     assert caplog.text.count("call calibrate_companions first") == 1
     calibrate_companions(model, [{"input_ids": torch.randint(0, model.config.vocab_size, (4 * G, T))}])
     model.serve_alone()
+    assert caplog.text.count("call calibrate_companions first") == 1
+
+
+def test_in_a_model_of_one_s_own_a_layer_served_alone_without_companions_says_so(caplog):
+    layer, x = build("mot"), tokens(2 * G, T, 8)
+    layer.reset_state()
+    warn_once.cache_clear()
+    layer.serve_alone(False)
+    build("mot", group_size=1).serve_alone()  # where no token is missing
+    assert not caplog.text
+    layer.serve_alone()
+    assert caplog.text.count("call calibrate_companions first") == 1
+    warn_once.cache_clear()
+    calibrate_companions(layer, [x])
+    layer.serve_alone(num_experts_alone=2)
     assert caplog.text.count("call calibrate_companions first") == 1
 
 

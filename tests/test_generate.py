@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mixture_of_tokens.inference.continuations import to_file
 from mixture_of_tokens.inference.generate import Row, generate, in_batches
 from mixture_of_tokens.inference.sampling import Sampling, continue_prompts
 from mixture_of_tokens.inference.stream import Streamer, text_after
@@ -263,10 +264,36 @@ def test_prompts_that_are_mixed_are_told_of(run, capsys):
         assert capsys.readouterr().err.count("mot: prompts of a batch influence each other; with --alone") == told
 
 
+def test_an_error_is_told_without_notes_that_it_makes_pointless(run, prompts, tmp_path, capsys):
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        mot("generate", run, "--prompts-file", prompts, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 500)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("samples", [10**6 + 1, 2**80])
+def test_there_is_a_most_of_samples(run, samples):
+    with pytest.raises(ValueError, match=r"samples must be at most 1000000"):
+        generate(run, prompt=["abc"], samples=samples)
+
+
+def test_samples_are_made_when_they_come(tmp_path):
+    batches = in_batches([3, 2], samples=10**12, batch_size=1, group_size=1)  # a list of them has no room
+    assert len(batches) == 2 * 10**12
+    assert batches[2 * 10**12 - 1] == [Row(0, 10**12 - 1)]
+
+    def write(number: int):
+        raise ValueError("the first batch")
+
+    with pytest.raises(ValueError, match="the first batch"):
+        to_file(tmp_path / "out.jsonl", {}, batches, write, ["abc", "de"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "a", "--samples", "99999999999"], "--samples must be at most 1000000, not 99999999999"),
         (["--prompt", "caf\udce9"], "prompt 1 is no text"),
         (["--prompt", "ab " * 200], "leaves no room in the context of 64"),
         ([], "give either --prompt, which may be repeated, or --prompts-file"),

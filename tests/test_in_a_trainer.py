@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from mixture_of_tokens import MixtureOfTokens, calibrate_companions
 from mixture_of_tokens.experts import Experts
+from mixture_of_tokens.layout import warn_once
 from mixture_of_tokens.model import modeling
 from mixture_of_tokens.model.balance import BalanceCallback
 from mixture_of_tokens.model.routings import ROUTINGS, TABLE
@@ -112,6 +114,40 @@ def test_with_label_smoothing_labels_are_still_those_of_the_next_token(kind, tmp
         logits = made.model(texts).logits[:, :-1]
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten(), label_smoothing=0.1)
     torch.testing.assert_close(found, expected)
+
+
+class Own(nn.Module):
+    """A model of one's own, of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+        self.layer = MixtureOfTokens(8, 4, 4, group_size=4)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.layer(self.embedding(input_ids)))
+        return {"loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_evaluation_of_batches_that_are_no_whole_groups_is_warned_of(own, tmp_path, caplog):
+    model = Own() if own else tiny("mixture_of_tokens", group_size=4)
+
+    def warned(rows: int) -> bool:
+        warn_once.cache_clear()
+        caplog.clear()
+        made = trainer(model, tmp_path)
+        made.args.per_device_eval_batch_size = rows
+        made.evaluate()
+        return f"a batch of {rows} rows is no multiple of the group size, 4" in caplog.text
+
+    assert not warned(4)
+    assert not warned(12)
+    assert warned(6)
+    assert warned(3)  # less than a group
+    calibrate_companions(model.layer if own else model, [Own().embedding(Texts(9).ids) if own else Texts(9).ids])
+    assert not caplog.text.count("9 rows")  # incomplete groups are left out of the means
+    assert not warned(5)
 
 
 def test_balancing_is_refused_where_copies_of_a_model_count_for_nothing():

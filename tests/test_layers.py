@@ -18,7 +18,7 @@ import reference
 from mixture_of_tokens import slots
 from mixture_of_tokens.experts import Experts, Routed, Router, highest
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.layout import _warn_once, precise_linear
+from mixture_of_tokens.layout import precise_linear, warn_once
 from mixture_of_tokens.model.routings import TABLE
 from mixture_of_tokens.slots import Slots, order_of_slots, ragged_linear, slots_without_limit
 from mixture_of_tokens.soft import SoftMoE
@@ -269,7 +269,7 @@ def test_temperature_can_be_set_between_steps():
 
 @pytest.mark.parametrize("kind", ["mixture_of_tokens", "expert_choice"])
 def test_training_a_layer_in_incomplete_groups_is_told_once(kind, caplog):
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     layer = tiny(kind).model.layers[1].mlp
     size, width = layer.group_size, layer.experts.down_proj.shape[1]
     told = f"A batch of {size + 1} rows is no multiple of the group size, {size}: the last group is trained incomplete"

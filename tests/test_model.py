@@ -29,7 +29,7 @@ from transformers import (
 
 import routings
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router, TokenChoice
-from mixture_of_tokens.layout import _warn_once
+from mixture_of_tokens.layout import warn_once
 from mixture_of_tokens.loss import IGNORE, L1Loss, LoadBalancingLoss
 from mixture_of_tokens.model import modeling
 from mixture_of_tokens.model.routings import ROUTINGS, TABLE
@@ -57,7 +57,7 @@ def causal(request) -> str:
     ("name", "more", "told"), [("mixture_of_tokens", 1, 1), ("mixture_of_tokens", 0, 0), ("token_choice", 1, 0)]
 )
 def test_training_in_an_incomplete_group_is_told_once(name, more, told, caplog):
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     model = tiny(name).train()
     rows = 2 * model.config.group_size + more
     for _ in range(2):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,23 @@ class Row(NamedTuple):
 
     prompt: int
     sample: int
+
+
+@dataclass(frozen=True)
+class Rows(Collection[Row]):
+    """Every sample of every prompt in order, none of which is made before it is asked for."""
+
+    prompts: int
+    samples: int
+
+    def __len__(self) -> int:
+        return self.prompts * self.samples
+
+    def __iter__(self) -> Iterator[Row]:
+        return (Row(prompt, sample) for prompt in range(self.prompts) for sample in range(self.samples))
+
+    def __contains__(self, row: Any) -> bool:
+        return 0 <= row.prompt < self.prompts and 0 <= row.sample < self.samples
 
 
 @dataclass(frozen=True, order=True)
@@ -41,14 +58,14 @@ Writer = Callable[..., list[Continuation]]
 
 
 def to_file(
-    out: Path, settings: dict[str, Any], batches: list[list[Row]], write: Writer, prompts: list[str]
+    out: Path, settings: dict[str, Any], batches: Sequence[list[Row]], write: Writer, prompts: list[str]
 ) -> list[Continuation]:
     """Write OUT.unfinished batch by batch, the settings first; when it is complete, OUT in the order of the prompts.
 
     Each line of OUT has a hash of the settings as `settings`, by which it is known again.
     """
     partial = out.with_name(f"{out.name}.unfinished")
-    rows = sorted(row for batch in batches for row in batch)
+    rows = Rows(len(prompts), batches[-1][0].sample + 1)
     own = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     if out.exists():
         if (finished := _finished(out, own, rows, prompts)) is None:
@@ -87,7 +104,7 @@ def summary_of(count: int, out: str | Path) -> str:
     return f"{'1 continuation is' if count == 1 else f'{count} continuations are'} in {out}"
 
 
-def _finished(out: Path, settings: str, rows: list[Row], prompts: list[str]) -> list[Continuation] | None:
+def _finished(out: Path, settings: str, rows: Collection[Row], prompts: list[str]) -> list[Continuation] | None:
     """What is in a file, if it has a continuation of every prompt in order, written with these settings."""
     try:
         lines = [json.loads(line) for line in out.read_bytes().removesuffix(b"\n").split(b"\n")]
@@ -96,7 +113,10 @@ def _finished(out: Path, settings: str, rows: list[Row], prompts: list[str]) -> 
         found = [_checked(line, number, out, prompts) for number, line in enumerate(lines, 1)]
     except (ValueError, OSError, AttributeError, KeyError, TypeError, RecursionError):
         return None
-    return found if [Row(each.index, each.sample) for each in found] == rows else None
+    whole = len(found) == len(rows) and all(
+        (each.index, each.sample) == row for each, row in zip(found, rows, strict=True)
+    )
+    return found if whole else None
 
 
 def _continuation(line: bytes, number: int, file: Path, prompts: list[str]) -> Continuation:
@@ -119,7 +139,9 @@ def _checked(fields: Any, number: int, file: Path, prompts: list[str]) -> Contin
     return found
 
 
-def _resumed(partial: Path, settings: dict[str, Any], rows: list[Row], prompts: list[str]) -> dict[Row, Continuation]:
+def _resumed(
+    partial: Path, settings: dict[str, Any], rows: Collection[Row], prompts: list[str]
+) -> dict[Row, Continuation]:
     """The continuations that an interrupted command has written; an incomplete last line is cut off.
 
     Raises ValueError if it had other settings, and, naming the line, if it is damaged.
@@ -145,7 +167,7 @@ def _resumed(partial: Path, settings: dict[str, Any], rows: list[Row], prompts: 
             )
     found = [_continuation(line, number, partial, prompts) for number, line in enumerate(written, 2)]
     done = {Row(each.index, each.sample): each for each in found}
-    if not done.keys() <= set(rows):
+    if not all(row in rows for row in done):
         raise ValueError(f"{partial} is damaged: it has a sample that was not asked for; remove it to begin again")
     write_text(partial, lines.decode())
     print(f"Going on from {partial}", file=sys.stderr)

@@ -164,12 +164,12 @@ def evaluate(
         blocks = in_blocks_of(text_of(run).validation, context, max(COMMON_GROUP, group_size or BATCH_SIZE))
     else:
         tokenizer = load_tokenizer_of(run)
-        if (first := tokenizer.bos_token_id) is not None and tokenizer("a").input_ids[:1] == [first]:
-            what = f"{run} expects {tokenizer.bos_token} at the beginning of a text"
-            say_once(f"{what}, and blocks have none: its loss may come out too high")
         blocks = whole_text(sources, tokenizer, field=field, context=context, group_size=group_size or BATCH_SIZE)
         tokens: Any = blocks.tokens  # in memory
         check_tokens(model, run, int(tokens.max()))
+        if (first := tokenizer.bos_token_id) is not None and tokenizer("a").input_ids[:1] == [first]:
+            what = f"{run} expects {tokenizer.bos_token} at the beginning of a text"
+            say_once(f"{what}, and blocks have none: its loss may come out too high")
     plan, lines = _planned(model, blocks, regroupings, sweep_tokens, max_tokens, experts), []
     total = sum(len(not_empty(order)) for planned in plan for order in planned.orders)
     with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
+from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from mixture_of_tokens.checks import at_least_one, checked, listed
@@ -36,6 +37,7 @@ from mixture_of_tokens.runs.loading import (
 from mixture_of_tokens.runs.ownership import owned_file
 
 BATCH_SIZE = 32
+MOST_SAMPLES = 10**6  # of a prompt
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def generate(
             are mixed end together, when the context of the longest is full.
         temperature: Of sampling; 0 always takes the likeliest token.
         top_p: Sample among the likeliest tokens that together have this probability.
-        samples: Continuations of each prompt. Those of one prompt are never in one batch.
+        samples: Continuations of each prompt, at most a million. Those of one prompt are never in one batch.
         batch_size: Prompts in a batch; rounded up to complete groups.
         alone: Serve each prompt by itself: each expert's typical companions replace the other prompts.
         experts: With --alone, experts that a token goes to, those of its largest weights; by default all. As many as
@@ -110,6 +112,8 @@ def generate(
     """
     texts = [] if prompt is None else listed(prompt)
     at_least_one(samples=samples, batch_size=batch_size, experts=experts)
+    if samples > MOST_SAMPLES:
+        raise ValueError(f"--samples must be at most {MOST_SAMPLES}, not {samples}")
     _check_flags(texts, prompts_file, out, stream)
     most = DEFAULT.max_new_tokens if max_new_tokens is None else max_new_tokens
     (sampling := Sampling(most, float(temperature), float(top_p), seed)).check()
@@ -127,12 +131,13 @@ def generate(
     check_tokens(model, run, max(map(max, encoded)))
     lengths = [len(tokens) for tokens in encoded]
     batches = in_batches(lengths, samples, batch_size, group_size_of(model) or 1)
-    if is_main():
-        _say_what_batches_do(model, batches, lengths, max_new_tokens)
+    notes = _what_batches_do(model, batches, lengths, max_new_tokens) if is_main() else []
 
     def write(number: int, streamer: BaseStreamer | None = None) -> list[Continuation]:
         rows = batches[number]
         written = draw(model, tokenizer, [encoded[row.prompt] for row in rows], sampling.of_batch(number), streamer)
+        while notes:  # only now, as an error would make them pointless
+            tqdm.write(f"mot: {notes.pop(0)}", file=sys.stderr)
         return [
             Continuation(row.prompt, row.sample, prompts[row.prompt], text, count)
             for row, (text, count) in zip(rows, written, strict=True)
@@ -177,22 +182,21 @@ def _settings_of(run: str, prompts: Sequence[str], sampling: Sampling, served: M
     return of | sampling._asdict()  # the order counts, as all of it is hashed
 
 
-def _say_what_batches_do(
-    model: Any, batches: Sequence[Sequence[Row]], lengths: Sequence[int], max_new_tokens: int | None
-) -> None:
-    """On standard error: how many texts the context ends before they have the tokens asked for, and who meets whom."""
-    context, widths = context_of(model), []  # in tokens, of all rows before they are continued
-    for batch in batches:
-        own = [lengths[row.prompt] for row in batch]
+def _what_batches_do(model: Any, batches: "Batches", lengths: Sequence[int], max_new_tokens: int | None) -> list[str]:
+    """Notes on how many texts the context ends before they have the tokens asked for, and on who meets whom."""
+    context, widths, notes = context_of(model), [], []  # in tokens, of the rows of a sample before they are continued
+    for batch in batches.of_a_sample:
+        own = [lengths[index] for index in batch]
         widths += [max(own)] * len(own) if _mixes(model) else own
     cut = 0 if max_new_tokens is None else sum(width + max_new_tokens > context for width in widths)
     if cut:
-        ends = f"ends {cut} of {len(widths)} texts before {max_new_tokens} new tokens"
-        print(f"mot: the context of {context} tokens {ends}", file=sys.stderr)
-    if _mixes(model) and max(map(len, batches)) > 1:
+        of = f"{cut * batches.samples} of {len(widths) * batches.samples} texts"
+        notes.append(f"the context of {context} tokens ends {of} before {max_new_tokens} new tokens")
+    if _mixes(model) and max(map(len, batches.of_a_sample)) > 1:
         served = all(routing.serves_alone for routing in model.config.routings)
         hint = "; with --alone each is served by itself" if served else ""
-        print(f"mot: prompts of a batch influence each other{hint}", file=sys.stderr)
+        notes.append(f"prompts of a batch influence each other{hint}")
+    return notes
 
 
 @contextmanager
@@ -242,15 +246,26 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def in_batches(lengths: Sequence[int], samples: int, batch_size: int, group_size: int) -> list[list[Row]]:
+@dataclass(frozen=True)
+class Batches(Sequence[list[Row]]):
+    """Each batch of prompts' numbers, for every sample again; rows are made when a batch is asked for."""
+
+    of_a_sample: list[list[int]]
+    samples: int
+
+    def __len__(self) -> int:
+        return self.samples * len(self.of_a_sample)
+
+    def __getitem__(self, number: Any) -> Any:
+        sample, which = divmod(range(len(self))[number], len(self.of_a_sample))
+        return [Row(index, sample) for index in self.of_a_sample[which]]
+
+
+def in_batches(lengths: Sequence[int], samples: int, batch_size: int, group_size: int) -> Batches:
     """Every sample of every prompt once, prompts of similar lengths together, in complete groups but for the last."""
     size = -(-batch_size // group_size) * group_size
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
-    batches = []
-    for sample in range(samples):
-        for start in range(0, len(order), size):
-            batches.append([Row(index, sample) for index in order[start : start + size]])
-    return batches
+    return Batches([order[start : start + size] for start in range(0, len(order), size)], samples)
 
 
 def _mixes(model: Any) -> bool:
@@ -258,10 +273,10 @@ def _mixes(model: Any) -> bool:
 
 
 def _to_screen(
-    batches: list[list[Row]], write: Writer, prompts: list[str], stream: TextIO | None, streamer: Streamer | None
+    batches: Batches, write: Writer, prompts: list[str], stream: TextIO | None, streamer: Streamer | None
 ) -> list[Continuation]:
     clock = time.perf_counter()
-    if sum(map(len, batches)) == 1 and stream is not None:
+    if len(prompts) * batches.samples == 1 and stream is not None:
         print(prompts[0], end="", flush=True, file=stream)
         results = write(0, streamer)
     else:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.layout import full_precision, grouped
+from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.passes import check_batches, serving_restored, watch
 
 
@@ -57,29 +58,35 @@ def forget_companions(model: nn.Module) -> None:
 
 @torch.no_grad()
 def calibrate_companions(model: nn.Module, batches: Iterable[dict[str, Tensor] | Tensor]) -> None:
-    """Set the companions of every Mixture of Tokens layer to their means over `batches`, if there are such layers.
+    """Set the companions of every Mixture of Tokens layer to their means over `batches`.
 
     Of several processes each measures on its own batches alone: give all of them the same.
 
     Args:
         model: any module with such layers, uncompiled and unwrapped. Full groups use no companions, so calibrating
-            twice gives the same.
+            twice gives the same. A model of this library may have none, and stays as it is.
         batches: what the model is called with, keyword arguments or a tensor, on its device. The rows form full groups
             of different texts; incomplete groups are ignored. Of a model of this library, its inputs on any device, and
             other entries, such as labels, are left out.
 
-    Raises ValueError if no batch has a full group, and for arguments of another type.
+    Raises ValueError if no batch has a full group, for another module without such layers, and for arguments of another
+    type.
     """
     check_batches(model, batches)
     with serving_restored(model) as layers:
+        if not layers and not isinstance(model, MixtureOfTokensForCausalLM):
+            raise ValueError(f"model, a {type(model).__name__}, has no layer MixtureOfTokens to calibrate")
         before = [(layer.companion.clone(), layer.companion_logit.clone()) for layer in layers]
         means = {layer: _Means(layer) for layer in layers}
         for layer in layers:  # measured in groups, and as it was before the first time
             layer.serve_alone(False)
+            layer.measuring = True
         forget_companions(model)
         try:
             watch(model, {layer: mean.add for layer, mean in means.items()}, batches if layers else ())
         finally:
+            for layer in layers:
+                layer.measuring = False
             for layer, (companion, logit) in zip(layers, before, strict=True):
                 layer.companion.copy_(companion)
                 layer.companion_logit.copy_(logit)

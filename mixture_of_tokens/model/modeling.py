@@ -183,12 +183,6 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             raise ValueError("num_experts_alone is for a Mixture of Tokens; this model serves each row alone as it is")
         for mixture in mixtures:
             mixture.serve_alone(alone, num_experts_alone)
-        with_companions = [mixture.companion for mixture in mixtures if mixture.group_size > 1]
-        if alone and not all(companion.is_meta or companion.any() for companion in with_companions):
-            logger.warning_once(
-                "Served alone, companions stand for the other texts, and those of this model were never measured: call "
-                "calibrate_companions first, or the loss is much higher."
-            )
 
     def balance(self) -> None:
         """To be called after each step of training: routings without a balancing loss then balance their load."""
