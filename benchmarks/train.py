@@ -48,7 +48,7 @@ from results import (
 )
 from transformers import TrainingArguments, get_scheduler
 
-from mixture_of_tokens.cpu import keep_large_blocks
+from mixture_of_tokens.cpu import cores, keep_large_blocks
 from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.model.placement import Placement
@@ -206,7 +206,7 @@ def _in_processes(args: argparse.Namespace, name: str, count: int, flags: list[s
     own += ["--widths", str(args.widths[0])] if args.widths else []
     own += ["--device", args.device] if args.device else []
     own += ["--data", *args.data] if args.data else []
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    threads = {"OMP_NUM_THREADS": str(max(1, (cores()) // count))}
     command = [sys.executable, *launcher, __file__, *own]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
     if done.returncode:

@@ -76,6 +76,7 @@ def script(
     parser.add_argument("--table", action="store_true", help="print the table, and stop")
     given = parser.parse_args()
     if not given.table:
+        keep_large_blocks()
         next((other for name, (_, other) in others.items() if getattr(given, name)), make)()
     print(table())
 

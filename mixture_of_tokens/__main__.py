@@ -3,7 +3,7 @@
 import os
 import sys
 
-from mixture_of_tokens.cpu import spin_briefly
+from mixture_of_tokens.cpu import keep_large_blocks, spin_briefly
 from mixture_of_tokens.process import leave_processes, missing_package
 
 
@@ -13,6 +13,7 @@ def main() -> None:
     ^C while the command line itself is imported is answered as later on.
     """
     spin_briefly()  # before anything loads torch
+    keep_large_blocks()  # here alone: to the program of a library's caller it would do so for good
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by a daemon
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

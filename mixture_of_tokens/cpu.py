@@ -26,6 +26,11 @@ def spin_briefly() -> bool:
     return True
 
 
+def cores() -> int:
+    """Those that this process may run on, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_large_blocks() -> bool:
     """Keep glibc from returning large blocks to the system. Returns whether it could be set.
 

@@ -1,14 +1,21 @@
 """How the threads of a process wait for each other: as `mot` sets it before torch is loaded, or as the user does."""
 
 import os
+import platform
 import subprocess
 import sys
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mixture_of_tokens.cpu import spin_briefly
+from mixture_of_tokens import __main__ as command
+from mixture_of_tokens import cpu
+from mixture_of_tokens.cpu import cores, spin_briefly
+from mixture_of_tokens.inference.generate import generate
 from mixture_of_tokens.process import is_main, process_count, process_number
+from mixture_of_tokens.runs import provenance
 
 OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 PLAN = [sys.executable, "-m", "mixture_of_tokens", "plan", "Transformer-Nano"]
@@ -65,3 +72,23 @@ def test_it_is_known_how_long_torchrun_waits():
     started = {"TORCHELASTIC_RUN_ID": "none"}
     assert seconds_said("--shutdown-timeout", "77", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="55", **started) == "77"
     assert seconds_said(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="55", **started) == "55"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are chosen for a process on Linux alone")
+def test_cores_are_those_that_the_process_may_run_on(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 9})
+    assert cores() == provenance.hardware()["cores"] == 3
+
+
+def test_the_command_line_alone_keeps_freed_memory(tiny_runs, monkeypatch):
+    called = []
+    libc = SimpleNamespace(mallopt=lambda *given: called.append(given))
+    monkeypatch.setattr(cpu, "ctypes", SimpleNamespace(CDLL=lambda name: libc))
+    for name, value in {"TQDM_MININTERVAL": "30", "HF_HUB_VERBOSITY": "error"}.items():  # which `main` sets
+        monkeypatch.setenv(name, value)
+    generate(tiny_runs["MoT-Nano/4E/2"], prompt=["abc"], max_new_tokens=1)
+    assert not called
+    monkeypatch.setattr(sys, "argv", ["mot", "--version"])
+    with suppress(SystemExit):
+        command.main()
+    assert bool(called) == (sys.platform == "linux" and platform.libc_ver()[0] == "glibc")

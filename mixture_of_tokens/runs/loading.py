@@ -13,7 +13,6 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens import manifest
-from mixture_of_tokens.cpu import keep_large_blocks
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import refuse
 from mixture_of_tokens.formatting import first_line
@@ -86,7 +85,6 @@ def load_model(
     if experts is not None and not alone:
         raise ValueError("--experts says how many experts serve a text alone; give --alone too")
     directory = model_directory(run)
-    keep_large_blocks()
     if not Path(run).exists() and is_main():  # which takes half a minute where there is no connection
         print(f"mot: {run} is no directory here, so it is a name on the Hub", file=sys.stderr)
     try:

@@ -1,7 +1,6 @@
 """What a result depends on besides its configuration: versions, commit, hardware."""
 
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mixture_of_tokens.cpu import cores
 
 PACKAGES = ("mixture-of-tokens", "torch", "transformers", "accelerate", "tokenizers", "numpy")
 
@@ -50,4 +51,4 @@ def hardware(device: str | None = None) -> dict[str, Any]:
     name = model[1] if model else platform.processor() or platform.machine()
     if device == "cuda" or (device is None and torch.cuda.is_available()):
         name = torch.cuda.get_device_name()
-    return {"hardware": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"hardware": name, "cores": cores(), "threads": torch.get_num_threads()}

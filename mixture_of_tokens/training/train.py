@@ -16,7 +16,6 @@ from transformers import TrainingArguments, set_seed
 
 from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import checked
-from mixture_of_tokens.cpu import keep_large_blocks
 from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
 from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
@@ -237,7 +236,6 @@ def _run(
     run: RunConfig, arguments: TrainingArguments, placement: Placement, out: Path, begin: Begin | None, again: str
 ) -> Run | None:
     made_by = {"versions": provenance.versions(), "commit": provenance.commit()}  # now, as they may change
-    keep_large_blocks()
     if arguments.torch_compile:  # else torch counts the models of earlier runs, and compiles no ninth one
         torch.compiler.reset()
     if torch.cuda.is_initialized():  # an earlier run's model, which is in a circle with its trainer's callbacks
