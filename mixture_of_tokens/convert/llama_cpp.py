@@ -11,6 +11,7 @@ and the answers, as arrays of the file OUT.npz:
     greedy: (rows, new) ids; lines: ids of every line, as JSON
 """
 
+import importlib
 import json
 import sys
 import urllib.request
@@ -21,8 +22,7 @@ import numpy as np
 
 def serve(file: str, context: int, threads: int) -> Any:
     """llama.cpp's server with everything in fp32, listening on this machine."""
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # which has no types, and may not be installed
     params = xllamacpp.CommonParams()
     params.model.path = file
     params.n_ctx, params.n_parallel, params.warmup, params.fit_params = context, 1, False, False

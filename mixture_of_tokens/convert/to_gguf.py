@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, ExpertGatingFuncType, GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType, quants
 from torch import Tensor
-from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from transformers import Dots1Config, Dots1ForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 Quantize = Literal["f32", "f16", "q8_0", "q4_0"]
 
@@ -142,7 +142,7 @@ def _add_sizes(writer: GGUFWriter, config: Any, sparse: list[int]) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     if sparse:
-        sigmoid = isinstance(config, Dots1ForCausalLM.config_class)
+        sigmoid = isinstance(config, Dots1Config)
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
@@ -166,10 +166,12 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, confi
     writer.add_token_types([kinds[i in special] if i in by_id else TokenType.UNUSED for i in ids])
     merges = written["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    end = tokenizer.eos_token_id
+    end: Any = tokenizer.eos_token_id
+    begin: Any = tokenizer.bos_token_id
+    pad: Any = tokenizer.pad_token_id
     writer.add_eos_token_id(end)
-    writer.add_bos_token_id(end if tokenizer.bos_token_id is None else tokenizer.bos_token_id)  # llama.cpp's is 11
-    writer.add_pad_token_id(end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    writer.add_bos_token_id(end if begin is None else begin)  # llama.cpp's is 11
+    writer.add_pad_token_id(end if pad is None else pad)
     writer.add_add_bos_token(False)
 
 

@@ -111,7 +111,7 @@ def questions_of(plain: Any, tokenizer: PreTrainedTokenizerFast, inputs: Tensor)
     lines = [line for text in texts for line in text.splitlines()]
     lines += [text[i : i + 10] for text in texts for i in range(0, len(text), 10)]  # of texts of few lines
     lines = [line for line in dict.fromkeys(lines) if line.strip()]
-    single = (i for i in range(plain.config.vocab_size) if _is_ascii(tokenizer.decode([i])))
+    single = (i for i in range(plain.config.vocab_size) if _is_ascii(str(tokenizer.decode([i]))))
     return {
         "rows": inputs.tolist(),
         "lines": [*HARD, *lines[: LINES - len(HARD)]],
@@ -148,7 +148,7 @@ def answers_of(file: Path, questions: dict[str, Any], python: str = sys.executab
 
 
 @torch.no_grad()
-def plain_greedy(plain: Any, prompts: Tensor, new: int, never: int | None = None) -> Tensor:
+def plain_greedy(plain: Any, prompts: Tensor, new: int, never: Any = None) -> Tensor:
     """(rows, new): the continuation of each row, beyond an end of text too. never: a token that is not written."""
     how: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     how |= {} if never is None else {"suppress_tokens": [never]}

@@ -121,7 +121,7 @@ def prepare_tokens(
     given, lengths = _joined(tokens)
     if ends is None and lengths is None:
         raise ValueError("ends is missing: where each document ends in tokens; or give tokens as a list of documents")
-    where = np.cumsum(lengths) if ends is None else _ids("ends", ends)
+    where = np.cumsum(lengths or []) if ends is None else _ids("ends", ends)
     if not len(where) or where[-1] != len(given) or (np.diff(where.astype(np.int64), prepend=0) <= 0).any():
         raise ValueError(f"ends must rise to the number of tokens, {len(given)}: where each document ends")
     _check_ids(given, LARGEST + 1 if vocab_size is None else vocab_size)
