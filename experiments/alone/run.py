@@ -370,12 +370,12 @@ def table(runs: Iterable[Run]) -> str:
     """By their settings, with a column for each seed."""
     made = [(run, row) for run in dict.fromkeys(runs) if (row := is_made(run)) is not None]
     seeds = sorted({run.seed for run, _ in made})
-    rows = [["", *(f"seed {seed}" for seed in seeds), "dead", "greatest load", "seconds"]]
+    rows = [["", *(f"seed {seed}" for seed in seeds), "dead", "greatest load"]]
     for label in dict.fromkeys(run.label for run, _ in made):
         own = {run.seed: row for run, row in made if run.label == label}
         first = own[min(own)]
         losses = [own[seed]["loss"] if seed in own else "" for seed in seeds]
-        rows.append([label, *losses, first["dead"], first["greatest_load"], first["seconds"]])
+        rows.append([label, *losses, first["dead"], first["greatest_load"]])
     return markdown(rows)
 
 
