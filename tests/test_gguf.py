@@ -70,9 +70,13 @@ def without_engine(monkeypatch) -> None:
     [
         ("dense", {"tie_word_embeddings": True}, "qwen3"),
         ("token_choice", {"router_temperature": 0.5}, "dots1"),
-        ("token_choice", {"norm_topk_prob": True, "tie_word_embeddings": True}, "dots1"),
+        pytest.param(
+            *("token_choice", {"norm_topk_prob": True, "tie_word_embeddings": True}, "dots1"), marks=pytest.mark.slow
+        ),
         ("sigmoid_choice", {"shared_experts": 2}, "dots1"),
-        ("sigmoid_choice", {"norm_topk_prob": True, "num_key_value_heads": 4}, "dots1"),
+        pytest.param(
+            *("sigmoid_choice", {"norm_topk_prob": True, "num_key_value_heads": 4}, "dots1"), marks=pytest.mark.slow
+        ),
     ],
     ids=["dense", "token_choice", "normalised", "shared", "sigmoid"],
 )

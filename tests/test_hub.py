@@ -55,7 +55,7 @@ def read_by(python, directory: Path, ids: torch.Tensor, tmp_path: Path, trust: s
 
 
 @pytest.mark.usefixtures("tiny_cache")
-@pytest.mark.parametrize("experts", [None, 3])
+@pytest.mark.parametrize("experts", [None, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_mixture_is_served_alone_by_few_experts_without_this_library(
     experts, tiny_runs, elsewhere, tmp_path, monkeypatch
 ):
@@ -86,7 +86,9 @@ def test_a_mixture_is_served_alone_by_few_experts_without_this_library(
     assert 1 < float(losses[2]) < 9
 
 
-@pytest.mark.parametrize("kind", ["sigmoid_choice", "expert_choice", "uniform"])
+@pytest.mark.parametrize(
+    "kind", ["sigmoid_choice", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("expert_choice", "uniform"))]
+)
 def test_other_routings_as_they_are(kind, saved, elsewhere, tmp_path):
     """Whether rows influence each other is what the card says."""
     directory, out = saved(kind), tmp_path / "out"

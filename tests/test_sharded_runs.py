@@ -196,7 +196,7 @@ def one_line(log: Path, *, of: int) -> str:
     return said[0]
 
 
-@pytest.mark.parametrize("layout", ["copies", "experts"])
+@pytest.mark.parametrize("layout", ["copies", pytest.param("experts", marks=pytest.mark.slow)])
 def test_a_process_that_is_lost_ends_the_others_and_leaves_the_last_checkpoint(runs, small_corpus, tmp_path, layout):
     command, log = words(layout, small_corpus, tmp_path / "run"), tmp_path / "log"
     in_processes(killed_while_saving, (command,), 2, log, exits=(2, -signal.SIGKILL))
@@ -370,7 +370,8 @@ def stuck(command: list[str], directory: Path) -> None:
     mot(*command)
 
 
-@pytest.mark.parametrize("layout", [pytest.param("copies", marks=pytest.mark.slow), "experts"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["copies", "experts"])
 def test_no_process_waits_longer_than_it_is_told(small_corpus, tmp_path, layout):
     command, log = words(layout, small_corpus, tmp_path / "run", "--training.ddp_timeout", 5), tmp_path / "log"
     in_processes(stuck, (command, tmp_path), 2, log, exits=2)
@@ -531,6 +532,7 @@ def measured_of(run: Path) -> list[dict]:
     return [{key: row[key] for key in measures if key in row or key != "eval_loss"} for row in rows_of(run)]
 
 
+@pytest.mark.slow
 def test_commands_that_train_several_runs_train_each_with_all_processes(small_corpus, tmp_path):
     given = ["--steps", 2, "--batch-size", 16, "--device", "cpu", "--data", small_corpus]
     given += ["--training.logging_steps", 1, "--training.eval_steps", 1, "--training.report_to", "none"]

@@ -228,7 +228,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_what_is_planned_is_what_collectives_send(count, small_corpus, tmp_path):
     layouts = [layout for layout, (processes, _) in LAYOUTS.items() if processes == count]
     cases = [(layout, parts) for layout in layouts for parts in (1, 2)]

@@ -323,6 +323,7 @@ def test_the_rate_falls_from_the_source_s_last_one(tiny_runs, tmp_path, capsys):
     assert "--schedule decay" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_runs, tmp_path, capsys):
     out = tmp_path / "new"
