@@ -65,7 +65,7 @@ def check_measured(companion_ED: Tensor, rows: int, group_size: int) -> None:
 
 def never_measured(companion_ED: Tensor, group_size: int) -> bool:
     """Whether the companions of a layer that needs some are those it was made with; of meta tensors nobody knows."""
-    with_values = type(companion_ED) is Tensor and not companion_ED.is_meta  # not a fake one, by which FLOPs are counted
+    with_values = type(companion_ED) is Tensor and not companion_ED.is_meta  # no fake one, which counts FLOPs
     return group_size > 1 and with_values and not companion_ED.any()
 
 

@@ -26,6 +26,8 @@ from mixture_of_tokens.training import trainer as training
 from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import free_port, in_processes, mot, rows_of, start
 
+pytestmark = pytest.mark.slow  # several processes for each test
+
 NAME, STEPS, PARTS = "MoT-Nano/4E/2", 4, 4
 # Processes, and the flags of a layout.
 LAYOUTS = {

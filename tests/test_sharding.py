@@ -31,7 +31,7 @@ from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import GroupedTrainer
 from processes import in_processes, rows_of
 
-pytestmark = pytest.mark.slow  # the whole matrix of placements; some of it in test_sharded_runs.py
+pytestmark = pytest.mark.slow  # the whole matrix of placements
 
 BATCH, STEPS, PARTS = 48, 2, 4  # rows and micro-batches of a step, in every layout
 MIXED = "MoT-Nano/4E/2"  # E = 8, G = 4, D = 32, M = 3 * 64
