@@ -2,10 +2,12 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
+from transformers import AutoTokenizer
 
 from mixture_of_tokens.cpu import spin_briefly
 from mixture_of_tokens.process import say_once
@@ -85,6 +87,19 @@ def tiny_runs(tmp_path_factory, small_corpus) -> dict[str, Path]:
 
     folder = made_once(tmp_path_factory, "tiny_runs", make)
     return {name: folder / name.replace("/", "-") for name in names}
+
+
+@pytest.fixture
+def beside_a_tokenizer(tiny_runs, tmp_path) -> Callable[[str, Any], Path]:
+    """Saves a model of a kind with a tokenizer and returns the directory."""
+
+    def save(kind: str, model: Any) -> Path:
+        directory = tmp_path / f"saved-{kind}"
+        model.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(tiny_runs["MoT-Nano/4E/2"] / "model").save_pretrained(directory)
+        return directory
+
+    return save
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,8 +7,10 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,36 @@ def mot_on_a_full_disk(limit: int, *words: object) -> None:
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     mot(*words)
+
+
+ELSEWHERE = """
+import contextlib, io, json, sys
+sys.modules["mixture_of_tokens"] = None
+import torch, transformers
+for line in sys.stdin:
+    code, *sys.argv[1:] = json.loads(line)
+    printed, error = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, {})
+    except Exception as raised:
+        error = repr(raised)
+    print(json.dumps([printed.getvalue(), error]), flush=True)
+"""
+Python = Callable[..., str]
+
+
+@contextmanager
+def another_python(**environment: str) -> Iterator[Python]:
+    """A process that runs programs as `in_plain_transformers` does, one after the other; it ends with its input."""
+    words, pipes = [sys.executable, "-c", ELSEWHERE], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, **pipes, text=True, env=os.environ | environment) as process:
+
+        def run(code: str, *words: str) -> str:
+            print(json.dumps([code, *words]), file=process.stdin, flush=True)
+            printed, error = json.loads(process.stdout.readline())
+            if error is not None:
+                raise ValueError(f"plain transformers cannot load what was written: {error}")
+            return printed
+
+        yield run

@@ -6,8 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from mixture_of_tokens.convert.verify import in_plain_transformers
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.ownership import owned_file
-from processes import finish, mot, mot_on_a_full_disk, start
+from processes import Python, another_python, finish, mot, mot_on_a_full_disk, start
 from routings import randomized
 
 MIXED = "MoT-Nano/4E/2"
@@ -52,32 +51,10 @@ def model_of(kind: str, **options) -> MixtureOfTokensForCausalLM:
 
 
 @pytest.fixture
-def saved(tiny_runs, tmp_path):
-    """Saves a model with a tokenizer and returns the directory."""
-
-    def save(kind: str, **options):
-        directory = tmp_path / f"saved-{kind}"
-        model_of(kind, **options).save_pretrained(directory)
-        AutoTokenizer.from_pretrained(tiny_runs[MIXED] / "model").save_pretrained(directory)
-        return directory
-
-    return save
+def saved(beside_a_tokenizer):
+    return lambda kind, **options: beside_a_tokenizer(kind, model_of(kind, **options))
 
 
-ELSEWHERE = """
-import contextlib, io, json, sys
-sys.modules["mixture_of_tokens"] = None
-import torch, transformers
-for line in sys.stdin:
-    code, *sys.argv[1:] = json.loads(line)
-    printed, error = io.StringIO(), None
-    try:
-        with contextlib.redirect_stdout(printed):
-            exec(code, {})
-    except Exception as raised:
-        error = repr(raised)
-    print(json.dumps([printed.getvalue(), error]), flush=True)
-"""
 READ = """
 import json, sys, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,23 +67,6 @@ kept = AutoTokenizer.from_pretrained(directory)("def f(x):")["input_ids"]
 found = {"kind": type(model).__name__, "transformers": transformers.__version__, "kept": kept}
 print(json.dumps(found | {"logits": logits.tolist(), "text": written[0].tolist()}))
 """
-Python = Callable[..., str]
-
-
-@contextmanager
-def another_python(**environment: str) -> Iterator[Python]:
-    """A process that runs programs as `in_plain_transformers` does, one after the other; it ends with its input."""
-    words, pipes = [sys.executable, "-c", ELSEWHERE], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(words, **pipes, text=True, env=os.environ | environment) as process:
-
-        def run(code: str, *words: str) -> str:
-            print(json.dumps([code, *words]), file=process.stdin, flush=True)
-            printed, error = json.loads(process.stdout.readline())
-            if error is not None:
-                raise ValueError(f"plain transformers cannot load what was written: {error}")
-            return printed
-
-        yield run
 
 
 @pytest.fixture(scope="module")
@@ -473,6 +433,7 @@ def test_an_export_through_a_link_is_written_where_the_link_leads(saved, tmp_pat
     assert names == {directory.name, "link", "big"}
 
 
+@pytest.mark.slow
 def test_an_export_runs_no_code_from_where_it_is_called(saved, tmp_path, monkeypatch):
     directory = saved("dense")
     (tmp_path / "here").mkdir()

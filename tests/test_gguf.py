@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -47,16 +46,8 @@ def model_of(kind: str, **fields) -> MixtureOfTokensForCausalLM:
 
 
 @pytest.fixture
-def saved(tiny_runs, tmp_path):
-    """Saves a model with a tokenizer and returns the directory."""
-
-    def save(kind: str, **fields) -> Path:
-        directory = tmp_path / f"saved-{kind}"
-        model_of(kind, **fields).save_pretrained(directory)
-        AutoTokenizer.from_pretrained(tiny_runs[MIXED] / "model").save_pretrained(directory)
-        return directory
-
-    return save
+def saved(beside_a_tokenizer):
+    return lambda kind, **fields: beside_a_tokenizer(kind, model_of(kind, **fields))
 
 
 @pytest.fixture

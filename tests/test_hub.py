@@ -2,28 +2,27 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, export
 from mixture_of_tokens.convert import hub
 from mixture_of_tokens.runs.loading import load_model
-from processes import mot
-from test_export import another_python, model_of
+from processes import Python, another_python, mot
+from test_export import model_of
 
 MIXED = "MoT-Nano/4E/2"
 READ = """
-import json, os, sys
-os.environ["HF_MODULES_CACHE"], directory, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
-import torch
+import json, sys, torch
+directory, trust = sys.argv[1], sys.argv[2] == "trust"
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust).eval()
 tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
-ids = torch.tensor(json.loads(sys.argv[4]))
+ids = torch.tensor(json.loads(sys.argv[3]))
 with torch.no_grad():
     logits = model(ids).logits
     alone = model(ids[:1]).logits
@@ -34,24 +33,19 @@ print(json.dumps(found | {"logits": logits.tolist(), "alone": alone.tolist()}))
 
 
 @pytest.fixture(scope="module")
-def elsewhere():
-    with another_python() as python:
+def elsewhere(tmp_path_factory) -> Iterator[Python]:
+    """Where this library does not exist, and transformers copies code to a folder of the tests."""
+    with another_python(HF_MODULES_CACHE=str(tmp_path_factory.mktemp("code"))) as python:
         yield python
 
 
 @pytest.fixture
-def saved(tiny_runs, tmp_path):
-    def save(kind: str, **options) -> Path:
-        directory = tmp_path / f"saved-{kind}"
-        model_of(kind, **options).save_pretrained(directory)
-        AutoTokenizer.from_pretrained(tiny_runs[MIXED] / "model").save_pretrained(directory)
-        return directory
-
-    return save
+def saved(beside_a_tokenizer):
+    return lambda kind, **options: beside_a_tokenizer(kind, model_of(kind, **options))
 
 
-def read_by(python, directory: Path, ids: torch.Tensor, tmp_path: Path, trust: str = "trust") -> dict:
-    return json.loads(python(READ, str(tmp_path / "code"), str(directory), trust, json.dumps(ids.tolist())))
+def read_by(python: Python, directory: Path, ids: torch.Tensor, trust: str = "trust") -> dict:
+    return json.loads(python(READ, str(directory), trust, json.dumps(ids.tolist())))
 
 
 @pytest.mark.usefixtures("tiny_cache")
@@ -63,7 +57,7 @@ def test_a_mixture_is_served_alone_by_few_experts_without_this_library(
     made = export(run, out, format="hub", top_k=experts, device="cpu")
     assert (made.architecture, made.difference) == ("ServedAloneForCausalLM", pytest.approx(0, abs=1e-6))
     ids = torch.randint(512, (6, 17), generator=torch.Generator().manual_seed(1))
-    found = read_by(elsewhere, out, ids, tmp_path)
+    found = read_by(elsewhere, out, ids)
     assert found["kind"] == "ServedAloneForCausalLM"
     assert found["module"].startswith("transformers_modules.")
     ours = load_model(run, alone=True, experts=experts or 2, device="cpu")
@@ -86,16 +80,15 @@ def test_a_mixture_is_served_alone_by_few_experts_without_this_library(
     assert 1 < float(losses[2]) < 9
 
 
-@pytest.mark.parametrize(
-    "kind", ["sigmoid_choice", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("expert_choice", "uniform"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sigmoid_choice", "expert_choice", "uniform"])
 def test_other_routings_as_they_are(kind, saved, elsewhere, tmp_path):
     """Whether rows influence each other is what the card says."""
     directory, out = saved(kind), tmp_path / "out"
     export(directory, out, format="hub", device="cpu", license="mit")
     model = MixtureOfTokensForCausalLM.from_pretrained(directory).eval()
     ids = torch.randint(512, (3, 17), generator=torch.Generator().manual_seed(1))
-    found = read_by(elsewhere, out, ids, tmp_path)
+    found = read_by(elsewhere, out, ids)
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(found["logits"]), model(ids).logits)
     card = (out / "README.md").read_text()
@@ -107,7 +100,7 @@ def test_no_code_is_run_unless_it_is_trusted(saved, elsewhere, tmp_path, monkeyp
     out = tmp_path / "out"
     export(saved("sigmoid_choice"), out, format="hub", device="cpu")
     with pytest.raises(ValueError, match="trust_remote_code"):
-        read_by(elsewhere, out, torch.tensor([[1, 2]]), tmp_path, "distrust")
+        read_by(elsewhere, out, torch.tensor([[1, 2]]), "distrust")
     (out / "modeling.py").write_text("raise RuntimeError('it ran')")
     (out / "manifest.json").unlink()
     assert load_model(str(out), device="cpu").config.model_type == "mixture_of_tokens"  # by this library's own code

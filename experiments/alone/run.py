@@ -172,9 +172,7 @@ class Default(TokenChoice):
 
     loads: Tensor | None = None
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.register_buffer("usual_ED", torch.zeros(self.num_experts, self.experts.down_proj.shape[1]))
+    usual_ED: Tensor
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
         x_SD, K = x_BTD.flatten(0, 1), self.num_experts_per_tok
@@ -359,11 +357,6 @@ def plan() -> list[Run]:
         *(Run("TC", temperature=value) for value in (0.25, 0.5)),
     ]
     return [*rates, *others[:2], *seeded(*best, seeds=[2, 3]), *parts, *others, *seeded(*parts, seeds=[2])]
-
-
-def longer(*runs: Run, seeds: Iterable[int] = (1, 2, 3)) -> list[Run]:
-    """As long as the comparisons of ../routings."""
-    return [replace(run, steps=1200, rows=128, seed=seed) for seed in seeds for run in runs]
 
 
 def table(runs: Iterable[Run]) -> str:

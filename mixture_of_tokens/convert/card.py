@@ -24,8 +24,8 @@ def card(
     """The model card."""
     config, kind = model.config, type(plain).__name__
     licensed = [] if license is None else [f"license: {license}"]
-    lines = _head(run, licensed)
     facts, path = _facts_of(run), run_directory(run) or Path(run).absolute()
+    lines = _head(run, facts, licensed)
     lines.append(f"A `{kind}` of {plain.num_parameters():,} parameters, context {config.max_position_embeddings}.")
     lines.append("`generate` does not stop at the end of the context by itself: set `max_new_tokens`.")
     if blocks := len(config.sparse_routings):
@@ -74,7 +74,7 @@ def hub_card(run: str, model: MixtureOfTokensForCausalLM, losses: dict[str, floa
     """The model card of a folder with its own code. losses: by what they are of, as `serve_as_written` gives them."""
     config, facts = model.config, _facts_of(run)
     open_fields = ["# license: the Hub's abbreviation, such as apache-2.0", "# datasets: [the Hub's name of the text]"]
-    lines = _head(run, open_fields if license is None else [f"license: {license}", *open_fields[1:]])
+    lines = _head(run, facts, open_fields if license is None else [f"license: {license}", *open_fields[1:]])
     titles = " and ".join(dict.fromkeys(routing.title for routing in config.sparse_routings)) or "a dense Transformer"
     lines.append(
         f"A language model of {model.num_parameters():,} parameters, context {config.max_position_embeddings}:"
@@ -116,10 +116,10 @@ def hub_card(run: str, model: MixtureOfTokensForCausalLM, losses: dict[str, floa
     return "\n".join([*lines, f"Written by mixture-of-tokens ({versions}).", ""])
 
 
-def _head(run: str, fields: list[str]) -> list[str]:
+def _head(run: str, facts: RunFacts | None, fields: list[str]) -> list[str]:
     """The card's metadata and its title."""
     path = run_directory(run) or Path(run).absolute()
-    whole = path == Path(run).absolute() or _facts_of(run) is not None
+    whole = path == Path(run).absolute() or facts is not None
     name = path.name if whole else f"{path.name}, {Path(run).name}"
     return ["---", *fields, "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
 

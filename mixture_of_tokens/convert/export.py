@@ -21,6 +21,7 @@ from mixture_of_tokens.convert.card import card, hub_card
 from mixture_of_tokens.convert.distil import STEPS
 from mixture_of_tokens.convert.distilled import Distilled, switch_and_distil
 from mixture_of_tokens.convert.hub import serve_as_written, write_code
+from mixture_of_tokens.convert.llama_cpp import Quantize
 from mixture_of_tokens.convert.plain import NONE_SHARED, check_exportable, to_plain
 from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
 from mixture_of_tokens.convert.verify import verify, verify_code
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
 
 EXPORT = "export"  # the fact `of` in the manifest of one
 ROWS = 8  # of text, that what is written is compared on
-
-
 Format = Literal["transformers", "gguf", "hub"]
-Quantize = Literal["f32", "f16", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True)

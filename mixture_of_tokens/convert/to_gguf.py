@@ -11,7 +11,7 @@ Names and metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, a
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, ExpertGatingFuncType, GGMLQuantizationType, G
 from torch import Tensor
 from transformers import Dots1Config, Dots1ForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
-Quantize = Literal["f32", "f16", "q8_0", "q4_0"]
+from mixture_of_tokens.convert.llama_cpp import Quantize
 
 CONVERTED = (Qwen3ForCausalLM, Qwen3MoeForCausalLM, Dots1ForCausalLM)
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}  # llama.cpp's enum llama_ftype

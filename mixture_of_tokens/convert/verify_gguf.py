@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.convert import llama_cpp
-from mixture_of_tokens.convert.to_gguf import Quantize, quantized
+from mixture_of_tokens.convert.llama_cpp import Quantize
+from mixture_of_tokens.convert.to_gguf import quantized
 
 ENGINE = "xllamacpp"
 TOLERANCE = 1e-4  # of a log probability, in fp32
