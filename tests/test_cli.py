@@ -210,6 +210,7 @@ def test_sigterm_lets_a_command_clean_up(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
 def test_a_stream_that_is_closed_as_by_a_daemon_is_no_error(closed):
     command = f'"{sys.executable}" -m mixture_of_tokens plan MoT-Nano/4E {closed}'
@@ -229,6 +230,7 @@ def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word(words
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "status", "said"),
     [(None, 128 + signal.SIGPIPE, ""), ("/dev/full", 2, "mot: error: No space left on device\n")],

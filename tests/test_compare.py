@@ -91,6 +91,7 @@ def test_the_numbers_are_those_of_the_runs(compared):
             assert [point["loss"] for point in run["curve"]] == [r["eval_loss"] for r in rows if "eval_loss" in r]
 
 
+@pytest.mark.slow
 def test_called_again_it_trains_nothing_and_prints_the_same(compared, flags, capsys):
     before = {file: file.stat().st_mtime_ns for file in compared.glob("*/*")}
     words = ("compare", *NAMES, *flags, "--learning-rate", "1e-3,1e-2,1e-2", "--out", compared)
@@ -121,6 +122,7 @@ def test_the_time_left_is_that_of_the_same_model_or_by_flops_that_of_another(com
     assert _time_left(plans, 1, {NAMES[0]: 30.0}) == "; about 120 s left"  # with its evaluations
 
 
+@pytest.mark.slow
 def test_a_smaller_comparison_in_the_same_place_says_what_it_leaves_out(compared, flags, tmp_path, capsys):
     there = tmp_path / "all"
     shutil.copytree(compared, there)

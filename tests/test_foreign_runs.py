@@ -176,6 +176,7 @@ def test_no_file_that_a_resumption_reads_runs_anything(kind, runs, tried, tmp_pa
     check_that_nothing_runs(run, names, ["train"], tried, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["now", "before"])
 def test_no_optimizer_that_a_transition_reads_runs_anything(kind, runs, tried, tmp_path, capsys):
     names = [name for name in files_of(runs[kind]) if f"checkpoint-{STEPS}/optimizer" in name]
@@ -227,6 +228,7 @@ def test_a_run_goes_on_from_checkpoints_of_either_kind(kind, runs, small_corpus,
     assert (out / f"checkpoint-{STEPS}" / "optimizer" / "optimizer.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["now", "before"])
 def test_a_transition_carries_the_optimizer_of_either_kind(kind, runs, tmp_path):
     out = tmp_path / "out"

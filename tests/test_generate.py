@@ -179,6 +179,7 @@ def test_json_lines_of_prompts_may_hold_line_ends(run, tmp_path, capsys):
     assert [json.loads(line)["prompt"] for line in lines] == texts
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_again_write_what_one_command_writes(run, prompts, tmp_path, monkeypatch):
     flags = [str(run), "--prompts-file", str(prompts), "--samples", "4", "--batch-size", "4", "--max-new-tokens", "24"]
     flags += ["--alone", "--experts", "2"]

@@ -498,7 +498,7 @@ COMPILED = ["mot", "mot_normalized", "uniform", "ec_takes_2", "tc_top1", "tc_top
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's, of its own tracing
-@pytest.mark.parametrize("case", ["unmasked", "masked", "autocast"])
+@pytest.mark.parametrize("case", ["unmasked", "masked", pytest.param("autocast", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_without_a_break_to_the_same_numbers(name, case):
     torch._dynamo.reset()  # what other tests have compiled
@@ -583,6 +583,7 @@ def test_an_exported_layer_takes_batches_of_other_sizes(name):
     assert_close(exported(x, mask), layer(x, mask))
 
 
+@pytest.mark.slow
 def test_layers_with_other_capacities_compile_for_sizes_that_vary():
     torch._dynamo.reset()
     x = tokens(8, 5, D, dtype=torch.float32)
@@ -651,6 +652,7 @@ def test_weights_are_assigned_to_a_layer_without_memory(name):
     assert_close(made(x), layer(x))
 
 
+@pytest.mark.slow
 def test_a_layer_that_drops_nothing_is_not_compiled_anew_for_every_number_of_tokens():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -617,7 +617,12 @@ def test_reentrant_checkpointing_would_lose_the_balancing_loss():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch, where a graph breaks
 @pytest.mark.parametrize(
     ("kind", "training"),
-    [*((kind, True) for kind in KINDS), *((kind, False) for kind in ("dense", "token_choice", "sigmoid_choice"))],
+    [
+        ("mixture_of_tokens", True),
+        ("token_choice", False),
+        *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in KINDS if kind != "mixture_of_tokens"),
+        *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in ("dense", "sigmoid_choice")),
+    ],
 )
 def test_the_whole_model_compiles_without_a_graph_break(kind, training):
     """In evaluation only the head, Token Choice and what is not compiled compute something else."""
@@ -640,6 +645,7 @@ def test_the_whole_model_compiles_without_a_graph_break(kind, training):
         torch.testing.assert_close(parameter.grad, plain[name])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_routing_whose_number_of_experts_varies_is_not_compiled_anew_for_every_batch():
     """Expert Threshold's forward is the same one, and it has no loss beside it."""
@@ -652,6 +658,7 @@ def test_a_routing_whose_number_of_experts_varies_is_not_compiled_anew_for_every
             compiled(x, labels=x).loss.backward()
 
 
+@pytest.mark.slow
 def test_a_compiled_step_of_token_choice_searches_a_token_s_experts_once():
     """Not again for the balancing loss."""
     searches = []

@@ -289,6 +289,7 @@ def test_a_run_over_parts_goes_on_where_it_was_stopped(folder, tmp_path, monkeyp
     mot("evaluate", whole, "--regroupings", 1)  # on the validation text of the first part
 
 
+@pytest.mark.slow
 def test_a_part_that_has_changed_since_it_was_read_is_refused(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "prepare_ahead", lambda *arguments: None)
     corpus, run = tmp_path / "corpus", tmp_path / "run"
@@ -309,6 +310,7 @@ def test_a_part_that_has_changed_since_it_was_read_is_refused(folder, tmp_path, 
     assert len(losses(run)) == 30
 
 
+@pytest.mark.slow
 def test_training_begins_before_all_is_prepared_and_a_bad_part_is_told_when_it_is_reached(folder, tmp_path, capsys):
     corpus = tmp_path / "corpus"
     shutil.copytree(folder, corpus)

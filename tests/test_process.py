@@ -21,6 +21,7 @@ OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 PLAN = [sys.executable, "-m", "mixture_of_tokens", "plan", "Transformer-Nano"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP there")
 def test_openmp_is_loaded_with_brief_spinning():
     """As OpenMP itself shows its settings when it is loaded."""

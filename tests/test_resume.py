@@ -176,6 +176,7 @@ def mot_in_a_group(*words: object) -> None:
     mot(*words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "method"), [(signal.SIGTERM, "forkserver"), (signal.SIGINT, "fork")])
 def test_a_signal_to_the_whole_group_is_answered_by_the_main_process_alone(whole, tmp_path, number, method):
     out = tmp_path / "run"
@@ -194,10 +195,8 @@ def test_a_signal_to_the_whole_group_is_answered_by_the_main_process_alone(whole
         assert_same(out, whole)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param("fork", marks=pytest.mark.slow), "forkserver", pytest.param("spawn", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_workers_end_with_a_main_process_that_is_killed(tmp_path, method):
     out = tmp_path / "run"
     how = [*WORKERS, "--training.dataloader_multiprocessing_context", method]

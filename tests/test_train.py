@@ -276,6 +276,7 @@ def test_the_tokenizer_is_saved_beside_the_model(runs, prepared):
     assert tokenizer(text)["input_ids"] == prepared.tokenizer(text)["input_ids"]
 
 
+@pytest.mark.slow
 def test_the_written_configuration_trains_the_same_model_again(runs, directory):
     first = runs["MoT-Nano/32E/4"]
     config = yaml.safe_load((first / "config.yaml").read_text())
@@ -842,6 +843,7 @@ def test_training_in_bf16_alone_has_all_weights_and_moments_in_bf16(name, small_
         assert torch.equal(value, resumed.causal_lm.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_every_run_of_a_process_is_compiled(small_corpus, tmp_path):
     """torch compiles a function for a limited number of models, and a comparison trains many of one class."""

@@ -309,6 +309,7 @@ def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_pa
     assert run.model_config.num_experts_per_tok == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_the_rate_falls_from_the_source_s_last_one(tiny_runs, tmp_path, capsys):
     out = tmp_path / "new"
@@ -378,6 +379,7 @@ def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_run
     assert f"new-annealed, of which {out} is made, is not there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, monkeypatch, capsys):
     source, out = tiny_runs[MIXED], tmp_path / "new"
