@@ -347,6 +347,12 @@ def read_csv(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
+def machine_of(timings: Path) -> str:
+    """The processors that a file of timings is of, as a table's head has them."""
+    names = sorted({row["hardware"] for row in read_csv(timings)})
+    return " and ".join(re.sub(r"\(R\)| Processor", "", name) for name in names)
+
+
 def comparison_of(experiment: Experiment) -> Comparison:
     return comparison.comparison(by_model(runs_of([experiment.kept])[0]))
 

@@ -96,7 +96,8 @@ def _to_few_experts(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor 
     masked_S1 = None if token_mask is None else ~token_mask.bool().reshape(-1, 1)
     x_SD = x_BTD.flatten(0, 1) if masked_S1 is None else x_BTD.flatten(0, 1).masked_fill(masked_S1, 0)
     # The softmax over a token and its companions, of which all have the same logit.
-    logits_SE, companions_E = layer.logits(x_SD[:, None])[:, 0], layer.companion_logit + math.log(layer.group_size - 1)
+    assert layer.gate is not None  # or `set_alone` has refused
+    logits_SE, companions_E = layer.gate(x_SD), layer.companion_logit + math.log(layer.group_size - 1)
     weights_SE = (logits_SE.to(at_least_fp32(logits_SE.dtype)) - companions_E).sigmoid()
     weight_SK, expert_SK = highest(weights_SE, layer.num_experts_alone)
     read = functools.partial(_beside_companions, layer)

@@ -244,7 +244,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/paper/design.py": (9, "results"),
     "experiments/paper/table1.py": (5, "results"),
     "experiments/paper/table3.py": (7, "results"),
-    "benchmarks/generate.py": (10, "speed"),
+    "benchmarks/generate.py": (17, "speed"),
     "benchmarks/engines.py": (15, "guide/serve"),
     "benchmarks/rounding.py": (6, "guide/serve"),
     "benchmarks/neighbours.py": (15, "speed"),

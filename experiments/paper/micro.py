@@ -33,7 +33,7 @@ from mixture_of_tokens.training.train import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Sweep, read_csv, script, step_times, swept, write_csv
+from common import Sweep, machine_of, read_csv, script, step_times, swept, write_csv
 from pictures import Curve, curve_of, save_picture
 
 TOKENS = SIZES["Micro"].batch * SIZES["Micro"].context  # of a step
@@ -137,7 +137,7 @@ def _without_temperature(label: str) -> str:
 
 def table_of(rows: Iterable[Row], *, lengths: bool = True) -> str:
     """Those of which a run is kept; `lengths`: with how long each was trained."""
-    columns = ["seeds", "loss", "at equal time", "steps", "FLOPs", "time", "step time, of dense"]
+    columns = ["seeds", "loss", "at equal time", "steps", "FLOPs", f"time ({machine_of(TIMES)})", "step time, of dense"]
     lines = [["", *(["M tokens"] if lengths else []), *columns]]
     for row in rows:
         found, share = result_of(row), share_of_step(row.system)

@@ -35,12 +35,25 @@ from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, Sweep, directory_of, keep, read_csv, script, spread, step_times, swept, write_csv
+from common import (
+    Experiment,
+    Sweep,
+    directory_of,
+    keep,
+    machine_of,
+    read_csv,
+    script,
+    spread,
+    step_times,
+    swept,
+    write_csv,
+)
 
 STEPS, SEEDS = 1200, [1, 2, 3]
 UNTRAINED = ", untrained"
 ALL_AT_FIRST = "ReMoE-"  # of which nearly all experts answer before it is trained
 TIMES = ("share_of_dense", "share_low", "share_high")
+TIMINGS = "timings.csv"
 ROUNDS, TIMED = 7, 15  # of a timing, and steps of each model in a round
 ROWS, GROUP = 128, 32  # of a step
 LOADS, LOAD_ROWS = "loads.csv", 4096  # of 64 tokens each, by which the load of experts is measured
@@ -137,7 +150,7 @@ def timed(experiment: Experiment) -> None:
     rows = step_times(models, blocks, rows=ROWS, group=GROUP, rounds=ROUNDS, steps=TIMED)
     for row, model in zip(rows, models.values(), strict=True):
         row["experts_per_token"] = _experts_of(model, blocks)
-    write_csv(experiment.kept / "timings.csv", list(rows[0]), rows)
+    write_csv(experiment.kept / TIMINGS, list(rows[0]), rows)
 
 
 def weights_of(experiment: Experiment, seeds: Sequence[int] = SEEDS) -> list[Path]:
@@ -210,7 +223,7 @@ def _loads(run: str) -> list[dict[str, object]]:
 def table(experiment: Experiment) -> str:
     dense = {run.seed: run for run in runs_of(experiment, SYSTEMS[0])}
     times = _times_of(experiment)
-    rows = [["", "seeds", "loss", "alone", "steps", "FLOPs", "time"]]
+    rows = [["", "seeds", "loss", "alone", "steps", "FLOPs", f"time ({machine_of(experiment.kept / TIMINGS)})"]]
     for system in SYSTEMS:
         runs = runs_of(experiment, system)
         if not runs:
@@ -245,7 +258,7 @@ def table(experiment: Experiment) -> str:
 def use_table(experiment: Experiment) -> str:
     """What a step takes, and how experts are used at the end of the first seed's run, layer by layer."""
     times = _times_of(experiment)
-    rows = [["", "step time, of dense", "experts a token", "largest load", "dead experts"]]
+    rows = [["", f"step time, of dense ({machine_of(experiment.kept / TIMINGS)})", "experts a token", "largest load", "dead experts"]]
     for system in SYSTEMS[1:]:
         if not (runs := runs_of(experiment, system)):
             continue
@@ -260,7 +273,7 @@ def use_table(experiment: Experiment) -> str:
 
 def _times_of(experiment: Experiment) -> dict[str, dict[str, str]]:
     """Rows of timings.csv by system."""
-    return {row["system"]: row for row in read_csv(experiment.kept / "timings.csv")}
+    return {row["system"]: row for row in read_csv(experiment.kept / TIMINGS)}
 
 
 def _alone(system: System, run: Run) -> str:
