@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-engines lint demo clean
+.PHONY: install test test-all test-engines lint demo clean
 
 install: .venv/installed
 
@@ -20,6 +20,10 @@ lint: install
 
 test: install
 	$(BIN)/pytest
+
+# With the slow ones; an hour of two cores.
+test-all: install
+	$(BIN)/pytest -m "not network and not engines"
 
 # Exports in vLLM and llama.cpp, which bring a torch of their own: some gigabytes in .engines, a quarter of an hour.
 test-engines: install .engines/installed

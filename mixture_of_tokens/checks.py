@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
+MOST_SHOWN = 200  # characters of a value in a message
 LARGEST = 2**31 - 1  # of whole numbers: steps times rows are counted in 64 bits
 # Legal values of settings that both layers and configurations have, and how these are called.
 _POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
@@ -91,12 +92,31 @@ def listed(given: Any) -> list[Any]:
     return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
+def shown(value: Any) -> str:
+    """What was given, as a message of one line shows it: a tensor or a whole text by its type alone."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN and "\n" not in text else f"a {type(value).__name__}"
+
+
 def check(name: str, value: Any, hint: Any) -> None:
     """Raises ValueError for a value that is none of the annotation's; a list's may stand alone."""
     if legal := _refusal(value, hint):
-        raise ValueError(f"{name} takes {legal}, not {value!r}")
-    if Path in (hint, *typing.get_args(hint)) and isinstance(value, str | os.PathLike) and "\0" in str(value):
-        raise ValueError(f"{name} takes a path, and {str(value)!r} has a NUL in it")
+        raise ValueError(f"{name} takes {legal}, not {shown(value)}")
+    if Path in (hint, *typing.get_args(hint)) and isinstance(value, str | os.PathLike):
+        if not str(value):  # the current directory, as a path
+            raise ValueError(f"{name} is empty")
+        if "\0" in str(value):
+            raise ValueError(f"{name} takes a path, and {str(value)!r} has a NUL in it")
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raises ValueError for what is no whole number from 1 on, as widths and numbers of experts are."""
+    for name, size in sizes.items():
+        check(name, size, int)
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
+        if size > LARGEST:
+            raise ValueError(f"{name} is more than {LARGEST}")
 
 
 def check_range(name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.checks import check, check_range
+from mixture_of_tokens.checks import check, check_range, check_sizes
 from mixture_of_tokens.layout import at_least_fp32, expert_linear, full_precision, is_autocast, precise_linear
 
 INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
@@ -46,10 +46,10 @@ def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(-1, where), where
 
 
-def check_choices(num_experts_per_tok: int, num_experts: int) -> None:
-    check("num_experts_per_tok", num_experts_per_tok, int)
+def check_choices(num_experts_per_tok: int, num_experts: int, name: str = "num_experts_per_tok") -> None:
+    check(name, num_experts_per_tok, int)
     if not 1 <= num_experts_per_tok <= num_experts:
-        raise ValueError(f"num_experts_per_tok must be 1 to {num_experts}, not {num_experts_per_tok}")
+        raise ValueError(f"{name} must be 1 to {num_experts}, not {num_experts_per_tok}")
 
 
 def summed_over_processes(counts: Tensor) -> Tensor:
@@ -76,13 +76,9 @@ class Experts(nn.Module):
         initializer_scale: float = INITIALIZER_SCALE,
     ):
         super().__init__()
-        check("hidden_size", hidden_size, int)
-        check("expert_size", expert_size, int)
-        check("num_experts", num_experts, int)
+        check_sizes(hidden_size=hidden_size, expert_size=expert_size, num_experts=num_experts)
         check("gated", gated, bool)
         check("activation", activation, str)
-        if min(hidden_size, expert_size, num_experts) < 1:
-            raise ValueError(f"sizes must be at least 1: {hidden_size=}, {expert_size=}, {num_experts=}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
         self.gated, self.activation, self.initializer_scale = gated, activation, initializer_scale
@@ -138,6 +134,7 @@ class Router(nn.Module):
         initializer_scale: float = INITIALIZER_SCALE,
     ):
         super().__init__()
+        check_sizes(hidden_size=hidden_size, num_experts=num_experts)
         check("learnable_temperature", learnable_temperature, bool)
         if not isinstance(router_dtype, torch.dtype) or not router_dtype.is_floating_point:
             raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {router_dtype!r}")

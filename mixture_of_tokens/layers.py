@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_tokens.alone import renew_alone, served_alone, set_alone
-from mixture_of_tokens.checks import check, divisors
+from mixture_of_tokens.checks import check, check_sizes, divisors
 from mixture_of_tokens.experts import Routed, RoutedOptions, softmax
 from mixture_of_tokens.layout import at_least_fp32, check_full, check_measured, combine, dispatch, grouped, ungrouped
 
@@ -70,11 +70,9 @@ class MixtureOfTokens(Routed):
         uniform: bool = False,
         **options: Unpack[RoutedOptions],
     ):
-        check("group_size", group_size, int)
+        check_sizes(group_size=group_size)
         check("normalize_mixture", normalize_mixture, bool)
         check("uniform", uniform, bool)
-        if group_size < 1:
-            raise ValueError(f"group_size must be at least 1, not {group_size}")
         super().__init__(hidden_size, expert_size, num_experts, **options)
         self.group_size, self.normalize_mixture = group_size, normalize_mixture
         self.alone, self.num_experts_alone = False, num_experts

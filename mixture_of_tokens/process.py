@@ -98,6 +98,18 @@ def say_once(what: str) -> None:
 
 
 @contextmanager
+def said_if_slow(what: str, seconds: float = 2.0) -> Iterator[None]:
+    """A line on standard error once the block has taken so long; what fails at once has an error alone."""
+    timer = threading.Timer(seconds, say_once, [what])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
 def ended_by_sigterm() -> Iterator[None]:
     """Until the end of the block SIGTERM raises KeyboardInterrupt, as ^C does, but with its number."""
 

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.checks import check
+from mixture_of_tokens.checks import check_sizes
 from mixture_of_tokens.experts import Routed, RoutedOptions, softmax
 from mixture_of_tokens.layout import check_shapes, combine, dispatch
 
@@ -30,9 +30,7 @@ class SoftMoE(Routed):
     def __init__(
         self, hidden_size: int, expert_size: int, num_experts: int, num_slots: int = 1, **options: Unpack[RoutedOptions]
     ):
-        check("num_slots", num_slots, int)
-        if num_slots < 1:
-            raise ValueError(f"num_slots must be at least 1, not {num_slots}")
+        check_sizes(num_slots=num_slots)
         super().__init__(hidden_size, expert_size, num_experts, _logits_per_expert=num_slots, **options)
         self.num_slots = num_slots
 

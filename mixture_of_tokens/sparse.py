@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixture_of_tokens.checks import check, check_range
+from mixture_of_tokens.checks import check, check_range, check_sizes
 from mixture_of_tokens.experts import Routed, RoutedOptions, check_choices, highest, softmax, summed_over_processes
 from mixture_of_tokens.layout import at_least_fp32, check_full, check_shapes, grouped, ungrouped
 from mixture_of_tokens.loss import AuxiliaryLoss, LoadBalancingLoss
@@ -39,10 +39,7 @@ class ExpertChoice(Routed):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, **options)
-        check("group_size", group_size, int)
-        check("num_experts_per_tok", num_experts_per_tok, int)
-        if min(group_size, num_experts_per_tok) < 1:
-            raise ValueError(f"{group_size=} and {num_experts_per_tok=} must be at least 1")
+        check_sizes(group_size=group_size, num_experts_per_tok=num_experts_per_tok)
         self.group_size = group_size
         self.capacity = tokens_of_an_expert(group_size, num_experts_per_tok, num_experts)
 

@@ -424,6 +424,25 @@ def test_fields_of_options_take_what_python_has_for_them():
         ("Options", [], {"device": "gpu"}, "device takes cpu or cuda, not 'gpu'"),
         ("Options", [], {"evaluate_on": "test"}, "evaluate_on takes validation or tuning, not 'test'"),
         ("Options", [], {"model": "router_temperature"}, "model takes a dictionary, not 'router_temperature'"),
+        ("train", ["MoT-Nano/4E"], {"out": ""}, "out is empty$"),
+        ("read_run", [5], {}, "directory takes text or a path, not 5"),
+        ("read_run", [None], {}, "directory takes text or a path, not None"),
+        (
+            "GroupedBatches",
+            [5],
+            {"group_size": 4, "batch_size": 4, "steps": 1, "seed": 0},
+            r"blocks takes Blocks\(...\), not 5",
+        ),
+        ("BalanceCallback", [5], {}, "model takes a MixtureOfTokensForCausalLM, not 5"),
+        ("config_from_name", ["MoT-Nano/32E"], {"hidden_size": "x"}, "hidden_size takes a whole number, not 'x'$"),
+        ("MixtureOfTokensConfig", [], {"num_experts": "x"}, "num_experts takes a whole number, not 'x'$"),
+        (
+            "MixtureOfTokensConfig",
+            [],
+            {"num_experts": torch.ones(3, 2)},
+            "num_experts takes a whole number, not a Tensor$",
+        ),
+        ("MixtureOfTokensConfig", [], {"dtype": "float31"}, "dtype 'float31' is none of torch's types$"),
     ],
 )
 def test_from_python_a_wrong_value_is_told_by_its_argument(command, given, options, told):

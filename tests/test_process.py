@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from mixture_of_tokens import __main__ as command
 from mixture_of_tokens import cpu
 from mixture_of_tokens.cpu import cores, spin_briefly
 from mixture_of_tokens.inference.generate import generate
-from mixture_of_tokens.process import is_main, process_count, process_number
+from mixture_of_tokens.process import is_main, process_count, process_number, said_if_slow
 from mixture_of_tokens.runs import provenance
 
 OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
@@ -93,3 +94,11 @@ def test_the_command_line_alone_keeps_freed_memory(tiny_runs, monkeypatch):
     with suppress(SystemExit):
         command.main()
     assert bool(called) == (sys.platform == "linux" and platform.libc_ver()[0] == "glibc")
+
+
+@pytest.mark.parametrize(("takes", "told"), [(0.0, ""), (0.2, "it is a name on the Hub\n")])
+def test_what_takes_long_is_told_and_what_fails_at_once_is_not(takes, told, capsys):
+    with said_if_slow("it is a name on the Hub", seconds=0.1):
+        time.sleep(takes)
+    time.sleep(0.2)
+    assert capsys.readouterr().err == told

@@ -114,13 +114,30 @@ def test_a_run_of_a_comparison_has_the_settings_that_it_reads_and_earlier_ones_g
         assert config == (before if plan.name == "TC-Nano/4E" else train(plan.name, dry_run=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        (
+            "MoT-Nano/4E",
+            {"model": {"capacity_factor": None}},
+            "--model.capacity_factor would do nothing in MoT-Nano/4E",
+        ),
+        ("MoT-Nano/4E", {"model": {"num_experts_per_tok": 5}}, "--model.num_experts_per_tok must be 1 to 4, not 5"),
+        ("TC-Nano/4E", {"training": {"eval_steps": 1e300}}, "--training.eval_steps is more than 2147483647"),
+        ("TC-Nano/4E", {"training": {"eval_delay": 1e300}}, "--training.eval_delay is more than 2147483647"),
+    ],
+)
+def test_a_value_that_would_do_nothing_is_refused(name, options, line):
+    assert [said.startswith(line) for said in asked(name, **options)] == [True] * 3
+
+
 @pytest.mark.parametrize("name", ["Transformer-Nano", "MoT-Nano/4E", "Uniform-Nano/4E", "STC-Nano/4E"])
 def test_a_setting_may_have_the_value_that_it_has_anyway(name):
-    """As in config.yaml, whatever else is set; and no capacity where none is read, as a run of mot transition has."""
+    """As in config.yaml, whatever else is set."""
     made = train(name, dry_run=True)
     fields = {field: getattr(made.model_config, field) for field in SETTINGS}
     assert train(name, options=Options(model=fields), dry_run=True) == made
-    others = {"capacity_factor": None, "intermediate_size": 100, "num_hidden_layers": 2}
+    others = {"intermediate_size": 100, "num_hidden_layers": 2}
     assert set(asked(f"{name}/5" if "/" in name else name, model=fields | others)) == {""}
     assert set(asked(name, model=chosen_in(made.as_read())["model"])) == {""}
 

@@ -271,6 +271,7 @@ class GroupedBatches(Dataset):
         mixed: int | None = None,
         first_step: int = 0,
     ):
+        check("blocks", blocks, Blocks)
         numbers = {"group_size": group_size, "batch_size": batch_size, "steps": steps, "seed": seed}
         numbers |= {"first_step": first_step} | ({} if mixed is None else {"mixed": mixed})
         for what, number in numbers.items():

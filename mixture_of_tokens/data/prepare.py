@@ -152,17 +152,19 @@ def prepare_text(
     facts = entry["facts"]
     splits, segments = _splits(directory, entry, context, group_size)
     named = named or [f"the standard library of Python {platform.python_version()}"]
+    lost = facts.pop("altered", None)
+    kept = given or tokenizer_in(directory)
+    made = Prepared(
+        **splits, tokenizer=kept, facts=facts | {"source": named, "segments": segments}, directory=directory
+    )
+    if not together:
+        made.check()
     if segments:
         say_segments(named, group_size, segments)
-    if lost := facts.pop("altered", None):
+    if lost:
         what = f"--tokenizer {tokenizer} does not keep text as it is: {lost[0]!r} becomes {lost[1]!r}"
         say_once(f"{what}. Bits a byte will be too low by what is lost")
     _say_what_is_missing(named, facts, group_size, duplicates=not keep_near_duplicates)
-    facts |= {"source": named, "segments": segments}
-    kept = given or tokenizer_in(directory)
-    made = Prepared(**splits, tokenizer=kept, facts=facts, directory=directory)
-    if not together:
-        made.check()
     return made
 
 

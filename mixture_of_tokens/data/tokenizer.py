@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mixture_of_tokens.data.sources import located
 from mixture_of_tokens.disk import naming
 from mixture_of_tokens.formatting import first_line
-from mixture_of_tokens.process import say_once
+from mixture_of_tokens.process import said_if_slow
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257  # 256 bytes and the end of text
@@ -64,9 +64,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         elif file.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)))
         else:
-            # As it takes half a minute where there is no connection.
-            say_once(f"mot: --tokenizer {name} is no file here, so it is a name on the Hub")
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            # Which takes half a minute where there is no connection.
+            with said_if_slow(f"mot: --tokenizer {name} is no file here, so it is a name on the Hub"):
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         if not path.exists():
             what = "there is no such file, and as a name on the Hub it cannot be loaded"

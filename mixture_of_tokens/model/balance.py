@@ -1,7 +1,9 @@
 """Balancing without a balancing loss, in any Trainer of transformers."""
 
+from torch import nn
 from transformers import TrainerCallback
 
+from mixture_of_tokens.checks import shown
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.sparse import SigmoidChoice
 
@@ -9,11 +11,13 @@ from mixture_of_tokens.sparse import SigmoidChoice
 class BalanceCallback(TrainerCallback):
     """Balances routings without a balancing loss after each step, in any Trainer.
 
-    Raises ValueError when a training begins in which one process has several GPUs: torch.nn.DataParallel throws away
-    what its copies of a model count.
+    Raises ValueError for what is no such model, nor wraps one, and when a training begins in which one process has
+    several GPUs: torch.nn.DataParallel throws away what its copies of a model count.
     """
 
     def __init__(self, model: MixtureOfTokensForCausalLM):
+        if not isinstance(model, nn.Module) or not hasattr(model, "balance"):
+            raise ValueError(f"model takes a MixtureOfTokensForCausalLM, not {shown(model)}")
         self.model = model
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -1,6 +1,11 @@
 """The configuration of a model: the fields of transformers' Qwen3-MoE, and ours."""
 
-from mixture_of_tokens.checks import check, check_range
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+from mixture_of_tokens.checks import KINDS, check, check_range, shown
 from mixture_of_tokens.experts import ACTIVATIONS
 from mixture_of_tokens.model.routings import DENSE, MIXTURE, ROUTINGS, Routing
 from mixture_of_tokens.model.upstream import Qwen3MoeConfig
@@ -80,6 +85,14 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         given = {name: kwargs.pop(name) for name in kwargs.keys() & cls.__dataclass_fields__.keys()}
         return super().from_dict(config_dict | given, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassFieldValidationError:  # of several lines
+            kind = type(self).__dataclass_fields__[name].type
+            legal = KINDS[kind][1] if kind in KINDS else getattr(kind, "__name__", kind)
+            raise ValueError(f"{name} takes {legal}, not {shown(value)}") from None
+
     def __post_init__(self, **kwargs):
         if (head_dim := kwargs.pop("head_dim", None)) is not None:  # a field that upstream reads and does not declare
             self.head_dim = head_dim
@@ -123,6 +136,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"attention_dropout must be at least 0 and below 1, not {self.attention_dropout}")
         if self.use_sliding_window and self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
+        if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype {self.dtype!r} is none of torch's types")
         for name in BOOLEANS:
             check(name, getattr(self, name), bool)
         if self.router_dtype not in ROUTER_DTYPES:

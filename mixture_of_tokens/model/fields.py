@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mixture_of_tokens.checks import check_number
+from mixture_of_tokens.experts import check_choices
 from mixture_of_tokens.flags import typed
 from mixture_of_tokens.formatting import in_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -69,6 +70,8 @@ def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -
     ):
         if overrides.get(field) not in (None, anyway):
             raise ValueError(f"--model.{field} {overrides[field]} would do nothing; {does} does")
+    if "num_experts_per_tok" in overrides:  # which a mixture has for a switch, and reads nowhere
+        check_choices(config.num_experts_per_tok, config.num_experts, "--model.num_experts_per_tok")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mixture_of_tokens.formatting import first_line
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Device, Dtype, Placement, check_device
 from mixture_of_tokens.model.sharding import shard_model
-from mixture_of_tokens.process import is_main, process_count
+from mixture_of_tokens.process import process_count, said_if_slow
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.records import RunConfig, RunFacts
 
@@ -85,10 +85,11 @@ def load_model(
     if experts is not None and not alone:
         raise ValueError("--experts says how many experts serve a text alone; give --alone too")
     directory = model_directory(run)
-    if not Path(run).exists() and is_main():  # which takes half a minute where there is no connection
-        print(f"mot: {run} is no directory here, so it is a name on the Hub", file=sys.stderr)
+    of_the_hub = f"mot: {run} is no directory here, so it is a name on the Hub"
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        # Which takes half a minute where there is no connection.
+        with nullcontext() if Path(run).exists() else said_if_slow(of_the_hub):
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {config.model_type} model is no causal language model")
         if "/" in str(attention := getattr(config, "_attn_implementation", None)):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mixture_of_tokens.checks import checked
 from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import duration, few_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -208,6 +209,7 @@ def _worst(layers: Iterable[dict[str, float]]) -> Load:
     return Load(largest_load, dropped)
 
 
+@checked
 def read_run(directory: str | Path) -> Run:
     """A finished run, from its directory or its one-file form.
 

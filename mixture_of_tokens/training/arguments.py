@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
 
-from mixture_of_tokens.checks import check_number
+from mixture_of_tokens.checks import LARGEST, check_number
 from mixture_of_tokens.flags import typed
 from mixture_of_tokens.formatting import first_line, in_words
 from mixture_of_tokens.model.names import nearest
@@ -163,6 +163,8 @@ def _check_field(field: str, value: Any, hint: Any) -> None:
             raise ValueError(f"{flag} must be 0 or more, not {value}")
         if field in BELOW_ONE and not 0 <= value < 1:
             raise ValueError(f"{flag} must be at least 0 and below 1, not {value}")
+        if field in (*STEPS, "eval_delay") and value > LARGEST:
+            raise ValueError(f"{flag} is more than {LARGEST}")
         if field in STEPS and value > 1 and value != int(value):
             raise ValueError(f"{flag} must be a whole number of steps, or a share of them below 1, not {value}")
     kinds = typing.get_args(hint) or (hint,)

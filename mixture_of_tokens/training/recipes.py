@@ -131,7 +131,7 @@ def merge(
     _check_training(taken | training, on_cpu)
     kept = run.with_effect()
     anyway = kept.model_config.to_dict()
-    unread = {f"--model.{key}": key for key in SETTINGS if run.model.get(key) not in (None, anyway[key])}
+    unread = {f"--model.{key}": key for key in SETTINGS if key in run.model and run.model[key] != anyway[key]}
     if run.anneal_temperature_to != kept.anneal_temperature_to:
         unread["--anneal-temperature-to"] = "router_temperature"
     return Merged(kept, taken | training, placement, unread)
