@@ -199,11 +199,13 @@ class _Combine(torch.autograd.Function):
 
 
 class _ExpertLinear(torch.autograd.Function):
+    # Under autocast weights are cast here and again in the backward pass: a copy that is kept would outlive the whole
+    # weights of a shard, which are freed between the passes.
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x_ERI, weight_EOI):
-        return torch.bmm(x_ERI, weight_EOI.mT)
+        return torch.bmm(x_ERI, weight_EOI.to(x_ERI.dtype).mT)
 
     setup_context = staticmethod(save_inputs)
 
@@ -212,8 +214,8 @@ class _ExpertLinear(torch.autograd.Function):
         x_ERI, weight_EOI = ctx.saved_tensors
         into_x, into_weight = ctx.needs_input_grad  # experts may be frozen
         return (
-            torch.bmm(grad_ERO, weight_EOI) if into_x else None,
-            torch.bmm(grad_ERO.mT, x_ERI) if into_weight else None,
+            torch.bmm(grad_ERO, weight_EOI.to(grad_ERO.dtype)) if into_x else None,
+            torch.bmm(grad_ERO.mT, x_ERI).to(weight_EOI.dtype) if into_weight else None,
         )
 
 
@@ -272,4 +274,4 @@ def combine(weights_MGE: Tensor, y_EMD: Tensor) -> Tensor:
 
 def expert_linear(x_ERI: Tensor, weight_EOI: Tensor) -> Tensor:
     """Each expert's rows times its own matrix: (E, R, I), (E, O, I) -> (E, R, O)."""
-    return applied(_ExpertLinear, *autocast_to(x_ERI, weight_EOI))
+    return applied(_ExpertLinear, *autocast_to(x_ERI), weight_EOI)

@@ -192,15 +192,17 @@ def ragged_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, order_E: Ten
     Expert e, or with an order the expert order[e], has the rows from ends[e - 1] to ends[e]; rows from ends[-1] on come
     out as zero.
     """
-    x_NI, weight_EOI = autocast_to(x_NI, weight_EOI)
-    return _ragged_mm(x_NI, weight_EOI if order_E is None else weight_EOI.index_select(0, order_E), ends_E)
+    (x_NI,) = autocast_to(x_NI)
+    if order_E is not None:  # small ones, on a CPU
+        weight_EOI = weight_EOI.to(x_NI.dtype).index_select(0, order_E)
+    return _ragged_mm(x_NI, weight_EOI, ends_E)
 
 
 # Custom operators: `torch.compile` can look neither into a loop whose sizes depend on the data nor, in fp32, into
 # `grouped_mm`.
 @torch.library.custom_op("mixture_of_tokens::ragged_mm", mutates_args=(), tags=WAITS)
 def _ragged_mm(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    x_NI = x_NI.contiguous()
+    x_NI, weight_EOI = x_NI.contiguous(), weight_EOI.to(x_NI.dtype)  # in here, as in `layout._ExpertLinear`
     if len(x_NI) > len(ends_E) and _in_one_call(ends_E, x_NI, weight_EOI):
         y_NO = F.grouped_mm(x_NI, weight_EOI.mT, offs=ends_E.to(torch.int32))
     else:
@@ -265,7 +267,8 @@ def _ragged_backward(ctx, grad_NO):
     x_NI, weight_EOI, ends_E = ctx.saved_tensors
     into_x, into_weight, _ = ctx.needs_input_grad  # experts may be frozen
     grad_NI = _ragged_mm(grad_NO, weight_EOI.mT, ends_E) if into_x else None
-    return grad_NI, _ragged_weight_gradient(grad_NO, x_NI, ends_E) if into_weight else None, None
+    grad_EOI = _ragged_weight_gradient(grad_NO, x_NI, ends_E).to(weight_EOI.dtype) if into_weight else None
+    return grad_NI, grad_EOI, None
 
 
 def _ragged_second_backward(ctx, grad_EOI):

@@ -488,6 +488,24 @@ def test_gates_are_in_float32_for_a_bfloat16_router(name, monkeypatch):
     assert [scores.dtype for scores in seen] == [torch.float32]
 
 
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_under_autocast_no_copy_of_expert_weights_is_kept_for_the_backward_pass(name, monkeypatch):
+    """A shard's whole weights are freed between the passes; a copy of them in bf16 would not be."""
+    monkeypatch.setattr(slots, "SMALL", 0)  # small experts are copied in order, on a CPU
+    layer, x = build(name, dtype=torch.float32).train(), tokens(dtype=torch.float32)
+    sizes = {frozenset(weight.shape) for weight in layer.experts.parameters()}
+    own, copies = {weight.data_ptr() for weight in layer.parameters()}, []
+
+    def keep(saved: Tensor) -> Tensor:
+        if frozenset(saved.shape) in sizes and saved.data_ptr() not in own:
+            copies.append(saved.shape)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), torch.autocast("cpu", torch.bfloat16):
+        layer(x.repeat(1, 5, 1))
+    assert copies == []
+
+
 def test_second_derivatives_of_a_float32_router_under_autocast_are_refused():
     layer, x = build("mot", dtype=torch.float32), tokens(dtype=torch.float32).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
