@@ -3,7 +3,6 @@
 The commands are the page's own but for the values in SHORT. Their text is the tests'.
 """
 
-import json
 import re
 import shlex
 import subprocess
@@ -62,7 +61,9 @@ def test_a_guide_runs_from_its_first_line_to_its_last(page, beside_text, monkeyp
 
 @pytest.mark.slow
 def test_two_processes_of_the_guide_train_on_a_cpu(beside_text):
-    (line,) = (line for block in blocks(GUIDE / "gpus.md", "sh") for line in block.splitlines() if "--device cpu" in line)
+    (line,) = (
+        line for block in blocks(GUIDE / "gpus.md", "sh") for line in block.splitlines() if "--device cpu" in line
+    )
     program, *words = shlex.split(line)
     assert program == "torchrun"
     command = [sys.executable, "-m", "torch.distributed.run", *shortened(words)]

@@ -47,7 +47,7 @@ INTRODUCTION = (
 
 def table() -> str:
     rows = [
-        [study.claim, f"[{study.id}](../experiments/paper/{study.id}.py)", study.paper, *study.found]
+        [study.claim, f"[{study.id}](../../experiments/paper/{study.id}.py)", study.paper, *study.found]
         for study in STUDIES
     ]
     return markdown([list(HEADS), *rows], left=5)

@@ -258,7 +258,15 @@ def table(experiment: Experiment) -> str:
 def use_table(experiment: Experiment) -> str:
     """What a step takes, and how experts are used at the end of the first seed's run, layer by layer."""
     times = _times_of(experiment)
-    rows = [["", f"step time, of dense ({machine_of(experiment.kept / TIMINGS)})", "experts a token", "largest load", "dead experts"]]
+    rows = [
+        [
+            "",
+            f"step time, of dense ({machine_of(experiment.kept / TIMINGS)})",
+            "experts a token",
+            "largest load",
+            "dead experts",
+        ]
+    ]
     for system in SYSTEMS[1:]:
         if not (runs := runs_of(experiment, system)):
             continue
