@@ -3,6 +3,7 @@
 The commands are the page's own but for the values in SHORT. Their text is the tests'.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -57,6 +58,19 @@ def test_a_guide_runs_from_its_first_line_to_its_last(page, beside_text, monkeyp
             done += 1
     assert done >= 3
     assert capsys.readouterr().out
+
+
+def test_the_notebook_runs_and_keeps_no_output(beside_text, monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["outputs"] for cell in cells] == [[]] * len(cells)
+    names: dict = {}
+    for number, cell in enumerate(cells):
+        code = "".join(cell["source"])
+        run(code.replace("steps=100", "steps=2").replace("2_000_000", "200_000"), f"cell {number}", names)
+    assert names["moved"][1, 5] > 0
+    assert names["moved"][32:].max() == 0
+    assert "alone, 8 of 256 experts" in capsys.readouterr().out
 
 
 @pytest.mark.slow
