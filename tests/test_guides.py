@@ -15,9 +15,8 @@ import torch
 
 from mixture_of_tokens import cli
 from mixture_of_tokens.convert import verify
-from test_docs import ROOT, blocks
+from test_docs import DOCS, GUIDES, ROOT, blocks
 
-GUIDE = ROOT / "docs" / "guide"
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 SHORT = {"--steps": "2", "--distil-steps": "2", "--seeds": "1"}
 
@@ -39,16 +38,15 @@ def beside_text(small_corpus, tmp_path, fresh_cache, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["train", "layer", "recipe", "compare"])
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_a_guide_runs_from_its_first_line_to_its_last(page, beside_text, monkeypatch, capsys):
     # Another process would have to import transformers, as in test_export.py.
     monkeypatch.setattr(verify, "compare_logits", lambda *given: (0.0, 1.0))
-    text = (GUIDE / f"{page}.md").read_text()
     names: dict = {}
     done = 0
-    for language, code in re.findall(r"^```(python|sh)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+    for language, code in re.findall(r"^```(python|sh)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
         if language == "python":
-            run(code, page, names)
+            run(code, page.name, names)
             done += 1
             continue
         for line in code.replace("\\\n", " ").splitlines():
@@ -76,7 +74,10 @@ def test_the_notebook_runs_and_keeps_no_output(beside_text, monkeypatch, capsys)
 @pytest.mark.slow
 def test_two_processes_of_the_guide_train_on_a_cpu(beside_text):
     (line,) = (
-        line for block in blocks(GUIDE / "gpus.md", "sh") for line in block.splitlines() if "--device cpu" in line
+        line
+        for block in blocks(DOCS / "guide" / "gpus.md", "sh")
+        for line in block.splitlines()
+        if "--device cpu" in line
     )
     program, *words = shlex.split(line)
     assert program == "torchrun"
