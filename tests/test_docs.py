@@ -34,6 +34,7 @@ LINKING = [
     *PAGES,
     *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "experiments/LOG.md", "experiments/README.md")),
 ]
+ENGINES = DOCS / "guide" / "serve.md"  # whose code test_engines.py runs
 GUIDES = [DOCS / "guide" / f"{name}.md" for name in ("train", "layer", "recipe", "compare")]  # test_guides.py runs them
 DRY = ("train", "sweep", "compare")
 WITH_A_RUN, READING = ("generate", "evaluate", "audit", "transition", "export"), "MoT-Nano/4E/2"
@@ -52,9 +53,7 @@ def test_every_page_can_be_found():
 
 @pytest.mark.parametrize(
     "page",
-    [
-        page for page in PAGES if blocks(page, "python") and page.parent.name != "guide"
-    ],  # of which test_engines.py runs one
+    [page for page in PAGES if blocks(page, "python") and page not in (*GUIDES, ENGINES)],
     ids=lambda page: page.stem,
 )
 @pytest.mark.usefixtures("tiny_cache")
@@ -284,10 +283,14 @@ def test_shares_of_dense_are_the_benchmarks(monkeypatch):
     assert "ran at {} and {} of dense".format(*without) in " ".join(text_of("results/speed").split())
 
 
+def prose_of(page: Path) -> str:
+    """Without code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
 def anchors(page: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose_of(page), flags=re.MULTILINE)
     return set(map(anchor_of, headings))
 
 
@@ -297,7 +300,7 @@ def anchor_of(heading: str) -> str:
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
-    text = page.read_text()
+    text = prose_of(page)
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
     for target in targets:
         if re.match(r"[a-z]+:", target):
