@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-all test-engines lint demo clean
+.PHONY: install test test-all test-engines lint docs demo clean
 
 install: .venv/installed
 
@@ -17,6 +17,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The documentation as a site, in site/; a link that leads nowhere stops it.
+docs: install
+	$(BIN)/mkdocs build --strict
 
 test: install
 	$(BIN)/pytest
@@ -43,4 +47,4 @@ demo: install
 	$(BIN)/mot compare Transformer-Nano MoT-Nano/32E/8 TC-Nano/32E --seeds 1 --steps 1000 --out runs/demo
 
 clean:
-	rm -rf .venv .engines dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .engines dist site .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,6 @@
-"""What models cost over 8 and 64 devices, by `mot plan`'s arithmetic: the table of docs/scaling.md. Nothing is run.
+"""What models cost over 8 and 64 devices, by `mot plan`'s arithmetic: a table of docs/reference/scaling.md.
+
+Nothing is run.
 
     python benchmarks/placements.py
 

@@ -36,7 +36,7 @@ class MixedBlock(LlamaDecoderLayer):
 
 
 class MixedLlama(LlamaForCausalLM):
-    """Trains and scores whole texts. `generate` is right for rows that are served alone (docs/serving.md)."""
+    """Trains and scores whole texts. `generate` is right for rows that are served alone (docs/reference/serving.md)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)

@@ -14,7 +14,7 @@ from mixture_of_tokens.reports.figures import DASHES
 from mixture_of_tokens.runs.run import Point, Run
 
 # By how labels begin: of those that begin alike, the first one of a picture.
-KINDS = {"Transformer-": "#808890", "TC-|Token Choice": "#2a9d6f", r"MoT-\S*32E/8\b": "#2f81d6"}
+KINDS = {"Transformer-|dense": "#808890", "TC-|Token Choice": "#2a9d6f", r"MoT-\S*32E/8\b|Mixture": "#2f81d6"}
 COLORS = ("#d9632a", "#a45bb0", "#b08a00", "#c2407a", "#2b9aa8", "#8c6d4f", "#7f8f2a", "#6a6fd0", "#c97b8e")
 BESIDE = 5  # curves, above which their names stand beside a picture
 GREY = "#767676"

@@ -14,12 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mixture_of_tokens import cli, plan
 from mixture_of_tokens.convert import verify, verify_gguf
 from mixture_of_tokens.convert.plain import to_plain
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.cost import parameters
+from mixture_of_tokens.model.cost import flops_per_token, parameters
 from mixture_of_tokens.model.names import SIZES, config_from_name
 from mixture_of_tokens.model.routings import OF_A_ROUTER, SETTINGS, TABLE, properties
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
@@ -27,12 +28,14 @@ from mixture_of_tokens.training import recipes
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-ENGINES = ROOT / "docs" / "guide" / "serve.md"  # whose code test_engines.py runs
+DOCS = ROOT / "docs"
+PAGES = [README, DOCS / "README.md", *sorted({*DOCS.rglob("*.md")} - {DOCS / "README.md"})]
 LINKING = [
     *PAGES,
     *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "experiments/LOG.md", "experiments/README.md")),
 ]
+ENGINES = DOCS / "guide" / "serve.md"  # whose code test_engines.py runs
+GUIDES = [DOCS / "guide" / f"{name}.md" for name in ("train", "layer", "recipe", "compare")]  # test_guides.py runs them
 DRY = ("train", "sweep", "compare")
 WITH_A_RUN, READING = ("generate", "evaluate", "audit", "transition", "export"), "MoT-Nano/4E/2"
 
@@ -41,15 +44,17 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-def test_the_readme_is_short_and_shows_all_kinds_of_blocks():
-    assert len(README.read_text().splitlines()) <= 135
-    assert blocks(README, "python")
-    assert blocks(README, "sh")
-    assert all(str(page.relative_to(ROOT)) in README.read_text() for page in PAGES[1:])
+def test_every_page_can_be_found():
+    index = DOCS / "README.md"
+    assert "(docs/README.md)" in README.read_text()
+    linked = re.findall(r"\]\(([^)#\s]+)", index.read_text())
+    assert [page for page in PAGES[2:] if page.relative_to(DOCS).as_posix() not in linked] == []
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python") and page != ENGINES], ids=lambda page: page.stem
+    "page",
+    [page for page in PAGES if blocks(page, "python") and page not in (*GUIDES, ENGINES)],
+    ids=lambda page: page.stem,
 )
 @pytest.mark.usefixtures("tiny_cache")
 def test_python_blocks_run(page, small_corpus, tmp_path, monkeypatch):
@@ -60,7 +65,7 @@ def test_python_blocks_run(page, small_corpus, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), names)  # in one namespace, as a reader would type them
     if page == README:
         assert names["y"].shape == names["x"].shape == (64, 16, 256)
-        assert not names["y"][5, 10:].any()
+        assert torch.equal(names["y"][5, 10:], names["x"][5, 10:])
     if page.stem == "training":
         assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
@@ -72,12 +77,12 @@ def processes_of(words: list[str]) -> int:
 
 
 def commands() -> dict[str, tuple[str, ...]]:
-    """The words after `mot` of every command in a ```sh block, and in what `make demo` runs, each once.
+    """The words after `mot` of every command in a ```sh block, but those of GUIDES, and in what `make demo` runs.
 
     Of one that torchrun starts, the first word is WORLD_SIZE=N.
     """
     made = subprocess.run(["make", "-n", "-o", "install", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
-    shell = "".join(block for page in PAGES for block in blocks(page, "sh")) + made.stdout
+    shell = "".join(block for page in PAGES if page not in GUIDES for block in blocks(page, "sh")) + made.stdout
     lines = [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
     lines = [
         ["mot", f"WORLD_SIZE={processes_of(words)}", *words[words.index("mixture_of_tokens") + 1 :]]
@@ -108,7 +113,8 @@ def test_commands_are_legal(words, tiny_runs, small_corpus, tmp_path, monkeypatc
     (tmp_path / "corpus" / "0.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
     (command, *given), switched = words, False
-    if command in WITH_A_RUN:
+    (tmp_path / "my-texts").symlink_to(small_corpus)
+    if command in WITH_A_RUN and given[0] != "nano":  # which comes with the library
         (tmp_path / given[0]).parent.mkdir(exist_ok=True)
         switched = given[0].endswith("-transition")
         (tmp_path / given[0]).symlink_to(tiny_runs["TC-Nano/4E" if switched else READING])
@@ -131,7 +137,7 @@ def test_commands_are_legal(words, tiny_runs, small_corpus, tmp_path, monkeypatc
 
 
 def test_the_file_of_flags_is_legal(tmp_path, capsys):
-    (text,) = blocks(ROOT / "docs" / "training.md", "yaml")
+    (text,) = blocks(DOCS / "reference" / "training.md", "yaml")
     (tmp_path / "flags.yaml").write_text(text)
     cli.main(["train", "--config", str(tmp_path / "flags.yaml"), "--dry-run", "--json"])
     shown = json.loads(capsys.readouterr().out)
@@ -140,43 +146,25 @@ def test_the_file_of_flags_is_legal(tmp_path, capsys):
 
 def test_the_result_is_what_report_prints_of_the_committed_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (shown,) = re.findall(r"```\n\$ mot report experiments/nano\n(.*?)```", text_of("results"), flags=re.DOTALL)
+    (shown,) = re.findall(r"```\n\$ mot report experiments/nano\n(.*?)```", text_of("results/systems"), flags=re.DOTALL)
     cli.main(["report", "experiments/nano", "--out", str(tmp_path / "report.html")])
     assert capsys.readouterr().out.split("The page: ")[0].strip() == shown.strip()
 
 
 def text_of(stem: str) -> str:
-    return (ROOT / "docs" / f"{stem}.md").read_text()
-
-
-def rows_under(first_cell: str) -> list[list[str]]:
-    """The cells of the README's table whose header begins so."""
-    table = README.read_text().split(f"| {first_cell} |")[1].split("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
-
-
-def test_the_readme_has_the_means_of_the_table_of_routings():
-    """Which in turn is what its script prints."""
-    table = text_of("results").split("## Today's routings")[1].split("\n- ")[0]
-    for system, *means in rows_under("system"):
-        (line,) = re.findall(rf"^\| {re.escape(system)} \| (.*) \|$", table, flags=re.MULTILINE)
-        seeds, *cells = [cell.partition(" (")[0] for cell in line.split(" | ")]
-        assert (seeds, cells[: len(means)]) == ("3", means)
-
-
-def test_the_readme_has_the_time_of_a_lone_text():
-    table = text_of("speed").split("## Writing text")[1]
-    dense, alone = (
-        float(re.search(rf"^\| {name} \| ([\d,]+)", table, flags=re.MULTILINE)[1])
-        for name in ("Transformer-Nano", "MoT-Nano/32E/8, alone, experts: 8")
-    )
-    assert f"[{dense / alone:.1f} times the dense model's time](docs/speed.md#writing-text)" in README.read_text()
+    return (DOCS / f"{stem}.md").read_text()
 
 
 def test_the_sizes_are_those_that_names_stand_for():
-    shown = rows_under("size")
+    table = text_of("reference/names").split("| size | hidden size |")[1].split("\n\n")[0]
+    shown = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
     assert [row[0] for row in shown] == list(SIZES)
-    for (name, *row), size in zip(shown, SIZES.values(), strict=True):
+    for (name, *row, of_dense), size in zip(shown, SIZES.values(), strict=True):
+        mixture, dense = (
+            sum(flops_per_token(config_from_name(model)).forward.values())
+            for model in (f"MoT-{name}/32E/8", f"Transformer-{name}")
+        )
+        assert of_dense == f"{mixture / dense:.2f}", name
         assert row[:4] == [str(size.hidden_size), str(size.blocks), str(size.context), f"{size.batch * size.context:,}"]
         for millions, model in zip(row[4:], (f"Transformer-{name}", f"MoT-{name}/32E/8"), strict=True):
             count = parameters(config_from_name(model))["total"] / 1e6
@@ -184,7 +172,7 @@ def test_the_sizes_are_those_that_names_stand_for():
 
 
 def test_the_defaults_of_training_are_the_recipes():
-    table = text_of("training").split("### Defaults")[1].split("\n\n")[1].splitlines()[2:]
+    table = text_of("reference/training").split("### Defaults")[1].split("\n\n")[1].splitlines()[2:]
     expected = []
     for size, recipe in recipes.RECIPES.items():
         others = {rate: [] for rate in recipes.LEARNING_RATES.values()}
@@ -198,7 +186,7 @@ def test_the_defaults_of_training_are_the_recipes():
 
 def test_the_settings_of_routings_are_the_configurations():
     config = MixtureOfTokensConfig()
-    table = text_of("routings").split("## Settings")[1].split("\n## ")[0]
+    table = text_of("reference/routings").split("## Settings")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| ([\w.]+) \| (.*?) \|", table, flags=re.MULTILINE)
     general = {"shared_experts": "all with experts", "gated": "all", "initializer_scale": "all"}
     own = {field: ", ".join(f"`{prefix}-`" for prefix in of) for field, of in SETTINGS.items()}
@@ -211,45 +199,45 @@ def test_the_settings_of_routings_are_the_configurations():
 
 
 def test_the_properties_of_routings_are_those_of_the_table():
-    table = text_of("routings").split("| name | routing |")[1].split("\n\n")[0].splitlines()[2:]
+    table = text_of("reference/routings").split("| name | routing |")[1].split("\n\n")[0].splitlines()[2:]
     shown = [[cell.strip() for cell in line.strip("|").split("|")][:6] for line in table]
     assert shown == [[f"`{row.prefix}-`", row.title, *properties([row]).values()] for row in TABLE]
 
 
 TABLES = {  # by script: its lines, and the page that shows what it prints with --table
-    "experiments/nano/run.py": (11, "results"),
-    "experiments/prose/run.py": (11, "results"),
-    "experiments/long/run.py": (11, "results"),
-    "experiments/routings/run.py": (44, "results"),
-    "experiments/switch/run.py": (34, "conversion"),
-    "experiments/switch/when.py": (10, "conversion"),
-    "experiments/switch/few.py": (21, "serving"),
+    "experiments/nano/run.py": (11, "results/systems"),
+    "experiments/prose/run.py": (11, "results/systems"),
+    "experiments/long/run.py": (11, "results/systems"),
+    "experiments/routings/run.py": (44, "results/systems"),
+    "experiments/switch/run.py": (34, "results/conversion"),
+    "experiments/switch/when.py": (10, "results/conversion"),
+    "experiments/switch/few.py": (21, "results/alone"),
     "experiments/transition/run.py": (20, "../experiments/LOG"),
-    "experiments/verdict/fresh.py": (105, "equal-time"),
+    "experiments/verdict/fresh.py": (105, "results/equal-time"),
     "experiments/verdict/attention.py": (80, "../experiments/LOG"),
     "experiments/alone/run.py": (19, "../experiments/LOG"),
-    "experiments/partial_groups/run.py": (14, "serving"),
-    "experiments/paper/ledger.py": (12, "results"),
-    "experiments/paper/fig6.py": (14, "results"),
-    "experiments/paper/alone.py": (17, "results"),
-    "experiments/paper/early.py": (5, "equal-time"),
-    "experiments/paper/length.py": (12, "results"),
-    "experiments/paper/fig7.py": (17, "results"),
-    "experiments/paper/router_rate.py": (5, "results"),
-    "experiments/paper/random_groups.py": (5, "results"),
-    "experiments/paper/fig4.py": (14, "results"),
-    "experiments/paper/fig5.py": (12, "results"),
-    "experiments/paper/fig8.py": (12, "conversion"),
-    "experiments/paper/temperature.py": (7, "results"),
-    "experiments/paper/design.py": (9, "results"),
-    "experiments/paper/table1.py": (5, "results"),
-    "experiments/paper/table3.py": (7, "results"),
-    "benchmarks/generate.py": (17, "speed"),
+    "experiments/partial_groups/run.py": (14, "results/alone"),
+    "experiments/paper/ledger.py": (12, "results/paper"),
+    "experiments/paper/fig6.py": (14, "results/paper"),
+    "experiments/paper/alone.py": (17, "results/paper"),
+    "experiments/paper/early.py": (5, "results/equal-time"),
+    "experiments/paper/length.py": (12, "results/paper"),
+    "experiments/paper/fig7.py": (17, "results/paper"),
+    "experiments/paper/router_rate.py": (5, "results/paper"),
+    "experiments/paper/random_groups.py": (5, "results/paper"),
+    "experiments/paper/fig4.py": (14, "results/paper"),
+    "experiments/paper/fig5.py": (12, "results/paper"),
+    "experiments/paper/fig8.py": (12, "results/conversion"),
+    "experiments/paper/temperature.py": (7, "results/paper"),
+    "experiments/paper/design.py": (9, "results/paper"),
+    "experiments/paper/table1.py": (5, "results/paper"),
+    "experiments/paper/table3.py": (7, "results/paper"),
+    "benchmarks/generate.py": (17, "results/speed"),
     "benchmarks/engines.py": (15, "guide/serve"),
     "benchmarks/rounding.py": (6, "guide/serve"),
-    "benchmarks/neighbours.py": (15, "speed"),
-    "benchmarks/train.py": (73, "speed"),
-    "benchmarks/placements.py": (30, "scaling"),
+    "benchmarks/neighbours.py": (15, "results/speed"),
+    "benchmarks/train.py": (73, "results/speed"),
+    "benchmarks/placements.py": (30, "reference/scaling"),
 }
 
 
@@ -281,7 +269,7 @@ def test_shares_of_dense_are_the_benchmarks(monkeypatch):
     columns = [(machine, dtype, isa) for machine, isa in machines for dtype in ("float32", "bfloat16")]
     providers = ["mot/1", "mot/8", "mot/16", "literal/8", "token_choice", "token_choice_dropless", "expert_choice"]
     providers.append("qwen3_grouped_mm")
-    shown = text_of("speed").split("| | EPYC, fp32 |")[1].split("\n\n")[0].splitlines()[2:]
+    shown = text_of("results/speed").split("| | EPYC, fp32 |")[1].split("\n\n")[0].splitlines()[2:]
     for provider, line in zip(providers, shown, strict=True):
         for column, cell in zip(columns, line.split("|")[2:-1], strict=True):
             if not cell.strip():
@@ -292,13 +280,17 @@ def test_shares_of_dense_are_the_benchmarks(monkeypatch):
             assert cell.strip() == expected + floor, (provider, column)
     conditions = (xeon, "float32", "all with AMX", "default", "plain")
     without = [f"{float(of[*conditions, mot]['share_of_dense']):.2f}" for mot in providers[:2]]
-    assert "ran at {} and {} of dense".format(*without) in " ".join(text_of("speed").split())
+    assert "ran at {} and {} of dense".format(*without) in " ".join(text_of("results/speed").split())
+
+
+def prose_of(page: Path) -> str:
+    """Without code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose_of(page), flags=re.MULTILINE)
     return set(map(anchor_of, headings))
 
 
@@ -308,7 +300,7 @@ def anchor_of(heading: str) -> str:
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
-    text = page.read_text()
+    text = prose_of(page)
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
     for target in targets:
         if re.match(r"[a-z]+:", target):
@@ -320,14 +312,14 @@ def test_links_lead_somewhere(page):
 
 
 def test_changes_that_were_tried_are_as_in_what_they_link_to():
-    section = text_of("results").split("### What was tried where figures 6 and 7 fall short")[1].split("\n###")[0]
+    section = text_of("results/paper").split("## What was tried where figures 6 and 7 fall short")[1].split("\n##")[0]
     rows = re.findall(r"^\| (.*\[.*) \|$", section, flags=re.MULTILINE)
     assert len(rows) == 3
     for row in rows:
         there = ""
         for target in re.findall(r"\]\(([^)]+)\)", row):
             path, anchor = target.split("#")
-            there += section_of((ROOT / "docs" / path) if path else ROOT / "docs" / "results.md", anchor)
+            there += section_of((DOCS / "results" / path) if path else DOCS / "results" / "paper.md", anchor)
         numbers = re.findall(r"[+-]?\d\.\d{3,4}\b", row)
         assert numbers
         losses = [float(number) for number in numbers if number[0].isdigit()]
@@ -348,7 +340,7 @@ def section_of(page, anchor: str) -> str:
 
 
 def test_the_hours_of_the_figures_on_a_gpu_are_those_of_the_plan():
-    section = section_of(ROOT / "docs" / "scaling.md", "the-papers-figures-on-a-gpu")
+    section = section_of(DOCS / "reference" / "scaling.md", "the-papers-figures-on-a-gpu")
     rows = dict(re.findall(r"^\| (\S+-Mini\S*) \| ([\d.]+) \|$", section, flags=re.MULTILINE))
     (command,) = (words for words in commands().values() if "runs/mini" in words)
     assert list(rows) == [word for word in command if "-Mini" in word]

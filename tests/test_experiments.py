@@ -26,7 +26,7 @@ from torch.testing import assert_close
 from mixture_of_tokens import MixtureOfTokens, transition
 from mixture_of_tokens.convert.transition import SCHEDULES
 from mixture_of_tokens.model.cost import flops_per_token
-from mixture_of_tokens.model.names import config_from_name, parse_name
+from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.reports.report import report
 from mixture_of_tokens.runs.run import pack, read_run
 from mixture_of_tokens.runs.typed import FORMAT
@@ -36,6 +36,19 @@ from mixture_of_tokens.training.recipes import merge
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
 SWITCHED = Path(__file__).parent / "data" / "switched"
+RESULTS = ROOT / "docs" / "results" / "README.md"
+
+
+def missing(said: list[str], page: Path) -> list[str]:
+    """The numbers that a page does not have, however it says them."""
+    text = page.read_text()
+    return [number for number in said if not re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d%])", text)]
+
+
+def table_of(beginning: str, page: Path = RESULTS) -> list[list[str]]:
+    """The cells of a page's table whose header begins so."""
+    lines = page.read_text().split(beginning)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
 
 
 @pytest.fixture
@@ -320,13 +333,10 @@ def test_the_ledgers_page_is_of_the_committed_runs(paper):
         assert ("<svg" in section) == (study.draw is not None)
         assert section.count("<tr>") > 2
     verdicts = Counter(study.found[1] for study in ledger.STUDIES if not study.claim.endswith("(ours)"))
-    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
-    said = " ".join((ROOT / "README.md").read_text().split())
     assert verdicts.total() == 8
-    for what, said_of_it in {"confirmed": "confirmed here", "contradicted": "contradicted"}.items():
-        count = verdicts[what]
-        assert f"{words[count]} {'is' if count == 1 else 'are'} {said_of_it}" in said
-    assert f"{words[verdicts['in part']]} hold only in a weaker form" in said
+    assert [row[1] for row in table_of("| verdict | the paper's claims |")] == [
+        str(verdicts[what]) for what in ("confirmed", "in part", "contradicted", "open")
+    ]
 
 
 def test_the_packages_of_the_text_are_those_that_runs_had():
@@ -340,78 +350,76 @@ def test_the_packages_of_the_text_are_those_that_runs_had():
         assert had == {name: listed[name] for name in had}, run
 
 
-def test_the_readme_says_when_micros_reach_the_dense_loss(paper):
+def test_the_shares_of_micros_are_those_of_the_runs(paper):
     fig7 = paper("fig7")
     lengths = fig7.LENGTHS
-    dense, mixture, token_choice = (
-        [fig7.result_of(fig7.Row(system, steps, fig7.SEEDS[:1])) for steps in lengths] for system in fig7.SYSTEMS
+    mixture, token_choice = (
+        [fig7.result_of(fig7.Row(system, steps, fig7.SEEDS[:1])) for steps in lengths] for system in fig7.SYSTEMS[1:]
     )
     many, others = (fig7.result_of(fig7.Row(system, lengths[0], fig7.SEEDS)) for system in fig7.SYSTEMS[1:])
     assert (many.loss.seeds, others.loss.seeds) == (3, 3)
-    shares = [getattr(result, of) for result in (many, others) for of in ("steps", "flops", "time")]
-    spans = " | ".join(f"{of.mean:.2f} ({of.least:.2f} to {of.greatest:.2f})" for of in shares)
+    kinds = ("steps", "flops", "time")
+    shares = [getattr(result, of) for result in (many, others) for of in kinds]
+    expected = [["3", *(f"{of.mean:.2f} ({of.least:.2f} to {of.greatest:.2f})" for of in shares)]]
+    for results in list(zip(mixture, token_choice, strict=True))[1:]:
+        expected += [["1", *(f"{getattr(result, of).mean:.2f}" for result in results for of in kinds)]]
+    millions = [f"{steps * fig7.TOKENS / 1e6:.0f} million" for steps in lengths]
+    assert table_of("| training tokens |") == [[of, *row] for of, row in zip(millions, expected, strict=True)]
 
-    said = " ".join((ROOT / "README.md").read_text().split())
-    assert f"| {lengths[0] * fig7.TOKENS / 1e6:.0f} million, three seeds | {spans} |" in said
-    for steps, *results in list(zip(lengths, mixture, token_choice, strict=True))[1:]:
-        kinds = ("steps", "flops", "time")
-        shares = " | ".join(f"{getattr(result, of).mean:.2f}" for result in results for of in kinds)
-        assert f"| {steps * fig7.TOKENS / 1e6:.0f} million | {shares} |" in said
     behind = [
         apart.equal_time.mean - other.equal_time.mean
         for apart, other in [*zip(mixture, token_choice, strict=True), (many, others)]
     ]
-    ahead = f"Token Choice is {min(behind):.2f} to {max(behind):.2f} nats ahead of the mixture at every length"
-    assert f"At equal time, when the dense run ends, {ahead}, and after 12 million tokens (three seeds)" in said
+    papers = 150_000 * 65_536 / fig7.TOKENS
+    said = [f"{min(behind):.2f}", f"{max(behind):.2f}", f"{papers / lengths[-1]:.0f}", f"{papers / lengths[0]:.0f}"]
+    said += [f"{many.steps.mean:.2f}", f"{many.time.mean:.2f}", f"{mixture[-1].steps.mean:.2f}"]
+    said += [f"{mixture[-1].time.mean:.2f}"]
+    assert missing(said, RESULTS) == []
     assert many.equal_time.mean >= fig7.result_of(fig7.Row(fig7.DENSE, lengths[0], fig7.SEEDS)).equal_time.mean
-    assert "(three seeds) the mixture is no better than the dense model." in said
-    tokens, (end, *ends) = lengths[-1] * fig7.TOKENS, (results[-1] for results in (dense, mixture, token_choice))
-    mixed, chosen = (f"{end.loss.mean - other.loss.mean:.3f}" for other in ends)
-    told = f"Mixture of Tokens ends {mixed} nats below the dense model, and Token Choice {chosen}"
-    assert f"after {tokens / 1e6:.0f} million tokens {told}." in said
-    (steps, flops, time), (its_steps, its_flops, its_time) = [
-        (other.steps.mean, other.flops.mean, other.time.mean) for other in ends
-    ]
-    claim = f"in {steps:.2f} of that model's steps, {flops:.2f} of its FLOPs and {time:.2f} of its time"
-    assert f"on {tokens / 1e6:.0f} million tokens of Python source, a Mixture of Tokens reaches" in said
-    assert f"the dense model's final loss {claim}" in said
-    needs = f"{its_steps:.2f} of the steps, {its_flops:.2f} of the FLOPs and {its_time:.2f} of the time"
-    assert f"needs {needs}." in said
-    papers = 150_000 * 65_536
-    assert f"after {papers / tokens:.0f} to {papers / (fig7.LENGTHS[0] * fig7.TOKENS):.0f} times as many tokens" in said
+    assert missing([said[5], said[7]], ROOT / "docs" / "guide" / "compare.md") == []
 
 
-def test_the_readme_says_how_large_and_how_slow_micros_are(paper):
-    fig7, said = paper("fig7"), " ".join((ROOT / "README.md").read_text().split())
-    mixture, dense = (
-        fig7.Row(system, fig7.LENGTHS[0], (2,)).runs[2].facts for system in (fig7.BEST_MIXTURE, fig7.DENSE)
+def test_the_first_sentences_of_the_results_have_the_runs_numbers(paper):
+    equal = ROOT / "docs" / "results" / "equal-time.md"
+    losses = {row[0]: row[1].split()[0] for row in table_of("|  | 10 minutes: loss |", equal)}
+    chosen = [loss for name, loss in losses.items() if name.startswith(("TC-", "STC-"))]
+    mixture, token_choice = (
+        statistics.mean(read_run(EXPERIMENTS / f"{run}-seed{seed}.json").facts.final_loss for seed in (1, 2, 3))
+        for run in ("nano/MoT-Nano-32E-8", "routings/TC-Nano-32E-8-capacity_factor=null")
     )
-    sizes = f"{mixture.parameters / 1e6:.1f} million parameters, where the dense model has {dense.parameters / 1e6:.1f}"
-    assert sizes in said
-    micro = paper("micro")
+    (fig6,) = (study.found[0] for study in paper("ledger").STUDIES if study.id == "fig6")
+    with (ROOT / "experiments" / "switch" / "few.csv").open(newline="") as file:
+        few = [row for row in csv.DictReader(file) if row["source"] == "MoT-Nano/32E/8"]
+    eight, groups = ([float(row["loss"]) for row in few if row["experts"] == of] for of in ("8", "in groups"))
+    assert len(eight) == len(groups) == 3
+    said = [losses["MoT-Nano/32E/4, switched early"], min(chosen), re.findall(r"\+(0\.\d+) over", fig6)[0]]
+    said += [f"{mixture - token_choice:.3f}", f"{statistics.mean(groups) - statistics.mean(eight):.3f}"]
+    assert missing(said, RESULTS) == []
+
+
+def test_what_routing_adds_and_what_steps_cost_is_said_as_it_is(paper):
+    fig7, micro = paper("fig7"), paper("micro")
     times = {row["system"]: row for row in micro.read_csv(micro.TIMES) if row["way"] == "compiled"}
-    its, other = (times[system.label] for system in (micro.BEST_MIXTURE, micro.TOKEN_CHOICE))
-    shares = [f"{float(row['share_of_dense']):.2f}" for row in (its, other)]
-    assert f"takes {shares[0]} times a dense one's time, one of Token Choice {shares[1]}" in said
-    had = [f"{1 / float(row['share_of_dense']):.0%}".replace("%", " %") for row in (its, other)]
-    assert f"The mixture has then had {had[0]} of its steps, Token Choice {had[1]}" in said
-    more = []
-    for name in (micro.BEST_MIXTURE.name, "MoT-Medium/32E/8"):
-        dense = config_from_name(f"Transformer-{parse_name(name).size}")
-        costs = [sum(flops_per_token(config).forward.values()) for config in (config_from_name(name), dense)]
-        more.append(f"{costs[0] / costs[1] - 1:.0%}".replace("%", " %"))
-    micros, mediums = f"{more[0]} to the FLOPs of a model that is 128 wide", f"{more[1]} to those of one that is 512"
-    added = f"router and mixing add {micros}, {mediums} wide (both at granularity 8)"
-    assert added in said
+    had = [1 / float(times[system.label]["share_of_dense"]) for system in (micro.BEST_MIXTURE, micro.TOKEN_CHOICE)]
+    assert missing([f"{share:.2f}" for share in had], RESULTS) == []
+    assert missing([f"{share:.2f}" for share in had], ROOT / "docs" / "results" / "paper.md") == []
+    added = []
+    for size in ("Nano", "Medium"):
+        models = (config_from_name(name) for name in (f"MoT-{size}/32E/8", f"Transformer-{size}"))
+        mixture, dense = (sum(flops_per_token(config).forward.values()) for config in models)
+        added.append(f"{mixture / dense - 1:.0%}".replace("%", " %"))
+    assert missing(added, ROOT / "README.md") == []
+    largest = fig7.Row(fig7.BEST_MIXTURE, fig7.LENGTHS[0], (2,)).runs[2].facts.parameters / 1e6
+    assert missing([f"{largest:.0f} million parameters"], ROOT / "README.md") == []
+    assert missing([f"{largest:.0f} million parameters"], RESULTS) == []
 
 
-def test_the_readme_says_how_far_token_choice_is_ahead_after_a_long_training():
+def test_token_choice_is_ahead_after_a_long_training_by_what_the_page_says():
     ends = {
         name: read_run(EXPERIMENTS / "long" / f"{name}-Nano-32E{end}-seed1").facts.final_loss
         for name, end in (("MoT", "-8"), ("TC", ""))
     }
-    said = f"[it is ahead by {ends['MoT'] - ends['TC']:.3f}](docs/results.md#other-text-and-ten-times-as-long)"
-    assert said in " ".join((ROOT / "README.md").read_text().split())
+    assert missing([f"{ends['MoT'] - ends['TC']:.3f}"], RESULTS) == []
 
 
 def test_micros_are_trained_at_rates_and_temperatures_as_good_as_the_best(paper):
@@ -428,7 +436,7 @@ def test_micros_are_trained_at_rates_and_temperatures_as_good_as_the_best(paper)
     for system in paper("fig7").SYSTEMS:
         config, best = merge(system.name, 1, None, system.options(1)).config, min(found[system.name])[0]
         (over,) = (loss - best for loss, settings in found[system.name] if _is_set(config, settings))
-        if system == micro.TOKEN_CHOICE:  # at 0.25, which is better on the two other seeds (docs/results.md)
+        if system == micro.TOKEN_CHOICE:  # at 0.25, which is better on the two other seeds (docs/results/tuned.md)
             assert 0.01 < over < 0.015
         else:
             assert over < 0.01
@@ -442,7 +450,7 @@ def _is_set(config, settings: str) -> bool:
 
 
 def test_steps_of_micros_take_what_the_docs_say(paper):
-    assert paper("micro").times_table() in (ROOT / "docs" / "speed.md").read_text()
+    assert paper("micro").times_table() in (ROOT / "docs" / "results" / "speed.md").read_text()
 
 
 def test_the_script_of_the_routings_trains_what_is_committed(script):
@@ -606,6 +614,10 @@ def test_the_picture_of_equal_time_is_of_the_committed_runs(fresh, verdict, monk
     for row in fresh.read_csv(kept / fresh.RESULTS):
         ends.setdefault((row["budget"], row["system"]), []).append(float(row["loss"]))
     everything, sparse = drawn[0].values()
+    (front,) = drawn[1].values()
+    assert [curve.x[-1] for curve in front] == pytest.approx([fresh.MINUTES] * 3, rel=0.01)
+    for curve, place in zip(front, fresh.FRONT.values(), strict=True):
+        assert curve.losses.tolist() == everything[place].losses.tolist()
     assert [curve.label for curve in sparse] == [curve.label for curve in everything[1:]]
     for system, curve in zip(fresh.DRAWN, everything, strict=True):
         assert curve.x[-1] == pytest.approx(verdict.BUDGET, rel=0.01)
@@ -888,31 +900,19 @@ def test_places_of_the_downstream_tasks_have_one_right_answer(paper):
         assert places == made(documents, random.Random(0))
 
 
-def test_the_readme_says_what_few_experts_cost_alone():
-    with (ROOT / "experiments" / "switch" / "few.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "MoT-Nano/32E/8"]
-    of = {
-        experts: [float(row["loss"]) for row in rows if row["experts"] == experts]
-        for experts in ("8", "all", "in groups")
-    }
-    few, every, in_groups = (statistics.mean(of[experts]) for experts in of)
-    said = " ".join((ROOT / "README.md").read_text().split())
-    assert len(of["8"]) == 3
-    assert (
-        f"is then {few - every:.3f} nats above that of all experts and {in_groups - few:.3f} below the one in groups"
-        in said
-    )
-
-
-def test_the_readme_says_how_many_flops_a_text_alone_takes():
+def test_the_page_says_how_many_flops_and_how_much_time_a_text_alone_takes():
     """Experts as a dense feed-forward, on top of which come the router and what goes back to a token."""
-    times = []
+    said = []
     for size in ("Nano", "Micro"):
         mixture = flops_per_token(config_from_name(f"MoT-{size}/32E/8")).forward
         dense = flops_per_token(config_from_name(f"Transformer-{size}")).forward
-        times.append(f"{1 + (mixture['router'] + mixture['combine']) / sum(dense.values()):.2f}")
-    said = f"a Nano has {times[0]} times the dense model's FLOPs then, a Micro {times[1]} times"
-    assert said in " ".join((ROOT / "README.md").read_text().split())
+        said.append(f"{(mixture['router'] + mixture['combine']) / sum(dense.values()):.2f}")
+    table = (ROOT / "docs" / "results" / "speed.md").read_text().split("## Writing text")[1]
+    dense, alone = (
+        float(re.search(rf"^\| {name} \| ([\d,]+)", table, flags=re.MULTILINE)[1])
+        for name in ("Transformer-Nano", "MoT-Nano/32E/8, alone, experts: 8")
+    )
+    assert missing([*said, f"{dense / alone:.1f} times"], ROOT / "docs" / "reference" / "serving.md") == []
 
 
 def test_the_switch_s_script_measures_only_what_is_missing(script, tiny_runs, tiny_cache, monkeypatch):

@@ -1,4 +1,4 @@
-"""Three systems for ten times as long, one seed: how the ratios move with the length of training (docs/results.md).
+"""Three systems for ten times as long, one seed: how ratios move with the length (docs/results/systems.md).
 
     python experiments/long/run.py            # three hours of one core, as measured beside other work
     python experiments/long/run.py --table    # who reaches whose loss, and when, of nano, prose and long: Markdown

@@ -1,8 +1,8 @@
-"""Four systems at equal steps, three seeds: what the README and docs/results.md say of steps, FLOPs and time.
+"""Four systems at equal steps, three seeds: what docs/results/systems.md says of steps, FLOPs and time.
 
     python experiments/nano/run.py            # half an hour on two cores of an AMD EPYC; goes on where it was stopped
     python experiments/nano/run.py --table    # who reaches whose loss, and when, of nano, prose and long: Markdown
-    python experiments/nano/run.py --draw     # curves.svg, the picture of docs/results.md
+    python experiments/nano/run.py --draw     # curves.svg, the picture of docs/results/systems.md
 
 1,200 steps of 8,192 tokens of the standard library's source (of Python 3.11.7, for the text that is committed).
 MoT-Nano/32E/8 is at the dense model's final loss in 0.57 of its steps and 0.89 of its FLOPs, and Token Choice in 0.57

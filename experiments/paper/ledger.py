@@ -1,7 +1,7 @@
 """The ledger: every claim of the paper, the script that tests it, what was measured, and the verdict.
 
     python experiments/paper/ledger.py            # writes a page with the figures and the tables behind them
-    python experiments/paper/ledger.py --table    # docs/results.md's table
+    python experiments/paper/ledger.py --table    # docs/results/paper.md's table
 
 Both are of what is committed; seconds. Verdicts are computed from the committed runs: "confirmed" where the claim holds
 as the claim's script states it; "in part" where only something weaker does; "contradicted"; "open" as long
@@ -47,7 +47,7 @@ INTRODUCTION = (
 
 def table() -> str:
     rows = [
-        [study.claim, f"[{study.id}](../experiments/paper/{study.id}.py)", study.paper, *study.found]
+        [study.claim, f"[{study.id}](../../experiments/paper/{study.id}.py)", study.paper, *study.found]
         for study in STUDIES
     ]
     return markdown([list(HEADS), *rows], left=5)

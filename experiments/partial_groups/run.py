@@ -1,7 +1,7 @@
 """What a group that is not full costs: loss by real rows a group, for four ways to treat the rows that are missing.
 
     python experiments/partial_groups/run.py            # what it takes was not recorded; the runs of nano come first
-    python experiments/partial_groups/run.py --table    # Markdown, of docs/serving.md
+    python experiments/partial_groups/run.py --table    # Markdown, of docs/results/alone.md
 
     companions  each expert's typical companions stand for the missing rows: what the library does
     zeros       rows of zeros stand for them, each with e^0 in the softmax's sum: the library before it is calibrated

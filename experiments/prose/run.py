@@ -1,4 +1,4 @@
-"""Three systems on English prose, which nothing was tuned on, one seed (docs/results.md).
+"""Three systems on English prose, which nothing was tuned on, one seed (docs/results/systems.md).
 
     python experiments/prose/run.py FOLDER     # 17 minutes of one core, as measured beside other work
     python experiments/prose/run.py --table    # who reaches whose loss, and when, of nano, prose and long: Markdown

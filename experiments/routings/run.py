@@ -1,4 +1,4 @@
-"""Routings side by side, three seeds: the losses of docs/results.md, and when each reaches the dense model's.
+"""Routings side by side, three seeds: the losses of docs/results/systems.md, and when each reaches the dense model's.
 
     python experiments/routings/run.py            # some three hours of one core; goes on where it was stopped
     python experiments/routings/run.py --sweep    # peak rates and settings on the tuning split; three hours of one core

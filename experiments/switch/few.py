@@ -1,4 +1,4 @@
-"""Served alone, how many experts does a token of a Mixture of Tokens need? (docs/serving.md)
+"""Served alone, how many experts does a token of a Mixture of Tokens need? (docs/results/alone.md)
 
     python experiments/switch/few.py            # an hour and a half of one core, most of it the training of sources
     python experiments/switch/few.py --table    # Markdown

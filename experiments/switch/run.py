@@ -1,4 +1,4 @@
-"""The switch to Token Choice without any step of training: how much of the loss it costs (docs/conversion.md).
+"""The switch to Token Choice without any step of training: how much of the loss it costs (docs/results/conversion.md).
 
     python experiments/switch/run.py            # 3 minutes of one core a MoT-Nano/32E, 15 a /32E/8, beside other work
     python experiments/switch/run.py --table    # Markdown

@@ -1,4 +1,4 @@
-"""When to switch: how much of the time of a training is best spent in groups (docs/conversion.md).
+"""When to switch: how much of the time of a training is best spent in groups (docs/results/conversion.md).
 
     python experiments/switch/when.py            # what is missing; some four hours of one core
     python experiments/switch/when.py --table    # Markdown

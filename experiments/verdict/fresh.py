@@ -4,7 +4,7 @@
     python experiments/verdict/fresh.py --sweep   # peak rates, on the tuning split; six hours of one thread
     python experiments/verdict/fresh.py --time    # a step of every system in turns, and the fits; an idle machine
     python experiments/verdict/fresh.py --serve   # a token of every export in turns, by plain transformers; the same
-    python experiments/verdict/fresh.py --draw    # fresh.svg, the picture of docs/equal-time.md
+    python experiments/verdict/fresh.py --draw    # fresh.svg, of docs/results/equal-time.md, and front.svg, of README
     python experiments/verdict/fresh.py --table   # Markdown
 
 The text is the source of the installed packages. The systems and their schedules are in systems.py. The budget is the
@@ -109,6 +109,12 @@ DRAWN = (
     System("STC-Nano/32E/8"),
     System("MoT-Nano/32E/4", share=EARLY),
 )
+MINUTES = 10  # that the budget takes two cores of an AMD EPYC
+FRONT = {  # the places in DRAWN of those that README shows
+    "dense": 0,
+    "Token Choice (4 of 128 experts)": 2,
+    "Mixture of Tokens for a tenth of the time, then Token Choice": 4,
+}
 
 
 def timed(kept: Path) -> None:
@@ -331,27 +337,35 @@ def tables(kept: Path) -> str:
     return "\n\n".join([summary(kept), *each, rates_table(kept)])
 
 
-def draw(experiment: Experiment) -> None:
-    """Losses against time, of all from a twelfth of it on, and of the sparse ones in its second half.
-
-    Of a mixture before its switch they are in groups.
-    """
-    panels: dict[str, list[Curve]] = {"time, in steps of the dense model": [], "the sparse ones, second half": []}
+def curve(experiment: Experiment, system: System, label: str, since: float) -> Curve:
+    """Losses against time, in steps of the dense model, from then on; of a mixture before its switch, in groups."""
     times = times_in(experiment.kept)
-    for system in DRAWN:
-        runs = [read_run(experiment.kept / f"{system.directory(seed)}{system.end}.json") for seed in SEEDS]
-        steps, _ = steps_within(BUDGET, system, times)
-        before, after = (float(times[each.label]["share_of_dense"]) for each in (system.as_timed, system.served))
-        fit = float(times[system.as_timed.label]["distil_steps_of_dense"] or 0) * EARLY_STEPS / STEPS
+    runs = [read_run(experiment.kept / f"{system.directory(seed)}{system.end}.json") for seed in SEEDS]
+    steps, _ = steps_within(BUDGET, system, times)
+    before, after = (float(times[each.label]["share_of_dense"]) for each in (system.as_timed, system.served))
+    fit = float(times[system.as_timed.label]["distil_steps_of_dense"] or 0) * EARLY_STEPS / STEPS
 
-        def at(point: Point, steps=steps, before=before, after=after, fit=fit) -> float:
-            return point.step * before if point.step <= steps else steps * before + fit + (point.step - steps) * after
+    def at(point: Point) -> float:
+        return point.step * before if point.step <= steps else steps * before + fit + (point.step - steps) * after
 
-        label = f"{system.name}, switched early" if system.early else system.name
-        for curves, since in zip(panels.values(), (BUDGET / 12, BUDGET / 2), strict=True):
-            if system != DRAWN[0] or since < BUDGET / 2:
-                curves.append(curve_of(label, runs, since / after, at))
+    return curve_of(label, runs, since / after, at)
+
+
+def draw(experiment: Experiment) -> None:
+    """All from a twelfth of the time on, and the sparse ones in its second half; and the three of the first pages."""
+    labels = [f"{system.name}, switched early" if system.early else system.name for system in DRAWN]
+    panels = {
+        "time, in steps of the dense model": [
+            curve(experiment, system, label, BUDGET / 12) for system, label in zip(DRAWN, labels, strict=True)
+        ],
+        "the sparse ones, second half": [
+            curve(experiment, system, label, BUDGET / 2) for system, label in zip(DRAWN[1:], labels[1:], strict=True)
+        ],
+    }
     save_picture(panels, "loss on validation text", experiment.kept / "fresh.svg", apart=True, legend=1)
+    front = [curve(experiment, DRAWN[place], label, BUDGET / 12) for label, place in FRONT.items()]
+    front = [each._replace(x=each.x * MINUTES / BUDGET) for each in front]
+    save_picture({"minutes of training": front}, "loss on validation text", experiment.kept / "front.svg")
 
 
 def sweep(experiment: Experiment) -> None:
@@ -365,7 +379,7 @@ if __name__ == "__main__":
         __doc__,
         lambda: make(experiment),
         lambda: tables(experiment.kept),
-        draw=("draw fresh.svg of what is committed", lambda: draw(experiment)),
+        draw=("draw fresh.svg and front.svg of what is committed", lambda: draw(experiment)),
         sweep=("try rates", lambda: sweep(experiment)),
         time=("measure steps on an idle machine", lambda: timed(experiment.kept)),
         serve=("measure tokens of exports on an idle machine", lambda: serve(experiment)),

@@ -84,7 +84,8 @@ def generate(
     error.
 
     Args:
-        run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
+        run: A run directory, a checkpoint, nano (a small model that comes with the library), or the name of a causal
+            language model on the Hub.
         prompt: A text to continue; may be repeated.
         prompts_file: A file of prompts: one a line, or, if it ends in .jsonl, objects with the field "prompt".
         out: The file of JSON lines for --prompts-file, in its order; by default NAME.continued.jsonl beside it. The

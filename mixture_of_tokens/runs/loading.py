@@ -23,7 +23,13 @@ from mixture_of_tokens.process import process_count, said_if_slow
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.records import RunConfig, RunFacts
 
+SHIPPED = Path(__file__).parents[1] / "nano"  # a trained model that comes with the library (examples/nano.py)
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")  # one of which every tokenizer has
+
+
+def place_of(run: str) -> str:
+    """Where a run is: of the name nano the model that comes with the library, unless there is one of that name here."""
+    return str(SHIPPED) if run == SHIPPED.name and not Path(run).exists() else run
 
 
 def model_directory(run: str) -> str:
@@ -39,7 +45,7 @@ def model_directory(run: str) -> str:
 
 
 def _located(run: str) -> str:
-    path = Path(run)
+    path = Path(run := place_of(run))
     if not path.exists():
         folder = path.parent  # a name such as runs/mine could be the Hub's too, but not where there are runs
         if run.count("/") > 1 or run.startswith((".", "/", "~")) or (folder != Path() and folder.exists()):
@@ -84,7 +90,7 @@ def load_model(
     check_device(device)
     if experts is not None and not alone:
         raise ValueError("--experts says how many experts serve a text alone; give --alone too")
-    directory = model_directory(run)
+    directory = model_directory(run := place_of(run))
     of_the_hub = f"mot: {run} is no directory here, so it is a name on the Hub"
     try:
         # Which takes half a minute where there is no connection.
@@ -186,7 +192,7 @@ def load_tokenizer_of(run: str) -> Any:
 
 def run_directory(run: str) -> Path | None:
     """The run directory that this is, or that this checkpoint or model is in."""
-    path = Path(run).absolute()
+    path = Path(place_of(run)).absolute()
     return next((place for place in (path, path.parent) if _is_run_directory(place)), None)
 
 
