@@ -56,7 +56,7 @@ from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, tell_room
 from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signal
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 
 REGROUPINGS = 3
 CARD = """---
@@ -77,7 +77,7 @@ tokenizer = AutoTokenizer.from_pretrained("this/directory")
 ```
 """
 
-Begin = Callable[[GroupedTrainer, Prepared], None]
+Begin = Callable[[RunTrainer, Prepared], None]
 
 
 @checked
@@ -189,9 +189,7 @@ def _check(out: Path, merged: Merged, resume: bool) -> None:
         check_free(out)
 
 
-def build(
-    run: RunConfig, arguments: TrainingArguments, placement: Placement = COPIES
-) -> tuple[GroupedTrainer, Prepared]:
+def build(run: RunConfig, arguments: TrainingArguments, placement: Placement = COPIES) -> tuple[RunTrainer, Prepared]:
     """The trainer of a run, its data prepared and its model initialised, the same in every placement."""
     prepared, config = run.prepare(), copy.deepcopy(run.model_config)
     if run.tokenizer is None or "vocab_size" not in run.model:
@@ -215,7 +213,7 @@ def build(
     limit_waits(model, arguments.ddp_timeout)
     evaluated = getattr(prepared, run.evaluate_on)
     corpus = f"{prepared.facts['hash']} {prepared.facts['tokenizer']}"
-    trainer = GroupedTrainer(
+    trainer = RunTrainer(
         model, arguments, rows=rows, evaluated=evaluated, corpus=corpus, processing_class=prepared.tokenizer
     )
     if run.anneal_temperature_to is not None:
@@ -318,9 +316,7 @@ def _end_reports(arguments: TrainingArguments) -> None:
         wandb.finish()
 
 
-def _finish(
-    trainer: GroupedTrainer, prepared: Prepared, run: RunConfig, out: Path, made_by: dict[str, Any]
-) -> Run | None:
+def _finish(trainer: RunTrainer, prepared: Prepared, run: RunConfig, out: Path, made_by: dict[str, Any]) -> Run | None:
     """Evaluate, by all processes, and write `model/` and, last, `run.json`, which marks the run as finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run.last_step * trainer.run_log.tokens_per_step
