@@ -9,7 +9,7 @@ from mixture_of_tokens.formatting import Summary, duration, enumerated, loss, ra
 from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel
 from mixture_of_tokens.reports.markup import Child, document, html, table, with_swatch
-from mixture_of_tokens.reports.prose import MEASURES, differing, findings, glossary, method, seeds_of
+from mixture_of_tokens.reports.prose import MEASURES, differing, findings, glossary, method, seeds_of, why_no_time
 from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
 from mixture_of_tokens.reports.tables import switch_table, tables
 from mixture_of_tokens.runs.run import Point, Run
@@ -48,7 +48,7 @@ def page(
             html("p", "Mixture of Tokens: a comparison of language models", class_="kicker"),
             html("h1", title),
             html("ul", [_finding(labels.index(label), sentences) for label, sentences in found.items()], class_="lead"),
-            html("p", _reservation(comparison), class_="quiet"),
+            html("p", " ".join([_reservation(comparison), *why_no_time(comparison)]), class_="quiet"),
             html(
                 "nav",
                 html("ul", [html("li", html("a", head, href=f"#{id}")) for id, (head, _) in sections.items()]),
@@ -196,7 +196,7 @@ def _caption(comparison: Comparison, key: str, head: str) -> Child:
     baseline, *others = comparison.models
     kind = next(kind for kind, of in RATIOS.items() if of == key)
     shares = []
-    for model in others:
+    for model in (each for each in others if each.continues != baseline.label):
         found = model.reached[baseline.label].share(kind)
         if found is None:
             shares.append(f"{model.label} never reaches it")

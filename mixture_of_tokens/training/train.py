@@ -52,30 +52,15 @@ from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.callbacks import AnnealTemperature
+from mixture_of_tokens.training.card import card_of
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, tell_room
+from mixture_of_tokens.training.served import losses_as_served
 from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signal
 from mixture_of_tokens.training.trainer import RunTrainer
 
 REGROUPINGS = 3
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {name}
-
-Its architecture is that of the Python package mixture-of-tokens, which has to be installed and imported:
-
-```python
-import mixture_of_tokens.model  # makes its classes known to transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this/directory")
-tokenizer = AutoTokenizer.from_pretrained("this/directory")
-```
-"""
 
 Begin = Callable[[RunTrainer, Prepared], None]
 
@@ -327,6 +312,7 @@ def _finish(trainer: RunTrainer, prepared: Prepared, run: RunConfig, out: Path, 
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
     calibrate_thresholds(model, training_groups(prepared.train, trainer.rows.group_size, 2 * GROUPS))
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
+    served = losses_as_served(trainer, run.last_step * run.batch_size) if run.evaluate_on == "validation" else None
     if is_sharded(model):
         state = whole_state(model)
         model = unsharded(model, state).eval() if is_main() else model
@@ -341,7 +327,7 @@ def _finish(trainer: RunTrainer, prepared: Prepared, run: RunConfig, out: Path, 
         prepared.tokenizer.model_max_length = config.max_position_embeddings
         prepared.tokenizer.save_pretrained(beside)
         manifest.write(beside)
-        (beside / "README.md").write_text(CARD.format(name=run.name))  # which people edit
+        (beside / "README.md").write_text(card_of(run.name, config))  # which people edit
     facts = RunFacts(
         name=run.name,
         seed=run.seed,
@@ -350,6 +336,7 @@ def _finish(trainer: RunTrainer, prepared: Prepared, run: RunConfig, out: Path, 
         evaluated_on=run.evaluate_on,
         final_loss=final["loss"],
         regrouping_spread=max(losses) - min(losses) if others else None,
+        served=served,
         bits_per_byte=final["bits_per_byte"],
         seconds=round(seconds, 3),  # as rows have them
         tokens_per_second=round(tokens / seconds),

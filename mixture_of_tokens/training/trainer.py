@@ -241,9 +241,9 @@ class RunTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def loss_of(self, model: Any) -> float:
-        """A model's loss over the part of the text that is evaluated during training."""
-        return self._evaluate_blocks(model, groups=max(1, EVALUATION_ROWS // self.rows.group_size))["loss"]
+    def loss_of(self, model: Any, rows: int = EVALUATION_ROWS) -> float:
+        """A model's loss over the part of the text that is evaluated during training, or the first rows of it."""
+        return self._evaluate_blocks(model, groups=max(1, rows // self.rows.group_size))["loss"]
 
     def evaluate_all(self, seed: int) -> dict[str, float]:
         """The result of `evaluate_blocks` over all of the text, grouped by a seed."""
