@@ -465,11 +465,11 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         ),
         (
             ["compare", "Transformer-Nano", "MoT-Nano/64E"],
-            "the size of their groups, which --model.group_size N sets for all: 32 and 64",
+            "the size of their groups; --model.group_size N gives all the same batches: 32 and 64",
         ),
         (
             ["compare", "Transformer-Nano", "MoT-Nano/4E", "--batch-size", 16],
-            "which --model.group_size N, or a --batch-size that 32 divides, sets for all: 1 and 4",
+            "groups; --batch-size 32 or --model.group_size N gives all the same batches: 1 and 4",
         ),
         (
             ["train", "MoT-Nano/32E", "--steps", 20, "--training.warmup_steps", 21],

@@ -37,6 +37,10 @@ class Blocks:
     context: int
     bytes: int = 0
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.tokens):,} tokens, {len(self.ends):,} documents or segments"
+        return f"Blocks({len(self):,} of {self.context} tokens; {sizes})"
+
     def __len__(self) -> int:
         """Complete blocks. The incomplete one at the end is evaluated (`padded=True`) but not trained on."""
         return max(0, len(self.tokens) - 1) // self.context
@@ -88,7 +92,8 @@ def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarr
 def say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
     """Once for a text: a sweep prepares it for every run, and a part of several is opened often."""
     what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
-    say_once(f"{what}: {segments} far-apart segments count as documents")
+    means = "a group may hold two parts of one document, which hurts only where one part tells what is in the other"
+    say_once(f"{what}: {segments} far-apart segments count as documents, so {means}")
 
 
 def prepare_tokens(

@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -130,6 +131,14 @@ def nearest(word: str, legal: Iterable[str]) -> str:
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
+def _as_a_path(name: str) -> str:
+    """Where a run or a text belongs that is given in place of a name; '' for what is neither."""
+    path = Path(name)
+    if (path / "config.yaml").is_file():
+        return f"; {name} is a run, whose settings are taken with --config {path / 'config.yaml'}"
+    return f"; {name} is no model: text is given with --data" if path.exists() or path.suffix else ""
+
+
 def parse_name(name: str) -> Name:
     """The parts of a name. Raises ValueError, with the legal values, if it does not follow the grammar."""
     check("name", name, str)
@@ -140,9 +149,8 @@ def parse_name(name: str) -> Name:
     system, _, size = head.partition("-")
     for what, word, legal in (("system", system, BY_PREFIX), ("size", size, SIZES)):
         if word not in legal:
-            raise ValueError(
-                f"{name!r} has no legal {what}: {word!r} is none of {', '.join(legal)}{nearest(word, legal)}"
-            )
+            hint = nearest(word, legal) or _as_a_path(name)
+            raise ValueError(f"{name!r} has no legal {what}: {word!r} is none of {', '.join(legal)}{hint}")
     if not BY_PREFIX[system].sparse:
         if parts:
             raise ValueError(f"{name!r}: a {system} has no experts, its name is {head!r}")

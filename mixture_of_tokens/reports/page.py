@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from mixture_of_tokens.data.report import title_of
 from mixture_of_tokens.formatting import Summary, duration, enumerated, loss, ratio, short
 from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel
@@ -333,7 +334,7 @@ def _made(comparison: Comparison, models: dict[str, list[Run]], commands: list[s
         ]
     corpus = comparison.corpus
     splits = [([name], each) for name, each in corpus.items() if isinstance(each, dict)]
-    rest = {name.replace("_", " "): each for name, each in corpus.items() if not isinstance(each, dict)}
+    rest = {title_of(name): each for name, each in corpus.items() if not isinstance(each, dict)}
     about = "; ".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in rest.items())
     columns = [(key.capitalize(), lambda each, key=key: f"{each[key]:,}") for key in ("documents", "tokens", "bytes")]
     apart = differing(comparison.environments)

@@ -66,7 +66,7 @@ def why_no_time(comparison: Comparison) -> list[str]:
     steps = [f"{ratio(model.seconds_per_step.mean / baseline.seconds_per_step.mean)} times" for model in slower]
     what = f"{enumerated([model.label for model in slower])}: no time is gained in so short a training"
     why = f"a step takes {enumerated(steps)} {baseline.label}'s time, and {short(tokens).strip()} tokens are few"
-    return [f"{what}: {why}. With length steps and time fall, as docs/results.md shows."]
+    return [f"{what}: {why}. Longer ones reach that loss in a smaller share of the steps and the time: docs/results.md"]
 
 
 def differing(environments: Sequence[Mapping[str, Any]]) -> str | None:
@@ -146,7 +146,8 @@ def _going_on(model: ComparedModel, target: str, comparison: Comparison) -> str:
         return f"goes on from {target}, and does not come back to its last loss ({seeds_of(comparison)})"
     some = f" on {back.seeds} of {seeds_of(comparison)}" if back.seeds < len(comparison.seeds) else ""
     after = round(back.mean - source.steps)
-    when = f"is back at its last loss after {after:,} more steps" if after else "has its last loss from the switch on"
+    more = "one more step" if after == 1 else f"{after:,} more steps"
+    when = f"is back at its last loss after {more}" if after else "has its last loss from the switch on"
     return f"goes on from {target}, and {when}{some}"
 
 

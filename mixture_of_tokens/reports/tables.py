@@ -14,8 +14,8 @@ from mixture_of_tokens.runs.run import Run, Stages
 
 def tables(comparison: Comparison) -> Child:
     everyone = _everyone(comparison) if len(comparison.models) > 2 else None
-    ways = _served(comparison) if any(model.shows_ways for model in comparison.models) else None
-    return [_result(comparison), ways, _cost(comparison), _promises(comparison), everyone, _seed_by_seed(comparison)]
+    ways = [_served(comparison)] if any(model.shows_ways for model in comparison.models) else []
+    return [_result(comparison), *ways, _cost(comparison), _promises(comparison), everyone, _seed_by_seed(comparison)]
 
 
 def _result(comparison: Comparison) -> Element:

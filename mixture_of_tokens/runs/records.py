@@ -154,13 +154,14 @@ class RunConfig(Record):
 
     def conditions(self) -> dict[str, Any]:
         """What runs have to share to be compared, by the flag that sets it."""
-        batch = f", or a --batch-size that {COMMON_GROUP} divides," if self.batch_size % COMMON_GROUP else ""
+        whole = -(-self.batch_size // COMMON_GROUP) * COMMON_GROUP
+        batch = "" if whole == self.batch_size else f"--batch-size {whole} or "
         return {
             "--evaluate-on": self.evaluate_on,
             "--model.max_position_embeddings": self.model_config.max_position_embeddings,
             "--batch-size": self.batch_size,
             "--steps": self.last_step,
-            f"the size of their groups, which --model.group_size N{batch} sets for all": self.group_size,
+            f"the size of their groups; {batch}--model.group_size N gives all the same batches": self.group_size,
         }
 
     def prepare(self) -> Prepared:

@@ -78,10 +78,17 @@ def train(
 ) -> Run | RunConfig | None:
     """Train one model and write a run directory.
 
+    For example: mot train MoT-Nano/32E/8 --steps 300 --data my-texts --out runs/mine
+
+    A name is SYSTEM-SIZE, with experts SYSTEM-SIZE/GE/K: G texts in a group, and G x K experts, each 1/K as wide as the
+    dense feed-forward. Systems: Transformer (dense), MoT (Mixture of Tokens), Uniform (without a router), TC (Token
+    Choice), STC (with sigmoid gates), EC (Expert Choice), ET (Expert Threshold), ReMoE, SoftMoE (not causal). Sizes:
+    Nano (minutes on a CPU), Micro (an hour or two), Mini, Medium and Base (for GPUs).
+
     It can be stopped (^C, SIGTERM) and killed at any time; the same command with --resume goes on.
 
     Args:
-        name: A model, such as Transformer-Nano or MoT-Nano/32E/4.
+        name: A model, such as Transformer-Nano or MoT-Nano/32E/8; /K may be left out, and is 1 then.
         out: The run directory; by default runs/NAME-seedSEED.
         seed: Of the weights and of the order of the text.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own.

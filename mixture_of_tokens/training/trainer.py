@@ -241,8 +241,12 @@ class RunTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def loss_of(self, model: Any, rows: int = EVALUATION_ROWS) -> float:
-        """A model's loss over the part of the text that is evaluated during training, or the first rows of it."""
+    def loss_of(self, model: Any) -> float:
+        """A model's loss over the part of the text that is evaluated during training."""
+        return self.loss_of_rows(model, EVALUATION_ROWS)
+
+    def loss_of_rows(self, model: Any, rows: int) -> float:
+        """Over so many rows of that text, the first ones, in whole groups."""
         return self._evaluate_blocks(model, groups=max(1, rows // self.rows.group_size))["loss"]
 
     def evaluate_all(self, seed: int) -> dict[str, float]:
