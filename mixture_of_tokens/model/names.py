@@ -96,6 +96,7 @@ NAMED = (
     "head_dim",
 )
 NAMED += ("hidden_act", "gated", "attention_bias", "tie_word_embeddings", "mlp_layer_types")
+SIZES_NAMED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NAMED_OF_EXPERTS = ("num_experts", "moe_intermediate_size", "num_experts_per_tok", "group_size")
 
 
@@ -216,6 +217,14 @@ def config_from_name(
         "router_temperature": size.mixture_temperature if parsed.routing.kind == MIXTURE.kind else 1.0,
     }
     return MixtureOfTokensConfig(**values | overrides)
+
+
+def other_sizes(name: str, config: MixtureOfTokensConfig) -> dict[str, tuple[Any, Any]]:
+    """Sizes, by field, that are not as the model's name says: its own, and the name's."""
+    named = config_from_name(name, gated=config.gated, shared_experts=config.shared_experts)
+    fields_of = SIZES_NAMED + (NAMED_OF_EXPERTS if config.sparse_routings else ())
+    pairs = {field: (getattr(config, field), getattr(named, field)) for field in fields_of}
+    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _shared(name: Name, count: int) -> int:

@@ -66,7 +66,7 @@ def why_no_time(comparison: Comparison) -> list[str]:
     steps = [f"{ratio(model.seconds_per_step.mean / baseline.seconds_per_step.mean)} times" for model in slower]
     what = f"{enumerated([model.label for model in slower])}: no time is gained in so short a training"
     why = f"a step takes {enumerated(steps)} {baseline.label}'s time, and {short(tokens).strip()} tokens are few"
-    return [f"{what}: {why}. Longer ones reach that loss in a smaller share of the steps and the time: docs/results.md"]
+    return [f"{what}: {why}. A Micro's shares of steps and time fell with length: docs/results.md"]
 
 
 def differing(environments: Sequence[Mapping[str, Any]]) -> str | None:
