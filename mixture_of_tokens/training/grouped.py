@@ -80,5 +80,5 @@ class _WhatItTakes:
         kinds = {parameter.kind for parameter in forward.values()}
         self.names = None if model is None or inspect.Parameter.VAR_KEYWORD in kinds else set(forward)
 
-    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Any) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in batch.items() if self.names is None or name in self.names}

@@ -390,6 +390,6 @@ class _RouterGradients(TrainerCallback):
             self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
 
 
-def _shifted_alone(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _shifted_alone(batch: Any) -> dict[str, torch.Tensor]:
     """`GroupedBatches` gives complete batches. These models need no labels that they would have to shift."""
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
