@@ -10,7 +10,6 @@ because a Llama hands keyword arguments that it does not know down to its blocks
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -36,7 +35,11 @@ class MixedBlock(LlamaDecoderLayer):
 
 
 class MixedLlama(LlamaForCausalLM):
-    """Trains and scores whole texts. `generate` is right for rows that are served alone (docs/reference/serving.md)."""
+    """Trains and scores whole texts. `generate` is right for rows that are served alone (docs/reference/serving.md).
+
+    `save_pretrained` saves it as any model, and `MixedLlama.from_pretrained` loads it. `LlamaForCausalLM` or
+    `AutoModelForCausalLM` would not: they know nothing of the layers, and give these blocks fresh feed-forwards.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -44,8 +47,6 @@ class MixedLlama(LlamaForCausalLM):
             self.model.layers[layer_idx] = MixedBlock(config, layer_idx)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more):
-        if "shift_labels" in more:  # as rows of GroupedBatches have them; a Llama needs labels to return a loss
-            more["labels"] = more["shift_labels"]
         newest = slice(-input_ids.shape[1], None)  # those before are in the cache
         token_mask = None if attention_mask is None else attention_mask[:, newest].bool()
         return super().forward(input_ids, attention_mask=attention_mask, token_mask=token_mask, **more)
@@ -57,10 +58,13 @@ def build(vocab_size: int) -> MixedLlama:
 
 
 def train(model: MixedLlama, text: Blocks, steps: int) -> list[float]:
-    """The loss of every step, in nats a token."""
+    """The loss of every step, in nats a token.
+
+    Transformers' Trainer does it too: `GroupedTrainer(model, TrainingArguments("my-run"), train_dataset=rows).train()`.
+    """
     rows = GroupedBatches(text, group_size=GROUP, batch_size=4 * GROUP, steps=steps, seed=0)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
-    for step, batch in enumerate(DataLoader(rows, batch_size=4 * GROUP, collate_fn=dict)):
+    for step, batch in enumerate(rows):
         loss = model(**batch).loss  # whole blocks: nothing is padding
         loss.backward()
         optimizer.step()

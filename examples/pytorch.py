@@ -12,9 +12,15 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from mixture_of_tokens import GroupedBatches, MixtureOfTokens, audit_model, calibrate_companions, prepare_text
+from mixture_of_tokens import (
+    GroupedBatches,
+    MixtureOfTokens,
+    audit_model,
+    calibrate_companions,
+    prepare_text,
+    score_tokens,
+)
 from mixture_of_tokens.data.groups import Blocks
 
 GROUP, WIDTH, HEADS, CONTEXT = 16, 32, 2, 64  # a batch is a multiple of GROUP, the texts that are mixed
@@ -62,9 +68,8 @@ def loss_of(model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["shift_labels"].flatten())
 
 
-def batches(text: Blocks, steps: int) -> DataLoader:
-    rows = GroupedBatches(text, group_size=GROUP, batch_size=4 * GROUP, steps=steps, seed=0)
-    return DataLoader(rows, batch_size=4 * GROUP, collate_fn=dict)  # in this order; do not shuffle
+def batches(text: Blocks, steps: int) -> GroupedBatches:
+    return GroupedBatches(text, group_size=GROUP, batch_size=4 * GROUP, steps=steps, seed=0)
 
 
 def train(model: LanguageModel, text: Blocks, steps: int) -> list[float]:
@@ -81,7 +86,6 @@ def train(model: LanguageModel, text: Blocks, steps: int) -> list[float]:
     return losses
 
 
-@torch.no_grad()
 def served(model: LanguageModel, train_text: Blocks, test_text: Blocks) -> dict[str, float]:
     """Losses over some groups: in groups, each row alone, and alone by 2 of the 32 experts, a dense one's FLOPs."""
     model.eval()
@@ -89,7 +93,7 @@ def served(model: LanguageModel, train_text: Blocks, test_text: Blocks) -> dict[
     found = {}
     for way, few in {"in groups": None, "alone": None, "alone, 2 experts": 2}.items():
         model.serve_alone(way != "in groups", few)
-        found[way] = sum(loss_of(model, batch).item() for batch in batches(test_text, steps=4)) / 4
+        found[way] = score_tokens(model, test_text, group_size=GROUP, groups=16)
     return found
 
 

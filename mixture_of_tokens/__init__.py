@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from mixture_of_tokens.convert.export import export
     from mixture_of_tokens.convert.transition import transition
     from mixture_of_tokens.data.groups import GroupedBatches, prepare_tokens
+    from mixture_of_tokens.data.own import count_collisions, split_tokens
     from mixture_of_tokens.data.prepare import prepare_text
     from mixture_of_tokens.data.report import data_report
     from mixture_of_tokens.experts import Experts, Router
     from mixture_of_tokens.inference.audit import audit, audit_model
     from mixture_of_tokens.inference.evaluate import evaluate
     from mixture_of_tokens.inference.generate import generate
+    from mixture_of_tokens.inference.losses import score_tokens
     from mixture_of_tokens.layers import MixtureOfTokens
     from mixture_of_tokens.model.balance import BalanceCallback
     from mixture_of_tokens.model.calibration import calibrate_thresholds
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.soft import SoftMoE
     from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
     from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
+    from mixture_of_tokens.training.grouped import GroupedTrainer
     from mixture_of_tokens.training.options import Options
     from mixture_of_tokens.training.prepare import prepare
     from mixture_of_tokens.training.sweep import sweep
@@ -55,12 +58,15 @@ _MODULES = {
     "data.report": ("data_report",),
     "data.prepare": ("prepare_text",),
     "data.groups": ("GroupedBatches", "prepare_tokens"),
+    "data.own": ("count_collisions", "split_tokens"),
+    "training.grouped": ("GroupedTrainer",),
     "training.options": ("Options",),
     "training.prepare": ("prepare",),
     "training.train": ("train",),
     "training.sweep": ("sweep",),
     "inference.generate": ("generate",),
     "inference.evaluate": ("evaluate",),
+    "inference.losses": ("score_tokens",),
     "inference.audit": ("audit", "audit_model"),
     "convert.transition": ("transition",),
     "convert.export": ("export",),
@@ -76,6 +82,7 @@ __all__ = [
     "ExpertThreshold",
     "Experts",
     "GroupedBatches",
+    "GroupedTrainer",
     "MixtureOfTokens",
     "MixtureOfTokensConfig",
     "MixtureOfTokensForCausalLM",
@@ -93,6 +100,7 @@ __all__ = [
     "calibrate_thresholds",
     "compare",
     "config_from_name",
+    "count_collisions",
     "data_report",
     "evaluate",
     "export",
@@ -103,6 +111,8 @@ __all__ = [
     "prepare_tokens",
     "read_run",
     "report",
+    "score_tokens",
+    "split_tokens",
     "sweep",
     "train",
     "transition",

@@ -187,10 +187,10 @@ def _common(
     """Any command.
 
     Args:
-        config: A YAML file of flags, a line each, such as `steps: 100`; what has no flag, such as the names of models,
-            is `names: [A, B]`. Flags on the command line override it. For mot train, mot prepare and mot plan a
-            run's config.yaml is such a file: with another NAME or other --steps, the defaults it holds are those of the
-            new ones.
+        config: A YAML file of flags, a line each, such as `steps: 100`; what has no flag is called as above, in small
+            letters: `name: A` of mot train, `names: [A, B]` of mot compare, `runs: [A, B]` of mot report. Flags on the
+            command line override it. For mot train, mot prepare and mot plan a run's config.yaml is such a file: with
+            another NAME or other --steps, the defaults it holds are those of the new ones.
         json: Print the result as JSON.
     """
     entries = {} if config is None else _read(config)
@@ -324,6 +324,8 @@ def _reworded(error: Exception, words: list[str]) -> str:
     if isinstance(error, CoercionError) and "into dict" in str(error) and error.argument is not None:
         flag = error.argument.name
         return f"{flag} is given by its fields, as {flag}.FIELD VALUE, in a file {flag.lstrip('-')}: {{FIELD: VALUE}}"
+    if isinstance(error, CoercionError) and '"gpu" for --device' in str(error):  # for which cyclopts guesses cpu
+        return 'Invalid value "gpu" for --device. Choose from: "cpu", "cuda". A GPU is "cuda".'
     if isinstance(error, OSError) and error.strerror:  # without the system's number
         return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error)

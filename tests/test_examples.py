@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from mixture_of_tokens import MixtureOfTokens, audit_model, calibrate_companions
+from mixture_of_tokens import GroupedTrainer, MixtureOfTokens, audit_model, calibrate_companions
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.data.prepare import prepare_text
 
@@ -49,10 +49,9 @@ def test_a_trainer_of_transformers_trains_it_and_it_is_loaded_as_it_was(llama, s
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
     text = prepare_text([str(small_corpus)], context=16)
     rows = GroupedBatches(text.train, group_size=16, batch_size=32, steps=3, seed=0)
-    how: dict = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "report_to": "none"}
-    how |= {"per_device_train_batch_size": 32, "label_names": ["shift_labels"], "max_steps": 3, "use_cpu": True}
     model = llama["build"](len(text.tokenizer))
-    Trainer(model, TrainingArguments(str(tmp_path), **how), train_dataset=rows, data_collator=dict).train()
+    how = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    GroupedTrainer(model, how, train_dataset=rows).train()
     model.eval().save_pretrained(tmp_path / "model")
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *given, **options: empty_like(*given, **options).fill_(7))

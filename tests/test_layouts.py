@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 from processes import in_processes, mot, rows_of
 
 MOT, TC, BALANCED = "MoT-Nano/4E/2", "TC-Nano/4E", ("STC-Nano/4E", "ET-Nano/4E")
@@ -40,7 +40,7 @@ TRAININGS = (
 )
 
 
-class Watched(GroupedTrainer):
+class Watched(RunTrainer):
     """Keeps the rows of every micro-batch, and the gradients of every step before they are clipped."""
 
     seen: list

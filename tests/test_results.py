@@ -16,7 +16,7 @@ from mixture_of_tokens.reports.comparison import by_model, comparison, reached
 from mixture_of_tokens.reports.figures import Line, panel
 from mixture_of_tokens.reports.markup import NOTHING, html
 from mixture_of_tokens.reports.page import _curves, _measure, _samples, _switches, _through_the_switch
-from mixture_of_tokens.reports.prose import findings
+from mixture_of_tokens.reports.prose import findings, why_no_time
 from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.reports.reproduce import Places, commands_of
 from mixture_of_tokens.reports.tables import switch_table, tables
@@ -455,10 +455,37 @@ def test_a_run_is_compared_with_its_source_at_unequal_steps_which_are_told(tmp_p
     assert "After 15 steps, 5 more than MoT-Nano/32E," in said
     assert "At equal steps" not in said
     assert "Seconds of a switched model are with its source's, and without the fit at the switch" in said
-    assert ("are without the fit at its switch." in said) == (switched.reached["MoT-Nano/32E"].of_flops is not None)
+    on = "MoT-Nano/32E, switched goes on from MoT-Nano/32E, and is back at its last loss after 2 more steps on 1 of 2"
+    assert on in said  # 2.5
+    assert "of the FLOPs" not in said  # which would count the source's
+    assert said.count("of the steps") == 0
+    assert "1.25" not in tostring(tables(result)[0], encoding="unicode")
     assert said.split()[:4] == ["model", "steps", "loss", "spread"]
     backwards = comparison(by_model([*after, *sources]))
     assert "After 10 steps, 5 fewer than MoT-Nano/32E, switched," in summary_of(backwards)
+
+
+def test_a_run_that_has_its_sources_loss_at_the_switch_needs_no_step_for_it(tmp_path):
+    source = run(tmp_path / "s", "MoT-Nano/32E", losses=(3.0, 2.0))
+    switched = continued(source, tmp_path / "a", [1.5], at_the_switch=1.9)
+    worse = continued(source, tmp_path / "b", [2.5], at_the_switch=2.9)
+    label = "MoT-Nano/32E, switched"
+    for after, told in ((switched, "has its last loss from the switch on"), (worse, "does not come back to its last")):
+        said = " ".join(findings(comparison(by_model([source, after])))[label])
+        assert f"goes on from MoT-Nano/32E, and {told}" in said
+        assert "of the steps" not in said
+
+
+def test_a_short_mixture_that_takes_longer_to_the_dense_loss_says_why(tmp_path):
+    dense = run(tmp_path / "d")
+    slow, quick = (run(tmp_path / f"m{s}", "MoT-Nano/32E", losses=(2.5, 1.9), seconds=s) for s in (15.0, 5.0))
+    choice = run(tmp_path / "t", "TC-Nano/32E", seconds=20.0)
+    (why,) = why_no_time(comparison(by_model([dense, slow, choice])))
+    assert "MoT-Nano/32E: no time is gained in so short a training" in why
+    assert "a step takes 1.50 times Transformer-Nano's time" in why
+    assert "81.9 k tokens are few" in why  # 10 steps of 128 rows of 64
+    assert why_no_time(comparison(by_model([dense, quick]))) == []
+    assert why_no_time(comparison(by_model([choice, slow]))) == []  # Token Choice is no dense model
 
 
 def test_a_run_without_evaluations_is_named_whatever_it_is_compared_with():
@@ -500,7 +527,7 @@ def test_only_a_run_and_what_continues_it_may_have_unequal_steps(tmp_path):
         ({"corpus": {"hash": "other"}}, "a and b saw different text .*, or another version of it"),
         ({"evaluate_on": "tuning"}, "they differ in --evaluate-on: validation and tuning"),
         ({"steps": 11}, "they differ in --steps: 10 and 11"),
-        ({"model": {"group_size": 3}}, "they differ in the size of their groups, which --model.group_size N sets"),
+        ({"model": {"group_size": 3}}, "they differ in the size of their groups; --model.group_size N gives all"),
         ({"seed": 1}, "has the seeds 0, MoT-Nano/32E 1"),
         ({"name": "Transformer-Nano"}, "the same model with the same seed"),
     ],

@@ -23,7 +23,7 @@ from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training import trainer as training
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 from processes import free_port, in_processes, mot, rows_of, start
 
 pytestmark = pytest.mark.slow  # several processes for each test
@@ -230,7 +230,7 @@ def test_one_process_tells_that_a_directory_is_taken(runs, small_corpus, tmp_pat
 
 def losing_sense(command: list[str]) -> None:
     """The second process has a loss that is no number at the third step."""
-    compute, calls = GroupedTrainer.compute_loss, []
+    compute, calls = RunTrainer.compute_loss, []
 
     def compute_loss(self, *arguments, **others):
         calls.append(1)
@@ -240,7 +240,7 @@ def losing_sense(command: list[str]) -> None:
             self._reported[-1] = cross_entropy * torch.nan, aux
         return loss
 
-    GroupedTrainer.compute_loss = compute_loss
+    RunTrainer.compute_loss = compute_loss
     mot(*command)
 
 
@@ -283,7 +283,7 @@ def test_a_process_without_room_on_its_disk_ends_all(small_corpus, tmp_path, lay
 
 def in_its_third_step(happens: Callable[[], object], rank: str = "1") -> None:
     """Something happens to one process alone, by default the second one."""
-    step, calls = GroupedTrainer.training_step, []
+    step, calls = RunTrainer.training_step, []
 
     def training_step(self, *arguments, **others):
         calls.append(1)
@@ -291,7 +291,7 @@ def in_its_third_step(happens: Callable[[], object], rank: str = "1") -> None:
             happens()
         return step(self, *arguments, **others)
 
-    GroupedTrainer.training_step = training_step
+    RunTrainer.training_step = training_step
 
 
 def signalled(command: list[str]) -> None:

@@ -28,7 +28,7 @@ from mixture_of_tokens.process import is_main
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 from processes import in_processes, rows_of
 
 pytestmark = pytest.mark.slow  # the whole matrix of placements
@@ -78,7 +78,7 @@ CASES = (
 )
 
 
-class Watched(GroupedTrainer):
+class Watched(RunTrainer):
     """Keeps the whole gradients and the norm of every step, and the model that is called."""
 
     steps: list[dict[str, torch.Tensor]]
@@ -119,7 +119,7 @@ def patched(what: str, seen: list) -> Iterator[None]:
         sharding.all_to_all_single_autograd, FSDPModule.set_gradient_divide_factor = exchange, divide
 
 
-def masked_gradients(trainer: GroupedTrainer, processes: int, rank: int) -> dict[str, torch.Tensor]:
+def masked_gradients(trainer: RunTrainer, processes: int, rank: int) -> dict[str, torch.Tensor]:
     """Of a batch in which rows are missing, all of a group's in one place, in as many parts as a step has."""
     numbers = np.arange(BATCH)
     numbers[::5] = -1
@@ -133,7 +133,7 @@ def masked_gradients(trainer: GroupedTrainer, processes: int, rank: int) -> dict
     return found
 
 
-def whole_state(trainer: GroupedTrainer, out: Path) -> dict[str, torch.Tensor]:
+def whole_state(trainer: RunTrainer, out: Path) -> dict[str, torch.Tensor]:
     """As a checkpoint has it, in the first process. A sharded optimizer is written too, and all its parts are there."""
     model, optimizer = trainer.causal_lm, cast(Any, trainer.optimizer)
     calibrate_companions(model, training_groups(trainer.rows.blocks, trainer.rows.group_size, groups=4))

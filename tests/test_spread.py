@@ -19,7 +19,7 @@ from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.placement import COPIES, Placement
 from mixture_of_tokens.model.spread import Spread, _largest_block, spread_of
 from mixture_of_tokens.runs.run import read_run
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 from processes import in_processes, mot
 from test_sharded_runs import LAYOUTS, NAME
 
@@ -198,7 +198,7 @@ OF_VALUE = {
 
 def counted(commands: list[list[str]]) -> None:
     """Trains, and writes what the first step has sent, and what was planned of it."""
-    step, collectives = GroupedTrainer.training_step, Collectives()
+    step, collectives = RunTrainer.training_step, Collectives()
 
     def of_copies(_, bucket):
         collectives.count("allreduce_", bucket.buffer(), torch.distributed.get_world_size())
@@ -212,7 +212,7 @@ def counted(commands: list[list[str]]) -> None:
         with nullcontext() if copies else collectives:  # the hook would wait for the mode
             return step(self, model, *arguments, **others)
 
-    GroupedTrainer.training_step, GroupedTrainer.micro_steps = training_step, 0  # pyright: ignore
+    RunTrainer.training_step, RunTrainer.micro_steps = training_step, 0  # pyright: ignore
     for command in commands:
         collectives.sent.clear()
         mot(*command)

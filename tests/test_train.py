@@ -40,7 +40,7 @@ from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build, train
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 from processes import mot, rows_of
 from texts import groups_with_a_document_twice
 
@@ -219,8 +219,7 @@ def test_a_handler_that_was_not_set_from_python_is_replaced(monkeypatch):
 
 def test_the_clock_stands_still_while_a_run_evaluates_and_saves(small_corpus, tmp_path, monkeypatch):
     late = [
-        slower(monkeypatch, place, name, 1000)
-        for place, name in ((GroupedTrainer, "loss_of"), (trainer, "save_optimizer"))
+        slower(monkeypatch, place, name, 1000) for place, name in ((RunTrainer, "loss_of"), (trainer, "save_optimizer"))
     ]
     flags = ["--steps", 2, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
     mot("train", "MoT-Nano/4E", *flags, "--training.eval_steps", 1, "--training.save_steps", 1)
@@ -466,11 +465,11 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         ),
         (
             ["compare", "Transformer-Nano", "MoT-Nano/64E"],
-            "the size of their groups, which --model.group_size N sets for all: 32 and 64",
+            "the size of their groups; --model.group_size N gives all the same batches: 32 and 64",
         ),
         (
             ["compare", "Transformer-Nano", "MoT-Nano/4E", "--batch-size", 16],
-            "which --model.group_size N, or a --batch-size that 32 divides, sets for all: 1 and 4",
+            "groups; --batch-size 32 or --model.group_size N gives all the same batches: 1 and 4",
         ),
         (
             ["train", "MoT-Nano/32E", "--steps", 20, "--training.warmup_steps", 21],
@@ -758,7 +757,7 @@ def test_attention_in_half_precision_on_a_cpu_is_by_products(training, model, ex
 def test_a_second_training_in_one_process_is_refused(small_corpus, tmp_path, monkeypatch):
     """Both would draw from torch's one generator."""
     options = Options(steps=1, batch_size=8, data=[str(small_corpus)], device="cpu")
-    told, trained = [], GroupedTrainer.train
+    told, trained = [], RunTrainer.train
 
     def second():
         with pytest.raises(ValueError, match="another thread of this process is training") as refused:
@@ -772,7 +771,7 @@ def test_a_second_training_in_one_process_is_refused(small_corpus, tmp_path, mon
         return trained(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GroupedTrainer, "train", another)
+        patch.setattr(RunTrainer, "train", another)
         train("MoT-Nano/4E", out=tmp_path / "first", options=options)
     assert told
     assert not (tmp_path / "second").exists()

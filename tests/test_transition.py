@@ -25,7 +25,7 @@ from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training import trainer
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 from processes import mot, rows_of, start
 from texts import write_texts
 
@@ -195,12 +195,12 @@ def begun(tiny_cache, tmp_path, monkeypatch):
     class Stopped(Exception):
         pass
 
-    def begin(*words: object) -> GroupedTrainer:
+    def begin(*words: object) -> RunTrainer:
         def train(trainer, checkpoint):
             raise Stopped(trainer)
 
         with monkeypatch.context() as patch:
-            patch.setattr(GroupedTrainer, "train", train)
+            patch.setattr(RunTrainer, "train", train)
             plain = () if "--calibrate" in words else ("--calibrate", "none")
             with pytest.raises(Stopped) as stopped:
                 mot("transition", *words, *plain, "--out", tmp_path / "begun")

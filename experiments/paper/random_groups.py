@@ -27,7 +27,7 @@ import mixture_of_tokens.training.train as training
 from mixture_of_tokens import train
 from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,7 +39,7 @@ ALWAYS, SCALED, SOFTMAX = "32", "8, 16 or 32, scaled", "8, 16 or 32, softmax"
 COLUMNS = ("seed", "treatment", "rows", "loss")
 
 
-class Softmax(GroupedTrainer):
+class Softmax(RunTrainer):
     """Each step's groups are of a size that is drawn for it."""
 
     scaled = False
@@ -73,7 +73,7 @@ def run_in(groups: str) -> Path:
     if trainer is None:
         return trained(Experiment.named("nano"), BASE.name, SEED, BASE.options(STEPS))
     out = EXPERIMENT.trained / directory_of(BASE.name, f"groups-{trainer.__name__.lower()}", f"{STEPS}-seed{SEED}")
-    with patch.object(training, "GroupedTrainer", trainer):
+    with patch.object(training, "RunTrainer", trainer):
         train(BASE.name, out=out, seed=SEED, options=BASE.options(STEPS), resume=True)
     return out
 

@@ -20,15 +20,15 @@ import mixture_of_tokens.training.train as training
 from mixture_of_tokens import train
 from mixture_of_tokens.experts import Router
 from mixture_of_tokens.formatting import loss, markdown
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 
 from common import directory_of, once, read_csv, script  # isort: skip
 
 MULTIPLES = (0.5, 2.0)
 
 
-def with_rate(multiple: float) -> type[GroupedTrainer]:
-    class RouterRate(GroupedTrainer):
+def with_rate(multiple: float) -> type[RunTrainer]:
+    class RouterRate(RunTrainer):
         def create_optimizer(self, *args, **kwargs):
             optimizer = super().create_optimizer(*args, **kwargs)
             routers = {id(module.weight) for module in self.causal_lm.modules() if isinstance(module, Router)}
@@ -45,7 +45,7 @@ def with_rate(multiple: float) -> type[GroupedTrainer]:
 def measured(multiple: float) -> list[dict[str, float]]:
     out = EXPERIMENT.trained / directory_of(BASE.name, f"router_rate={multiple:g}", f"{STEPS}-seed{SEED}")
     shutil.rmtree(out, ignore_errors=True)
-    with patch.object(training, "GroupedTrainer", with_rate(multiple)):
+    with patch.object(training, "RunTrainer", with_rate(multiple)):
         run = train(BASE.name, out=out, seed=SEED, options=BASE.options(STEPS))
     assert run is not None
     run.check_same_text(run_in(row(BASE)))

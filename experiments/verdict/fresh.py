@@ -79,7 +79,7 @@ from mixture_of_tokens.runs.run import Point, Run, read_run
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import run_merged
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -185,7 +185,7 @@ def trained_on(source: Path, out: Path, system: System, seed: int, steps: int, r
     """As after a switch, but without one: the same weights, moments and text, and a rate that falls from this one."""
     before = read_run(source)
 
-    def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
+    def begin(trainer: RunTrainer, prepared: Prepared) -> None:
         trainer.causal_lm.load_state_dict(load_model(str(source), device="cpu").state_dict())
         carry_moments(trainer, checkpoints.at(source, before.config.steps), {}, without=())
         go_on_from(before, trainer, out)

@@ -29,11 +29,11 @@ from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import Switch, Transition
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.sparse import TokenChoice
-from mixture_of_tokens.training.trainer import EVALUATION_ROWS, GroupedTrainer
+from mixture_of_tokens.training.trainer import EVALUATION_ROWS, RunTrainer
 
 
 def begin_switched(
-    source: Run, asked: Transition, optimizer: Path | None, out: Path, trainer: GroupedTrainer, prepared: Prepared
+    source: Run, asked: Transition, optimizer: Path | None, out: Path, trainer: RunTrainer, prepared: Prepared
 ) -> None:
     """Give the trainer of the new run, at `out`, all that it begins with; `optimizer` is a checkpoint's, or None."""
     with whole(trainer.causal_lm) as target:
@@ -46,7 +46,7 @@ def begin_switched(
 
 
 def _switched(
-    source: Run, asked: Transition, trainer: GroupedTrainer, prepared: Prepared, target: MixtureOfTokensForCausalLM
+    source: Run, asked: Transition, trainer: RunTrainer, prepared: Prepared, target: MixtureOfTokensForCausalLM
 ) -> tuple[Switch, Scales, list[str]]:
     """Give the target its weights. Also returns the weights that Adam has to begin anew with."""
     if is_main():
@@ -97,7 +97,7 @@ def _switched(
     return switch, scales, new
 
 
-def go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
+def go_on_from(source: Run, trainer: RunTrainer, out: Path) -> None:
     """Give the run at `out` the clock and metrics.jsonl of its source."""
     trainer.clock.before = source.facts.seconds
     last = checkpoints.at(source.directory, source.config.steps)
@@ -107,7 +107,7 @@ def go_on_from(source: Run, trainer: GroupedTrainer, out: Path) -> None:
         write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())
 
 
-def carry_moments(trainer: GroupedTrainer, moments: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:
+def carry_moments(trainer: RunTrainer, moments: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:
     """Load the source's optimizer state, for a model with parameters of the same names."""
     optimizer = trainer.create_optimizer()
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -28,7 +28,7 @@ from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.room import tell_room
 from mixture_of_tokens.training.train import run_merged
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 
 # Fields that are copied from the source.
 GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")
@@ -350,7 +350,7 @@ def _annealed(
     first = source.facts.steps
     merged = merge(source.name, source.seed, _last_rate(source), options, first_step=first, transition=asked)
 
-    def begin(trainer: GroupedTrainer, prepared: Prepared) -> None:
+    def begin(trainer: RunTrainer, prepared: Prepared) -> None:
         trainer.causal_lm.load_state_dict(load_model(str(source.directory), device="cpu").state_dict())
         if optimizer is not None:
             carry_moments(trainer, optimizer, {}, without=())

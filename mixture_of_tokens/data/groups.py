@@ -37,6 +37,10 @@ class Blocks:
     context: int
     bytes: int = 0
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.tokens):,} tokens, {len(self.ends):,} documents or segments"
+        return f"Blocks({len(self):,} of {self.context} tokens; {sizes})"
+
     def __len__(self) -> int:
         """Complete blocks. The incomplete one at the end is evaluated (`padded=True`) but not trained on."""
         return max(0, len(self.tokens) - 1) // self.context
@@ -88,7 +92,8 @@ def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarr
 def say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
     """Once for a text: a sweep prepares it for every run, and a part of several is opened often."""
     what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
-    say_once(f"{what}: {segments} far-apart segments count as documents")
+    means = "a group may hold two parts of one document, which hurts only where one part tells what is in the other"
+    say_once(f"{what}: {segments} far-apart segments count as documents, so {means}")
 
 
 def prepare_tokens(
@@ -118,17 +123,23 @@ def prepare_tokens(
     check("group_size", group_size, int)
     check("vocab_size", vocab_size, int | None)
     at_least_one(context=context, group_size=group_size, vocab_size=vocab_size)
-    given, lengths = _joined(tokens)
-    if ends is None and lengths is None:
-        raise ValueError("ends is missing: where each document ends in tokens; or give tokens as a list of documents")
-    where = np.cumsum(lengths or []) if ends is None else _ids("ends", ends)
-    if not len(where) or where[-1] != len(given) or (np.diff(where.astype(np.int64), prepend=0) <= 0).any():
-        raise ValueError(f"ends must rise to the number of tokens, {len(given)}: where each document ends")
+    given, where = documents_of(tokens, ends)
     _check_ids(given, LARGEST + 1 if vocab_size is None else vocab_size)
-    parts, segments = segmented(where.astype(np.int64), context, group_size)
+    parts, segments = segmented(where, context, group_size)
     if segments:
         say_segments(["tokens"], group_size, segments)
     return Blocks(given, parts, context)
+
+
+def documents_of(tokens: Any, ends: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """All ids as one array, and where each document ends in it (documents,), int64, as `prepare_tokens` takes them."""
+    given, lengths = _joined(tokens)
+    if ends is None and lengths is None:
+        raise ValueError("ends is missing: where each document ends in tokens; or give tokens as a list of documents")
+    where = (np.cumsum(lengths or []) if ends is None else _ids("ends", ends)).astype(np.int64)
+    if not len(where) or where[-1] != len(given) or (np.diff(where, prepend=0) <= 0).any():
+        raise ValueError(f"ends must rise to the number of tokens, {len(given)}: where each document ends")
+    return given, where
 
 
 def _joined(tokens: Any) -> tuple[np.ndarray, list[int] | None]:
@@ -249,8 +260,15 @@ class _Whole(dict):
 class GroupedBatches(Dataset):
     """Training rows in order: row i is of step i // batch_size, and the rows of a step depend on (seed, step) alone.
 
+    `for batch in rows` gives the batch of each step, for `model(**batch)`; `rows[i]` is a single row, and `len(rows)`
+    counts rows. `GroupedTrainer` trains on them; in a DataLoader of your own they need `collate_fn=dict`.
+
     Consecutive rows form groups. So a micro-batch whose size is a multiple of the group size holds complete groups,
     however processes and accumulation divide a step's rows in order.
+
+    A row has `input_ids` and `labels`, the same ids, which models shift by themselves, as transformers has it. Its last
+    token would predict nothing then, though the next one is known: `shift_labels` has that too, and a model of
+    transformers that gets both takes it in place of `labels`. All are (T,) in a row, (B, T) in a batch.
 
     Args:
         mixed: rows that the model mixes, by default those of a group; those of a group must be a multiple of them.
@@ -294,6 +312,16 @@ class GroupedBatches(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The batch of each step."""
+        for first in range(0, self.length, self.batch_size):
+            yield self.__getitems__(list(range(first, first + self.batch_size)))
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        if not -self.length <= row < self.length:
+            raise IndexError(f"there are {self.length} rows, and no row {row}")
+        return {name: tensor[0] for name, tensor in self._with_labels([int(row) % self.length]).items()}
+
     def _blocks_of(self, epoch: int) -> Blocks:
         return self.blocks
 
@@ -331,10 +359,14 @@ class GroupedBatches(Dataset):
         if list(rows) != whole or any(first % self.mixed for first in firsts):
             raise ValueError(
                 f"rows {', '.join(map(str, rows[:3]))}, ... are no whole groups of {self.mixed} consecutive rows: do "
-                f"not shuffle them, and take batches of a multiple of {self.mixed}; a Trainer needs "
-                'train_sampling_strategy="sequential"'
+                f"not shuffle them, and take batches of a multiple of {self.mixed}, as GroupedTrainer does in place of "
+                "Trainer"
             )
-        return _Whole(self._batch(rows))
+        return _Whole(self._with_labels(rows))
+
+    def _with_labels(self, rows: list[int]) -> dict[str, Tensor]:
+        batch = self._batch(rows)
+        return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone(), **batch}
 
     def _batch(self, rows: list[int]) -> dict[str, Tensor]:
         return self.blocks.batch(self.block_numbers(rows))

@@ -66,6 +66,10 @@ class Prepared:
     facts: dict
     directory: Path
 
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{name}={getattr(self, name)}" for name in SPLITS)
+        return f"Prepared({splits}, of {few_of(self.facts.get('source', []))}, in {self.directory})"
+
     def check(self) -> None:
         """Raises ValueError for a training or validation split that is shorter than a block."""
         for name in ("train", "validation"):

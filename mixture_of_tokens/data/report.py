@@ -11,6 +11,7 @@ from mixture_of_tokens.data.groups import Blocks, collisions, deal
 from mixture_of_tokens.data.prepare import SPLITS, prepare_text
 from mixture_of_tokens.formatting import Result, aligned
 
+TITLES = {"segments": "segments of long documents that count as documents"}
 EPOCHS = 3  # epochs of training order that are searched for collisions
 
 
@@ -29,7 +30,7 @@ class DataReport(Result):
         for key in self.splits["train"]:
             rows.append((key, *(_shown(self.splits[name][key]) for name in SPLITS)))
         facts = [
-            f"{key.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else _shown(value)}"
+            f"{title_of(key)}: {', '.join(value) if isinstance(value, list) else _shown(value)}"
             for key, value in self.whole.items()
         ]
         return "\n".join([aligned(rows), "", *facts])
@@ -78,6 +79,11 @@ def data_report(
     splits = {name: _facts(getattr(prepared, name), prepared.facts[name], group_size) for name in SPLITS}
     whole = {key: value for key, value in prepared.facts.items() if key not in SPLITS}
     return DataReport(splits, whole | {"cache": str(prepared.directory)})
+
+
+def title_of(fact: str) -> str:
+    """What a fact of a corpus is called where people read it."""
+    return TITLES.get(fact, fact.replace("_", " "))
 
 
 def _shown(value: Any) -> str:

@@ -33,6 +33,7 @@ OTHER_TABLES = (".csv", ".tsv", ".json")
 KNOWN = {*PROSE.split(), *CODE.split(), *TABLES}
 # What this library writes may lie in a folder of text, and grows while that is read: runs, and beside them comparisons.
 IN_A_RUN = {"config.yaml", "metrics.jsonl"}
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux
 MANY = 0.2  # of a folder's files are left out: worth a word
 OF_SEVERAL, PAGE = {"compare.json", "sweep.json"}, "report.html"
 
@@ -106,7 +107,8 @@ def files(source: str) -> list[Path]:
             )
         return found
     if not path.exists():
-        raise ValueError(f"{source}: there is no such file or folder")
+        text = "; it looks like text: write that to a file, and name the file" if "\n" in source else ""
+        raise ValueError(f"{source}: there is no such file or folder{text}")
     return [_regular(path)]
 
 
@@ -135,6 +137,8 @@ def located(source: str) -> Path:
     """The path that a user has named. Raises ValueError if the name is empty, or names a home that nobody has."""
     if not source:  # as a path it would be the current folder
         raise ValueError("an empty name ('') was given where a file or folder should be named")
+    if max(map(len, os.fsencode(source).split(b"/"))) > LONGEST_NAME or len(source) > LONGEST_PATH:
+        raise ValueError(f"{source[:40]!r}... is too long for the name of a file: write text to a file, and name that")
     try:
         return Path(source).expanduser()
     except RuntimeError as error:

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mixture_of_tokens.checks import at_least_one, check
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.loss import IGNORE
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -43,6 +44,37 @@ def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOG
         return nats, count
     without = {"return_logits": False} if isinstance(model, MixtureOfTokensForCausalLM) else {}
     return float(model(**inputs, **without, use_cache=False).loss) * count, count
+
+
+@torch.no_grad()
+def score_tokens(model: nn.Module, text: Blocks, *, group_size: int, groups: int | None = None, seed: int = 0) -> float:
+    """The loss of a causal language model over text, in nats a token: of transformers, or one that returns logits.
+
+    Rows are scored in groups of different documents, as `GroupedBatches` deals them out; in what way is the model's:
+    mixed, or alone after `serve_alone()` (and after `calibrate_companions`, or the loss is much higher).
+
+    Args:
+        text: As `prepare_tokens`, `split_tokens` or `prepare_text` return it. Blocks that fill no group are left out.
+        group_size: Rows that the model gets at once, those that it mixes or a multiple.
+        groups: So many are scored, from all over the text; by default all. With the same seed always the same ones.
+
+    Raises ValueError for less text than two groups.
+    """
+    check("group_size", group_size, int)
+    at_least_one(group_size=group_size, groups=groups)
+    order, device = grouped_order(text, group_size, seed=seed)[:groups], next(model.parameters()).device
+    nats = 0.0
+    with evaluating(model):
+        for rows in order:
+            inputs = {name: tensor.to(device) for name, tensor in text.batch(rows).items()}
+            if isinstance(model, MixtureOfTokensForCausalLM):
+                nats += cross_entropy(model, inputs)[0]
+                continue
+            result = model(inputs["input_ids"])  # the whole group: it may be mixed
+            logits = result if isinstance(result, Tensor) else result.logits
+            labels = inputs["shift_labels"].flatten()
+            nats += float(F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum"))
+    return nats / (order.size * text.context)
 
 
 def evaluated_groups(

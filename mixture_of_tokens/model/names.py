@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -95,6 +96,7 @@ NAMED = (
     "head_dim",
 )
 NAMED += ("hidden_act", "gated", "attention_bias", "tie_word_embeddings", "mlp_layer_types")
+SIZES_NAMED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NAMED_OF_EXPERTS = ("num_experts", "moe_intermediate_size", "num_experts_per_tok", "group_size")
 
 
@@ -130,6 +132,14 @@ def nearest(word: str, legal: Iterable[str]) -> str:
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
+def _as_a_path(name: str) -> str:
+    """Where a run or a text belongs that is given in place of a name; '' for what is neither."""
+    path = Path(name)
+    if (path / "config.yaml").is_file():
+        return f"; {name} is a run, whose settings are taken with --config {path / 'config.yaml'}"
+    return f"; {name} is no model: text is given with --data" if path.exists() or path.suffix else ""
+
+
 def parse_name(name: str) -> Name:
     """The parts of a name. Raises ValueError, with the legal values, if it does not follow the grammar."""
     check("name", name, str)
@@ -140,9 +150,8 @@ def parse_name(name: str) -> Name:
     system, _, size = head.partition("-")
     for what, word, legal in (("system", system, BY_PREFIX), ("size", size, SIZES)):
         if word not in legal:
-            raise ValueError(
-                f"{name!r} has no legal {what}: {word!r} is none of {', '.join(legal)}{nearest(word, legal)}"
-            )
+            hint = nearest(word, legal) or _as_a_path(name)
+            raise ValueError(f"{name!r} has no legal {what}: {word!r} is none of {', '.join(legal)}{hint}")
     if not BY_PREFIX[system].sparse:
         if parts:
             raise ValueError(f"{name!r}: a {system} has no experts, its name is {head!r}")
@@ -208,6 +217,14 @@ def config_from_name(
         "router_temperature": size.mixture_temperature if parsed.routing.kind == MIXTURE.kind else 1.0,
     }
     return MixtureOfTokensConfig(**values | overrides)
+
+
+def other_sizes(name: str, config: MixtureOfTokensConfig) -> dict[str, tuple[Any, Any]]:
+    """Sizes, by field, that are not as the model's name says: its own, and the name's."""
+    named = config_from_name(name, gated=config.gated, shared_experts=config.shared_experts)
+    fields_of = SIZES_NAMED + (NAMED_OF_EXPERTS if config.sparse_routings else ())
+    pairs = {field: (getattr(config, field), getattr(named, field)) for field in fields_of}
+    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _shared(name: Name, count: int) -> int:

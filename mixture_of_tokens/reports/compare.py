@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.formatting import duration
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.process import is_main, of_all
+from mixture_of_tokens.process import is_main, of_all, say_once
 from mixture_of_tokens.reports.comparison import COMPARISON, by_model, comparison, write
 from mixture_of_tokens.reports.report import PAGE, Report, check_no_other_file, write_page
 from mixture_of_tokens.runs import records
@@ -55,7 +55,8 @@ def compare(
     `mot report --help` explains the table.
 
     Args:
-        names: Models, such as Transformer-Nano MoT-Nano/32E/4; the first is the baseline.
+        names: Models, such as Transformer-Nano MoT-Nano/32E/4; the first is the baseline. `mot train --help` says what
+            there is.
         seeds: Seeds, as in 0,1,2.
         learning_rate: Peak learning rates: one for all models, or one for each in their order, as in 1e-2,2e-2; by
             default each model's own.
@@ -73,6 +74,7 @@ def compare(
     check_holds_runs(out)
     plans = _plans(names, seeds, _rates(learning_rate, len(names)), options, out)
     if dry_run:
+        _say_if_alone(names)
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
     for plan in plans:
         if not (plan.directory / records.FACTS).exists():
@@ -93,6 +95,7 @@ def _compared(
     out: Path,
     options: Options,
 ) -> Report | None:
+    _say_if_alone(names)
     runs: list[Run] = []
     took: dict[str, float] = {}
     for done, plan in enumerate(plans):
@@ -118,6 +121,11 @@ def _compared(
     result = comparison(models, command)
     write(result, out)
     return write_page(result.relative(out), models, [command], out / PAGE, options.device)
+
+
+def _say_if_alone(names: tuple[str, ...]) -> None:
+    if len(names) == 1:
+        say_once(f"mot: {names[0]} is compared with nothing: name two models or more, the baseline first")
 
 
 def _rates(rates: list[float] | None, models: int) -> list[float | None]:

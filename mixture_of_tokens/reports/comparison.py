@@ -37,6 +37,7 @@ from mixture_of_tokens.runs.typed import FORMAT, as_fields
 COMPARISON = "compare.json"
 STEPS = "--steps"  # of the conditions; a run that continues another has more
 ENVIRONMENT = ("hardware", "cores", "threads", "versions", "commit")
+WAYS = (records.IN_GROUPS, records.ALONE_BY_FEW, records.ALONE)  # in which texts are served, in the order of tables
 # The name of a share, and the field of `Point` that it is a share of.
 RATIOS = {"steps": "step", "time": "seconds", "flops": "flops"}
 
@@ -88,6 +89,7 @@ class ComparedRun:
     bits_per_byte: float
     seconds: float
     regrouping_spread: float | None
+    served: dict[str, float]
     seconds_per_step: float
     tokens_per_second: float
     equal_time_loss: float | None
@@ -99,9 +101,10 @@ class ComparedRun:
 class ComparedModel:
     """A model in a comparison: what it is, and what came out, over the seeds.
 
-    steps: with those of the run that it continues; properties: see `routings.properties`. Differences are to the
-        baseline, seed by seed; memory is `cost.memory`'s estimate in bytes; speed and cost of a switched model are of
-        the part after the switch.
+    steps: with those of the run that it continues; continues: the label of that run's model, where it is here.
+    properties: see `routings.properties`; served: see `RunFacts`, the losses that all seeds have; few_of_experts: how
+        many experts serve a text alone there, and of how many. Differences are to the baseline, seed by seed; memory
+        is `cost.memory`'s estimate in bytes; speed and cost of a switched model are of the part after the switch.
     """
 
     label: str
@@ -120,10 +123,18 @@ class ComparedModel:
     tokens_per_second: Summary
     equal_time_loss: Summary | None
     regrouping_spread: Summary | None
+    served: dict[str, Summary]
+    few_of_experts: tuple[int, int]
+    continues: str | None
     reached: dict[str, ReachedSummary]
     runs: list[ComparedRun]
     final_loss_difference: Summary
     equal_time_loss_difference: Summary | None
+
+    @property
+    def shows_ways(self) -> bool:
+        """Whether it can be served in groups and alone, and was."""
+        return {records.IN_GROUPS, records.ALONE} <= self.served.keys()
 
 
 @dataclass(frozen=True)
@@ -258,7 +269,9 @@ def comparison(models: dict[str, list[Run]], command: str | None = None) -> Comp
         equal_time_seconds=_summary(ends),
         corpus=baseline[0].facts.corpus,
         environments=environments,
-        models=[_model(label, model, runs[label], of_baseline) for label, model in models.items()],
+        models=[
+            _model(label, model, runs[label], of_baseline, _continued(model, models)) for label, model in models.items()
+        ],
         command=command,
     )
 
@@ -289,6 +302,7 @@ def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> 
                 bits_per_byte=run.facts.bits_per_byte,
                 seconds=run.facts.seconds,
                 regrouping_spread=run.facts.regrouping_spread,
+                served=run.facts.served or {},
                 seconds_per_step=seconds / (run.facts.steps - step),
                 tokens_per_second=(run.facts.tokens - tokens) / seconds,
                 equal_time_loss=None if so_early else float(np.interp(end, seconds_of, losses)),
@@ -299,7 +313,15 @@ def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> 
     return runs
 
 
-def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list[ComparedRun]) -> ComparedModel:
+def _continued(model: list[Run], models: dict[str, list[Run]]) -> str | None:
+    """The label of the model that this one continues, on every seed."""
+    others = ((label, zip(model, other, strict=True)) for label, other in models.items())
+    return next((label for label, pairs in others if all(run.inherited(its) for run, its in pairs)), None)
+
+
+def _model(
+    label: str, model: list[Run], runs: list[ComparedRun], baseline: list[ComparedRun], continues: str | None
+) -> ComparedModel:
     first = model[0]
     count = parameters(first.model_config)
     pairs = list(zip(runs, baseline, strict=True))
@@ -325,6 +347,9 @@ def _model(label: str, model: list[Run], runs: list[ComparedRun], baseline: list
         tokens_per_second=_summary(run.tokens_per_second for run in runs),
         equal_time_loss=Summary.of(run.equal_time_loss for run in runs),
         regrouping_spread=Summary.of(run.regrouping_spread for run in runs),
+        served={way: _summary(run.served[way] for run in runs) for way in WAYS if all(way in r.served for r in runs)},
+        few_of_experts=(first.model_config.num_experts_per_tok, first.model_config.num_experts),
+        continues=continues,
         reached={other: ReachedSummary.over([run.reached[other] for run in runs]) for other in runs[0].reached},
         runs=runs,
         final_loss_difference=_summary(mine.final_loss - its.final_loss for mine, its in pairs),

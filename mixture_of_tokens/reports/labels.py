@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mixture_of_tokens.model.names import NAMED_OF_EXPERTS, config_from_name, parse_name
+from mixture_of_tokens.model.names import config_from_name, other_sizes, parse_name
 from mixture_of_tokens.model.routings import MIXTURE, SETTINGS
 from mixture_of_tokens.runs.records import OF_TRAINING
 from mixture_of_tokens.runs.run import Run
 
-SIZE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", *NAMED_OF_EXPERTS)
 FOLLOWS = ("model.mlp_layer_types", "first_step")  # of a switched run, from its name and from its source
 
 
@@ -37,10 +36,7 @@ def _label(run: Run, others: Sequence[Run], *, brief: bool) -> str:
 
 def _in_place_of_the_name(run: Run) -> set[str]:
     """Settings of sizes that the name says otherwise."""
-    own = run.model_config
-    named = config_from_name(run.name, gated=own.gated, shared_experts=own.shared_experts)
-    sizes = SIZE_FIELDS if own.sparse_routings else set(SIZE_FIELDS) - set(NAMED_OF_EXPERTS)
-    return {f"model.{field}" for field in sizes if getattr(named, field) != getattr(own, field)}
+    return {f"model.{field}" for field in other_sizes(run.name, run.model_config)}
 
 
 def _of_the_routing(run: Run) -> set[str]:

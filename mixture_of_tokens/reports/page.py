@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from mixture_of_tokens.data.report import title_of
 from mixture_of_tokens.formatting import Summary, duration, enumerated, loss, ratio, short
 from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel
 from mixture_of_tokens.reports.markup import Child, document, html, table, with_swatch
-from mixture_of_tokens.reports.prose import MEASURES, differing, findings, glossary, method, seeds_of
+from mixture_of_tokens.reports.prose import MEASURES, differing, findings, glossary, method, seeds_of, why_no_time
 from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
 from mixture_of_tokens.reports.tables import switch_table, tables
 from mixture_of_tokens.runs.run import Point, Run
@@ -48,7 +49,7 @@ def page(
             html("p", "Mixture of Tokens: a comparison of language models", class_="kicker"),
             html("h1", title),
             html("ul", [_finding(labels.index(label), sentences) for label, sentences in found.items()], class_="lead"),
-            html("p", _reservation(comparison), class_="quiet"),
+            html("p", " ".join([_reservation(comparison), *why_no_time(comparison)]), class_="quiet"),
             html(
                 "nav",
                 html("ul", [html("li", html("a", head, href=f"#{id}")) for id, (head, _) in sections.items()]),
@@ -196,7 +197,7 @@ def _caption(comparison: Comparison, key: str, head: str) -> Child:
     baseline, *others = comparison.models
     kind = next(kind for kind, of in RATIOS.items() if of == key)
     shares = []
-    for model in others:
+    for model in (each for each in others if each.continues != baseline.label):
         found = model.reached[baseline.label].share(kind)
         if found is None:
             shares.append(f"{model.label} never reaches it")
@@ -333,7 +334,7 @@ def _made(comparison: Comparison, models: dict[str, list[Run]], commands: list[s
         ]
     corpus = comparison.corpus
     splits = [([name], each) for name, each in corpus.items() if isinstance(each, dict)]
-    rest = {name.replace("_", " "): each for name, each in corpus.items() if not isinstance(each, dict)}
+    rest = {title_of(name): each for name, each in corpus.items() if not isinstance(each, dict)}
     about = "; ".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in rest.items())
     columns = [(key.capitalize(), lambda each, key=key: f"{each[key]:,}") for key in ("documents", "tokens", "bytes")]
     apart = differing(comparison.environments)

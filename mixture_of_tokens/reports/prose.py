@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixture_of_tokens.formatting import Summary, difference, duration, enumerated, loss, ratio, span, with_span
+from mixture_of_tokens.formatting import Summary, difference, duration, enumerated, loss, ratio, short, span, with_span
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import MIXTURE, TABLE
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison
@@ -36,6 +36,39 @@ MEASURES = {
 }
 
 
+# The columns of `comparison.WAYS`, and what they say.
+OF_WAYS = {"in_groups": "in groups", "alone_by_few": "alone, few experts", "alone": "alone"}
+SERVED = (
+    "In groups rows of a batch influence each other; alone each text is served by itself, as mot generate --alone "
+    "does: by few experts, those of the largest weights, or by all. All are losses of the same part of the text."
+)
+SHORT = 10**8  # tokens: about those of the longest training that was measured
+
+
+def way_of(model: ComparedModel, way: str, digits: str = ".3f") -> str | None:
+    """The mean loss in a way that texts are served; None where it was not measured, or the model has no such way."""
+    if way not in model.served:
+        return None
+    few = " ({} of {})".format(*model.few_of_experts) if way == "alone_by_few" else ""
+    return f"{model.served[way].mean:{digits}}{few}"
+
+
+def why_no_time(comparison: Comparison) -> list[str]:
+    """A sentence where a short training of a mixture takes as long to the dense model's loss as the dense model."""
+    baseline, *others = comparison.models
+    tokens = comparison.steps * comparison.batch_size * comparison.context
+    if parse_name(baseline.name).routing.sparse or tokens >= SHORT:
+        return []
+    mixtures = [model for model in others if parse_name(model.name).routing == MIXTURE]
+    slower = [model for model in mixtures if (time := model.reached[baseline.label].of_time) is None or time.mean >= 1]
+    if not slower:
+        return []
+    steps = [f"{ratio(model.seconds_per_step.mean / baseline.seconds_per_step.mean)} times" for model in slower]
+    what = f"{enumerated([model.label for model in slower])}: no time is gained in so short a training"
+    why = f"a step takes {enumerated(steps)} {baseline.label}'s time, and {short(tokens).strip()} tokens are few"
+    return [f"{what}: {why}. A Micro's shares of steps and time fell with length: docs/results/README.md"]
+
+
 def differing(environments: Sequence[Mapping[str, Any]]) -> str | None:
     """A sentence on what the runs were not made alike in, if there is such."""
     names = [name for name in environments[0] if any(each[name] != environments[0][name] for each in environments)]
@@ -59,7 +92,7 @@ def findings(comparison: Comparison) -> dict[str, list[str]]:
     baseline, *others = comparison.models
     sentences: dict[str, list[str]] = {}
     for model in others:
-        found = model.reached[baseline.label].of_flops
+        found = None if model.continues == baseline.label else model.reached[baseline.label].of_flops
         sentences[model.label] = [
             f"{model.label} {reaching(model, baseline.label, comparison)}.",
             *([] if found is None else [f"That is {_share(found, 'FLOPs')}."]),
@@ -93,6 +126,8 @@ def _when(model: ComparedModel, baseline: ComparedModel) -> str:
 def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:
     """When a model reaches another's last loss: the rest of a sentence after the model's name."""
     found, seeds = model.reached[target], seeds_of(comparison)
+    if model.continues == target:
+        return _going_on(model, target, comparison)
     steps, time = found.of_steps, found.of_time
     if steps is None or time is None:
         return f"never reaches {target}'s last loss ({seeds})"
@@ -102,6 +137,18 @@ def reaching(model: ComparedModel, target: str, comparison: Comparison) -> str:
         took = f"{_share(steps, 'steps')} {joint} {_share(time, 'time')}"
         return f"reaches {target}'s last loss on only {steps.seeds} of {seeds}, in {took}"
     return f"reaches {target}'s last loss in {took}"
+
+
+def _going_on(model: ComparedModel, target: str, comparison: Comparison) -> str:
+    """As `reaching`, of a model that continues the other: shares of its steps would count those twice."""
+    back, source = model.reached[target].step, next(each for each in comparison.models if each.label == target)
+    if back is None:
+        return f"goes on from {target}, and does not come back to its last loss ({seeds_of(comparison)})"
+    some = f" on {back.seeds} of {seeds_of(comparison)}" if back.seeds < len(comparison.seeds) else ""
+    after = round(back.mean - source.steps)
+    more = "one more step" if after == 1 else f"{after:,} more steps"
+    when = f"is back at its last loss after {more}" if after else "has its last loss from the switch on"
+    return f"goes on from {target}, and {when}{some}"
 
 
 def _share(share: Summary, of: str, seeds: str = "") -> str:

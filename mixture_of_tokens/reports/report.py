@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import fill, indent
 from typing import Any
@@ -12,10 +13,10 @@ from mixture_of_tokens.formatting import Result, aligned, duration
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.process import check_one_process
-from mixture_of_tokens.reports.comparison import COMPARISON, Comparison, by_model, comparison, runs_of
+from mixture_of_tokens.reports.comparison import COMPARISON, WAYS, Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.markup import START
 from mixture_of_tokens.reports.page import page
-from mixture_of_tokens.reports.prose import differing, findings
+from mixture_of_tokens.reports.prose import OF_WAYS, SERVED, differing, findings, way_of, why_no_time
 from mixture_of_tokens.reports.reproduce import Places, commands_of
 from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs.admission import check_writable
@@ -41,7 +42,8 @@ class Report(Result):
         for prompt, written in list(self.samples.items())[:1]:
             for label, continuation in written.items():
                 lines.append(f"{label} continues {prompt!r}:\n\n{indent(prompt + continuation, '    ')}\n")
-        return "\n".join([*lines, f"The page: {self.page}"])
+        lines.append(f"The page: {self.page}")
+        return "\n".join([*lines, *map(partial(fill, width=WIDTH), why_no_time(self.comparison))])
 
 
 @checked
@@ -51,8 +53,9 @@ def report(*runs: Path, out: Path | None = None) -> Report:
     Runs of one model with several seeds are one line of means; spread is the largest loss less the least. "Reached"
     is the step, and the seconds, at which the evaluation loss falls to the baseline's last one, on a straight line
     between two evaluations. Evaluations during training are over one fixed part of the text, the losses in the table
-    over all of it. Seconds are of training, FLOPs a token of the forward pass. A run of mot transition may stand beside
-    its source, though it has more steps.
+    over all of it. A mixture's losses alone, by as many experts as the granularity and by all, stand beside that in
+    groups, over a part of the text. Seconds are of training, FLOPs a token of the forward pass. A run of mot transition
+    may stand beside its source, though it has more steps.
 
     Args:
         runs: Run directories of mot train, or a directory of mot compare.
@@ -138,4 +141,7 @@ def summary_of(result: Comparison) -> str:
         what = "Seconds of a switched model are with its source's, and without the fit at the switch"
         paragraphs.append(fill(f"{what} (switch.json has it); its tokens/s are those after the switch.", WIDTH))
     properties = aligned([["model", *PROPERTIES], *kinds])
-    return "\n".join([aligned([columns, *table]), "", properties, "", *paragraphs]) + "\n"
+    ways = [["loss, of a part of the text", *(OF_WAYS[way] for way in WAYS)]]
+    ways += [[model.label, *(way_of(model, way, ".4f") or "" for way in WAYS)] for model in result.models]
+    served = [aligned(ways), "", fill(SERVED, WIDTH), ""] if any(model.shows_ways for model in result.models) else []
+    return "\n".join([aligned([columns, *table]), "", properties, "", *served, *paragraphs]) + "\n"

@@ -5,16 +5,17 @@ from xml.etree.ElementTree import Element
 
 from mixture_of_tokens.formatting import Summary, difference, duration, loss, ratio, short, with_span
 from mixture_of_tokens.model.routings import PROPERTIES
-from mixture_of_tokens.reports.comparison import ComparedModel, ComparedRun, Comparison
+from mixture_of_tokens.reports.comparison import WAYS, ComparedModel, ComparedRun, Comparison
 from mixture_of_tokens.reports.markup import NOTHING, Child, cell_of, html, table, with_swatch
-from mixture_of_tokens.reports.prose import seeds_of, steps_of
+from mixture_of_tokens.reports.prose import OF_WAYS, SERVED, seeds_of, steps_of, way_of
 from mixture_of_tokens.runs.records import Switch
 from mixture_of_tokens.runs.run import Run, Stages
 
 
 def tables(comparison: Comparison) -> Child:
     everyone = _everyone(comparison) if len(comparison.models) > 2 else None
-    return [_result(comparison), _cost(comparison), _promises(comparison), everyone, _seed_by_seed(comparison)]
+    ways = [_served(comparison)] if any(model.shows_ways for model in comparison.models) else []
+    return [_result(comparison), *ways, _cost(comparison), _promises(comparison), everyone, _seed_by_seed(comparison)]
 
 
 def _result(comparison: Comparison) -> Element:
@@ -29,6 +30,8 @@ def _result(comparison: Comparison) -> Element:
         def cell(model: ComparedModel) -> Child:
             if model.label == baseline:
                 return ["1"]
+            if model.continues == baseline:
+                return [NOTHING]
             found = model.reached[baseline].share(whole)
             return "never" if found is None else [cell_of(found, ratio), few(found)]
 
@@ -64,6 +67,11 @@ def _result(comparison: Comparison) -> Element:
         ("At equal time", (("Loss", at_equal_time), ("Difference", against("equal_time_loss_difference")))),
     )
     return table("Result", note, groups, _rows(comparison))
+
+
+def _served(comparison: Comparison) -> Element:
+    columns = [(OF_WAYS[way].capitalize(), lambda model, way=way: way_of(model, way) or [NOTHING]) for way in WAYS]
+    return table("As texts are served", SERVED, (("Loss", columns),), _rows(comparison))
 
 
 def _cost(comparison: Comparison) -> Element:
@@ -171,7 +179,7 @@ def _everyone(comparison: Comparison) -> Element:
     def cell(target: str) -> Callable[[ComparedModel], Child]:
         def shown(model: ComparedModel) -> Child:
             steps, time = model.reached[target].of_steps, model.reached[target].of_time
-            if model.label == target:
+            if model.label == target or model.continues == target:
                 return [NOTHING]
             if steps is None or time is None:
                 return ["never"]

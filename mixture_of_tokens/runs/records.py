@@ -21,6 +21,7 @@ from mixture_of_tokens.runs.typed import FORMAT, JsonFile, Record, is_a, without
 SAMPLE_PROMPT = "def "  # what a run's sample continues
 CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metrics.jsonl"
 FULL = "full groups"
+IN_GROUPS, ALONE, ALONE_BY_FEW = "in_groups", "alone", "alone_by_few"  # ways to serve texts, as keys of losses
 # Fields of TrainingArguments that decide how a run is carried out, not what it computes; a resumed run may change them.
 CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_batch_size", "report_to", "save_", "ddp_")
 CARRIED_OUT += ("gradient_checkpointing", "activation_checkpointing", "run_name", "log_level")
@@ -153,13 +154,14 @@ class RunConfig(Record):
 
     def conditions(self) -> dict[str, Any]:
         """What runs have to share to be compared, by the flag that sets it."""
-        batch = f", or a --batch-size that {COMMON_GROUP} divides," if self.batch_size % COMMON_GROUP else ""
+        whole = -(-self.batch_size // COMMON_GROUP) * COMMON_GROUP
+        batch = "" if whole == self.batch_size else f"--batch-size {whole} or "
         return {
             "--evaluate-on": self.evaluate_on,
             "--model.max_position_embeddings": self.model_config.max_position_embeddings,
             "--batch-size": self.batch_size,
             "--steps": self.last_step,
-            f"the size of their groups, which --model.group_size N{batch} sets for all": self.group_size,
+            f"the size of their groups; {batch}--model.group_size N gives all the same batches": self.group_size,
         }
 
     def prepare(self) -> Prepared:
@@ -193,6 +195,9 @@ class RunFacts(JsonFile):
     steps, tokens, seconds: of training, with those of the run that it continues.
     final_loss: nats a token over the whole split; regrouping_spread: between ways to group it, None where rows of a
         batch do not influence each other, and of the tuning split.
+    served: losses over a part of the split, by how texts are served: `in_groups`, of models whose rows influence each
+        other; `alone`; `alone_by_few`, by as many experts of a Mixture of Tokens as the granularity. None of runs by
+        earlier versions, and where settings are chosen.
     parameters, forward_flops_per_token: of the model; corpus: `Prepared.facts`.
     versions, commit, hardware, cores, threads: software and machine; sample: a continuation of `SAMPLE_PROMPT`, None
         of a model that is not causal, or whose tokenizer or context the prompt does not suit.
@@ -205,6 +210,7 @@ class RunFacts(JsonFile):
     evaluated_on: str = "validation"
     final_loss: float
     regrouping_spread: float | None = None
+    served: dict[str, float] | None = None
     bits_per_byte: float
     seconds: float
     tokens_per_second: int

@@ -80,13 +80,29 @@ class Run:
         lines = [f"{self.name}: loss {loss} of all {facts.evaluated_on} text, {bits}"]
         if facts.regrouping_spread is not None:
             lines.append(f"Three ways to group that text differ by {facts.regrouping_spread:.4f} nats at most")
+        if (alone := self._alone()) is not None:
+            lines.append(alone)
         speed = f"{duration(facts.seconds)} of training without its evaluations, {facts.tokens_per_second} tokens/s"
         lines.append(f"{speed}. Everything is in {self.directory}.")
         if not self.model_config.causal:
             lines.append("It is not causal: its loss is low because it sees what follows, and it cannot write.")
         elif facts.sample is not None:
-            lines.append(f"A prompt, served alone and continued:\n\n{SAMPLE_PROMPT}{facts.sample}")
+            alone = self.model_config.shares_batch and all(each.serves_alone for each in self.model_config.routings)
+            what = f"A prompt, {'served alone and ' * alone}continued"
+            lines.append(f"{what}:\n\n{SAMPLE_PROMPT}{facts.sample}")
         return "\n".join(lines)
+
+    def _alone(self) -> str | None:
+        """The losses of a Mixture of Tokens alone beside that in groups, where they were measured."""
+        served, config = self.facts.served or {}, self.model_config
+        if not {records.IN_GROUPS, records.ALONE} <= served.keys():
+            return None
+        ways = [f"{served[records.ALONE]:.4f} by all experts"]
+        if records.ALONE_BY_FEW in served:
+            few = f"{config.num_experts_per_tok} of {config.num_experts} experts"
+            ways.insert(0, f"{served[records.ALONE_BY_FEW]:.4f} by {few}")
+        what = f"Each text alone, over a part of that text: {', '.join(ways)}"
+        return f"{what}; in groups {served[records.IN_GROUPS]:.4f}"
 
     def to_json(self) -> str:
         return json.dumps({"directory": str(self.directory)} | asdict(self.facts), indent=2)

@@ -16,10 +16,10 @@ from mixture_of_tokens.formatting import in_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.fields import config_of, names_the_flag
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.names import FIELDS, SIZES, Name, parse_name
+from mixture_of_tokens.model.names import FIELDS, SIZES, Name, other_sizes, parse_name
 from mixture_of_tokens.model.placement import Placement, check_device
 from mixture_of_tokens.model.routings import SETTINGS
-from mixture_of_tokens.process import by_itself, process_count, the_only_training
+from mixture_of_tokens.process import by_itself, process_count, say_once, the_only_training
 from mixture_of_tokens.runs.admission import check_seed
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
 from mixture_of_tokens.training.arguments import FIXED, check_environment, given_fields, try_out
@@ -175,6 +175,10 @@ def check_settings(*runs: Merged) -> None:
         for flag, field in run.unread.items():
             if field not in read:
                 raise ValueError(f"{flag} would do nothing in {names}; it is of {', '.join(SETTINGS[field])}")
+    for run in runs:
+        if sizes := other_sizes(run.config.name, run.config.model_config):
+            what = ", ".join(f"{field} is {own}, not {named}" for field, (own, named) in sizes.items())
+            say_once(f"mot: {run.config.name} keeps its name, but {what}; a report shows that in brackets")
 
 
 def _written(config: MixtureOfTokensConfig, overrides: Mapping[str, Any], *, own_tokenizer: bool) -> dict[str, Any]:

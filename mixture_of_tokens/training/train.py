@@ -52,32 +52,17 @@ from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.callbacks import AnnealTemperature
+from mixture_of_tokens.training.card import card_of
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, tell_room
+from mixture_of_tokens.training.served import losses_as_served
 from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signal
-from mixture_of_tokens.training.trainer import GroupedTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 
 REGROUPINGS = 3
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
 
-# {name}
-
-Its architecture is that of the Python package mixture-of-tokens, which has to be installed and imported:
-
-```python
-import mixture_of_tokens.model  # makes its classes known to transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this/directory")
-tokenizer = AutoTokenizer.from_pretrained("this/directory")
-```
-"""
-
-Begin = Callable[[GroupedTrainer, Prepared], None]
+Begin = Callable[[RunTrainer, Prepared], None]
 
 
 @checked
@@ -93,10 +78,17 @@ def train(
 ) -> Run | RunConfig | None:
     """Train one model and write a run directory.
 
+    For example: mot train MoT-Nano/32E/8 --steps 300 --data my-texts --out runs/mine
+
+    A name is SYSTEM-SIZE, with experts SYSTEM-SIZE/GE/K: G texts in a group, and G x K experts, each 1/K as wide as the
+    dense feed-forward. Systems: Transformer (dense), MoT (Mixture of Tokens), Uniform (without a router), TC (Token
+    Choice), STC (with sigmoid gates), EC (Expert Choice), ET (Expert Threshold), ReMoE, SoftMoE (not causal). Sizes:
+    Nano (minutes on a CPU), Micro (an hour or two), Mini, Medium and Base (for GPUs).
+
     It can be stopped (^C, SIGTERM) and killed at any time; the same command with --resume goes on.
 
     Args:
-        name: A model, such as Transformer-Nano or MoT-Nano/32E/4.
+        name: A model, such as Transformer-Nano or MoT-Nano/32E/8; /K may be left out, and is 1 then.
         out: The run directory; by default runs/NAME-seedSEED.
         seed: Of the weights and of the order of the text.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own.
@@ -189,9 +181,7 @@ def _check(out: Path, merged: Merged, resume: bool) -> None:
         check_free(out)
 
 
-def build(
-    run: RunConfig, arguments: TrainingArguments, placement: Placement = COPIES
-) -> tuple[GroupedTrainer, Prepared]:
+def build(run: RunConfig, arguments: TrainingArguments, placement: Placement = COPIES) -> tuple[RunTrainer, Prepared]:
     """The trainer of a run, its data prepared and its model initialised, the same in every placement."""
     prepared, config = run.prepare(), copy.deepcopy(run.model_config)
     if run.tokenizer is None or "vocab_size" not in run.model:
@@ -215,7 +205,7 @@ def build(
     limit_waits(model, arguments.ddp_timeout)
     evaluated = getattr(prepared, run.evaluate_on)
     corpus = f"{prepared.facts['hash']} {prepared.facts['tokenizer']}"
-    trainer = GroupedTrainer(
+    trainer = RunTrainer(
         model, arguments, rows=rows, evaluated=evaluated, corpus=corpus, processing_class=prepared.tokenizer
     )
     if run.anneal_temperature_to is not None:
@@ -318,9 +308,7 @@ def _end_reports(arguments: TrainingArguments) -> None:
         wandb.finish()
 
 
-def _finish(
-    trainer: GroupedTrainer, prepared: Prepared, run: RunConfig, out: Path, made_by: dict[str, Any]
-) -> Run | None:
+def _finish(trainer: RunTrainer, prepared: Prepared, run: RunConfig, out: Path, made_by: dict[str, Any]) -> Run | None:
     """Evaluate, by all processes, and write `model/` and, last, `run.json`, which marks the run as finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run.last_step * trainer.run_log.tokens_per_step
@@ -331,6 +319,7 @@ def _finish(
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
     calibrate_thresholds(model, training_groups(prepared.train, trainer.rows.group_size, 2 * GROUPS))
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
+    served = losses_as_served(trainer, run.last_step * run.batch_size) if run.evaluate_on == "validation" else None
     if is_sharded(model):
         state = whole_state(model)
         model = unsharded(model, state).eval() if is_main() else model
@@ -345,7 +334,7 @@ def _finish(
         prepared.tokenizer.model_max_length = config.max_position_embeddings
         prepared.tokenizer.save_pretrained(beside)
         manifest.write(beside)
-        (beside / "README.md").write_text(CARD.format(name=run.name))  # which people edit
+        (beside / "README.md").write_text(card_of(run.name, config))  # which people edit
     facts = RunFacts(
         name=run.name,
         seed=run.seed,
@@ -354,6 +343,7 @@ def _finish(
         evaluated_on=run.evaluate_on,
         final_loss=final["loss"],
         regrouping_spread=max(losses) - min(losses) if others else None,
+        served=served,
         bits_per_byte=final["bits_per_byte"],
         seconds=round(seconds, 3),  # as rows have them
         tokens_per_second=round(tokens / seconds),

@@ -43,7 +43,7 @@ EVALUATION_ROWS = 1024  # during training; the final loss is over the whole spli
 BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # what a schedule has for each of the optimizer's groups
 
 
-class GroupedTrainer(Trainer):
+class RunTrainer(Trainer):
     """Trainer on rows in their given order, evaluated in fixed groups, with cross-entropy as the loss it reports.
 
     Args beyond Trainer's:
@@ -70,7 +70,7 @@ class GroupedTrainer(Trainer):
         args.save_only_model = is_sharded(model)
         args.train_sampling_strategy = "sequential"
         # Trainer evaluates only where it is given an evaluation set; `evaluate` does not read it.
-        super().__init__(model, args, train_dataset=rows, eval_dataset=rows, data_collator=_as_it_is, **kwargs)
+        super().__init__(model, args, train_dataset=rows, eval_dataset=rows, data_collator=_shifted_alone, **kwargs)
         args.save_only_model = False
         self.accelerator.dataloader_config.non_blocking = self.args.device.type == "cuda"  # no step waits for the last
         if self.accelerator.ddp_handler is not None:  # else buckets hold all gradients a second time
@@ -243,7 +243,11 @@ class GroupedTrainer(Trainer):
 
     def loss_of(self, model: Any) -> float:
         """A model's loss over the part of the text that is evaluated during training."""
-        return self._evaluate_blocks(model, groups=max(1, EVALUATION_ROWS // self.rows.group_size))["loss"]
+        return self.loss_of_rows(model, EVALUATION_ROWS)
+
+    def loss_of_rows(self, model: Any, rows: int) -> float:
+        """Over so many rows of that text, the first ones, in whole groups."""
+        return self._evaluate_blocks(model, groups=max(1, rows // self.rows.group_size))["loss"]
 
     def evaluate_all(self, seed: int) -> dict[str, float]:
         """The result of `evaluate_blocks` over all of the text, grouped by a seed."""
@@ -374,7 +378,7 @@ class GroupedTrainer(Trainer):
 
 
 class _RouterGradients(TrainerCallback):
-    def __init__(self, trainer: GroupedTrainer):
+    def __init__(self, trainer: RunTrainer):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -386,6 +390,6 @@ class _RouterGradients(TrainerCallback):
             self.trainer.gradient_norms = {layer: norm / kept if kept else math.inf for layer, norm in norms.items()}
 
 
-def _as_it_is(batch: Any) -> Any:
-    """`GroupedBatches` gives complete batches."""
-    return batch
+def _shifted_alone(batch: Any) -> dict[str, torch.Tensor]:
+    """`GroupedBatches` gives complete batches. These models need no labels that they would have to shift."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
