@@ -73,6 +73,7 @@ COMMANDS = {
 # Commands whose --config may be a run's config.yaml, and the fields of it that each ignores.
 _OF_TRAINING = ("seed", "learning_rate")
 _OF_TEXT = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "evaluate_on")
+_OF_TEXT += ("separate_documents",)
 OF_A_RUN = {"train": (), "prepare": _OF_TRAINING}
 OF_A_RUN |= {"plan": (*_OF_TRAINING, *_OF_TEXT, "anneal_temperature_to", "training")}
 WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated

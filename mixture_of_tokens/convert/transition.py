@@ -32,6 +32,7 @@ from mixture_of_tokens.training.trainer import GroupedTrainer
 
 # Fields that are copied from the source.
 GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")
+GIVEN += ("separate_documents",)
 # By --schedule, fields of TrainingArguments; own has the defaults of a new run.
 SCHEDULES = {
     "own": {},

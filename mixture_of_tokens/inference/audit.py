@@ -7,6 +7,10 @@ The model is a black box: token ids (B, T) and a mask in, logits (B, T, V) out, 
     future  do logits up to position k move when all later tokens are replaced: in a row, in the other rows, or in both?
     mates   do the logits of a row move when all other rows of the batch are replaced?
 
+A fourth is for models whose rows hold several documents that are not to see each other: do logits of the second half of
+all rows move when the first halves are replaced, where positions begin anew at the second? Where positions go on they
+must, or the model does not look back at all.
+
 A change counts as a leak where it is more than MARGIN times the noise. The replaced part itself must move: otherwise a
 model that ignores its input would pass, and so would an audit that replaces nothing.
 """
@@ -30,11 +34,19 @@ from mixture_of_tokens.inference.probes import length_of, random_tokens, rows_of
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.process import check_one_process
 from mixture_of_tokens.runs.admission import check_seed
-from mixture_of_tokens.runs.loading import config_of, context_of, group_size_of, load_model, text_of
+from mixture_of_tokens.runs.loading import (
+    config_of,
+    context_of,
+    group_size_of,
+    load_model,
+    separates_documents,
+    text_of,
+)
 
 MARGIN = 10
 QUARTERS = 4
-FACTS = ("run", "alone", "experts", "length", "context", "collisions", "segments")
+FACTS = ("run", "alone", "experts", "length", "context", "collisions", "segments", "documents", "documents_together")
+Expected = Literal["causal", "private", "separate"]
 NOT_TESTED = "not tested: its logits do not move with its input"
 
 
@@ -84,7 +96,8 @@ class Audit(Result):
         document, or a segment where the run's text has `segments`, which count as documents, with another row of their
         group, in the groups of its training and its evaluations; None where these are unknown; expect: what the model
         was expected to be; alone: whether each row was served alone, and experts: by how many experts a token, None for
-        all.
+        all; documents: how far logits of a document moved when the one before it in its row was replaced, and
+        documents_together: when the two were one text; None where that was not asked.
     """
 
     run: str
@@ -93,9 +106,11 @@ class Audit(Result):
     context: int | None = None
     collisions: int | None = None
     segments: int = 0
-    expect: Literal["causal", "private"] | None = None
+    expect: Expected | None = None
     alone: bool = False
     experts: int | None = None
+    documents: float | None = None
+    documents_together: float | None = None
 
     @property
     def causal(self) -> bool:
@@ -104,6 +119,13 @@ class Audit(Result):
     @property
     def private(self) -> bool:
         return self.causal and self.leaks.mates <= self.leaks.allowed
+
+    @property
+    def separate(self) -> bool:
+        """Whether documents of a row do not see each other; False also where that was not asked, or tests nothing."""
+        if self.documents is None or self.documents_together is None:
+            return False
+        return self.documents <= self.leaks.allowed < self.documents_together
 
     @property
     def untested(self) -> bool:
@@ -120,6 +142,7 @@ class Audit(Result):
         written = super().as_dict()
         verdicts = {"allowed": self.leaks.allowed, "causal": self.causal, "private": self.private}
         facts = {name: written[name] for name in FACTS}
+        verdicts |= {} if self.documents is None else {"separate": self.separate}
         return facts | written["leaks"] | verdicts
 
     def __str__(self) -> str:
@@ -127,6 +150,9 @@ class Audit(Result):
         rows = [("nothing: rounding in float32", leaks.noise)]
         rows += [(f"later tokens, {what}", change) for what, change in leaks.future.items()]
         rows += [("all other rows of the batch", leaks.mates)]
+        if self.documents is not None and self.documents_together is not None:
+            rows += [("the document before, in all rows", self.documents)]
+            rows += [("the same as one text with it", self.documents_together)]
         width = max(len(what) for what, _ in rows)
         lines = [f"{'What is replaced':<{width}}  largest change of a logit in the rest"]
         lines += [f"{what:<{width}}  {value:.1e}" for what, value in rows]
@@ -156,6 +182,7 @@ class Audit(Result):
         by = f", by {self.experts} experts" if self.experts else ""
         served = f"served alone{by}: " if self.alone else ""
         verdict = f"causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}"
+        verdict += "" if self.documents is None else f"; separate: {'yes' if self.separate else 'NO'}"
         lines.append(f"{served}{NOT_TESTED if self.untested else verdict}")
         return "\n".join(lines)
 
@@ -164,7 +191,7 @@ class Audit(Result):
 def audit(
     run: str | Path,
     *,
-    expect: Literal["causal", "private"] | None = None,
+    expect: Expected | None = None,
     alone: bool = False,
     experts: int | None = None,
     length: int | None = None,
@@ -175,8 +202,9 @@ def audit(
     """Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.
 
     Causal: no logit moves when later tokens change, in its own row or in others. Private: causal, and no logit moves
-    when other rows of the batch change. All positions of the texts are looked at. These are of the run where its text
-    is known, or else random tokens.
+    when other rows of the batch change. Separate: no logit of a document moves when the one before it in its row
+    changes; looked for where a run was trained so, or where it is expected. All positions of the texts are looked at.
+    These are of the run where its text is known, or else random tokens.
 
     Args:
         run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
@@ -211,7 +239,11 @@ def audit(
     found, segments = None, 0
     if text is not None and group_size_of(model) is not None:
         found, segments = collisions_in(run, text), text.facts["segments"]
-    return Audit(run, length, leaks(model, seen, seed), context, found, segments, expect, alone, experts)
+    apart = together = None
+    if expect == "separate" or separates_documents(run):
+        apart, together = between_documents(model, seen)
+    said = (expect, alone, experts, apart, together)
+    return Audit(run, length, leaks(model, seen, seed), context, found, segments, *said)
 
 
 def collisions_in(run: str, text: Prepared) -> int:
@@ -334,6 +366,24 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
     )
 
 
+@torch.no_grad()
+def between_documents(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """How far logits of a row's second half move when all first halves are replaced: as documents apart, and as one.
+
+    In all rows, at one position: what a row's first document gives to others of its group may come back from a later
+    position of these, which is what being mixed means, and no attention across documents.
+    """
+    apart, together = [], []
+    for ids, others in texts:
+        half = ids.shape[1] // 2
+        changed = torch.cat([others[:, :half], ids[:, half:]], dim=1)
+        places = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)]).expand_as(ids)
+        for moved, positions in ((apart, places), (together, None)):
+            before, after = (_look(model, each, positions)[0] for each in (ids, changed))
+            moved.append(float((before - after)[:, half:].abs().max()))
+    return _largest(apart), _largest(together)
+
+
 def _largest(changes: list[float]) -> float:
     """NaN where one is: what cannot be compared is no small change."""
     return float(torch.tensor(changes, dtype=torch.float64).max()) if changes else 0.0
@@ -345,8 +395,12 @@ def _by_quarters(of_positions: list[Tensor]) -> list[Tensor]:
     return [torch.cat(quarter) for quarter in zip(*parts, strict=True)]
 
 
-def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Logits (B, T, V) and the residual stream (B, T, D) after each block."""
+def _look(model, ids: Tensor, positions: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Logits (B, T, V) and the residual stream (B, T, D) after each block.
+
+    Args:
+        positions: of tokens in their documents (B, T), for a model of transformers; by default a row is one text.
+    """
     if not isinstance(model, PreTrainedModel):
         weight = next(model.parameters(), None)
         outputs = model(ids if weight is None else ids.to(weight.device))
@@ -367,7 +421,12 @@ def _look(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 
     hooks = [block.register_forward_hook(keep) for block in getattr(getattr(model, "model", None), "layers", ())]
     try:
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        how = (
+            {"attention_mask": torch.ones_like(ids)}
+            if positions is None
+            else {"position_ids": positions.to(ids.device)}
+        )
+        logits = model(input_ids=ids, **how, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()

@@ -38,6 +38,7 @@ def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOG
         for start in range(0, len(labels), rows):
             given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}
             expected = given.pop("shift_labels").flatten()
+            given.pop("token_mask", None)  # with positions: padding is on the right, where nothing sees it
             logits = model(**given, use_cache=False).logits.flatten(0, 1).float()
             nats += float(F.cross_entropy(logits, expected, ignore_index=IGNORE, reduction="sum"))
         return nats, count

@@ -69,6 +69,7 @@ class RunConfig(Record):
     first_step: int = 0
     part_bytes: int | None = None
     near_duplicates: str = "drop"
+    separate_documents: bool = False
     transition: Transition | None = None
 
     @classmethod
@@ -178,7 +179,7 @@ class RunConfig(Record):
         vocab_size = self.model_config.vocab_size if self.tokenizer is None else self.model.get("vocab_size")
         context, group_size = self.model_config.max_position_embeddings, self.group_size
         how = {"field": self.field, "tokenizer": self.tokenizer, "vocab_size": vocab_size}
-        how |= {"keep_near_duplicates": self.near_duplicates == "keep"}
+        how |= {"keep_near_duplicates": self.near_duplicates == "keep", "separate_documents": self.separate_documents}
         return how | {"context": context, "group_size": group_size}
 
 

@@ -60,6 +60,8 @@ class Options:
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
         near_duplicates: What is done with documents that share about half of their lines with others: drop, as in a
             group one would show the other's future, or keep, for documents that are made from one template.
+        separate_documents: Attention stays within a document where a row holds parts of several, and positions begin
+            anew at each. By default a row is one text, whose later documents see the earlier ones.
         anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
             by default the temperature is not annealed.
         evaluate_on: The split for losses: by default validation, in mot sweep tuning, so that settings are not chosen
@@ -83,6 +85,7 @@ class Options:
     part_bytes: int | None = None
     tokenizer: str | None = None
     near_duplicates: Literal["drop", "keep"] = "drop"
+    separate_documents: bool = False
     anneal_temperature_to: float | None = None
     evaluate_on: Literal["validation", "tuning"] | None = None
     device: Device | None = None
@@ -118,7 +121,9 @@ def as_flags(options: Options) -> list[str]:
         flag, value = f"--{field.name.replace('_', '-')}", getattr(options, field.name)
         if value == getattr(DEFAULTS, field.name):
             continue
-        if isinstance(value, dict):
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, dict):
             words += [word for key, inner in value.items() for word in flagged(f"{flag}.{key}", inner)]
         else:
             words += [word for each in listed(value) for word in flagged(flag, str(each))]

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from mixture_of_tokens.checks import check_number, check_range
 from mixture_of_tokens.data.tokenizer import check_vocab_size
-from mixture_of_tokens.formatting import in_words
+from mixture_of_tokens.formatting import enumerated, in_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.fields import config_of, names_the_flag
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -49,6 +49,9 @@ RECOMMENDED = ("learning_rate", "batch_size", "steps")  # options that a name ha
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
+
+# Attention that reads documents off positions. Flash attention of transformers does so in batches of one row alone.
+APART = (None, "eager", "sdpa", "flex_attention")
 
 
 class Merged(NamedTuple):
@@ -98,6 +101,9 @@ def merge(
         raise ValueError(f"--model.attn_implementation flex_attention {what}")
     if "/" in str(attention := overrides.get("attn_implementation")):  # which transformers would load, and run
         raise ValueError(f"--model.attn_implementation {attention}: a configuration names no code on the Hub")
+    if options.separate_documents and attention not in APART:
+        what = f"takes the documents of a row for one; with --separate-documents {enumerated(APART[1:])} are legal"
+        raise ValueError(f"--model.attn_implementation {attention} {what}")
     micro_batch, training = _training_fields(options.training, RECIPES[size], steps, batch_size, config.group_size)
     training.setdefault("dataloader_pin_memory", not on_cpu)
     run = RunConfig(
@@ -113,6 +119,7 @@ def merge(
         part_bytes=options.part_bytes,
         tokenizer=options.tokenizer,
         near_duplicates=options.near_duplicates,
+        separate_documents=options.separate_documents,
         evaluate_on=options.evaluate_on or "validation",
         training=training,
         model=_written(config, overrides, own_tokenizer=options.tokenizer is not None),
