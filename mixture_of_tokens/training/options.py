@@ -66,6 +66,9 @@ class Options:
             by default the temperature is not annealed.
         evaluate_on: The split for losses: by default validation, in mot sweep tuning, so that settings are not chosen
             on the split that is reported.
+        scored_rows: Score so many rows of the split at the end, in one grouping, and at most so many during training;
+            by default all of it at the end, grouped in three ways, and 1,024 rows during training, but of a run of
+            fewer than 100 steps, in all its evaluations together, about as many rows as it trains on.
         device: cpu or cuda; by default cuda where there is one.
         shard: Processes of torchrun that hold one copy of the model together, a part of every weight each (FSDP2); by
             default each process has a whole copy (DDP).
@@ -88,6 +91,7 @@ class Options:
     separate_documents: bool = False
     anneal_temperature_to: float | None = None
     evaluate_on: Literal["validation", "tuning"] | None = None
+    scored_rows: int | None = None
     device: Device | None = None
     shard: int | None = None
     replicate: int | None = None

@@ -48,7 +48,7 @@ class GroupedTrainer(Trainer):
 
     Args beyond Trainer's:
         rows: training data, in order; evaluated: blocks for the losses during training; corpus: hashes of text
-            and tokenizer.
+            and tokenizer; scored_rows: how many rows are evaluated at most.
 
     `train(checkpoint)` goes on from a checkpoint that `checkpoints.newest` gave; None starts anew.
 
@@ -64,6 +64,7 @@ class GroupedTrainer(Trainer):
         rows: GroupedBatches,
         evaluated: Blocks,
         corpus: str,
+        scored_rows: int | None = None,
         **kwargs,
     ):
         # Trainer does not save the optimizer of a model that transformers has sharded, and says so here; we do below.
@@ -78,6 +79,7 @@ class GroupedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
         self.causal_lm, self.rows, self.evaluated, self.corpus = model, rows, evaluated, corpus
+        self.scored_rows = scored_rows
         self.run, self.clock = Path(str(self.args.output_dir)), Clock()
         micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
         tokens_per_step = self.args.per_device_train_batch_size * micro_batches * rows.blocks.context
@@ -241,14 +243,25 @@ class GroupedTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def loss_of(self, model: Any) -> float:
-        """A model's loss over the part of the text that is evaluated during training."""
-        return self._evaluate_blocks(model, groups=max(1, EVALUATION_ROWS // self.rows.group_size))["loss"]
+    def loss_of(self, model: Any, groups: int | None = None) -> float:
+        """A model's loss over the part of the text that is evaluated during training, or over so many groups."""
+        return self._evaluate_blocks(model, groups=groups or self.groups_at_once)["loss"]
+
+    @property
+    def groups_at_once(self) -> int:
+        """Of an evaluation during training."""
+        return max(1, min(EVALUATION_ROWS, self.scored_rows or EVALUATION_ROWS) // self.rows.group_size)
+
+    @property
+    def scores_all(self) -> bool:
+        """Whether all of the text is scored at the end."""
+        return self.scored_rows is None or self.scored_rows >= self.evaluated.total
 
     def evaluate_all(self, seed: int) -> dict[str, float]:
-        """The result of `evaluate_blocks` over all of the text, grouped by a seed."""
+        """The result of `evaluate_blocks` over what is scored at the end, grouped by a seed."""
         progress = "Evaluating all of the text" if self.is_world_process_zero() else None
-        return self._evaluate_blocks(self.causal_lm, seed=seed, progress=progress)
+        groups = None if self.scores_all else max(1, (self.scored_rows or 0) // self.rows.group_size)
+        return self._evaluate_blocks(self.causal_lm, groups=groups, seed=seed, progress=progress)
 
     def _evaluate_blocks(self, model: Any, **options: Any) -> dict[str, float]:
         """By all processes together."""
