@@ -411,7 +411,7 @@ def test_plan_measures_this_machine(capsys, monkeypatch):
     assert 0 < found["seconds"] < 1000
     mot("plan", "MoT-Nano/4E", "--batch-size", 8, "--measure")
     said = capsys.readouterr()
-    assert re.search(r"^1,500 steps: 768.0 k tokens, .* on this machine, \S+ s a step as timed", said.out, re.MULTILINE)
+    assert re.search(r"^1,500 steps: 768 k tokens, .* on this machine, \S+ s a step as timed", said.out, re.MULTILINE)
     assert said.err == ""
     for flags in ({"tflops": 2, "steps": 5}, {"devices": 2}):
         with pytest.raises(ValueError, match="--measure times this machine: leave out --tflops and --devices"):

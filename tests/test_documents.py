@@ -11,7 +11,7 @@ import routings
 from mixture_of_tokens import GroupedBatches, Options, audit, evaluate, prepare_text, prepare_tokens, train, transition
 from mixture_of_tokens.convert.plain import to_plain
 from mixture_of_tokens.data.groups import Blocks
-from mixture_of_tokens.inference.audit import between_documents
+from mixture_of_tokens.inference.leaks import between_documents
 from mixture_of_tokens.inference.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.model.routings import TABLE
 from mixture_of_tokens.runs.records import RunConfig

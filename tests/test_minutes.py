@@ -177,14 +177,14 @@ def test_a_short_run_scores_about_as_many_rows_as_it_trains_on(options):
 def test_what_was_scored_is_said(options, tmp_path, capsys):
     def made(name: str, **others) -> tuple:
         capsys.readouterr()
-        run = train(NAME, out=tmp_path / name, options=replace(options, steps=3, **others))
+        run = train(NAME, out=tmp_path / name, options=replace(options, steps=3, batch_size=8, **others))
         return run, capsys.readouterr().err
 
     part, told = made("part", scored_rows=16)
     text = part.config.prepare().validation
     assert text.total > 32
-    groups = 32 // part.config.group_size
-    assert part.facts.scored_tokens == groups * part.config.group_size * text.context
+    assert part.config.group_size == 4
+    assert part.facts.scored_tokens == 16 * text.context
     assert "Evaluating on 16 rows of the validation text\n" in told
     assert f"of {part.facts.scored_tokens:,} tokens of validation text, " in str(part)
     assert part.facts.regrouping_spread is None

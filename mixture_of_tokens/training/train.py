@@ -278,9 +278,10 @@ def _finish(
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run.last_step * trainer.run_log.tokens_per_step
     # A sweep's runs are compared with one another alone, and a split may take minutes.
-    text, how_much = trainer.evaluated, "all" if trainer.scores_all else f"{run.scored_rows:,} rows"
+    text, groups = trainer.evaluated, trainer.groups_at_end
+    how_much = "all" if groups is None else f"{groups * run.group_size:,} rows"
     several = model.shares_batch and len(text) > run.group_size and run.evaluate_on == "validation"
-    seeds = range(REGROUPINGS if several and trainer.scores_all else 1)
+    seeds = range(REGROUPINGS if several and groups is None else 1)
     ways = f", grouped in {len(seeds)} ways" * (len(seeds) > 1)
     say_once(f"Evaluating on {how_much} of the {run.evaluate_on} text{ways}")
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))

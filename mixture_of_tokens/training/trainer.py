@@ -25,7 +25,7 @@ from mixture_of_tokens import manifest
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
 from mixture_of_tokens.disk import disk_errors, plain_errors, publish
 from mixture_of_tokens.formatting import few_of
-from mixture_of_tokens.inference.losses import evaluate_blocks
+from mixture_of_tokens.inference.losses import evaluate_blocks, groups_of
 from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.model.balance import BalanceCallback
 from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
@@ -79,7 +79,7 @@ class GroupedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
         self.causal_lm, self.rows, self.evaluated, self.corpus = model, rows, evaluated, corpus
-        self.scored_rows = scored_rows
+        self.scored_rows, self.groups_at_end = scored_rows, groups_of(evaluated, rows.group_size, scored_rows)
         self.run, self.clock = Path(str(self.args.output_dir)), Clock()
         micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
         tokens_per_step = self.args.per_device_train_batch_size * micro_batches * rows.blocks.context
@@ -252,16 +252,10 @@ class GroupedTrainer(Trainer):
         """Of an evaluation during training."""
         return max(1, min(EVALUATION_ROWS, self.scored_rows or EVALUATION_ROWS) // self.rows.group_size)
 
-    @property
-    def scores_all(self) -> bool:
-        """Whether all of the text is scored at the end."""
-        return self.scored_rows is None or self.scored_rows >= self.evaluated.total
-
     def evaluate_all(self, seed: int) -> dict[str, float]:
         """The result of `evaluate_blocks` over what is scored at the end, grouped by a seed."""
         progress = "Evaluating all of the text" if self.is_world_process_zero() else None
-        groups = None if self.scores_all else max(1, (self.scored_rows or 0) // self.rows.group_size)
-        return self._evaluate_blocks(self.causal_lm, groups=groups, seed=seed, progress=progress)
+        return self._evaluate_blocks(self.causal_lm, groups=self.groups_at_end, seed=seed, progress=progress)
 
     def _evaluate_blocks(self, model: Any, **options: Any) -> dict[str, float]:
         """By all processes together."""
