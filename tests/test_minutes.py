@@ -17,7 +17,7 @@ from mixture_of_tokens.training import timing
 from mixture_of_tokens.training.recipes import FEWEST_SCORED, SHORT, merge
 from mixture_of_tokens.training.timing import Pace, pace_of, rows_to_score, steps_within
 from mixture_of_tokens.training.trainer import EVALUATION_ROWS
-from processes import mot, rows_of
+from processes import in_processes, mot, rows_of
 
 NAME = "MoT-Nano/4E/2"
 
@@ -197,6 +197,9 @@ def test_what_was_scored_is_said(options, tmp_path, capsys):
     both = [[row["eval_loss"] for row in rows_of(run.directory) if "eval_loss" in row] for run in (part, every)]
     assert len(both[0]) == len(both[1]) == 3
     assert both[0] != both[1]
+    said = f"Final losses are of {part.facts.scored_tokens:,} tokens of validation text, not of all.\n"
+    assert said in str(report.report(part.directory))
+    assert "Final losses are of" not in str(report.report(every.directory))
     with pytest.raises(ValueError, match="they differ in --scored-rows"):
         report.report(part.directory, every.directory)
 
@@ -224,3 +227,15 @@ def test_minutes_do_not_identify_a_run(options):
     assert isinstance(found, RunConfig)
     assert found.identity() == by_hand.identity()
     assert found.conditions() != by_hand.conditions()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--shard", 2)])
+def test_processes_agree_on_the_steps(flags, small_corpus, tmp_path):
+    """Of the first one's times; where one had other steps, the others would wait for it."""
+    how = ("--minutes", 0.1, "--batch-size", 32, "--device", "cpu", "--data", small_corpus, "--scored-rows", 32)
+    in_processes(mot, ("train", NAME, *how, *flags, "--out", tmp_path / "run"), 2, tmp_path / "log")
+    run = read_run(tmp_path / "run")
+    assert run.config.minutes == 0.1
+    assert run.facts.steps == run.config.steps > 1
+    assert (tmp_path / "log").read_text().count(f"A step of {NAME} takes ") == 1

@@ -130,7 +130,8 @@ class ComparedModel:
 class Comparison(Result):
     """All numbers of a comparison: what compare.json holds. The first model is the baseline.
 
-    steps: the baseline's; command: that made it, of `mot compare`. Losses are nats a token.
+    steps: the baseline's; command: that made it, of `mot compare`; scored_tokens: whose loss is the final one, where
+        that is not all of the text. Losses are nats a token.
     """
 
     baseline: str
@@ -145,6 +146,7 @@ class Comparison(Result):
     environments: list[dict[str, Any]]
     models: list[ComparedModel]
     command: str | None = None
+    scored_tokens: int | None = None
 
     @property
     def at_equal_steps(self) -> bool:
@@ -260,6 +262,7 @@ def comparison(models: dict[str, list[Run]], command: str | None = None) -> Comp
         environments=environments,
         models=[_model(label, model, runs[label], of_baseline) for label, model in models.items()],
         command=command,
+        scored_tokens=baseline[0].facts.scored_tokens,
     )
 
 
