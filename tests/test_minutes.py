@@ -73,7 +73,7 @@ def test_a_run_of_minutes_is_the_run_of_its_steps(name, options, tmp_path, monke
     assert len(seen) == 1
     assert run.config.minutes == 0.1
     assert run.config.steps == run.facts.steps == 11
-    assert f"A step of {name} takes 0.5 s here: 11 in 0.1 minutes\n" in capsys.readouterr().err
+    assert f"A step of {name} takes 0.5 s here: 11 steps in 0.1 min\n" in capsys.readouterr().err
     same = train(name, out=tmp_path / "steps", options=replace(options, steps=11))
     both = [weights(each.directory) for each in (run, same)]
     assert both[0].keys() == both[1].keys()

@@ -152,7 +152,7 @@ def fitting(
         steps = steps_within(minutes, pace, scored, total, lambda n: runs[name](replace(own, steps=n), minutes=minutes))  # noqa: B023
         found[name] = replace(own, steps=steps)
         if is_main():
-            print(f"A step of {name} takes {pace.step:.3g} s here: {steps:,} in {minutes:g} minutes", file=sys.stderr)
+            print(f"A step of {name} takes {pace.step:.3g} s here: {steps:,} steps in {minutes:g} min", file=sys.stderr)
     return found
 
 
