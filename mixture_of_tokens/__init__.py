@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from mixture_of_tokens.model.config import MixtureOfTokensConfig
     from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM, MixtureOfTokensModel
     from mixture_of_tokens.model.names import config_from_name
-    from mixture_of_tokens.model.plan import plan
     from mixture_of_tokens.reports.compare import compare
     from mixture_of_tokens.reports.report import report
     from mixture_of_tokens.runs.run import Run, read_run
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
     from mixture_of_tokens.training.grouped import GroupedTrainer
     from mixture_of_tokens.training.options import Options
+    from mixture_of_tokens.training.plan import plan
     from mixture_of_tokens.training.prepare import prepare
     from mixture_of_tokens.training.sweep import sweep
     from mixture_of_tokens.training.train import train
@@ -54,13 +54,13 @@ _MODULES = {
     "model.balance": ("BalanceCallback",),
     "model.calibration": ("calibrate_thresholds",),
     "model.companions": ("calibrate_companions",),
-    "model.plan": ("plan",),
     "data.report": ("data_report",),
     "data.prepare": ("prepare_text",),
     "data.groups": ("GroupedBatches", "prepare_tokens"),
     "data.own": ("count_collisions", "split_tokens"),
     "training.grouped": ("GroupedTrainer",),
     "training.options": ("Options",),
+    "training.plan": ("plan",),
     "training.prepare": ("prepare",),
     "training.train": ("train",),
     "training.sweep": ("sweep",),

@@ -64,7 +64,7 @@ COMMANDS = {
         "Write a model for other software: plain transformers, llama.cpp (GGUF), or the Hub with code of its own.",
     ),
     "plan": (
-        "model.plan:plan",
+        "training.plan:plan",
         "Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.",
     ),
     "prepare": ("training.prepare:prepare", "Prepare the text that mot train with the same flags would train on."),
@@ -73,6 +73,7 @@ COMMANDS = {
 # Commands whose --config may be a run's config.yaml, and the fields of it that each ignores.
 _OF_TRAINING = ("seed", "learning_rate")
 _OF_TEXT = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "evaluate_on")
+_OF_TEXT += ("separate_documents", "scored_rows")
 OF_A_RUN = {"train": (), "prepare": _OF_TRAINING}
 OF_A_RUN |= {"plan": (*_OF_TRAINING, *_OF_TEXT, "anneal_temperature_to", "training")}
 WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated
@@ -237,7 +238,7 @@ def _fill_in(config: Path, entries: dict, app: App, commands: tuple[str, ...], a
             from mixture_of_tokens.training.recipes import chosen_in
 
             entries = chosen_in(entries)
-        for field in ("micro_batch", "first_step", "transition", *OF_A_RUN[commands[0]]):
+        for field in ("micro_batch", "minutes", "first_step", "transition", *OF_A_RUN[commands[0]]):
             entries.pop(field, None)
     try:
         named = _named(entries)

@@ -84,7 +84,7 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def enumerated(words: list[str]) -> str:
+def enumerated(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 

@@ -408,7 +408,7 @@ def test_fields_of_options_take_what_python_has_for_them():
         ("train", ["MoT-Nano/4E"], {"options": {"steps": 5}}, r"options takes Options\(...\), not {'steps': 5}"),
         ("compare", ["MoT-Nano/4E"], {"seeds": "0,1"}, "seeds takes a whole number, or a list of such, not '0,1'"),
         ("compare", ["MoT-Nano/4E", 5], {}, "names takes text, or a list of such, not"),
-        ("audit", ["runs/mine"], {"expect": "safe"}, "expect takes causal or private, not 'safe'"),
+        ("audit", ["runs/mine"], {"expect": "safe"}, "expect takes causal or private or separate, not 'safe'"),
         ("audit", ["runs/mine"], {"alone": "yes"}, "alone takes True or False, not 'yes'"),
         ("export", ["runs/mine", 5], {}, "out takes a path, not 5"),
         ("export", ["runs/mine", "a\0b"], {}, r"out takes a path, and 'a\\x00b' has a NUL in it"),

@@ -20,10 +20,11 @@ from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.plan import plan, plan_of
+from mixture_of_tokens.model.plan import plan_of
 from mixture_of_tokens.model.routings import BY_PREFIX, ROUTINGS
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.plan import plan
 from mixture_of_tokens.training.recipes import merge
 from processes import mot
 from test_names import PAPER
@@ -389,10 +390,32 @@ def test_plan_says_how_long_a_training_takes(capsys):
     said = rf"^1,000 steps: 8.19 M tokens, {found.flops / 1e12:.3g} TFLOPs; {seconds / 3600:.1f} h at 0.0001 TFLOP/s"
     assert re.search(said, capsys.readouterr().out, re.MULTILINE)
     assert plan("MoT-Nano/4E").training is None
+    of_many = plan("MoT-Mini/4E", steps=10, devices=2).training
+    assert of_many is not None
+    assert of_many.tflops == 300
+    if not torch.cuda.is_available():  # no peak is known of a CPU
+        mot("plan", "MoT-Nano/4E", "--steps", 1000)
+        assert "TFLOPs; --measure says how long that takes here" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--tflops is for --steps N"):
         plan("MoT-Nano/4E", tflops=2)
     with pytest.raises(ValueError, match="--tflops must be positive and finite, not nan"):
         plan("MoT-Nano/4E", steps=1000, tflops=math.nan)
+
+
+def test_plan_measures_this_machine(capsys, monkeypatch):
+    monkeypatch.setattr("mixture_of_tokens.training.timing.SECONDS", 0.2)
+    mot("plan", "MoT-Nano/4E", "--batch-size", 8, "--micro-batch", 4, "--steps", 1000, "--measure", "--json")
+    found = json.loads(capsys.readouterr().out)["training"]
+    assert found["measured"]
+    assert found["tokens"] == 1000 * 8 * 64
+    assert 0 < found["seconds"] < 1000
+    mot("plan", "MoT-Nano/4E", "--batch-size", 8, "--measure")
+    said = capsys.readouterr()
+    assert re.search(r"^1,500 steps: 768 k tokens, .* on this machine, \S+ s a step as timed", said.out, re.MULTILINE)
+    assert said.err == ""
+    for flags in ({"tflops": 2, "steps": 5}, {"devices": 2}):
+        with pytest.raises(ValueError, match="--measure times this machine: leave out --tflops and --devices"):
+            plan("MoT-Nano/4E", measure=True, **flags)
 
 
 def test_plan_has_the_micro_batches_that_train_takes(capsys):

@@ -61,7 +61,8 @@ def runs(directory):
     for name in NAMES:
         made[name] = directory / name.replace("/", "-")
         flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu", "--max-bytes", BYTES)
-        mot("train", name, "--out", made[name], "--steps", STEPS, "--batch-size", ROWS, *flags)
+        sizes = ("--steps", STEPS, "--batch-size", ROWS, "--scored-rows", 10**6)
+        mot("train", name, "--out", made[name], *sizes, *flags)
     return made
 
 

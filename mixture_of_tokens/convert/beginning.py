@@ -29,7 +29,7 @@ from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import Switch, Transition
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.sparse import TokenChoice
-from mixture_of_tokens.training.trainer import EVALUATION_ROWS, RunTrainer
+from mixture_of_tokens.training.trainer import RunTrainer
 
 
 def begin_switched(
@@ -54,7 +54,7 @@ def _switched(
     model = load_model(str(source.directory), device="cpu").to(target.device)
     size = trainer.rows.group_size
     groups = list(training_groups(prepared.train, size))
-    order, _ = evaluated_groups(trainer.evaluated, size, max(1, EVALUATION_ROWS // size))  # of `trainer.loss_of`
+    order, _ = evaluated_groups(trainer.evaluated, size, trainer.groups_at_once)  # of `trainer.loss_of`
     started = time.perf_counter()
     calibrate_companions(model, groups)
     fit_seconds = time.perf_counter() - started

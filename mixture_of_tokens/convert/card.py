@@ -48,8 +48,7 @@ def card(
             )
         whose = "Loss" if distilled is None else "The Mixture of Tokens' loss"
         lines.append(
-            f"{whose} on all {facts.evaluated_on} text: {facts.final_loss:.4f} nats a token, "
-            f"{facts.bits_per_byte:.4f} bits a byte."
+            f"{whose} on {facts.scored}: {facts.final_loss:.4f} nats a token, {facts.bits_per_byte:.4f} bits a byte."
         )
     if distilled is not None:
         lines.append(

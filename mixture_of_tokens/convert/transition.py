@@ -32,6 +32,7 @@ from mixture_of_tokens.training.trainer import RunTrainer
 
 # Fields that are copied from the source.
 GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")
+GIVEN += ("separate_documents", "scored_rows")
 # By --schedule, fields of TrainingArguments; own has the defaults of a new run.
 SCHEDULES = {
     "own": {},
@@ -55,7 +56,7 @@ class Transitioned(Result):
 
     source: what was switched, with `--anneal` the run that it wrote for that.
     switch, stages: losses over the part of the text that training is evaluated on.
-    source_final_loss, final_loss: losses over all of it.
+    source_final_loss, final_loss: losses over all of it, or what was scored at the end.
     """
 
     source: str

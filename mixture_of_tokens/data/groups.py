@@ -30,12 +30,14 @@ class Blocks:
     tokens: (L,) of one split, documents one after the other, each closed by the end-of-text token.
     ends: (documents,), where each document ends in `tokens`.
     bytes: the UTF-8 length of the text, by which an evaluation divides; 0 of text that is only trained on.
+    separate: whether the documents of a block do not see each other: a batch then has `position_ids`.
     """
 
     tokens: np.ndarray | TokenFiles
     ends: np.ndarray
     context: int
     bytes: int = 0
+    separate: bool = False
 
     def __repr__(self) -> str:
         sizes = f"{len(self.tokens):,} tokens, {len(self.ends):,} documents or segments"
@@ -57,20 +59,30 @@ class Blocks:
         return np.searchsorted(self.ends, start, "right"), np.searchsorted(self.ends, last, "right")
 
     def batch(self, index: np.ndarray, padded: bool = False) -> dict[str, Tensor]:
-        """Blocks by number, as model inputs (B, T). With `padded`, number -1 is an empty row, and there is a mask."""
+        """Blocks by number, as model inputs (B, T). With `padded`, number -1 is an empty row, and there is a mask.
+
+        Of `separate` documents the mask is of tokens alone: beside an attention mask transformers would not look at
+        positions, and padding, which is on the right, is a document of its own.
+        """
         index = np.asarray(index, dtype=np.int64)[:, None]
         position = index * self.context + np.arange(self.context + 1)
         real = (position < len(self.tokens)) & (index >= 0)
         window = torch.from_numpy(self.tokens[np.where(real, position, 0)].astype(np.int64))
         ids, labels = window[:, :-1].contiguous(), window[:, 1:].contiguous()  # else a GPU waits for each copy
+        inputs = {"input_ids": ids, "shift_labels": labels}
+        if self.separate:
+            inputs["position_ids"] = torch.from_numpy(self._in_documents(position[:, :-1]))
         if not padded:
-            return {"input_ids": ids, "shift_labels": labels}
+            return inputs
         mask = torch.from_numpy(real)
-        return {
-            "input_ids": ids,
-            "shift_labels": torch.where(mask[:, 1:], labels, IGNORE),
-            "attention_mask": mask[:, :-1].long(),
-        }
+        masked = {"token_mask": mask[:, :-1]} if self.separate else {"attention_mask": mask[:, :-1].long()}
+        return inputs | {"shift_labels": torch.where(mask[:, 1:], labels, IGNORE)} | masked
+
+    def _in_documents(self, position: np.ndarray) -> np.ndarray:
+        """Places of tokens (B, T) in their rows, counted anew from the first token of each document."""
+        document = np.searchsorted(self.ends, position, "right")
+        begin = np.where(document > 0, self.ends[document - 1], position[:, :1])  # an empty row is before all
+        return position - np.maximum(begin, position[:, :1])
 
 
 def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarray, int]:
@@ -103,6 +115,7 @@ def prepare_tokens(
     context: int = 64,
     group_size: int = 32,
     vocab_size: int | None = None,
+    separate_documents: bool = False,
 ) -> Blocks:
     """Text that is tokens already, for `GroupedBatches`.
 
@@ -116,6 +129,7 @@ def prepare_tokens(
         group_size: Documents are divided into segments such that groups of this size can be made of different ones;
             where there are such segments, a line on standard error says so.
         vocab_size: Of the model: ids must be below it.
+        separate_documents: Documents of a row do not see each other; batches then have `position_ids`.
 
     Raises ValueError for what holds no token ids, for ids below 0 or beyond the vocabulary, and for sizes below 1.
     """
@@ -128,7 +142,7 @@ def prepare_tokens(
     parts, segments = segmented(where, context, group_size)
     if segments:
         say_segments(["tokens"], group_size, segments)
-    return Blocks(given, parts, context)
+    return Blocks(given, parts, context, separate=separate_documents)
 
 
 def documents_of(tokens: Any, ends: Any = None) -> tuple[np.ndarray, np.ndarray]:

@@ -95,6 +95,7 @@ def prepare_text(
     group_size: int = 32,
     keep_near_duplicates: bool = False,
     together: bool = False,
+    separate_documents: bool = False,
 ) -> Prepared:
     """Text without near-duplicates, split by document and tokenized; read from the cache if it is there.
 
@@ -109,6 +110,7 @@ def prepare_text(
             be made of different documents.
         keep_near_duplicates: Drop exact duplicates only, not documents that share many lines.
         together: The sources are parts of one, of which some may be empty, or shorter than a block.
+        separate_documents: Documents of a row do not see each other; batches then have `position_ids`.
 
     Raises ValueError for bad sources or options, and if the training or validation split is shorter than a block.
     """
@@ -154,7 +156,7 @@ def prepare_text(
 
     entry = _entry(directory, make)
     facts = entry["facts"]
-    splits, segments = _splits(directory, entry, context, group_size)
+    splits, segments = _splits(directory, entry, context, group_size, separate_documents)
     named = named or [f"the standard library of Python {platform.python_version()}"]
     lost = facts.pop("altered", None)
     kept = given or tokenizer_in(directory)
@@ -197,14 +199,16 @@ def _entry(directory: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any
     return entry
 
 
-def _splits(directory: Path, entry: dict[str, Any], context: int, group_size: int) -> tuple[dict[str, Blocks], int]:
+def _splits(
+    directory: Path, entry: dict[str, Any], context: int, group_size: int, separate: bool
+) -> tuple[dict[str, Blocks], int]:
     """The splits by name, and the number of segments into which documents are divided."""
     splits, facts, segments = {}, entry["facts"], 0
     for name in SPLITS:
         paths = [directory / file for file in entry["shards"][name]]
         tokens = TokenFiles(paths, facts["dtype"], facts[name]["tokens"], entry["shard_tokens"])
         ends, count = segmented(np.load(directory / f"{name}.ends.npy"), context, group_size)
-        splits[name] = Blocks(tokens, ends, context, facts[name]["bytes"])
+        splits[name] = Blocks(tokens, ends, context, facts[name]["bytes"], separate)
         segments += count
     return splits, segments
 

@@ -24,6 +24,7 @@ def whole_text(
     field: str = "text",
     context: int = 64,
     group_size: int = 32,
+    separate_documents: bool = False,
 ) -> Blocks:
     """All tokens of the sources, in memory: no document is dropped, cut or split off, but for blank ones.
 
@@ -49,7 +50,7 @@ def whole_text(
     parts, segments = segmented(np.array(ends), context, group_size)
     if segments:
         say_segments(sources, group_size, segments)
-    return Blocks(np.concatenate(rows), parts, context, count)
+    return Blocks(np.concatenate(rows), parts, context, count, separate_documents)
 
 
 def _not_blank(given: Iterable[Document]) -> Iterator[Document]:

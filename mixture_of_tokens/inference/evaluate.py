@@ -35,6 +35,7 @@ from mixture_of_tokens.runs.loading import (
     load_model,
     load_tokenizer_of,
     placed,
+    separates_documents,
     text_of,
 )
 
@@ -113,6 +114,7 @@ def evaluate(
     sweep_tokens: int = 1_000_000,
     max_tokens: int | None = None,
     experts: int | None = None,
+    separate_documents: bool | None = None,
     device: Device | None = None,
     dtype: Dtype | None = None,
     shard: int | None = None,
@@ -137,6 +139,8 @@ def evaluate(
         max_tokens: Score groups that hold at most this many tokens, but one at least, spread over the text and grouped
             in one way; by default all.
         experts: Alone, these many experts a token in place of the granularity and twice as many.
+        separate_documents: Documents of a row do not see each other; by default as in the training of the run, and off
+            for a model without its run directory, such as an export.
         device: cpu or cuda; by default cuda where there is one.
         dtype: float32 or bfloat16, in which all is computed; by default that of the saved weights.
         shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
@@ -170,6 +174,9 @@ def evaluate(
         if (first := tokenizer.bos_token_id) is not None and tokenizer("a").input_ids[:1] == [first]:
             what = f"{run} expects {tokenizer.bos_token} at the beginning of a text"
             say_once(f"{what}, and blocks have none: its loss may come out too high")
+    if separate_documents is None:
+        separate_documents = separates_documents(run)
+    blocks = dataclasses.replace(blocks, separate=separate_documents)
     plan, lines = _planned(model, blocks, regroupings, sweep_tokens, max_tokens, experts), []
     total = sum(len(not_empty(order)) for planned in plan for order in planned.orders)
     with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:

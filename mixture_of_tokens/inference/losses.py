@@ -39,6 +39,7 @@ def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOG
         for start in range(0, len(labels), rows):
             given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}
             expected = given.pop("shift_labels").flatten()
+            given.pop("token_mask", None)  # with positions: padding is on the right, where nothing sees it
             logits = model(**given, use_cache=False).logits.flatten(0, 1).float()
             nats += float(F.cross_entropy(logits, expected, ignore_index=IGNORE, reduction="sum"))
         return nats, count
@@ -77,12 +78,22 @@ def score_tokens(model: nn.Module, text: Blocks, *, group_size: int, groups: int
     return nats / (order.size * text.context)
 
 
+def takes_all(blocks: Blocks, group_size: int, groups: int | None) -> bool:
+    """Whether so many groups are all of the text: of one that fills a group, and not two, none could be left out."""
+    return groups is None or max(groups, min(2, group_size)) * group_size > len(blocks)
+
+
+def groups_of(blocks: Blocks, group_size: int, rows: int | None) -> int | None:
+    """The groups that hold so many rows; None for all of the text."""
+    groups = None if rows is None or rows >= blocks.total else max(1, rows // group_size)
+    return None if takes_all(blocks, group_size, groups) else groups
+
+
 def evaluated_groups(
     blocks: Blocks, group_size: int, groups: int | None = None, seed: int = 0
 ) -> tuple[np.ndarray, bool]:
     """The groups of blocks (groups, G) that `evaluate_blocks` takes, and whether they are all of the text."""
-    # Of text that fills one group, and not two, none could be left out.
-    everything = groups is None or max(groups, min(2, group_size)) * group_size > len(blocks)
+    everything = takes_all(blocks, group_size, groups)
     order = grouped_order(blocks, group_size, seed=seed, everything=everything)
     return order[: None if everything else groups], everything
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 
-INPUTS = ("input_ids", "attention_mask", "token_mask")
+INPUTS = ("input_ids", "attention_mask", "token_mask", "position_ids")
 
 
 @contextmanager

@@ -1,39 +1,41 @@
-"""The command `mot plan`: what a model costs, on one device and on several, before it is trained."""
+"""What a model costs, on one device and on several, before it is trained; `mot plan` prints it."""
 
-import math
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from textwrap import indent
-from typing import Any, Literal
 
-from mixture_of_tokens.checks import LARGEST, at_least_one, checked
-from mixture_of_tokens.flags import as_words
 from mixture_of_tokens.formatting import Result, aligned, duration, listing, short
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters, training_flops
-from mixture_of_tokens.model.fields import config_of
-from mixture_of_tokens.model.names import SIZES, name_of, parse_name
-from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters
+from mixture_of_tokens.model.names import name_of, parse_name
 from mixture_of_tokens.model.routings import DENSE
-from mixture_of_tokens.model.spread import Spread, spread_of
-
-TFLOPS = 300.0  # some 30 % of an H100's 989 in bf16
+from mixture_of_tokens.model.spread import Spread
 
 
 @dataclass(frozen=True)
 class Training:
-    """Of so many steps: `seconds` is FLOPs, forward and backward, over what the devices together give."""
+    """Of so many steps, without evaluations.
+
+    seconds: as measured on this machine, or FLOPs, forward and backward, over what the devices together give; None
+        where nothing is known of a device.
+    """
 
     steps: int
     tokens: int
     flops: float
-    tflops: float
+    tflops: float | None
     devices: int
-    seconds: float
+    seconds: float | None
+    measured: bool = False
 
     def __str__(self) -> str:
-        each = "of a device" if self.devices == 1 else f"of each of {self.devices} devices"
         work = f"{self.steps:,} steps: {short(self.tokens)} tokens, {short(self.flops)}FLOPs"
+        if self.seconds is None:
+            return f"{work}; --measure says how long that takes here, --tflops N on a device that gives so many."
+        if self.measured:
+            step = f"{self.seconds / self.steps:.2g} s a step"
+            return f"{work}; {duration(self.seconds)} on this machine, {step} as timed now, without evaluations."
+        each = "of a device" if self.devices == 1 else f"of each of {self.devices} devices"
         return f"{work}; {duration(self.seconds)} at {self.tflops:g} TFLOP/s {each}."
 
 
@@ -139,68 +141,3 @@ def _short(number: float) -> str:
         if number >= 0.99995 * power:
             return f"{number / power:.1f}{unit}"
     return f"{number:.0f}  "
-
-
-@checked
-def plan(
-    name: str,
-    *,
-    micro_batch: int | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    gated: bool = True,
-    batch_size: int | None = None,
-    devices: int | None = None,
-    shard: int | None = None,
-    replicate: int | None = None,
-    expert_parallel: int | None = None,
-    steps: int | None = None,
-    tflops: float = TFLOPS,
-    model: dict[str, Any] | None = None,
-) -> Plan:
-    """Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.
-
-    No model is built. FLOPs are those of matrix products in training; a multiply-add is two. Memory is an estimate.
-    With --devices also what each device holds and sends in a step with --training.bf16 true, activations counted as in
-    fp32: for the placement that the other flags describe, for others, and for Token Choice.
-
-    Args:
-        name: The model, such as MoT-Medium/32E/8.
-        micro_batch: Sequences per device at once; by default a device's whole share of the batch, as in mot train.
-        dtype: The type of weights, gradients, optimizer state and activations.
-        gated: SwiGLU feed-forwards. Otherwise the paper's plain ones with ReLU.
-        batch_size: Sequences a step; by default the size's own number, in whole groups.
-        devices: Devices that train together.
-        shard: Devices that hold one copy of the model together, as in mot train.
-        replicate: Copies of a sharded model.
-        expert_parallel: Devices of a copy that divide the experts.
-        steps: Steps of a training, whose tokens, FLOPs and time are then printed too.
-        tflops: What a device gives, in 10^12 FLOPs a second: its peak times the share of it that is reached.
-        model: Fields of the model's configuration, as in --model.num_hidden_layers 8.
-
-    Raises ValueError for an unknown name or field, and for a micro-batch or a placement that is not legal.
-    """
-    at_least_one(batch_size=batch_size, devices=devices, steps=steps)
-    for flag, value in {"batch-size": batch_size, "devices": devices, "steps": steps}.items():
-        if value is not None and value > LARGEST:
-            raise ValueError(f"--{flag} is more than {LARGEST}")
-    if not 0 < tflops < math.inf:
-        raise ValueError(f"--tflops must be positive and finite, not {tflops}")
-    if devices is None and not shard == replicate == expert_parallel is None:
-        raise ValueError("--shard, --replicate and --expert-parallel are for --devices N")
-    if steps is None and tflops != TFLOPS:
-        raise ValueError("--tflops is for --steps N, whose time it says")
-    fields = ({} if gated else {"gated": "false"}) | as_words("model", model or {})
-    parsed, (config, _) = parse_name(name), config_of(name, fields)
-    batch = batch_size or -(-SIZES[parsed.size].batch // parsed.group_size) * parsed.group_size
-    spread = None
-    if devices is not None:
-        placement = Placement.of(shard, replicate, expert_parallel, devices, "devices")
-        spread = spread_of(config, batch=batch, devices=devices, placement=placement, micro_batch=micro_batch)
-        micro_batch = spread.micro_batch
-    planned = plan_of(config, batch=batch, micro_batch=micro_batch, dtype=dtype)
-    training = None
-    if steps is not None:
-        flops, count = steps * training_flops(config, batch), devices or 1
-        tokens = steps * batch * planned.context
-        training = Training(steps, tokens, flops, tflops, count, flops / (count * tflops * 1e12))
-    return replace(planned, spread=spread, training=training)

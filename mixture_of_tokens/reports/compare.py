@@ -3,6 +3,8 @@
 import shlex
 import sys
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -15,7 +17,13 @@ from mixture_of_tokens.process import is_main, of_all, say_once
 from mixture_of_tokens.reports.comparison import COMPARISON, by_model, comparison, write
 from mixture_of_tokens.reports.report import PAGE, Report, check_no_other_file, write_page
 from mixture_of_tokens.runs import records
-from mixture_of_tokens.runs.admission import check_holds_runs, check_planned, check_resumed, names_listed_in
+from mixture_of_tokens.runs.admission import (
+    check_holds_runs,
+    check_planned,
+    check_resumed,
+    check_writable,
+    names_listed_in,
+)
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run
@@ -23,6 +31,7 @@ from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, 
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room
 from mixture_of_tokens.training.sweep import ANOTHER_OUT, PlannedRun, Plans
+from mixture_of_tokens.training.timing import check_minutes, fitting, found_before
 from mixture_of_tokens.training.train import run_merged
 
 
@@ -45,6 +54,7 @@ def compare(
     learning_rate: Rates | None = None,
     out: Path | None = None,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
+    minutes: float | None = None,
     dry_run: bool = False,
 ) -> Report | Plans | None:
     """Train several models on the same text in the same order, and say when each reaches the first one's loss.
@@ -61,6 +71,8 @@ def compare(
         learning_rate: Peak learning rates: one for all models, or one for each in their order, as in 1e-2,2e-2; by
             default each model's own.
         out: Directory for all of it; by default runs/compare.
+        minutes: In place of --steps: each model gets as many steps as fit beside evaluations and the scoring at the
+            end, by a few that are timed first. Preparing text comes before.
         dry_run: Print the runs and stop, before text or a tokenizer is looked at.
 
     Returns the comparison with its page; with `dry_run` the runs that it would train; None in all processes of torchrun
@@ -72,7 +84,10 @@ def compare(
     seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
     out = Path("runs/compare") if out is None else Path(out)
     check_holds_runs(out)
-    plans = _plans(names, seeds, _rates(learning_rate, len(names)), options, out)
+    check_minutes(minutes, steps=options.steps, dry_run=dry_run)
+    rates = _rates(learning_rate, len(names))
+    own = {} if minutes is None else _of_minutes(minutes, names, seeds, rates, options, out)
+    plans = _plans(names, seeds, rates, options, out, own, minutes)
     if dry_run:
         _say_if_alone(names)
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
@@ -84,7 +99,7 @@ def compare(
         what = f"{out} will compare these runs, and no longer {', '.join(str(out / name) for name in sorted(gone))}"
         print(f"mot: {what}; mot report compares any runs", file=sys.stderr)
     with owned(out):
-        return _compared(names, seeds, learning_rate, plans, out, options)
+        return _compared(names, seeds, learning_rate, plans, out, options, minutes)
 
 
 def _compared(
@@ -94,6 +109,7 @@ def _compared(
     plans: list[_Planned],
     out: Path,
     options: Options,
+    minutes: float | None,
 ) -> Report | None:
     _say_if_alone(names)
     runs: list[Run] = []
@@ -117,7 +133,7 @@ def _compared(
     if not is_main():
         return None
     models = by_model(runs)
-    command = _command(names, seeds, rates, out, options)
+    command = _command(names, seeds, rates, out, options, minutes)
     result = comparison(models, command)
     write(result, out)
     return write_page(result.relative(out), models, [command], out / PAGE, options.device)
@@ -136,10 +152,42 @@ def _rates(rates: list[float] | None, models: int) -> list[float | None]:
     return [*(rates if len(rates) == models else rates * models)]
 
 
+def _of_minutes(
+    minutes: float, names: tuple[str, ...], seeds: list[int], rates: list[float | None], options: Options, out: Path
+) -> dict[str, Options]:
+    """The options of each model, with as many steps as fit, or as were found when one of its runs was started."""
+    plans = _plans(names, seeds[:1], rates, options, out, begun=False)
+    for plan in plans:
+        check_room(plan.merged)
+    check_writable(out)
+    known: dict[str, Options] = {}
+    for name in names:
+        for seed in seeds:
+            place = out / merge(name, seed, None, options).config.directory_name
+            if name not in known and (found := found_before(place, minutes, options)) is not None:
+                known[name] = found
+    new = {name: partial(merge, name, seeds[0], rate) for name, rate in zip(names, rates, strict=True)}
+    new = {name: merged_with for name, merged_with in new.items() if name not in known}
+    scored = next((found.scored_rows for found in known.values()), None)
+    return known | (fitting(minutes, new, options, scored) if new else {})
+
+
 def _plans(
-    names: tuple[str, ...], seeds: list[int], rates: list[float | None], options: Options, out: Path
+    names: tuple[str, ...],
+    seeds: list[int],
+    rates: list[float | None],
+    options: Options,
+    out: Path,
+    own: Mapping[str, Options] = {},
+    minutes: float | None = None,
+    begun: bool = True,
 ) -> list[_Planned]:
-    """The runs in their order. Raises ValueError for invalid settings of any of them."""
+    """The runs in their order. Raises ValueError for invalid settings of any of them.
+
+    Args:
+        own: options by the names of models that do not have the common ones.
+        begun: whether they must be those that were started here, if any were.
+    """
     if not names:
         raise ValueError("name at least one model, such as Transformer-Nano")
     if len(set(names)) < len(names):
@@ -147,9 +195,10 @@ def _plans(
     plans = []
     for seed in seeds:
         for name, rate in zip(names, rates, strict=True):
-            merged = merge(name, seed, rate, options)
+            merged = merge(name, seed, rate, own.get(name, options), minutes=minutes)
             directory = out / merged.config.directory_name
-            check_resumed(directory, merged.config)
+            if begun:
+                check_resumed(directory, merged.config)
             plans.append(_Planned(merged, directory, PlannedRun.of(directory, merged).flops))
     check_settings(*(plan.merged for plan in plans))
     configs = [plan.merged.config for plan in plans]
@@ -182,8 +231,16 @@ def _time_left(plans: list[_Planned], done: int, took: dict[str, float]) -> str:
     return f"; about {duration(seconds)} {what}" if left else ""
 
 
-def _command(names: tuple[str, ...], seeds: list[int], rates: list[float] | None, out: Path, options: Options) -> str:
+def _command(
+    names: tuple[str, ...],
+    seeds: list[int],
+    rates: list[float] | None,
+    out: Path,
+    options: Options,
+    minutes: float | None,
+) -> str:
     """The command that makes the same comparison again."""
     given = [] if rates is None else ["--learning-rate", ",".join(map(repr, rates))]
     words = ["mot", "compare", *names, "--seeds", ",".join(map(str, seeds)), *given, "--out", str(out)]
+    words += [] if minutes is None else ["--minutes", f"{minutes:g}"]
     return shlex.join([*words, *as_flags(options)])

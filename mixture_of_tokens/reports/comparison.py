@@ -1,8 +1,8 @@
 """Finished runs compared: which model reaches which one's final loss, when, and at what cost.
 
-Models are compared at equal steps by their final loss, over the whole split. Only a run that continues another, as
-`mot transition` makes it, stands beside that one with more steps. Everything else is read off the evaluations during
-training, over one fixed part of the split that is the same for all:
+Models are compared at equal steps, or after equal minutes, by their final loss, over the whole split or what was scored
+of it. Only a run that continues another, as `mot transition` makes it, stands beside that one with more steps.
+Everything else is read off the evaluations during training, over one fixed part of the split that is the same for all:
 
     reached     where a run's evaluation loss first falls to another's last one, on a straight line between two
                 evaluations; its first evaluation if that is low enough already. None: never
@@ -141,7 +141,8 @@ class ComparedModel:
 class Comparison(Result):
     """All numbers of a comparison: what compare.json holds. The first model is the baseline.
 
-    steps: the baseline's; command: that made it, of `mot compare`. Losses are nats a token.
+    steps: the baseline's; command: that made it, of `mot compare`; scored_tokens: whose loss is the final one, where
+        that is not all of the text. Losses are nats a token.
     """
 
     baseline: str
@@ -156,6 +157,7 @@ class Comparison(Result):
     environments: list[dict[str, Any]]
     models: list[ComparedModel]
     command: str | None = None
+    scored_tokens: int | None = None
 
     @property
     def at_equal_steps(self) -> bool:
@@ -220,12 +222,12 @@ def _check_steps(runs: Sequence[Run]) -> None:
     one of them continues.
     """
     ends = [
-        {each.config.last_step for each in runs if each is run or each.inherited(run) or run.inherited(each)}
+        {each.config.conditions()[STEPS] for each in runs if each is run or each.inherited(run) or run.inherited(each)}
         for run in runs
     ]
     for (run, its), (other, theirs) in combinations(zip(runs, ends, strict=True), 2):
         if not its & theirs:
-            check_comparable({str(each.directory): {STEPS: each.config.last_step} for each in (run, other)})
+            check_comparable({str(each.directory): {STEPS: each.config.conditions()[STEPS]} for each in (run, other)})
 
 
 def reached(run: Run, other: Run) -> Reached | None:
@@ -273,6 +275,7 @@ def comparison(models: dict[str, list[Run]], command: str | None = None) -> Comp
             _model(label, model, runs[label], of_baseline, _continued(model, models)) for label, model in models.items()
         ],
         command=command,
+        scored_tokens=baseline[0].facts.scored_tokens,
     )
 
 

@@ -134,6 +134,8 @@ def summary_of(result: Comparison) -> str:
     kinds = [[model.label, *model.properties.values()] for model in result.models]
     split = result.evaluated_on
     paragraphs = [] if split == "validation" else [f"Losses are of the {split} text."]
+    if result.scored_tokens is not None:
+        paragraphs.append(f"Final losses are of {result.scored_tokens:,} tokens of {split} text, not of all.")
     paragraphs += [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
     apart = differing(result.environments)
     paragraphs += [] if apart is None else [apart]

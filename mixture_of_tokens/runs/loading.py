@@ -213,6 +213,11 @@ def config_of(run: str) -> RunConfig:
     return RunConfig.read(directory / records.CONFIG)
 
 
+def separates_documents(run: str) -> bool:
+    """Whether documents of a row did not see each other in its training; False where that is unknown."""
+    return run_directory(run) is not None and config_of(run).separate_documents
+
+
 def text_of(run: str) -> Prepared:
     """The text that a run directory, or a checkpoint in one, was trained on.
 

@@ -50,6 +50,8 @@ class RunConfig(Record):
 
     training, model: fields of transformers' TrainingArguments, and of the model's configuration.
     micro_batch: rows that a device takes at once.
+    scored_rows: of the split, at the end and at most during training; None: all, and as many as usual.
+    minutes: the budget that the number of steps was found for.
     first_step, transition: of a run that continues another one; its steps count on from there.
     """
 
@@ -70,6 +72,9 @@ class RunConfig(Record):
     first_step: int = 0
     part_bytes: int | None = None
     near_duplicates: str = "drop"
+    separate_documents: bool = False
+    scored_rows: int | None = None
+    minutes: float | None = None
     transition: Transition | None = None
 
     @classmethod
@@ -148,7 +153,7 @@ class RunConfig(Record):
             if key in ("training", "model", "transition"):
                 fields_of = (value or {}).items()
                 flat |= {f"{key}.{field}": inner for field, inner in fields_of if not _carried_out(key, field)}
-            elif key != "micro_batch":
+            elif key not in ("micro_batch", "minutes"):  # it is the steps that decide
                 flat[key] = value
         return flat
 
@@ -160,7 +165,8 @@ class RunConfig(Record):
             "--evaluate-on": self.evaluate_on,
             "--model.max_position_embeddings": self.model_config.max_position_embeddings,
             "--batch-size": self.batch_size,
-            "--steps": self.last_step,
+            "--steps": self.last_step if self.minutes is None else f"those of {self.minutes:g} minutes",
+            "--scored-rows": self.scored_rows,
             f"the size of their groups; {batch}--model.group_size N gives all the same batches": self.group_size,
         }
 
@@ -180,7 +186,7 @@ class RunConfig(Record):
         vocab_size = self.model_config.vocab_size if self.tokenizer is None else self.model.get("vocab_size")
         context, group_size = self.model_config.max_position_embeddings, self.group_size
         how = {"field": self.field, "tokenizer": self.tokenizer, "vocab_size": vocab_size}
-        how |= {"keep_near_duplicates": self.near_duplicates == "keep"}
+        how |= {"keep_near_duplicates": self.near_duplicates == "keep", "separate_documents": self.separate_documents}
         return how | {"context": context, "group_size": group_size}
 
 
@@ -193,8 +199,10 @@ class RunFacts(JsonFile):
     """The results of a finished run: run.json, which is written last.
 
     steps, tokens, seconds: of training, with those of the run that it continues.
-    final_loss: nats a token over the whole split; regrouping_spread: between ways to group it, None where rows of a
-        batch do not influence each other, and of the tuning split.
+    scored_tokens: of the split, where that is not all of it.
+    final_loss: nats a token of what was scored; regrouping_spread: between ways to group it, None where rows of a
+        batch do not influence each other, of the tuning split, and where not all was scored. bits_per_byte is then
+        by the length of the split's tokens.
     served: losses over a part of the split, by how texts are served: `in_groups`, of models whose rows influence each
         other; `alone`; `alone_by_few`, by as many experts of a Mixture of Tokens as the granularity. None of runs by
         earlier versions, and where settings are chosen.
@@ -208,6 +216,7 @@ class RunFacts(JsonFile):
     steps: int
     tokens: int
     evaluated_on: str = "validation"
+    scored_tokens: int | None = None
     final_loss: float
     regrouping_spread: float | None = None
     served: dict[str, float] | None = None
@@ -229,6 +238,12 @@ class RunFacts(JsonFile):
     def text(self) -> tuple[str, str | None]:
         """Hashes of the text and of the tokenizer: losses on other ones are not comparable."""
         return self.corpus["hash"], self.corpus.get("tokenizer")
+
+    @property
+    def scored(self) -> str:
+        """What the final loss is of."""
+        some = self.scored_tokens
+        return f"all {self.evaluated_on} text" if some is None else f"{some:,} tokens of {self.evaluated_on} text"
 
     def check(self, file: Path) -> None:
         for name in ("steps", "tokens", "seconds"):

@@ -77,7 +77,7 @@ class Run:
     def __str__(self) -> str:
         facts = self.facts
         loss, bits = f"{facts.final_loss:.4f} nats a token", f"{facts.bits_per_byte:.4f} bits a byte"
-        lines = [f"{self.name}: loss {loss} of all {facts.evaluated_on} text, {bits}"]
+        lines = [f"{self.name}: loss {loss} of {facts.scored}, {bits}"]
         if facts.regrouping_spread is not None:
             lines.append(f"Three ways to group that text differ by {facts.regrouping_spread:.4f} nats at most")
         if (alone := self._alone()) is not None:

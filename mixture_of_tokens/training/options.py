@@ -60,10 +60,15 @@ class Options:
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
         near_duplicates: What is done with documents that share about half of their lines with others: drop, as in a
             group one would show the other's future, or keep, for documents that are made from one template.
+        separate_documents: Attention stays within a document where a row holds parts of several, and positions begin
+            anew at each. By default a row is one text, whose later documents see the earlier ones.
         anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
             by default the temperature is not annealed.
         evaluate_on: The split for losses: by default validation, in mot sweep tuning, so that settings are not chosen
             on the split that is reported.
+        scored_rows: Score so many rows of the split at the end, in one grouping, and at most so many during training;
+            by default all of it at the end, grouped in three ways, and 1,024 rows during training, but of a run of
+            fewer than 100 steps, in all its evaluations together, about as many rows as it trains on.
         device: cpu or cuda; by default cuda where there is one.
         shard: Processes of torchrun that hold one copy of the model together, a part of every weight each (FSDP2); by
             default each process has a whole copy (DDP).
@@ -83,8 +88,10 @@ class Options:
     part_bytes: int | None = None
     tokenizer: str | None = None
     near_duplicates: Literal["drop", "keep"] = "drop"
+    separate_documents: bool = False
     anneal_temperature_to: float | None = None
     evaluate_on: Literal["validation", "tuning"] | None = None
+    scored_rows: int | None = None
     device: Device | None = None
     shard: int | None = None
     replicate: int | None = None
@@ -118,7 +125,9 @@ def as_flags(options: Options) -> list[str]:
         flag, value = f"--{field.name.replace('_', '-')}", getattr(options, field.name)
         if value == getattr(DEFAULTS, field.name):
             continue
-        if isinstance(value, dict):
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, dict):
             words += [word for key, inner in value.items() for word in flagged(f"{flag}.{key}", inner)]
         else:
             words += [word for each in listed(value) for word in flagged(flag, str(each))]

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from mixture_of_tokens.checks import check_number, check_range
 from mixture_of_tokens.data.tokenizer import check_vocab_size
-from mixture_of_tokens.formatting import in_words
+from mixture_of_tokens.formatting import enumerated, in_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.fields import config_of, names_the_flag
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -44,11 +44,15 @@ RECIPES = {
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
 }
-RECOMMENDED = ("learning_rate", "batch_size", "steps")  # options that a name has a default for
+RECOMMENDED = ("learning_rate", "batch_size", "steps", "scored_rows")  # options that a name has a default for
 # Systems with another peak rate than their size's: of Nano and Micro by sweeps (experiments/LOG.md), else the authors'.
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
+SHORT = 100  # steps: of a run of fewer, the evaluations of a longer one would take most of the time
+FEWEST_SCORED = 128  # rows, of a short run
+# Attention that reads documents off positions. Flash attention of transformers does so in batches of one row alone.
+APART = (None, "eager", "sdpa", "flex_attention")
 
 
 class Merged(NamedTuple):
@@ -71,11 +75,13 @@ def merge(
     *,
     first_step: int = 0,
     transition: Transition | None = None,
+    minutes: float | None = None,
 ) -> Merged:
     """A name's recipe, overridden by the options and checked.
 
     Args:
         first_step, transition: of a run that continues another.
+        minutes: for which the options' steps and rows that are scored were found.
 
     Raises ValueError for invalid settings.
     """
@@ -86,6 +92,7 @@ def merge(
     steps, batch_size, learning_rate = _amounts(parsed, learning_rate, options)
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"max-bytes": options.max_bytes, "part-bytes": options.part_bytes}
+    positive |= {"scored-rows": options.scored_rows}
     if transition is not None and steps == 0:
         del positive["steps"]
     _check(positive, seed=seed, batch_size=batch_size, group_size=config.group_size)
@@ -98,6 +105,9 @@ def merge(
         raise ValueError(f"--model.attn_implementation flex_attention {what}")
     if "/" in str(attention := overrides.get("attn_implementation")):  # which transformers would load, and run
         raise ValueError(f"--model.attn_implementation {attention}: a configuration names no code on the Hub")
+    if options.separate_documents and attention not in APART:
+        what = f"takes the documents of a row for one; with --separate-documents {enumerated(APART[1:])} are legal"
+        raise ValueError(f"--model.attn_implementation {attention} {what}")
     micro_batch, training = _training_fields(options.training, RECIPES[size], steps, batch_size, config.group_size)
     training.setdefault("dataloader_pin_memory", not on_cpu)
     run = RunConfig(
@@ -113,6 +123,9 @@ def merge(
         part_bytes=options.part_bytes,
         tokenizer=options.tokenizer,
         near_duplicates=options.near_duplicates,
+        separate_documents=options.separate_documents,
+        scored_rows=options.scored_rows or (None if minutes or first_step else _of_a_short_run(steps, batch_size)),
+        minutes=minutes,
         evaluate_on=options.evaluate_on or "validation",
         training=training,
         model=_written(config, overrides, own_tokenizer=options.tokenizer is not None),
@@ -143,6 +156,8 @@ def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
     with by_itself():
         plain = merge(name, 0, None, Options(steps=steps if type(steps) is int else None)).config
     own, chosen = plain.as_read(), dict(entries)
+    if type(steps) is int and type(rows := entries.get("batch_size")) is int:
+        own["scored_rows"] = _of_a_short_run(steps, rows)
     own["steps"] = RECIPES[parse_name(name).size].steps
     own["training"]["per_device_eval_batch_size"] = entries.get("micro_batch")  # its default
     for kind in ("training", "model"):
@@ -227,6 +242,11 @@ def _amounts(name: Name, learning_rate: float | None, options: Options) -> tuple
     if learning_rate is None:
         learning_rate = LEARNING_RATES.get((name.size, name.system), recipe.learning_rate)
     return steps, batch_size, learning_rate
+
+
+def _of_a_short_run(steps: int, batch_size: int) -> int | None:
+    """Rows to score: all evaluations, ten at most and the last, have about as many as the run; None of a longer one."""
+    return max(FEWEST_SCORED, steps * batch_size // (min(steps, 10) + 1)) if steps < SHORT else None
 
 
 def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, group_size: int) -> None:

@@ -1,42 +1,32 @@
 """Training one named model: the command `mot train` and its run directory."""
 
-import copy
 import gc
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 
 from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import checked
-from mixture_of_tokens.data.groups import GROUPS, GroupedBatches, training_groups
-from mixture_of_tokens.data.parts import PartedBatches
+from mixture_of_tokens.data.groups import GROUPS, training_groups
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.data.tokenizer import ids_of
 from mixture_of_tokens.disk import plain_errors, published, write_text
 from mixture_of_tokens.inference.sampling import continue_prompts
 from mixture_of_tokens.model.calibration import calibrate_thresholds
 from mixture_of_tokens.model.companions import calibrate_companions
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.placement import COPIES, Placement
-from mixture_of_tokens.model.sharding import (
-    IN_ONE_FILE,
-    broadcast,
-    is_sharded,
-    limit_waits,
-    shard_model,
-    unsharded,
-    whole_state,
-)
+from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.model.sharding import IN_ONE_FILE, broadcast, is_sharded, unsharded, whole_state
 from mixture_of_tokens.process import (
     ended_by_sigterm,
     is_main,
@@ -51,13 +41,14 @@ from mixture_of_tokens.runs.loading import model_directory, without_progress_bar
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
-from mixture_of_tokens.training.callbacks import AnnealTemperature
+from mixture_of_tokens.training.building import arguments_of, build, in_fp32
 from mixture_of_tokens.training.card import card_of
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, tell_room
 from mixture_of_tokens.training.served import losses_as_served
 from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signal
+from mixture_of_tokens.training.timing import MergedWith, check_minutes, fitting, found_before
 from mixture_of_tokens.training.trainer import RunTrainer
 
 REGROUPINGS = 3
@@ -73,6 +64,7 @@ def train(
     seed: int = 0,
     learning_rate: float | None = None,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
+    minutes: float | None = None,
     resume: bool = False,
     dry_run: bool = False,
 ) -> Run | RunConfig | None:
@@ -92,6 +84,8 @@ def train(
         out: The run directory; by default runs/NAME-seedSEED.
         seed: Of the weights and of the order of the text.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own.
+        minutes: In place of --steps: as many steps as fit beside evaluations and the scoring at the end, by a few that
+            are timed first. Preparing text comes before. A resumed run keeps the number that was found.
         resume: Go on from the newest valid checkpoint of the run directory, or start where there is none.
         dry_run: Print the merged configuration, and how much memory it takes, and stop, before text or a tokenizer is
             looked at.
@@ -101,15 +95,32 @@ def train(
     Raises ValueError for bad settings or too little memory, FloatingPointError for a run that diverges. Exits at a
     signal, after saving.
     """
+    check_minutes(minutes, steps=options.steps, dry_run=dry_run)
     merged = merge(name, seed, learning_rate, options)
     check_settings(merged)
     if dry_run:
         tell_room(merged)
         return merged.config
     out = Path("runs") / merged.config.directory_name if out is None else Path(out)
+    if minutes is not None:
+        merged = _of_minutes(minutes, merged, partial(merge, name, seed, learning_rate), options, out, resume)
     if resume and not out.exists() and is_main():
         print(f"{out} is not there yet: training begins at step 0", file=sys.stderr)
     return run_merged(merged, out, resume=resume)
+
+
+def _of_minutes(
+    minutes: float, merged: Merged, merged_with: MergedWith, options: Options, out: Path, resume: bool
+) -> Merged:
+    """The run with as many steps as fit, or as were found when it was started."""
+    if not resume:
+        check_free(out)
+    check_writable(out)
+    check_room(merged)
+    found = found_before(out, minutes, options) if resume else None
+    if found is None:
+        (found,) = fitting(minutes, {merged.config.name: merged_with}, options).values()
+    return merged_with(found, minutes=minutes)
 
 
 def run_merged(
@@ -139,13 +150,9 @@ def run_merged(
     if (seconds := seconds_after_signal()) is not None:
         what = f"{seconds} s for its processes: a step and a checkpoint have to fit, or the last steps are lost"
         say_once(f"mot: after a signal torchrun waits {what}; --shutdown-timeout N of torch 2.12 sets it")
-    with the_only_training(), owned(out), without_progress_bars(), _without_comparisons(), _in_fp32():
+    with the_only_training(), owned(out), without_progress_bars(), _without_comparisons(), in_fp32():
         _check(out, merged, resume)  # another process may have begun meanwhile
-        taken = TrainingArguments(output_dir=str(out), **merged.arguments)
-        taken.run_name = taken.run_name or out.name
-        # Several GPUs of one process would each take all the rows; they are for torchrun.
-        taken._n_gpu = min(1, taken.n_gpu)
-        return _run(merged.config, taken, merged.placement, out, begin, again)
+        return _run(merged.config, arguments_of(merged, out), merged.placement, out, begin, again)
 
 
 @contextmanager
@@ -163,63 +170,11 @@ def _without_comparisons() -> Iterator[None]:
         logger.removeFilter(is_none)
 
 
-@contextmanager
-def _in_fp32() -> Iterator[None]:
-    """Whatever torch's default type is, which no file of the run would tell."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _check(out: Path, merged: Merged, resume: bool) -> None:
     if resume:
         check_resumed(out, merged.config)
     else:
         check_free(out)
-
-
-def build(run: RunConfig, arguments: TrainingArguments, placement: Placement = COPIES) -> tuple[RunTrainer, Prepared]:
-    """The trainer of a run, its data prepared and its model initialised, the same in every placement."""
-    prepared, config = run.prepare(), copy.deepcopy(run.model_config)
-    if run.tokenizer is None or "vocab_size" not in run.model:
-        config.vocab_size = ids_of(prepared.tokenizer)
-    vocabulary = prepared.tokenizer.get_vocab()
-    config.eos_token_id = vocabulary[str(prepared.tokenizer.eos_token)]
-    config.pad_token_id = vocabulary[str(prepared.tokenizer.pad_token)]
-    order = {"group_size": run.group_size, "batch_size": run.batch_size, "steps": run.steps}
-    order |= {"seed": run.seed, "first_step": run.first_step, "mixed": run.model_config.group_size}
-    parts = run.parts
-    rows = GroupedBatches(prepared.train, **order) if parts is None else PartedBatches(parts, **order)
-    set_seed(run.seed)
-    model = MixtureOfTokensForCausalLM(config)
-    if isinstance(config.dtype, torch.dtype):
-        # Weights alone: thresholds, biases and learned temperatures move by less than bf16 tells apart.
-        for parameter in (each for each in model.parameters() if each.dim()):
-            parameter.data = parameter.data.to(config.dtype)
-    if "attn_implementation" not in run.model and _is_slow_in_half_precision(arguments, config):
-        model.set_attn_implementation("eager")
-    model = shard_model(model, placement)
-    limit_waits(model, arguments.ddp_timeout)
-    evaluated = getattr(prepared, run.evaluate_on)
-    corpus = f"{prepared.facts['hash']} {prepared.facts['tokenizer']}"
-    trainer = RunTrainer(
-        model, arguments, rows=rows, evaluated=evaluated, corpus=corpus, processing_class=prepared.tokenizer
-    )
-    if run.anneal_temperature_to is not None:
-        trainer.add_callback(AnnealTemperature(model, run.anneal_temperature_to))
-    return trainer, prepared
-
-
-def _is_slow_in_half_precision(arguments: TrainingArguments, config: MixtureOfTokensConfig) -> bool:
-    """Whether torch's own attention is: on the CPU its backward pass takes twice as long as products and a softmax do.
-
-    At a context of 2,048 it no longer does, and the scores of all heads take memory.
-    """
-    half = arguments.bf16 or config.dtype in (torch.bfloat16, torch.float16)
-    return half and arguments.device.type == "cpu" and config.max_position_embeddings <= 1024
 
 
 def _run(
@@ -313,9 +268,12 @@ def _finish(trainer: RunTrainer, prepared: Prepared, run: RunConfig, out: Path, 
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
     tokens = run.last_step * trainer.run_log.tokens_per_step
     # A sweep's runs are compared with one another alone, and a split may take minutes.
-    several = model.shares_batch and len(trainer.evaluated) > run.group_size and run.evaluate_on == "validation"
-    seeds = range(REGROUPINGS if several else 1)
-    say_once(f"Evaluating on all of the {run.evaluate_on} text{f', grouped in {len(seeds)} ways' * (len(seeds) > 1)}")
+    text, groups = trainer.evaluated, trainer.groups_at_end
+    how_much = "all" if groups is None else f"{groups * run.group_size:,} rows"
+    several = model.shares_batch and len(text) > run.group_size and run.evaluate_on == "validation"
+    seeds = range(REGROUPINGS if several and groups is None else 1)
+    ways = f", grouped in {len(seeds)} ways" * (len(seeds) > 1)
+    say_once(f"Evaluating on {how_much} of the {run.evaluate_on} text{ways}")
     calibrate_companions(model, training_groups(prepared.train, trainer.rows.group_size))
     calibrate_thresholds(model, training_groups(prepared.train, trainer.rows.group_size, 2 * GROUPS))
     final, *others = [trainer.evaluate_all(seed) for seed in seeds]
@@ -341,10 +299,11 @@ def _finish(trainer: RunTrainer, prepared: Prepared, run: RunConfig, out: Path, 
         steps=run.last_step,
         tokens=tokens,
         evaluated_on=run.evaluate_on,
+        scored_tokens=None if "bits_per_byte" in final else int(final["tokens"]),
         final_loss=final["loss"],
         regrouping_spread=max(losses) - min(losses) if others else None,
         served=served,
-        bits_per_byte=final["bits_per_byte"],
+        bits_per_byte=final.get("bits_per_byte", final["loss"] / math.log(2) * (len(text.tokens) - 1) / text.bytes),
         seconds=round(seconds, 3),  # as rows have them
         tokens_per_second=round(tokens / seconds),
         vocab_size=config.vocab_size,

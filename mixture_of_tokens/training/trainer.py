@@ -25,7 +25,7 @@ from mixture_of_tokens import manifest
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
 from mixture_of_tokens.disk import disk_errors, plain_errors, publish
 from mixture_of_tokens.formatting import few_of
-from mixture_of_tokens.inference.losses import evaluate_blocks
+from mixture_of_tokens.inference.losses import evaluate_blocks, groups_of
 from mixture_of_tokens.layout import at_least_fp32
 from mixture_of_tokens.model.balance import BalanceCallback
 from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
@@ -48,7 +48,7 @@ class RunTrainer(Trainer):
 
     Args beyond Trainer's:
         rows: training data, in order; evaluated: blocks for the losses during training; corpus: hashes of text
-            and tokenizer.
+            and tokenizer; scored_rows: how many rows are evaluated at most.
 
     `train(checkpoint)` goes on from a checkpoint that `checkpoints.newest` gave; None starts anew.
 
@@ -64,6 +64,7 @@ class RunTrainer(Trainer):
         rows: GroupedBatches,
         evaluated: Blocks,
         corpus: str,
+        scored_rows: int | None = None,
         **kwargs,
     ):
         # Trainer does not save the optimizer of a model that transformers has sharded, and says so here; we do below.
@@ -78,6 +79,7 @@ class RunTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # all micro-batches have equally many labels: a mean of means will do
         self.causal_lm, self.rows, self.evaluated, self.corpus = model, rows, evaluated, corpus
+        self.scored_rows, self.groups_at_end = scored_rows, groups_of(evaluated, rows.group_size, scored_rows)
         self.run, self.clock = Path(str(self.args.output_dir)), Clock()
         micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
         tokens_per_step = self.args.per_device_train_batch_size * micro_batches * rows.blocks.context
@@ -241,18 +243,23 @@ class RunTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def loss_of(self, model: Any) -> float:
-        """A model's loss over the part of the text that is evaluated during training."""
-        return self.loss_of_rows(model, EVALUATION_ROWS)
+    def loss_of(self, model: Any, groups: int | None = None) -> float:
+        """A model's loss over the part of the text that is evaluated during training, or over so many groups."""
+        return self._evaluate_blocks(model, groups=groups or self.groups_at_once)["loss"]
 
     def loss_of_rows(self, model: Any, rows: int) -> float:
         """Over so many rows of that text, the first ones, in whole groups."""
         return self._evaluate_blocks(model, groups=max(1, rows // self.rows.group_size))["loss"]
 
+    @property
+    def groups_at_once(self) -> int:
+        """Of an evaluation during training."""
+        return max(1, min(EVALUATION_ROWS, self.scored_rows or EVALUATION_ROWS) // self.rows.group_size)
+
     def evaluate_all(self, seed: int) -> dict[str, float]:
-        """The result of `evaluate_blocks` over all of the text, grouped by a seed."""
+        """The result of `evaluate_blocks` over what is scored at the end, grouped by a seed."""
         progress = "Evaluating all of the text" if self.is_world_process_zero() else None
-        return self._evaluate_blocks(self.causal_lm, seed=seed, progress=progress)
+        return self._evaluate_blocks(self.causal_lm, groups=self.groups_at_end, seed=seed, progress=progress)
 
     def _evaluate_blocks(self, model: Any, **options: Any) -> dict[str, float]:
         """By all processes together."""
