@@ -215,7 +215,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/transition/run.py": (20, "../experiments/LOG"),
     "experiments/verdict/fresh.py": (105, "results/equal-time"),
     "experiments/verdict/attention.py": (80, "../experiments/LOG"),
-    "experiments/alone/run.py": (19, "../experiments/LOG"),
+    "experiments/alone/run.py": (31, "../experiments/LOG"),
     "experiments/partial_groups/run.py": (14, "results/alone"),
     "experiments/paper/ledger.py": (12, "results/paper"),
     "experiments/paper/fig6.py": (14, "results/paper"),

@@ -60,7 +60,7 @@ class Run:
     system: "alone", "groups" (a Mixture of Tokens throughout), "default" (Default MoE), or the prefix of a routing.
     name: size, groups and granularity, as in Nano/32E/8; k: experts a token, by default the granularity.
     rate: the peak rate; rows: of a step.
-    gate: "sigmoid" as above, or "softmax" over the experts.
+    gate: "sigmoid" as above, or "softmax" over the experts; of Token Choices "normalised", to a sum of one a token.
     reads: what a chosen expert reads, "blend" as above, or "token".
     constant: what experts that were not chosen give: "gradient" as above, "detached", or "none".
     companion: "start", measured before the first step (of `alone`) and then fixed; "zero"; "average", which follows;
@@ -202,6 +202,8 @@ def build(run: Run) -> MixtureOfTokensForCausalLM:
     fields: dict[str, Any] = {"router_temperature": run.temperature} if run.temperature else {}
     if prefix == "TC":
         fields["capacity_factor"] = None
+    if run.gate == "normalised":
+        fields["norm_topk_prob"] = True
     if run.k and prefix != "MoT":
         fields["num_experts_per_tok"] = run.k
     torch.manual_seed(run.seed)
@@ -356,7 +358,18 @@ def plan() -> list[Run]:
         *(Run("STC", temperature=value) for value in (0.25, 0.5)),
         *(Run("TC", temperature=value) for value in (0.25, 0.5)),
     ]
-    return [*rates, *others[:2], *seeded(*best, seeds=[2, 3]), *parts, *others, *seeded(*parts, seeds=[2])]
+    plain = replace(alone, reads="token", constant="none")  # sigmoid gates with a bias, and nothing of a mixture
+    decides = [plain, Run("STC", temperature=0.25), Run("STC", temperature=0.5), replace(plain, balance=1e-3)]
+    normalised = [Run("STC", gate="normalised"), Run("TC", gate="normalised")]
+    first = [
+        *seeded(plain, seeds=[2, 3]),
+        *decides[:3],
+        *normalised,
+        *seeded(*normalised, seeds=[2, 3]),
+        decides[3],
+        *seeded(*decides[1:], seeds=[2, 3]),
+    ]
+    return [*rates, *others[:2], *seeded(*best, seeds=[2, 3]), *first, *parts, *others, *seeded(*parts, seeds=[2])]
 
 
 def table(runs: Iterable[Run]) -> str:

@@ -18,7 +18,7 @@ def losses_as_served(trainer: RunTrainer, rows_trained: int) -> dict[str, float]
     for way, served in _ways(trainer):
         with served():
             try:
-                losses[way] = trainer.loss_of_rows(trainer.causal_lm, rows)
+                losses[way] = trainer.loss_of(trainer.causal_lm, groups=max(1, rows // trainer.rows.group_size))
             except FloatingPointError:  # in all processes; the run has its loss, and a way of serving it has none
                 continue
     return losses

@@ -247,10 +247,6 @@ class RunTrainer(Trainer):
         """A model's loss over the part of the text that is evaluated during training, or over so many groups."""
         return self._evaluate_blocks(model, groups=groups or self.groups_at_once)["loss"]
 
-    def loss_of_rows(self, model: Any, rows: int) -> float:
-        """Over so many rows of that text, the first ones, in whole groups."""
-        return self._evaluate_blocks(model, groups=max(1, rows // self.rows.group_size))["loss"]
-
     @property
     def groups_at_once(self) -> int:
         """Of an evaluation during training."""
