@@ -76,5 +76,6 @@ def test_sizes_that_are_not_the_names_are_told(capsys):
     mot("train", "MoT-Nano/8E/4", "--model.num_experts", 16, "--model.hidden_size", 64, "--dry-run")
     said = "MoT-Nano/8E/4 keeps its name, but hidden_size is 64, not 32, num_experts is 16, not 32; a report shows that"
     assert said in capsys.readouterr().err
+    mot("train", "MoT-Nano/4E/5", "--model.intermediate_size", 100, "--dry-run")  # 5 does not divide the name's 96
     mot("train", "Transformer-Nano", "--model.group_size", 8, "--dry-run")  # of the data alone
     assert "keeps its name" not in capsys.readouterr().err

@@ -157,6 +157,8 @@ def test_a_model_gets_what_its_forward_takes(tmp_path):
 def test_a_trainer_refuses_other_data(tmp_path):
     with pytest.raises(ValueError, match="train_dataset takes a GroupedBatches, not a list"):
         GroupedTrainer(llama(), how(tmp_path), train_dataset=[{"input_ids": [1]}])  # pyright: ignore
+    with pytest.raises(ValueError, match="args takes a TrainingArguments, not a str"):
+        GroupedTrainer(llama(), "my-run", train_dataset=rows_of())  # pyright: ignore
     with pytest.raises(ValueError, match="data_collator: rows of GroupedBatches come as whole batches"):
         GroupedTrainer(llama(), how(tmp_path), dict, rows_of())
 

@@ -221,7 +221,11 @@ def config_from_name(
 
 def other_sizes(name: str, config: MixtureOfTokensConfig) -> dict[str, tuple[Any, Any]]:
     """Sizes, by field, that are not as the model's name says: its own, and the name's."""
-    named = config_from_name(name, gated=config.gated, shared_experts=config.shared_experts)
+    how: dict[str, Any] = {"gated": config.gated, "shared_experts": config.shared_experts}
+    try:
+        named = config_from_name(name, **how)
+    except ValueError:  # its granularity divides no width but the one that was chosen
+        named = config_from_name(name, intermediate_size=config.intermediate_size, **how)
     fields_of = SIZES_NAMED + (NAMED_OF_EXPERTS if config.sparse_routings else ())
     pairs = {field: (getattr(config, field), getattr(named, field)) for field in fields_of}
     return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}

@@ -37,9 +37,11 @@ class GroupedTrainer(Trainer):
         eval_dataset: GroupedBatches | None = None,
         **kwargs,
     ):
-        for name, rows in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
-            if rows is not None and not isinstance(rows, GroupedBatches):
-                raise ValueError(f"{name} takes a GroupedBatches, not a {type(rows).__name__}")
+        taken = {"model": (model, nn.Module), "args": (args, TrainingArguments)}
+        taken |= {"train_dataset": (train_dataset, GroupedBatches), "eval_dataset": (eval_dataset, GroupedBatches)}
+        for name, (given, kind) in taken.items():
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"{name} takes a {kind.__name__}, not a {type(given).__name__}")
         if data_collator is not None:
             raise ValueError("data_collator: rows of GroupedBatches come as whole batches, which nothing is to collate")
         args = copy.copy(TrainingArguments("trainer_output") if args is None else args)
