@@ -23,6 +23,7 @@ SHARE_AFTER, EARLY = 0.1, 0.1  # of the steps after a late switch, and of the ti
 STEPS, EARLY_STEPS = 2000, 500  # of distillation, for a layer, where the switch is late and early
 OPTIONS = Options(device="cpu", data=["packages"])
 DROPLESS, SHARP = {"capacity_factor": "null"}, {"router_temperature": "0.25"}
+NORMALISED = DROPLESS | {"norm_topk_prob": "true"}  # a token's gates sum to one
 TIMES, SWEPT, TRIED = "fresh-timings.csv", "fresh-sweeps.csv", "fresh-rates.csv"
 Times = Mapping[str, Mapping[str, str]]  # rows of fresh-timings.csv by system
 
@@ -92,8 +93,9 @@ class System(NamedTuple):
 
     @property
     def as_timed(self) -> "System":
-        """The one whose steps take the same time."""
-        return self._replace(share=None, rate=None, held=0)
+        """The one whose steps take the same time; to normalise a token's gates is taken to cost none."""
+        model = {field: value for field, value in self.model.items() if field != "norm_topk_prob"}
+        return self._replace(model=model, share=None, rate=None, held=0)
 
 
 SYSTEMS = (
@@ -108,6 +110,7 @@ SYSTEMS = (
     System("TC-Nano/32E/4", DROPLESS, rate=1e-2, held=0.25),
     System("TC-Nano/32E/4", DROPLESS, rate=2e-2, held=0.25),
     System("TC-Nano/32E/4", DROPLESS, share=0.25),
+    System("TC-Nano/32E/4", NORMALISED, rate=1e-2),
     System("TC-Nano/32E/8", DROPLESS),
     System("STC-Nano/32E/8"),
     System("MoT-Nano/32E"),
