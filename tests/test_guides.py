@@ -38,7 +38,11 @@ def beside_text(small_corpus, tmp_path, fresh_cache, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+LONG = ("compare", "train")  # of which `test_docs.py` checks every command
+WITH_LONG = [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in LONG), id=page.stem) for page in GUIDES]
+
+
+@pytest.mark.parametrize("page", WITH_LONG)
 def test_a_guide_runs_from_its_first_line_to_its_last(page, beside_text, monkeypatch, capsys):
     # Another process would have to import transformers, as in test_export.py.
     monkeypatch.setattr(verify, "compare_logits", lambda *given: (0.0, 1.0))

@@ -106,6 +106,7 @@ def test_no_code_is_run_unless_it_is_trusted(saved, elsewhere, tmp_path, monkeyp
     assert load_model(str(out), device="cpu").config.model_type == "mixture_of_tokens"  # by this library's own code
 
 
+@pytest.mark.slow
 def test_code_that_computes_something_else_is_noticed_and_leaves_nothing(saved, tmp_path, monkeypatch, capsys):
     """The control: gates that are rounded."""
     right = hub._relative

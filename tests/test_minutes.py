@@ -63,7 +63,7 @@ def test_a_pace_is_of_this_machine_and_model(options):
     assert large.step > 2 * small.step
 
 
-@pytest.mark.parametrize("name", [NAME, "TC-Nano/4E"])
+@pytest.mark.parametrize("name", [NAME, pytest.param("TC-Nano/4E", marks=pytest.mark.slow)])
 def test_a_run_of_minutes_is_the_run_of_its_steps(name, options, tmp_path, monkeypatch, capsys):
     """Timing draws other random numbers and trains other weights, of which nothing is left."""
     monkeypatch.setattr(timing, "SECONDS", 0.2)
@@ -83,6 +83,7 @@ def test_a_run_of_minutes_is_the_run_of_its_steps(name, options, tmp_path, monke
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_steps(options, tmp_path, monkeypatch):
     paces = [Pace(0.5, 1e-6)]
     monkeypatch.setattr(timing, "pace_of", lambda *given: paces.pop())
@@ -107,6 +108,7 @@ def test_a_resumed_run_keeps_its_steps(options, tmp_path, monkeypatch):
     assert all(torch.equal(weight, weights(out)[key]) for key, weight in weights(repeated).items())
 
 
+@pytest.mark.slow
 def test_models_of_a_comparison_get_the_steps_that_fit_each(options, tmp_path, monkeypatch, capsys):
     paces = {"Transformer-Nano": Pace(0.2, 1e-6), NAME: Pace(0.4, 2e-6)}
     asked = []
@@ -174,6 +176,7 @@ def test_a_short_run_scores_about_as_many_rows_as_it_trains_on(options):
     assert merge("MoT-Nano/4E", 0, None, replace(options, steps=4), first_step=100).config.scored_rows is None
 
 
+@pytest.mark.slow
 def test_what_was_scored_is_said(options, tmp_path, capsys):
     def made(name: str, **others) -> tuple:
         capsys.readouterr()

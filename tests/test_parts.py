@@ -268,6 +268,7 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["train_loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
 
 
+@pytest.mark.slow
 def test_a_run_over_parts_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "prepare_ahead", lambda *arguments: None)  # a process, which takes its time to start
     whole, again = tmp_path / "whole", tmp_path / "again"

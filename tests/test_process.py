@@ -69,6 +69,7 @@ def seconds_said(*flags: str, **environment: str) -> str:
     ).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < (2, 12) or sys.platform != "linux", reason="of torch 2.12, on Linux")
 def test_it_is_known_how_long_torchrun_waits():
     started = {"TORCHELASTIC_RUN_ID": "none"}

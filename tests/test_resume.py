@@ -85,6 +85,7 @@ def test_the_uninterrupted_run_logs_every_step_once(whole):
     assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-40", "checkpoint-48"]
 
 
+@pytest.mark.slow
 def test_killed_five_times_and_resumed_it_ends_as_if_uninterrupted(whole, tmp_path):
     out, choose = tmp_path / "run", random.Random(0)
     for kill in range(5):

@@ -225,7 +225,7 @@ def test_the_clock_stands_still_while_a_run_evaluates_and_saves(small_corpus, tm
     flags = ["--steps", 2, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
     mot("train", "MoT-Nano/4E", *flags, "--training.eval_steps", 1, "--training.save_steps", 1)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"] < 1000
-    assert late == [[2000], [2000]]
+    assert late == [[5000], [2000]]  # with three ways to serve it at the end
 
 
 @pytest.mark.parametrize(("strategy", "told"), [("steps", ", which is saved"), ("no", "")])
@@ -391,6 +391,7 @@ def test_products_are_in_full_precision_and_only_a_gpus_batches_are_pinned():
     ]
 
 
+@pytest.mark.slow
 def test_accumulation_takes_the_same_rows_and_gives_the_same_model(directory, runs):
     out = directory / "accumulated"
     flags = ("--training.logging_steps", 2, "--training.eval_steps", 6, "--device", "cpu")

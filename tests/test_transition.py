@@ -166,6 +166,7 @@ def test_a_report_has_the_source_beside_it(transitioned, tiny_runs, tmp_path, ca
     assert "they differ in --steps: 30 and 40" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_the_switch_is_smaller_when_calibrated_and_then_mended(transitioned, tiny_runs, tmp_path, capsys):
     plain = json.loads((transitioned[0] / "switch.json").read_text())
