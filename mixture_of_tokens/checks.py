@@ -115,8 +115,7 @@ def check_sizes(**sizes: Any) -> None:
         check(name, size, int)
         if size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
-        if size > LARGEST:
-            raise ValueError(f"{name} is more than {LARGEST}")
+        check_number(name, int(size))
 
 
 def check_range(name: str, value: Any) -> None:

@@ -392,6 +392,12 @@ def test_the_first_sentences_of_the_results_have_the_runs_numbers(paper):
         few = [row for row in csv.DictReader(file) if row["source"] == "MoT-Nano/32E/8"]
     eight, groups = ([float(row["loss"]) for row in few if row["experts"] == of] for of in ("8", "in groups"))
     assert len(eight) == len(groups) == 3
+    with (ROOT / "experiments" / "verdict" / "fresh.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ended = [row for row in rows if (row["budget"], row["system"]) == ("7000", "MoT-Nano/32E/8, switched")]
+    assert len(ended) == 3
+    stays = [f"{statistics.mean(float(row[way]) for row in ended):.2f}" for way in ("in_groups", "alone")]
+    assert missing(stays, ROOT / "README.md") == []
     said = [losses["MoT-Nano/32E/4, switched early"], min(chosen), re.findall(r"\+(0\.\d+) over", fig6)[0]]
     said += [f"{mixture - token_choice:.3f}", f"{statistics.mean(groups) - statistics.mean(eight):.3f}"]
     assert missing(said, RESULTS) == []

@@ -194,8 +194,7 @@ def _what_batches_do(model: Any, batches: "Batches", lengths: Sequence[int], max
         of = f"{cut * batches.samples} of {len(widths) * batches.samples} texts"
         notes.append(f"the context of {context} tokens ends {of} before {max_new_tokens} new tokens")
     if _mixes(model) and max(map(len, batches.of_a_sample)) > 1:
-        served = all(routing.serves_alone for routing in model.config.routings)
-        hint = "; with --alone each is served by itself" if served else ""
+        hint = "; with --alone each is served by itself" if model.config.serves_alone else ""
         notes.append(f"prompts of a batch influence each other{hint}")
     return notes
 

@@ -171,3 +171,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     def shares_batch(self) -> bool:
         """Whether an example's output depends on the other examples of its batch."""
         return any(routing.shares_batch for routing in self.routings)
+
+    @property
+    def serves_alone(self) -> bool:
+        """Whether an example can be served by itself."""
+        return all(routing.serves_alone for routing in self.routings)

@@ -80,14 +80,14 @@ class Run:
         lines = [f"{self.name}: loss {loss} of {facts.scored}, {bits}"]
         if facts.regrouping_spread is not None:
             lines.append(f"Three ways to group that text differ by {facts.regrouping_spread:.4f} nats at most")
-        if (alone := self._alone()) is not None:
-            lines.append(alone)
+        if (losses := self._alone()) is not None:
+            lines.append(losses)
         speed = f"{duration(facts.seconds)} of training without its evaluations, {facts.tokens_per_second} tokens/s"
         lines.append(f"{speed}. Everything is in {self.directory}.")
         if not self.model_config.causal:
             lines.append("It is not causal: its loss is low because it sees what follows, and it cannot write.")
         elif facts.sample is not None:
-            alone = self.model_config.shares_batch and all(each.serves_alone for each in self.model_config.routings)
+            alone = self.model_config.shares_batch and self.model_config.serves_alone
             what = f"A prompt, {'served alone and ' * alone}continued"
             lines.append(f"{what}:\n\n{SAMPLE_PROMPT}{facts.sample}")
         return "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from mixture_of_tokens.checks import LARGEST, at_least_one, checked
+from mixture_of_tokens.checks import at_least_one, check_number, checked
 from mixture_of_tokens.flags import as_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import training_flops
@@ -64,8 +64,7 @@ def plan(
     """
     at_least_one(batch_size=batch_size, devices=devices, steps=steps)
     for flag, value in {"batch-size": batch_size, "devices": devices, "steps": steps}.items():
-        if value is not None and value > LARGEST:
-            raise ValueError(f"--{flag} is more than {LARGEST}")
+        check_number(f"--{flag}", value)
     if tflops is not None and not 0 < tflops < math.inf:
         raise ValueError(f"--tflops must be positive and finite, not {tflops}")
     if devices is None and not shard == replicate == expert_parallel is None:

@@ -28,7 +28,7 @@ def _ways(trainer: RunTrainer) -> Iterator[tuple[str, Callable[[], AbstractConte
     model, routings = trainer.causal_lm, trainer.causal_lm.config.routings
     if model.config.shares_batch:
         yield IN_GROUPS, nullcontext
-    if not all(routing.serves_alone for routing in routings):
+    if not model.config.serves_alone:
         return
     yield ALONE, (lambda: serving_alone(model)) if model.config.shares_batch else nullcontext
     mixing = [routing for routing in routings if routing.reads_mixtures]
