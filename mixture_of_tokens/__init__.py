@@ -12,6 +12,7 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from mixture_of_tokens.convert.export import export
     from mixture_of_tokens.convert.transition import transition
+    from mixture_of_tokens.convert.upcycle import upcycle
     from mixture_of_tokens.data.groups import GroupedBatches, prepare_tokens
     from mixture_of_tokens.data.own import count_collisions, split_tokens
     from mixture_of_tokens.data.prepare import prepare_text
@@ -70,6 +71,7 @@ _MODULES = {
     "inference.audit": ("audit", "audit_model"),
     "convert.transition": ("transition",),
     "convert.export": ("export",),
+    "convert.upcycle": ("upcycle",),
     "reports.compare": ("compare",),
     "reports.report": ("report",),
     "runs.run": ("Run", "read_run"),
@@ -116,6 +118,7 @@ __all__ = [
     "sweep",
     "train",
     "transition",
+    "upcycle",
 ]
 
 

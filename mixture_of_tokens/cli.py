@@ -63,6 +63,10 @@ COMMANDS = {
         "convert.export:export",
         "Write a model for other software: plain transformers, llama.cpp (GGUF), or the Hub with code of its own.",
     ),
+    "upcycle": (
+        "convert.upcycle:upcycle",
+        "Make a trained dense model a sparse one that computes the same, to be trained on with mot train --from.",
+    ),
     "plan": (
         "training.plan:plan",
         "Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.",
@@ -238,6 +242,8 @@ def _fill_in(config: Path, entries: dict, app: App, commands: tuple[str, ...], a
             from mixture_of_tokens.training.recipes import chosen_in
 
             entries = chosen_in(entries)
+        if isinstance(start := entries.pop("start", None), dict) and commands[0] == "train":
+            entries["from"] = start.get("source")
         for field in ("micro_batch", "minutes", "first_step", "transition", *OF_A_RUN[commands[0]]):
             entries.pop(field, None)
     try:

@@ -56,6 +56,10 @@ def check_exportable(config: MixtureOfTokensConfig) -> None:
         )
     if config.sliding_window is not None:
         raise ValueError("models whose attention has a sliding window cannot be exported; train without one")
+    if not config.qk_norm:
+        raise ValueError(
+            "queries and keys are not normed (qk_norm false), and in Qwen3 they are: it cannot be exported"
+        )
     if not config.gated:
         raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
     for field in ("hidden_size", "moe_intermediate_size"):

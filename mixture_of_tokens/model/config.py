@@ -15,7 +15,7 @@ ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 POSITIVE = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads")
 POSITIVE += ("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "group_size", "vocab_size")
 POSITIVE += ("max_position_embeddings",)
-BOOLEANS = ("gated", "learnable_temperature", "normalize_mixture")  # upstream checks its own
+BOOLEANS = ("gated", "qk_norm", "learnable_temperature", "normalize_mixture")  # upstream checks its own
 
 MOST_BLOCKS = 1000
 
@@ -35,6 +35,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             "mixture_of_tokens", ... None: Mixture of Tokens in the later half of the blocks, as in the paper.
         group_size: tokens mixed together, each from a different example; training batches are multiples of it.
         gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
+        qk_norm: each head's queries and keys are normed, as in Qwen3; False: they are not, as in Llama.
         router_temperature, learnable_temperature, router_dtype: see `Router`; normalize_mixture: see `MixtureOfTokens`.
         capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`; threshold_decay and
             threshold_scores ("softmax" or "sigmoid"): see `ExpertThreshold`.
@@ -68,6 +69,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     mlp_layer_types: list[str] | None = None
     group_size: int = 32
     gated: bool = True
+    qk_norm: bool = True
     router_temperature: float = 1.0
     learnable_temperature: bool = False
     router_dtype: str = "float32"

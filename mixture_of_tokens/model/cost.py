@@ -37,7 +37,7 @@ def parameters(config: MixtureOfTokensConfig) -> dict[str, int]:
     parts = {
         "embedding": config.vocab_size * D,
         "attention": blocks * (2 * D * (queries + keys) + biases),
-        "norms": blocks * 2 * (D + head) + D,  # a head's queries and keys have one each
+        "norms": blocks * 2 * (D + head * config.qk_norm) + D,  # a head's queries and keys may have one each
         "feed_forward": column * (blocks - len(routings)) * config.intermediate_size + shared,
         "experts": len(routings) * config.num_experts * expert,
         "router": sum(

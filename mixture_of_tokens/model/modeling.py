@@ -50,7 +50,10 @@ class CausalLMOutput(MoeCausalLMOutputWithPast):
 class MixtureOfTokensDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MixtureOfTokensConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = Qwen3MoeAttention(config, layer_idx)
+        attention: Any = Qwen3MoeAttention(config, layer_idx)
+        if not config.qk_norm:
+            attention.q_norm, attention.k_norm = nn.Identity(), nn.Identity()
+        self.self_attn = attention
         self.mlp = config.routings[layer_idx].build(config)
         self.shared_experts = None
         if config.shared_experts and config.routings[layer_idx].sparse:

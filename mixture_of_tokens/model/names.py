@@ -10,6 +10,8 @@
     ReMoE-SIZE/<G>E[/<k>]    ReMoE
     SoftMoE-SIZE/<G>E[/<k>]  Soft MoE, which is not causal
 
+A name without -SIZE, such as TC/32E/8, leaves the sizes of the dense model to fields of the configuration.
+
 G is the group size and k the granularity, 1 where it is left out. The sparse blocks have E = G * k experts of width
 d_ff / k: G times the parameters of the dense feed-forward at its FLOPs (Antoniak et al., arXiv 2310.15961). The later
 half of the blocks is sparse, in Mini all of them. Systems with equal G and k cost the same: in MoT every expert reads
@@ -21,7 +23,7 @@ which a token goes to k - n. The cost is the same again.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from mixture_of_tokens.checks import LARGEST, check, divisors
-from mixture_of_tokens.formatting import listing
+from mixture_of_tokens.formatting import enumerated, listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE, Routing
 
@@ -95,14 +97,17 @@ NAMED = (
     "num_key_value_heads",
     "head_dim",
 )
-NAMED += ("hidden_act", "gated", "attention_bias", "tie_word_embeddings", "mlp_layer_types")
+NAMED += ("hidden_act", "gated", "qk_norm", "attention_bias", "tie_word_embeddings", "mlp_layer_types")
 SIZES_NAMED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NAMED_OF_EXPERTS = ("num_experts", "moe_intermediate_size", "num_experts_per_tok", "group_size")
 
 
 @dataclass(frozen=True)
 class Name:
-    """A parsed name; `str` returns it as text. `system` is a routing's prefix; a dense model has G = k = 1."""
+    """A parsed name; `str` returns it as text. `system` is a routing's prefix; a dense model has G = k = 1.
+
+    size: a key of `SIZES`; "" where the configuration's fields say it.
+    """
 
     system: str
     size: str
@@ -113,11 +118,17 @@ class Name:
     def routing(self) -> Routing:
         return BY_PREFIX[self.system]
 
+    @property
+    def dimensions(self) -> Size:
+        """Of the size; of a name without one they stand for what the configuration must say."""
+        return SIZES[self.size or "Medium"]
+
     def __str__(self) -> str:
+        head = f"{self.system}-{self.size}" if self.size else self.system
         if not self.routing.sparse:
-            return f"{self.system}-{self.size}"
+            return head
         granularity = f"/{self.granularity}" if self.granularity > 1 else ""
-        return f"{self.system}-{self.size}/{self.group_size}E{granularity}"
+        return f"{head}/{self.group_size}E{granularity}"
 
     def matched(self) -> list[str]:
         """The names of all systems of this size, G and k: equal FLOPs per token but for their routing."""
@@ -147,8 +158,8 @@ def parse_name(name: str) -> Name:
         hint = "several names have a space between them" if "," in name else "several seeds are given as 0,1,2"
         raise ValueError(f"{name!r} is no name of a model: {hint}")
     head, *parts = name.split("/")
-    system, _, size = head.partition("-")
-    for what, word, legal in (("system", system, BY_PREFIX), ("size", size, SIZES)):
+    system, dash, size = head.partition("-")
+    for what, word, legal in (("system", system, BY_PREFIX), ("size", size, SIZES if dash else {"": None})):
         if word not in legal:
             hint = nearest(word, legal) or _as_a_path(name)
             raise ValueError(f"{name!r} has no legal {what}: {word!r} is none of {', '.join(legal)}{hint}")
@@ -190,7 +201,10 @@ def config_from_name(
         if field in overrides:
             check(field, overrides[field], int)
     parsed = parse_name(name)
-    size, k = SIZES[parsed.size], parsed.granularity
+    if not parsed.size and (missing := [field for field in SIZES_NAMED if field not in overrides]):
+        example = replace(parsed, size="Nano")
+        raise ValueError(f"{name!r} has no size, as {str(example)!r} has one, and {enumerated(missing)} are not given")
+    size, k = parsed.dimensions, parsed.granularity
     routed = k - _shared(parsed, overrides.get("shared_experts", 0))
     width = overrides.get("intermediate_size", size.gated_width if gated else size.plain_width)
     if width % k:
@@ -219,8 +233,16 @@ def config_from_name(
     return MixtureOfTokensConfig(**values | overrides)
 
 
+def as_named(name: str, config: MixtureOfTokensConfig) -> MixtureOfTokensConfig:
+    """The configuration that a name stands for by itself, but for sizes that it does not say: those of `config`."""
+    sizes = {} if parse_name(name).size else {field: getattr(config, field) for field in SIZES_NAMED}
+    return config_from_name(name, **sizes)
+
+
 def other_sizes(name: str, config: MixtureOfTokensConfig) -> dict[str, tuple[Any, Any]]:
     """Sizes, by field, that are not as the model's name says: its own, and the name's."""
+    if not parse_name(name).size:
+        return {}
     how: dict[str, Any] = {"gated": config.gated, "shared_experts": config.shared_experts}
     try:
         named = config_from_name(name, **how)

@@ -32,6 +32,7 @@ from mixture_of_tokens.reports.labels import labels
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.admission import check_comparable
 from mixture_of_tokens.runs.run import Point, Run, read_run
+from mixture_of_tokens.runs.starts import began_with
 from mixture_of_tokens.runs.typed import FORMAT, as_fields
 
 COMPARISON = "compare.json"
@@ -138,11 +139,41 @@ class ComparedModel:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The trained model that all runs of a comparison began with.
+
+    final_loss: over the same text as theirs; curves: by seed, of which each ends at 0 steps, tokens, seconds and FLOPs.
+    """
+
+    label: str
+    steps: int
+    final_loss: Summary
+    curves: list[list[Point]]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> "Origin":
+        keys = ("step", "tokens", "seconds", "flops")
+
+        def before_zero(run: Run) -> list[Point]:
+            end = run.curve[-1]
+            moved = [{key: getattr(point, key) - getattr(end, key) for key in keys} for point in run.curve]
+            return [dataclasses.replace(point, **at) for point, at in zip(run.curve, moved, strict=True)]
+
+        return cls(
+            label=labels(runs[:1])[0],
+            steps=runs[0].config.last_step,
+            final_loss=_summary(run.facts.final_loss for run in runs),
+            curves=list(map(before_zero, runs)),
+        )
+
+
+@dataclass(frozen=True)
 class Comparison(Result):
     """All numbers of a comparison: what compare.json holds. The first model is the baseline.
 
     steps: the baseline's; command: that made it, of `mot compare`; scored_tokens: whose loss is the final one, where
-        that is not all of the text. Losses are nats a token.
+        that is not all of the text; origin: what all began with, of runs that began with a trained model. Losses are
+        nats a token.
     """
 
     baseline: str
@@ -158,6 +189,7 @@ class Comparison(Result):
     models: list[ComparedModel]
     command: str | None = None
     scored_tokens: int | None = None
+    origin: Origin | None = None
 
     @property
     def at_equal_steps(self) -> bool:
@@ -174,6 +206,20 @@ class Comparison(Result):
 
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT} | super().as_dict()
+
+
+def without_origins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs but for those that all others began with, and these.
+
+    Steps and time of the others are then counted from where these ended.
+    """
+    origins = [run for run in runs if any(began_with(other, run) for other in runs)]
+    others = [run for run in runs if run not in origins]
+    if not all(any(began_with(run, origin) for origin in origins) for run in others):
+        return list(runs), []
+    for run, origin in ((run, origin) for run in others for origin in origins):
+        run.check_same_text(origin)
+    return others, origins
 
 
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -248,8 +294,8 @@ def reached(run: Run, other: Run) -> Reached | None:
     return Reached(*at, *(value / getattr(end, key) for value, key in zip(at, keys, strict=True)))
 
 
-def comparison(models: dict[str, list[Run]], command: str | None = None) -> Comparison:
-    """All numbers of the runs that `by_model` returned."""
+def comparison(models: dict[str, list[Run]], command: str | None = None, origins: Sequence[Run] = ()) -> Comparison:
+    """All numbers of the runs that `by_model` returned; `origins` as `without_origins` gives them."""
     baseline = next(iter(models.values()))
     ends = [min(model[i].curve[-1].seconds for model in models.values()) for i in range(len(baseline))]
     runs = {label: _runs(model, models, ends) for label, model in models.items()}
@@ -276,6 +322,7 @@ def comparison(models: dict[str, list[Run]], command: str | None = None) -> Comp
         ],
         command=command,
         scored_tokens=baseline[0].facts.scored_tokens,
+        origin=Origin.of(origins) if origins else None,
     )
 
 

@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mixture_of_tokens.model.names import config_from_name, other_sizes, parse_name
+from mixture_of_tokens.model.names import as_named, other_sizes, parse_name
 from mixture_of_tokens.model.routings import MIXTURE, SETTINGS
 from mixture_of_tokens.runs.records import OF_TRAINING
 from mixture_of_tokens.runs.run import Run
 
+OF_A_START = ("model.norm_topk_prob", "model.capacity_factor")  # of an upcycled run, from how it is made
 FOLLOWS = ("model.mlp_layer_types", "first_step")  # of a switched run, from its name and from its source
 
 
@@ -22,6 +23,8 @@ def _label(run: Run, others: Sequence[Run], *, brief: bool) -> str:
     namesakes = [other for other in others if _title(other) == _title(run)]
 
     def tells(key: str) -> bool:
+        if brief and key in OF_A_START and run.config.start is not None:
+            return any(other.settings.get(key) != run.settings.get(key) for other in namesakes)
         if brief and run.switch is not None:
             lacks = key.startswith("transition.") and run.settings.get(key) is None
             if lacks or key in FOLLOWS:
@@ -41,13 +44,15 @@ def _in_place_of_the_name(run: Run) -> set[str]:
 
 def _of_the_routing(run: Run) -> set[str]:
     """Settings of the routing that are not the name's."""
-    named = config_from_name(run.name)
+    named = as_named(run.name, run.model_config)
     keys = {f"model.{field}": field for field in SETTINGS}
     return {key for key, field in keys.items() if key in run.settings and run.settings[key] != getattr(named, field)}
 
 
 def _title(run: Run) -> str:
     """A switched run is titled after its source; the name in its configuration is Token Choice's."""
+    if run.config.start is not None:
+        return f"{run.name}, {'continued' if run.config.start.kind == 'continued' else 'upcycled'}"
     if run.switch is None:
         return run.name
     return f"{dataclasses.replace(parse_name(run.name), system=MIXTURE.prefix)}, switched"

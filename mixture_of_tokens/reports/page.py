@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element
 
 from mixture_of_tokens.data.report import title_of
 from mixture_of_tokens.formatting import Summary, duration, enumerated, loss, ratio, short
-from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
+from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison, Origin
 from mixture_of_tokens.reports.figures import SERIES, Line, panel
 from mixture_of_tokens.reports.markup import Child, document, html, table, with_swatch
 from mixture_of_tokens.reports.prose import MEASURES, differing, findings, glossary, method, seeds_of, why_no_time
@@ -92,7 +92,7 @@ def _switches(models: dict[str, list[Run]]) -> dict[int, Point]:
 
 
 def _curves(comparison: Comparison, switches: dict[int, Point]) -> Child:
-    models, baseline = comparison.models, comparison.models[0]
+    models, baseline, origin = comparison.models, comparison.models[0], comparison.origin
     level = Summary.of(run.curve[-1].loss for run in baseline.runs)
     assert level is not None
     curves = [[run.curve for run in model.runs] for model in models]
@@ -101,6 +101,8 @@ def _curves(comparison: Comparison, switches: dict[int, Point]) -> Child:
         y for line in lines["step"] for x, y in zip(line.x, line.y, strict=True) if x >= SKIPPED * comparison.steps
     )
     start = max(after_start, default=level.mean)
+    if began := all(line.x[0] == 0 for line in lines["step"]):  # with trained models: there is no steep start
+        start = max(max(line.high or line.y) for line in lines["step"])
     least = min(min(line.low or line.y) for line in lines["step"])
     top = start + 0.05 * (start - least) + 0.01
     bottom = least - 0.06 * (top - least)
@@ -119,32 +121,43 @@ def _curves(comparison: Comparison, switches: dict[int, Point]) -> Child:
             found = model.reached[baseline.label].at(key)
             if i and found is not None and found.seeds == len(comparison.seeds):
                 points.append((i, found.mean / scale, level.mean))
-        scaled = [Line(line.series, [x / scale for x in line.x], line.y, line.low, line.high) for line in lines[key]]
+        drawn = lines[key] if origin is None else [*lines[key], _before(origin, key, lines[key], len(models))]
+        scaled = [Line(line.series, [x / scale for x in line.x], line.y, line.low, line.high) for line in drawn]
         label = f"Evaluation loss against {x_label.split(',')[0]}. " + _ends(models, key)
         figure = panel(
             scaled,
             label=label,
             x_label=x_label,
             y_label="loss, nats a token",
+            x_range=(min(line.x[0] for line in scaled) if origin else 0, None),
             y_range=(bottom, top),
             level=level.mean,
             points=points,
             switches=[(i, getattr(at, key) / scale) for i, at in switches.items()],
         )
         figures.append(html("figure", figure, html("figcaption", _caption(comparison, key, head))))
+    shown = [model.label for model in models] + ([] if origin is None else [f"{origin.label}, before"])
     note = "Means over the seeds, in a band from the least to the greatest. " if len(comparison.seeds) > 1 else ""
     return [
-        html("ul", [html("li", with_swatch(i, model.label)) for i, model in enumerate(models)], class_="legend"),
+        html("ul", [html("li", with_swatch(i, label)) for i, label in enumerate(shown)], class_="legend"),
         html("div", figures, class_="panels"),
         html(
             "p",
             f"{note}The dotted line is {baseline.label}'s last evaluation loss, {loss(level.mean)}; a ring marks "
-            "where another model reaches it. The steep start, above the frame, is left out."
-            + " A vertical line is where a Mixture of Tokens became Token Choice."
-            * bool(switches),
+            "where another model reaches it."
+            + " The steep start, above the frame, is left out." * (not began)
+            + " A vertical line is where a Mixture of Tokens became Token Choice." * bool(switches),
             class_="quiet",
         ),
     ]
+
+
+def _before(origin: Origin, key: str, lines: Sequence[Line], series: int) -> Line:
+    """The end of the curve of the model that all began with, as long as the longest of theirs."""
+    longest = max(line.x[-1] for line in lines)
+    curves = [[point for point in curve if getattr(point, key) >= -longest] for curve in origin.curves]
+    fewest = min(map(len, curves))
+    return _mean_curve(series, [curve[-fewest:] for curve in curves], key)
 
 
 def _through_the_switch(models: dict[str, list[Run]]) -> Child:

@@ -200,7 +200,9 @@ def glossary(comparison: Comparison) -> list[tuple[str, str]]:
         entries += [
             (
                 str(example),
-                f"A name is a configuration: size {example.size}, groups of {example.group_size} texts, and experts "
+                "A name is a configuration: "
+                + f"size {example.size}, " * bool(example.size)
+                + f"groups of {example.group_size} texts, and experts "
                 f"with the parameters of {example.group_size} dense feed-forwards"
                 + f", each 1/{k} as wide as one (granularity {k})" * (k > 1)
                 + "."

@@ -9,11 +9,19 @@ from typing import Any
 
 from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import Result, aligned, duration
+from mixture_of_tokens.formatting import Result, aligned, duration, loss
 from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.process import check_one_process
-from mixture_of_tokens.reports.comparison import COMPARISON, WAYS, Comparison, by_model, comparison, runs_of
+from mixture_of_tokens.reports.comparison import (
+    COMPARISON,
+    WAYS,
+    Comparison,
+    by_model,
+    comparison,
+    runs_of,
+    without_origins,
+)
 from mixture_of_tokens.reports.markup import START
 from mixture_of_tokens.reports.page import page
 from mixture_of_tokens.reports.prose import OF_WAYS, SERVED, differing, findings, way_of, why_no_time
@@ -53,9 +61,10 @@ def report(*runs: Path, out: Path | None = None) -> Report:
     Runs of one model with several seeds are one line of means; spread is the largest loss less the least. "Reached"
     is the step, and the seconds, at which the evaluation loss falls to the baseline's last one, on a straight line
     between two evaluations. Evaluations during training are over one fixed part of the text, the losses in the table
-    over all of it. A mixture's losses alone, by as many experts as the granularity and by all, stand beside that in
-    groups, over a part of the text. Seconds are of training, FLOPs a token of the forward pass. A run of mot transition
-    may stand beside its source, though it has more steps.
+    over all of it. Runs that began with one trained model (mot train --from) are counted from there; its own run beside
+    them is the curve before. A mixture's losses alone, by as many experts as the granularity and by all, stand beside
+    that in groups, over a part of the text. Seconds are of training, FLOPs a token of the forward pass. A run of mot
+    transition may stand beside its source, though it has more steps.
 
     Args:
         runs: Run directories of mot train, or a directory of mot compare.
@@ -66,7 +75,8 @@ def report(*runs: Path, out: Path | None = None) -> Report:
     check_one_process()
     runs = tuple(Path(each) for given in runs for each in listed(given))
     found, command = runs_of(runs)
-    models = by_model(found)
+    compared, origins = without_origins(found)
+    models = by_model(compared)
     places = Places()
     again = [command] if command else [line for run in found for line in commands_of(run, places)]
     here = ["mot", "report", *(map(str, runs) if command else (places.of(run.directory) for run in found))]
@@ -78,7 +88,7 @@ def report(*runs: Path, out: Path | None = None) -> Report:
             raise ValueError(f"{out} is the page of the comparison there: name another file with --out")
     check_writable(Path(out).parent)
     check_no_other_file(Path(out))
-    return write_page(comparison(models, command), models, commands, Path(out))
+    return write_page(comparison(models, command, origins), models, commands, Path(out))
 
 
 def check_no_other_file(out: Path) -> None:
@@ -137,6 +147,11 @@ def summary_of(result: Comparison) -> str:
     if result.scored_tokens is not None:
         paragraphs.append(f"Final losses are of {result.scored_tokens:,} tokens of {split} text, not of all.")
     paragraphs += [fill(" ".join(sentences), WIDTH) for sentences in findings(result).values()]
+    if (origin := result.origin) is not None:
+        what = (
+            f"All began with {origin.label}, which had a loss of {loss(origin.final_loss.mean)} after {origin.steps:,}"
+        )
+        paragraphs.append(f"{what} steps; steps, seconds and FLOPs are counted from there.")
     apart = differing(result.environments)
     paragraphs += [] if apart is None else [apart]
     if any(model.switched for model in result.models):

@@ -27,8 +27,9 @@ CARRIED_OUT = ("dataloader_", "gradient_accumulation_steps", "per_device_eval_ba
 CARRIED_OUT += ("gradient_checkpointing", "activation_checkpointing", "run_name", "log_level")
 # TrainingArguments' defaults, by their key in `identity`.
 OF_TRAINING = {f"training.{field.name}": field.default for field in fields(TrainingArguments)}
-MAY_MOVE = ("data", "tokenizer", "transition.source")  # paths, of which a resumed run may name others
+MAY_MOVE = ("data", "tokenizer", "transition.source", "start.source")  # paths, of which a resumed run may name others
 # Fields of a model's configuration that are not written: they follow from others, or nothing reads them.
+LATER = {"qk_norm": True}  # fields of a model that earlier versions did not know, with the value that all had then
 DERIVED = ("transformers_version", "mlp_only_layers", "decoder_sparse_step", "initializer_range")
 
 
@@ -45,6 +46,24 @@ class Transition(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start(Record):
+    """What a run began with in place of drawn weights (`--from`).
+
+    source: a run directory, or what `mot upcycle` wrote; kind: see `starts.KINDS`.
+    origin, origin_seed, origin_steps: the trained model that it all comes from: its name, and of a run of this library
+        its seed and its steps.
+    rows: of the text that have been trained on before this run; it goes on after them.
+    """
+
+    source: str
+    kind: str
+    origin: str
+    origin_seed: int | None = None
+    origin_steps: int | None = None
+    rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Record):
     """The configuration of a run: config.yaml. `str` gives the file's text.
 
@@ -53,6 +72,7 @@ class RunConfig(Record):
     scored_rows: of the split, at the end and at most during training; None: all, and as many as usual.
     minutes: the budget that the number of steps was found for.
     first_step, transition: of a run that continues another one; its steps count on from there.
+    start: of a run that begins with a trained model, and counts its steps from 0.
     """
 
     name: str
@@ -76,6 +96,7 @@ class RunConfig(Record):
     scored_rows: int | None = None
     minutes: float | None = None
     transition: Transition | None = None
+    start: Start | None = None
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -84,8 +105,10 @@ class RunConfig(Record):
 
     @classmethod
     def of(cls, written: Any, file: Path) -> Self:
-        if isinstance(written, dict) and written.get("transition") is not None:
-            written = written | {"transition": Transition.of(written["transition"], file)}
+        if isinstance(written, dict):
+            parts = {"transition": Transition, "start": Start}
+            given = {key: kind.of(written[key], file) for key, kind in parts.items() if written.get(key) is not None}
+            written = written | given
         return super().of(written, file)
 
     def check(self, file: Path) -> None:
@@ -150,7 +173,7 @@ class RunConfig(Record):
         """
         flat: dict[str, Any] = {}
         for key, value in self.with_effect().as_read().items():
-            if key in ("training", "model", "transition"):
+            if key in ("training", "model", "transition", "start"):
                 fields_of = (value or {}).items()
                 flat |= {f"{key}.{field}": inner for field, inner in fields_of if not _carried_out(key, field)}
             elif key not in ("micro_batch", "minutes"):  # it is the steps that decide

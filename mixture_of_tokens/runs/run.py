@@ -20,7 +20,7 @@ from mixture_of_tokens.disk import write_text
 from mixture_of_tokens.formatting import duration, few_of
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import flops_per_token
-from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.model.names import as_named, config_from_name
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
 from mixture_of_tokens.runs.typed import FORMAT, as_fields, without_format
@@ -191,9 +191,10 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What identifies the run's model: its `identity` without the seed, paths, and what is as transformers has it.
 
-        Sources of a switch differ by seed, and texts are compared by their hashes.
+        Sources of a switch or a start differ by seed, and texts are compared by their hashes.
         """
-        known, left_out, usual = self.config.identity(), ("seed", *records.MAY_MOVE), config_from_name(self.name)
+        known, usual = self.config.identity(), as_named(self.name, self.model_config)
+        left_out = ("seed", "start.origin_seed", *records.MAY_MOVE)
         empty = {f"model.{field}": None for field in self.config.model if getattr(usual, field, None) is None}
         defaults = records.OF_TRAINING | empty
         return {k: v for k, v in known.items() if k not in left_out and (k, v) not in defaults.items()}

@@ -74,7 +74,8 @@ def vocabulary_of(run: RunConfig, prepared: Prepared) -> int:
 def order_of(run: RunConfig) -> dict[str, Any]:
     """Arguments of `GroupedBatches`."""
     order = {"group_size": run.group_size, "batch_size": run.batch_size, "steps": run.steps}
-    return order | {"seed": run.seed, "first_step": run.first_step, "mixed": run.model_config.group_size}
+    before = 0 if run.start is None else -(-run.start.rows // run.batch_size)
+    return order | {"seed": run.seed, "first_step": run.first_step + before, "mixed": run.model_config.group_size}
 
 
 def trainer_of(
@@ -100,6 +101,7 @@ def trainer_of(
     model = shard_model(model, placement)
     limit_waits(model, arguments.ddp_timeout)
     given = {"rows": rows, "evaluated": evaluated, "corpus": corpus, "scored_rows": run.scored_rows}
+    given |= {"first_step": run.first_step}
     trainer = RunTrainer(model, arguments, **given, **others)
     if run.anneal_temperature_to is not None:
         trainer.add_callback(AnnealTemperature(model, run.anneal_temperature_to))

@@ -11,7 +11,7 @@ from mixture_of_tokens.flags import as_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.cost import training_flops
 from mixture_of_tokens.model.fields import config_of
-from mixture_of_tokens.model.names import SIZES, parse_name
+from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.placement import Placement
 from mixture_of_tokens.model.plan import Plan, Training, plan_of
 from mixture_of_tokens.model.spread import spread_of
@@ -75,7 +75,7 @@ def plan(
         raise ValueError("--measure times this machine: leave out --tflops and --devices")
     fields = ({} if gated else {"gated": "false"}) | as_words("model", model or {})
     parsed, (config, _) = parse_name(name), config_of(name, fields)
-    batch = batch_size or -(-SIZES[parsed.size].batch // parsed.group_size) * parsed.group_size
+    batch = batch_size or -(-parsed.dimensions.batch // parsed.group_size) * parsed.group_size
     spread = None
     if devices is not None:
         placement = Placement.of(shard, replicate, expert_parallel, devices, "devices")

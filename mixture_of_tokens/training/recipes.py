@@ -16,12 +16,12 @@ from mixture_of_tokens.formatting import enumerated, in_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.fields import config_of, names_the_flag
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.names import FIELDS, SIZES, Name, other_sizes, parse_name
+from mixture_of_tokens.model.names import FIELDS, Name, other_sizes, parse_name
 from mixture_of_tokens.model.placement import Placement, check_device
 from mixture_of_tokens.model.routings import SETTINGS
 from mixture_of_tokens.process import by_itself, process_count, say_once, the_only_training
 from mixture_of_tokens.runs.admission import check_seed
-from mixture_of_tokens.runs.records import DERIVED, RunConfig, Transition
+from mixture_of_tokens.runs.records import DERIVED, LATER, RunConfig, Start, Transition
 from mixture_of_tokens.training.arguments import FIXED, check_environment, given_fields, try_out
 from mixture_of_tokens.training.options import Options
 
@@ -43,12 +43,14 @@ RECIPES = {
     "Mini": Recipe(4e-3, 150_000, 2500, 1000, 1000),
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
+    "": Recipe(4e-4, 10_000, 500, 500, 500),  # of a model from elsewhere
 }
 RECOMMENDED = ("learning_rate", "batch_size", "steps", "scored_rows")  # options that a name has a default for
 # Systems with another peak rate than their size's: of Nano and Micro by sweeps (experiments/LOG.md), else the authors'.
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
+OF_A_START = 1 / 4  # of the peak rate of drawn weights, where training begins with trained ones
 SHORT = 100  # steps: of a run of fewer, the evaluations of a longer one would take most of the time
 FEWEST_SCORED = 128  # rows, of a short run
 # Attention that reads documents off positions. Flash attention of transformers does so in batches of one row alone.
@@ -75,12 +77,13 @@ def merge(
     *,
     first_step: int = 0,
     transition: Transition | None = None,
+    start: Start | None = None,
     minutes: float | None = None,
 ) -> Merged:
     """A name's recipe, overridden by the options and checked.
 
     Args:
-        first_step, transition: of a run that continues another.
+        first_step, transition: of a run that continues another; start: of one that begins with a trained model.
         minutes: for which the options' steps and rows that are scored were found.
 
     Raises ValueError for invalid settings.
@@ -89,7 +92,7 @@ def merge(
     parsed = parse_name(name)
     name, size = str(parsed), parsed.size  # /1 is left out
     config, overrides = _model_of(name, options)
-    steps, batch_size, learning_rate = _amounts(parsed, learning_rate, options)
+    steps, batch_size, learning_rate = _amounts(parsed, learning_rate, options, start)
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"max-bytes": options.max_bytes, "part-bytes": options.part_bytes}
     positive |= {"scored-rows": options.scored_rows}
@@ -132,6 +135,7 @@ def merge(
         micro_batch=micro_batch,
         first_step=first_step,
         transition=transition,
+        start=start,
     )
     with names_the_flag(name, overrides), torch.device("meta"):  # invalid fields are reported before the run starts
         MixtureOfTokensForCausalLM(config)
@@ -206,7 +210,8 @@ def _written(config: MixtureOfTokensConfig, overrides: Mapping[str, Any], *, own
     # Null is a value here: with capacity null nothing is dropped. A null vocabulary is the default.
     nothing = {field for field, value in overrides.items() if value is None} - {"vocab_size"}
     written = {field: value for field, value in written.items() if value is not None or field in nothing}
-    return {field: value for field, value in written.items() if field in FIELDS and field not in DERIVED}
+    left_out = {*DERIVED, *(field for field, value in LATER.items() if written.get(field) == value)}
+    return {field: value for field, value in written.items() if field in FIELDS and field not in left_out}
 
 
 def _check_training(arguments: Mapping[str, Any], on_cpu: bool) -> None:
@@ -234,13 +239,16 @@ def _model_of(name: str, options: Options) -> tuple[MixtureOfTokensConfig, dict[
     return config, overrides
 
 
-def _amounts(name: Name, learning_rate: float | None, options: Options) -> tuple[int, int, float]:
+def _amounts(name: Name, learning_rate: float | None, options: Options, start: Start | None) -> tuple[int, int, float]:
     """Steps, rows a step and peak rate: those of the options, or the recipe's."""
-    recipe = RECIPES[name.size]
-    steps = recipe.steps if options.steps is None else options.steps
-    batch_size = SIZES[name.size].batch if options.batch_size is None else options.batch_size
+    recipe, steps = RECIPES[name.size], options.steps
+    batch_size = name.dimensions.batch if options.batch_size is None else options.batch_size
+    if steps is None:
+        before = None if start is None else start.origin_steps
+        steps = recipe.steps if before is None else max(1, before // 4)
     if learning_rate is None:
         learning_rate = LEARNING_RATES.get((name.size, name.system), recipe.learning_rate)
+        learning_rate *= 1 if start is None else OF_A_START
     return steps, batch_size, learning_rate
 
 

@@ -41,6 +41,7 @@ from mixture_of_tokens.runs.loading import model_directory, without_progress_bar
 from mixture_of_tokens.runs.ownership import owned
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
+from mixture_of_tokens.runs.starts import beginning_of
 from mixture_of_tokens.training.building import arguments_of, build, in_fp32
 from mixture_of_tokens.training.card import card_of
 from mixture_of_tokens.training.options import DEFAULTS, Options
@@ -48,6 +49,7 @@ from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, tell_room
 from mixture_of_tokens.training.served import losses_as_served
 from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signal
+from mixture_of_tokens.training.starting import begin_with, check_same_model, name_with, options_with
 from mixture_of_tokens.training.timing import MergedWith, check_minutes, fitting, found_before
 from mixture_of_tokens.training.trainer import RunTrainer
 
@@ -58,11 +60,12 @@ Begin = Callable[[RunTrainer, Prepared], None]
 
 @checked
 def train(
-    name: str,
+    name: str | None = None,
     *,
     out: Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     learning_rate: float | None = None,
+    start: Annotated[Path | None, Parameter(name="--from")] = None,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
     minutes: float | None = None,
     resume: bool = False,
@@ -80,10 +83,15 @@ def train(
     It can be stopped (^C, SIGTERM) and killed at any time; the same command with --resume goes on.
 
     Args:
-        name: A model, such as Transformer-Nano or MoT-Nano/32E/8; /K may be left out, and is 1 then.
+        name: A model, such as Transformer-Nano or MoT-Nano/32E/8; /K may be left out, and is 1 then. With --from it is
+            known.
         out: The run directory; by default runs/NAME-seedSEED.
-        seed: Of the weights and of the order of the text.
-        learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own.
+        seed: Of the weights and of the order of the text; by default 0, with --from that of the run it comes from.
+        learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own,
+            with --from a quarter of it.
+        start: Begin with trained weights: of a finished run, or of what mot upcycle made of a dense model. Of a run of
+            this library the same text goes on where it stopped, unless --data names another; the steps are by default a
+            quarter of its.
         minutes: In place of --steps: as many steps as fit beside evaluations and the scoring at the end, by a few that
             are timed first. Preparing text comes before. A resumed run keeps the number that was found.
         resume: Go on from the newest valid checkpoint of the run directory, or start where there is none.
@@ -96,17 +104,27 @@ def train(
     signal, after saving.
     """
     check_minutes(minutes, steps=options.steps, dry_run=dry_run)
-    merged = merge(name, seed, learning_rate, options)
+    beginning = None if start is None else beginning_of(start)
+    if beginning is not None:
+        name, options = name_with(beginning, name), options_with(beginning, options)
+    if name is None:
+        raise ValueError("NAME is missing: say which model, such as MoT-Nano/32E/8, or begin with one by --from")
+    seed = (None if beginning is None else beginning.seed) or 0 if seed is None else seed
+    merged_with = partial(merge, name, seed, learning_rate, start=None if beginning is None else beginning.start)
+    merged = merged_with(options)
     check_settings(merged)
+    if beginning is not None:
+        check_same_model(beginning, merged)
     if dry_run:
         tell_room(merged)
         return merged.config
     out = Path("runs") / merged.config.directory_name if out is None else Path(out)
     if minutes is not None:
-        merged = _of_minutes(minutes, merged, partial(merge, name, seed, learning_rate), options, out, resume)
+        merged = _of_minutes(minutes, merged, merged_with, options, out, resume)
     if resume and not out.exists() and is_main():
         print(f"{out} is not there yet: training begins at step 0", file=sys.stderr)
-    return run_merged(merged, out, resume=resume)
+    begin = None if beginning is None else partial(begin_with, beginning, out)
+    return run_merged(merged, out, resume=resume, begin=begin)
 
 
 def _of_minutes(
@@ -129,8 +147,8 @@ def run_merged(
     """Train as `train` does; with `resume`, a run that is finished is only read.
 
     Args:
-        begin: called before the first step, unless there is a checkpoint to go on from. In a run with a `first_step` it
-            gives the trainer the weights, rows and clock of that step.
+        begin: called before the first step, unless there is a checkpoint to go on from. It gives the trainer the
+            weights that it begins with, and in a run with a `first_step` the rows and the clock of that step.
         again: what goes on with a run that was stopped.
     """
     _check(out, merged, resume)

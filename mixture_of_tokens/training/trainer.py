@@ -48,7 +48,7 @@ class RunTrainer(Trainer):
 
     Args beyond Trainer's:
         rows: training data, in order; evaluated: blocks for the losses during training; corpus: hashes of text
-            and tokenizer; scored_rows: how many rows are evaluated at most.
+            and tokenizer; first_step: what its steps are counted from; scored_rows: how many are evaluated at most.
 
     `train(checkpoint)` goes on from a checkpoint that `checkpoints.newest` gave; None starts anew.
 
@@ -64,6 +64,7 @@ class RunTrainer(Trainer):
         rows: GroupedBatches,
         evaluated: Blocks,
         corpus: str,
+        first_step: int = 0,
         scored_rows: int | None = None,
         **kwargs,
     ):
@@ -83,7 +84,7 @@ class RunTrainer(Trainer):
         self.run, self.clock = Path(str(self.args.output_dir)), Clock()
         micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
         tokens_per_step = self.args.per_device_train_batch_size * micro_batches * rows.blocks.context
-        self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock, rows.first_step)
+        self.run_log = RunLog(self.run / "metrics.jsonl", tokens_per_step, self.clock, first_step)
         self.add_callback(self.run_log)
         self.add_callback(_RouterGradients(self))
         self.add_callback(BalanceCallback(model))
@@ -133,7 +134,7 @@ class RunTrainer(Trainer):
         if self.args.world_size > 1:  # each drops other elements of its rows; a checkpoint has all their states
             torch.manual_seed(self.args.seed + self.args.process_index)
         if self.is_world_process_zero():
-            self.run_log.forget_after(self.rows.first_step + step, rows)
+            self.run_log.forget_after(self.run_log.first_step + step, rows)
         try:
             self.rows.begin(step)
             events = self.run / "tensorboard"

@@ -1,0 +1,82 @@
+"""A run that begins with trained weights: `mot train --from`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.data.tokenizer import hash_of, load_tokenizer
+from mixture_of_tokens.flags import as_word
+from mixture_of_tokens.formatting import enumerated
+from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.model.sharding import whole
+from mixture_of_tokens.process import is_main, say_once
+from mixture_of_tokens.runs import records
+from mixture_of_tokens.runs.loading import load_model
+from mixture_of_tokens.runs.records import MetricsRow
+from mixture_of_tokens.runs.starts import TEXT, Beginning
+from mixture_of_tokens.training.options import DEFAULTS, Options
+from mixture_of_tokens.training.recipes import Merged
+from mixture_of_tokens.training.trainer import RunTrainer
+
+# Fields of a model that a run may choose anew; all others decide what its weights are, or what it computes of them.
+FREE = ("capacity_factor", "router_aux_loss_coef", "balance_rate", "threshold_decay", "attention_dropout")
+FREE += ("max_position_embeddings", "initializer_scale")
+LONGEST = 1024  # tokens in a row, of a model from elsewhere that takes more
+
+
+def name_with(beginning: Beginning, name: str | None) -> str:
+    """The model's name. Raises ValueError for another."""
+    if name is not None and str(parse_name(name)) != beginning.name:
+        raise ValueError(f"{name} is not what --from begins with: that is {beginning.name}, and need not be named")
+    return beginning.name
+
+
+def options_with(beginning: Beginning, options: Options) -> Options:
+    """The options with the model of a beginning and, unless other text is named, with the text of its run.
+
+    Raises ValueError for another tokenizer than the model's.
+    """
+    source = beginning.start.source
+    if options.tokenizer not in (None, str(beginning.directory)):
+        raise ValueError(f"--tokenizer {options.tokenizer}: the model of --from {source} has its own")
+    own: dict[str, Any] = {"tokenizer": str(beginning.directory)}
+    if beginning.text is not None and not options.data:
+        own = {key: beginning.text[key] for key in TEXT if getattr(options, key) == getattr(DEFAULTS, key)}
+    fields = dict(beginning.fields_with(own.get("tokenizer")))
+    if beginning.text is None:
+        longest = fields["max_position_embeddings"]
+        if longest > LONGEST and "max_position_embeddings" not in options.model:
+            fields["max_position_embeddings"] = LONGEST
+            how = "--model.max_position_embeddings N gives others"
+            say_once(f"mot: rows have {LONGEST:,} tokens, of the {longest:,} that the model takes; {how}")
+    return replace(options, **own, model={key: as_word(value) for key, value in fields.items()} | options.model)
+
+
+def check_same_model(beginning: Beginning, merged: Merged) -> None:
+    """Raises ValueError where fields were given with which the trained weights are another model's."""
+    for field, value in beginning.fields_with(merged.config.tokenizer).items():
+        if field not in FREE and (now := getattr(merged.config.model_config, field)) != value:
+            raise ValueError(
+                f"--model.{field} {now}: the model of --from {beginning.start.source} has {value}; "
+                f"of its fields {enumerated(FREE)} can be chosen"
+            )
+
+
+def begin_with(beginning: Beginning, out: Path, trainer: RunTrainer, prepared: Prepared) -> None:
+    """Give the trainer of the new run, at `out`, its weights, and write down their loss as that of step 0.
+
+    Raises ValueError where the text was prepared with another tokenizer than the model's.
+    """
+    source = beginning.start.source
+    if hash_of(load_tokenizer(str(beginning.directory))) != hash_of(prepared.tokenizer):
+        what = "a tokenizer trained on the text as it is now is not the model's"
+        raise ValueError(f"the text of {source} has changed: {what}; put it back, or name text with --data")
+    with whole(trainer.causal_lm) as target:
+        target.load_state_dict(load_model(str(beginning.directory), device="cpu").state_dict())
+    if trainer.args.eval_strategy == "no":
+        return
+    loss = trainer.loss_of(trainer.causal_lm)
+    if is_main():
+        row = MetricsRow(step=0, tokens=0, seconds=0.0, tokens_per_second=0, eval_loss=loss)
+        (out / records.METRICS).write_text(row.line())
