@@ -43,14 +43,14 @@ RECIPES = {
     "Mini": Recipe(4e-3, 150_000, 2500, 1000, 1000),
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
-    "": Recipe(4e-4, 10_000, 500, 500, 500),  # of a model from elsewhere
+    "": Recipe(2e-4, 10_000, 500, 500, 500),  # of a model from elsewhere
 }
 RECOMMENDED = ("learning_rate", "batch_size", "steps", "scored_rows")  # options that a name has a default for
 # Systems with another peak rate than their size's: of Nano and Micro by sweeps (experiments/LOG.md), else the authors'.
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
-OF_A_START = 1 / 4  # of the peak rate of drawn weights, where training begins with trained ones
+OF_A_START = {"continued": 0.2, "copies": 1.0}  # of the peak rate of drawn weights, by `Start.kind`
 SHORT = 100  # steps: of a run of fewer, the evaluations of a longer one would take most of the time
 FEWEST_SCORED = 128  # rows, of a short run
 # Attention that reads documents off positions. Flash attention of transformers does so in batches of one row alone.
@@ -248,7 +248,7 @@ def _amounts(name: Name, learning_rate: float | None, options: Options, start: S
         steps = recipe.steps if before is None else max(1, before // 4)
     if learning_rate is None:
         learning_rate = LEARNING_RATES.get((name.size, name.system), recipe.learning_rate)
-        learning_rate *= 1 if start is None else OF_A_START
+        learning_rate *= 1 if start is None else OF_A_START[start.kind]
     return steps, batch_size, learning_rate
 
 
