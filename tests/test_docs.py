@@ -35,7 +35,8 @@ LINKING = [
     *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "experiments/LOG.md", "experiments/README.md")),
 ]
 ENGINES = DOCS / "guide" / "serve.md"  # whose code test_engines.py runs
-GUIDES = [DOCS / "guide" / f"{name}.md" for name in ("train", "layer", "recipe", "compare")]  # test_guides.py runs them
+WHOLE = ("train", "layer", "recipe", "dense", "compare")  # guides that test_guides.py runs
+GUIDES = [DOCS / "guide" / f"{name}.md" for name in WHOLE]
 DRY = ("train", "sweep", "compare")
 WITH_A_RUN, READING = ("generate", "evaluate", "audit", "transition", "export"), "MoT-Nano/4E/2"
 

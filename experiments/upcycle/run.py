@@ -39,7 +39,7 @@ SWEEPS = Path(__file__).with_name("sweeps.csv")
 
 
 class Study(NamedTuple):
-    """steps: of the source; in_time: of the dense model in the time that the upcycled one takes for a quarter of them."""
+    """steps: of the source; in_time: of the dense model in the time of the upcycled one for a quarter of them."""
 
     source: str
     child: str

@@ -43,8 +43,8 @@ RECIPES = {
     "Mini": Recipe(4e-3, 150_000, 2500, 1000, 1000),
     "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
     "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
-    "": Recipe(2e-4, 10_000, 500, 500, 500),  # of a model from elsewhere
 }
+FROM_ELSEWHERE = Recipe(2e-4, 10_000, 500, 500, 500)  # of a model without a size's name
 RECOMMENDED = ("learning_rate", "batch_size", "steps", "scored_rows")  # options that a name has a default for
 # Systems with another peak rate than their size's: of Nano and Micro by sweeps (experiments/LOG.md), else the authors'.
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
@@ -111,7 +111,7 @@ def merge(
     if options.separate_documents and attention not in APART:
         what = f"takes the documents of a row for one; with --separate-documents {enumerated(APART[1:])} are legal"
         raise ValueError(f"--model.attn_implementation {attention} {what}")
-    micro_batch, training = _training_fields(options.training, RECIPES[size], steps, batch_size, config.group_size)
+    micro_batch, training = _training_fields(options.training, _recipe(size), steps, batch_size, config.group_size)
     training.setdefault("dataloader_pin_memory", not on_cpu)
     run = RunConfig(
         name=name,
@@ -162,7 +162,7 @@ def chosen_in(entries: dict[str, Any]) -> dict[str, Any]:
     own, chosen = plain.as_read(), dict(entries)
     if type(steps) is int and type(rows := entries.get("batch_size")) is int:
         own["scored_rows"] = _of_a_short_run(steps, rows)
-    own["steps"] = RECIPES[parse_name(name).size].steps
+    own["steps"] = _recipe(parse_name(name).size).steps
     own["training"]["per_device_eval_batch_size"] = entries.get("micro_batch")  # its default
     for kind in ("training", "model"):
         if isinstance(given := entries.get(kind), dict):
@@ -241,7 +241,7 @@ def _model_of(name: str, options: Options) -> tuple[MixtureOfTokensConfig, dict[
 
 def _amounts(name: Name, learning_rate: float | None, options: Options, start: Start | None) -> tuple[int, int, float]:
     """Steps, rows a step and peak rate: those of the options, or the recipe's."""
-    recipe, steps = RECIPES[name.size], options.steps
+    recipe, steps = _recipe(name.size), options.steps
     batch_size = name.dimensions.batch if options.batch_size is None else options.batch_size
     if steps is None:
         before = None if start is None else start.origin_steps
@@ -250,6 +250,10 @@ def _amounts(name: Name, learning_rate: float | None, options: Options, start: S
         learning_rate = LEARNING_RATES.get((name.size, name.system), recipe.learning_rate)
         learning_rate *= 1 if start is None else OF_A_START[start.kind]
     return steps, batch_size, learning_rate
+
+
+def _recipe(size: str) -> Recipe:
+    return RECIPES.get(size, FROM_ELSEWHERE)
 
 
 def _of_a_short_run(steps: int, batch_size: int) -> int | None:
