@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mixture_of_tokens import manifest
 from mixture_of_tokens.checks import checked, divisors, listed
@@ -42,8 +43,6 @@ TOKENS = 16_384  # about so many are scored, and as many clustered
 LONGEST = 512  # tokens of a row that is scored
 ROWS = 32  # at once
 STANDARD = Path(torch.__file__).parent / "optim" / "*.py"  # text for a model whose own is not known: Python, 700 kB
-
-
 LEGAL = ("TC", "STC", "Transformer")  # systems that a dense model can become exactly
 
 
@@ -120,9 +119,9 @@ def upcycle(
     text, read, scored = _text(source, sources, field, tokenizer, model)
     before, count = _loss_of(model, text)
     with owned_file(out, patience=0):
-        made = MixtureOfTokensForCausalLM(target)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            made = MixtureOfTokensForCausalLM(target)
             made.load_state_dict(upcycled_weights(model.state_dict(), made))
             largest_load = route_by_clusters(made.eval(), _rows_of(read)) if named.routing.sparse else 0.0
         beside = out.with_name(f".{out.name}.partial")
@@ -204,14 +203,15 @@ def _text(source: str, data: list[str] | None, field: str, tokenizer: Any, model
 def _loss_of(model: Any, text: Blocks) -> tuple[float, int]:
     """The loss over about `TOKENS` tokens, and their number."""
     rows = max(1, TOKENS // text.context)
-    found = evaluate_blocks(model.eval(), text, group_size=1, batch_size=min(ROWS, rows), groups=rows)
+    sizes = {"group_size": 1, "batch_size": min(ROWS, rows), "groups": rows}
+    found = evaluate_blocks(model.eval(), text, **sizes, progress="Scoring")
     return found["loss"], int(found["tokens"])
 
 
 def _rows_of(text: Blocks) -> Iterator[Tensor]:
     """About `TOKENS` tokens from all over the text, some rows at a time."""
     order = grouped_order(text, 1).ravel()[: max(1, TOKENS // text.context)]
-    for first in range(0, len(order), ROWS):
+    for first in tqdm(range(0, len(order), ROWS), "Clustering", unit="batch", delay=2, leave=False, dynamic_ncols=True):
         yield text.batch(order[first : first + ROWS])["input_ids"]
 
 
