@@ -22,8 +22,6 @@ _TEMPERATURE = (lambda value: 1e-20 <= value <= 1e20, "1e-20 to 1e20")
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": _TEMPERATURE,
     "router_temperature": _TEMPERATURE,
-    "--anneal-temperature-to": _TEMPERATURE,
-    "--anneal": _TEMPERATURE,
     "initializer_scale": _POSITIVE,
     "capacity_factor": (_POSITIVE[0], "positive and finite, or none"),
     "balance_rate": _NOT_NEGATIVE,

@@ -75,11 +75,11 @@ COMMANDS = {
     "data-report": ("data.report:data_report", "Prepare a corpus and print what is in it."),
 }
 # Commands whose --config may be a run's config.yaml, and the fields of it that each ignores.
-_OF_TRAINING = ("seed", "learning_rate")
+_OF_TRAINING = ("seed", "learning_rate", "anneal_temperature_to")  # the last of runs of earlier versions
 _OF_TEXT = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "evaluate_on")
 _OF_TEXT += ("separate_documents", "scored_rows")
 OF_A_RUN = {"train": (), "prepare": _OF_TRAINING}
-OF_A_RUN |= {"plan": (*_OF_TRAINING, *_OF_TEXT, "anneal_temperature_to", "training")}
+OF_A_RUN |= {"plan": (*_OF_TRAINING, *_OF_TEXT, "training")}
 WITH_NEGATIVE_FLAGS = ("plan",)  # commands with a flag that is on by default, as in --gated and --no-gated
 _IN_THE_NAME = "the model's name has it, as in MoT-Nano/16E/8: groups of 16, granularity 8"
 # Where other programs' flags are to be found here, for whoever tries them.

@@ -343,10 +343,7 @@ def test_a_number_from_python_is_a_number():
     for given in ("60", 1.5, True):
         with pytest.raises(ValueError, match=f"batch_size takes a whole number, not {given!r}"):
             mixture_of_tokens.Options(batch_size=given)
-    for given in ("0.5", False):
-        with pytest.raises(ValueError, match=f"anneal_temperature_to takes a number, not {given!r}"):
-            mixture_of_tokens.Options(anneal_temperature_to=given)
-    assert mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=1).steps == 3
+    assert mixture_of_tokens.Options(steps=np.int64(3)).steps == 3
 
 
 @pytest.mark.parametrize("field", ["model", "training"])
@@ -383,7 +380,7 @@ def test_no_text_to_evaluate_is_not_the_standard_library(tiny_runs):
 
 def test_numbers_of_numpy_and_paths_are_as_good_as_plain_ones(tmp_path):
     """They are written to a configuration, which is read again."""
-    options = mixture_of_tokens.Options(steps=np.int64(3), anneal_temperature_to=np.float64(0.5), data=tmp_path)
+    options = mixture_of_tokens.Options(steps=np.int64(3), data=tmp_path)
     given = {"seed": np.int64(3), "learning_rate": np.float64(3e-3), "options": options}
     planned = mixture_of_tokens.train("MoT-Nano/4E", dry_run=True, **given)
     (tmp_path / "config.yaml").write_text(str(planned))
@@ -415,7 +412,7 @@ def test_fields_of_options_take_what_python_has_for_them():
         ("export", ["runs/mine", "a\0b"], {}, r"out takes a path, and 'a\\x00b' has a NUL in it"),
         ("generate", ["runs/mine"], {"prompt": "a", "out": "a\0b"}, "out takes a path, and .* has a NUL in it"),
         ("export", ["runs/mine", "out"], {"scores": "top"}, "scores takes softmax or sigmoid, not 'top'"),
-        ("transition", ["runs/mine"], {"calibrate": "no"}, "calibrate takes distil or scales or none, not 'no'"),
+        ("transition", ["runs/mine"], {"calibrate": "no"}, "calibrate takes distil or none, not 'no'"),
         ("generate", ["runs/mine"], {"prompt": ["a", 5]}, r"prompt takes text, or a list of such, not \['a', 5\]"),
         ("train", [Path("MoT-Nano/4E")], {}, "name takes text, not .*Path"),
         ("report", [["runs/mine", 5]], {}, "runs takes a path, or a list of such, not"),

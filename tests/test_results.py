@@ -60,7 +60,6 @@ def run(directory, name="Transformer-Nano", seed=0, losses=(3.0, 2.0), seconds=1
         "steps": steps,
         "batch_size": 128,
         "learning_rate": 0.01,
-        "anneal_temperature_to": None,
         "data": [],
         "field": "text",
         "max_bytes": None,

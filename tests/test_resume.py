@@ -366,24 +366,6 @@ def test_every_missing_file_is_noticed(whole, tmp_path, damage):
     assert newest(tmp_path / "run") == tmp_path / "run" / "checkpoint-40"
 
 
-@pytest.mark.usefixtures("tiny_cache")
-def test_the_annealed_temperature_is_the_last_one_whenever_the_run_goes_on(small_corpus, tmp_path):
-    flags = ["train", "MoT-Nano/4E/2", "--steps", "4", "--batch-size", "32", "--device", "cpu", "--data", small_corpus]
-    flags = [str(flag) for flag in (*flags, "--anneal-temperature-to", 0.05, "--out", tmp_path / "run")]
-
-    def written() -> dict:
-        return json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-
-    mot(*flags)
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert written()["router_temperature"] == pytest.approx(0.05)
-    (tmp_path / "run" / "run.json").unlink()  # as if killed after the last checkpoint
-    shutil.rmtree(tmp_path / "run" / "model")
-    mot(*flags, "--resume")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["final_loss"] == facts["final_loss"]
-    assert written()["router_temperature"] == pytest.approx(0.05)
-
-
 def test_damaged_checkpoints_ahead_do_not_push_out_the_one_that_is_written(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)

@@ -74,10 +74,6 @@ def test_a_setting_that_no_block_reads_is_refused():
             line = f"--model.{field} would do nothing in {name}; it is of {', '.join(of)}"
             assert asked(name, model={field: value}) == ["" if parse_name(name).system in of else line] * 3
     assert set(asked("MoT-Nano/4E", model=MIXED | {"capacity_factor": 2})) == {""}
-    for name, system in (("Transformer-Nano", "MoT"), ("Uniform-Nano/4E", "MoT")):
-        for line in asked(name, anneal_temperature_to=0.1):
-            assert line.startswith(f"--anneal-temperature-to would do nothing in {name}; it is of {system}, TC, ")
-    assert set(asked("TC-Nano/4E", anneal_temperature_to=0.1)) == {""}
 
 
 def test_a_sweep_s_values_and_a_text_s_flags_are_checked_too():
@@ -99,14 +95,14 @@ def test_a_plan_counts_the_tokens_of_a_given_tokenizer(tmp_path):
 
 
 def test_models_of_a_comparison_share_settings_that_one_of_them_reads():
-    options = Options(model={"capacity_factor": 1.5}, anneal_temperature_to=0.1)
+    options = Options(model={"capacity_factor": 1.5})
     compare("Transformer-Nano", "MoT-Nano/4E", "TC-Nano/4E", options=options, dry_run=True)
     with pytest.raises(ValueError, match=r"nothing in Transformer-Nano, MoT-Nano/4E; it is of TC$"):
         compare("Transformer-Nano", "MoT-Nano/4E", seeds=[0, 1], options=options, dry_run=True)
 
 
 def test_a_run_of_a_comparison_has_the_settings_that_it_reads_and_earlier_ones_go_on(tmp_path):
-    options = Options(model={"capacity_factor": 1.5}, anneal_temperature_to=0.1)
+    options = Options(model={"capacity_factor": 1.5})
     for plan in _plans(("Transformer-Nano", "TC-Nano/4E"), [0], [None, None], options, tmp_path):
         config, before = plan.merged.config, merge(plan.name, 0, None, options).config
         with_unread = replace(before, model=before.model | {"capacity_factor": 1.5})  # as earlier runs have it

@@ -28,7 +28,6 @@ from mixture_of_tokens.data.groups import GroupedBatches, grouped_order
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.inference.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.inference.sampling import Sampling, continue_prompts
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.routings import SETTINGS
 from mixture_of_tokens.model.routings import TABLE as ROUTINGS
@@ -36,7 +35,6 @@ from mixture_of_tokens.process import ended_by_sigterm
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.training import signals, trainer
-from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build, train
@@ -450,15 +448,9 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
             "--shard 2 is for 2 processes (torchrun --nproc-per-node), or a multiple, and there is one",
         ),
         (["data-report", "few.txt", "--context", 0], "--context must be at least 1, not 0"),
-        (["train", "MoT-Nano/32E", "--anneal-temperature-to", 0], "--anneal-temperature-to must be 1e-20 to 1e20"),
-        (["train", "MoT-Nano/32E", "--anneal-temperature-to", 1e-30], "--anneal-temperature-to must be 1e-20 to 1e20"),
         (
             ["train", "MoT-Nano/32E", "--device", "cpu", "--model.attn_implementation", "flex_attention"],
             "flex_attention has no backward pass on a CPU; legal there are eager and sdpa",
-        ),
-        (
-            ["train", "MoT-Nano/32E", "--anneal-temperature-to", 0.1, "--model.learnable_temperature", "true"],
-            "--anneal-temperature-to would set the temperature that --model.learnable_temperature learns",
         ),
         (["compare", "MoT-Nano/32E", "--training.eval_strategy", "no"], "eval_strategy no leaves no curves to compare"),
         (
@@ -793,15 +785,6 @@ def test_a_learned_temperature_is_not_decayed(small_corpus, tmp_path):
     assert len(learned) == 2
     assert learned < kept
     assert sum(name.endswith("gate.weight") for name in decayed) == 2
-
-
-def test_a_temperature_is_annealed_by_the_same_factor_in_every_step():
-    model = MixtureOfTokensForCausalLM(config_from_name("MoT-Nano/4E", vocab_size=16, router_temperature=1.0))
-    annealing, found = AnnealTemperature(model, 0.01), []
-    for step in range(5):
-        annealing._set(step, 5)
-        found.append(float(model.model.layers[-1].mlp.gate.temperature))
-    assert found == pytest.approx([10 ** (-step / 2) for step in range(5)])
 
 
 @pytest.mark.usefixtures("tiny_cache")

@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,11 +14,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
-from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.convert import beginning, verify
-from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.transition import Transitioned
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import load_model, text_of
@@ -221,35 +218,19 @@ def test_adams_moments_go_with_the_weights_and_their_scales(begun, tiny_runs):
     source = tiny_runs[MIXED]
     kept = moments_of(source / f"checkpoint-{SOURCE_STEPS}")
     routers = {f"model.layers.{i}.mlp.gate.weight" for i in (2, 3)}
-    for control in ("none", "router"):
-        trainer = begun(source, *(() if control == "none" else ("--control", control)))
-        names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
-        ordered = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-        assert {names[id(parameter)] for parameter in ordered} == set(names.values())
-        for parameter in ordered:
-            name = names[id(parameter)]
-            if name in routers and control == "router":
-                assert parameter not in trainer.optimizer.state
-                continue
-            scale = 4.0 if name in routers else 1.0  # one over the temperature
-            assert kept[f"{name}.exp_avg"].abs().sum() > 0
-            for moment, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-                found, expected = trainer.optimizer.state[parameter][moment], kept[f"{name}.{moment}"] / scale**power
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # second moments are tiny
+    trainer = begun(source)
+    names = {id(parameter): name for name, parameter in trainer.causal_lm.named_parameters()}
+    ordered = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {names[id(parameter)] for parameter in ordered} == set(names.values())
+    for parameter in ordered:
+        name = names[id(parameter)]
+        scale = 4.0 if name in routers else 1.0  # one over the temperature
+        assert kept[f"{name}.exp_avg"].abs().sum() > 0
+        for moment, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            found, expected = trainer.optimizer.state[parameter][moment], kept[f"{name}.{moment}"] / scale**power
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # second moments are tiny
     fresh = begun(source, "--optimizer", "fresh")
     assert fresh.optimizer is None or not fresh.optimizer.state
-
-
-def test_adams_moments_are_rescaled_by_the_scales_that_are_fitted(begun, tiny_runs, monkeypatch):
-    monkeypatch.setattr(beginning, "fit_scales", partial(fit_scales, steps=5))
-    plain, scaled = begun(tiny_runs[MIXED]), begun(tiny_runs[MIXED], "--calibrate", "scales")
-    for name in ("experts.gate_up_proj", "experts.down_proj"):
-        before, after = (trainer.causal_lm.get_parameter(f"model.layers.2.mlp.{name}") for trainer in (plain, scaled))
-        scale = (after / before).detach()
-        assert (scale - 1).abs().mean() > 0.05
-        given, found = plain.optimizer.state[before], scaled.optimizer.state[after]
-        torch.testing.assert_close(found["exp_avg"] * scale, given["exp_avg"], rtol=1e-4, atol=0)
-        torch.testing.assert_close(found["exp_avg_sq"] * scale**2, given["exp_avg_sq"], rtol=1e-4, atol=0)
 
 
 def test_what_is_distilled_in_fp32_reaches_a_model_in_bf16(begun, tiny_runs, tmp_path):
@@ -263,38 +244,6 @@ def test_what_is_distilled_in_fp32_reaches_a_model_in_bf16(begun, tiny_runs, tmp
     same = {name for name, parameter in model.named_parameters() if torch.equal(parameter, distilled[name])}
     layers = [name for name in distilled if name.startswith(("model.layers.2.mlp.", "model.layers.3.mlp."))]
     assert same == distilled.keys() - set(layers)
-
-
-def test_a_new_router_is_not_the_one_that_the_source_began_with(begun, tiny_runs):
-    carried, new = begun(tiny_runs[MIXED]).causal_lm, begun(tiny_runs[MIXED], "--control", "router").causal_lm
-    set_seed(0)
-    first = MixtureOfTokensForCausalLM(new.config)
-    for (name, value), before in zip(new.named_parameters(), carried.parameters(), strict=True):
-        assert torch.equal(value, before) != name.endswith("gate.weight"), name
-        if name.endswith("gate.weight"):
-            drawn = first.get_parameter(name).detach()
-            assert torch.cosine_similarity(value.detach(), drawn).mean().abs() < 0.3
-            assert float(value.detach().std()) == pytest.approx(float(drawn.std()), rel=0.3)
-
-
-def test_the_control_from_scratch_is_the_same_model_from_nothing(barely_trained, begun, tmp_path, capsys):
-    words = ["--steps", 3, "--control", "scratch"]
-    made = begun(barely_trained, *words).causal_lm
-    set_seed(0)
-    first = MixtureOfTokensForCausalLM(made.config)
-    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), first.parameters(), strict=True))
-    capsys.readouterr()
-    mot("transition", barely_trained, *words, "--json", "--out", tmp_path / "scratch")
-    facts = json.loads(capsys.readouterr().out)
-    assert (facts["name"], facts["steps"]) == ("TC-Nano/4E/2", 2 + 3)
-    assert rows_of(tmp_path / "scratch")[0]["train_loss"] > 5  # near ln 512
-    run = read_run(tmp_path / "scratch")
-    assert (run.model_config.capacity_factor, run.model_config.router_temperature) == (None, 1)
-    other = copy_of(barely_trained, tmp_path / "other", model={"rms_norm_eps": 1e-3}, training={"weight_decay": 0.7})
-    mot("transition", other, "--control", "scratch", "--learning-rate", 0.5, "--dry-run")
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert (shown["model"]["rms_norm_eps"], shown["training"]["weight_decay"]) == (1e-3, 0.7)
-    assert (shown["learning_rate"], shown["model"]["num_experts_per_tok"]) == (0.5, 2)
 
 
 def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_path, tiny_cache, monkeypatch):
@@ -323,61 +272,6 @@ def test_the_rate_falls_from_the_source_s_last_one(tiny_runs, tmp_path, capsys):
     assert last / 10 <= rates[-1] < last / 5
     mot("report", out)
     assert "--schedule decay" in (out / "report.html").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("tiny_cache")
-def test_annealed_first_it_trains_in_groups_while_the_temperature_falls(tiny_runs, tmp_path, capsys):
-    out = tmp_path / "new"
-    words = [tiny_runs[MIXED], "--steps", 7, "--anneal", 0.05, "--calibrate", "none", "--json", "--out", out]
-    mot("transition", *words, "--dry-run")
-    planned = json.loads(capsys.readouterr().out)
-    mot("transition", *words)
-    result = json.loads(capsys.readouterr().out)
-    first = read_run(out).config.first_step
-    assert (planned["first_step"], planned["steps"]) == (first, read_run(out).config.steps) == (SOURCE_STEPS + 3, 4)
-    annealed = AutoModelForCausalLM.from_pretrained(tmp_path / "new-annealed" / "model")
-    assert annealed.config.router_temperature == pytest.approx(0.05)
-    commands = []
-    for run in (out, tmp_path / "new-annealed"):  # one command makes both
-        mot("report", run)
-        commands.append(re.findall(r"^.*mot transition again/.*$", (run / "report.html").read_text(), re.MULTILINE))
-    assert commands[0] == commands[1]
-    assert len(commands[0]) == 1
-    assert "--out again/new --top-k 2 " in commands[0][0]
-    assert " --steps 7 " in commands[0][0]
-    assert " --calibrate none --optimizer carried --anneal 0.05" in commands[0][0]
-    out.rename(tmp_path / "other")  # what is known without the run after the switch
-    mot("report", tmp_path / "new-annealed")
-    again = f"mot transition again/{tiny_runs[MIXED].name} --out again/new --steps 6 --anneal 0.05 --optimizer carried"
-    assert again in (tmp_path / "new-annealed" / "report.html").read_text()
-    (tmp_path / "other").rename(out)
-    capsys.readouterr()
-    assert annealed.config.mlp_layer_types[-1] == "mixture_of_tokens"
-    assert result["source"].endswith("new-annealed")
-    assert [row["step"] for row in rows_of(out)][-1] == SOURCE_STEPS + 7
-    switch = json.loads((out / "switch.json").read_text())
-    assert switch["step"] == SOURCE_STEPS + 3
-    source = rows_of(tiny_runs[MIXED])
-    held = [row["learning_rate"] for row in rows_of(tmp_path / "new-annealed")[len(source) :] if "train_loss" in row]
-    assert held == pytest.approx([source[-1]["learning_rate"]] * 3)
-    assert rows_of(out)[: len(rows_of(tiny_runs[MIXED]))] == rows_of(tiny_runs[MIXED])
-    (tmp_path / "new-annealed").rename(tmp_path / "elsewhere")
-    with pytest.raises(SystemExit, match="2"):  # not trained again, in other ways
-        mot(
-            "transition",
-            tiny_runs[MIXED],
-            "--steps",
-            7,
-            "--anneal",
-            0.05,
-            "--calibrate",
-            "none",
-            "--out",
-            out,
-            "--resume",
-        )
-    assert f"new-annealed, of which {out} is made, is not there" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -519,29 +413,22 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         (["MIXED", "--calibrate", "full"], "full"),
         (["MIXED", "--distil-steps", "-1"], "--distil-steps must be at least 1, not -1"),
         (["MIXED", "--calibrate", "none", "--distil-steps", "2000"], "none leaves nothing for --distil-steps"),
-        (["MIXED", "--control", "router", "--distil-steps", "7"], "--control router leaves nothing for --distil-steps"),
         (
             ["MIXED", "--steps", "0", "--schedule", "decay"],
             "--steps 0 leaves nothing for --learning-rate or --schedule",
         ),
         (["MIXED", "--scores", "sigmoid", "--capacity", "1.25"], "--capacity 1.25 is for --scores softmax"),
         (["MIXED", "--capacity", "-1"], "--capacity must be positive and finite, not -1"),
-        (["MIXED", "--anneal", "0.5"], "--anneal 0.5 must be above 0 and below the source's temperature, 0.25"),
+        (["MIXED", "--calibrate", "scales"], "scales"),
+        (["MIXED", "--anneal", "0.1"], "--anneal"),
+        (["MIXED", "--control", "router"], "--control"),
         (["MIXED", "--out", "MIXED"], "is the source itself"),
         (["MIXED", "--out", "MIXED/new"], "is the source itself, or inside it"),
-        (["MIXED", "--control", "router", "--calibrate", "scales"], "--control router leaves nothing for --calibrate"),
-        (
-            ["MIXED", "--control", "scratch", "--optimizer", "fresh", "--schedule", "decay"],
-            "--control scratch leaves nothing for --optimizer, --schedule to change",
-        ),
         (["MIXED", "--out", "taken"], "taken exists already"),
         (["WITHOUT"], "has no optimizer state to carry: it is not there; --optimizer fresh"),
         (["WITHOUT", "--optimizer", "frsh"], "optimizer"),
         (["SGD"], "only adamw_torch, adamw_torch_fused can be carried, not the state of sgd: --optimizer fresh"),
         (["FOREIGN", "--optimizer", "fresh"], "the tokenizer of "),
-        (["ANNEALED", "--anneal", "0.2"], "below the source's temperature, 0.1"),
-        (["MIXED", "--anneal", "0.1", "--out", "taken"], "taken exists already"),
-        (["LEARNED", "--anneal", "0.1", "--optimizer", "fresh"], "would replace the temperatures that"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -551,7 +438,6 @@ def test_bad_use_is_one_line_and_leaves_nothing(words, message, tiny_runs, tmp_p
     (tmp_path / "taken" / "file").write_text("mine")
     named = {"DENSE": tiny_runs["Transformer-Nano"], "MIXED": tiny_runs[MIXED], "MIXED/new": tiny_runs[MIXED] / "new"}
     changes: dict[str, dict] = {"WITHOUT": {}, "SGD": {"training": {"optim": "sgd"}}}
-    changes |= {"ANNEALED": {"anneal_temperature_to": 0.1}, "LEARNED": {"model": {"learnable_temperature": True}}}
     if words[0] in changes:
         named[words[0]] = copy_of(tiny_runs[MIXED], tmp_path / "copy", **changes[words[0]])
     elif words[0] == "FOREIGN":

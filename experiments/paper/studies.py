@@ -40,19 +40,20 @@ class System(NamedTuple):
     """A model, with settings of its configuration and of its training that are not the size's.
 
     title: what they are called where their list would be long.
+    retired: settings that commit 8112891 was the last to have; runs with them are kept, and can be made again by it.
     """
 
     name: str
     model: Mapping[str, str] = {}
     training: Mapping[str, str] = {}
     learning_rate: float | None = None
-    anneal_temperature_to: float | None = None
+    retired: Mapping[str, object] = {}
     title: str = ""
 
     @property
     def settings(self) -> dict[str, object]:
-        own = {"learning_rate": self.learning_rate, "anneal_temperature_to": self.anneal_temperature_to}
-        return {**self.model, **self.training, **{field: value for field, value in own.items() if value is not None}}
+        rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        return {**self.model, **self.training, **rate, **self.retired}
 
     @property
     def label(self) -> str:
@@ -62,8 +63,9 @@ class System(NamedTuple):
     def options(self, steps: int) -> Options:
         size = SIZES[parse_name(self.name).size]
         training = {**size.training, **self.training}
-        own = {"model": dict(self.model), "anneal_temperature_to": self.anneal_temperature_to}
-        return replace(size, steps=steps, training=training, **own)
+        if self.retired:
+            sys.exit(f"{self.label} can be trained by commit 8112891 and those before it")
+        return replace(size, steps=steps, training=training, model=dict(self.model))
 
     def directory(self, steps: int, seed: int) -> str:
         return directory_of(self.name, self.title.replace(" ", "-") or self.settings, f"{steps}-seed{seed}")

@@ -4,10 +4,10 @@
     python experiments/paper/temperature.py --table    # the table of what is committed
 
 The temperature is fixed at 0.25 (Nano's default) or at 1 (the authors'), or learned from one of these; one more model
-is annealed from 0.5 to 0.125. Expected: where it is learned, mixtures have a lower entropy, and the loss is higher. The
-authors' blog post: loss 4.0441 learned, 3.7672 fixed after about 100,000 steps of a Mini; entropy of its four layers, 1
-being even, 0.827, 0.412, 0.024 and 0.058 learned, 0.946, 0.644, 0.351 and 0.282 fixed. One peak rate for all, which was
-swept at 0.25; one seed.
+was annealed from 0.5 to 0.125 (--anneal-temperature-to, which commit 8112891 was the last to have). Expected: where it
+is learned, mixtures have a lower entropy, and the loss is higher. The authors' blog post: loss 4.0441 learned, 3.7672
+fixed after about 100,000 steps of a Mini; entropy of its four layers, 1 being even, 0.827, 0.412, 0.024 and 0.058
+learned, 0.946, 0.644, 0.351 and 0.282 fixed. One peak rate for all, which was swept at 0.25; one seed.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from studies import Said, Study, System, verdict
 LEARNED = {"learnable_temperature": "true"}
 FIXED_AT = {"0.25": BASE, "1": System(BASE.name, {"router_temperature": "1"})}
 LEARNED_FROM = {at: System(BASE.name, {**fixed.model, **LEARNED}) for at, fixed in FIXED_AT.items()}
-ANNEALED = System(BASE.name, {"router_temperature": "0.5"}, anneal_temperature_to=0.125)
+ANNEALED = System(BASE.name, {"router_temperature": "0.5"}, retired={"anneal_temperature_to": 0.125})
 SYSTEMS = (FIXED_AT["0.25"], LEARNED_FROM["0.25"], FIXED_AT["1"], LEARNED_FROM["1"], ANNEALED)
 
 

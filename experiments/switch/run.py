@@ -6,7 +6,8 @@
 The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more), and the
 same of LONG steps on the source text of the installed packages (an hour of one core each). Each is switched in the
 `WAYS` below and scored over the validation text, after the switch each row alone; of the packages' text over some
-groups of it. losses.csv has a row each; what is in it is not measured again.
+groups of it. losses.csv has a row each; what is in it is not measured again. Scales were fitted up to commit 8112891,
+which can measure them anew.
 
     loss       of the source in full groups and alone, and of the switched models
     seconds    of all that is fitted, by one thread beside other work, with the source's forward passes
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
 from mixture_of_tokens.convert.distil import distil
-from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.formatting import markdown
@@ -36,6 +36,7 @@ from common import NANO, Experiment, add_rows, read_csv, script, signed, spread,
 LONG = 13_700
 ON_PACKAGES = Options(steps=LONG, device="cpu", data=["packages"], training={"eval_steps": "1370"})
 STEPS, FEW = 2000, 500  # of distillation: the default when these were measured, and less
+SCALES = "scales"
 
 
 class Source(NamedTuple):
@@ -56,7 +57,7 @@ SOURCES = (
 
 class Way(NamedTuple):
     label: str
-    fit: str  # what is fitted, as --calibrate has it
+    fit: str  # what is fitted, as --calibrate has it; SCALES is only shown
     scores: Any = "softmax"
     of_top_k: int = 1  # the granularity is divided by this
     steps: int = STEPS
@@ -65,7 +66,7 @@ class Way(NamedTuple):
 
 WAYS = {
     "plain": Way("plain switch", "none"),
-    "scales": Way("scales", "scales"),
+    SCALES: Way("scales", SCALES),
     "shorter": Way(f"distilled, {FEW} steps", "distil", steps=FEW),
     "default": Way(f"distilled, {STEPS:,} steps", "distil"),
     # As `mot export` goes on.
@@ -90,7 +91,7 @@ OF_SOURCE = {"groups": "source, in full groups", "alone": "source, alone"}
 
 def missing(granularity: int, known: set[str]) -> list[str]:
     """The ways of a source that are not known; those of a fraction of its granularity, where there is one."""
-    legal = [name for name, way in WAYS.items() if granularity % way.of_top_k == 0]
+    legal = [name for name, way in WAYS.items() if granularity % way.of_top_k == 0 and way.fit != SCALES]
     return [way for way in (*OF_SOURCE, *legal) if way not in known]
 
 
@@ -126,12 +127,10 @@ def measured(source: Source, directory: Path, wanted: list[str]) -> list[dict[st
         if way.after:
             target.load_state_dict(made[way.after].state_dict())
         else:
-            scales = to_token_choice(model, target)
+            to_token_choice(model, target)
         made[name] = target
         begun = time.perf_counter()
-        if way.fit == "scales":
-            fit_scales(model, target, training_groups(text.train, model.config.group_size), scales)
-        elif way.fit == "distil":
+        if way.fit == "distil":
             distil(model, target, text.train, steps=way.steps, again=way.after is not None)
         took[name] = time.perf_counter() - begun + (took[way.after] if way.after else 0)
         scored(name, top_k, target, round(took[name], 1))

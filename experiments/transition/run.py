@@ -3,10 +3,11 @@
     python experiments/transition/run.py            # 2 hours of one core, as measured beside other runs
     python experiments/transition/run.py --table    # Markdown
 
-The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more). Each is
+The sources are the Mixtures of Tokens of `nano`, trained first where they are not in runs/ (15 minutes more). Each was
 switched in seven ways, and trained on for 120 steps (`WAYS`); an eighth is Token Choice for all of the steps. The one
-of granularity 1 is also switched to sigmoid gates, which there have the lower loss at the switch (`SIGMOID_WAYS`). It
-goes on where it was stopped.
+of granularity 1 was also switched to sigmoid gates, which there have the lower loss at the switch (`SIGMOID_WAYS`). It
+goes on where it was stopped. Ways without options are of flags that `mot transition` had up to commit 8112891
+(--calibrate scales, --anneal, --control): with that commit their runs can be made again.
 
 Calibration by scales leaves 0.20 to 0.36 of the plain jump; distillation, which came later, none but of one seed. Token
 Choice from scratch ends lower. Where it was annealed before, "in groups, before" and the plain jump are of the annealed
@@ -34,24 +35,22 @@ SEEDS = [1, 2, 3]
 
 class Way(NamedTuple):
     label: str
-    options: dict[str, Any]  # of `mot transition`
+    options: dict[str, Any] | None = None  # of `mot transition`
 
 
-SCALES = {"calibrate": "scales"}
 WAYS = {  # by what a run's name ends in
-    "": Way("calibrated", SCALES),
+    "": Way("calibrated"),
     "plain": Way("plain", {"calibrate": "none"}),
     "distilled": Way("distilled", {"distil_steps": 2000}),
-    "fresh": Way("calibrated, fresh optimizer", SCALES | {"optimizer": "fresh"}),
-    "capacity": Way("calibrated, capacity 1.25", SCALES | {"capacity": 1.25}),
-    "anneal": Way("calibrated, annealed before", SCALES | {"anneal": 0.1}),
-    "router": Way("new router", {"control": "router"}),
-    "scratch": Way("Token Choice from scratch", {"control": "scratch"}),
+    "fresh": Way("calibrated, fresh optimizer"),
+    "capacity": Way("calibrated, capacity 1.25"),
+    "anneal": Way("calibrated, annealed before"),
+    "router": Way("new router"),
+    "scratch": Way("Token Choice from scratch"),
 }
-SIGMOID = {"scores": "sigmoid"}
 SIGMOID_WAYS = {
-    "sigmoid": Way("distilled, sigmoid gates", SIGMOID | {"distil_steps": 2000}),
-    "sigmoid-scratch": Way("from scratch, sigmoid gates", SIGMOID | {"control": "scratch"}),
+    "sigmoid": Way("distilled, sigmoid gates", {"scores": "sigmoid", "distil_steps": 2000}),
+    "sigmoid-scratch": Way("from scratch, sigmoid gates"),
 }
 
 
@@ -84,9 +83,10 @@ def make(sources: Experiment, experiment: Experiment, name: str, ways=None, seed
     for seed in seeds:
         source = trained(sources, name, seed, options)
         for end, way in (ways or ways_of(name)).items():
-            out = experiment.trained / directory_of(source.name, end)
-            transition(source, out=out, device=options.device, resume=True, **way.options)
-            runs.append(read_run(out))
+            if way.options is not None:
+                out = experiment.trained / directory_of(source.name, end)
+                transition(source, out=out, device=options.device, resume=True, **way.options)
+                runs.append(read_run(out))
     keep(runs, experiment.kept)
 
 

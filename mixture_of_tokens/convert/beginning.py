@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mixture_of_tokens import manifest
 from mixture_of_tokens.convert.distil import distil
-from mixture_of_tokens.convert.scales import fit_scales
 from mixture_of_tokens.convert.switch import Errors, Scales, rescale_moments, sparse_layers, to_token_choice
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.experts import Router
 from mixture_of_tokens.inference.losses import evaluated_groups, label_of_groups
 from mixture_of_tokens.model.companions import calibrate_companions
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
@@ -66,22 +63,15 @@ def _switched(
     errors: Errors = {}
     new: list[str] = []
     started = time.perf_counter()
-    if asked.calibrate == "scales":
-        errors = fit_scales(model, target, groups, scales)
-    elif (steps := asked.distil_steps) is not None:
+    if asked.distil_steps is not None:
         # In bf16 the layers would end a sixth further from the source's.
         fitted = target if torch.finfo(target.dtype).bits >= 32 else copy.deepcopy(target).float()
-        errors = distil(model.to(fitted.dtype), fitted, prepared.train, steps=steps)
+        errors = distil(model.to(fitted.dtype), fitted, prepared.train, steps=asked.distil_steps)
         if fitted is not target:
             target.load_state_dict(fitted.state_dict())
         layers = [f"model.layers.{i}.mlp." for i, _ in sparse_layers(target, TokenChoice)]
-        new += [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
+        new = [name for name, _ in target.named_parameters() if name.startswith(tuple(layers))]
     fit_seconds += time.perf_counter() - started
-    if asked.control == "router":
-        for name, router in target.named_modules():
-            if isinstance(router, Router):  # drawn anew: the seed has made them as the source's were at first
-                router.reset_parameters()
-                new.append(f"{name}.weight")
     losses["at_the_switch"] = trainer.loss_of(target)
     facts = source.facts
     switch = Switch(
@@ -107,7 +97,7 @@ def go_on_from(source: Run, trainer: RunTrainer, out: Path) -> None:
         write_text(out / records.METRICS, (source.directory / records.METRICS).read_text())
 
 
-def carry_moments(trainer: RunTrainer, moments: Path, scales: dict[str, Tensor], without: Sequence[str]) -> None:
+def carry_moments(trainer: RunTrainer, moments: Path, scales: Scales, without: Sequence[str]) -> None:
     """Load the source's optimizer state, for a model with parameters of the same names."""
     optimizer = trainer.create_optimizer()
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

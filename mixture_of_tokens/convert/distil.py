@@ -18,10 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixture_of_tokens.convert.switch import (
-    STEP_TOKENS,
     Branches,
     Errors,
-    Fit,
     alone_bias,
     branches,
     constant_direction,
@@ -35,6 +33,7 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.sparse import TokenChoice
 
 STEPS = 2000  # of Adam, for each layer
+STEP_TOKENS = 2048  # of a step
 PART = 256  # of them are made on one part of the text, so that the parts' inputs and outputs alone are held in memory
 READ = 4  # times that a token is read, on average: that the source serves it alone costs more than a step
 SERVING = 0.5  # of the time of the fits goes into that at Nano, for the bar
@@ -86,7 +85,7 @@ def distil(
             if not again:
                 for i, mixture in sparse_layers(source, MixtureOfTokens):
                     start(mixture, dict(layers)[i], seen[i][0][:STEP_TOKENS])
-            fits = {i: _fit(layer, steps, RATE_AGAIN if again else RATE) for i, layer in layers}
+            fits = {i: Fit(layer, steps, RATE_AGAIN if again else RATE) for i, layer in layers}
         _at_once([fits[i].advance(*seen[i], part) for i, _ in layers], source.device, bar)
     bar.close()
     return {str(i): (before[i], distance(layer, *seen[i])) for i, layer in layers}
@@ -122,11 +121,29 @@ def _endless(text: Blocks, group_size: int) -> Iterator[dict[str, Tensor]]:
         yield from training_groups(text, group_size, groups=None)
 
 
-def _fit(layer: TokenChoice, steps: int, rate: float) -> Fit:
-    layer.eval().requires_grad_()
-    rates = [(weight, ROUTER * rate if weight is layer.gate.weight else rate) for weight in layer.parameters()]
-    groups = [{"params": [weight], "lr": share * float(weight.detach().abs().mean())} for weight, share in rates]
-    return Fit(lambda x: layer(x[None])[0], groups, steps, BETAS)
+class Fit:
+    """Minimises the squared distance of a layer's output from y, as a share of the size of y; rates fall to zero."""
+
+    def __init__(self, layer: TokenChoice, steps: int, rate: float):
+        self.layer = layer.eval().requires_grad_()
+        rates = [(weight, ROUTER * rate if weight is layer.gate.weight else rate) for weight in layer.parameters()]
+        groups = [{"params": [weight], "lr": share * float(weight.detach().abs().mean())} for weight, share in rates]
+        self.generator = torch.Generator().manual_seed(0)
+        self.adam = torch.optim.Adam(groups, betas=BETAS, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, total_iters=steps)
+
+    def advance(self, x_SD: Tensor, y_SD: Tensor, steps: int) -> Iterator[None]:
+        """Go `steps` of the steps on, each on tokens drawn from these, and yield after each."""
+        for _ in range(steps):
+            drawn = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=self.generator)
+            rows = drawn.to(x_SD.device)
+            y = y_SD[rows]
+            error = (self.layer(x_SD[rows][None])[0] - y).square().sum() / y.square().sum()
+            error.backward()
+            self.adam.step()
+            self.adam.zero_grad()  # here, so that no gradients are held while other layers are fitted
+            self.schedule.step()
+            yield
 
 
 @torch.no_grad()

@@ -9,14 +9,13 @@ It need not jump. Served alone, a Mixture of Tokens *is* a sparse layer, with a 
     w[t, e] = sigmoid(x_t . c_e / temperature - b_e)             b_e = companion_logit[e] + log(G - 1)
     out[t]  = sum_e w[t, e] * FFN_e(w[t, e] * x_t + (1 - w[t, e]) * companion[e])
 
-`branches` records x and out of every layer on training text. `distil.py` fits all weights of the new layers to them,
-`scales.py` a few scalars.
+`branches` records x and out of every layer on training text, and `distil.py` fits the new layers to them.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -26,25 +25,18 @@ from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.passes import evaluating, serving_alone
 from mixture_of_tokens.model.routings import MIXTURE
-from mixture_of_tokens.model.sharding import beside
 from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
 
-STEP_TOKENS = 2048  # of a step of a fit
 AT_ONCE = 8192  # tokens that a distance is computed on at a time
 
 Scores = Literal["softmax", "sigmoid"]  # the gates of Token Choice, in the order of `Routing.converts_to`
 Layer = TypeVar("Layer", MixtureOfTokens, TokenChoice)
-# By a weight's name, what it has been multiplied by; 1 where a name is missing.
-Scales = dict[str, Tensor]
+# By a router's name, what its weight has been multiplied by.
+Scales = dict[str, float]
 # By layer, the distance from the source's output as a share of its size, before and after a fit.
 Errors = dict[str, tuple[float, float]]
 # By layer, inputs and outputs (S, D).
 Branches = dict[int, tuple[Tensor, Tensor]]
-
-
-def kind_of(scores: Scores) -> str:
-    """The kind of feed-forward with these gates."""
-    return dict(zip(("softmax", "sigmoid"), MIXTURE.converts_to, strict=True))[scores]
 
 
 def default_scores(config: MixtureOfTokensConfig) -> Scores:
@@ -70,8 +62,8 @@ def token_choice_config(
     top_k = config.num_experts_per_tok if top_k is None else top_k
     if not 1 <= top_k <= config.num_experts:
         raise ValueError(f"--top-k must be 1 to {config.num_experts}, the number of experts, not {top_k}")
-    changed = copy.deepcopy(config)
-    changed.mlp_layer_types = [kind_of(scores) if routing.converts_to else routing.kind for routing in config.routings]
+    changed, kind = copy.deepcopy(config), MIXTURE.converts_to[get_args(Scores).index(scores)]
+    changed.mlp_layer_types = [kind if routing.converts_to else routing.kind for routing in config.routings]
     changed.num_experts_per_tok, changed.capacity_factor = top_k, capacity_factor
     changed.router_temperature, changed.learnable_temperature, changed.normalize_mixture = 1.0, False, False
     return changed
@@ -86,7 +78,7 @@ def to_token_choice(source: MixtureOfTokensForCausalLM, target: MixtureOfTokensF
     for i, layer in sparse_layers(source, MixtureOfTokens):
         name = f"model.layers.{i}.mlp.gate.weight"
         assert layer.gate is not None  # `token_choice_config` refuses uniform mixing
-        scales[name] = torch.as_tensor(1 / layer.gate.temperature)
+        scales[name] = float(1 / layer.gate.temperature)
         weights[name] *= scales[name]
     target.load_state_dict(weights, strict=False)  # but for biases of selection, which are zero
     return scales
@@ -173,39 +165,6 @@ def distance(layer: TokenChoice, x_SD: Tensor, y_SD: Tensor) -> float:
     return float(sum((layer(x[None])[0] - y).square().sum() for x, y in parts) / y_SD.square().sum()) ** 0.5
 
 
-class Fit:
-    """Minimises the squared distance of output(x) from y, as a share of the size of y, by Adam.
-
-    Args:
-        groups: of Adam's parameters, each with its rate, which falls to zero over all `steps`.
-    """
-
-    def __init__(
-        self,
-        output: Callable[[Tensor], Tensor],
-        groups: list[dict[str, Any]],
-        steps: int,
-        betas: tuple[float, float] = (0.9, 0.999),
-    ):
-        self.output = output
-        self.generator = torch.Generator().manual_seed(0)
-        self.adam = torch.optim.Adam(groups, betas=betas, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.0, total_iters=steps)
-
-    def advance(self, x_SD: Tensor, y_SD: Tensor, steps: int) -> Iterator[None]:
-        """Go `steps` of the steps on, each on tokens drawn from these, and yield after each."""
-        for _ in range(steps):
-            drawn = torch.randint(len(x_SD), (min(STEP_TOKENS, len(x_SD)),), generator=self.generator)
-            rows = drawn.to(x_SD.device)
-            y = y_SD[rows]
-            error = (self.output(x_SD[rows]) - y).square().sum() / y.square().sum()
-            error.backward()
-            self.adam.step()
-            self.adam.zero_grad()  # here, so that no gradients are held while other layers are fitted
-            self.schedule.step()
-            yield
-
-
 def rescale_moments(optimizer: torch.optim.Optimizer, names: dict[int, str], scales: Scales) -> None:
     """Rescale Adam's moments of weights that were multiplied by s: their gradients are divided by s.
 
@@ -216,4 +175,4 @@ def rescale_moments(optimizer: torch.optim.Optimizer, names: dict[int, str], sca
         scale = scales.get(names[id(parameter)])
         if scale is not None:
             for name, power in {"exp_avg": 1, "exp_avg_sq": 2}.items():
-                state[name] /= beside(scale.to(state[name].device, state[name].dtype), state[name]) ** power
+                state[name] /= scale**power

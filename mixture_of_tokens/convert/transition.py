@@ -4,35 +4,35 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mixture_of_tokens import manifest
-from mixture_of_tokens.checks import at_least_one, check_range, checked
-from mixture_of_tokens.convert.beginning import begin_switched, carry_moments, go_on_from
+from mixture_of_tokens.checks import at_least_one, checked
+from mixture_of_tokens.convert.beginning import begin_switched
 from mixture_of_tokens.convert.distil import STEPS
-from mixture_of_tokens.convert.switch import Scores, default_scores, kind_of, token_choice_config
-from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.convert.switch import Scores, default_scores, token_choice_config
 from mixture_of_tokens.flags import as_word
 from mixture_of_tokens.formatting import Result, aligned, duration
+from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import FIELDS, parse_name
 from mixture_of_tokens.model.optimizer_state import OPTIMIZER
 from mixture_of_tokens.model.placement import Device, Placement
-from mixture_of_tokens.model.routings import ROUTINGS
 from mixture_of_tokens.process import process_count
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.admission import check_free
-from mixture_of_tokens.runs.loading import load_model, model_directory, text_of
+from mixture_of_tokens.runs.loading import model_directory, text_of
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
 from mixture_of_tokens.runs.run import Run, Stages, read_run
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.room import tell_room
 from mixture_of_tokens.training.train import run_merged
-from mixture_of_tokens.training.trainer import RunTrainer
 
 # Fields that are copied from the source.
 GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")
 GIVEN += ("separate_documents", "scored_rows")
+# Fields of the model that a switch sets.
+SWITCHED = ("mlp_layer_types", "num_experts_per_tok", "capacity_factor", "router_temperature")
 # By --schedule, fields of TrainingArguments; own has the defaults of a new run.
 SCHEDULES = {
     "own": {},
@@ -54,7 +54,6 @@ Schedule = Literal["continued", "decay", "own"]
 class Transitioned(Result):
     """A run after a switch.
 
-    source: what was switched, with `--anneal` the run that it wrote for that.
     switch, stages: losses over the part of the text that training is evaluated on.
     source_final_loss, final_loss: losses over all of it, or what was scored at the end.
     """
@@ -122,20 +121,18 @@ def transition(
     top_k: int | None = None,
     capacity: float | None = None,
     scores: Scores | None = None,
-    calibrate: Literal["distil", "scales", "none"] = "distil",
+    calibrate: Literal["distil", "none"] = "distil",
     distil_steps: int | None = None,
-    anneal: float | None = None,
     optimizer: Literal["carried", "fresh"] = "carried",
     schedule: Schedule = "own",
     learning_rate: float | None = None,
-    control: Literal["router", "scratch"] | None = None,
     device: Device | None = None,
     shard: int | None = None,
     replicate: int | None = None,
     expert_parallel: int | None = None,
     resume: bool = False,
     dry_run: bool = False,
-) -> Transitioned | Run | RunConfig | None:
+) -> Transitioned | RunConfig | None:
     """Turn a finished Mixture of Tokens into Token Choice, which serves each text by itself, and train it on.
 
     All weights carry over, and training goes on in the text where the source stopped. The new run inherits its source's
@@ -143,26 +140,21 @@ def transition(
 
     Args:
         run: The source, a finished run directory of mot train. It is only read.
-        out: The new run directory; by default RUN-transition beside it, with the control's name where there is one.
-        steps: Steps of training, by default a tenth of the source's; all come after the switch, unless with --anneal.
-            0 switches and trains nothing.
+        out: The new run directory; by default RUN-transition beside it.
+        steps: Steps of training after the switch, by default a tenth of the source's. 0 switches and trains nothing.
         top_k: Experts a token goes to; by default the granularity, at equal FLOPs.
         capacity: Capacity factor in training: an expert drops tokens beyond this many times its even share. The paper
             has 1.25; by default nothing is dropped.
         scores: Gates of the new model: softmax over the experts, the default (exports as Qwen3-MoE), or a sigmoid each
             (Dots1), the default where there are shared experts.
         calibrate: What is fitted at the switch, so that the loss does not jump. distil fits all weights of the sparse
-            layers to what these give for a text alone; scales fits biases and scales; none is the paper's plain switch.
+            layers to what these give for a text alone; none is the paper's plain switch.
         distil_steps: Steps of distillation for each layer, by default 2,000; a source that was trained longer may need
             more.
-        anneal: Before the switch train in groups for half of the steps, while the router's temperature falls to this.
-            That run is written beside the new one, as OUT-annealed.
         optimizer: carried takes the optimizer's moments from the source's last checkpoint, but for distilled weights.
         schedule: continued holds the source's last learning rate; decay falls from there to a tenth of it, for sources
             with a constant rate; own warms up, for a tenth of the steps at most, and falls to a tenth of the peak.
         learning_rate: The peak, or what is held; by default a quarter of the source's peak if own, else its last one.
-        control: For comparison. router starts with new routers; scratch trains Token Choice from scratch, for the
-            source's steps and these, at its own rate.
         device: cpu or cuda; by default cuda where there is one.
         shard: As in mot train, and the next two; each process makes the switch on a whole model before that.
         replicate: Copies of a sharded model.
@@ -170,82 +162,12 @@ def transition(
         resume: Go on from the newest valid checkpoint of the new run.
         dry_run: As in mot train.
 
-    Returns the run's stages; with `control` scratch the run, with `dry_run` its configuration; None in all
-    processes of torchrun but the first.
+    Returns the run's stages, with `dry_run` its configuration; None in all processes of torchrun but the first.
 
     Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
     """
     at_least_one(top_k=top_k, distil_steps=distil_steps)
     Placement.of(shard, replicate, expert_parallel, process_count())
-    _check_flags(steps, capacity, schedule, learning_rate, calibrate, distil_steps, optimizer, control)
-    run, out = _places(Path(run), out, control)
-    source = read_run(run)
-    steps = max(1, source.facts.steps // 10) if steps is None else steps
-    asked = Transition(
-        source=str(run.resolve()),
-        calibrate="none" if control == "router" else calibrate,
-        optimizer=optimizer,
-        control=control,
-        anneal=anneal,
-        distil_steps=(distil_steps or STEPS) if calibrate == "distil" and control is None else None,
-    )
-    mixing = 0 if anneal is None else steps // 2
-    if anneal is not None:
-        _check_anneal(source, anneal, steps, control)
-    where = Options(device=device, shard=shard, replicate=replicate, expert_parallel=expert_parallel)
-    scores = scores or default_scores(source.model_config)
-    if capacity is not None and scores == "sigmoid":
-        raise ValueError(f"--capacity {capacity} is for --scores softmax: with sigmoid gates no token is dropped")
-    merged_with = partial(
-        _merged,
-        asked=asked,
-        first=source.facts.steps + mixing,
-        steps=steps - mixing,
-        top_k=top_k,
-        capacity=capacity,
-        scores=scores,
-        schedule=schedule,
-        where=where,
-    )
-    merged = merged_with(source, learning_rate=learning_rate)
-    if control == "scratch":
-        merged = _from_scratch(source, merged.config, steps, where, learning_rate)
-    if dry_run:
-        tell_room(merged)
-        return merged.config
-    if control == "scratch":
-        return run_merged(merged, out, resume=resume)
-    if not resume:
-        check_free(out)
-    # Once there is a checkpoint to go on from, the source is no longer needed.
-    begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.has_any(out))
-    carries = optimizer == "carried" and steps > 0 and not begun
-    carried = _moments_of(source) if carries else None
-    if not begun:
-        model_directory(str(run))
-        text_of(str(run))  # raises ValueError if it has changed
-    if anneal is not None:
-        beside = out.with_name(f"{out.name}-annealed")
-        if begun and not (beside / records.FACTS).exists():
-            raise ValueError(f"{beside}, of which {out} is made, is not there: put it back, or name another --out")
-        source = _annealed(source, asked, mixing, carried, where, beside, resume)
-        merged = merged_with(source, learning_rate=merged.config.learning_rate)
-        carried = _moments_of(source) if carries else None
-    made = run_merged(merged, out, resume=resume, begin=partial(begin_switched, source, asked, carried, out))
-    return None if made is None else Transitioned.of(source, made)
-
-
-def _check_flags(
-    steps: int | None,
-    capacity: float | None,
-    schedule: Schedule,
-    learning_rate: float | None,
-    calibrate: str,
-    distil_steps: int | None,
-    optimizer: str,
-    control: str | None,
-) -> None:
-    """Raises ValueError for values that no source could take, and for flags that are given in vain."""
     if steps is not None and steps < 0:
         raise ValueError(f"--steps must be 0 or more, not {steps}")
     if capacity is not None and not 0 < capacity < math.inf:
@@ -254,121 +176,75 @@ def _check_flags(
         raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
     if distil_steps is not None and calibrate != "distil":
         raise ValueError(f"--calibrate {calibrate} leaves nothing for --distil-steps to change")
-    in_vain = {
-        "--distil-steps": distil_steps is not None and control is not None,
-        "--calibrate": calibrate == "scales" and control is not None,
-        "--optimizer": optimizer != "carried" and control == "scratch",
-        "--schedule": schedule != "own" and control == "scratch",
-    }
-    if flags := ", ".join(flag for flag, is_given in in_vain.items() if is_given):
-        raise ValueError(f"--control {control} leaves nothing for {flags} to change")
+    run, out = _places(Path(run), out)
+    source = read_run(run)
+    scores = scores or default_scores(source.model_config)
+    if capacity is not None and scores == "sigmoid":
+        raise ValueError(f"--capacity {capacity} is for --scores softmax: with sigmoid gates no token is dropped")
+    steps = max(1, source.facts.steps // 10) if steps is None else steps
+    asked = Transition(
+        source=str(run.resolve()),
+        calibrate=calibrate,
+        optimizer=optimizer,
+        distil_steps=(distil_steps or STEPS) if calibrate == "distil" else None,
+    )
+    target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores)
+    where = Options(device=device, shard=shard, replicate=replicate, expert_parallel=expert_parallel)
+    merged = _merged(source, asked, target, steps, schedule, learning_rate, where)
+    if dry_run:
+        tell_room(merged)
+        return merged.config
+    if not resume:
+        check_free(out)
+    # Once there is a checkpoint to go on from, the source is no longer needed.
+    begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.has_any(out))
+    carried = _moments_of(source) if optimizer == "carried" and steps > 0 and not begun else None
+    if not begun:
+        model_directory(str(run))
+        text_of(str(run))  # raises ValueError if it has changed
+    made = run_merged(merged, out, resume=resume, begin=partial(begin_switched, source, asked, carried, out))
+    return None if made is None else Transitioned.of(source, made)
 
 
-def _places(run: Path, out: Path | None, control: str | None) -> tuple[Path, Path]:
+def _places(run: Path, out: Path | None) -> tuple[Path, Path]:
     """The source's directory, with a name, and the new run's. Raises ValueError for one inside the other."""
     run = run.resolve() if run.name in ("", "..") else run
-    out = run.parent / f"{run.name}-{'transition' if control is None else control}" if out is None else Path(out)
+    out = run.parent / f"{run.name}-transition" if out is None else Path(out)
     if run.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--out {out} is the source itself, or inside it; name another")
     return run, out
 
 
-def _check_anneal(source: Run, end: float, steps: int, control: str | None) -> None:
-    """Raises ValueError where --anneal cannot be used."""
-    check_range("--anneal", end)
-    before = source.config.anneal_temperature_to or source.model_config.router_temperature
-    if control is not None or end >= before:
-        legal = f"be above 0 and below the source's temperature, {before:g}"
-        raise ValueError(f"--anneal {end:g} must {legal}, and is not for controls")
-    if steps < 2:
-        raise ValueError(f"--steps must be at least 2 with --anneal, not {steps}")
-    if source.model_config.learnable_temperature:
-        raise ValueError(f"--anneal {end:g} would replace the temperatures that {source.directory} has learned")
-    if process_count() > 1:  # it trains twice
-        raise ValueError("--anneal is for one process; leave out torchrun, or leave it out")
-
-
 def _merged(
     source: Run,
-    *,
     asked: Transition,
-    first: int,
+    target: MixtureOfTokensConfig,
     steps: int,
-    top_k: int | None,
-    capacity: float | None,
-    scores: Scores,
     schedule: Schedule,
-    where: Options,
     learning_rate: float | None,
+    where: Options,
 ) -> Merged:
-    """The source's configuration with the new routing and schedule; `first` is the step at which it is switched."""
-    target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores)
-    given = source.config.model
-    model = {field: getattr(target, field, value) for field, value in given.items() if field in FIELDS}
-    model |= {field: getattr(target, field) for field in ("mlp_layer_types", "num_experts_per_tok", "capacity_factor")}
-    model["router_temperature"] = target.router_temperature
-    training = _training(source) | SCHEDULES[schedule]
+    """The source's configuration, with its text and batches, the new routing and the new schedule."""
+    given = {field: getattr(target, field, value) for field, value in source.config.model.items() if field in FIELDS}
+    given |= {field: getattr(target, field) for field in SWITCHED}
+    model = {field: value for field, value in given.items() if field not in DERIVED}
+    # What does not depend on the source's number of steps.
+    training = {k: v for k, v in source.config.training.items() if not k.startswith(OF_THE_SOURCE)}
+    chosen = {"model": model, "training": training | SCHEDULES[schedule]}
+    words = {kind: {field: as_word(value) for field, value in fields.items()} for kind, fields in chosen.items()}
+    options = replace(where, steps=steps, **words, **{key: getattr(source.config, key) for key in GIVEN})
     if learning_rate is None:
         learning_rate = source.config.learning_rate / 4 if schedule == "own" else _last_rate(source)
-    options = _options(source, steps, model, training, where)
-    name = _token_choice_name(source, kind_of(scores))
-    return merge(name, source.seed, learning_rate, options, first_step=first, transition=asked)
-
-
-def _options(
-    source: Run, steps: int, model: dict[str, Any], training: dict[str, Any], where: Options, **others: Any
-) -> Options:
-    """The source's text and batches, with these fields of the model and of TrainingArguments."""
-    given = {key: getattr(source.config, key) for key in GIVEN}
-    model = {field: value for field, value in model.items() if field not in DERIVED}
-    chosen = {"model": model, "training": training}
-    words = {kind: {field: as_word(value) for field, value in fields.items()} for kind, fields in chosen.items()}
-    return replace(where, steps=steps, **words, **given, **others)
-
-
-def _training(source: Run) -> dict[str, Any]:
-    """The source's fields of TrainingArguments that do not depend on its number of steps."""
-    return {k: v for k, v in source.config.training.items() if not k.startswith(OF_THE_SOURCE)}
+    name = str(replace(parse_name(source.name), system=target.sparse_routings[0].prefix))
+    return merge(name, source.seed, learning_rate, options, first_step=source.facts.steps, transition=asked)
 
 
 def _last_rate(source: Run) -> float:
     rate = next((row.learning_rate for row in reversed(source.rows) if row.learning_rate), None)
     if rate is None:
         what = f"metrics.jsonl of {source.directory} has no learning rate, as no step was logged"
-        raise ValueError(f"{what}: --learning-rate names one, and --anneal cannot be used")
+        raise ValueError(f"{what}: --learning-rate names one")
     return rate
-
-
-def _annealed(
-    source: Run, asked: Transition, steps: int, optimizer: Path | None, where: Options, out: Path, resume: bool
-) -> Run:
-    """The source trained on in groups, at its last learning rate, while the routers' temperature falls."""
-    temperature = source.config.anneal_temperature_to or source.model_config.router_temperature
-    model = source.config.model | {"router_temperature": temperature}
-    options = _options(
-        source, steps, model, _training(source) | SCHEDULES["continued"], where, anneal_temperature_to=asked.anneal
-    )
-    first = source.facts.steps
-    merged = merge(source.name, source.seed, _last_rate(source), options, first_step=first, transition=asked)
-
-    def begin(trainer: RunTrainer, prepared: Prepared) -> None:
-        trainer.causal_lm.load_state_dict(load_model(str(source.directory), device="cpu").state_dict())
-        if optimizer is not None:
-            carry_moments(trainer, optimizer, {}, without=())
-        go_on_from(source, trainer, out)
-
-    run_merged(merged, out, resume=resume, begin=begin)
-    return read_run(out)
-
-
-def _token_choice_name(source: Run, kind: str) -> str:
-    return str(replace(parse_name(source.name), system=ROUTINGS[kind].prefix))
-
-
-def _from_scratch(source: Run, switched: RunConfig, steps: int, where: Options, learning_rate: float | None) -> Merged:
-    """The control that is Token Choice from the first step: the same model, all the steps, by default its own rate."""
-    options = _options(source, source.facts.steps + steps, switched.model, _training(source), where)
-    return merge(switched.name, source.seed, learning_rate, options)
 
 
 def _moments_of(source: Run) -> Path:

@@ -203,7 +203,7 @@ def _text(source: str, data: list[str] | None, field: str, tokenizer: Any, model
 def _loss_of(model: Any, text: Blocks) -> tuple[float, int]:
     """The loss over about `TOKENS` tokens, and their number."""
     rows = max(1, TOKENS // text.context)
-    sizes = {"group_size": 1, "batch_size": min(ROWS, rows), "groups": rows}
+    sizes: dict[str, Any] = {"group_size": 1, "batch_size": min(ROWS, rows), "groups": rows}
     found = evaluate_blocks(model.eval(), text, **sizes, progress="Scoring")
     return found["loss"], int(found["tokens"])
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard as wildcard
@@ -147,13 +147,6 @@ def unsharded(model: MixtureOfTokensForCausalLM, state: dict[str, Tensor] | None
 def local(weight: Tensor) -> Tensor:
     """This process's part of a weight."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def beside(value: Tensor, weight: Tensor) -> Tensor:
-    """A value that every process has, in the form in which it can be used together with a sharded weight."""
-    if not isinstance(weight, DTensor):
-        return value
-    return DTensor.from_local(value, weight.device_mesh, [Replicate()] * weight.device_mesh.ndim, run_check=False)
 
 
 def broadcast(value: Any) -> Any:

@@ -5,8 +5,9 @@ import os
 import shlex
 from pathlib import Path
 
-from mixture_of_tokens.runs.records import CONFIG, Transition
-from mixture_of_tokens.runs.run import Run, read_run
+from mixture_of_tokens.formatting import enumerated
+from mixture_of_tokens.runs.records import CONFIG, RETIRED
+from mixture_of_tokens.runs.run import Run
 
 
 class Places:
@@ -32,19 +33,15 @@ def commands_of(run: Run, places: Places) -> list[str]:
     """The commands that make such a run again."""
     after, config = run.config.transition, run.model_config
     if after is None:
-        return [_train_again(run.directory, places)]
-    source, own = Path(after.source), _named(run.directory)
+        return [*_gone(run), _train_again(run.directory, places)]
+    source = Path(after.source)
     first = _train_again(source, places)
+    if run.switch is None:  # the part before the switch, of --anneal
+        return [first, *_gone(run)]
     steps, rate = run.config.steps, run.config.learning_rate
-    if run.switch is None:  # of --anneal, before the switch: one command makes it and the run after it
-        whole = _other_part(run, own.name.removesuffix("-annealed"))
-        return [first, _annealed(run, after, places)] if whole is None else commands_of(whole, places)
-    mixing = 0
-    if after.anneal is not None:  # half of the steps came before the switch
-        before = _other_part(run, f"{own.name}-annealed")
-        mixing = steps if before is None else before.config.steps
     words = ["mot", "transition", places.of(source), "--out", places.of(run.directory)]
-    words += ["--top-k", str(config.num_experts_per_tok), "--steps", str(steps + mixing)]
+    words += ["--top-k", str(config.num_experts_per_tok), "--steps"]
+    words += [str(steps if after.anneal is None else 2 * steps)]  # half of them came before the switch
     words += ["--learning-rate", repr(rate)] if steps else []
     drops = "capacity_factor" in run.config.reads and config.capacity_factor is not None
     words += ["--capacity", repr(config.capacity_factor)] if drops else []
@@ -56,26 +53,15 @@ def commands_of(run: Run, places: Places) -> list[str]:
     given = {key: getattr(after, key) for key in ("calibrate", "distil_steps", "optimizer", "control", "anneal")}
     flags = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}
     words += [word for flag in flags.items() for word in flag]
-    return [first, shlex.join(words)]
+    return [first, *_gone(run), shlex.join(words)]
 
 
-def _other_part(run: Run, name: str) -> Run | None:
-    """The finished run of this name in the same folder, if one command with --anneal made both."""
-    try:
-        other = read_run(_named(run.directory).with_name(name))
-    except (OSError, ValueError):
-        return None
-    made_alike = other.config.transition == run.config.transition
-    return other if made_alike and (other.switch is None) != (run.switch is None) else None
-
-
-def _annealed(run: Run, after: Transition, places: Places) -> str:
-    """The command without what is known of the run after the switch alone."""
-    own = _named(run.directory)
-    out = places.of(own.with_name(own.name.removesuffix("-annealed")))
-    words = ["mot", "transition", places.of(Path(after.source)), "--out", out]
-    words += ["--steps", str(2 * run.config.steps), "--anneal", str(after.anneal)]
-    return shlex.join([*words, "--optimizer", after.optimizer])
+def _gone(run: Run) -> list[str]:
+    """A comment on a command with flags of an earlier version, if it has such."""
+    asked = {key.rpartition(".")[2]: value for key, value in run.config.identity().items()}
+    gone = [f"--{key.replace('_', '-')}" for key in RETIRED if asked.get(key) is not None]
+    gone += ["--calibrate scales"] if asked.get("calibrate") == "scales" else []
+    return [f"# Commit 8112891 is the last with {enumerated(gone)}"] if gone else []
 
 
 def _train_again(directory: Path, places: Places) -> str:

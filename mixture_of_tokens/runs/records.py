@@ -28,14 +28,16 @@ CARRIED_OUT += ("gradient_checkpointing", "activation_checkpointing", "run_name"
 # TrainingArguments' defaults, by their key in `identity`.
 OF_TRAINING = {f"training.{field.name}": field.default for field in fields(TrainingArguments)}
 MAY_MOVE = ("data", "tokenizer", "transition.source", "start.source")  # paths, of which a resumed run may name others
-# Fields of a model's configuration that are not written: they follow from others, or nothing reads them.
+# Fields of runs by earlier versions, which tell those apart; this one sets none of them, and writes those that are set.
+RETIRED = ("anneal_temperature_to", "control", "anneal")
 LATER = {"qk_norm": True}  # fields of a model that earlier versions did not know, with the value that all had then
+# Fields of a model's configuration that are not written: they follow from others, or nothing reads them.
 DERIVED = ("transformers_version", "mlp_only_layers", "decoder_sparse_step", "initializer_range")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transition(Record):
-    """Flags of the `mot transition` that made a run; `source` is the run that it continues."""
+    """Flags of the `mot transition` that made a run, and `RETIRED` ones; `source` is the run that it continues."""
 
     source: str
     calibrate: str
@@ -73,6 +75,7 @@ class RunConfig(Record):
     minutes: the budget that the number of steps was found for.
     first_step, transition: of a run that continues another one; its steps count on from there.
     start: of a run that begins with a trained model, and counts its steps from 0.
+    anneal_temperature_to: one of `RETIRED`.
     """
 
     name: str
@@ -80,7 +83,7 @@ class RunConfig(Record):
     steps: int
     batch_size: int
     learning_rate: float
-    anneal_temperature_to: float | None
+    anneal_temperature_to: float | None = None
     data: list[str]
     field: str
     max_bytes: int | None
@@ -123,14 +126,18 @@ class RunConfig(Record):
         return f"{self.name.replace('/', '-')}-seed{self.seed}"
 
     def __str__(self) -> str:
-        return yaml12.dump({"format": FORMAT} | asdict(self))
+        return yaml12.dump({"format": FORMAT} | self.written())
+
+    def written(self) -> dict[str, Any]:
+        """The fields of the file."""
+        return asdict(self, dict_factory=lambda own: {k: v for k, v in own if v is not None or k not in RETIRED})
 
     def as_read(self) -> dict[str, Any]:
         """The fields of the file as they would be read again: no tuples."""
         return json.loads(json.dumps(asdict(self), default=str))
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT} | asdict(self), indent=2)
+        return json.dumps({"format": FORMAT} | self.written(), indent=2)
 
     def of_training(self, field: str) -> Any:
         """A field of TrainingArguments; transformers' default where the file lacks it."""
@@ -150,8 +157,7 @@ class RunConfig(Record):
         """Without settings that the model does not read."""
         unread = SETTINGS.keys() - self.reads
         read = {key: value for key, value in self.model.items() if key not in unread}
-        end = self.anneal_temperature_to if "router_temperature" in self.reads else None
-        return replace(self, model=read, anneal_temperature_to=end)
+        return replace(self, model=read)
 
     @property
     def group_size(self) -> int:

@@ -276,7 +276,7 @@ def pack(run: Run, file: Path, *, telemetry: bool) -> None:
         rows = [replace(row, layers=None) for row in run.evaluations]
     written = {
         "format": FORMAT,
-        "config": asdict(run.config),
+        "config": run.config.written(),
         "facts": asdict(run.facts),
         "switch": None if run.switch is None else asdict(run.switch),
         "metrics": [json.loads(row.line()) for row in rows],

@@ -18,7 +18,6 @@ from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.placement import COPIES, Placement
 from mixture_of_tokens.model.sharding import limit_waits, shard_model
 from mixture_of_tokens.runs.records import RunConfig
-from mixture_of_tokens.training.callbacks import AnnealTemperature
 from mixture_of_tokens.training.recipes import Merged
 from mixture_of_tokens.training.trainer import RunTrainer
 
@@ -102,10 +101,7 @@ def trainer_of(
     limit_waits(model, arguments.ddp_timeout)
     given = {"rows": rows, "evaluated": evaluated, "corpus": corpus, "scored_rows": run.scored_rows}
     given |= {"first_step": run.first_step}
-    trainer = RunTrainer(model, arguments, **given, **others)
-    if run.anneal_temperature_to is not None:
-        trainer.add_callback(AnnealTemperature(model, run.anneal_temperature_to))
-    return trainer
+    return RunTrainer(model, arguments, **given, **others)
 
 
 def _is_slow_in_half_precision(arguments: TrainingArguments, config: MixtureOfTokensConfig) -> bool:

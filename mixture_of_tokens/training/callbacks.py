@@ -1,4 +1,4 @@
-"""What happens around the steps of a training: the clock, metrics.jsonl, the temperature."""
+"""What happens around the steps of a training: the clock and metrics.jsonl."""
 
 import sys
 import time
@@ -12,7 +12,6 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from mixture_of_tokens.disk import disk_errors, flush, write_text
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs.records import MetricsRow, row_of
 
 # What Trainer logs, by its name in a row of metrics.jsonl.
@@ -124,21 +123,3 @@ class RunLog(TrainerCallback):
             with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(row.line())
             self.written += 1
-
-
-class AnnealTemperature(TrainerCallback):
-    """Router temperature from `start` to `end`, geometrically; a function of the step alone."""
-
-    def __init__(self, model: MixtureOfTokensForCausalLM, end: float):
-        self.model, self.start, self.end = model, model.config.router_temperature, end
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step:  # resumed, perhaps after the last step; that of the checkpoint is not read
-            self._set(state.global_step - 1, state.max_steps)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._set(state.global_step, state.max_steps)
-
-    def _set(self, step: int, steps: int) -> None:
-        progress = step / max(1, steps - 1)
-        self.model.set_router_temperature(self.start * (self.end / self.start) ** progress)

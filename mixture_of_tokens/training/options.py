@@ -62,8 +62,6 @@ class Options:
             group one would show the other's future, or keep, for documents that are made from one template.
         separate_documents: Attention stays within a document where a row holds parts of several, and positions begin
             anew at each. By default a row is one text, whose later documents see the earlier ones.
-        anneal_temperature_to: The router temperature of the last step, reached geometrically from the configuration's;
-            by default the temperature is not annealed.
         evaluate_on: The split for losses: by default validation, in mot sweep tuning, so that settings are not chosen
             on the split that is reported.
         scored_rows: Score so many rows of the split at the end, in one grouping, and at most so many during training;
@@ -89,7 +87,6 @@ class Options:
     tokenizer: str | None = None
     near_duplicates: Literal["drop", "keep"] = "drop"
     separate_documents: bool = False
-    anneal_temperature_to: float | None = None
     evaluate_on: Literal["validation", "tuning"] | None = None
     scored_rows: int | None = None
     device: Device | None = None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments
 
-from mixture_of_tokens.checks import check_number, check_range
+from mixture_of_tokens.checks import check_number
 from mixture_of_tokens.data.tokenizer import check_vocab_size
 from mixture_of_tokens.formatting import enumerated, in_words
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
@@ -119,7 +119,6 @@ def merge(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        anneal_temperature_to=options.anneal_temperature_to,
         data=options.data,
         field=options.field,
         max_bytes=options.max_bytes,
@@ -149,8 +148,6 @@ def merge(
     kept = run.with_effect()
     anyway = kept.model_config.to_dict()
     unread = {f"--model.{key}": key for key in SETTINGS if key in run.model and run.model[key] != anyway[key]}
-    if run.anneal_temperature_to != kept.anneal_temperature_to:
-        unread["--anneal-temperature-to"] = "router_temperature"
     return Merged(kept, taken | training, placement, unread)
 
 
@@ -232,10 +229,6 @@ def _model_of(name: str, options: Options) -> tuple[MixtureOfTokensConfig, dict[
     if options.tokenizer is None:
         with names_the_flag(name, overrides):
             check_vocab_size(config.vocab_size)
-    if config.learnable_temperature and options.anneal_temperature_to is not None:
-        raise ValueError("--anneal-temperature-to would set the temperature that --model.learnable_temperature learns")
-    if options.anneal_temperature_to is not None:
-        check_range("--anneal-temperature-to", options.anneal_temperature_to)
     return config, overrides
 
 
