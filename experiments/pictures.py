@@ -46,6 +46,7 @@ def save_picture(
     logarithmic: bool = False,
     apart: bool = False,
     legend: int = 0,
+    marked: Mapping[str, float] | None = None,
 ) -> None:
     """Panels by the label of their x; means over the seeds in a band from the least to the greatest.
 
@@ -54,6 +55,7 @@ def save_picture(
         logarithmic: whether x is.
         apart: whether each panel has a range of its own.
         legend: the number of the panel that it is in, where it is in one.
+        marked: x of vertical lines, by what they say.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -67,6 +69,10 @@ def save_picture(
                 panel.plot(x, losses.mean(0), color=color, linestyle=dashes, linewidth=1.8, label=label)
             if level is not None:
                 panel.axhline(level, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
+            for words, x in (marked or {}).items():
+                panel.axvline(x, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
+                where = panel.get_xaxis_transform()  # x as the data, y as a share of the axis
+                panel.text(x, 0.02, f" {words}", transform=where, color=GREY, fontsize=9)
             panel.set_xlabel(x_label)
             panel.set_xscale("log" if logarithmic else "linear")
         axes[0].set_ylabel(y_label)

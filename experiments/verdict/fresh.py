@@ -365,7 +365,8 @@ def draw(experiment: Experiment) -> None:
     save_picture(panels, "loss on validation text", experiment.kept / "fresh.svg", apart=True, legend=1)
     front = [curve(experiment, DRAWN[place], label, BUDGET / 12) for label, place in FRONT.items()]
     front = [each._replace(x=each.x * MINUTES / BUDGET) for each in front]
-    save_picture({"minutes of training": front}, "loss on validation text", experiment.kept / "front.svg")
+    switch = {"the mixture becomes Token Choice": EARLY * MINUTES}
+    save_picture({"minutes of training": front}, "loss, nats a token", experiment.kept / "front.svg", marked=switch)
 
 
 def sweep(experiment: Experiment) -> None:

@@ -13,7 +13,7 @@ MEASURES = {
     "mixture_entropy": (
         "Mixture entropy",
         "How evenly an expert weights the tokens of a group. 1: it averages them all; 0: it reads a single one. It "
-        "falls as the router learns to distinguish tokens.",
+        "falls where the router learns to tell tokens apart.",
     ),
     "effective_tokens": ("Tokens per mixture", "The effective number of tokens in an expert's mixture."),
     "effective_experts": ("Experts per token", "The effective number of experts in a token's output."),
