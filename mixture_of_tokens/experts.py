@@ -241,12 +241,14 @@ class Routed(nn.Module):
         )
         self.weights_of_an_expert = sum(weight[0].numel() for weight in self.experts.parameters())
 
-    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
         """What the layer adds to a residual stream.
 
         Args:
             x_BTD: (B, T, D), floating point; B examples of T positions.
             token_mask: (B, T), bool or integer, true where a token is real. Masked tokens influence nothing, and get 0.
+            return_weights: also return the combine weights w (B, T, E), in fp32 or better: the output of expert e is
+                multiplied by w[t, e] and added to token t's. They are 0 for experts that a token does not go to.
 
         Returns (B, T, D), in the type of x. Where rows form groups, these are rows 0 to G - 1, G to 2G - 1 and so on.
 

@@ -26,7 +26,7 @@ Beyond the paper: masked and incomplete groups, in which each expert's companion
 missing token; the option `normalize_mixture`; a softmax in fp32 or better, whatever the input's precision.
 """
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -158,10 +158,12 @@ class MixtureOfTokens(Routed):
         """
         set_alone(self, alone, num_experts_alone)
 
-    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        if self.alone:
-            return served_alone(self, x_BTD, token_mask)
-        return self.in_groups(x_BTD, token_mask)
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
+        if not self.alone:
+            return self.in_groups(x_BTD, token_mask, return_weights)
+        if return_weights:
+            raise ValueError("return_weights is for texts in groups: serve_alone(False) first")
+        return served_alone(self, x_BTD, token_mask)
 
     def _check_measured(self, x_BTD: Tensor) -> None:
         """Of what is served in groups; alone, `serve_alone` has looked."""
@@ -171,7 +173,7 @@ class MixtureOfTokens(Routed):
             self._looked_at.add(rows)
             check_measured(self.companion, rows, self.group_size)
 
-    def in_groups(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def in_groups(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
         """The equations of the module's docstring."""
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
         if self.training:
@@ -189,4 +191,5 @@ class MixtureOfTokens(Routed):
                 squares_ME = squares_ME + rest_ME.square() / missing_M11[:, 0].clamp(min=1)
             mixtures_EMD = mixtures_EMD / squares_ME.sqrt().T[..., None].to(mixtures_EMD.dtype)
         y_MGD = combine(cast_MGE, self.experts(mixtures_EMD))
-        return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
+        y_BTD = ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
+        return (y_BTD, ungrouped(weights_MGE, mask_MG1, *x_BTD.shape[:2])) if return_weights else y_BTD

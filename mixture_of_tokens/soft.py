@@ -1,6 +1,6 @@
 """Soft MoE, which mixes the positions of one text and so is not causal: for comparison. Letters as in `layers.py`."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class SoftMoE(Routed):
             logits_BTS = logits_BTS.masked_fill(~mask_BT1, torch.finfo(logits_BTS.dtype).min)
         return softmax(logits_BTS, dim=1), combine_BTS
 
-    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
         check_shapes(x_BTD, token_mask)
         mask_BT1 = None
         if token_mask is not None:
@@ -57,4 +57,5 @@ class SoftMoE(Routed):
         y_ERD = self.experts(slots_SBD.unflatten(0, (self.num_experts, self.num_slots)).flatten(1, 2))
         y_SBD = y_ERD.unflatten(1, (self.num_slots, -1)).flatten(0, 1)
         y_BTD = combine(combine_BTS.to(x_BTD.dtype), y_SBD).to(x_BTD.dtype)
-        return y_BTD if mask_BT1 is None else y_BTD.masked_fill(~mask_BT1, 0)
+        y_BTD = y_BTD if mask_BT1 is None else y_BTD.masked_fill(~mask_BT1, 0)
+        return (y_BTD, combine_BTS.unflatten(-1, (self.num_experts, -1)).sum(-1)) if return_weights else y_BTD

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class ExpertChoice(Routed):
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, capacity={self.capacity}"
 
-    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
         x_MGD, mask_MG1, _ = grouped(x_BTD, token_mask, self.group_size)
         if self.training:
             check_full(x_BTD, self.group_size)
@@ -61,7 +61,11 @@ class ExpertChoice(Routed):
         slots = Slots.of(token_A, slot_A, slot_A.shape[0], M * G)
         y_ND = self.experts(slots.dispatch(x_MGD.flatten(0, 1)).view(*row_ER.shape, D)).flatten(0, 1)
         y_MGD = slots.combine(y_ND, gate_ER.flatten().index_select(0, slot_A)).view(M, G, D)
-        return ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
+        y_BTD = ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
+        if not return_weights:
+            return y_BTD
+        weights_MGE = torch.zeros_like(scores_MGE).scatter(1, token_MCE, gate_MCE)
+        return y_BTD, ungrouped(weights_MGE, mask_MG1, *x_BTD.shape[:2])
 
 
 def capacity_ratio(factor: float, num_experts: int) -> tuple[int, int]:
@@ -124,7 +128,7 @@ class TokenChoice(Routed):
         if self.auxiliary_loss is not None:
             self.auxiliary_loss(scores, expert, real)
 
-    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
         check_shapes(x_BTD, token_mask)
         (B, T, D), E, K = x_BTD.shape, self.num_experts, self.num_experts_per_tok
         x_TBD, masked_TB1 = x_BTD.transpose(0, 1), None
@@ -139,15 +143,20 @@ class TokenChoice(Routed):
             gate_TBK = gate_TBK / (gate_TBK.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0; as Dots1 has it
         if masked_TB1 is not None:  # masked tokens go to no expert
             gate_TBK, expert_TBK = gate_TBK.masked_fill(masked_TB1, 0), expert_TBK.masked_fill(masked_TB1, E)
-        x_SD = x_TBD.flatten(0, 1)
+        x_SD, kept_A = x_TBD.flatten(0, 1), None
         if self.training and self.capacity_factor is not None:
             token_A = torch.arange(x_SD.shape[0], device=x_SD.device).repeat_interleave(K)
             slots = Slots.of(token_A, *self._slots_within_capacity(expert_TBK), x_SD.shape[0])
             y_ND = self.experts(slots.dispatch(x_SD).unflatten(0, (E, -1))).flatten(0, 1)
-            y_SD = slots.combine(y_ND, gate_TBK.flatten())
+            y_SD, kept_A = slots.combine(y_ND, gate_TBK.flatten()), slots.kept_A
         else:
             y_SD = dropless(self, x_SD, expert_TBK.flatten(0, 1), gate_TBK.flatten(0, 1))
-        return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
+        y_BTD = y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
+        if not return_weights:
+            return y_BTD
+        gate_TBK = gate_TBK if kept_A is None else gate_TBK * kept_A.view_as(gate_TBK)
+        weights_TBE = gate_TBK.new_zeros(T, B, E + 1).scatter(2, expert_TBK, gate_TBK)[..., :E]
+        return y_BTD, weights_TBE.transpose(0, 1)
 
     def _slots_within_capacity(self, expert_TBK: Tensor) -> tuple[Tensor, int]:
         """The slot of each assignment, N where it is dropped, and N = E * R."""

@@ -8,7 +8,7 @@ experts depend on that token alone, and training and evaluation choose by the sa
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class _Above(Routed):
         raise NotImplementedError
 
     @torch.compiler.disable(reason="the number of pairs differs in every batch, and each would be compiled anew")
-    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
         check_shapes(x_BTD, token_mask)
         B, T, D = x_BTD.shape
         mask_BT = x_BTD.new_ones(B, T, dtype=torch.bool) if token_mask is None else token_mask.bool()
@@ -66,7 +66,8 @@ class _Above(Routed):
             noted_SE = logits_SE.detach()
             self.note(noted_SE if token_mask is None else noted_SE[real_S])
         y_SD = dropless(self, x_SD, expert_A, gate_SE[token_A, expert_A], token_A)
-        return y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
+        y_BTD = y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
+        return (y_BTD, gate_SE.view(T, B, -1).transpose(0, 1)) if return_weights else y_BTD
 
 
 class ReMoE(_Above):

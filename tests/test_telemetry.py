@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers import MixtureOfTokens
 from mixture_of_tokens.model.routings import TABLE
-from mixture_of_tokens.model.telemetry import combine_weights, measure, router_gradient_norms, routing_measures
+from mixture_of_tokens.model.telemetry import measure, router_gradient_norms, routing_measures
 from mixture_of_tokens.soft import SoftMoE
 from mixture_of_tokens.training.trainer import _RouterGradients
 from processes import finish, start
@@ -50,12 +50,10 @@ def kind(request) -> str:
 
 def weights_of(layer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The layer's output, and the weights by which it is said to have been made."""
-    logits: list[Tensor] = []
-    if layer.gate is not None:
-        layer.gate.register_forward_hook(lambda module, args, output: logits.append(output.detach()))
-    y = layer(x, mask)
-    real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
-    return y.detach(), combine_weights(layer, logits[0] if logits else None, real)
+    with torch.no_grad():
+        y, weights = layer(x, mask, return_weights=True)
+        assert torch.equal(y, layer(x, mask))
+    return y, weights
 
 
 def combined(layer, x: Tensor, mask: Tensor | None, weights: Tensor) -> Tensor:
@@ -96,7 +94,14 @@ def test_the_weights_applied_to_the_experts_outputs_are_the_layers_output(name, 
     mask = some_mask(rows, T) if masked else None
     y, weights = weights_of(layer, x, mask)
     assert weights.shape == (rows, T, E)
-    assert relative_error(combined(layer, x, mask, weights), y) < 1e-6  # uniform weights are in fp32
+    assert relative_error(combined(layer, x, mask, weights), y) < 1e-12
+
+
+def test_a_layer_that_serves_texts_alone_has_no_weights_of_groups():
+    layer = build("mot").eval()
+    layer.serve_alone()
+    with pytest.raises(ValueError, match="return_weights is for texts in groups"):
+        layer(tokens(), return_weights=True)
 
 
 @pytest.mark.parametrize("name", DROPPING)

@@ -16,6 +16,7 @@ machine.
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.experts import Routed
 from mixture_of_tokens.formatting import markdown, ratio
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.telemetry import combine_weights, measure
+from mixture_of_tokens.model.telemetry import measure, watch_weights
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import Run, experts_per_token, read_run
@@ -200,19 +201,21 @@ def load_table(kept: Path) -> str:
 def _loads(run: str) -> list[dict[str, object]]:
     model, text, rows = load_model(run), text_of(run), []
     layers = [(i, block.mlp) for i, block in enumerate(model.model.layers) if isinstance(block.mlp, Routed)]
-    logits: dict[int, torch.Tensor] = {}
+    chosen: dict[int, torch.Tensor] = {}
+
+    def note(i: int, weights: torch.Tensor) -> None:
+        chosen[i] = chosen.get(i, 0.0) + (weights > 0).sum((0, 1)).double()
+
     for i, layer in layers:
-        layer.gate.register_forward_hook(lambda module, args, output, i=i: logits.__setitem__(i, output))
+        watch_weights(layer, partial(note, i))
     for split in ("train", "validation"):
-        blocks, chosen, tokens = getattr(text, split), {i: 0.0 for i, _ in layers}, 0
+        blocks, tokens = getattr(text, split), 0
+        chosen.clear()
         order = grouped_order(blocks, model.config.group_size, seed=0).ravel()
         for part in np.array_split(order[:LOAD_ROWS], LOAD_ROWS // ROWS):
             ids = blocks.batch(part)["input_ids"]
             model(ids, logits_to_keep=1, use_cache=False)
             tokens += ids.numel()
-            for i, layer in layers:
-                weights = combine_weights(layer, logits[i], torch.ones_like(ids, dtype=torch.bool))
-                chosen[i] = chosen[i] + (weights > 0).sum((0, 1)).double()
         for i, count in chosen.items():
             load = count / count.mean()
             row = {"split": split, "layer": i, "experts_per_token": float(count.sum()) / tokens}

@@ -1,10 +1,11 @@
 """Router telemetry: the same measures for every routing, taken on a probe batch outside the training step.
 
-All measures but the last are computed from the combine weights w[t, e]: the output of expert e is multiplied by
-w[t, e] and added to token t's output. In Mixture of Tokens they are the softmax over the group, in its uniform form
-1 / G; in sparse routings the gates of the choices that were not dropped; in Soft MoE the combine weights of an expert's
-slots, summed. Elsewhere they are zero. A group is the n real tokens at one position of `group_size` rows, in all
-routings, so that tokens per expert mean the same. Masked tokens do not count.
+All measures but the last are computed from the combine weights w[t, e], which a layer returns when it is asked to
+(`return_weights`): the output of expert e is multiplied by w[t, e] and added to token t's output. In Mixture of Tokens
+they are the softmax over the group, in its uniform form 1 / G; in sparse routings the gates of the choices that were
+not dropped; in Soft MoE the combine weights of an expert's slots, summed. Elsewhere they are zero. A group is the n
+real tokens at one position of `group_size` rows, in all routings, so that tokens per expert mean the same. Masked
+tokens do not count.
 
     mixture_entropy     entropy of an expert's weights over the tokens of a group / log n. 1: the group is averaged,
                         0: one token has all. Mean over groups and the experts they use (0 if no group has two tokens)
@@ -22,7 +23,6 @@ In Mixture of Tokens every expert's weights sum to one in a full group, so no ex
 construction. A sharp router may still leave tokens with almost no weight. Shape letters are those of `layers.py`.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +32,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from mixture_of_tokens.experts import Routed
-from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.layout import at_least_fp32, expert_linear, full_precision, grouped, ungrouped
+from mixture_of_tokens.layout import at_least_fp32, grouped
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.passes import evaluating, pass_forward
-from mixture_of_tokens.soft import SoftMoE
 
 NEGLIGIBLE = 0.01
 
@@ -80,48 +78,18 @@ def router_gradient_norms(model: MixtureOfTokensForCausalLM) -> dict[str, float]
     return norms
 
 
-def combine_weights(layer: Routed, logits: Tensor | None, token_mask: Tensor) -> Tensor:
-    """w (B, T, E), in fp32 or better, of a layer whose router has returned these logits (None for uniform).
+def watch_weights(layer: Routed, seen: Callable[[Tensor], object]) -> list[RemovableHandle]:
+    """Hooks by which `seen` gets the combine weights w (B, T, E) of each forward pass of a layer."""
 
-    The layer's own methods compute it, on a copy whose router returns the logits, so that the two cannot drift apart.
-    For sparse routings we recover weights by autograd: run a copy on token numbers with experts that output ones, and
-    differentiate.
+    def ask(module, args, kwargs):
+        return args, kwargs | {"return_weights": True}
 
-    Args:
-        logits: as the router returned them, in the layer's own order of tokens.
-        token_mask: (B, T), true where a token is real.
-    """
-    (B, T), E, device = token_mask.shape, layer.num_experts, token_mask.device
-    dtype = torch.float32 if logits is None else at_least_fp32(logits.dtype)
-    if isinstance(layer, MixtureOfTokens):
-        x_MG1, *missing = grouped(torch.zeros(B, T, 1, dtype=dtype, device=device), token_mask, layer.group_size)
-        return ungrouped(_stand_in(layer, logits).weights(x_MG1, *missing), missing[0], B, T)
-    if isinstance(layer, SoftMoE):
-        assert logits is not None
-        return layer.weights(logits, token_mask[..., None])[1].unflatten(-1, (E, -1)).sum(-1)
-    noted: list[Tensor] = []
+    def take(module, args, output):
+        y_BTD, weights_BTE = output
+        seen(weights_BTE)
+        return y_BTD  # which is all that other hooks see
 
-    def answers(number: Tensor, linear=expert_linear) -> Tensor:
-        ones = torch.ones_like(number, requires_grad=True)
-        expert = linear(torch.ones_like(number), torch.arange(E, device=device, dtype=number.dtype).view(E, 1, 1))
-        noted.extend((number.long(), expert.long(), ones))
-        return ones
-
-    numbers_BT1 = torch.arange(1, 1 + B * T, device=device, dtype=torch.float64).view(B, T, 1)
-    with torch.enable_grad(), full_precision(device):
-        y_BT1 = _stand_in(layer, logits, answers).forward(numbers_BT1, token_mask)
-    number, expert, ones = noted
-    weights = numbers_BT1.new_zeros(1 + B * T, E, dtype=dtype)  # row 0: masked tokens and empty slots of experts
-    weights[number, expert] = torch.autograd.grad(y_BT1, ones, torch.ones_like(y_BT1))[0].to(dtype)
-    return weights[1:].view(B, T, E)
-
-
-def _stand_in(layer: Routed, logits: Tensor | None, experts: Callable[..., Tensor] | None = None) -> Any:
-    """A copy of the layer with another router and experts. Call its methods, not the copy: hooks are the layer's."""
-    copied = copy.copy(layer)
-    router = None if logits is None else lambda x: logits
-    vars(copied)["_modules"] = {"gate": router, "experts": experts, "auxiliary_loss": None}
-    return copied
+    return [layer.register_forward_pre_hook(ask, with_kwargs=True), layer.register_forward_hook(take, prepend=True)]
 
 
 def routing_measures(weights_BTE: Tensor, token_mask: Tensor, group_size: int) -> dict[str, Tensor]:
@@ -150,20 +118,17 @@ def _watch(block: Any, group_size: int, measures: dict[str, Tensor]) -> list[Rem
     def residual(module, args, output):
         seen["residual"] = args[0]
 
-    def logits(module, args, output):
-        seen["logits"] = output
-
     def feed_forward(module, args, output):
         mask = output.new_ones(output.shape[:2], dtype=torch.bool) if args[1] is None else args[1].bool()
-        if isinstance(module, Routed):
-            measures.update(routing_measures(combine_weights(module, seen.get("logits"), mask), mask, group_size))
+        if "weights" in seen:
+            measures.update(routing_measures(seen["weights"], mask, group_size))
         measures["branch_to_residual"] = _norm(output[mask]) / _norm(seen["residual"][mask])
         seen.clear()
 
-    watched = {block.post_attention_layernorm: residual, block.mlp: feed_forward}
-    if getattr(block.mlp, "gate", None) is not None:
-        watched[block.mlp.gate] = logits
-    return [module.register_forward_hook(hook) for module, hook in watched.items()]
+    handles = [block.post_attention_layernorm.register_forward_hook(residual)]
+    if isinstance(block.mlp, Routed):
+        handles += watch_weights(block.mlp, lambda weights: seen.update(weights=weights))
+    return [*handles, block.mlp.register_forward_hook(feed_forward)]
 
 
 def _entropy(weights: Tensor) -> Tensor:
