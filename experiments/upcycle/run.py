@@ -6,8 +6,9 @@
     python experiments/upcycle/run.py --table    # Markdown
 
 A dense Nano of 8.2 million tokens, three seeds, becomes TC-Nano/32E/8 (`mot upcycle`), and is trained on for a quarter
-of the source's steps and for all of them again; beside it the dense model is, for as many steps and for as much time,
-and Token Choice from the start with all tokens. It goes on where it was stopped. Micros train on the packages that are
+of the source's steps; beside it the dense model is, for as many steps and for as much time. One seed is trained on for
+all of the steps again, and from the start, as Token Choice, with the tokens of source and quarter. It goes on where it
+was stopped. Micros train on the packages that are
 installed (packages.txt).
 
 As measured (means of three seeds): after a quarter of the steps upcycled 2.66, the dense model 2.74, and 2.72 in equal
@@ -105,7 +106,7 @@ def make(experiment: Experiment, study: Study, seeds: list[int]) -> None:
             trained_on(experiment, source, f"{source.name}-{study.in_time}", study.in_time, rates["dense"], study),
             trained_on(experiment, start, f"{source.name}-upcycled-{quarter}", quarter, rates["upcycled"], study),
         ]
-        if study is NANO:
+        if study is NANO and seed == SEEDS[0]:
             whole, name = study.steps, source.name
             runs += [
                 trained_on(experiment, source, f"{name}-{whole}", whole, rates["dense"], study),
@@ -128,10 +129,9 @@ def sweep(experiment: Experiment) -> None:
     """Rates and routers after a quarter of the steps, by the loss on the tuning split; one seed of the Nano."""
     study, tuning = NANO, {"evaluate_on": "tuning"}
     source = trained(experiment, study.source, 1, Options(steps=study.steps, **study.options))
-    cells = [("", rate) for rate in (0.001, 0.002, 0.004, 0.01, 0.02)]
+    cells = [("", rate) for rate in (0.001, 0.002, 0.004, 0.01)]
     cells += [("clusters", rate) for rate in (0.005, 0.01, 0.02)]
-    cells += [(name, 0.01) for name in ROUTERS if name != "clusters"]
-    cells += [("drawn", 0.005), ("drawn, spread 0.2", 0.005), ("sigmoid", 0.01)]
+    cells += [(name, 0.01) for name in ROUTERS if name != "clusters"] + [("sigmoid", 0.01)]
     known = {(row["routers"], float(row["learning_rate"])) for row in read_csv(SWEEPS)}
     for routed, rate in cells:
         if (routed, rate) in known:
@@ -162,7 +162,7 @@ def table(experiment: Experiment) -> str:
         for way, end in ways.items():
             rows.append(_row(experiment, study.source, way, [f"{source}-seed{seed}{end}" for seed in seeds]))
         if study is NANO:
-            names = [directory_of(study.child, f"seed{seed}") for seed in seeds]
+            names = [directory_of(study.child, f"seed{seeds[0]}")]
             rows.append(_row(experiment, "drawn weights", f"{study.child}, all tokens", names))
     return markdown([row for row in rows if row], left=2)
 
