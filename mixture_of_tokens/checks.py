@@ -5,9 +5,10 @@ import functools
 import inspect
 import math
 import os
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -17,6 +18,8 @@ LARGEST = 2**31 - 1  # of whole numbers: steps times rows are counted in 64 bits
 # Legal values of settings that both layers and configurations have, and how these are called.
 _POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
 _NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more, and finite")
+# Of a number that a layer keeps in fp32.
+_IN_FP32 = 1e38
 # Logits over it are finite, and their differences do not vanish, in fp32.
 _TEMPERATURE = (lambda value: 1e-20 <= value <= 1e20, "1e-20 to 1e20")
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -27,6 +30,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "balance_rate": _NOT_NEGATIVE,
     "router_aux_loss_coef": _NOT_NEGATIVE,
     "threshold_decay": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "l1_start": (lambda value: 0 < value <= _IN_FP32, f"above 0 and at most {_IN_FP32:g}"),
+    "l1_factor": (lambda value: 1 < value <= _IN_FP32, f"above 1 and at most {_IN_FP32:g}"),
 }
 
 P = ParamSpec("P")
@@ -92,6 +97,8 @@ def listed(given: Any) -> list[Any]:
 
 def shown(value: Any) -> str:
     """What was given, as a message of one line shows it: a tensor or a whole text by its type alone."""
+    if isinstance(value, int) and _is_beyond_floats(value):  # Python refuses to print some of them
+        return f"one of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= MOST_SHOWN and "\n" not in text else f"a {type(value).__name__}"
 
@@ -114,6 +121,13 @@ def check_sizes(**sizes: Any) -> None:
         if size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
         check_number(name, int(size))
+
+
+def check_choice(name: str, value: Any, legal: Iterable[str]) -> None:
+    """Raises ValueError for what is none of the legal texts."""
+    check(name, value, str)
+    if value not in (choices := list(legal)):
+        raise ValueError(f"{name} {shown(value)} is unknown; legal are {', '.join(choices)}")
 
 
 def check_range(name: str, value: Any) -> None:
@@ -147,7 +161,7 @@ def _refusal(value: Any, option: Any) -> str | None:
         return " or ".join(legal) if all(wanted.values()) else None
     if typing.get_origin(option) is Literal:
         choices = typing.get_args(option)
-        return None if value in choices else " or ".join(choices)
+        return None if isinstance(value, str) and value in choices else " or ".join(choices)
     if typing.get_origin(option) in (list, Sequence):
         (kind,) = typing.get_args(option)
         what = next((what for one in listed(value) if (what := _refusal(one, kind))), None)
@@ -161,4 +175,11 @@ def _refusal(value: Any, option: Any) -> str | None:
     if option not in KINDS:
         return None
     taken, what = KINDS[option]
-    return None if isinstance(value, taken) and not (isinstance(value, bool) and option is not bool) else what
+    if not isinstance(value, taken) or (isinstance(value, bool) and option is not bool):
+        return what
+    return f"{what} below {sys.float_info.max:.1g}" if _is_beyond_floats(value) else None
+
+
+def _is_beyond_floats(value: Any) -> bool:
+    """A whole number of any size, which overflows where it meets a float."""
+    return isinstance(value, Integral) and abs(int(value)) > sys.float_info.max

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixture_of_tokens.checks import check, check_range, check_sizes
+from mixture_of_tokens.checks import check, check_choice, check_range, check_sizes, shown
 from mixture_of_tokens.layout import at_least_fp32, expert_linear, full_precision, is_autocast, precise_linear
 
 INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
@@ -78,9 +78,7 @@ class Experts(nn.Module):
         super().__init__()
         check_sizes(hidden_size=hidden_size, expert_size=expert_size, num_experts=num_experts)
         check("gated", gated, bool)
-        check("activation", activation, str)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
+        check_choice("activation", activation, ACTIVATIONS)
         self.gated, self.activation, self.initializer_scale = gated, activation, initializer_scale
         if gated:
             self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
@@ -137,7 +135,7 @@ class Router(nn.Module):
         check_sizes(hidden_size=hidden_size, num_experts=num_experts)
         check("learnable_temperature", learnable_temperature, bool)
         if not isinstance(router_dtype, torch.dtype) or not router_dtype.is_floating_point:
-            raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {router_dtype!r}")
+            raise ValueError(f"router_dtype takes a floating-point torch.dtype, not {shown(router_dtype)}")
         self.router_dtype, self.temperature_setting = router_dtype, temperature
         self.initializer_scale = initializer_scale
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
@@ -145,7 +143,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def set_temperature(self, temperature: float | Tensor) -> None:
-        if isinstance(temperature, Tensor):  # of a schedule
+        if isinstance(temperature, Tensor) and temperature.numel() == 1:  # of a schedule
             temperature = float(temperature)
         check_range("temperature", temperature)
         self.temperature_setting = float(temperature)

@@ -5,7 +5,6 @@ experts depend on that token alone, and training and evaluation choose by the sa
 `balance` moves the threshold (Expert Threshold), or the weight of the penalty on gates (ReMoE).
 """
 
-import math
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, Literal, Unpack
@@ -13,7 +12,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.checks import check, check_range
+from mixture_of_tokens.checks import check_choice, check_range
 from mixture_of_tokens.experts import Routed, RoutedOptions, check_choices, summed_over_processes
 from mixture_of_tokens.layout import at_least_fp32, check_shapes
 from mixture_of_tokens.loss import AuxiliaryLoss, L1Loss
@@ -97,11 +96,8 @@ class ReMoE(_Above):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
-        check("l1_start", l1_start, float)
-        check("l1_factor", l1_factor, float)
-        if not (0 < l1_start < math.inf and 1 < l1_factor < math.inf):
-            legal = "l1_start must be above 0 and l1_factor above 1, both finite"
-            raise ValueError(f"{legal}, not {l1_start} and {l1_factor}")
+        check_range("l1_start", l1_start)
+        check_range("l1_factor", l1_factor)
         self.l1_start, self.l1_factor, self.auxiliary_loss = l1_start, l1_factor, L1Loss(num_experts_per_tok)
         self.register_buffer("l1_weight", torch.empty((), dtype=at_least_fp32()))
         self.reset_state()
@@ -166,8 +162,7 @@ class ExpertThreshold(_Above):
     ):
         super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
         check_range("threshold_decay", threshold_decay)
-        if scores not in SCORES:
-            raise ValueError(f"scores {scores!r} is unknown; legal are {', '.join(SCORES)}")
+        check_choice("scores", scores, SCORES)
         self.threshold_decay, self.competing = threshold_decay, scores == "softmax"
         self.register_buffer("threshold", torch.empty(num_experts, dtype=at_least_fp32()))
         self.reset_state()

@@ -359,6 +359,9 @@ def test_names_of_fields_from_python_are_text(field, key):
         (["a"], {"vocab_size": "300"}, "vocab_size takes a whole number, not '300'"),
         (["a"], {"context": 4.5}, "context takes a whole number, not 4.5"),
         (["a"], {"max_bytes": True}, "max_bytes takes a whole number, not True"),
+        (["a"], {"context": 2**80}, "context "),
+        (["a"], {"context": 10**400}, "context "),
+        (["a"], {"context": 10**5000}, "context "),  # which Python refuses to print
         (["a"], {"tokenizer": object}, "tokenizer takes text or a path, not"),
         (b"a", {}, "sources takes text or a path, or a list of such, not b'a'"),
         ((name for name in "ab"), {}, "sources takes text or a path, or a list of such, not <generator"),
@@ -440,6 +443,12 @@ def test_fields_of_options_take_what_python_has_for_them():
             {"num_experts": torch.ones(3, 2)},
             "num_experts takes a whole number, not a Tensor$",
         ),
+        ("MixtureOfTokensConfig", [], {"id2label": b"x"}, "id2label .*$"),
+        ("MixtureOfTokensConfig", [], {"group_size": torch.ones(3, 2)}, "group_size .*$"),
+        ("MixtureOfTokensConfig", [], {"threshold_scores": torch.ones(3, 2)}, "threshold_scores .*$"),
+        ("config_from_name", ["MoT-Nano/32E"], {"gated": torch.zeros(0)}, "gated .*$"),
+        ("config_from_name", ["MoT-Nano/32E"], {"vocab_size": 10**400}, "vocab_size .*$"),
+        ("generate", ["runs/mine"], {"prompt": "a", "temperature": 10**400}, "temperature .*$"),
         ("MixtureOfTokensConfig", [], {"dtype": "float31"}, "dtype 'float31' is none of torch's types$"),
     ],
 )

@@ -5,6 +5,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -404,8 +405,14 @@ def test_matched_has_the_experts_of_the_name():
             "router_dtype takes a floating-point torch.dtype",
         ),
         (lambda: MixtureOfTokens(D, F, E, G, router_dtype=torch.int32), "torch.dtype, not torch.int32"),
-        (lambda: ReMoE(D, F, E, l1_factor=math.inf), "l1_factor above 1, both finite, not 1e-08 and inf"),
-        (lambda: ReMoE(D, F, E, l1_start=math.inf), "l1_factor above 1, both finite, not inf and 1.2"),
+        (lambda: MixtureOfTokens(D, F, E, G, router_dtype=torch.ones(2, 3)), "^router_dtype .*$"),
+        (lambda: MixtureOfTokens(D, F, E, G, temperature=torch.ones(2, 3)), "^temperature .*$"),
+        (lambda: MixtureOfTokens(D, F, E, G, temperature=10**400), "^temperature .*$"),
+        (lambda: ExpertThreshold(D, F, E, scores=torch.ones(2, 3)), "^scores .*$"),
+        (lambda: ExpertThreshold(D, F, E, scores=np.array(["sigmoid", "x"])), "^scores .*$"),
+        (lambda: ReMoE(D, F, E, l1_factor=math.inf), "^l1_factor .* not inf$"),
+        (lambda: ReMoE(D, F, E, l1_start=math.inf), "^l1_start .* not inf$"),
+        (lambda: ReMoE(D, F, E, l1_start=1e300), "^l1_start .*$"),  # no number in fp32
         (lambda: MixtureOfTokens(D, F, E, G, activation=[]), r"activation takes text, not \[\]"),
         (lambda: MixtureOfTokens(D, F, E, G, initializer_scale=None), "initializer_scale takes a number, not None"),
         (lambda: Experts(D, F, E, activation="swish"), "'swish' is unknown; legal are silu, relu, gelu"),

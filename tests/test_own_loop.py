@@ -201,6 +201,9 @@ def test_what_cannot_be_split_is_refused():
         split_tokens(np.arange(100))
     with pytest.raises(ValueError, match="tokens has the id 96; ids are 0 to 89"):
         split_tokens(documents(), vocab_size=90, group_size=2)
+    for sizes in ({"context": 2**80}, {"context": 10**400}, {"group_size": 2**80}):
+        with pytest.raises(ValueError, match=f"^{next(iter(sizes))} "):
+            prepare_tokens(documents(), **sizes)
 
 
 @pytest.mark.parametrize("own", [True, False])

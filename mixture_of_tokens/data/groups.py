@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mixture_of_tokens.checks import LARGEST, at_least_one, check
+from mixture_of_tokens.checks import LARGEST, at_least_one, check, check_sizes
 from mixture_of_tokens.data.tokens import TokenFiles
 from mixture_of_tokens.formatting import few_of
 from mixture_of_tokens.loss import IGNORE
@@ -134,10 +134,9 @@ def prepare_tokens(
 
     Raises ValueError for what holds no token ids, for ids below 0 or beyond the vocabulary, and for sizes below 1.
     """
-    check("context", context, int)
-    check("group_size", group_size, int)
+    check_sizes(context=context, group_size=group_size)
     check("vocab_size", vocab_size, int | None)
-    at_least_one(context=context, group_size=group_size, vocab_size=vocab_size)
+    at_least_one(vocab_size=vocab_size)
     given, where = documents_of(tokens, ends)
     _check_ids(given, LARGEST + 1 if vocab_size is None else vocab_size)
     parts, segments = segmented(where, context, group_size)

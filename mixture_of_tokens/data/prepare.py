@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens import manifest
-from mixture_of_tokens.checks import at_least_one, checked, listed
+from mixture_of_tokens.checks import at_least_one, check_number, checked, listed
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.files import Document
 from mixture_of_tokens.data.groups import Blocks, say_segments, segmented
@@ -115,6 +115,8 @@ def prepare_text(
     Raises ValueError for bad sources or options, and if the training or validation split is shorter than a block.
     """
     at_least_one(context=context, group_size=group_size, max_bytes=max_bytes)
+    for flag, number in {"--context": context, "--group-size": group_size}.items():
+        check_number(flag, number)
     if sources is not None and not listed(sources):  # as of a pattern that no file fits
         raise ValueError("there are no sources; give none at all for the source text of Python's standard library")
     named = [] if sources is None else [str(source) for source in listed(sources)]

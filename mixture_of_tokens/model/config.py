@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-from mixture_of_tokens.checks import KINDS, check, check_range, shown
+from mixture_of_tokens.checks import KINDS, check, check_choice, check_range, shown
 from mixture_of_tokens.experts import ACTIVATIONS
 from mixture_of_tokens.model.routings import DENSE, MIXTURE, ROUTINGS, Routing
 from mixture_of_tokens.model.upstream import Qwen3MoeConfig
@@ -101,7 +101,7 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         for name in POSITIVE:
             value = getattr(self, name, None)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be at least 1, not {value}")
+                raise ValueError(f"{name} must be at least 1, not {shown(value)}")
         if self.mlp_layer_types is None:
             blocks = self.num_hidden_layers
             self.mlp_layer_types = layer_types(blocks, dense=blocks // 2, kind=MIXTURE.kind)
@@ -122,13 +122,11 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             check_range(name, getattr(self, name))
         if self.capacity_factor is not None:
             check_range("capacity_factor", self.capacity_factor)
-        if self.threshold_scores not in SCORES:
-            raise ValueError(f"threshold_scores {self.threshold_scores!r} is unknown; legal are {', '.join(SCORES)}")
+        check_choice("threshold_scores", self.threshold_scores, SCORES)
         check("shared_experts", self.shared_experts, int)
         if self.shared_experts < 0:
             raise ValueError(f"shared_experts must be 0 or more, not {self.shared_experts}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; legal are {', '.join(ACTIVATIONS)}")
+        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             raise ValueError(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
@@ -142,8 +140,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"dtype {self.dtype!r} is none of torch's types")
         for name in BOOLEANS:
             check(name, getattr(self, name), bool)
-        if self.router_dtype not in ROUTER_DTYPES:
-            raise ValueError(f"router_dtype {self.router_dtype!r} is unknown; legal are {', '.join(ROUTER_DTYPES)}")
+        check_choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
+        check("id2label", self.id2label, dict[int, str] | None)  # upstream checks the fields of Qwen3-MoE alone
         # The same in upstream's fields, for the export.
         self.mlp_only_layers = [i for i, kind in enumerate(self.mlp_layer_types) if kind == DENSE.kind]
         self.decoder_sparse_step = 1

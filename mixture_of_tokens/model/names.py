@@ -30,7 +30,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from mixture_of_tokens.checks import LARGEST, check, divisors
+from mixture_of_tokens.checks import LARGEST, check, checked, divisors
 from mixture_of_tokens.formatting import enumerated, listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
 from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE, Routing
@@ -179,6 +179,7 @@ def parse_name(name: str) -> Name:
     return Name(system, size, group_size, granularity)
 
 
+@checked
 def config_from_name(
     name: str, *, gated: bool = True, vocab_size: int | None = None, **overrides: Any
 ) -> MixtureOfTokensConfig:
