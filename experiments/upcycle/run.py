@@ -106,13 +106,16 @@ def make(experiment: Experiment, study: Study, seeds: list[int]) -> None:
             trained_on(experiment, source, f"{source.name}-{study.in_time}", study.in_time, rates["dense"], study),
             trained_on(experiment, start, f"{source.name}-upcycled-{quarter}", quarter, rates["upcycled"], study),
         ]
-        if study is NANO and seed == SEEDS[0]:
-            whole, name = study.steps, source.name
-            runs += [
-                trained_on(experiment, source, f"{name}-{whole}", whole, rates["dense"], study),
-                trained_on(experiment, start, f"{name}-upcycled-{whole}", whole, rates["upcycled"], study),
-                from_the_start(experiment, study, seed),
-            ]
+        keep([read_run(run) for run in runs], experiment.kept)
+    if study is NANO:
+        seed, whole = SEEDS[0], study.steps
+        source = experiment.trained / directory_of(study.source, f"seed{seed}")
+        start = started(experiment, source, study.child)
+        runs = [
+            trained_on(experiment, source, f"{source.name}-{whole}", whole, rates["dense"], study),
+            trained_on(experiment, start, f"{source.name}-upcycled-{whole}", whole, rates["upcycled"], study),
+            from_the_start(experiment, study, seed),
+        ]
         keep([read_run(run) for run in runs], experiment.kept)
 
 

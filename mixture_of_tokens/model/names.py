@@ -33,7 +33,7 @@ from transformers import PreTrainedConfig
 from mixture_of_tokens.checks import LARGEST, check, checked, divisors
 from mixture_of_tokens.formatting import enumerated, listing
 from mixture_of_tokens.model.config import MixtureOfTokensConfig, layer_types
-from mixture_of_tokens.model.routings import BY_PREFIX, MIXTURE, Routing
+from mixture_of_tokens.model.routings import BY_PREFIX, DENSE, MIXTURE, Routing
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def parse_name(name: str) -> Name:
         raise ValueError(f"{name!r} is no name of a model: {hint}")
     head, *parts = name.split("/")
     system, dash, size = head.partition("-")
-    for what, word, legal in (("system", system, BY_PREFIX), ("size", size, SIZES if dash else {"": None})):
+    has_none = not dash and (parts or system == DENSE.prefix)
+    for what, word, legal in (("system", system, BY_PREFIX), ("size", size, {"": None} if has_none else SIZES)):
         if word not in legal:
             hint = nearest(word, legal) or _as_a_path(name)
             raise ValueError(f"{name!r} has no legal {what}: {word!r} is none of {', '.join(legal)}{hint}")
