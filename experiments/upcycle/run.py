@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mixture_of_tokens import train, upcycle
 from mixture_of_tokens.convert import copies
-from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.options import Options
 
@@ -146,7 +146,8 @@ def sweep(experiment: Experiment) -> None:
             begin = started(experiment, source, study.child, routed)
         name = directory_of("sweep", routed.replace(", ", "-").replace(" ", "-") or "dense", str(rate))
         run = read_run(trained_on(experiment, begin, name, study.steps // 4, rate, study, **tuning))
-        load = max((layer.get("largest_load", 0.0) for layer in (run.rows[-1].layers or {}).values()), default=0.0)
+        layers = next(row.layers for row in reversed(run.rows) if row.layers)
+        load = max(layer.get("largest_load", 0.0) for layer in layers.values())
         row = {"routers": routed, "learning_rate": rate, "tuning_loss": f"{run.facts.final_loss:.4f}"}
         row |= {"step_0": f"{run.evaluations[0].eval_loss:.4f}", "largest_load": f"{load:.2f}"}
         add_rows(SWEEPS, [row], ["routers", "learning_rate"])
@@ -167,7 +168,17 @@ def table(experiment: Experiment) -> str:
         if study is NANO:
             names = [directory_of(study.child, f"seed{seeds[0]}")]
             rows.append(_row(experiment, "drawn weights", f"{study.child}, all tokens", names))
-    return markdown([row for row in rows if row], left=2)
+    return f"{markdown([row for row in rows if row], left=2)}\n\n{sweep_table()}"
+
+
+def sweep_table() -> str:
+    """Losses on the tuning split after a quarter of the steps."""
+    rows = [["trained on", "rate", "loss", "busiest expert, of an even share"]]
+    for row in read_csv(SWEEPS):
+        what = f"upcycled, {row['routers']}" if row["routers"] else "the dense model"
+        load = row["largest_load"] if row["routers"] else ""
+        rows.append([what, row["learning_rate"], loss(float(row["tuning_loss"])), load])
+    return markdown(rows, left=1)
 
 
 def _row(experiment: Experiment, begin: str, way: str, names: list[str]) -> list[str]:

@@ -181,7 +181,8 @@ def sparse_config(name: Name, dense: MixtureOfTokensConfig) -> MixtureOfTokensCo
     fields = {key: value for key, value in known.items() if key in FIELDS and key not in left_out}
     fields |= {key: getattr(dense, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if name.routing.sparse:
-        fields |= {"norm_topk_prob": True, "capacity_factor": None}
+        made = {"norm_topk_prob": True, "capacity_factor": None}
+        fields |= {field: value for field, value in made.items() if field in name.routing.settings}
     return config_from_name(str(name), **fields)
 
 

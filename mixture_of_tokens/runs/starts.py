@@ -6,6 +6,7 @@ from typing import Any
 
 from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.names import FIELDS
+from mixture_of_tokens.model.routings import SETTINGS
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.loading import model_directory
 from mixture_of_tokens.runs.records import RunConfig, Start
@@ -119,4 +120,6 @@ def _fields(directory: Path) -> dict[str, Any]:
     """Of the saved configuration, as it says what model this is."""
     config = MixtureOfTokensConfig.from_pretrained(directory)
     fields = config.to_diff_dict() | {"num_experts": config.num_experts}  # upstream writes it under another name
-    return {key: value for key, value in fields.items() if key in FIELDS and key not in NOT_OF_A_START}
+    read = {field for routing in config.routings for field in routing.settings}
+    left_out = {*NOT_OF_A_START, *(SETTINGS.keys() - read)}
+    return {key: value for key, value in fields.items() if key in FIELDS and key not in left_out}

@@ -8,6 +8,7 @@ from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import hash_of, load_tokenizer
 from mixture_of_tokens.flags import as_word
 from mixture_of_tokens.formatting import enumerated
+from mixture_of_tokens.model.companions import forget_companions
 from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.sharding import whole
 from mixture_of_tokens.process import is_main, say_once
@@ -74,6 +75,7 @@ def begin_with(beginning: Beginning, out: Path, trainer: RunTrainer, prepared: P
         raise ValueError(f"the text of {source} has changed: {what}; put it back, or name text with --data")
     with whole(trainer.causal_lm) as target:
         target.load_state_dict(load_model(str(beginning.directory), device="cpu").state_dict())
+    forget_companions(trainer.causal_lm)  # as in all evaluations during training
     if trainer.args.eval_strategy == "no":
         return
     loss = trainer.loss_of(trainer.causal_lm)
