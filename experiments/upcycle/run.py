@@ -1,8 +1,8 @@
 """From a trained dense model: trained on as it is, and upcycled to Token Choice (../../docs/results/upcycling.md).
 
-    python experiments/upcycle/run.py            # an hour and a half of one core
-    python experiments/upcycle/run.py --sweep    # rates and routers, on the tuning split: half an hour
-    python experiments/upcycle/run.py --micro    # one seed of a Micro: an hour and a half
+    python experiments/upcycle/run.py            # three quarters of an hour of one core
+    python experiments/upcycle/run.py --sweep    # rates and routers, on the tuning split: 20 minutes
+    python experiments/upcycle/run.py --micro    # one seed of a Micro: an hour
     python experiments/upcycle/run.py --table    # Markdown
 
 A dense Nano of 8.2 million tokens, three seeds, becomes TC-Nano/32E/8 (`mot upcycle`), and is trained on for a quarter
@@ -28,7 +28,7 @@ from torch import Tensor
 from mixture_of_tokens import train, upcycle
 from mixture_of_tokens.convert import copies
 from mixture_of_tokens.formatting import loss, markdown
-from mixture_of_tokens.runs.run import Run, read_run
+from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,7 +52,13 @@ class Study(NamedTuple):
 
 NANO = Study("Transformer-Nano", "TC-Nano/32E/8", 1000, 430, {"dense": 0.004, "upcycled": 0.01}, {"device": "cpu"})
 MICRO_OPTIONS = {"device": "cpu", "data": ["packages"], "training": {"bf16": True}}
-MICRO = Study("Transformer-Micro", "TC-Micro/32E/8", 3000, 1950, {"dense": 0.0016, "upcycled": 0.008}, MICRO_OPTIONS)
+SCORED = 4096  # rows of the text, of which a Micro's has many
+MICRO = Study("Transformer-Micro", "TC-Micro/32E/8", 1500, 600, {}, MICRO_OPTIONS)
+MICRO_RUNS = (  # what is trained on, steps, rates
+    ("dense", 375, (0.0016, 0.0032)),
+    ("upcycled", 375, (0.004, 0.008)),
+    ("dense", 600, (0.0016,)),
+)
 
 
 def drawn(x_SD: Tensor, count: int) -> Tensor:
@@ -94,10 +100,11 @@ def trained_on(
     return out
 
 
-def make(experiment: Experiment, study: Study, seeds: list[int]) -> None:
-    """Train what is missing, seed by seed, and keep it."""
-    quarter, rates = study.steps // 4, study.rates
-    for seed in seeds:
+def make(experiment: Experiment) -> None:
+    """Train the Nanos that are missing, seed by seed, and keep them."""
+    study, rates = NANO, NANO.rates
+    quarter = study.steps // 4
+    for seed in SEEDS:
         source = trained(experiment, study.source, seed, Options(steps=study.steps, **study.options))
         start = started(experiment, source, study.child)
         runs = [
@@ -107,16 +114,31 @@ def make(experiment: Experiment, study: Study, seeds: list[int]) -> None:
             trained_on(experiment, start, f"{source.name}-upcycled-{quarter}", quarter, rates["upcycled"], study),
         ]
         keep([read_run(run) for run in runs], experiment.kept)
-    if study is NANO:
-        seed, whole = SEEDS[0], study.steps
-        source = experiment.trained / directory_of(study.source, f"seed{seed}")
-        start = started(experiment, source, study.child)
-        runs = [
-            trained_on(experiment, source, f"{source.name}-{whole}", whole, rates["dense"], study),
-            trained_on(experiment, start, f"{source.name}-upcycled-{whole}", whole, rates["upcycled"], study),
-            from_the_start(experiment, study, seed),
-        ]
-        keep([read_run(run) for run in runs], experiment.kept)
+    whole, source = study.steps, experiment.trained / f"{study.source}-seed{SEEDS[0]}"
+    runs = [
+        trained_on(experiment, source, f"{source.name}-{whole}", whole, rates["dense"], study),
+        trained_on(
+            experiment,
+            started(experiment, source, study.child),
+            f"{source.name}-upcycled-{whole}",
+            whole,
+            rates["upcycled"],
+            study,
+        ),
+        from_the_start(experiment, study, SEEDS[0]),
+    ]
+    keep([read_run(run) for run in runs], experiment.kept)
+
+
+def make_micro(experiment: Experiment) -> None:
+    source = trained(experiment, MICRO.source, 1, Options(steps=MICRO.steps, **MICRO.options))
+    starts = {"dense": source, "upcycled": started(experiment, source, MICRO.child)}
+    runs = [source]
+    for begin, steps, rates in MICRO_RUNS:
+        for rate in rates:
+            name = directory_of(source.name, begin, steps, rate)
+            runs.append(trained_on(experiment, starts[begin], name, steps, rate, MICRO, scored_rows=SCORED))
+    keep([read_run(run) for run in runs], experiment.kept, [str(Path(sys.prefix).parent)])
 
 
 def from_the_start(experiment: Experiment, study: Study, seed: int) -> Path:
@@ -154,21 +176,22 @@ def sweep(experiment: Experiment) -> None:
 
 
 def table(experiment: Experiment) -> str:
-    """Losses and time of each study, after its source."""
-    rows = [["from", "then", "steps", "loss", "seconds", "tokens/s"]]
-    for study, seeds in ((NANO, SEEDS), (MICRO, [1])):
-        quarter, source = study.steps // 4, directory_of(study.source)
-        ways = {"(the source)": ""}
-        ways |= {f"dense, {study.rates['dense']:g}": f"-{quarter}"}
-        ways |= {"dense, in equal time": f"-{study.in_time}", "upcycled": f"-upcycled-{quarter}"}
-        if study is NANO:
-            ways |= {"dense, as long again": f"-{study.steps}", "upcycled, as long again": f"-upcycled-{study.steps}"}
-        for way, end in ways.items():
-            rows.append(_row(experiment, study.source, way, [f"{source}-seed{seed}{end}" for seed in seeds]))
-        if study is NANO:
-            names = [directory_of(study.child, f"seed{seeds[0]}")]
-            rows.append(_row(experiment, "drawn weights", f"{study.child}, all tokens", names))
-    return f"{markdown([row for row in rows if row], left=2)}\n\n{sweep_table()}"
+    """Final losses."""
+    study, quarter = NANO, NANO.steps // 4
+    rows = [["from", "then", "steps", "rate", "loss"]]
+    ways = {"(the source)": ("", SEEDS), "dense": (f"-{quarter}", SEEDS), "upcycled": (f"-upcycled-{quarter}", SEEDS)}
+    ways |= {"dense, in the time of the upcycled one": (f"-{study.in_time}", SEEDS)}
+    ways |= {"dense, as long again": (f"-{study.steps}", SEEDS[:1])}
+    ways |= {"upcycled, as long again": (f"-upcycled-{study.steps}", SEEDS[:1])}
+    for way, (end, seeds) in ways.items():
+        rows.append(_row(experiment, study.source, way, [f"{study.source}-seed{seed}{end}" for seed in seeds]))
+    rows.append(_row(experiment, "drawn weights", study.child, [directory_of(study.child, f"seed{SEEDS[0]}")]))
+    source = f"{MICRO.source}-seed1"
+    rows.append(_row(experiment, MICRO.source, "(the source)", [source]))
+    for begin, steps, rates in MICRO_RUNS:
+        for rate in rates:
+            rows.append(_row(experiment, MICRO.source, begin, [directory_of(source, begin, steps, rate)]))
+    return f"{markdown(rows, left=2)}\n\n{sweep_table()}"
 
 
 def sweep_table() -> str:
@@ -182,22 +205,18 @@ def sweep_table() -> str:
 
 
 def _row(experiment: Experiment, begin: str, way: str, names: list[str]) -> list[str]:
-    runs: list[Run] = [
-        read_run(experiment.kept / name) for name in names if (experiment.kept / f"{name}.json").exists()
-    ]
-    if not runs:
-        return []
-    seconds = spread((run.facts.seconds for run in runs), lambda value: f"{value:.0f}")
-    speed = spread((run.facts.tokens_per_second for run in runs), lambda value: f"{value:,.0f}")
-    return [begin, way, f"{runs[0].config.steps:,}", spread(run.facts.final_loss for run in runs), seconds, speed]
+    runs = [read_run(experiment.kept / name) for name in names]
+    first = runs[0].config
+    losses = spread(run.facts.final_loss for run in runs)
+    return [begin, way, f"{first.steps:,}", f"{first.learning_rate:g}", losses]
 
 
 if __name__ == "__main__":
     experiment = Experiment.named("upcycle")
     script(
         __doc__,
-        lambda: make(experiment, NANO, SEEDS),
+        lambda: make(experiment),
         lambda: table(experiment),
         sweep=("find rates", lambda: sweep(experiment)),
-        micro=("train a Micro", lambda: make(experiment, MICRO, [1])),
+        micro=("train a Micro", lambda: make_micro(experiment)),
     )
