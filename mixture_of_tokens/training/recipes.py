@@ -50,7 +50,7 @@ RECOMMENDED = ("learning_rate", "batch_size", "steps", "scored_rows")  # options
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
-OF_A_START = {"continued": 0.2, "copies": 1.0}  # of the peak rate of drawn weights, by `Start.kind`
+OF_A_START = {"continued": 0.2, "copies": 0.5}  # of the peak rate of drawn weights, by `Start.kind`
 SHORT = 100  # steps: of a run of fewer, the evaluations of a longer one would take most of the time
 FEWEST_SCORED = 128  # rows, of a short run
 # Attention that reads documents off positions. Flash attention of transformers does so in batches of one row alone.
