@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
+from mixture_of_tokens.rendering import TEMPLATES, page_of
 from mixture_of_tokens.reports import samples
 from mixture_of_tokens.reports.compare import _Planned, _time_left
-from mixture_of_tokens.reports.markup import html, own_ids
 from mixture_of_tokens.reports.page import _thinned
 from mixture_of_tokens.reports.prose import differing
 from mixture_of_tokens.reports.report import report
@@ -359,7 +359,7 @@ def test_a_size_that_is_not_the_name_s_is_told(flags, tmp_path):
     page = report(tmp_path / "8", out=tmp_path / "x.html")
     assert [model.label for model in page.comparison.models] == ["MoT-Nano/4E (group_size 8)"]
     assert "groups of 4 texts" in (text := (tmp_path / "x.html").read_text())
-    assert "Sizes in brackets take the place of the name&#x27;s." in text or "take the place of the name's." in text
+    assert "Settings in brackets take the place of the name's." in text
 
 
 def test_of_a_long_run_every_nth_measurement_is_drawn():
@@ -450,20 +450,18 @@ def test_the_page_says_what_the_comparison_says(page, compared):
 
 
 def test_what_comes_from_files_is_text_on_the_page():
-    from xml.etree.ElementTree import tostring
-
-    shown = tostring(html("pre", "<script>\x00&", "\x1b[0m"), encoding="unicode", method="html")
-    assert shown == "<pre>&lt;script&gt;\N{REPLACEMENT CHARACTER}&amp;\N{REPLACEMENT CHARACTER}[0m</pre>"
-    assert tostring(html("pre", "a\r\nb\rc"), encoding="unicode", method="html") == "<pre>a\nb\nc</pre>"
+    template = TEMPLATES.from_string('<pre title="{{ text }}">{{ text }}</pre>')
+    shown = "&lt;script&gt;\N{REPLACEMENT CHARACTER}&amp;&#34;\N{REPLACEMENT CHARACTER}[0m"
+    assert page_of(template, text='<script>\x00&"\x1b[0m') == f'<pre title="{shown}">{shown}</pre>'
+    assert page_of(TEMPLATES.from_string("<pre>{{ text }}</pre>"), text="a\r\nb\rc") == "<pre>a\nb\nc</pre>"
 
 
 def test_ids_of_two_figures_differ_and_their_references_follow():
-    figures = [html("svg", html("path", id="a"), html("use", href="#a", clip="url(#a)")) for _ in range(2)]
-    for number, figure in enumerate(figures):
-        own_ids(figure, number)
-    assert [[each.attrib for each in figure] for figure in figures] == [
-        [{"id": f"f{n}-a"}, {"href": f"#f{n}-a", "clip": f"url(#f{n}-a)"}] for n in (0, 1)
-    ]
+    figure = '<svg><path id="{0}a"></path><use href="#{0}a" clip="url(#{0}a)"></use>id="a"</svg>'
+    page = page_of(
+        TEMPLATES.from_string('<p id="a">{{ figure | safe }}{{ figure | safe }}</p>'), figure=figure.format("")
+    )
+    assert page == f'<p id="a">{figure.format("f0-")}{figure.format("f1-")}</p>'
 
 
 REPORT = """<script>addEventListener("load", () => {

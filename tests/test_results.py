@@ -5,21 +5,20 @@ import math
 import re
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from xml.etree.ElementTree import Element, tostring
+from xml.etree.ElementTree import Element, fromstring, tostring
 
 import pytest
 
 from mixture_of_tokens.formatting import Result, short
 from mixture_of_tokens.model.cost import flops_per_token, memory
+from mixture_of_tokens.rendering import NOTHING
 from mixture_of_tokens.reports import page
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
 from mixture_of_tokens.reports.figures import Line, panel
-from mixture_of_tokens.reports.markup import NOTHING, html
-from mixture_of_tokens.reports.page import _curves, _measure, _samples, _switches, _through_the_switch
+from mixture_of_tokens.reports.page import _curves, _measure, _switches, _through_the_switch
 from mixture_of_tokens.reports.prose import findings, why_no_time
 from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.reports.reproduce import Places, commands_of
-from mixture_of_tokens.reports.tables import switch_table, tables
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig, RunFacts, Switch, Transition
 from mixture_of_tokens.runs.run import Load, Run, Stages, pack, read_run
 
@@ -152,10 +151,9 @@ def test_a_switch_that_trains_nothing_has_its_evaluations_from_its_source_alone(
 @pytest.mark.parametrize(("values", "told"), [((0.0, 0.0004, 0.0009), ""), ((0.5, 0.50001), "0.5 in every layer")])
 def test_a_measure_is_called_constant_where_it_is_told_with_the_same_digits(values, told):
     lines = {"TC": {"2": (list(range(1, len(values) + 1)), list(values))}}
-    text, figures = _measure("Dropped tokens", "", lines, ["TC"], {})
-    said = tostring(text, encoding="unicode")
-    assert ("throughout" in said) == bool(told) == (not figures)
-    assert told in said
+    said, figures = _measure("Dropped tokens", lines, ["TC"], {})
+    assert bool(said) == bool(told) == (not figures)
+    assert all(told in sentence and "throughout" in sentence for sentence in said)
 
 
 def test_the_stages_of_a_switch_are_read_off_the_rows_after_it(tmp_path):
@@ -283,7 +281,7 @@ def test_a_loss_at_equal_time_of_some_seeds_says_so(tmp_path):
     found = comparison(by_model(runs))
     assert found.models[1].equal_time_loss.seeds == 1
     assert "At equal time of 1 of 2 seeds, when" in " ".join(findings(found)["TC-Nano/32E"])
-    shown = tostring(tables(found)[0], encoding="unicode")
+    shown = tostring(table_of(by_model(runs), "Result"), encoding="unicode")
     assert shown.count("1 of 2 seeds") == 2  # the loss and the difference
 
 
@@ -296,19 +294,36 @@ def test_shares_that_are_one_as_shown_are_not_opposed(tmp_path):
     assert "in 1.00 of the steps (one seed) and 1.00 of the time" in " ".join(findings(found)["TC-Nano/32E"])
 
 
+def body_of(models: dict[str, list[Run]], samples: dict[str, dict[str, str]] | None = None) -> Element:
+    """The page of these, without its head."""
+    (main,) = re.findall("(?s)<main>.*</main>", page.page(comparison(models), models, samples or {}, []))
+    return fromstring(main)
+
+
+def table_of(models: dict[str, list[Run]], title: str) -> Element:
+    return next(table for table in body_of(models).iter("table") if table.findtext("caption") == title)
+
+
+def text_in(element: Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
 def cells(table: Element) -> list[list[tuple[str, str]]]:
     """Of each row, the head of each column and what stands below it."""
-    head, *rows = ["".join(cell.itertext()) for cell in table.findall(".//thead/tr")[-1]], *table.findall(".//tbody/tr")
-    below = [["".join(cell.itertext()) for cell in row if cell.tag == "td"] for row in rows]
+    head, *rows = [text_in(cell) for cell in table.findall(".//thead/tr")[-1]], *table.findall(".//tbody/tr")
+    below = [[text_in(cell) for cell in row if cell.tag == "td"] for row in rows]
     return [list(zip(head[-len(row) :], row, strict=True)) for row in below]
 
 
 def test_a_report_s_tables_have_each_number_in_its_column(tmp_path):
     """The mixture is at 2.0 after 5/6 of its second part: in step 9.17 of 10, after 22 of 20 s."""
     runs = [run(tmp_path / "d"), run(tmp_path / "m", "MoT-Nano/32E", losses=(2.5, 1.9), seconds=12.0)]
-    compared = comparison(by_model(runs))
+    models = by_model(runs)
+    compared = comparison(models)
     dense, mixed = compared.models
-    result, cost, properties, _, by_seed = tables(compared)
+    result, cost, properties, by_seed = (
+        table_of(models, title) for title in ("Result", "Cost", "Properties", "Seed by seed")
+    )
     assert cells(result)[1] == [
         ("Final loss", "1.910"),
         ("Difference", "\N{MINUS SIGN}0.100"),
@@ -341,7 +356,7 @@ def test_a_report_s_table_of_a_switch_has_each_loss_in_its_column(tmp_path):
     made = continued(run(tmp_path / "s", "MoT-Nano/32E", losses=(3.0, 2.0)), tmp_path / "a", [1.5], 2.25)
     assert made.switch is not None
     made = replace(made, switch=replace(made.switch, source_alone=2.4, fit_seconds=7.0))
-    assert cells(switch_table([("m", [made])])) == [
+    assert cells(table_of(by_model([made]), "The switch, stage by stage")) == [
         [
             ("In groups", "2.000"),
             ("Each row alone", "2.400"),
@@ -364,7 +379,7 @@ def panels(monkeypatch) -> list[tuple[list[Line], dict]]:
 
     def record(lines, **given):
         drawn.append((lines, given))
-        return html("svg")
+        return "<svg></svg>"
 
     monkeypatch.setattr(page, "panel", record)
     return drawn
@@ -400,26 +415,41 @@ def test_a_switch_is_a_line_in_its_own_figure_and_in_those_of_the_layers(panels,
     assert given["switches"] == [(1, 10)]
     assert given["points"] == [(1, 10, 3.0)]  # the loss with unchanged weights
     measured = {label: {"2": ([5, 10, 15], [0.1, 0.2, 0.3])} for label in models}
-    _measure("Dropped tokens", "", measured, list(models), {i: point.step for i, point in at.items()})
+    _measure("Dropped tokens", measured, list(models), {i: point.step for i, point in at.items()})
     assert [list(given["switches"]) for _, given in panels] == [[], [(1, 10)]]
 
 
 def test_samples_stand_beside_their_model_s_mark(tmp_path):
-    compared = comparison(by_model([run(tmp_path / "d"), run(tmp_path / "m", "MoT-Nano/32E")]))
+    models = by_model([run(tmp_path / "d"), run(tmp_path / "m", "MoT-Nano/32E")])
     written = {"def ": {"Transformer-Nano": "one", "MoT-Nano/32E": "two"}, "The ": {"MoT-Nano/32E": "three"}}
-    figures = list(html("div", _samples(compared, written)).iter("figure"))
-    assert ["".join(figure.itertext()) for figure in figures] == [
-        "Transformer-Nanodef one",
-        "MoT-Nano/32Edef two",
-        "MoT-Nano/32EThe three",
+    figures = body_of(models, written).findall(".//section[@aria-labelledby='samples']//figure")
+    assert [text_in(figure) for figure in figures] == [
+        "Transformer-Nano def one",
+        "MoT-Nano/32E def two",
+        "MoT-Nano/32E The three",
     ]
     marks = [set(re.findall(r"--series-\d", tostring(figure, encoding="unicode"))) for figure in figures]
     assert marks == [{"--series-0"}, {"--series-1"}, {"--series-1"}]
 
 
+def test_what_runs_hold_is_text_wherever_it_stands_on_the_page(tmp_path):
+    made, evil = run(tmp_path), "<x>'\"&"
+    told = {
+        "hardware": evil,
+        "commit": evil,
+        "versions": {evil: evil},
+        "corpus": CORPUS | {"source": [evil], evil: evil},
+    }
+    models = {evil: [replace(made, facts=replace(made.facts, **told))]}
+    shown = page.page(comparison(models), models, {evil: {evil: evil}}, [evil])
+    assert "<x>" not in shown
+    assert shown.count("&lt;x&gt;&#39;&#34;&amp;") > 20
+
+
 def test_a_band_goes_from_the_least_to_the_greatest():
     """The line is at a third of it."""
-    drawn = panel([Line(0, [0, 1], [2, 2], [1, 1], [4, 4])], label="", x_label="", y_label="", y_range=(0, 5))
+    line = Line(0, [0, 1], [2, 2], [1, 1], [4, 4])
+    drawn = fromstring(panel([line], label="", x_label="", y_label="", y_range=(0, 5)))
     band, mark, *_ = (use.attrib for use in drawn.iter("use") if "--series-0" in use.get("style", ""))
     (shape,) = (path.get("d", "") for path in drawn.iter("path") if f"#{path.get('id')}" == band["href"])
     heights = [float(band["y"]) + float(y) for y in re.findall(r"[ML] \S+ (\S+)", shape)]
@@ -458,7 +488,7 @@ def test_a_run_is_compared_with_its_source_at_unequal_steps_which_are_told(tmp_p
     assert on in said  # 2.5
     assert "of the FLOPs" not in said  # which would count the source's
     assert said.count("of the steps") == 0
-    assert "1.25" not in tostring(tables(result)[0], encoding="unicode")
+    assert "1.25" not in text_in(table_of(by_model([*sources, *after]), "Result"))
     assert said.split()[:4] == ["model", "steps", "loss", "spread"]
     backwards = comparison(by_model([*after, *sources]))
     assert "After 10 steps, 5 fewer than MoT-Nano/32E, switched," in summary_of(backwards)

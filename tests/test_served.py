@@ -10,11 +10,11 @@ from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.inference.losses import evaluate_blocks
 from mixture_of_tokens.model.names import config_from_name
 from mixture_of_tokens.model.passes import serving_alone
+from mixture_of_tokens.rendering import card_of
 from mixture_of_tokens.reports.comparison import by_model, comparison
 from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import read_run
-from mixture_of_tokens.training.card import card_of
 from processes import mot
 
 MIXTURE = "MoT-Nano/4E/2"  # of eight experts, two of which cost what a dense feed-forward does
@@ -93,7 +93,7 @@ def test_a_card_says_whether_rows_influence_each_other(tiny_runs):
     assert "`model.serve_alone(num_experts_alone=2)` by 2 of the 8 experts" in cards[MIXTURE]
     assert "Rows of a batch do not influence each other" in cards["Transformer-Nano"]
     for name in ("EC-Nano/4E/2", "Uniform-Nano/4E/2"):
-        card = card_of(name, config_from_name(name))
+        card = card_of("run.md.j2", name=name, config=config_from_name(name))
         assert "**Rows of a batch influence each other**" in card
         assert "num_experts_alone" not in card
 

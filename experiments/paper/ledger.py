@@ -26,8 +26,7 @@ import temperature
 from studies import EXPERIMENT, Study
 
 from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.reports.markup import Child, document, html
-from mixture_of_tokens.reports.markup import table as html_table
+from mixture_of_tokens.rendering import TEMPLATES, page_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,6 +43,32 @@ INTRODUCTION = (
     "are not known."
 )
 
+TEMPLATE = """{% extends "base.html.j2" %}
+{% from "parts.html.j2" import table %}
+{% macro found(study) %}{{ study.found[1] }}{% if study.found[0] %}: {{ study.found[0] }}{% endif %}{% endmacro %}
+{% block body %}
+<header><h1>{{ title }}</h1>
+<ul class="lead">
+{% for it in studies %}
+<li><strong><a href="#{{ it.id }}">{{ it.claim }}</a></strong>{{ found(it) }}</li>
+{% endfor %}
+</ul>
+<p class="quiet">{{ introduction }}</p></header>
+<main>
+{% for it in studies %}
+<section aria-labelledby="{{ it.id }}"><h2 id="{{ it.id }}">{{ it.claim }}</h2>
+<p>{{ found(it) }}</p><p class="quiet">The paper: {{ it.paper }}.</p>
+{% if picture(it) %}<figure>{{ picture(it) | safe }}</figure>{% endif %}
+{% set heads, rows = table_of(it) %}
+{% call(cells) table("Runs", heads, rows, "Made by " ~ it.command, corner="") %}
+{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}
+{% endcall %}
+</section>
+{% endfor %}
+</main>
+{% endblock %}
+"""
+
 
 def table() -> str:
     rows = [
@@ -54,41 +79,28 @@ def table() -> str:
 
 
 def page() -> str:
-    title = "Mixture of Tokens: the paper's claims, tested"
-    claims = [
-        html("li", html("strong", html("a", study.claim, href=f"#{study.id}")), _found(study)) for study in STUDIES
-    ]
-    header = html(
-        "header", html("h1", title), html("ul", claims, class_="lead"), html("p", INTRODUCTION, class_="quiet")
-    )
-    return document(title, html("body", header, html("main", [_section(study) for study in STUDIES])))
+    shown = {"introduction": INTRODUCTION, "studies": STUDIES, "picture": _picture, "table_of": _table}
+    return page_of(TEMPLATES.from_string(TEMPLATE), title="Mixture of Tokens: the paper's claims, tested", **shown)
 
 
-def _found(study: Study) -> str:
-    measured, verdict = study.found
-    return f"{verdict}: {measured}" if measured else verdict
-
-
-def _section(study: Study) -> Child:
-    parts = [html("h2", study.claim, id=study.id), html("p", _found(study))]
-    parts.append(html("p", f"The paper: {study.paper}.", class_="quiet"))
+def _picture(study: Study) -> str:
     picture = EXPERIMENT.kept / f"{study.id}.svg"
-    if study.draw is not None and picture.is_file():
-        svg = ElementTree.parse(picture).getroot()
-        for metadata in svg.findall("{*}metadata"):
-            svg.remove(metadata)
-        for element in svg.iter():  # in a page SVG needs no namespaces
-            element.tag = element.tag.rpartition("}")[2]
-            element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-        parts.append(html("figure", svg))
-    heads, _, *lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in study.table(study.rows).splitlines()
-    ]
-    columns = [(head, lambda row, i=i: row[i]) for i, head in enumerate(heads[1:], 1)]
-    parts.append(
-        html_table("Runs", f"Made by {study.command}", [("", columns)], [(line[0], line) for line in lines], corner="")
-    )
-    return html("section", parts, aria_labelledby=study.id)
+    if study.draw is None or not picture.is_file():
+        return ""
+    svg = ElementTree.parse(picture).getroot()
+    for metadata in svg.findall("{*}metadata"):
+        svg.remove(metadata)
+    for element in svg.iter():  # in a page SVG needs no namespaces
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+    return ElementTree.tostring(svg, encoding="unicode", method="html")
+
+
+def _table(study: Study) -> tuple[dict[str, list[str]], list[tuple[None, str, list[str]]]]:
+    """Heads and rows of the study's own."""
+    lines = [line.strip("|").split("|") for line in study.table(study.rows).splitlines()]
+    heads, _, *rows = ([cell.strip() for cell in line] for line in lines)
+    return {"": heads[1:]}, [(None, first, cells) for first, *cells in rows]
 
 
 def make() -> None:

@@ -63,15 +63,10 @@ def switch_of(run: Run) -> Switch:
     return run.switch
 
 
-def share_of_the_jump(run: Run) -> float:
-    switch = switch_of(run)
-    return (switch.at_the_switch - switch.source_in_groups) / (switch.plain_switch - switch.source_in_groups)
-
-
-OF_A_SWITCH: dict[str, Callable[[Run], float]] = {
+OF_A_SWITCH: dict[str, Callable[[Run], Any]] = {
     "in groups, before": lambda run: switch_of(run).source_in_groups,
     "at the switch": lambda run: switch_of(run).at_the_switch,
-    "share of the plain jump": share_of_the_jump,
+    "share of the plain jump": lambda run: switch_of(run).jump_left,
     "after a tenth": lambda run: run.stages.tenth_loss,
     "at the end": lambda run: run.stages.end_loss,
 }

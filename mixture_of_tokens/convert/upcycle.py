@@ -22,6 +22,7 @@ from mixture_of_tokens.model.config import MixtureOfTokensConfig
 from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.model.names import FIELDS, Name, config_from_name, name_of, parse_name
 from mixture_of_tokens.process import check_one_process
+from mixture_of_tokens.rendering import card_of
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.admission import check_free, check_seed, check_writable
 from mixture_of_tokens.runs.loading import (
@@ -36,7 +37,6 @@ from mixture_of_tokens.runs.loading import (
 from mixture_of_tokens.runs.ownership import owned_file
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.runs.starts import NOT_OF_A_START, UPCYCLED, Upcycled, rows_read, text_of_run
-from mixture_of_tokens.training.card import card_of
 
 TOLERANCE = 1e-3  # nats between the source's loss and the new model's
 TOKENS = 16_384  # about so many are scored, and as many clustered
@@ -140,7 +140,7 @@ def upcycle(
             )  # fmt: skip
             record.write(beside / UPCYCLED)
             manifest.write(beside)
-            write_text(beside / "README.md", card_of(str(named), target))  # which people edit
+            write_text(beside / "README.md", card_of("run.md.j2", name=str(named), config=target))  # which people edit
     return UpcycledModel(str(out), str(named), made.num_parameters(), model.num_parameters(), record)
 
 

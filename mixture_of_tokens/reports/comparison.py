@@ -192,6 +192,11 @@ class Comparison(Result):
     origin: Origin | None = None
 
     @property
+    def begins_trained(self) -> bool:
+        """Whether all runs begin with trained weights, whose loss is that of step 0."""
+        return all(run.curve[0].step == 0 for model in self.models for run in model.runs)
+
+    @property
     def at_equal_steps(self) -> bool:
         return {model.steps for model in self.models} == {self.steps}
 

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from xml.etree import ElementTree
 
@@ -64,7 +65,7 @@ def panel(
     level: float | None = None,
     points: Sequence[tuple[int, float, float]] = (),
     switches: Sequence[tuple[int, float]] = (),
-) -> ElementTree.Element:
+) -> str:
     """A figure with one set of axes.
 
     Args:
@@ -99,7 +100,8 @@ def panel(
     return _svg(draw, PANEL, label)
 
 
-def swatch(series: int) -> ElementTree.Element:
+@cache
+def swatch(series: int) -> str:
     """A piece of the series' line, for a legend."""
 
     def draw(axes: Axes) -> None:
@@ -138,8 +140,8 @@ def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
         )
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str | None) -> ElementTree.Element:
-    """What is drawn, as an element without namespaces: HTML needs none."""
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str | None) -> str:
+    """What is drawn, without namespaces: HTML needs none."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
@@ -160,7 +162,7 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str | N
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.attrib |= {"role": "img", "aria-label": label} if label else {"aria-hidden": "true"}
-    return root
+    return ElementTree.tostring(root, encoding="unicode", method="html")
 
 
 def _font_size(match: re.Match) -> str:

@@ -1,21 +1,21 @@
-"""A comparison as one HTML page that needs nothing else: no network, no script."""
+"""A comparison as one HTML page that needs nothing else: no network, no script. Its text is in templates/."""
 
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
-from xml.etree.ElementTree import Element
 
 from mixture_of_tokens.data.report import title_of
 from mixture_of_tokens.formatting import Summary, duration, enumerated, loss, ratio, short
+from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.model.routings import MIXTURE, TABLE
+from mixture_of_tokens.rendering import page_of
+from mixture_of_tokens.reports import prose
 from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison, Origin
-from mixture_of_tokens.reports.figures import SERIES, Line, panel
-from mixture_of_tokens.reports.markup import Child, document, html, table, with_swatch
-from mixture_of_tokens.reports.prose import MEASURES, differing, findings, glossary, method, seeds_of, why_no_time
+from mixture_of_tokens.reports.figures import SERIES, Line, panel, swatch
 from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
-from mixture_of_tokens.reports.tables import switch_table, tables
 from mixture_of_tokens.runs.run import Point, Run
 
-PAPER = "https://arxiv.org/abs/2310.15961"
 POINTS = 400  # of a line of measurements, which is about as many pixels wide
 SKIPPED = 0.15  # of the steps, whose steep losses would flatten the rest of the picture
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -31,53 +31,55 @@ def page(
         samples: Continuations by prompt and by the model's label; empty if there are none.
         commands: Those that make it again.
     """
-    labels, found = list(models), findings(comparison)
-    title = f"{enumerated(labels)} compared" if len(labels) > 1 else labels[0]
-    sections = {
-        "curves": ("Loss while training", _curves(comparison, _switches(models))),
-        **({"switch": ("The switch to Token Choice", _through_the_switch(models))} if _switches(models) else {}),
-        "tables": ("In numbers", tables(comparison)),
-        "layers": ("Inside the layers", _layers(comparison, models)),
-        "samples": ("What they write", _samples(comparison, samples)),
-        "words": ("What the words mean", _words(comparison)),
-        "made": ("How this was made", _made(comparison, models, commands)),
-    }
-    body = html(
-        "body",
-        html(
-            "header",
-            html("p", "Mixture of Tokens: a comparison of language models", class_="kicker"),
-            html("h1", title),
-            html("ul", [_finding(labels.index(label), sentences) for label, sentences in found.items()], class_="lead"),
-            html("p", " ".join([_reservation(comparison), *why_no_time(comparison)]), class_="quiet"),
-            html(
-                "nav",
-                html("ul", [html("li", html("a", head, href=f"#{id}")) for id, (head, _) in sections.items()]),
-                aria_label="Sections",
-            ),
-        ),
-        html(
-            "main",
-            [
-                html("section", html("h2", head, id=id), content, aria_labelledby=id)
-                for id, (head, content) in sections.items()
-            ],
-        ),
-        html("footer", html("p", "Written by mot report, of the library mixture-of-tokens.", class_="quiet")),
+    labels, switches = list(models), _switches(models)
+    names = [parse_name(model.name) for model in comparison.models]
+    systems = {name.system for name in names} | ({MIXTURE.prefix} if switches else set())
+    common_settings, own_settings = _settings(models)
+    return page_of(
+        "page.html.j2",
+        title=f"{enumerated(labels)} compared" if len(labels) > 1 else labels[0],
+        comparison=comparison,
+        rows=[(i, model.label, model) for i, model in enumerate(comparison.models)],
+        prose=prose,
+        labels=labels,
+        seeds=prose.seeds_of(comparison),
+        series=SERIES,
+        swatch=swatch,
+        curves=_curves(comparison, switches),
+        switched=[(i, labels[i], models[labels[i]]) for i in switches],
+        switch_figure=_through_the_switch(models) if switches else "",
+        over_seeds=_over_seeds,
+        loads=_loads,
+        milliseconds=lambda seconds: f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s",
+        measures=_measures(models, {i: at.step for i, at in switches.items()}),
+        measured_seeds=_measured_seeds(models),
+        samples=samples,
+        prompts=len(PROMPTS),
+        temperature=TEMPERATURE,
+        routings=[row for row in TABLE if row.prefix in systems],
+        example=next((name for name in names if name.routing.sparse), None),
+        commands=commands,
+        title_of=title_of,
+        common_settings=common_settings,
+        own_settings=own_settings,
     )
-    return document(title, body)
 
 
-def _finding(series: int, sentences: list[str]) -> Element:
-    first, *others = sentences
-    return html("li", html("strong", first), " ".join(others), style=f"border-color: var(--series-{series % SERIES})")
+def _over_seeds(runs: list[Run], field: str) -> Summary | None:
+    """Of switch.FIELD or stages.FIELD of the runs after a switch."""
+    return Summary.of(attrgetter(field)(run) for run in runs if run.switch is not None)
 
 
-def _reservation(comparison: Comparison) -> str:
-    what = f"Losses are on {comparison.evaluated_on} text, which no model was trained on."
-    if len(comparison.seeds) == 1:
-        return f"{what} There is one seed: how far another would move each loss is not known."
-    return f"{what} In brackets are the least and the greatest of {seeds_of(comparison)}."
+def _loads(runs: list[Run], field: str) -> list[float]:
+    """The worst layer's soon after the switch and at the end, means over the seeds; empty where it is not known."""
+    stages = [run.stages for run in runs]
+    known = [(each.first, each.last) for each in stages if each.first is not None and each.last is not None]
+    return [sum(getattr(load, field) for load in loads) / len(known) for loads in zip(*known, strict=True)]
+
+
+def _measured_seeds(models: dict[str, list[Run]]) -> list[str]:
+    seeds = {run.seed for model in models.values() for run in model if any(row.layers for row in run.rows)}
+    return [str(seed) for seed in sorted(seeds)]
 
 
 def _switches(models: dict[str, list[Run]]) -> dict[int, Point]:
@@ -91,17 +93,17 @@ def _switches(models: dict[str, list[Run]]) -> dict[int, Point]:
     return found
 
 
-def _curves(comparison: Comparison, switches: dict[int, Point]) -> Child:
+def _curves(comparison: Comparison, switches: dict[int, Point]) -> list[tuple[str, str, list[str]]]:
+    """Figures, with what they are against and when each other model reaches the baseline's last loss."""
     models, baseline, origin = comparison.models, comparison.models[0], comparison.origin
-    level = Summary.of(run.curve[-1].loss for run in baseline.runs)
-    assert level is not None
+    level = sum(run.curve[-1].loss for run in baseline.runs) / len(baseline.runs)
     curves = [[run.curve for run in model.runs] for model in models]
     lines = {key: [_mean_curve(i, runs, key) for i, runs in enumerate(curves)] for key in RATIOS.values()}
     after_start = (
         y for line in lines["step"] for x, y in zip(line.x, line.y, strict=True) if x >= SKIPPED * comparison.steps
     )
-    start = max(after_start, default=level.mean)
-    if began := all(line.x[0] == 0 for line in lines["step"]):  # with trained models: there is no steep start
+    start = max(after_start, default=level)
+    if comparison.begins_trained:  # there is no steep start
         start = max(max(line.high or line.y) for line in lines["step"])
     least = min(min(line.low or line.y) for line in lines["step"])
     top = start + 0.05 * (start - least) + 0.01
@@ -120,7 +122,7 @@ def _curves(comparison: Comparison, switches: dict[int, Point]) -> Child:
         for i, model in enumerate(models):
             found = model.reached[baseline.label].at(key)
             if i and found is not None and found.seeds == len(comparison.seeds):
-                points.append((i, found.mean / scale, level.mean))
+                points.append((i, found.mean / scale, level))
         drawn = lines[key] if origin is None else [*lines[key], _before(origin, key, lines[key], len(models))]
         scaled = [Line(line.series, [x / scale for x in line.x], line.y, line.low, line.high) for line in drawn]
         label = f"Evaluation loss against {x_label.split(',')[0]}. " + _ends(models, key)
@@ -131,25 +133,12 @@ def _curves(comparison: Comparison, switches: dict[int, Point]) -> Child:
             y_label="loss, nats a token",
             x_range=(min(line.x[0] for line in scaled) if origin else 0, None),
             y_range=(bottom, top),
-            level=level.mean,
+            level=level,
             points=points,
             switches=[(i, getattr(at, key) / scale) for i, at in switches.items()],
         )
-        figures.append(html("figure", figure, html("figcaption", _caption(comparison, key, head))))
-    shown = [model.label for model in models] + ([] if origin is None else [f"{origin.label}, before"])
-    note = "Means over the seeds, in a band from the least to the greatest. " if len(comparison.seeds) > 1 else ""
-    return [
-        html("ul", [html("li", with_swatch(i, label)) for i, label in enumerate(shown)], class_="legend"),
-        html("div", figures, class_="panels"),
-        html(
-            "p",
-            f"{note}The dotted line is {baseline.label}'s last evaluation loss, {loss(level.mean)}; a ring marks "
-            "where another model reaches it."
-            + " The steep start, above the frame, is left out." * (not began)
-            + " A vertical line is where a Mixture of Tokens became Token Choice." * bool(switches),
-            class_="quiet",
-        ),
-    ]
+        figures.append((figure, head, _shares(comparison, key)))
+    return figures
 
 
 def _before(origin: Origin, key: str, lines: Sequence[Line], series: int) -> Line:
@@ -160,8 +149,8 @@ def _before(origin: Origin, key: str, lines: Sequence[Line], series: int) -> Lin
     return _mean_curve(series, [curve[-fewest:] for curve in curves], key)
 
 
-def _through_the_switch(models: dict[str, list[Run]]) -> Child:
-    """The curve from shortly before the switch to the end, the jump with it, and the stages in numbers."""
+def _through_the_switch(models: dict[str, list[Run]]) -> str:
+    """The curve from shortly before the switch to the end, with the jump."""
     labels, at = list(models), _switches(models)
     switches = {i: [run.switch for run in models[labels[i]] if run.switch is not None] for i in at}
     plain = {i: sum(switch.plain_switch for switch in of) / len(of) for i, of in switches.items()}
@@ -172,7 +161,7 @@ def _through_the_switch(models: dict[str, list[Run]]) -> Child:
     jump = max(*seen, *plain.values())
     margin = 0.08 * (jump - min(seen))
     before = [f"{labels[i]} at {loss(of[0].source_in_groups)} before" for i, of in switches.items()]
-    figure = panel(
+    return panel(
         lines,
         label=f"Evaluation loss around the switch: {enumerated(before)}.",
         x_label="steps",
@@ -182,9 +171,6 @@ def _through_the_switch(models: dict[str, list[Run]]) -> Child:
         points=[(i, at[i].step, plain[i]) for i in at],
         switches=[(i, point.step) for i, point in at.items()],
     )
-    caption = "The steps before and after the switch. A ring marks the loss with unchanged weights."
-    rows = [(with_swatch(i, labels[i]), models[labels[i]]) for i in at]
-    return [html("div", html("figure", figure, html("figcaption", caption)), class_="panels"), switch_table(rows)]
 
 
 def _mean_curve(series: int, curves: Sequence[Sequence[Point]], key: str) -> Line:
@@ -205,8 +191,8 @@ def _ends(models: list[ComparedModel], key: str) -> str:
     return f"{enumerated(ends)}."
 
 
-def _caption(comparison: Comparison, key: str, head: str) -> Child:
-    """The finding of one panel."""
+def _shares(comparison: Comparison, key: str) -> list[str]:
+    """The finding of one panel, model by model."""
     baseline, *others = comparison.models
     kind = next(kind for kind, of in RATIOS.items() if of == key)
     shares = []
@@ -215,34 +201,22 @@ def _caption(comparison: Comparison, key: str, head: str) -> Child:
         if found is None:
             shares.append(f"{model.label} never reaches it")
         else:
-            few = f" on {found.seeds} of {seeds_of(comparison)}" * (found.seeds < len(comparison.seeds))
+            few = f" on {found.seeds} of {prose.seeds_of(comparison)}" * (found.seeds < len(comparison.seeds))
             shares.append(f"{model.label} {ratio(found.mean)}{few}")
-    if not shares:
-        return [html("b", f"{head}.")]
-    return [
-        html("b", f"{head}."),
-        f" To reach {baseline.label}'s last loss, as a share of its own: {enumerated(shares)}.",
-    ]
+    return shares
 
 
-def _layers(comparison: Comparison, models: dict[str, list[Run]]) -> Child:
-    measured = {label: _telemetry(model) for label, model in models.items()}
-    switched = {i: at.step for i, at in _switches(models).items()}
-    content: list[Child] = []
-    for measure, (title, meaning) in MEASURES.items():
+Measured = tuple[str, str, list[str], list[tuple[int, str, str]]]
+
+
+def _measures(models: dict[str, list[Run]], switched: dict[int, float]) -> list[Measured]:
+    """Of each measure its title and meaning, what does not change, and the figures of the others with their series."""
+    measured, found = {label: _telemetry(model) for label, model in models.items()}, []
+    for measure, (title, meaning) in prose.MEASURES.items():
         of = {label: found[measure] for label, found in measured.items() if measure in found}
         if of:
-            content.append(html("div", _measure(title, meaning, of, list(models), switched), class_="measure"))
-    if not content:
-        return [html("p", "These runs have no measurements of their layers.")]
-    seeds = sorted({run.seed for model in models.values() for run in model if any(row.layers for row in run.rows)})
-    intro = (
-        "Measured during training on one group of evaluation text"
-        f"{', after the same steps in all models' * comparison.at_equal_steps}; "
-        f"{'means over the seeds' if len(seeds) > 1 else 'seed'} {enumerated(list(map(str, seeds)))}. "
-        "The number at the end of a line is the layer, counted from 0. Dense layers have no routing to measure."
-    )
-    return [html("p", intro), content]
+            found.append((title, meaning, *_measure(title, of, list(models), switched)))
+    return found
 
 
 def _telemetry(model: list[Run]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
@@ -263,7 +237,9 @@ def _telemetry(model: list[Run]) -> dict[str, dict[str, tuple[list[int], list[fl
     }
 
 
-def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], switched: dict[int, float]) -> Child:
+def _measure(
+    title: str, of: dict[str, dict], labels: list[str], switched: dict[int, float]
+) -> tuple[list[str], list[tuple[int, str, str]]]:
     values = [value for layers in of.values() for _, line in layers.values() for value in line]
     top = max(1.0, 1.06 * max(values)) if max(values) > 0.5 else 1.15 * max(values)
     figures, constant = [], []
@@ -287,10 +263,8 @@ def _measure(title: str, meaning: str, of: dict[str, dict], labels: list[str], s
             y_range=(0, top),
             switches=[(series, switched[series])] if series in switched else (),
         )
-        figures.append(html("figure", html("figcaption", with_swatch(series, label)), figure))
-    unchanging = html("p", " ".join(constant), class_="quiet") if constant else None
-    beside = {} if len(figures) < 3 else {"class_": "above"}
-    return [html("div", html("h3", title), html("p", meaning), unchanging, **beside), figures]
+        figures.append((series, label, figure))
+    return constant, figures
 
 
 def _thinned(values: Sequence) -> Sequence:
@@ -298,78 +272,14 @@ def _thinned(values: Sequence) -> Sequence:
     return values[:: -max(1, -(-len(values) // POINTS))][::-1]
 
 
-def _samples(comparison: Comparison, samples: dict[str, dict[str, str]]) -> Child:
-    if not samples:
-        return [html("p", "There are no samples: a run's model/ is gone or damaged, or its model writes no text.")]
-    count, seed = len(PROMPTS), comparison.seeds[0]
-    intro = (
-        f"Each model, trained with seed {seed}, continued the same {count} prompts as one batch. These are the first "
-        f"{len(samples)} continuations, sampled once at temperature {TEMPERATURE:g} and not selected. They are so many "
-        "because a Mixture of Tokens mixes the texts of a group and was trained in full groups. They differ in length, "
-        "which the texts of a group in training did not."
-    )
-    content: list[Child] = [html("p", intro)]
-    labels = [model.label for model in comparison.models]
-    for prompt, written in samples.items():
-        content.append(html("h3", html("code", prompt.rstrip()), " …"))
-        figures = [
-            html(
-                "figure",
-                html("figcaption", with_swatch(labels.index(label), label)),
-                html("pre", html("b", prompt), text),
-            )
-            for label, text in written.items()
-        ]
-        content.append(html("div", figures, class_="samples"))
-    return content
-
-
-def _words(comparison: Comparison) -> Child:
-    title = "Mixture of Tokens: Continuous MoE through Cross-Example Aggregation"
-    return [
-        html("dl", [_entry(term, meaning) for term, meaning in glossary(comparison)], class_="entries"),
-        html("p", "The paper: Antoniak et al., ", html("a", title, href=PAPER), ", 2024."),
-    ]
-
-
-def _entry(term: str, meaning: str) -> Element:
-    return html("div", html("dt", term), html("dd", meaning))
-
-
-def _made(comparison: Comparison, models: dict[str, list[Run]], commands: list[str]) -> Child:
-    entries = []
-    for environment in comparison.environments:
-        hardware, cores, threads = (environment[key] for key in ("hardware", "cores", "threads"))
-        entries += [
-            _entry("Hardware", f"{hardware}, cores: {cores}, threads: {threads}"),
-            _entry("Versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())),
-            _entry("Commit", environment["commit"] or "not from a git checkout"),
-        ]
-    corpus = comparison.corpus
-    splits = [([name], each) for name, each in corpus.items() if isinstance(each, dict)]
-    rest = {title_of(name): each for name, each in corpus.items() if not isinstance(each, dict)}
-    about = "; ".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in rest.items())
-    columns = [(key.capitalize(), lambda each, key=key: f"{each[key]:,}") for key in ("documents", "tokens", "bytes")]
-    apart = differing(comparison.environments)
-    return [
-        html("pre", "\n".join(commands)),
-        html("p", method(comparison)),
-        html("dl", entries, class_="entries"),
-        None if apart is None else html("p", apart),
-        table("Text", f"{about}.", (("", columns),), splits, corner="Split"),
-        _settings(models),
-    ]
-
-
-def _settings(models: dict[str, list[Run]]) -> Child:
+def _settings(models: dict[str, list[Run]]) -> tuple[str, dict[str, str]]:
     """What the models have in common, and what is each one's own."""
     of = {label: model[0].settings for label, model in models.items()}
     first = next(iter(of.values()))
     common = {k for k in first if all(k in settings and settings[k] == first[k] for settings in of.values())}
 
-    def shown(settings: dict[str, Any], keys: set[str]) -> Element:
-        return html("pre", "\n".join(f"{key}: {json.dumps(settings[key])}" for key in settings if key in keys))
+    def shown(settings: dict[str, Any], keys: set[str]) -> str:
+        return "\n".join(f"{key}: {json.dumps(settings[key])}" for key in settings if key in keys)
 
-    own = [[html("h3", f"Of {label}"), shown(settings, set(settings) - common)] for label, settings in of.items()]
-    rest = own if len(models) > 1 else None
-    return html("details", html("summary", "All settings"), shown(first, common), rest)
+    own = {label: shown(settings, set(settings) - common) for label, settings in of.items()}
+    return shown(first, common), own if len(models) > 1 else {}

@@ -1,11 +1,11 @@
-"""Sentences computed from a comparison, with rounded numbers, and the glossary of its page."""
+"""Sentences computed from a comparison, with rounded numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mixture_of_tokens.formatting import Summary, difference, duration, enumerated, loss, ratio, short, span, with_span
 from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.routings import MIXTURE, TABLE
+from mixture_of_tokens.model.routings import MIXTURE
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison
 
 # Of telemetry.py, in the order of the page: title and meaning.
@@ -170,87 +170,3 @@ def _beside(apart: Summary) -> str:
     near, far = sorted((abs(apart.least), abs(apart.greatest)))
     between = f" ({loss(near)} to {loss(far)})" if apart.seeds > 1 else ""
     return f"its loss is {loss(abs(apart.mean))} nats {side}{between}"
-
-
-def glossary(comparison: Comparison) -> list[tuple[str, str]]:
-    """Terms of the page and their meaning, for a reader who has not read the paper."""
-    models = comparison.models
-    names = [parse_name(model.name) for model in models]
-    switched = any(model.switched for model in models)
-    shown = {name.system for name in names}
-    if switched:
-        shown.add(MIXTURE.prefix)
-    entries = [
-        (row.title if row.title == row.prefix else f"{row.prefix}, {row.title}", row.meaning)
-        for row in TABLE
-        if row.prefix in shown
-    ]
-    if switched:
-        entries.append(
-            (
-                "Switched",
-                "A trained Mixture of Tokens, converted to Token Choice with the same experts and router and trained "
-                "on. It serves a text alone. Its curve, time and FLOPs include its source's up to the switch, without "
-                "the fit there.",
-            )
-        )
-    example = next((name for name in names if name.routing.sparse), None)
-    if example is not None:
-        k = example.granularity
-        entries += [
-            (
-                str(example),
-                "A name is a configuration: "
-                + f"size {example.size}, " * bool(example.size)
-                + f"groups of {example.group_size} texts, and experts "
-                f"with the parameters of {example.group_size} dense feed-forwards"
-                + f", each 1/{k} as wide as one (granularity {k})" * (k > 1)
-                + "."
-                + " Settings in brackets take the place of the name's." * any("(" in model.label for model in models),
-            ),
-            ("Expert", "One of the feed-forwards that a layer has in place of a single one."),
-            ("Router", "The small matrix that decides which expert gets how much of which token."),
-        ]
-    return [
-        *entries,
-        (
-            "Loss",
-            "The mean of -log p(next token), natural logarithm, in nats a token. 0.01 less is 1 % less perplexity.",
-        ),
-        ("Bits per byte", "The same loss in bits, over the bytes of the text: comparable between tokenizers."),
-        (
-            "Seed",
-            "Sets the initial weights and the order of the text. With the same seed all models saw the same order.",
-        ),
-        (
-            "Time",
-            "Seconds of training on the hardware named below, without evaluations and saving. A larger model, or "
-            "another machine, gives other ratios.",
-        ),
-        (
-            "FLOPs",
-            "Floating-point operations of matrix products, a multiply-add counting as two. Training is forward and "
-            "backward pass.",
-        ),
-        (
-            "Active parameters",
-            "Of the experts, those that a token goes to; in Mixture of Tokens, all experts over the group size.",
-        ),
-    ]
-
-
-def method(comparison: Comparison) -> str:
-    """How the numbers were computed."""
-    evaluated, group = comparison.evaluated_on, comparison.group_size
-    return (
-        f"Final losses are over the whole {evaluated} split. Curves, and what is read off them, are over one fixed "
-        f"part of it, in fixed groups of {group}. A model reaches another's last loss where its own curve first falls "
-        "to it, on a straight line between two evaluations, or at its first evaluation if that is as low. The curves "
-        "are convex, so this is late rather than early. "
-        "Shares are of the step, time or FLOPs of the other model's last evaluation, seed by seed. The loss at equal "
-        "time is read off the same lines, when the fastest run of a seed ended. Slower models are then in the middle "
-        "of their schedule, with a higher learning rate than at its end; a schedule for that time would suit them "
-        "better."
-        + " Beside the run that another one continues, evaluations that this one has from it do not count."
-        * (not comparison.at_equal_steps)
-    )

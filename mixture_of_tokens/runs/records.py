@@ -311,6 +311,12 @@ class Switch(JsonFile):
     fit_seconds: float | None = None
     groups: str = FULL
 
+    @property
+    def jump_left(self) -> float | None:
+        """How far the loss is above the source's as training begins, as a share of the plain switch's jump."""
+        plain = self.plain_switch - self.source_in_groups
+        return (self.at_the_switch - self.source_in_groups) / plain if plain > 0 else None
+
 
 @dataclass(kw_only=True)
 class MetricsRow(Record):

@@ -35,6 +35,7 @@ from mixture_of_tokens.process import (
     say_once,
     the_only_training,
 )
+from mixture_of_tokens.rendering import card_of
 from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.admission import check_free, check_resumed, check_writable
 from mixture_of_tokens.runs.loading import model_directory, without_progress_bars
@@ -43,7 +44,6 @@ from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.runs.starts import beginning_of
 from mixture_of_tokens.training.building import arguments_of, build, in_fp32
-from mixture_of_tokens.training.card import card_of
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, tell_room
@@ -310,7 +310,7 @@ def _finish(trainer: RunTrainer, prepared: Prepared, run: RunConfig, out: Path, 
         prepared.tokenizer.model_max_length = config.max_position_embeddings
         prepared.tokenizer.save_pretrained(beside)
         manifest.write(beside)
-        (beside / "README.md").write_text(card_of(run.name, config))  # which people edit
+        (beside / "README.md").write_text(card_of("run.md.j2", name=run.name, config=config))  # which people edit
     facts = RunFacts(
         name=run.name,
         seed=run.seed,
