@@ -128,11 +128,6 @@ def test_a_planted_circle_within_a_room_is_found(tmp_path):
         order(planted)
 
 
-def test_modules_are_short():
-    lengths = {str(path.relative_to(PACKAGE)): path.read_text().count("\n") for path in PACKAGE.rglob("*.py")}
-    assert {name: length for name, length in lengths.items() if length > 400} == {}
-
-
 # What is public
 
 

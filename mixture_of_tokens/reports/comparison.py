@@ -29,10 +29,10 @@ from mixture_of_tokens.formatting import Result, Summary, few_of, listing
 from mixture_of_tokens.model.cost import memory, parameters
 from mixture_of_tokens.model.routings import properties
 from mixture_of_tokens.reports.labels import labels
+from mixture_of_tokens.reports.origins import Origin
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.admission import check_comparable
 from mixture_of_tokens.runs.run import Point, Run, read_run
-from mixture_of_tokens.runs.starts import began_with
 from mixture_of_tokens.runs.typed import FORMAT, as_fields
 
 COMPARISON = "compare.json"
@@ -139,35 +139,6 @@ class ComparedModel:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The trained model that all runs of a comparison began with.
-
-    final_loss: over the same text as theirs; curves: by seed, of which each ends at 0 steps, tokens, seconds and FLOPs.
-    """
-
-    label: str
-    steps: int
-    final_loss: Summary
-    curves: list[list[Point]]
-
-    @classmethod
-    def of(cls, runs: Sequence[Run]) -> "Origin":
-        keys = ("step", "tokens", "seconds", "flops")
-
-        def before_zero(run: Run) -> list[Point]:
-            end = run.curve[-1]
-            moved = [{key: getattr(point, key) - getattr(end, key) for key in keys} for point in run.curve]
-            return [dataclasses.replace(point, **at) for point, at in zip(run.curve, moved, strict=True)]
-
-        return cls(
-            label=labels(runs[:1])[0],
-            steps=runs[0].config.last_step,
-            final_loss=_summary(run.facts.final_loss for run in runs),
-            curves=list(map(before_zero, runs)),
-        )
-
-
-@dataclass(frozen=True)
 class Comparison(Result):
     """All numbers of a comparison: what compare.json holds. The first model is the baseline.
 
@@ -211,20 +182,6 @@ class Comparison(Result):
 
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT} | super().as_dict()
-
-
-def without_origins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs but for those that all others began with, and these.
-
-    Steps and time of the others are then counted from where these ended.
-    """
-    origins = [run for run in runs if any(began_with(other, run) for other in runs)]
-    others = [run for run in runs if run not in origins]
-    if not all(any(began_with(run, origin) for origin in origins) for run in others):
-        return list(runs), []
-    for run, origin in ((run, origin) for run in others for origin in origins):
-        run.check_same_text(origin)
-    return others, origins
 
 
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:

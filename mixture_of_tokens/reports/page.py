@@ -11,8 +11,9 @@ from mixture_of_tokens.model.names import parse_name
 from mixture_of_tokens.model.routings import MIXTURE, TABLE
 from mixture_of_tokens.rendering import page_of
 from mixture_of_tokens.reports import prose
-from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison, Origin
+from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel, swatch
+from mixture_of_tokens.reports.origins import Origin
 from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
 from mixture_of_tokens.runs.run import Point, Run
 

@@ -14,15 +14,8 @@ from mixture_of_tokens.model.placement import Device
 from mixture_of_tokens.model.routings import PROPERTIES
 from mixture_of_tokens.process import check_one_process
 from mixture_of_tokens.rendering import START
-from mixture_of_tokens.reports.comparison import (
-    COMPARISON,
-    WAYS,
-    Comparison,
-    by_model,
-    comparison,
-    runs_of,
-    without_origins,
-)
+from mixture_of_tokens.reports.comparison import COMPARISON, WAYS, Comparison, by_model, comparison, runs_of
+from mixture_of_tokens.reports.origins import without_origins
 from mixture_of_tokens.reports.page import page
 from mixture_of_tokens.reports.prose import OF_WAYS, SERVED, differing, findings, way_of, why_no_time
 from mixture_of_tokens.reports.reproduce import Places, commands_of
