@@ -110,7 +110,7 @@ def make(experiment: Experiment) -> None:
             trained_on(experiment, source, f"{source.name}-{study.in_time}", study.in_time, rates["dense"], study),
             trained_on(experiment, start, f"{source.name}-upcycled-{quarter}", quarter, rates["upcycled"], study),
         ]
-        keep([read_run(run) for run in runs], experiment.kept)
+        keep([read_run(run) for run in runs], experiment.kept, first_seed=SEEDS[0])
 
 
 def make_micro(experiment: Experiment) -> None:
