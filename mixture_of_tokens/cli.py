@@ -317,6 +317,8 @@ def _reworded(error: Exception, words: list[str]) -> str:
     """cyclopts' message, reworded where it names a word that the user did not write, or does not say what is legal."""
     if isinstance(error, UnknownOptionError):
         told, flag = str(error), (error.token.keyword or error.token.value).partition("=")[0]
+        if flag in ELSEWHERE:
+            told = told.partition(" Did you mean")[0]
         command = next((f" {word}" for word in words if word in COMMANDS), "")
         hint = "" if "Did you mean" in told else f" mot{command} --help shows what is legal."
         hint = f" Here {ELSEWHERE[flag]}." if flag in ELSEWHERE else hint

@@ -28,6 +28,7 @@ START: dict[str, tuple[str, ...]] = {
     "sweep": ("sweep", "MoT-Nano/32E", "--dry-run"),
     "compare": ("compare", "Transformer-Nano", "MoT-Nano/32E", "--dry-run"),
     "transition": ("transition", "nowhere", "--dry-run"),
+    "upcycle": ("upcycle", "nowhere", "TC-Nano/32E/8", "--out", "made"),
     "report": ("report", "nowhere"),
     "generate": ("generate", "nowhere"),
     "evaluate": ("evaluate", "nowhere"),

@@ -289,6 +289,9 @@ COMMANDS = {
         (),
         10,
     ),
+    "upcycle": Command(
+        lambda runs: st.builds(lambda run, name: [*run, name], run_first(runs), NAMES), ("--out=upcycled",), 10
+    ),
     "plan": Command(name_first, (), 40),
     "prepare": Command(lambda runs: name_first(runs).map(lambda first: [*first, f"--data={TEXTS}"]), (), 20),
     # Without a word it reads the standard library, which takes a minute.
@@ -412,6 +415,7 @@ def legal(name: str, run: Path, model: Any) -> dict[str, Any]:
         "sweep": trained,
         "train": trained,
         "transition": {"run": run, "dry_run": True},
+        "upcycle": {"source": run, "name": "TC-Nano/4E/2", "out": "upcycled"},
     }.get(name, LAYER | of_group.get(name, {}))
 
 

@@ -167,7 +167,7 @@ def test_the_whole_grid_is_checked_before_the_first_run(words, message, tmp_path
 
 
 def test_granularity_one_is_the_same_directory_as_none(monkeypatch):
-    monkeypatch.setattr(training, "run_merged", lambda merged, out, *, resume: out)
+    monkeypatch.setattr(training, "run_merged", lambda merged, out, *, resume, begin: out)
     for name in ("MoT-Nano/4E/1", "MoT-Nano/4E"):
         assert train(name, seed=3) == Path("runs/MoT-Nano-4E-seed3")
         (run,) = sweep(name, dry_run=True).runs

@@ -108,7 +108,7 @@ def train(
     if beginning is not None:
         name, options = name_with(beginning, name), options_with(beginning, options)
     if name is None:
-        raise ValueError("NAME is missing: say which model, such as MoT-Nano/32E/8, or begin with one by --from")
+        raise ValueError("NAME is missing; mot train --help shows which there are; --from begins with a trained one")
     seed = (None if beginning is None else beginning.seed) or 0 if seed is None else seed
     merged_with = partial(merge, name, seed, learning_rate, start=None if beginning is None else beginning.start)
     merged = merged_with(options)
