@@ -8,8 +8,9 @@ largest weights do; the others give it what they give their companion, which `se
 
 (with `normalize_mixture` both mixtures are divided by their norms). An expert of weight w is off by about w squared, so
 with K = k, the granularity, where experts cost what a dense feed-forward does, the output is nearly the same.
-FFN_e(companion[e]) is computed without a gradient when `serve_alone` is called, and again when weights are drawn anew
-or loaded. After any other change of the weights, call `serve_alone` again.
+FFN_e(companion[e]) and the logit of all companions of a token together are computed without a gradient when
+`serve_alone` is called, and again when weights are drawn anew or loaded. After any other change of the weights, call
+`serve_alone` again.
 """
 
 import functools
@@ -52,13 +53,14 @@ def set_alone(layer: "MixtureOfTokens", alone: bool, num_experts_alone: int | No
             "Served alone, companions stand for the other texts, and those of this layer were never measured: call "
             "calibrate_companions first, or the loss is much higher."
         )
-    layer.companion_output = layer.companion.new_empty(0)
+    layer.companion_output, layer.rest_logit = (layer.companion.new_empty(0) for _ in range(2))
     if layer.num_experts_alone < layer.num_experts:
         (experts,) = (module for module in layer.experts.modules() if isinstance(module, Experts))  # below an adapter
         each_E, no_E = torch.arange(layer.num_experts, device=layer.companion.device), 0 * layer.companion_logit
         mix_ED = _beside_companions(layer, layer.companion.to(experts.down_proj.dtype), each_E, no_E)
         y_E1D = layer.experts(mix_ED[:, None])
         layer.companion_output = y_E1D[:, 0].to(layer.companion.dtype)
+        layer.rest_logit = layer.companion_logit + math.log(layer.group_size - 1)
 
 
 def renew_alone(layer: "MixtureOfTokens", _: object = None) -> None:
@@ -95,10 +97,10 @@ def _to_few_experts(layer: "MixtureOfTokens", x_BTD: Tensor, token_mask: Tensor 
     """The formula of the module's docstring."""
     masked_S1 = None if token_mask is None else ~token_mask.bool().reshape(-1, 1)
     x_SD = x_BTD.flatten(0, 1) if masked_S1 is None else x_BTD.flatten(0, 1).masked_fill(masked_S1, 0)
-    # The softmax over a token and its companions, of which all have the same logit.
     assert layer.gate is not None  # or `set_alone` has refused
-    logits_SE, companions_E = layer.gate(x_SD), layer.companion_logit + math.log(layer.group_size - 1)
-    weights_SE = (logits_SE.to(at_least_fp32(logits_SE.dtype)) - companions_E).sigmoid()
+    logits_SE = layer.gate(x_SD)
+    # The softmax over a token and its companions, of which all have the same logit.
+    weights_SE = (logits_SE.to(at_least_fp32(logits_SE.dtype)) - layer.rest_logit).sigmoid()
     weight_SK, expert_SK = highest(weights_SE, layer.num_experts_alone)
     read = functools.partial(_beside_companions, layer)
     own_SD = dropless(layer, x_SD, expert_SK, weight_SK, read=read)

@@ -57,7 +57,9 @@ class MixtureOfTokens(Routed):
     companion: Tensor
     companion_logit: Tensor
     measuring = False  # while `calibrate_companions` runs
-    companion_output: Tensor  # (E, D), empty unless few experts run for a token alone
+    # Empty unless few experts run for a token alone.
+    companion_output: Tensor  # (E, D)
+    rest_logit: Tensor  # (E,), of the G - 1 companions together
 
     def __init__(
         self,
@@ -81,7 +83,8 @@ class MixtureOfTokens(Routed):
             self.gate = None  # pyright: ignore[reportAttributeAccessIssue]
         self.register_buffer("companion", torch.zeros(num_experts, hidden_size, dtype=at_least_fp32()))
         self.register_buffer("companion_logit", torch.zeros(num_experts, dtype=at_least_fp32()))
-        self.register_buffer("companion_output", torch.empty(0, dtype=at_least_fp32()), persistent=False)
+        for name in ("companion_output", "rest_logit"):
+            self.register_buffer(name, torch.empty(0, dtype=at_least_fp32()), persistent=False)
         self.register_load_state_dict_post_hook(renew_alone)
 
     def reset_state(self) -> None:

@@ -223,7 +223,7 @@ def test_to_few_experts_a_written_token_takes_few_more_operations_than_by_token_
         with torch.inference_mode(), Counted() as counted:
             layer(x)
         counts[layer] = counted.number
-    assert counts[mixture] <= 1.3 * counts[choice], counts.values()  # it was 1.6 times as many
+    assert counts[mixture] <= 1.2 * counts[choice], counts.values()  # it was 1.6 times as many
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -271,6 +271,7 @@ def test_a_number_is_not_taken_for_whether_texts_are_served_alone():
 def test_weights_that_are_loaded_later_have_their_own_companions_output():
     layer, other, x = build("mot"), build("mot"), tokens(2, T, 8)
     with torch.no_grad():
+        other.companion_logit += 1
         for parameter in other.parameters():
             parameter.mul_(1.5)
     for each in (layer, other):
