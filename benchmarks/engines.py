@@ -4,7 +4,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.utils.formatting import markdown
 
 RESULTS = Path(__file__).resolve().parent / "engines.csv"
 EXACT = ("vllm", "llama.cpp f32")

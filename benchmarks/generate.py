@@ -31,9 +31,9 @@ from results import (
 )
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
-from mixture_of_tokens.cpu import keep_large_blocks
-from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.models.names import config_from_name
+from mixture_of_tokens.utils.cpu import keep_large_blocks
+from mixture_of_tokens.utils.formatting import markdown
 
 RESULTS = Path(__file__).with_name("generate.csv")
 COLUMNS = (*MACHINE, "prompt", "new", "rounds", "model", "batch", *columns_of("tokens_per_second", "share_of_first"))

@@ -67,8 +67,8 @@ from results import (
 )
 from tqdm import tqdm
 
-from mixture_of_tokens.cpu import keep_large_blocks
-from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.utils.cpu import keep_large_blocks
+from mixture_of_tokens.utils.formatting import markdown
 
 PROVIDERS = (*LAYERS, *FLOORS)
 PASSES = ("forward", "forward+backward")

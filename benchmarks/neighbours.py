@@ -6,8 +6,8 @@
 About two minutes. Nothing else may run: the busy processes are the benchmark's own, each a loop in Python.
 
 Three processes train the same model on the same random tokens: forward, backward, fused AdamW. One has OpenMP's threads
-as it sets them, one as `mot` does (`mixture_of_tokens.cpu.spin_briefly`), one has a single thread. They take turns,
-in an order that is shuffled every round, and wait asleep in between.
+as it sets them, one as `mot` does (`utils.cpu.spin_briefly`), one has a single thread. They take turns, in an order
+that is shuffled every round, and wait asleep in between.
 
 Columns: busy, the number of busy processes; waiting, `openmp`, `mot` or `one thread`; milliseconds, the median over the
 rounds of a step's time (low, high: quartiles); share_of_idle, that time over the same process's without busy ones,
@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from results import MACHINE, columns_of, quartiles, run, surroundings, with_quartiles
 
-from mixture_of_tokens.cpu import BRIEFLY, OWN_CHOICE
-from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.utils.cpu import BRIEFLY, OWN_CHOICE
+from mixture_of_tokens.utils.formatting import markdown
 
 RESULTS = Path(__file__).with_name("neighbours.csv")
 WAITING = {"openmp": {}, "mot": BRIEFLY, "one thread": {"OMP_NUM_THREADS": "1"}}  # and what the process is told
@@ -39,7 +39,7 @@ def train(name: str, batch: int, steps: int) -> None:
     import torch
 
     from mixture_of_tokens import MixtureOfTokensForCausalLM, config_from_name
-    from mixture_of_tokens.cpu import keep_large_blocks
+    from mixture_of_tokens.utils.cpu import keep_large_blocks
 
     keep_large_blocks()
     torch.manual_seed(0)

@@ -7,10 +7,10 @@ Nothing is run.
 Gated models of the paper's sizes, 32 rows of 256 tokens a device, weights in fp32 and what is exchanged in bf16.
 """
 
-from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.placement import COPIES, Placement
-from mixture_of_tokens.model.spread import spread_of
+from mixture_of_tokens.models.names import config_from_name
+from mixture_of_tokens.parallel.placement import COPIES, Placement
+from mixture_of_tokens.planning.communication import spread_of
+from mixture_of_tokens.utils.formatting import markdown
 
 MODELS = ("MoT-Medium/32E", "MoT-Medium/32E/8", "MoT-Base/32E", "MoT-Base/32E/8")
 ROWS = 32  # of a device, one group

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.routings import DENSE
-from mixture_of_tokens.sparse import ExpertChoice, TokenChoice
+from mixture_of_tokens.layers.mixture import MixtureOfTokens
+from mixture_of_tokens.layers.token_choice import ExpertChoice, TokenChoice
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.routings import DENSE
 
 
 @dataclass(frozen=True)

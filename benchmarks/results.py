@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from mixture_of_tokens.cpu import BRIEFLY, OWN_CHOICE, spin_briefly
 from mixture_of_tokens.runs import provenance
+from mixture_of_tokens.utils.cpu import BRIEFLY, OWN_CHOICE, spin_briefly
 
 MACHINE = ("date", "commit", "torch", "transformers", "python", "hardware", "cores", "threads", "onednn_isa", "waiting")
 ENDS = ("", "_low", "_high")  # of the columns of a figure: its median and its quartiles

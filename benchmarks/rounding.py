@@ -20,13 +20,13 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixture_of_tokens.convert.llama_cpp import Engine
-from mixture_of_tokens.convert.to_gguf import write_gguf
-from mixture_of_tokens.convert.verify_gguf import questions_of
-from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.conversion.llama_cpp import Engine
+from mixture_of_tokens.conversion.to_gguf import write_gguf
+from mixture_of_tokens.conversion.verify_gguf import questions_of
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import read_run
+from mixture_of_tokens.utils.formatting import markdown
 
 RESULTS = Path(__file__).resolve().parent / "rounding.csv"
 TYPES = ("f32", "q8_0", "q4_0")

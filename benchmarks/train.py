@@ -48,15 +48,15 @@ from results import (
 )
 from transformers import TrainingArguments, get_scheduler
 
-from mixture_of_tokens.cpu import cores, keep_large_blocks
-from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.model.cost import training_flops
-from mixture_of_tokens.model.placement import Placement
-from mixture_of_tokens.model.spread import legal_placements
-from mixture_of_tokens.process import is_main
+from mixture_of_tokens.parallel.placement import Placement
+from mixture_of_tokens.planning.communication import legal_placements
+from mixture_of_tokens.planning.cost import training_flops
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
+from mixture_of_tokens.utils.cpu import cores, keep_large_blocks
+from mixture_of_tokens.utils.formatting import markdown
+from mixture_of_tokens.utils.process import is_main
 
 RESULTS = Path(__file__).with_name("train.csv")
 WIDTHS = (32, 64, 128, 256)

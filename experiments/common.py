@@ -25,21 +25,21 @@ import numpy as np
 import torch
 
 from mixture_of_tokens import compare, sweep, train
-from mixture_of_tokens.cpu import keep_large_blocks
 from mixture_of_tokens.data.groups import Blocks, grouped_order
-from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import Summary, loss, markdown, with_span
-from mixture_of_tokens.inference.losses import evaluate_blocks
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.evaluation.losses import evaluate_blocks
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.reports import comparison
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison, by_model, runs_of
-from mixture_of_tokens.reports.prose import seeds_of
+from mixture_of_tokens.reports.findings import seeds_of
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.runs.ownership import owned_file
+from mixture_of_tokens.runs.locking import owned_file
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig
 from mixture_of_tokens.runs.run import Run, pack, read_run
 from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.utils.cpu import keep_large_blocks
+from mixture_of_tokens.utils.files import write_text
+from mixture_of_tokens.utils.formatting import Summary, loss, markdown, with_span
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"

@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from mixture_of_tokens.convert.export import export
-    from mixture_of_tokens.convert.transition import transition
-    from mixture_of_tokens.convert.upcycle import upcycle
+    from mixture_of_tokens.conversion.export import export
+    from mixture_of_tokens.conversion.transition import transition
+    from mixture_of_tokens.conversion.upcycle import upcycle
     from mixture_of_tokens.data.groups import GroupedBatches, prepare_tokens
-    from mixture_of_tokens.data.own import count_collisions, split_tokens
+    from mixture_of_tokens.data.own_tokens import count_collisions, split_tokens
     from mixture_of_tokens.data.prepare import prepare_text
     from mixture_of_tokens.data.report import data_report
-    from mixture_of_tokens.experts import Experts, Router
-    from mixture_of_tokens.inference.audit import audit, audit_model
-    from mixture_of_tokens.inference.evaluate import evaluate
-    from mixture_of_tokens.inference.generate import generate
-    from mixture_of_tokens.inference.losses import score_tokens
-    from mixture_of_tokens.layers import MixtureOfTokens
-    from mixture_of_tokens.model.balance import BalanceCallback
-    from mixture_of_tokens.model.calibration import calibrate_thresholds
-    from mixture_of_tokens.model.companions import calibrate_companions
-    from mixture_of_tokens.model.config import MixtureOfTokensConfig
-    from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM, MixtureOfTokensModel
-    from mixture_of_tokens.model.names import config_from_name
-    from mixture_of_tokens.reports.compare import compare
+    from mixture_of_tokens.evaluation.audit import audit, audit_model
+    from mixture_of_tokens.evaluation.evaluate import evaluate
+    from mixture_of_tokens.evaluation.losses import score_tokens
+    from mixture_of_tokens.generation.generate import generate
+    from mixture_of_tokens.layers.experts import Experts, Router
+    from mixture_of_tokens.layers.mixture import MixtureOfTokens
+    from mixture_of_tokens.layers.soft import SoftMoE
+    from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
+    from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
+    from mixture_of_tokens.models.balance_callback import BalanceCallback
+    from mixture_of_tokens.models.companions import calibrate_companions
+    from mixture_of_tokens.models.config import MixtureOfTokensConfig
+    from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM, MixtureOfTokensModel
+    from mixture_of_tokens.models.names import config_from_name
+    from mixture_of_tokens.models.threshold_calibration import calibrate_thresholds
     from mixture_of_tokens.reports.report import report
     from mixture_of_tokens.runs.run import Run, read_run
-    from mixture_of_tokens.soft import SoftMoE
-    from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
-    from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
+    from mixture_of_tokens.training.compare import compare
     from mixture_of_tokens.training.grouped import GroupedTrainer
     from mixture_of_tokens.training.options import Options
     from mixture_of_tokens.training.plan import plan
@@ -44,35 +44,35 @@ if TYPE_CHECKING:
 
 # The module of each public name.
 _MODULES = {
-    "experts": ("Experts", "Router"),
-    "layers": ("MixtureOfTokens",),
-    "sparse": ("ExpertChoice", "SigmoidChoice", "TokenChoice"),
-    "thresholds": ("ExpertThreshold", "ReMoE"),
-    "soft": ("SoftMoE",),
-    "model.config": ("MixtureOfTokensConfig",),
-    "model.modeling": ("MixtureOfTokensForCausalLM", "MixtureOfTokensModel"),
-    "model.names": ("config_from_name",),
-    "model.balance": ("BalanceCallback",),
-    "model.calibration": ("calibrate_thresholds",),
-    "model.companions": ("calibrate_companions",),
+    "layers.experts": ("Experts", "Router"),
+    "layers.mixture": ("MixtureOfTokens",),
+    "layers.token_choice": ("ExpertChoice", "SigmoidChoice", "TokenChoice"),
+    "layers.thresholds": ("ExpertThreshold", "ReMoE"),
+    "layers.soft": ("SoftMoE",),
+    "models.config": ("MixtureOfTokensConfig",),
+    "models.modeling": ("MixtureOfTokensForCausalLM", "MixtureOfTokensModel"),
+    "models.names": ("config_from_name",),
+    "models.balance_callback": ("BalanceCallback",),
+    "models.threshold_calibration": ("calibrate_thresholds",),
+    "models.companions": ("calibrate_companions",),
     "data.report": ("data_report",),
     "data.prepare": ("prepare_text",),
     "data.groups": ("GroupedBatches", "prepare_tokens"),
-    "data.own": ("count_collisions", "split_tokens"),
+    "data.own_tokens": ("count_collisions", "split_tokens"),
     "training.grouped": ("GroupedTrainer",),
     "training.options": ("Options",),
     "training.plan": ("plan",),
     "training.prepare": ("prepare",),
     "training.train": ("train",),
     "training.sweep": ("sweep",),
-    "inference.generate": ("generate",),
-    "inference.evaluate": ("evaluate",),
-    "inference.losses": ("score_tokens",),
-    "inference.audit": ("audit", "audit_model"),
-    "convert.transition": ("transition",),
-    "convert.export": ("export",),
-    "convert.upcycle": ("upcycle",),
-    "reports.compare": ("compare",),
+    "generation.generate": ("generate",),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.losses": ("score_tokens",),
+    "evaluation.audit": ("audit", "audit_model"),
+    "conversion.transition": ("transition",),
+    "conversion.export": ("export",),
+    "conversion.upcycle": ("upcycle",),
+    "training.compare": ("compare",),
     "reports.report": ("report",),
     "runs.run": ("Run", "read_run"),
 }
@@ -128,7 +128,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
     except ModuleNotFoundError as error:
-        from mixture_of_tokens.process import missing_package
+        from mixture_of_tokens.utils.process import missing_package
 
         if (package := missing_package(error)) is None:
             raise

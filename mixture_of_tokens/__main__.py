@@ -3,8 +3,8 @@
 import os
 import sys
 
-from mixture_of_tokens.cpu import keep_large_blocks, spin_briefly
-from mixture_of_tokens.process import leave_processes, missing_package
+from mixture_of_tokens.utils.cpu import keep_large_blocks, spin_briefly
+from mixture_of_tokens.utils.process import leave_processes, missing_package
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "30")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it would tell of every retry
     try:
-        from mixture_of_tokens import cli
+        from mixture_of_tokens.commands import cli
 
         try:
             cli.main()

@@ -9,8 +9,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoTokenizer
 
-from mixture_of_tokens.cpu import spin_briefly
-from mixture_of_tokens.process import say_once
+from mixture_of_tokens.utils.cpu import spin_briefly
+from mixture_of_tokens.utils.process import say_once
 from processes import mot
 from texts import write_texts
 

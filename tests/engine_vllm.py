@@ -1,7 +1,7 @@
 """What vLLM makes of folders of transformers: python engine_vllm.py QUESTIONS.json OUT, in vLLM's own environment.
 
-The questions are, by a name, {"folder": ..., "questions": what `mixture_of_tokens/convert/llama_cpp.py` takes}; answers
-are files NAME.npz in OUT, as that module writes them.
+The questions are, by a name, {"folder": ..., "questions": what `conversion/llama_cpp.py` takes}; answers are files
+NAME.npz in OUT, as that module writes them.
 """
 
 import gc

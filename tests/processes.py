@@ -16,8 +16,8 @@ from typing import Any
 
 # The server imports the library once, and every process is forked from it before it has threads.
 context = multiprocessing.get_context("forkserver")
-COMMANDS = ("training.train", "training.sweep", "reports.compare", "inference.generate", "convert.transition")
-context.set_forkserver_preload([f"mixture_of_tokens.{module}" for module in ("cli", *COMMANDS)])
+COMMANDS = ("training.train", "training.sweep", "training.compare", "generation.generate", "conversion.transition")
+context.set_forkserver_preload([f"mixture_of_tokens.{module}" for module in ("commands.cli", *COMMANDS)])
 
 
 def _run(function, words: tuple, environment: dict[str, str], log: Path) -> None:
@@ -73,7 +73,7 @@ def in_processes(function, words: Sequence, count: int, log: Path, exits: int | 
 
 def function(command: str) -> Callable[..., Any]:
     """What a command of `mot` calls."""
-    from mixture_of_tokens import cli
+    from mixture_of_tokens.commands import cli
 
     module, _, attribute = cli.COMMANDS[command][0].partition(":")
     return getattr(importlib.import_module(f"mixture_of_tokens.{module}"), attribute)
@@ -85,7 +85,9 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 
 def mot(*words: object) -> None:
-    from mixture_of_tokens import cli  # in this function, so that a process that is forked has it imported before
+    from mixture_of_tokens.commands import (
+        cli,  # in this function, so that a process that is forked has it imported before
+    )
 
     cli.main([str(word) for word in words])
 

@@ -1,7 +1,7 @@
 """The layers as literal loops over group, expert and token: slow, plain, differentiable.
 
-Written from the paper's equations and the rules in the docstrings of `mixture_of_tokens.layers`, on single vectors and
-with nothing vectorised, so that a person can check each line. The tests compare the real layers with it.
+Written from the paper's equations and the rules in the docstrings of `layers/mixture.py`, on single vectors and with
+nothing vectorised, so that a person can check each line. The tests compare the real layers with it.
 
 Shapes as there: x (B, T, D), token_mask (B, T) or None, gate_weight (E, D). `expert_weights` is the pair of up
 (E, F, D) and down (E, D, F), or, `gated`, of gate_up (E, 2F, D) and down (E, D, F). `temperature` is a number or a

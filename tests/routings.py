@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_tokens.experts import Routed
-from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.soft import SoftMoE
-from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
-from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
+from mixture_of_tokens.layers.experts import Routed
+from mixture_of_tokens.layers.mixture import MixtureOfTokens
+from mixture_of_tokens.layers.soft import SoftMoE
+from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
+from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 
 B, G, E, T, D, F = 6, 3, 5, 4, 8, 7
 

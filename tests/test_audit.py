@@ -11,9 +11,9 @@ from torch import nn
 
 from mixture_of_tokens import ExpertChoice
 from mixture_of_tokens.data.groups import Blocks
-from mixture_of_tokens.inference import audit
-from mixture_of_tokens.inference.audit import Audit, audit_model
-from mixture_of_tokens.model.routings import TABLE
+from mixture_of_tokens.evaluation import audit
+from mixture_of_tokens.evaluation.audit import Audit, audit_model
+from mixture_of_tokens.models.routings import TABLE
 from mixture_of_tokens.runs.loading import group_size_of, text_of
 from processes import mot
 from routings import randomized, small_model, tiny
@@ -253,7 +253,7 @@ def test_documents_that_meet_themselves_are_a_leak(tiny_runs, monkeypatch, capsy
     run = tiny_runs["MoT-Nano/4E/2"]
     text = text_of(str(run))
     one = dataclasses.replace(text.train, ends=text.train.ends[-1:])  # all of it one document, not divided
-    monkeypatch.setattr("mixture_of_tokens.inference.audit.text_of", lambda run: dataclasses.replace(text, train=one))
+    monkeypatch.setattr("mixture_of_tokens.evaluation.audit.text_of", lambda run: dataclasses.replace(text, train=one))
     with pytest.raises(SystemExit, match="1"):
         mot("audit", run, "--expect", "causal", "--json")
     found = json.loads(capsys.readouterr().out)
@@ -289,7 +289,7 @@ def test_a_run_with_too_little_text_to_look_at_is_looked_at_with_random_tokens(t
     text = text_of(str(run))
     few = dataclasses.replace(text.validation, tokens=text.validation.tokens[np.arange(200)], ends=np.array([200]))
     monkeypatch.setattr(
-        "mixture_of_tokens.inference.audit.text_of", lambda run: dataclasses.replace(text, validation=few)
+        "mixture_of_tokens.evaluation.audit.text_of", lambda run: dataclasses.replace(text, validation=few)
     )
     mot("audit", run, "--expect", "causal")
     shown = capsys.readouterr()

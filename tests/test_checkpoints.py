@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mixture_of_tokens import disk, manifest
-from mixture_of_tokens.model import optimizer_state
+from mixture_of_tokens.parallel import optimizer_state
 from mixture_of_tokens.runs import checkpoints
+from mixture_of_tokens.utils import files, manifest
 
 
 def written(directory: Path, text: str) -> Path:
@@ -25,7 +25,7 @@ def written(directory: Path, text: str) -> Path:
 
 def test_a_directory_gets_its_name_and_what_had_it_goes(tmp_path):
     final = written(tmp_path / "final", "old")
-    disk.publish(written(tmp_path / "beside", "new"), final)
+    files.publish(written(tmp_path / "beside", "new"), final)
     assert (final / "file").read_text() == "new"
     assert manifest.fault(final) is None
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
@@ -42,7 +42,7 @@ def test_what_has_the_name_is_whole_until_the_new_one_has_it(tmp_path, monkeypat
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        disk.publish(beside, final)
+        files.publish(beside, final)
     assert (final / "file").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "final"]
 
@@ -51,10 +51,10 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     beside, done, rename = written(tmp_path / "beside", "new"), [], Path.rename
     (beside / "below").mkdir()
     (beside / "below" / "file").touch()
-    monkeypatch.setattr(disk, "flush", done.append)
+    monkeypatch.setattr(files, "flush", done.append)
     monkeypatch.setattr(Path, "rename", lambda path, target: done.append("renamed") or rename(path, target))
     made = {beside, *beside.rglob("*")}
-    disk.publish(beside, tmp_path / "final")
+    files.publish(beside, tmp_path / "final")
     assert set(done[:-2]) == made
     assert done[-2:] == ["renamed", tmp_path]
 
@@ -150,7 +150,7 @@ def test_a_manifest_that_does_not_parse_is_damage(content, tmp_path):
     ids=repr,
 )
 def test_what_libraries_raise_on_a_full_disk_is_an_oserror(raised, seen, tmp_path):
-    with pytest.raises(seen), disk.plain_errors(tmp_path / "final"):
+    with pytest.raises(seen), files.plain_errors(tmp_path / "final"):
         raise raised
 
 
@@ -205,16 +205,16 @@ def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, mo
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(disk, "flush", full)
+    monkeypatch.setattr(files, "flush", full)
     (tmp_path / "report.html").write_text("before")
     with pytest.raises(OSError, match=r"report\.html could not be written: No space left on device"):
-        disk.write_text(tmp_path / "report.html", "after")
+        files.write_text(tmp_path / "report.html", "after")
     with pytest.raises(OSError, match=r"final could not be written: No space left on device"):
-        disk.publish(written(tmp_path / "beside", "new"), tmp_path / "final")
+        files.publish(written(tmp_path / "beside", "new"), tmp_path / "final")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "report.html"]
     assert (tmp_path / "report.html").read_text() == "before"
     with pytest.raises(OSError, match=r"missing/a\.json could not be written: No such file or directory"):
-        disk.write_text(tmp_path / "missing" / "a.json", "text")
+        files.write_text(tmp_path / "missing" / "a.json", "text")
 
 
 def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
@@ -228,12 +228,12 @@ def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
     internal = "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"
     with (
         pytest.raises(OSError, match="optimizer could not be written: File too large"),
-        disk.plain_errors(tmp_path / "optimizer"),
+        files.plain_errors(tmp_path / "optimizer"),
     ):
         torch.save({"a": torch.zeros(9)}, Full())
     with (
         pytest.raises(OSError, match="optimizer could not be written: No space left on device"),
-        disk.plain_errors(tmp_path / "optimizer"),
+        files.plain_errors(tmp_path / "optimizer"),
     ):
         raise RuntimeError(internal)
 
@@ -245,20 +245,20 @@ def test_torch_s_words_for_a_full_disk_are_the_system_s(tmp_path, monkeypatch):
     monkeypatch.setattr(optimizer_state, "save", full)
     with (
         pytest.raises(OSError, match="checkpoint-4 could not be written: No space left on device"),
-        disk.plain_errors(tmp_path / "checkpoint-4"),
+        files.plain_errors(tmp_path / "checkpoint-4"),
     ):
         optimizer_state.save_optimizer(model, optimizer, tmp_path)
 
 
 def test_only_a_disk_s_errors_get_a_name(tmp_path):
-    with pytest.raises(BrokenPipeError), disk.disk_errors(tmp_path):
+    with pytest.raises(BrokenPipeError), files.disk_errors(tmp_path):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
 def test_a_text_is_written_to_what_a_link_leads_to(tmp_path):
     (tmp_path / "page").write_text("old")
     (tmp_path / "link").symlink_to("page")
-    disk.write_text(tmp_path / "link", "new")
+    files.write_text(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "page").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "page"]

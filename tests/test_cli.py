@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import mixture_of_tokens
-from mixture_of_tokens import cli
+from mixture_of_tokens.commands import cli
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.runs.run import Run

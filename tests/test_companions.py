@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 import reference
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, calibrate_companions, calibrate_thresholds
-from mixture_of_tokens.alone import AT_ONCE
 from mixture_of_tokens.data.groups import training_groups
-from mixture_of_tokens.inference.losses import cross_entropy
-from mixture_of_tokens.layout import warn_once
+from mixture_of_tokens.evaluation.losses import cross_entropy
+from mixture_of_tokens.layers.grouping import warn_once
+from mixture_of_tokens.layers.mixture import AT_ONCE
+from mixture_of_tokens.layers.token_choice import TokenChoice
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.sparse import TokenChoice
 from routings import E, G, T, build, gradients, some_mask, tiny, tokens
 
 MIXED = "MoT-Nano/4E/2"

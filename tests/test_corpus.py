@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixture_of_tokens.data import duplicates, sources, tokens, whole
+from mixture_of_tokens.data import duplicates, evaluation_text, sources, tokens
+from mixture_of_tokens.data.evaluation_text import whole_text
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.sources import cache_directory, documents, files, fingerprint
 from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import train_tokenizer
-from mixture_of_tokens.data.whole import whole_text
-from mixture_of_tokens.runs.admission import check_resumed
 from mixture_of_tokens.runs.loading import load_tokenizer_of
+from mixture_of_tokens.runs.preconditions import check_resumed
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from texts import sentences, texts
@@ -320,7 +320,7 @@ def test_a_whole_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
         return tokens.encoded(tokenizer, batch)
 
     monkeypatch.setattr(tokens, "PIECE", 500)
-    monkeypatch.setattr(whole, "encoded", noted)
+    monkeypatch.setattr(evaluation_text, "encoded", noted)
     found = whole_text([str(tmp_path / "long.txt")], tokenizer, group_size=1)
     assert len(text) == sum(pieces) == found.bytes
     assert len(text) > 500 >= max(pieces)

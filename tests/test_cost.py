@@ -15,13 +15,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixture_of_tokens import slots
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.cost import flops_per_token, legal_micro_batches, memory, parameters
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.plan import plan_of
-from mixture_of_tokens.model.routings import BY_PREFIX, ROUTINGS
+from mixture_of_tokens.layers import dispatch as dispatching
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.models.names import config_from_name
+from mixture_of_tokens.models.routings import BY_PREFIX, ROUTINGS
+from mixture_of_tokens.planning.cost import flops_per_token, legal_micro_batches, memory, parameters
+from mixture_of_tokens.planning.estimates import plan_of
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.plan import plan
@@ -54,7 +54,7 @@ PAPER_MILLIONS = {
 @pytest.fixture(autouse=True)
 def without_empty_rows(monkeypatch) -> None:
     """As on a GPU; costs leave out the rows by which a CPU rounds up those of small experts."""
-    monkeypatch.setattr(slots, "SMALL", 0)
+    monkeypatch.setattr(dispatching, "SMALL", 0)
 
 
 def odd_config(kind: str, **changes) -> MixtureOfTokensConfig:

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mixture_of_tokens.data.evaluation_text import whole_text
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.sources import documents
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
-from mixture_of_tokens.data.whole import whole_text
 from texts import sentences
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

@@ -23,9 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, config_from_name, export
-from mixture_of_tokens.convert.to_gguf import write_gguf
-from mixture_of_tokens.convert.verify_gguf import TOLERANCE, answers_of, ids_of_lines, plain_greedy, questions_of
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.conversion.to_gguf import write_gguf
+from mixture_of_tokens.conversion.verify_gguf import TOLERANCE, answers_of, ids_of_lines, plain_greedy, questions_of
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES, MIXED = ROOT / ".engines", "MoT-Nano/4E/2"

@@ -23,13 +23,13 @@ from transformers import (
 )
 
 from mixture_of_tokens import MixtureOfTokens, Options, evaluate, train
-from mixture_of_tokens.convert import distil as distillation
-from mixture_of_tokens.convert.distilled import switch_and_distil
-from mixture_of_tokens.convert.switch import branches
+from mixture_of_tokens.conversion import distil as distillation
+from mixture_of_tokens.conversion.choice_of_top_k import switch_and_distil
+from mixture_of_tokens.conversion.switch import branches
 from mixture_of_tokens.data.groups import Blocks, grouped_order
-from mixture_of_tokens.inference.evaluate import argmax_routing, in_parts
-from mixture_of_tokens.inference.losses import cross_entropy, evaluate_blocks
-from mixture_of_tokens.loss import IGNORE
+from mixture_of_tokens.evaluation.evaluate import argmax_routing, in_parts
+from mixture_of_tokens.evaluation.losses import cross_entropy, evaluate_blocks
+from mixture_of_tokens.layers.losses import IGNORE
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, text_of
 from processes import mot
 
@@ -173,7 +173,7 @@ def test_a_model_is_read_in_bf16(tiny_runs, evaluated, name):
 
 
 def test_a_model_that_mixes_nothing_reads_a_few_rows_alone(tiny_runs, evaluated, monkeypatch):
-    monkeypatch.setattr("mixture_of_tokens.inference.evaluate.ROWS_FOR_SPEED", 3)
+    monkeypatch.setattr("mixture_of_tokens.evaluation.evaluate.ROWS_FOR_SPEED", 3)
     whole, alone = evaluated(tiny_runs["Transformer-Nano"])["lines"]
     assert (alone["label"], alone["rows"], alone["tokens"]) == ("alone, 3 rows", 1, 3 * 64)
     assert whole["tokens"] > 10 * alone["tokens"]

@@ -24,9 +24,9 @@ import yaml
 from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokens, transition
-from mixture_of_tokens.convert.transition import SCHEDULES
-from mixture_of_tokens.model.cost import flops_per_token
-from mixture_of_tokens.model.names import config_from_name
+from mixture_of_tokens.conversion.transition import SCHEDULES
+from mixture_of_tokens.models.names import config_from_name
+from mixture_of_tokens.planning.cost import flops_per_token
 from mixture_of_tokens.reports.report import report
 from mixture_of_tokens.runs.run import pack, read_run
 from mixture_of_tokens.runs.typed import FORMAT

@@ -25,15 +25,15 @@ from transformers import (
 )
 
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, audit
-from mixture_of_tokens.convert import distilled as distilled_module
-from mixture_of_tokens.convert import export as export_module
-from mixture_of_tokens.convert import verify as verify_module
-from mixture_of_tokens.convert.distilled import Distilled, TopK, best_of, switch_and_distil
-from mixture_of_tokens.convert.plain import to_plain
-from mixture_of_tokens.convert.verify import in_plain_transformers
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.conversion import choice_of_top_k as distilled_module
+from mixture_of_tokens.conversion import export as export_module
+from mixture_of_tokens.conversion import verify as verify_module
+from mixture_of_tokens.conversion.choice_of_top_k import Distilled, TopK, best_of, switch_and_distil
+from mixture_of_tokens.conversion.to_hf import to_plain
+from mixture_of_tokens.conversion.verify import in_plain_transformers
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.runs.ownership import owned_file
+from mixture_of_tokens.runs.locking import owned_file
 from processes import Python, another_python, finish, mot, mot_on_a_full_disk, start
 from routings import randomized
 

@@ -16,9 +16,9 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from mixture_of_tokens import cli
-from mixture_of_tokens.flags import typed
+from mixture_of_tokens.commands import cli
 from mixture_of_tokens.runs import loading
+from mixture_of_tokens.settings.flags import typed
 from mixture_of_tokens.training import arguments
 from mixture_of_tokens.training.options import Options, as_flags
 from processes import function, mot

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from transformers import modeling_utils
 from transformers.distributed.checkpoint import save_optimizer_distributed
 
-from mixture_of_tokens import manifest
-from mixture_of_tokens.model.optimizer_state import load_optimizer, save_optimizer
+from mixture_of_tokens.parallel.optimizer_state import load_optimizer, save_optimizer
 from mixture_of_tokens.training import trainer
+from mixture_of_tokens.utils import manifest
 from processes import mot, rows_of
 
 NAME, STEPS = "MoT-Nano/4E/2", 4

@@ -29,9 +29,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import mixture_of_tokens
-from mixture_of_tokens import MixtureOfTokensConfig, Options, cli, prepare_tokens
-from mixture_of_tokens.process import say_once
+from mixture_of_tokens import MixtureOfTokensConfig, Options, prepare_tokens
+from mixture_of_tokens.commands import cli
 from mixture_of_tokens.runs.loading import load_model
+from mixture_of_tokens.utils.process import say_once
 from processes import mot
 from test_flags import FIELDS, flags_of
 

@@ -11,13 +11,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixture_of_tokens import manifest
-from mixture_of_tokens.inference.continuations import Continuation, Row, _resumed, to_file
+from mixture_of_tokens.generation.continuations import Continuation, Row, _resumed, to_file
 from mixture_of_tokens.reports.comparison import runs_of
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.records import METRICS, RunConfig, RunFacts, Switch, metrics
 from mixture_of_tokens.runs.run import pack, read_run
 from mixture_of_tokens.training.callbacks import Clock, RunLog
+from mixture_of_tokens.utils import manifest
 
 RESULT = Path(__file__).parent.parent / "experiments" / "verdict" / "MoT-Nano-32E-4-fresh-seed2-transition"
 FEW = settings(

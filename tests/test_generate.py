@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens.inference.continuations import to_file
-from mixture_of_tokens.inference.generate import Row, generate, in_batches
-from mixture_of_tokens.inference.sampling import Sampling, continue_prompts
-from mixture_of_tokens.inference.stream import Streamer, text_after
+from mixture_of_tokens.generation.continuations import to_file
+from mixture_of_tokens.generation.generate import Row, generate, in_batches
+from mixture_of_tokens.generation.sampling import Sampling, continue_prompts
+from mixture_of_tokens.generation.stream import Streamer, text_after
 from mixture_of_tokens.runs.loading import check_tokens, load_model, load_tokenizer_of
 from processes import finish, mot, mot_on_a_full_disk, start
 

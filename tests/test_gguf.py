@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, export
-from mixture_of_tokens.convert import export as export_module
-from mixture_of_tokens.convert import to_gguf, verify_gguf
-from mixture_of_tokens.convert.plain import to_plain
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
+from mixture_of_tokens.conversion import export as export_module
+from mixture_of_tokens.conversion import to_gguf, verify_gguf
+from mixture_of_tokens.conversion.to_hf import to_plain
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from processes import finish, mot, mot_on_a_full_disk, start
 
 MIXED = "MoT-Nano/4E/2"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixture_of_tokens import cli
-from mixture_of_tokens.convert import verify
+from mixture_of_tokens.commands import cli
+from mixture_of_tokens.conversion import verify
 from test_docs import DOCS, GUIDES, ROOT, blocks
 
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"

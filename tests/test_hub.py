@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, export
-from mixture_of_tokens.convert import hub
+from mixture_of_tokens.conversion import hub
 from mixture_of_tokens.runs.loading import load_model
 from processes import Python, another_python, mot
 from test_export import model_of

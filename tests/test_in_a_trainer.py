@@ -10,12 +10,12 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mixture_of_tokens import MixtureOfTokens, calibrate_companions
-from mixture_of_tokens.experts import Experts
-from mixture_of_tokens.layout import warn_once
-from mixture_of_tokens.model import modeling
-from mixture_of_tokens.model.balance import BalanceCallback
-from mixture_of_tokens.model.routings import ROUTINGS, TABLE
-from mixture_of_tokens.sparse import SigmoidChoice
+from mixture_of_tokens.layers.experts import Experts
+from mixture_of_tokens.layers.grouping import warn_once
+from mixture_of_tokens.layers.token_choice import SigmoidChoice
+from mixture_of_tokens.models import modeling
+from mixture_of_tokens.models.balance_callback import BalanceCallback
+from mixture_of_tokens.models.routings import ROUTINGS, TABLE
 from routings import tiny
 
 ROWS_A_STEP, LENGTH, VOCABULARY = 6, 9, 97

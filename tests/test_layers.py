@@ -16,15 +16,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from mixture_of_tokens import slots
-from mixture_of_tokens.experts import Experts, Routed, Router, highest
-from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.layout import precise_linear, warn_once
-from mixture_of_tokens.model.routings import TABLE
-from mixture_of_tokens.slots import Slots, order_of_slots, ragged_linear, slots_without_limit
-from mixture_of_tokens.soft import SoftMoE
-from mixture_of_tokens.sparse import ExpertChoice, SigmoidChoice, TokenChoice
-from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
+from mixture_of_tokens.layers import dispatch as dispatching
+from mixture_of_tokens.layers.dispatch import Slots, order_of_slots, ragged_linear, slots_without_limit
+from mixture_of_tokens.layers.experts import Experts, Routed, Router, highest
+from mixture_of_tokens.layers.grouping import precise_linear, warn_once
+from mixture_of_tokens.layers.mixture import MixtureOfTokens
+from mixture_of_tokens.layers.soft import SoftMoE
+from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
+from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
+from mixture_of_tokens.models.routings import TABLE
 from routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tiny, tokens
 
 EXPERTS = {"gated": {}, "plain": {"gated": False, "activation": "relu"}}
@@ -498,7 +498,7 @@ def test_gates_are_in_float32_for_a_bfloat16_router(name, monkeypatch):
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_under_autocast_no_copy_of_expert_weights_is_kept_for_the_backward_pass(name, monkeypatch):
     """A shard's whole weights are freed between the passes; a copy of them in bf16 would not be."""
-    monkeypatch.setattr(slots, "SMALL", 0)  # small experts are copied in order, on a CPU
+    monkeypatch.setattr(dispatching, "SMALL", 0)  # small experts are copied in order, on a CPU
     layer, x = build(name, dtype=torch.float32).train(), tokens(dtype=torch.float32)
     sizes = {frozenset(weight.shape) for weight in layer.experts.parameters()}
     own, copies = {weight.data_ptr() for weight in layer.parameters()}, []
@@ -781,7 +781,7 @@ def test_rows_are_rounded_up_by_their_number_the_size_of_experts_and_precision(w
 
 
 def test_experts_with_equally_many_rows_are_multiplied_at_once_by_powers_of_two():
-    runs = list(slots._runs(torch.tensor([0, 0, 8, 8, 8, 8, 8, 40]).cumsum(0)))
+    runs = list(dispatching._runs(torch.tensor([0, 0, 8, 8, 8, 8, 8, 40]).cumsum(0)))
     assert [shape for *_, shape in runs] == [(2, 0), (4, 8), (1, 8), (1, 40)]
     assert [which for which, *_ in runs] == [slice(0, 2), slice(2, 6), slice(6, 7), slice(7, 8)]
     assert [rows for _, rows, _ in runs] == [slice(0, 0), slice(0, 32), slice(32, 40), slice(40, 80)]
@@ -800,7 +800,7 @@ def test_products_of_uneven_rows_are_each_expert_s_own(dtype, width, one_call, s
     """In runs, or as on a GPU in one call, if rows are multiples of 16 bytes. Rows after the last must not show."""
     order = torch.tensor([5, 2, 0, 7, 1, 6, 3, 4])
     if one_call:
-        monkeypatch.setattr(slots, "_in_one_call", lambda *operands: True)
+        monkeypatch.setattr(dispatching, "_in_one_call", lambda *operands: True)
     ends = torch.tensor(sizes).cumsum(0)
     used = int(ends[-1])
     x = tokens(used + 5, 8, seed=1, dtype=dtype)

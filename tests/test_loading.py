@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs.loading import load_model, text_of
 from processes import mot
 

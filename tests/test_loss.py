@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from mixture_of_tokens.loss import IGNORE, LoadBalancingLoss, chunked_cross_entropy
+from mixture_of_tokens.layers.losses import IGNORE, LoadBalancingLoss, chunked_cross_entropy
 from routings import build, relative_error, some_mask, tokens
 
 S, D, V = 11, 5, 7
@@ -153,7 +153,7 @@ def test_evaluation_gives_the_same_loss():
 PEAK = """
 import sys, torch
 from torch.nn import functional
-from mixture_of_tokens.loss import chunked_cross_entropy
+from mixture_of_tokens.layers.losses import chunked_cross_entropy
 
 hidden, head = torch.randn(16384, 64, requires_grad=True), torch.randn(50257, 64, requires_grad=True)
 labels = torch.randint(50257, (16384,))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from mixture_of_tokens.layers import MixtureOfTokens
+from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from routings import (
     DROPLESS,
     DROPPING,

@@ -29,10 +29,10 @@ from transformers import (
 
 import routings
 from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router, TokenChoice
-from mixture_of_tokens.layout import warn_once
-from mixture_of_tokens.loss import IGNORE, L1Loss, LoadBalancingLoss
-from mixture_of_tokens.model import modeling
-from mixture_of_tokens.model.routings import ROUTINGS, TABLE
+from mixture_of_tokens.layers.grouping import warn_once
+from mixture_of_tokens.layers.losses import IGNORE, L1Loss, LoadBalancingLoss
+from mixture_of_tokens.models import modeling
+from mixture_of_tokens.models.routings import ROUTINGS, TABLE
 
 KINDS = [row.kind for row in TABLE]
 END, PAD = 7, 0

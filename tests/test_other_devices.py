@@ -9,13 +9,13 @@ from torch.testing import assert_close
 
 import processes
 from mixture_of_tokens import calibrate_companions, calibrate_thresholds
-from mixture_of_tokens.convert.distil import distil
-from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
+from mixture_of_tokens.conversion.distil import distil
+from mixture_of_tokens.conversion.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import Blocks
-from mixture_of_tokens.inference.losses import evaluate_blocks
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.routings import ROUTINGS, TABLE
-from mixture_of_tokens.model.telemetry import measure
+from mixture_of_tokens.evaluation.losses import evaluate_blocks
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.models.routings import ROUTINGS, TABLE
+from mixture_of_tokens.models.telemetry import measure
 from routings import tiny
 
 

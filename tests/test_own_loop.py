@@ -18,7 +18,7 @@ from mixture_of_tokens import (
     split_tokens,
 )
 from mixture_of_tokens.data.groups import grouped_order
-from mixture_of_tokens.experts import Router
+from mixture_of_tokens.layers.experts import Router
 from routings import tiny
 
 GROUP, VOCABULARY = 4, 97

@@ -10,8 +10,8 @@ import pytest
 from filelock import FileLock
 
 from mixture_of_tokens.data import prepare
-from mixture_of_tokens.runs import ownership
-from mixture_of_tokens.runs.ownership import LOCK, owned, owned_file
+from mixture_of_tokens.runs import locking
+from mixture_of_tokens.runs.locking import LOCK, owned, owned_file
 from processes import finish, mot, start
 
 NOW = 0.0
@@ -86,7 +86,7 @@ def test_a_lock_on_a_file_that_is_gone_by_then_is_taken_again(tmp_path, monkeypa
 
 def contend(owner, path, seconds: float, seen) -> None:
     """Take a lock again and again; the file `inside` stands as long as one process has it."""
-    for module in (ownership, prepare):
+    for module in (locking, prepare):
         module.FileLock = partial(FileLock, poll_interval=1e-4)  # in this process alone
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

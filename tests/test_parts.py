@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixture_of_tokens.data import parts as module
+from mixture_of_tokens.data import streaming as module
 from mixture_of_tokens.data.groups import collisions
-from mixture_of_tokens.data.parts import PartedBatches, Parts
-from mixture_of_tokens.disk import write_text
+from mixture_of_tokens.data.streaming import PartedBatches, Parts
+from mixture_of_tokens.utils.files import write_text
 from processes import finish, in_processes, mot, start
 from texts import write_texts
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from mixture_of_tokens import __main__ as command
-from mixture_of_tokens import cpu
-from mixture_of_tokens.cpu import cores, spin_briefly
-from mixture_of_tokens.inference.generate import generate
-from mixture_of_tokens.process import is_main, process_count, process_number, said_if_slow
+from mixture_of_tokens.generation.generate import generate
 from mixture_of_tokens.runs import provenance
+from mixture_of_tokens.utils import cpu
+from mixture_of_tokens.utils.cpu import cores, spin_briefly
+from mixture_of_tokens.utils.process import is_main, process_count, process_number, said_if_slow
 
 OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 PLAN = [sys.executable, "-m", "mixture_of_tokens", "plan", "Transformer-Nano"]

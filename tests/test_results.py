@@ -9,18 +9,18 @@ from xml.etree.ElementTree import Element, fromstring, tostring
 
 import pytest
 
-from mixture_of_tokens.formatting import Result, short
-from mixture_of_tokens.model.cost import flops_per_token, memory
-from mixture_of_tokens.rendering import NOTHING
+from mixture_of_tokens.planning.cost import flops_per_token, memory
 from mixture_of_tokens.reports import page
 from mixture_of_tokens.reports.comparison import by_model, comparison, reached
 from mixture_of_tokens.reports.figures import Line, panel
+from mixture_of_tokens.reports.findings import findings, why_no_time
 from mixture_of_tokens.reports.page import _curves, _measure, _switches, _through_the_switch
-from mixture_of_tokens.reports.prose import findings, why_no_time
 from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.reports.reproduce import Places, commands_of
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig, RunFacts, Switch, Transition
 from mixture_of_tokens.runs.run import Load, Run, Stages, pack, read_run
+from mixture_of_tokens.utils.formatting import Result, short
+from mixture_of_tokens.utils.rendering import NOTHING
 
 CORPUS = {"hash": "h", "train": {"documents": 1, "tokens": 2, "bytes": 3}}
 

@@ -20,14 +20,14 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mixture_of_tokens.manifest import fault
-from mixture_of_tokens.runs.admission import check_free, check_resumed
 from mixture_of_tokens.runs.checkpoints import keep_newest, newest
-from mixture_of_tokens.runs.ownership import owned
+from mixture_of_tokens.runs.locking import owned
+from mixture_of_tokens.runs.preconditions import check_free, check_resumed
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.signals import StopOnSignal
+from mixture_of_tokens.utils.manifest import fault
 from processes import finish, mot, mot_on_a_full_disk, rows_of, start
 
 STEPS, SAVE = 48, 8

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.plan import plan_of
+from mixture_of_tokens.models.names import config_from_name
+from mixture_of_tokens.planning.estimates import plan_of
 from mixture_of_tokens.training import room
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge

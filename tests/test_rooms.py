@@ -16,8 +16,21 @@ from mixture_of_tokens import __main__ as front_door
 
 PACKAGE = Path(mixture_of_tokens.__file__).parent
 # Each level imports from those before it; rooms of one level do not import each other. "" is what stands on top.
-LEVELS = [{""}, {"model", "data"}, {"runs"}, {"inference"}, {"training"}, {"convert"}, {"reports"}, {"front door"}]
-FRONT_DOOR = {"__init__", "__main__", "cli"}
+LEVELS = [
+    {"utils"},
+    {"layers", "settings"},
+    {"models", "data"},
+    {"parallel"},
+    {"planning"},
+    {"runs"},
+    {"evaluation", "generation"},
+    {"reports"},
+    {"training"},
+    {"conversion"},
+    {"commands"},
+    {"front door"},
+]
+FRONT_DOOR = {"__init__", "__main__"}
 # What `pip install mixture-of-tokens` does without, and what of the rest the layers do without.
 EXTRA = ("accelerate", "cyclopts", "datasets", "matplotlib", "pandas", "pyarrow", "tensorboard")
 MODELS_ALONE = ("transformers", "huggingface_hub", "numpy", "safetensors", "tokenizers", "tqdm", "yaml")
@@ -105,8 +118,8 @@ def test_no_room_imports_a_later_one_and_modules_import_in_no_circle():
             "def late():\n    from mixture_of_tokens.reports import page",
             "data.tokens imports reports.page",
         ),
-        ("data/tokens", "import mixture_of_tokens.model.names", "data.tokens imports model.names"),
-        ("layers", "from mixture_of_tokens.model.config import X", "layers imports model.config"),
+        ("data/tokens", "import mixture_of_tokens.models.names", "data.tokens imports models.names"),
+        ("layers/mixture", "from mixture_of_tokens.models.config import X", "layers.mixture imports models.config"),
         ("runs/run", "from mixture_of_tokens import train", "runs.run imports __init__"),
     ],
 )
@@ -121,8 +134,8 @@ def test_a_planted_upward_import_is_found(module, line, found, tmp_path):
 def test_a_planted_circle_within_a_room_is_found(tmp_path):
     planted = tmp_path / "mixture_of_tokens"
     shutil.copytree(PACKAGE, planted)
-    with (planted / "layout.py").open("a") as file:
-        file.write("\nfrom mixture_of_tokens.experts import softmax\n")
+    with (planted / "layers" / "grouping.py").open("a") as file:
+        file.write("\nfrom mixture_of_tokens.layers.experts import softmax\n")
     assert upward(planted) == []
     with pytest.raises(CycleError):
         order(planted)
@@ -172,6 +185,18 @@ def fresh(code: str, *words: str, without: tuple[str, ...] = ()) -> subprocess.C
 OURS = (
     "\nprint(sorted(name for name, module in sys.modules.items() if module and name.startswith('mixture_of_tokens')))"
 )
+LAYERS = (
+    "alone",
+    "checks",
+    "dispatch",
+    "experts",
+    "grouping",
+    "losses",
+    "mixture",
+    "soft",
+    "thresholds",
+    "token_choice",
+)
 LAYER = """
 import torch
 from mixture_of_tokens import MixtureOfTokens
@@ -185,7 +210,7 @@ assert x.grad.isfinite().all()
 def test_the_layer_needs_torch_alone():
     done = fresh(LAYER + OURS, without=EXTRA + MODELS_ALONE)
     assert done.returncode == 0, done.stderr
-    torch_alone = ("", ".alone", ".checks", ".experts", ".layers", ".layout", ".slots")
+    torch_alone = ("", ".layers", *(f".layers.{each}" for each in LAYERS), ".utils", ".utils.checks")
     loaded = [f"mixture_of_tokens{name}" for name in torch_alone]
     assert ast.literal_eval(done.stdout) == loaded
 
@@ -196,7 +221,7 @@ from mixture_of_tokens import BalanceCallback, MixtureOfTokensForCausalLM, calib
 from mixture_of_tokens import GroupedBatches, audit_model, prepare_text
 text = prepare_text([sys.argv[2]], context=8, vocab_size=300, group_size=4)
 GroupedBatches(text.train, group_size=4, batch_size=4, steps=1, seed=0)
-from mixture_of_tokens.model.telemetry import measure
+from mixture_of_tokens.models.telemetry import measure
 model = MixtureOfTokensForCausalLM(config_from_name("MoT-Nano/4E", vocab_size=50)).train()
 batch = {"input_ids": torch.randint(50, (8, 5))}
 model(**batch, labels=batch["input_ids"]).loss.backward()
@@ -265,6 +290,6 @@ def test_what_is_missing_within_an_installed_package_is_not_taken_for_the_extra(
     def failing() -> None:
         raise ModuleNotFoundError("No module", name=name)
 
-    monkeypatch.setattr("mixture_of_tokens.cli.main", failing)
+    monkeypatch.setattr("mixture_of_tokens.commands.cli.main", failing)
     with pytest.raises(ModuleNotFoundError):
         front_door.main()

@@ -7,14 +7,14 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
-from mixture_of_tokens.inference.losses import evaluate_blocks
-from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.passes import serving_alone
-from mixture_of_tokens.rendering import card_of
+from mixture_of_tokens.evaluation.losses import evaluate_blocks
+from mixture_of_tokens.models.forward_hooks import serving_alone
+from mixture_of_tokens.models.names import config_from_name
 from mixture_of_tokens.reports.comparison import by_model, comparison
 from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.runs.loading import text_of
 from mixture_of_tokens.runs.run import read_run
+from mixture_of_tokens.utils.rendering import card_of
 from processes import mot
 
 MIXTURE = "MoT-Nano/4E/2"  # of eight experts, two of which cost what a dense feed-forward does

@@ -10,9 +10,9 @@ from torch import Tensor
 import routings
 from mixture_of_tokens import Options, compare, prepare, sweep, train
 from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer, train_tokenizer
-from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.routings import SETTINGS, TABLE, Routing
-from mixture_of_tokens.reports.compare import _plans
+from mixture_of_tokens.models.names import parse_name
+from mixture_of_tokens.models.routings import SETTINGS, TABLE, Routing
+from mixture_of_tokens.training.compare import _plans
 from mixture_of_tokens.training.recipes import chosen_in, merge
 from processes import mot
 

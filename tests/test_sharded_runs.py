@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.placement import Placement
+from mixture_of_tokens.models.names import config_from_name
+from mixture_of_tokens.parallel.placement import Placement
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training import trainer as training

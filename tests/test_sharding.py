@@ -18,17 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from mixture_of_tokens.data.groups import training_groups
-from mixture_of_tokens.model import sharding
-from mixture_of_tokens.model.companions import calibrate_companions
-from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.optimizer_state import check_optimizer, save_optimizer
-from mixture_of_tokens.model.placement import Placement
-from mixture_of_tokens.model.spread import spread_of
-from mixture_of_tokens.process import is_main
+from mixture_of_tokens.models.companions import calibrate_companions
+from mixture_of_tokens.models.names import config_from_name
+from mixture_of_tokens.parallel import sharding
+from mixture_of_tokens.parallel.optimizer_state import check_optimizer, save_optimizer
+from mixture_of_tokens.parallel.placement import Placement
+from mixture_of_tokens.planning.communication import spread_of
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import RunTrainer
+from mixture_of_tokens.utils.process import is_main
 from processes import in_processes, rows_of
 
 pytestmark = pytest.mark.slow  # the whole matrix of placements

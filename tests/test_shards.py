@@ -25,8 +25,8 @@ from mixture_of_tokens.data.report import EPOCHS, _facts, data_report
 from mixture_of_tokens.data.splits import SPLITS, Splits, split, spool
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import TokenFiles, tokenize
-from mixture_of_tokens.manifest import hash_of_file
-from mixture_of_tokens.process import say_once
+from mixture_of_tokens.utils.manifest import hash_of_file
+from mixture_of_tokens.utils.process import say_once
 from processes import finish, start
 from texts import groups_with_a_document_twice, sentences, texts
 
@@ -338,7 +338,7 @@ def test_an_entry_is_checked_once_in_a_process_unless_it_changes(entry, fresh_ca
 
 def test_an_entry_is_on_the_disk_before_it_has_its_name(source, fresh_cache, monkeypatch):
     flushed = []
-    monkeypatch.setattr("mixture_of_tokens.disk.flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr("mixture_of_tokens.utils.files.flush", lambda path: flushed.append(path.name))
     assert set(contents(prepare_text([source], vocab_size=300, context=16).directory)) < set(flushed)
 
 

@@ -13,11 +13,11 @@ from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_gr
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixture_of_tokens.model.cost import memory, parameters
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.placement import COPIES, Placement
-from mixture_of_tokens.model.spread import Spread, _largest_block, spread_of
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.models.names import config_from_name
+from mixture_of_tokens.parallel.placement import COPIES, Placement
+from mixture_of_tokens.planning.communication import Spread, _largest_block, spread_of
+from mixture_of_tokens.planning.cost import memory, parameters
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training.trainer import RunTrainer
 from processes import in_processes, mot

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixture_of_tokens import sweep, train
-from mixture_of_tokens.inference.losses import evaluate_blocks
+from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training import train as training
 from mixture_of_tokens.training.sweep import Cell, Outcome

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 import reference
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.convert import distil as distillation
-from mixture_of_tokens.convert.distil import distil
-from mixture_of_tokens.convert.switch import branches, rescale_moments, to_token_choice, token_choice_config
+from mixture_of_tokens.conversion import distil as distillation
+from mixture_of_tokens.conversion.distil import distil
+from mixture_of_tokens.conversion.switch import branches, rescale_moments, to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
-from mixture_of_tokens.inference.losses import cross_entropy
+from mixture_of_tokens.evaluation.losses import cross_entropy
 from mixture_of_tokens.runs.loading import load_model, text_of
 from routings import small_model, tokens
 

@@ -11,10 +11,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM
-from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.model.routings import TABLE
-from mixture_of_tokens.model.telemetry import measure, router_gradient_norms, routing_measures
-from mixture_of_tokens.soft import SoftMoE
+from mixture_of_tokens.layers.mixture import MixtureOfTokens
+from mixture_of_tokens.layers.soft import SoftMoE
+from mixture_of_tokens.models.routings import TABLE
+from mixture_of_tokens.models.telemetry import measure, router_gradient_norms, routing_measures
 from mixture_of_tokens.training.trainer import _RouterGradients
 from processes import finish, start
 from routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tiny, tokens
@@ -317,7 +317,7 @@ def test_measures_are_in_full_precision_under_low_precision(kind, monkeypatch):
         summed.append(weights)
         return routing_measures(weights, *how)
 
-    monkeypatch.setattr("mixture_of_tokens.model.telemetry.routing_measures", noted)
+    monkeypatch.setattr("mixture_of_tokens.models.telemetry.routing_measures", noted)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         measured = measure(model, batch)
     found = routed(measured)

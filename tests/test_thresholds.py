@@ -16,13 +16,13 @@ from torch.testing import assert_close
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, train
 from mixture_of_tokens.data.groups import GROUPS, training_groups
-from mixture_of_tokens.experts import Routed
-from mixture_of_tokens.loss import L1Loss, LoadBalancingLoss
-from mixture_of_tokens.model.calibration import calibrate_thresholds
+from mixture_of_tokens.layers.experts import Routed
+from mixture_of_tokens.layers.losses import L1Loss, LoadBalancingLoss
+from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
+from mixture_of_tokens.layers.token_choice import SigmoidChoice
+from mixture_of_tokens.models.threshold_calibration import calibrate_thresholds
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import Run
-from mixture_of_tokens.sparse import SigmoidChoice
-from mixture_of_tokens.thresholds import ExpertThreshold, ReMoE
 from mixture_of_tokens.training.options import Options
 from processes import in_processes, mot
 from routings import tiny, tokens
@@ -299,7 +299,7 @@ def test_thresholds_are_measured_by_each_process_alone(monkeypatch):
     def waits(noted):
         raise AssertionError("another process was asked")
 
-    monkeypatch.setattr("mixture_of_tokens.thresholds.summed_over_processes", waits)
+    monkeypatch.setattr("mixture_of_tokens.layers.thresholds.summed_over_processes", waits)
     model = tiny("expert_threshold")
     before = thresholds_of(model)
     calibrate_thresholds(model, [{"input_ids": torch.randint(model.config.vocab_size, (16, 12))}])

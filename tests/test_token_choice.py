@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from mixture_of_tokens.sparse import SigmoidChoice, TokenChoice
+from mixture_of_tokens.layers.token_choice import SigmoidChoice, TokenChoice
 
 
 def scaling_experts(num_experts: int, **options) -> TokenChoice:

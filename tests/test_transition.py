@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mixture_of_tokens.convert import beginning, verify
-from mixture_of_tokens.convert.transition import Transitioned
+from mixture_of_tokens.conversion import verify, warm_start
+from mixture_of_tokens.conversion.transition import Transitioned
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read_run
@@ -369,7 +369,7 @@ def test_stopped_before_its_first_step_it_says_so_and_begins_anew(tiny_runs, tmp
 
     words = [tiny_runs[MIXED], "--steps", 2, "--distil-steps", 3, "--out", tmp_path / "new"]
     with monkeypatch.context() as patched:
-        patched.setattr(beginning, "distil", stopped)
+        patched.setattr(warm_start, "distil", stopped)
         with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
             mot("transition", *words)
     assert "stopped before the first step; --resume begins anew" in capsys.readouterr().err

@@ -38,11 +38,11 @@ from mixture_of_tokens import (
     config_from_name,
     prepare_text,
 )
-from mixture_of_tokens.cpu import keep_large_blocks
-from mixture_of_tokens.experts import highest, softmax
-from mixture_of_tokens.formatting import markdown
+from mixture_of_tokens.layers.dispatch import dropless
+from mixture_of_tokens.layers.experts import highest, softmax
 from mixture_of_tokens.runs import provenance
-from mixture_of_tokens.slots import dropless
+from mixture_of_tokens.utils.cpu import keep_large_blocks
+from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -101,7 +101,7 @@ class Run:
 
 
 class Alone(MixtureOfTokens):
-    """A Mixture of Tokens that is trained alone once `few` is set. Letters as in `layers.py`."""
+    """A Mixture of Tokens that is trained alone once `few` is set. Letters as in `mixture.py`."""
 
     how: Run
     few = 0

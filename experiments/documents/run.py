@@ -17,11 +17,11 @@ import numpy as np
 
 from mixture_of_tokens import train
 from mixture_of_tokens.data.groups import grouped_order
-from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.inference.losses import evaluate_blocks
+from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

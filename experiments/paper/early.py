@@ -19,8 +19,8 @@ from micro import DROPLESS, SHORT, YOUNGER
 from studies import EXPERIMENT, FIRST_SEEDS, SIZES, Row, System, trained, with_weights
 
 from mixture_of_tokens import transition
-from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.runs.run import read_run
+from mixture_of_tokens.utils.formatting import loss, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

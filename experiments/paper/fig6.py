@@ -36,7 +36,7 @@ from micro import (
 from nano import losses_of, signed
 from studies import Row, Said, Study, verdict
 
-from mixture_of_tokens.formatting import Summary
+from mixture_of_tokens.utils.formatting import Summary
 
 LEVEL = 0.01
 WITH_SEEDS = (DENSE, BEST_MIXTURE, TOKEN_CHOICE, DROPLESS, YOUNGER[0])

@@ -25,8 +25,8 @@ import numpy as np
 from studies import DISTIL_STEPS, EXPERIMENT, FIRST_SEEDS, SIZES, Said, Study, verdict, with_weights
 
 from mixture_of_tokens import transition
-from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.runs.run import Run, read_run
+from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

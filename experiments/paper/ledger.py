@@ -25,8 +25,8 @@ import table3
 import temperature
 from studies import EXPERIMENT, Study
 
-from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.rendering import TEMPLATES, page_of
+from mixture_of_tokens.utils.formatting import markdown
+from mixture_of_tokens.utils.rendering import TEMPLATES, page_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -22,9 +22,9 @@ import nano
 import numpy as np
 from studies import CONFIRMED, CONTRADICTED, EXPERIMENT, FIRST_SEEDS, OPEN, Row, Said, Study, System
 
-from mixture_of_tokens.formatting import Summary, loss, markdown, ratio
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.utils.formatting import Summary, loss, markdown, ratio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

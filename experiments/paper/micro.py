@@ -24,12 +24,12 @@ import numpy as np
 from studies import EXPERIMENT, FIRST_SEEDS, Row, Study, System, run_of
 from transformers import TrainingArguments
 
-from mixture_of_tokens.formatting import Summary, loss, markdown, ratio, with_span
-from mixture_of_tokens.model.cost import training_flops
-from mixture_of_tokens.model.names import SIZES
+from mixture_of_tokens.models.names import SIZES
+from mixture_of_tokens.planning.cost import training_flops
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
+from mixture_of_tokens.utils.formatting import Summary, loss, markdown, ratio, with_span
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

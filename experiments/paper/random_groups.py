@@ -25,9 +25,9 @@ from studies import EXPERIMENT
 
 import mixture_of_tokens.training.train as training
 from mixture_of_tokens import train
-from mixture_of_tokens.formatting import loss, markdown
-from mixture_of_tokens.layers import MixtureOfTokens
+from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.training.trainer import RunTrainer
+from mixture_of_tokens.utils.formatting import loss, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

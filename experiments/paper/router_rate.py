@@ -18,9 +18,9 @@ from studies import EXPERIMENT
 
 import mixture_of_tokens.training.train as training
 from mixture_of_tokens import train
-from mixture_of_tokens.experts import Router
-from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.layers.experts import Router
 from mixture_of_tokens.training.trainer import RunTrainer
+from mixture_of_tokens.utils.formatting import loss, markdown
 
 from common import directory_of, once, read_csv, script  # isort: skip
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixture_of_tokens import train
-from mixture_of_tokens.model.names import parse_name
+from mixture_of_tokens.models.names import parse_name
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge

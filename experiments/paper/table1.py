@@ -21,8 +21,8 @@ from typing import Any
 from studies import CONTRADICTED, EXPERIMENT, Row, Said, Study, System, verdict
 
 from mixture_of_tokens import sweep
-from mixture_of_tokens.formatting import Summary, difference, loss, markdown, with_span
 from mixture_of_tokens.training.sweep import Sweep
+from mixture_of_tokens.utils.formatting import Summary, difference, loss, markdown, with_span
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

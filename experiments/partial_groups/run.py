@@ -27,12 +27,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mixture_of_tokens.data.groups import grouped_order, training_groups
-from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.inference.losses import cross_entropy
-from mixture_of_tokens.layers import MixtureOfTokens
-from mixture_of_tokens.model.companions import calibrate_companions
+from mixture_of_tokens.evaluation.losses import cross_entropy
+from mixture_of_tokens.layers.mixture import MixtureOfTokens
+from mixture_of_tokens.models.companions import calibrate_companions
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read_run
+from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

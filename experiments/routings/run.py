@@ -25,14 +25,14 @@ import torch
 
 from mixture_of_tokens import train
 from mixture_of_tokens.data.groups import Blocks, grouped_order
-from mixture_of_tokens.experts import Routed
-from mixture_of_tokens.formatting import markdown, ratio
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.telemetry import measure, watch_weights
+from mixture_of_tokens.layers.experts import Routed
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.models.telemetry import measure, watch_weights
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import Run, experts_per_token, read_run
 from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.utils.formatting import markdown, ratio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

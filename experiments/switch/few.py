@@ -15,10 +15,10 @@ it is at granularity 8; at 1 it is 0.013 to 0.014.
 import sys
 from pathlib import Path
 
-from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.inference.losses import evaluate_blocks
+from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

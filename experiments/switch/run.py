@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions
-from mixture_of_tokens.convert.distil import distil
-from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
+from mixture_of_tokens.conversion.distil import distil
+from mixture_of_tokens.conversion.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import training_groups
-from mixture_of_tokens.formatting import markdown
-from mixture_of_tokens.inference.losses import evaluate_blocks
-from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.passes import serving_alone
+from mixture_of_tokens.evaluation.losses import evaluate_blocks
+from mixture_of_tokens.models.forward_hooks import serving_alone
+from mixture_of_tokens.models.names import parse_name
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

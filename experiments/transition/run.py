@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixture_of_tokens import transition
-from mixture_of_tokens.formatting import markdown
 from mixture_of_tokens.runs.records import Switch
 from mixture_of_tokens.runs.run import Run, read_run
+from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens import train, upcycle
-from mixture_of_tokens.convert import copies
-from mixture_of_tokens.formatting import loss, markdown
+from mixture_of_tokens.conversion import copies
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.utils.formatting import loss, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixture_of_tokens.data.groups import Blocks
-from mixture_of_tokens.formatting import loss, markdown
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.run import read_run
+from mixture_of_tokens.utils.formatting import loss, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

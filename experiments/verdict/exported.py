@@ -7,8 +7,8 @@ import numpy as np
 from safetensors.torch import save_file
 
 from mixture_of_tokens import export
-from mixture_of_tokens.convert.verify import in_plain_transformers
-from mixture_of_tokens.loss import IGNORE
+from mixture_of_tokens.conversion.verify import in_plain_transformers
+from mixture_of_tokens.layers.losses import IGNORE
 from mixture_of_tokens.runs.loading import text_of
 
 MEASURE = """

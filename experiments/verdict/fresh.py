@@ -65,13 +65,12 @@ from systems import (
 )
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions, train, transition
-from mixture_of_tokens.convert.beginning import carry_moments, go_on_from
-from mixture_of_tokens.convert.distil import distil
-from mixture_of_tokens.convert.switch import to_token_choice, token_choice_config
+from mixture_of_tokens.conversion.distil import distil
+from mixture_of_tokens.conversion.switch import to_token_choice, token_choice_config
+from mixture_of_tokens.conversion.warm_start import carry_moments, go_on_from
 from mixture_of_tokens.data.groups import Blocks, training_groups
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.formatting import loss, markdown
-from mixture_of_tokens.model.names import SIZES
+from mixture_of_tokens.models.names import SIZES
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import Transition
@@ -80,6 +79,7 @@ from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import RunTrainer
+from mixture_of_tokens.utils.formatting import loss, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -105,7 +105,7 @@ def _chunks(text: Path, places: np.ndarray, chunk: int) -> Iterator[tuple[slice,
     read = np.cumsum(places[:, 1])
     edges = np.unique([0, *np.searchsorted(read, np.arange(chunk, read[-1], chunk)), len(places)])
     parts = [slice(a, b) for a, b in pairwise(edges.tolist())]
-    from mixture_of_tokens.cpu import cores  # not by the processes that run this file
+    from mixture_of_tokens.utils.cpu import cores  # not by the processes that run this file
 
     workers = min(cores(), len(parts), 8)
     if workers == 1:

@@ -10,8 +10,8 @@ from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any
 
-from mixture_of_tokens.disk import naming
-from mixture_of_tokens.formatting import first_line
+from mixture_of_tokens.utils.files import naming
+from mixture_of_tokens.utils.formatting import first_line
 
 PART = 2**20  # bytes of a file held at once
 ARCHIVES = (".7z", ".bz2", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip")

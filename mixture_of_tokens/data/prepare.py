@@ -23,8 +23,6 @@ import numpy as np
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens import manifest
-from mixture_of_tokens.checks import at_least_one, check_number, checked, listed
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.files import Document
 from mixture_of_tokens.data.groups import Blocks, say_segments, segmented
@@ -39,9 +37,11 @@ from mixture_of_tokens.data.tokenizer import (
     train_tokenizer,
 )
 from mixture_of_tokens.data.tokens import FORMAT, TokenFiles, altered, progress_bar, tokenize, training_text
-from mixture_of_tokens.disk import hold, naming, published, release
-from mixture_of_tokens.formatting import few_of
-from mixture_of_tokens.process import say_once
+from mixture_of_tokens.utils import manifest
+from mixture_of_tokens.utils.checks import at_least_one, check_number, checked, listed
+from mixture_of_tokens.utils.files import hold, naming, published, release
+from mixture_of_tokens.utils.formatting import few_of
+from mixture_of_tokens.utils.process import say_once
 
 MUCH = 0.2  # of the text is cut away, or of the documents left out: worth a word
 PARTIAL, LOCK = ".partial", ".lock"

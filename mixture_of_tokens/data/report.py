@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.data.groups import Blocks, collisions, deal
 from mixture_of_tokens.data.prepare import SPLITS, prepare_text
-from mixture_of_tokens.formatting import Result, aligned
+from mixture_of_tokens.utils.checks import checked, listed
+from mixture_of_tokens.utils.formatting import Result, aligned
 
 TITLES = {"segments": "segments of long documents that count as documents"}
 EPOCHS = 3  # epochs of training order that are searched for collisions

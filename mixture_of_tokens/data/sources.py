@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mixture_of_tokens.data.files import LINES, Document, documents_in, has_json_rows, suffix, text_of_row
-from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import few_of, first_line
-from mixture_of_tokens.manifest import hash_of_file
-from mixture_of_tokens.process import say_once
+from mixture_of_tokens.utils.files import write_text
+from mixture_of_tokens.utils.formatting import few_of, first_line
+from mixture_of_tokens.utils.manifest import hash_of_file
+from mixture_of_tokens.utils.process import say_once
 
 PACKAGES = "packages"  # the source that is all Python packages installed for this interpreter
 

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mixture_of_tokens.data.sources import located
-from mixture_of_tokens.disk import naming
-from mixture_of_tokens.formatting import first_line
-from mixture_of_tokens.process import said_if_slow
+from mixture_of_tokens.utils.files import naming
+from mixture_of_tokens.utils.formatting import first_line
+from mixture_of_tokens.utils.process import said_if_slow
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257  # 256 bytes and the end of text

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of, ids_of, refuse
-from mixture_of_tokens.formatting import first_line
+from mixture_of_tokens.utils.formatting import first_line
 
 FORMAT = 5  # of the files in the cache; after a change they are made anew
 SHARD_TOKENS = 2**27  # per file

@@ -24,16 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import Result, Summary, few_of, listing
-from mixture_of_tokens.model.cost import memory, parameters
-from mixture_of_tokens.model.routings import properties
+from mixture_of_tokens.models.routings import properties
+from mixture_of_tokens.planning.cost import memory, parameters
 from mixture_of_tokens.reports.labels import labels
 from mixture_of_tokens.reports.origins import Origin
 from mixture_of_tokens.runs import records
-from mixture_of_tokens.runs.admission import check_comparable
+from mixture_of_tokens.runs.preconditions import check_comparable
 from mixture_of_tokens.runs.run import Point, Run, read_run
 from mixture_of_tokens.runs.typed import FORMAT, as_fields
+from mixture_of_tokens.utils.files import write_text
+from mixture_of_tokens.utils.formatting import Result, Summary, few_of, listing
 
 COMPARISON = "compare.json"
 STEPS = "--steps"  # of the conditions; a run that continues another has more

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mixture_of_tokens.model.names import as_named, other_sizes, parse_name
-from mixture_of_tokens.model.routings import MIXTURE, SETTINGS
+from mixture_of_tokens.models.names import as_named, other_sizes, parse_name
+from mixture_of_tokens.models.routings import MIXTURE, SETTINGS
 from mixture_of_tokens.runs.records import OF_TRAINING
 from mixture_of_tokens.runs.run import Run
 

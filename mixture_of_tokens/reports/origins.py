@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixture_of_tokens.formatting import Summary
 from mixture_of_tokens.reports.labels import labels
 from mixture_of_tokens.runs.run import Point, Run
-from mixture_of_tokens.runs.starts import began_with
+from mixture_of_tokens.runs.warm_start import began_with
+from mixture_of_tokens.utils.formatting import Summary
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ from operator import attrgetter
 from typing import Any
 
 from mixture_of_tokens.data.report import title_of
-from mixture_of_tokens.formatting import Summary, duration, enumerated, loss, ratio, short
-from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.routings import MIXTURE, TABLE
-from mixture_of_tokens.rendering import page_of
-from mixture_of_tokens.reports import prose
+from mixture_of_tokens.models.names import parse_name
+from mixture_of_tokens.models.routings import MIXTURE, TABLE
+from mixture_of_tokens.reports import findings
 from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel, swatch
 from mixture_of_tokens.reports.origins import Origin
 from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
 from mixture_of_tokens.runs.run import Point, Run
+from mixture_of_tokens.utils.formatting import Summary, duration, enumerated, loss, ratio, short
+from mixture_of_tokens.utils.rendering import page_of
 
 POINTS = 400  # of a line of measurements, which is about as many pixels wide
 SKIPPED = 0.15  # of the steps, whose steep losses would flatten the rest of the picture
@@ -41,9 +41,9 @@ def page(
         title=f"{enumerated(labels)} compared" if len(labels) > 1 else labels[0],
         comparison=comparison,
         rows=[(i, model.label, model) for i, model in enumerate(comparison.models)],
-        prose=prose,
+        findings=findings,
         labels=labels,
-        seeds=prose.seeds_of(comparison),
+        seeds=findings.seeds_of(comparison),
         series=SERIES,
         swatch=swatch,
         curves=_curves(comparison, switches),
@@ -202,7 +202,7 @@ def _shares(comparison: Comparison, key: str) -> list[str]:
         if found is None:
             shares.append(f"{model.label} never reaches it")
         else:
-            few = f" on {found.seeds} of {prose.seeds_of(comparison)}" * (found.seeds < len(comparison.seeds))
+            few = f" on {found.seeds} of {findings.seeds_of(comparison)}" * (found.seeds < len(comparison.seeds))
             shares.append(f"{model.label} {ratio(found.mean)}{few}")
     return shares
 
@@ -213,7 +213,7 @@ Measured = tuple[str, str, list[str], list[tuple[int, str, str]]]
 def _measures(models: dict[str, list[Run]], switched: dict[int, float]) -> list[Measured]:
     """Of each measure its title and meaning, what does not change, and the figures of the others with their series."""
     measured, found = {label: _telemetry(model) for label, model in models.items()}, []
-    for measure, (title, meaning) in prose.MEASURES.items():
+    for measure, (title, meaning) in findings.MEASURES.items():
         of = {label: found[measure] for label, found in measured.items() if measure in found}
         if of:
             found.append((title, meaning, *_measure(title, of, list(models), switched)))

@@ -7,21 +7,21 @@ from pathlib import Path
 from textwrap import fill, indent
 from typing import Any
 
-from mixture_of_tokens.checks import checked, listed
-from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import Result, aligned, duration, loss
-from mixture_of_tokens.model.placement import Device
-from mixture_of_tokens.model.routings import PROPERTIES
-from mixture_of_tokens.process import check_one_process
-from mixture_of_tokens.rendering import START
+from mixture_of_tokens.models.routings import PROPERTIES
+from mixture_of_tokens.parallel.placement import Device
 from mixture_of_tokens.reports.comparison import COMPARISON, WAYS, Comparison, by_model, comparison, runs_of
+from mixture_of_tokens.reports.findings import OF_WAYS, SERVED, differing, findings, way_of, why_no_time
 from mixture_of_tokens.reports.origins import without_origins
 from mixture_of_tokens.reports.page import page
-from mixture_of_tokens.reports.prose import OF_WAYS, SERVED, differing, findings, way_of, why_no_time
 from mixture_of_tokens.reports.reproduce import Places, commands_of
 from mixture_of_tokens.reports.samples import continued
-from mixture_of_tokens.runs.admission import check_writable
+from mixture_of_tokens.runs.preconditions import check_writable
 from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.utils.checks import checked, listed
+from mixture_of_tokens.utils.files import write_text
+from mixture_of_tokens.utils.formatting import Result, aligned, duration, loss
+from mixture_of_tokens.utils.process import check_one_process
+from mixture_of_tokens.utils.rendering import START
 
 PAGE = "report.html"
 WIDTH = 110  # of sentences beside the table

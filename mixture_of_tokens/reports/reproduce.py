@@ -5,9 +5,9 @@ import os
 import shlex
 from pathlib import Path
 
-from mixture_of_tokens.formatting import enumerated
 from mixture_of_tokens.runs.records import CONFIG, RETIRED
 from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.utils.formatting import enumerated
 
 
 class Places:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from mixture_of_tokens.formatting import first_line
-from mixture_of_tokens.inference.sampling import Sampling, continue_prompts
-from mixture_of_tokens.model.placement import Device
+from mixture_of_tokens.generation.sampling import Sampling, continue_prompts
+from mixture_of_tokens.parallel.placement import Device
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
+from mixture_of_tokens.utils.formatting import first_line
 
 TEMPERATURE = 0.8
 # Short, and as different as the texts of a group in training; the first few are shown.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mixture_of_tokens import manifest
-from mixture_of_tokens.formatting import unreadable
+from mixture_of_tokens.utils import manifest
+from mixture_of_tokens.utils.formatting import unreadable
 
 
 def _all(run: Path) -> Iterator[Path]:

@@ -12,16 +12,16 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mixture_of_tokens import manifest
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import refuse
-from mixture_of_tokens.formatting import first_line
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.placement import COPIES, Device, Dtype, Placement, check_device
-from mixture_of_tokens.model.sharding import shard_model
-from mixture_of_tokens.process import process_count, said_if_slow
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.parallel.placement import COPIES, Device, Dtype, Placement, check_device
+from mixture_of_tokens.parallel.sharding import shard_model
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.records import RunConfig, RunFacts
+from mixture_of_tokens.utils import manifest
+from mixture_of_tokens.utils.formatting import first_line
+from mixture_of_tokens.utils.process import process_count, said_if_slow
 
 SHIPPED = Path(__file__).parents[1] / "nano"  # a trained model that comes with the library (examples/nano.py)
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")  # one of which every tokenizer has

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mixture_of_tokens.cpu import cores
+from mixture_of_tokens.utils.cpu import cores
 
 PACKAGES = ("mixture-of-tokens", "torch", "transformers", "accelerate", "tokenizers", "numpy")
 

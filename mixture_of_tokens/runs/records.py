@@ -9,14 +9,14 @@ from typing import Any, Self
 import yaml
 from transformers import TrainingArguments
 
-from mixture_of_tokens import yaml12
-from mixture_of_tokens.data.parts import Parts
 from mixture_of_tokens.data.prepare import COMMON_GROUP, Prepared, prepare_text
-from mixture_of_tokens.formatting import finite
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.names import config_from_name
-from mixture_of_tokens.model.routings import SETTINGS
+from mixture_of_tokens.data.streaming import Parts
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.names import config_from_name
+from mixture_of_tokens.models.routings import SETTINGS
 from mixture_of_tokens.runs.typed import FORMAT, JsonFile, Record, is_a, without_format
+from mixture_of_tokens.utils import yaml12
+from mixture_of_tokens.utils.formatting import finite
 
 SAMPLE_PROMPT = "def "  # what a run's sample continues
 CONFIG, FACTS, SWITCH, METRICS = "config.yaml", "run.json", "switch.json", "metrics.jsonl"

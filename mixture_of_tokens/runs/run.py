@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from mixture_of_tokens.checks import checked
-from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import duration, few_of
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.cost import flops_per_token
-from mixture_of_tokens.model.names import as_named, config_from_name
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.names import as_named, config_from_name
+from mixture_of_tokens.planning.cost import flops_per_token
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
 from mixture_of_tokens.runs.typed import FORMAT, as_fields, without_format
+from mixture_of_tokens.utils.checks import checked
+from mixture_of_tokens.utils.files import write_text
+from mixture_of_tokens.utils.formatting import duration, few_of
 
 
 @dataclass(frozen=True)

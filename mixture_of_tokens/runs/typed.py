@@ -8,7 +8,7 @@ from pathlib import Path
 from reprlib import repr  # of a part of what is long or nested
 from typing import Any, Self
 
-from mixture_of_tokens.disk import write_text
+from mixture_of_tokens.utils.files import write_text
 
 FORMAT = 1
 

@@ -16,11 +16,11 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
 
-from mixture_of_tokens.checks import LARGEST, check_number
-from mixture_of_tokens.flags import typed
-from mixture_of_tokens.formatting import first_line, in_words
-from mixture_of_tokens.model.names import nearest
-from mixture_of_tokens.process import process_count
+from mixture_of_tokens.models.names import nearest
+from mixture_of_tokens.settings.flags import typed
+from mixture_of_tokens.utils.checks import LARGEST, check_number
+from mixture_of_tokens.utils.formatting import first_line, in_words
+from mixture_of_tokens.utils.process import process_count
 
 # Fields of TrainingArguments that have a flag of their own.
 TAKEN = {"output_dir": "--out", "use_cpu": "--device", "max_steps": "--steps", "seed": "--seed"}

@@ -10,13 +10,13 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches
-from mixture_of_tokens.data.parts import PartedBatches
 from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.data.streaming import PartedBatches
 from mixture_of_tokens.data.tokenizer import ids_of
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.placement import COPIES, Placement
-from mixture_of_tokens.model.sharding import limit_waits, shard_model
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.parallel.placement import COPIES, Placement
+from mixture_of_tokens.parallel.sharding import limit_waits, shard_model
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.training.recipes import Merged
 from mixture_of_tokens.training.trainer import RunTrainer

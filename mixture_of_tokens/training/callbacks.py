@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from mixture_of_tokens.disk import disk_errors, flush, write_text
 from mixture_of_tokens.runs.records import MetricsRow, row_of
+from mixture_of_tokens.utils.files import disk_errors, flush, write_text
 
 # What Trainer logs, by its name in a row of metrics.jsonl.
 OF_LOGS = {name: name for name in ("eval_loss", "learning_rate", "grad_norm", "aux_loss", "data_wait")}

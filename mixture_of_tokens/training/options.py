@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from mixture_of_tokens.checks import check, listed, plain
-from mixture_of_tokens.flags import as_words, flagged
-from mixture_of_tokens.model.placement import Device
+from mixture_of_tokens.parallel.placement import Device
+from mixture_of_tokens.settings.flags import as_words, flagged
+from mixture_of_tokens.utils.checks import check, listed, plain
 
 
 def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:

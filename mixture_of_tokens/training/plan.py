@@ -6,16 +6,16 @@ from typing import Any, Literal
 
 import torch
 
-from mixture_of_tokens.checks import at_least_one, check_number, checked
-from mixture_of_tokens.flags import as_words
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.cost import training_flops
-from mixture_of_tokens.model.fields import config_of
-from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.placement import Placement
-from mixture_of_tokens.model.plan import Plan, Training, plan_of
-from mixture_of_tokens.model.spread import spread_of
-from mixture_of_tokens.process import check_one_process
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.fields import config_of
+from mixture_of_tokens.models.names import parse_name
+from mixture_of_tokens.parallel.placement import Placement
+from mixture_of_tokens.planning.communication import spread_of
+from mixture_of_tokens.planning.cost import training_flops
+from mixture_of_tokens.planning.estimates import Plan, Training, plan_of
+from mixture_of_tokens.settings.flags import as_words
+from mixture_of_tokens.utils.checks import at_least_one, check_number, checked
+from mixture_of_tokens.utils.process import check_one_process
 
 TFLOPS = 300.0  # some 30 % of an H100's 989 in bf16
 

@@ -6,13 +6,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from mixture_of_tokens.checks import at_least_one, checked
 from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.formatting import Result
-from mixture_of_tokens.process import by_itself, process_count, process_number
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import check_settings, merge
+from mixture_of_tokens.utils.checks import at_least_one, checked
+from mixture_of_tokens.utils.formatting import Result
+from mixture_of_tokens.utils.process import by_itself, process_count, process_number
 
 
 @dataclass(frozen=True)

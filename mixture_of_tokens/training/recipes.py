@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments
 
-from mixture_of_tokens.checks import check_number
 from mixture_of_tokens.data.tokenizer import check_vocab_size
-from mixture_of_tokens.formatting import enumerated, in_words
-from mixture_of_tokens.model.config import MixtureOfTokensConfig
-from mixture_of_tokens.model.fields import config_of, names_the_flag
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.names import FIELDS, Name, other_sizes, parse_name
-from mixture_of_tokens.model.placement import Placement, check_device
-from mixture_of_tokens.model.routings import SETTINGS
-from mixture_of_tokens.process import by_itself, process_count, say_once, the_only_training
-from mixture_of_tokens.runs.admission import check_seed
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.fields import config_of, names_the_flag
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.models.names import FIELDS, Name, other_sizes, parse_name
+from mixture_of_tokens.models.routings import SETTINGS
+from mixture_of_tokens.parallel.placement import Placement, check_device
+from mixture_of_tokens.runs.preconditions import check_seed
 from mixture_of_tokens.runs.records import DERIVED, LATER, RunConfig, Start, Transition
 from mixture_of_tokens.training.arguments import FIXED, check_environment, given_fields, try_out
 from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.utils.checks import check_number
+from mixture_of_tokens.utils.formatting import enumerated, in_words
+from mixture_of_tokens.utils.process import by_itself, process_count, say_once, the_only_training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from mixture_of_tokens.model.cost import legal_micro_batches
-from mixture_of_tokens.model.spread import spread_of
-from mixture_of_tokens.process import is_main, process_count, process_number, processes_here, say_once
+from mixture_of_tokens.planning.communication import spread_of
+from mixture_of_tokens.planning.cost import legal_micro_batches
 from mixture_of_tokens.training.recipes import Merged
+from mixture_of_tokens.utils.process import is_main, process_count, process_number, processes_here, say_once
 
 # Peaks of a step were 1.05 to 1.3 times the estimate, and with ReMoE, counted with all of its experts, 0.77 times.
 SURELY, CLOSE = 0.9, 0.8  # of the estimate, what a training takes at least; of the memory, from where on it may fail

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
-from mixture_of_tokens.model.passes import serving_alone
-from mixture_of_tokens.model.sharding import is_sharded
+from mixture_of_tokens.models.forward_hooks import serving_alone
+from mixture_of_tokens.parallel.sharding import is_sharded
 from mixture_of_tokens.runs.records import ALONE, ALONE_BY_FEW, IN_GROUPS
 from mixture_of_tokens.training.trainer import RunTrainer
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from mixture_of_tokens.process import TORCHRUN, answered, end_with_parent
+from mixture_of_tokens.utils.process import TORCHRUN, answered, end_with_parent
 
 ALWAYS, FLAG = (
     30,

@@ -6,19 +6,19 @@ from typing import Any
 
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import hash_of, load_tokenizer
-from mixture_of_tokens.flags import as_word
-from mixture_of_tokens.formatting import enumerated
-from mixture_of_tokens.model.companions import forget_companions
-from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.model.sharding import whole
-from mixture_of_tokens.process import is_main, say_once
+from mixture_of_tokens.models.companions import forget_companions
+from mixture_of_tokens.models.names import parse_name
+from mixture_of_tokens.parallel.sharding import whole
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import MetricsRow
-from mixture_of_tokens.runs.starts import TEXT, Beginning
+from mixture_of_tokens.runs.warm_start import TEXT, Beginning
+from mixture_of_tokens.settings.flags import as_word
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged
 from mixture_of_tokens.training.trainer import RunTrainer
+from mixture_of_tokens.utils.formatting import enumerated
+from mixture_of_tokens.utils.process import is_main, say_once
 
 # Fields of a model that a run may choose anew; all others decide what its weights are, or what it computes of them.
 FREE = ("capacity_factor", "router_aux_loss_coef", "balance_rate", "threshold_decay", "attention_dropout")

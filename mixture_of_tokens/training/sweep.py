@@ -13,22 +13,22 @@ from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
-from mixture_of_tokens.checks import checked, listed
 from mixture_of_tokens.data.sources import located
 from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer
-from mixture_of_tokens.disk import write_text
-from mixture_of_tokens.formatting import Result, aligned, few_of, short
-from mixture_of_tokens.model.cost import training_flops
-from mixture_of_tokens.model.names import parse_name
-from mixture_of_tokens.process import is_main
+from mixture_of_tokens.models.names import parse_name
+from mixture_of_tokens.planning.cost import training_flops
 from mixture_of_tokens.runs import records
-from mixture_of_tokens.runs.admission import check_holds_runs, check_planned, check_resumed, names_listed_in
-from mixture_of_tokens.runs.ownership import owned
+from mixture_of_tokens.runs.locking import owned
+from mixture_of_tokens.runs.preconditions import check_holds_runs, check_planned, check_resumed, names_listed_in
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, estimate
 from mixture_of_tokens.training.train import run_merged
+from mixture_of_tokens.utils.checks import checked, listed
+from mixture_of_tokens.utils.files import write_text
+from mixture_of_tokens.utils.formatting import Result, aligned, few_of, short
+from mixture_of_tokens.utils.process import is_main
 
 FILE, DIVERGED = "sweep.json", "diverged.txt"
 ANOTHER_OUT = "; take another --out"  # where a run in it saw other text

@@ -15,34 +15,22 @@ import torch
 from cyclopts import Parameter
 from transformers import TrainingArguments
 
-from mixture_of_tokens import manifest
-from mixture_of_tokens.checks import checked
 from mixture_of_tokens.data.groups import GROUPS, training_groups
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.disk import plain_errors, published, write_text
-from mixture_of_tokens.inference.sampling import continue_prompts
-from mixture_of_tokens.model.calibration import calibrate_thresholds
-from mixture_of_tokens.model.companions import calibrate_companions
-from mixture_of_tokens.model.cost import flops_per_token
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.placement import Placement
-from mixture_of_tokens.model.sharding import IN_ONE_FILE, broadcast, is_sharded, unsharded, whole_state
-from mixture_of_tokens.process import (
-    ended_by_sigterm,
-    is_main,
-    process_count,
-    process_number,
-    say_once,
-    the_only_training,
-)
-from mixture_of_tokens.rendering import card_of
+from mixture_of_tokens.generation.sampling import continue_prompts
+from mixture_of_tokens.models.companions import calibrate_companions
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.models.threshold_calibration import calibrate_thresholds
+from mixture_of_tokens.parallel.placement import Placement
+from mixture_of_tokens.parallel.sharding import IN_ONE_FILE, broadcast, is_sharded, unsharded, whole_state
+from mixture_of_tokens.planning.cost import flops_per_token
 from mixture_of_tokens.runs import checkpoints, provenance, records
-from mixture_of_tokens.runs.admission import check_free, check_resumed, check_writable
 from mixture_of_tokens.runs.loading import model_directory, without_progress_bars
-from mixture_of_tokens.runs.ownership import owned
+from mixture_of_tokens.runs.locking import owned
+from mixture_of_tokens.runs.preconditions import check_free, check_resumed, check_writable
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
-from mixture_of_tokens.runs.starts import beginning_of
+from mixture_of_tokens.runs.warm_start import beginning_of
 from mixture_of_tokens.training.building import arguments_of, build, in_fp32
 from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
@@ -52,6 +40,18 @@ from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signa
 from mixture_of_tokens.training.starting import begin_with, check_same_model, name_with, options_with
 from mixture_of_tokens.training.timing import MergedWith, check_minutes, fitting, found_before
 from mixture_of_tokens.training.trainer import RunTrainer
+from mixture_of_tokens.utils import manifest
+from mixture_of_tokens.utils.checks import checked
+from mixture_of_tokens.utils.files import plain_errors, published, write_text
+from mixture_of_tokens.utils.process import (
+    ended_by_sigterm,
+    is_main,
+    process_count,
+    process_number,
+    say_once,
+    the_only_training,
+)
+from mixture_of_tokens.utils.rendering import card_of
 
 REGROUPINGS = 3
 

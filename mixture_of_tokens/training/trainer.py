@@ -21,23 +21,23 @@ from transformers.trainer import SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mixture_of_tokens import manifest
 from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
-from mixture_of_tokens.disk import disk_errors, plain_errors, publish
-from mixture_of_tokens.formatting import few_of
-from mixture_of_tokens.inference.losses import evaluate_blocks, groups_of
-from mixture_of_tokens.layout import at_least_fp32
-from mixture_of_tokens.model.balance import BalanceCallback
-from mixture_of_tokens.model.companions import calibrate_companions, forget_companions
-from mixture_of_tokens.model.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.model.optimizer_state import check_optimizer, load_optimizer, save_optimizer
-from mixture_of_tokens.model.sharding import IN_ONE_FILE, is_sharded, load_whole, local, unsharded, whole_state
-from mixture_of_tokens.model.telemetry import measure, router_gradient_norms
-from mixture_of_tokens.process import of_all
+from mixture_of_tokens.evaluation.losses import evaluate_blocks, groups_of
+from mixture_of_tokens.layers.grouping import at_least_fp32
+from mixture_of_tokens.models.balance_callback import BalanceCallback
+from mixture_of_tokens.models.companions import calibrate_companions, forget_companions
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.models.telemetry import measure, router_gradient_norms
+from mixture_of_tokens.parallel.optimizer_state import check_optimizer, load_optimizer, save_optimizer
+from mixture_of_tokens.parallel.sharding import IN_ONE_FILE, is_sharded, load_whole, local, unsharded, whole_state
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.training.callbacks import Clock, RunLog
 from mixture_of_tokens.training.signals import begin_worker
 from mixture_of_tokens.training.tensorboard import writes_events
+from mixture_of_tokens.utils import manifest
+from mixture_of_tokens.utils.files import disk_errors, plain_errors, publish
+from mixture_of_tokens.utils.formatting import few_of
+from mixture_of_tokens.utils.process import of_all
 
 EVALUATION_ROWS = 1024  # during training; the final loss is over the whole split
 BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # what a schedule has for each of the optimizer's groups

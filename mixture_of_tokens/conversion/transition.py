@@ -1,0 +1,260 @@
+"""Transition tuning: a trained Mixture of Tokens becomes a Token Choice model. The command `mot transition`."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from mixture_of_tokens.conversion.distil import STEPS
+from mixture_of_tokens.conversion.switch import Scores, default_scores, token_choice_config
+from mixture_of_tokens.conversion.warm_start import begin_switched
+from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.names import FIELDS, parse_name
+from mixture_of_tokens.parallel.optimizer_state import OPTIMIZER
+from mixture_of_tokens.parallel.placement import Device, Placement
+from mixture_of_tokens.runs import checkpoints, records
+from mixture_of_tokens.runs.loading import model_directory, text_of
+from mixture_of_tokens.runs.preconditions import check_free
+from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
+from mixture_of_tokens.runs.run import Run, Stages, read_run
+from mixture_of_tokens.settings.flags import as_word
+from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.training.recipes import Merged, merge
+from mixture_of_tokens.training.room import tell_room
+from mixture_of_tokens.training.train import run_merged
+from mixture_of_tokens.utils import manifest
+from mixture_of_tokens.utils.checks import at_least_one, checked
+from mixture_of_tokens.utils.formatting import Result, aligned, duration
+from mixture_of_tokens.utils.process import process_count
+
+# Fields that are copied from the source.
+GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")
+GIVEN += ("separate_documents", "scored_rows")
+# Fields of the model that a switch sets.
+SWITCHED = ("mlp_layer_types", "num_experts_per_tok", "capacity_factor", "router_temperature")
+# By --schedule, fields of TrainingArguments; own has the defaults of a new run.
+SCHEDULES = {
+    "own": {},
+    "continued": {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0},
+    "decay": {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": 0,
+    },
+}
+# Fields of TrainingArguments that depend on the source's number of steps, and of evaluations, which a switch needs.
+OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_", "save_steps", "per_device_eval_batch_size")
+ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
+
+Schedule = Literal["continued", "decay", "own"]
+
+
+@dataclass(frozen=True)
+class Transitioned(Result):
+    """A run after a switch.
+
+    switch, stages: losses over the part of the text that training is evaluated on.
+    source_final_loss, final_loss: losses over all of it, or what was scored at the end.
+    """
+
+    source: str
+    directory: str
+    switch: Switch
+    stages: Stages
+    steps: int
+    source_final_loss: float
+    final_loss: float
+    seconds_after: float
+
+    @classmethod
+    def of(cls, source: Run, run: Run) -> "Transitioned":
+        assert run.switch is not None
+        return cls(
+            source=str(source.directory),
+            directory=str(run.directory),
+            switch=run.switch,
+            stages=run.stages,
+            steps=run.config.steps,
+            source_final_loss=source.facts.final_loss,
+            final_loss=run.facts.final_loss,
+            seconds_after=run.facts.seconds - source.facts.seconds,
+        )
+
+    def __str__(self) -> str:
+        switch, stages = self.switch, self.stages
+        before = switch.source_in_groups
+        rows = [
+            (f"{Path(self.source).name}, in {switch.groups}", before),
+            ("the same, each row alone", switch.source_alone),
+            ("switched, unchanged weights", switch.plain_switch),
+            ("switched, as training begins" if self.steps else "switched", switch.at_the_switch),
+        ]
+        if self.steps:
+            done = stages.tenth_step - switch.step
+            rows.append((f"step {stages.tenth_step}, after {done} of {self.steps}", stages.tenth_loss))
+            rows.append((f"step {switch.step + self.steps}, the end", stages.end_loss))
+        shown = [["", "loss", "vs first"], *([what, f"{loss:.4f}", f"{loss - before:+.4f}"] for what, loss in rows)]
+        lines = [
+            aligned(shown),
+            "",
+            "These losses are over the part of the text that training is evaluated on.",
+            f"Over all of it the first is {self.source_final_loss:.4f}, this run's {self.final_loss:.4f}.",
+        ]
+        if stages.first is not None and stages.last is not None:
+            lines.append(
+                f"In the worst layer, the busiest expert gets {stages.first.largest_load:.1f} times its even share at "
+                f"first and {stages.last.largest_load:.1f} times at the end; {stages.first.dropped:.1%} and "
+                f"{stages.last.dropped:.1%} of tokens are dropped."
+            )
+        times = f"{duration(switch.fit_seconds or 0)} of fitting, {duration(self.seconds_after)} of training after it."
+        lines.append(f"{times} Everything is in {self.directory}; mot report {self.directory} draws the curve.")
+        return "\n".join(lines)
+
+
+@checked
+def transition(
+    run: Path,
+    *,
+    out: Path | None = None,
+    steps: int | None = None,
+    top_k: int | None = None,
+    capacity: float | None = None,
+    scores: Scores | None = None,
+    calibrate: Literal["distil", "none"] = "distil",
+    distil_steps: int | None = None,
+    optimizer: Literal["carried", "fresh"] = "carried",
+    schedule: Schedule = "own",
+    learning_rate: float | None = None,
+    device: Device | None = None,
+    shard: int | None = None,
+    replicate: int | None = None,
+    expert_parallel: int | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> Transitioned | RunConfig | None:
+    """Turn a finished Mixture of Tokens into Token Choice, which serves each text by itself, and train it on.
+
+    All weights carry over, and training goes on in the text where the source stopped. The new run inherits its source's
+    metrics, clock and step count, so that mot report plots one curve; its checkpoints count from 0.
+
+    Args:
+        run: The source, a finished run directory of mot train. It is only read.
+        out: The new run directory; by default RUN-transition beside it.
+        steps: Steps of training after the switch, by default a tenth of the source's. 0 switches and trains nothing.
+        top_k: Experts a token goes to; by default the granularity, at equal FLOPs.
+        capacity: Capacity factor in training: an expert drops tokens beyond this many times its even share. The paper
+            has 1.25; by default nothing is dropped.
+        scores: Gates of the new model: softmax over the experts, the default (exports as Qwen3-MoE), or a sigmoid each
+            (Dots1), the default where there are shared experts.
+        calibrate: What is fitted at the switch, so that the loss does not jump. distil fits all weights of the sparse
+            layers to what these give for a text alone; none is the paper's plain switch.
+        distil_steps: Steps of distillation for each layer, by default 2,000; a source that was trained longer may need
+            more.
+        optimizer: carried takes the optimizer's moments from the source's last checkpoint, but for distilled weights.
+        schedule: continued holds the source's last learning rate; decay falls from there to a tenth of it, for sources
+            with a constant rate; own warms up, for a tenth of the steps at most, and falls to a tenth of the peak.
+        learning_rate: The peak, or what is held; by default a quarter of the source's peak if own, else its last one.
+        device: cpu or cuda; by default cuda where there is one.
+        shard: As in mot train, and the next two; each process makes the switch on a whole model before that.
+        replicate: Copies of a sharded model.
+        expert_parallel: Processes that divide the experts, where experts are balanced by construction.
+        resume: Go on from the newest valid checkpoint of the new run.
+        dry_run: As in mot train.
+
+    Returns the run's stages, with `dry_run` its configuration; None in all processes of torchrun but the first.
+
+    Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
+    """
+    at_least_one(top_k=top_k, distil_steps=distil_steps)
+    Placement.of(shard, replicate, expert_parallel, process_count())
+    if steps is not None and steps < 0:
+        raise ValueError(f"--steps must be 0 or more, not {steps}")
+    if capacity is not None and not 0 < capacity < math.inf:
+        raise ValueError(f"--capacity must be positive and finite, not {capacity}")
+    if steps == 0 and (learning_rate is not None or schedule != "own"):
+        raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
+    if distil_steps is not None and calibrate != "distil":
+        raise ValueError(f"--calibrate {calibrate} leaves nothing for --distil-steps to change")
+    run, out = _places(Path(run), out)
+    source = read_run(run)
+    scores = scores or default_scores(source.model_config)
+    if capacity is not None and scores == "sigmoid":
+        raise ValueError(f"--capacity {capacity} is for --scores softmax: with sigmoid gates no token is dropped")
+    steps = max(1, source.facts.steps // 10) if steps is None else steps
+    asked = Transition(
+        source=str(run.resolve()),
+        calibrate=calibrate,
+        optimizer=optimizer,
+        distil_steps=(distil_steps or STEPS) if calibrate == "distil" else None,
+    )
+    target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores)
+    where = Options(device=device, shard=shard, replicate=replicate, expert_parallel=expert_parallel)
+    merged = _merged(source, asked, target, steps, schedule, learning_rate, where)
+    if dry_run:
+        tell_room(merged)
+        return merged.config
+    if not resume:
+        check_free(out)
+    # Once there is a checkpoint to go on from, the source is no longer needed.
+    begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.has_any(out))
+    carried = _moments_of(source) if optimizer == "carried" and steps > 0 and not begun else None
+    if not begun:
+        model_directory(str(run))
+        text_of(str(run))  # raises ValueError if it has changed
+    made = run_merged(merged, out, resume=resume, begin=partial(begin_switched, source, asked, carried, out))
+    return None if made is None else Transitioned.of(source, made)
+
+
+def _places(run: Path, out: Path | None) -> tuple[Path, Path]:
+    """The source's directory, with a name, and the new run's. Raises ValueError for one inside the other."""
+    run = run.resolve() if run.name in ("", "..") else run
+    out = run.parent / f"{run.name}-transition" if out is None else Path(out)
+    if run.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"--out {out} is the source itself, or inside it; name another")
+    return run, out
+
+
+def _merged(
+    source: Run,
+    asked: Transition,
+    target: MixtureOfTokensConfig,
+    steps: int,
+    schedule: Schedule,
+    learning_rate: float | None,
+    where: Options,
+) -> Merged:
+    """The source's configuration, with its text and batches, the new routing and the new schedule."""
+    given = {field: getattr(target, field, value) for field, value in source.config.model.items() if field in FIELDS}
+    given |= {field: getattr(target, field) for field in SWITCHED}
+    model = {field: value for field, value in given.items() if field not in DERIVED}
+    # What does not depend on the source's number of steps.
+    training = {k: v for k, v in source.config.training.items() if not k.startswith(OF_THE_SOURCE)}
+    chosen = {"model": model, "training": training | SCHEDULES[schedule]}
+    words = {kind: {field: as_word(value) for field, value in fields.items()} for kind, fields in chosen.items()}
+    options = replace(where, steps=steps, **words, **{key: getattr(source.config, key) for key in GIVEN})
+    if learning_rate is None:
+        learning_rate = source.config.learning_rate / 4 if schedule == "own" else _last_rate(source)
+    name = str(replace(parse_name(source.name), system=target.sparse_routings[0].prefix))
+    return merge(name, source.seed, learning_rate, options, first_step=source.facts.steps, transition=asked)
+
+
+def _last_rate(source: Run) -> float:
+    rate = next((row.learning_rate for row in reversed(source.rows) if row.learning_rate), None)
+    if rate is None:
+        what = f"metrics.jsonl of {source.directory} has no learning rate, as no step was logged"
+        raise ValueError(f"{what}: --learning-rate names one")
+    return rate
+
+
+def _moments_of(source: Run) -> Path:
+    if source.model_config.learnable_temperature:
+        raise ValueError("the optimizer state of a learned temperature cannot be carried: --optimizer fresh")
+    optim = source.config.of_training("optim")
+    if optim not in ADAM:
+        raise ValueError(f"only {', '.join(ADAM)} can be carried, not the state of {optim}: --optimizer fresh")
+    last = checkpoints.at(source.directory, source.config.steps)
+    problem = manifest.fault(last) if last.is_dir() else "it is not there"
+    if problem is not None or not (last / OPTIMIZER).is_dir():
+        raise ValueError(f"{last} has no optimizer state to carry: {problem or 'it was removed'}; --optimizer fresh")
+    return last

@@ -1,0 +1,1 @@
+"""The loss of a trained model, and what leaks in it."""

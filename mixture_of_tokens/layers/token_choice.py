@@ -1,0 +1,251 @@
+"""The sparse routings that Mixture of Tokens is compared with, over the same experts. Letters as in `mixture.py`."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixture_of_tokens.layers.dispatch import Slots, dropless
+from mixture_of_tokens.layers.experts import (
+    Routed,
+    RoutedOptions,
+    check_choices,
+    highest,
+    softmax,
+    summed_over_processes,
+)
+from mixture_of_tokens.layers.grouping import at_least_fp32, check_full, check_shapes, grouped, ungrouped
+from mixture_of_tokens.layers.losses import AuxiliaryLoss, LoadBalancingLoss
+from mixture_of_tokens.utils.checks import check, check_range, check_sizes
+
+
+def tokens_of_an_expert(group_size: int, num_experts_per_tok: int, num_experts: int) -> int:
+    """How many tokens of a group an expert takes in Expert Choice."""
+    return max(1, round(group_size * num_experts_per_tok / num_experts))
+
+
+class ExpertChoice(Routed):
+    """Each expert takes its top tokens of a group (Zhou et al., arXiv 2202.09368), at one position of G examples.
+
+    Choosing along the sequence would leak the future, so experts choose across the batch, as in the code of the MoT
+    authors. An expert takes C = max(1, round(G * num_experts_per_tok / E)) tokens. A token gets `num_experts_per_tok`
+    experts on average, possibly none, and more in a group of n < G tokens. Gates are each token's softmax over experts.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        group_size: int,
+        *,
+        num_experts_per_tok: int = 1,
+        **options: Unpack[RoutedOptions],
+    ):
+        super().__init__(hidden_size, expert_size, num_experts, **options)
+        check_sizes(group_size=group_size, num_experts_per_tok=num_experts_per_tok)
+        self.group_size = group_size
+        self.capacity = tokens_of_an_expert(group_size, num_experts_per_tok, num_experts)
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}, capacity={self.capacity}"
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
+        x_MGD, mask_MG1, _ = grouped(x_BTD, token_mask, self.group_size)
+        if self.training:
+            check_full(x_BTD, self.group_size)
+        M, G, D = x_MGD.shape
+        scores_MGE = softmax(self.gate(x_MGD), dim=-1)
+        if mask_MG1 is not None:  # masked tokens are taken last, and with gate 0
+            scores_MGE = scores_MGE.masked_fill(~mask_MG1, 0)
+        gate_MCE, token_MCE = scores_MGE.topk(min(self.capacity, G), dim=1)
+        row_MCE = token_MCE + torch.arange(0, M * G, G, device=x_MGD.device)[:, None, None]
+        gate_ER, row_ER = gate_MCE.flatten(0, 1).T, row_MCE.flatten(0, 1).T  # R = M * C
+        token_A, slot_A = row_ER.flatten().sort(stable=True)
+        slots = Slots.of(token_A, slot_A, slot_A.shape[0], M * G)
+        y_ND = self.experts(slots.dispatch(x_MGD.flatten(0, 1)).view(*row_ER.shape, D)).flatten(0, 1)
+        y_MGD = slots.combine(y_ND, gate_ER.flatten().index_select(0, slot_A)).view(M, G, D)
+        y_BTD = ungrouped(y_MGD.to(x_BTD.dtype), mask_MG1, *x_BTD.shape[:2])
+        if not return_weights:
+            return y_BTD
+        weights_MGE = torch.zeros_like(scores_MGE).scatter(1, token_MCE, gate_MCE)
+        return y_BTD, ungrouped(weights_MGE, mask_MG1, *x_BTD.shape[:2])
+
+
+def capacity_ratio(factor: float, num_experts: int) -> tuple[int, int]:
+    """A capacity factor in whole numbers; from E on it drops nothing.
+
+    1.1 * 100 is above 110, and the compiler would take a float for one that varies.
+    """
+    return Fraction(str(min(factor, num_experts))).limit_denominator(10**6).as_integer_ratio()
+
+
+class TokenChoice(Routed):
+    """Each token takes its top-k experts (Switch, arXiv 2101.03961); its gates are their probabilities.
+
+    In training an expert takes at most max(1, ceil(capacity_factor * n * k / E)) of the n real tokens; the rest are
+    dropped: they get no update from it. Earlier positions have priority, then first choices, then earlier rows, so
+    dropping never depends on what a later token is, only on how many there are. In evaluation, and with
+    `capacity_factor=None`, nothing is dropped.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int = 1,
+        norm_topk_prob: bool = False,
+        capacity_factor: float | None = 1.25,
+        **options: Unpack[RoutedOptions],
+    ):
+        super().__init__(hidden_size, expert_size, num_experts, **options)
+        check_choices(num_experts_per_tok, num_experts)
+        check("norm_topk_prob", norm_topk_prob, bool)
+        self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
+        self.capacity_factor = capacity_factor
+        self.auxiliary_loss: AuxiliaryLoss | None = LoadBalancingLoss()
+
+    @property
+    def capacity_factor(self) -> float | None:
+        return self._capacity_factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float | None) -> None:
+        if factor is not None:
+            check_range("capacity_factor", factor)
+        self._capacity_factor, self._capacity_ratio = factor, capacity_ratio(factor or 0.0, self.num_experts)
+
+    def extra_repr(self) -> str:
+        return f"num_experts_per_tok={self.num_experts_per_tok}, capacity_factor={self.capacity_factor}"
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return softmax(logits, dim=-1)
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates and numbers of each token's K experts, by its scores (..., E)."""
+        return highest(scores, self.num_experts_per_tok)
+
+    def note(self, scores: Tensor, expert: Tensor, real: Tensor | None) -> None:
+        """Called in training: scores (..., E), the experts of tokens (..., K), and which tokens are real (...)."""
+        if self.auxiliary_loss is not None:
+            self.auxiliary_loss(scores, expert, real)
+
+    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
+        check_shapes(x_BTD, token_mask)
+        (B, T, D), E, K = x_BTD.shape, self.num_experts, self.num_experts_per_tok
+        x_TBD, masked_TB1 = x_BTD.transpose(0, 1), None
+        if token_mask is not None:
+            masked_TB1 = ~token_mask.bool().T[..., None]
+            x_TBD = x_TBD.masked_fill(masked_TB1, 0)
+        scores_TBE = self.scores(self.gate(x_TBD))
+        gate_TBK, expert_TBK = self.choose(scores_TBE)
+        if self.training:
+            self.note(scores_TBE, expert_TBK, None if masked_TB1 is None else ~masked_TB1[..., 0])
+        if self.norm_topk_prob:
+            gate_TBK = gate_TBK / (gate_TBK.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0; as Dots1 has it
+        if masked_TB1 is not None:  # masked tokens go to no expert
+            gate_TBK, expert_TBK = gate_TBK.masked_fill(masked_TB1, 0), expert_TBK.masked_fill(masked_TB1, E)
+        x_SD, kept_A = x_TBD.flatten(0, 1), None
+        if self.training and self.capacity_factor is not None:
+            token_A = torch.arange(x_SD.shape[0], device=x_SD.device).repeat_interleave(K)
+            slots = Slots.of(token_A, *self._slots_within_capacity(expert_TBK), x_SD.shape[0])
+            y_ND = self.experts(slots.dispatch(x_SD).unflatten(0, (E, -1))).flatten(0, 1)
+            y_SD, kept_A = slots.combine(y_ND, gate_TBK.flatten()), slots.kept_A
+        else:
+            y_SD = dropless(self, x_SD, expert_TBK.flatten(0, 1), gate_TBK.flatten(0, 1))
+        y_BTD = y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
+        if not return_weights:
+            return y_BTD
+        gate_TBK = gate_TBK if kept_A is None else gate_TBK * kept_A.view_as(gate_TBK)
+        weights_TBE = gate_TBK.new_zeros(T, B, E + 1).scatter(2, expert_TBK, gate_TBK)[..., :E]
+        return y_BTD, weights_TBE.transpose(0, 1)
+
+    def _slots_within_capacity(self, expert_TBK: Tensor) -> tuple[Tensor, int]:
+        """The slot of each assignment, N where it is dropped, and N = E * R."""
+        _, B, K = expert_TBK.shape
+        A, E, (times, over) = expert_TBK.numel(), self.num_experts, self._capacity_ratio
+        # In order of priority (position, choice, row), then by expert with that order kept.
+        expert_A, order_A = expert_TBK.transpose(1, 2).flatten().sort(stable=True)
+        ends_E = torch.searchsorted(expert_A, torch.arange(E, device=expert_A.device), right=True)
+        R = min(A // K, max(1, -(-times * A // (over * E))))  # no expert is chosen twice by a token
+        capacity = (-(-times * ends_E[-1] // (over * E))).clamp(min=1, max=R)  # below R where tokens are masked
+        rank_A = torch.arange(A, device=expert_A.device) - F.pad(ends_E, (1, 0))[expert_A]
+        kept_A = (rank_A < capacity) & (expert_A < E)
+        slot_A = torch.where(kept_A, expert_A * R + rank_A, E * R)
+        slot_TKB = torch.empty_like(slot_A).index_copy(0, order_A, slot_A).view(-1, K, B)
+        return slot_TKB.transpose(1, 2).flatten(), E * R
+
+
+class SigmoidChoice(TokenChoice):
+    """Token Choice with independent gates, balanced without a loss (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+        score[t, e] = sigmoid(x_t . c_e / temperature)
+        chosen      = the k experts of the highest score[t, e] + selection_bias[e]
+        gate[t, e]  = score[t, e]               the bias decides the choice alone
+
+    In training each step moves the bias towards the experts that are chosen less than others (Wang et al., arXiv
+    2408.15664, algorithm 1). `balance`, after the optimizer's step, adds to each layer's
+
+        balance_rate * sign(mean number of choices - number of choices of e)
+
+    counted over all micro-batches and processes since the last call. Nothing is dropped.
+    """
+
+    selection_bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int = 1,
+        norm_topk_prob: bool = False,
+        balance_rate: float = 1e-3,
+        **options: Unpack[RoutedOptions],
+    ):
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            norm_topk_prob=norm_topk_prob,
+            capacity_factor=None,
+            **options,
+        )
+        check_range("balance_rate", balance_rate)
+        self.balance_rate, self.auxiliary_loss = balance_rate, None
+        self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=at_least_fp32()))
+        self.load_E: Tensor | None = None  # choices since the last `balance`; no buffer, which DDP would overwrite
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return logits.to(at_least_fp32(logits.dtype)).sigmoid()
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        _, expert = highest(scores.detach() + self.selection_bias, self.num_experts_per_tok)
+        return scores.gather(-1, expert), expert
+
+    def note(self, scores: Tensor, expert: Tensor, real: Tensor | None) -> None:
+        if torch.is_grad_enabled():  # not of telemetry
+            counted = torch.ones_like(expert) if real is None else real[..., None].expand_as(expert).to(expert.dtype)
+            load_E = expert.new_zeros(self.num_experts).index_add(0, expert.flatten(), counted.flatten())
+            self.load_E = load_E if self.load_E is None else self.load_E + load_E
+
+    def reset_state(self) -> None:
+        torch.nn.init.zeros_(self.selection_bias)
+
+    def extra_repr(self) -> str:
+        return f"num_experts_per_tok={self.num_experts_per_tok}, balance_rate={self.balance_rate}"
+
+    @staticmethod
+    @torch.no_grad()
+    def balance(layers: "Sequence[SigmoidChoice]") -> None:
+        for layer in layers:
+            if layer.load_E is not None:
+                load_E, layer.load_E = summed_over_processes(layer.load_E).to(layer.selection_bias.dtype), None
+                layer.selection_bias += layer.balance_rate * (load_E.mean() - load_E).sign()

@@ -1,0 +1,1 @@
+"""How a model lies over the processes that train it together."""

@@ -1,0 +1,1 @@
+"""What a person can choose, with types, ranges and defaults: model, data, training, parallel; names and recipes."""

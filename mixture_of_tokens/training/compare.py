@@ -1,0 +1,246 @@
+"""Several models on the same data, trained one after the other and set side by side."""
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from cyclopts import Parameter
+
+from mixture_of_tokens.models.names import parse_name
+from mixture_of_tokens.reports.comparison import COMPARISON, by_model, comparison, write
+from mixture_of_tokens.reports.report import PAGE, Report, check_no_other_file, write_page
+from mixture_of_tokens.runs import records
+from mixture_of_tokens.runs.locking import owned
+from mixture_of_tokens.runs.preconditions import (
+    check_holds_runs,
+    check_planned,
+    check_resumed,
+    check_writable,
+    names_listed_in,
+)
+from mixture_of_tokens.runs.records import RunFacts
+from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
+from mixture_of_tokens.training.recipes import Merged, check_settings, merge
+from mixture_of_tokens.training.room import check_room
+from mixture_of_tokens.training.sweep import ANOTHER_OUT, PlannedRun, Plans
+from mixture_of_tokens.training.timing import check_minutes, fitting, found_before
+from mixture_of_tokens.training.train import run_merged
+from mixture_of_tokens.utils.checks import checked, listed
+from mixture_of_tokens.utils.formatting import duration
+from mixture_of_tokens.utils.process import is_main, of_all, say_once
+
+
+class _Planned(NamedTuple):
+    """A run of the comparison, before it is trained."""
+
+    merged: Merged
+    directory: Path
+    flops: float  # of the whole training
+
+    @property
+    def name(self) -> str:
+        return self.merged.config.name
+
+
+@checked
+def compare(
+    *names: str,
+    seeds: Seeds = [0],  # noqa: B006, it is only read
+    learning_rate: Rates | None = None,
+    out: Path | None = None,
+    options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
+    minutes: float | None = None,
+    dry_run: bool = False,
+) -> Report | Plans | None:
+    """Train several models on the same text in the same order, and say when each reaches the first one's loss.
+
+    All models are trained with the first seed, then with the next, so that an interrupted comparison is balanced.
+    Called again, it skips what is finished and goes on with the rest. It writes compare.json, report.html and the run
+    directories; with other names or seeds compare.json and report.html are of those alone, and the other runs stay.
+    `mot report --help` explains the table.
+
+    Args:
+        names: Models, such as Transformer-Nano MoT-Nano/32E/4; the first is the baseline. `mot train --help` says what
+            there is.
+        seeds: Seeds, as in 0,1,2.
+        learning_rate: Peak learning rates: one for all models, or one for each in their order, as in 1e-2,2e-2; by
+            default each model's own.
+        out: Directory for all of it; by default runs/compare.
+        minutes: In place of --steps: each model gets as many steps as fit beside evaluations and the scoring at the
+            end, by a few that are timed first. Preparing text comes before.
+        dry_run: Print the runs and stop, before text or a tokenizer is looked at.
+
+    Returns the comparison with its page; with `dry_run` the runs that it would train; None in all processes of torchrun
+    but the first. They train every run together.
+
+    Raises ValueError for invalid settings of any run, before the first one starts.
+    """
+    names = tuple(str(parse_name(name)) for given in names for name in listed(given))
+    seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
+    out = Path("runs/compare") if out is None else Path(out)
+    check_holds_runs(out)
+    check_minutes(minutes, steps=options.steps, dry_run=dry_run)
+    rates = _rates(learning_rate, len(names))
+    own = {} if minutes is None else _of_minutes(minutes, names, seeds, rates, options, out)
+    plans = _plans(names, seeds, rates, options, out, own, minutes)
+    if dry_run:
+        _say_if_alone(names)
+        return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
+    for plan in plans:
+        if not (plan.directory / records.FACTS).exists():
+            check_room(plan.merged)
+    check_no_other_file(out / PAGE)
+    if is_main() and (gone := names_listed_in(out / COMPARISON, "models") - {plan.directory.name for plan in plans}):
+        what = f"{out} will compare these runs, and no longer {', '.join(str(out / name) for name in sorted(gone))}"
+        print(f"mot: {what}; mot report compares any runs", file=sys.stderr)
+    with owned(out):
+        return _compared(names, seeds, learning_rate, plans, out, options, minutes)
+
+
+def _compared(
+    names: tuple[str, ...],
+    seeds: list[int],
+    rates: list[float] | None,
+    plans: list[_Planned],
+    out: Path,
+    options: Options,
+    minutes: float | None,
+) -> Report | None:
+    _say_if_alone(names)
+    runs: list[Run] = []
+    took: dict[str, float] = {}
+    for done, plan in enumerate(plans):
+        if is_main():
+            what = f"{plan.name}, seed {plan.merged.config.seed}{_time_left(plans, done, took)}"
+            print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
+        whole, started = not plan.directory.exists(), time.perf_counter()
+        try:
+            run = run_merged(plan.merged, plan.directory, resume=True, again="the same command")
+        except FloatingPointError as error:  # in all processes
+            what = f"{plan.directory}: {error}, and remove that directory; finished runs stay"
+            raise of_all(FloatingPointError(what)) from None
+        if run is None:  # in all processes but the first
+            continue
+        if whole:
+            took[plan.name] = time.perf_counter() - started
+        runs.append(run)
+        runs[0].check_same_text(run, ANOTHER_OUT)  # now, not after the last run
+    if not is_main():
+        return None
+    models = by_model(runs)
+    command = _command(names, seeds, rates, out, options, minutes)
+    result = comparison(models, command)
+    write(result, out)
+    return write_page(result.relative(out), models, [command], out / PAGE, options.device)
+
+
+def _say_if_alone(names: tuple[str, ...]) -> None:
+    if len(names) == 1:
+        say_once(f"mot: {names[0]} is compared with nothing: name two models or more, the baseline first")
+
+
+def _rates(rates: list[float] | None, models: int) -> list[float | None]:
+    if rates is None:
+        return [None] * models
+    if len(rates) not in (1, models):
+        raise ValueError(f"--learning-rate: {len(rates)} rates for {models} models; give one for all, or one for each")
+    return [*(rates if len(rates) == models else rates * models)]
+
+
+def _of_minutes(
+    minutes: float, names: tuple[str, ...], seeds: list[int], rates: list[float | None], options: Options, out: Path
+) -> dict[str, Options]:
+    """The options of each model, with as many steps as fit, or as were found when one of its runs was started."""
+    plans = _plans(names, seeds[:1], rates, options, out, begun=False)
+    for plan in plans:
+        check_room(plan.merged)
+    check_writable(out)
+    known: dict[str, Options] = {}
+    for name in names:
+        for seed in seeds:
+            place = out / merge(name, seed, None, options).config.directory_name
+            if name not in known and (found := found_before(place, minutes, options)) is not None:
+                known[name] = found
+    new = {name: partial(merge, name, seeds[0], rate) for name, rate in zip(names, rates, strict=True)}
+    new = {name: merged_with for name, merged_with in new.items() if name not in known}
+    scored = next((found.scored_rows for found in known.values()), None)
+    return known | (fitting(minutes, new, options, scored) if new else {})
+
+
+def _plans(
+    names: tuple[str, ...],
+    seeds: list[int],
+    rates: list[float | None],
+    options: Options,
+    out: Path,
+    own: Mapping[str, Options] = {},
+    minutes: float | None = None,
+    begun: bool = True,
+) -> list[_Planned]:
+    """The runs in their order. Raises ValueError for invalid settings of any of them.
+
+    Args:
+        own: options by the names of models that do not have the common ones.
+        begun: whether they must be those that were started here, if any were.
+    """
+    if not names:
+        raise ValueError("name at least one model, such as Transformer-Nano")
+    if len(set(names)) < len(names):
+        raise ValueError("a model is named twice; its runs would be the same")
+    plans = []
+    for seed in seeds:
+        for name, rate in zip(names, rates, strict=True):
+            merged = merge(name, seed, rate, own.get(name, options), minutes=minutes)
+            directory = out / merged.config.directory_name
+            if begun:
+                check_resumed(directory, merged.config)
+            plans.append(_Planned(merged, directory, PlannedRun.of(directory, merged).flops))
+    check_settings(*(plan.merged for plan in plans))
+    configs = [plan.merged.config for plan in plans]
+    if any(config.training["eval_strategy"] == "no" for config in configs):
+        raise ValueError("--training.eval_strategy no leaves no curves to compare; steps would")
+    if any(config.training.get("eval_delay", 0) > config.steps for config in configs):
+        raise ValueError("--training.eval_delay is beyond the last step, which leaves no curves to compare")
+    check_planned({config.name: config for config in configs})
+    return plans
+
+
+def _time_left(plans: list[_Planned], done: int, took: dict[str, float]) -> str:
+    """An estimate from finished runs: the time of the same model, or else of the others, scaled by FLOPs.
+
+    Args:
+        took: by name, the seconds of a run that this command has made. Runs of earlier ones know those of training.
+    """
+    known, what = dict(took), "left"
+    if not known:
+        what = "of training left"
+        for plan in plans:
+            if (plan.directory / records.FACTS).is_file():
+                known[plan.name] = RunFacts.read(plan.directory / records.FACTS).seconds
+    if not known:
+        return ""
+    each = {plan.name: plan.flops for plan in plans}
+    pace = sum(known.values()) / sum(each[name] for name in known)
+    left = [plan for plan in plans[done:] if not (plan.directory / records.FACTS).is_file()]
+    seconds = sum(known.get(plan.name, plan.flops * pace) for plan in left)
+    return f"; about {duration(seconds)} {what}" if left else ""
+
+
+def _command(
+    names: tuple[str, ...],
+    seeds: list[int],
+    rates: list[float] | None,
+    out: Path,
+    options: Options,
+    minutes: float | None,
+) -> str:
+    """The command that makes the same comparison again."""
+    given = [] if rates is None else ["--learning-rate", ",".join(map(repr, rates))]
+    words = ["mot", "compare", *names, "--seeds", ",".join(map(str, seeds)), *given, "--out", str(out)]
+    words += [] if minutes is None else ["--minutes", f"{minutes:g}"]
+    return shlex.join([*words, *as_flags(options)])

@@ -1,0 +1,1 @@
+"""Files, processes and text, for all rooms."""
