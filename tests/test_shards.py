@@ -311,7 +311,7 @@ def test_a_damaged_entry_is_named_and_made_again(entry, tmp_path, fresh_cache, m
 def test_an_entry_is_checked_once_in_a_process_unless_it_changes(entry, fresh_cache, monkeypatch, capsys):
     shutil.copytree(entry / "cache", fresh_cache)
     hashed: list[str] = []
-    for module in ("data.sources", "manifest"):
+    for module in ("data.sources", "utils.manifest"):
         where = f"mixture_of_tokens.{module}.hash_of_file"
         monkeypatch.setattr(where, lambda path, read: hashed.append(path.name) or hash_of_file(path, read))
     monkeypatch.setattr("mixture_of_tokens.data.prepare._HASHED", {})

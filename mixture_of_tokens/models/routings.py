@@ -1,7 +1,7 @@
 """The table of routings: a row for each kind of feed-forward, with all that the rest of the library needs to know.
 
 Names, costs, evaluation, generation, audit, conversion, export and the report read this table; there is no other list
-of kinds. A new routing is a layer (such as those of `sparse.py`), a row here, and its literal reference in
+of kinds. A new routing is a layer (such as those of `layers/token_choice.py`), a row here, and its literal reference in
 `tests/reference.py`; the property tests run over `tests/routings.py`, which must have it too.
 """
 
