@@ -12,7 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.layers.token_choice import ExpertChoice, TokenChoice
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
-from mixture_of_tokens.models.routings import DENSE
+from mixture_of_tokens.models.feed_forwards import dense_feed_forward
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def dense(sizes: Sizes) -> nn.Module:
     config = MixtureOfTokensConfig(
         hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, gated=sizes.gated, hidden_act=sizes.activation
     )
-    return DENSE.build(config)
+    return dense_feed_forward(config)
 
 
 def mot(sizes: Sizes, granularity: int) -> MixtureOfTokens:

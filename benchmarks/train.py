@@ -51,7 +51,7 @@ from transformers import TrainingArguments, get_scheduler
 from mixture_of_tokens.parallel.placement import Placement
 from mixture_of_tokens.planning.communication import legal_placements
 from mixture_of_tokens.planning.cost import training_flops
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.utils.cpu import cores, keep_large_blocks

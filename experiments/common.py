@@ -36,7 +36,7 @@ from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.locking import owned_file
 from mixture_of_tokens.runs.records import MetricsRow, RunConfig
 from mixture_of_tokens.runs.run import Run, pack, read_run
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.utils.cpu import keep_large_blocks
 from mixture_of_tokens.utils.files import write_text
 from mixture_of_tokens.utils.formatting import Summary, loss, markdown, with_span

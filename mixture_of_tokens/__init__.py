@@ -10,17 +10,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from mixture_of_tokens.conversion.export import export
-    from mixture_of_tokens.conversion.transition import transition
-    from mixture_of_tokens.conversion.upcycle import upcycle
+    from mixture_of_tokens.commands.audit import audit
+    from mixture_of_tokens.commands.compare import compare
+    from mixture_of_tokens.commands.data_report import data_report
+    from mixture_of_tokens.commands.evaluate import evaluate
+    from mixture_of_tokens.commands.export import export
+    from mixture_of_tokens.commands.generate import generate
+    from mixture_of_tokens.commands.plan import plan
+    from mixture_of_tokens.commands.prepare import prepare
+    from mixture_of_tokens.commands.report import report
+    from mixture_of_tokens.commands.sweep import sweep
+    from mixture_of_tokens.commands.train import train
+    from mixture_of_tokens.commands.transition import transition
+    from mixture_of_tokens.commands.upcycle import upcycle
     from mixture_of_tokens.data.groups import GroupedBatches, prepare_tokens
     from mixture_of_tokens.data.own_tokens import count_collisions, split_tokens
     from mixture_of_tokens.data.prepare import prepare_text
-    from mixture_of_tokens.data.report import data_report
-    from mixture_of_tokens.evaluation.audit import audit, audit_model
-    from mixture_of_tokens.evaluation.evaluate import evaluate
+    from mixture_of_tokens.evaluation.audit import audit_model
     from mixture_of_tokens.evaluation.losses import score_tokens
-    from mixture_of_tokens.generation.generate import generate
     from mixture_of_tokens.layers.experts import Experts, Router
     from mixture_of_tokens.layers.mixture import MixtureOfTokens
     from mixture_of_tokens.layers.soft import SoftMoE
@@ -32,15 +39,9 @@ if TYPE_CHECKING:
     from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM, MixtureOfTokensModel
     from mixture_of_tokens.models.names import config_from_name
     from mixture_of_tokens.models.threshold_calibration import calibrate_thresholds
-    from mixture_of_tokens.reports.report import report
     from mixture_of_tokens.runs.run import Run, read_run
-    from mixture_of_tokens.training.compare import compare
+    from mixture_of_tokens.settings.options import Options
     from mixture_of_tokens.training.grouped import GroupedTrainer
-    from mixture_of_tokens.training.options import Options
-    from mixture_of_tokens.training.plan import plan
-    from mixture_of_tokens.training.prepare import prepare
-    from mixture_of_tokens.training.sweep import sweep
-    from mixture_of_tokens.training.train import train
 
 # The module of each public name.
 _MODULES = {
@@ -55,25 +56,26 @@ _MODULES = {
     "models.balance_callback": ("BalanceCallback",),
     "models.threshold_calibration": ("calibrate_thresholds",),
     "models.companions": ("calibrate_companions",),
-    "data.report": ("data_report",),
+    "commands.data_report": ("data_report",),
     "data.prepare": ("prepare_text",),
     "data.groups": ("GroupedBatches", "prepare_tokens"),
     "data.own_tokens": ("count_collisions", "split_tokens"),
     "training.grouped": ("GroupedTrainer",),
-    "training.options": ("Options",),
-    "training.plan": ("plan",),
-    "training.prepare": ("prepare",),
-    "training.train": ("train",),
-    "training.sweep": ("sweep",),
-    "generation.generate": ("generate",),
-    "evaluation.evaluate": ("evaluate",),
+    "settings.options": ("Options",),
+    "commands.plan": ("plan",),
+    "commands.prepare": ("prepare",),
+    "commands.train": ("train",),
+    "commands.sweep": ("sweep",),
+    "commands.generate": ("generate",),
+    "commands.evaluate": ("evaluate",),
     "evaluation.losses": ("score_tokens",),
-    "evaluation.audit": ("audit", "audit_model"),
-    "conversion.transition": ("transition",),
-    "conversion.export": ("export",),
-    "conversion.upcycle": ("upcycle",),
-    "training.compare": ("compare",),
-    "reports.report": ("report",),
+    "commands.audit": ("audit",),
+    "evaluation.audit": ("audit_model",),
+    "commands.transition": ("transition",),
+    "commands.export": ("export",),
+    "commands.upcycle": ("upcycle",),
+    "commands.compare": ("compare",),
+    "commands.report": ("report",),
     "runs.run": ("Run", "read_run"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

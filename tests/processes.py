@@ -75,8 +75,8 @@ def function(command: str) -> Callable[..., Any]:
     """What a command of `mot` calls."""
     from mixture_of_tokens.commands import cli
 
-    module, _, attribute = cli.COMMANDS[command][0].partition(":")
-    return getattr(importlib.import_module(f"mixture_of_tokens.{module}"), attribute)
+    name = cli.COMMANDS[command][0]
+    return getattr(importlib.import_module(f"mixture_of_tokens.commands.{name}"), name)
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from mixture_of_tokens import ExpertChoice
 from mixture_of_tokens.data.groups import Blocks
 from mixture_of_tokens.evaluation import audit
 from mixture_of_tokens.evaluation.audit import Audit, audit_model
-from mixture_of_tokens.models.routings import TABLE
 from mixture_of_tokens.runs.loading import group_size_of, text_of
+from mixture_of_tokens.settings.routings import TABLE
 from processes import mot
 from routings import randomized, small_model, tiny
 

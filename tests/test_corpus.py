@@ -24,7 +24,7 @@ from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import train_tokenizer
 from mixture_of_tokens.runs.loading import load_tokenizer_of
 from mixture_of_tokens.runs.preconditions import check_resumed
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.recipes import merge
 from texts import sentences, texts
 

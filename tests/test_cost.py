@@ -15,16 +15,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mixture_of_tokens import plan
 from mixture_of_tokens.layers import dispatch as dispatching
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.feed_forwards import BUILDERS
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.models.names import config_from_name
-from mixture_of_tokens.models.routings import BY_PREFIX, ROUTINGS
 from mixture_of_tokens.planning.cost import flops_per_token, legal_micro_batches, memory, parameters
 from mixture_of_tokens.planning.estimates import plan_of
 from mixture_of_tokens.runs.run import read_run
-from mixture_of_tokens.training.options import Options
-from mixture_of_tokens.training.plan import plan
+from mixture_of_tokens.settings.options import Options
+from mixture_of_tokens.settings.routings import BY_PREFIX, ROUTINGS
 from mixture_of_tokens.training.recipes import merge
 from processes import mot
 from test_names import PAPER
@@ -254,7 +255,7 @@ def test_token_choices_capacity_counts_whole_rows():
 def test_token_choices_capacity_is_its_layers(factor, tokens):
     """Also where a product of floats is above the whole number that it should be: 1.1 * 100 / 10."""
     config = config_from_name("TC-Nano/4E", num_experts=10, capacity_factor=factor)
-    layer = ROUTINGS["token_choice"].build(config)
+    layer = BUILDERS["token_choice"](config)
     _, slots = layer._slots_within_capacity(torch.zeros(tokens, 1, 1, dtype=torch.long))
     assert ROUTINGS["token_choice"].rows(config, 1, tokens, True) == slots
 

@@ -13,8 +13,8 @@ from mixture_of_tokens.conversion.to_hf import to_plain
 from mixture_of_tokens.data.groups import Blocks
 from mixture_of_tokens.evaluation.leaks import between_documents
 from mixture_of_tokens.evaluation.losses import cross_entropy, evaluate_blocks
-from mixture_of_tokens.models.routings import TABLE
 from mixture_of_tokens.runs.records import RunConfig
+from mixture_of_tokens.settings.routings import TABLE
 from mixture_of_tokens.training.recipes import merge
 from processes import mot
 

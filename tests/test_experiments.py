@@ -23,14 +23,13 @@ import torch
 import yaml
 from torch.testing import assert_close
 
-from mixture_of_tokens import MixtureOfTokens, transition
+from mixture_of_tokens import MixtureOfTokens, report, transition
 from mixture_of_tokens.conversion.transition import SCHEDULES
 from mixture_of_tokens.models.names import config_from_name
 from mixture_of_tokens.planning.cost import flops_per_token
-from mixture_of_tokens.reports.report import report
 from mixture_of_tokens.runs.run import pack, read_run
 from mixture_of_tokens.runs.typed import FORMAT
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.recipes import merge
 from processes import mot
 

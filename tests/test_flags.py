@@ -19,8 +19,8 @@ from transformers import TrainingArguments
 from mixture_of_tokens.commands import cli
 from mixture_of_tokens.runs import loading
 from mixture_of_tokens.settings.flags import typed
+from mixture_of_tokens.settings.options import Options, as_flags
 from mixture_of_tokens.training import arguments
-from mixture_of_tokens.training.options import Options, as_flags
 from processes import function, mot
 
 START: dict[str, tuple[str, ...]] = {

@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mixture_of_tokens import generate
 from mixture_of_tokens.generation.continuations import to_file
-from mixture_of_tokens.generation.generate import Row, generate, in_batches
+from mixture_of_tokens.generation.generate import Row, in_batches
 from mixture_of_tokens.generation.sampling import Sampling, continue_prompts
 from mixture_of_tokens.generation.stream import Streamer, text_after
 from mixture_of_tokens.runs.loading import check_tokens, load_model, load_tokenizer_of

@@ -3,8 +3,8 @@
 import pytest
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, prepare_text
-from mixture_of_tokens.models.names import SIZES, parse_name
-from mixture_of_tokens.models.routings import TABLE
+from mixture_of_tokens.settings.names import SIZES, parse_name
+from mixture_of_tokens.settings.routings import TABLE
 from processes import mot
 
 

@@ -15,7 +15,7 @@ from mixture_of_tokens.layers.grouping import warn_once
 from mixture_of_tokens.layers.token_choice import SigmoidChoice
 from mixture_of_tokens.models import modeling
 from mixture_of_tokens.models.balance_callback import BalanceCallback
-from mixture_of_tokens.models.routings import ROUTINGS, TABLE
+from mixture_of_tokens.settings.routings import ROUTINGS, TABLE
 from routings import tiny
 
 ROWS_A_STEP, LENGTH, VOCABULARY = 6, 9, 97

@@ -24,7 +24,7 @@ from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.layers.soft import SoftMoE
 from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
 from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
-from mixture_of_tokens.models.routings import TABLE
+from mixture_of_tokens.settings.routings import TABLE
 from routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tiny, tokens
 
 EXPERTS = {"gated": {}, "plain": {"gated": False, "activation": "relu"}}

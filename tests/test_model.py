@@ -32,7 +32,7 @@ from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM,
 from mixture_of_tokens.layers.grouping import warn_once
 from mixture_of_tokens.layers.losses import IGNORE, L1Loss, LoadBalancingLoss
 from mixture_of_tokens.models import modeling
-from mixture_of_tokens.models.routings import ROUTINGS, TABLE
+from mixture_of_tokens.settings.routings import ROUTINGS, TABLE
 
 KINDS = [row.kind for row in TABLE]
 END, PAD = 7, 0

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
-from mixture_of_tokens.models.names import FIELDS, SIZES, Name, config_from_name, name_of, nearest, parse_name
-from mixture_of_tokens.models.routings import BY_PREFIX
+from mixture_of_tokens.models.names import FIELDS, config_from_name, name_of
+from mixture_of_tokens.settings.names import SIZES, Name, nearest, parse_name
+from mixture_of_tokens.settings.routings import BY_PREFIX
 
 # D, d_ff, blocks, heads, G, E, F of Antoniak et al., arXiv 2310.15961 (the authors' configuration files; Mini: their
 # blog post). Where their files and their names disagree, at Base/64E/16, the naming rule E = G * k stands.

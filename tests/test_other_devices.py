@@ -14,8 +14,8 @@ from mixture_of_tokens.conversion.switch import to_token_choice, token_choice_co
 from mixture_of_tokens.data.groups import Blocks
 from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.models.routings import ROUTINGS, TABLE
 from mixture_of_tokens.models.telemetry import measure
+from mixture_of_tokens.settings.routings import ROUTINGS, TABLE
 from routings import tiny
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mixture_of_tokens import __main__ as command
-from mixture_of_tokens.generation.generate import generate
+from mixture_of_tokens import generate
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.utils import cpu
 from mixture_of_tokens.utils.cpu import cores, spin_briefly

@@ -24,7 +24,7 @@ from mixture_of_tokens.runs.checkpoints import keep_newest, newest
 from mixture_of_tokens.runs.locking import owned
 from mixture_of_tokens.runs.preconditions import check_free, check_resumed
 from mixture_of_tokens.runs.records import RunConfig
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.signals import StopOnSignal
 from mixture_of_tokens.utils.manifest import fault

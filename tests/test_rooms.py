@@ -18,7 +18,8 @@ PACKAGE = Path(mixture_of_tokens.__file__).parent
 # Each level imports from those before it; rooms of one level do not import each other. "" is what stands on top.
 LEVELS = [
     {"utils"},
-    {"layers", "settings"},
+    {"layers"},
+    {"settings"},
     {"models", "data"},
     {"parallel"},
     {"planning"},

@@ -10,8 +10,8 @@ from torch import Tensor
 import routings
 from mixture_of_tokens import Options, compare, prepare, sweep, train
 from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer, train_tokenizer
-from mixture_of_tokens.models.names import parse_name
-from mixture_of_tokens.models.routings import SETTINGS, TABLE, Routing
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.routings import SETTINGS, TABLE, Routing
 from mixture_of_tokens.training.compare import _plans
 from mixture_of_tokens.training.recipes import chosen_in, merge
 from processes import mot

@@ -17,11 +17,12 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
+from mixture_of_tokens import data_report
 from mixture_of_tokens.data import prepare as preparing
 from mixture_of_tokens.data import tokens
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.data.prepare import prepare_text
-from mixture_of_tokens.data.report import EPOCHS, _facts, data_report
+from mixture_of_tokens.data.report import EPOCHS, _facts
 from mixture_of_tokens.data.splits import SPLITS, Splits, split, spool
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import TokenFiles, tokenize

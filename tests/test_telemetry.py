@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.layers.soft import SoftMoE
-from mixture_of_tokens.models.routings import TABLE
 from mixture_of_tokens.models.telemetry import measure, router_gradient_norms, routing_measures
+from mixture_of_tokens.settings.routings import TABLE
 from mixture_of_tokens.training.trainer import _RouterGradients
 from processes import finish, start
 from routings import DROPPING, ROUTINGS, D, E, T, build, relative_error, some_mask, tiny, tokens

@@ -23,7 +23,7 @@ from mixture_of_tokens.layers.token_choice import SigmoidChoice
 from mixture_of_tokens.models.threshold_calibration import calibrate_thresholds
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import Run
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from processes import in_processes, mot
 from routings import tiny, tokens
 

@@ -22,6 +22,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
+from mixture_of_tokens import train
 from mixture_of_tokens.commands import cli
 from mixture_of_tokens.data import prepare as preparing
 from mixture_of_tokens.data.groups import GroupedBatches, grouped_order
@@ -29,14 +30,14 @@ from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.evaluation.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.generation.sampling import Sampling, continue_prompts
 from mixture_of_tokens.models.names import config_from_name
-from mixture_of_tokens.models.routings import SETTINGS
-from mixture_of_tokens.models.routings import TABLE as ROUTINGS
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model
+from mixture_of_tokens.settings.options import Options
+from mixture_of_tokens.settings.routings import SETTINGS
+from mixture_of_tokens.settings.routings import TABLE as ROUTINGS
 from mixture_of_tokens.training import signals, trainer
-from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.training.recipes import merge
-from mixture_of_tokens.training.train import build, train
+from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils.process import ended_by_sigterm
 from processes import mot, rows_of

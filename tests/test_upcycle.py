@@ -38,9 +38,9 @@ from mixture_of_tokens.conversion.copies import centres, upcycled_weights
 from mixture_of_tokens.conversion.to_hf import to_plain
 from mixture_of_tokens.conversion.upcycle import sparse_config
 from mixture_of_tokens.data.groups import training_groups
-from mixture_of_tokens.models.names import parse_name
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.trainer import RunTrainer
 from processes import in_processes, mot, rows_of, start
 

@@ -20,7 +20,7 @@ from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

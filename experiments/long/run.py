@@ -10,7 +10,7 @@
 import sys
 from pathlib import Path
 
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -21,8 +21,8 @@ from micro import BEST_MIXTURE, DENSE, DROPLESS, SEEDS, SHORT, YOUNGER, share_of
 from nano import losses_of, signed
 from studies import EXPERIMENT, System, with_weights
 
-from mixture_of_tokens.models.names import parse_name
 from mixture_of_tokens.runs.run import read_run
+from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.utils.formatting import Summary, markdown, with_span
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

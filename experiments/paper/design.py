@@ -13,7 +13,7 @@ none lowers the loss by more than 0.01. The paper has no table of it. What fills
 from nano import BASE, against, flops_of, row, signed, table_of
 from studies import Said, Study, System, verdict
 
-from mixture_of_tokens.models.routings import MIXTURE
+from mixture_of_tokens.settings.routings import MIXTURE
 
 BETTER, MORE = 0.01, 1.05
 EVERYWHERE = f"[{', '.join([MIXTURE.kind] * 4)}]"

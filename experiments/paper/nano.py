@@ -10,8 +10,8 @@ from pathlib import Path
 
 from studies import EXPERIMENT, Row, Study, System, run_of
 
-from mixture_of_tokens.models.names import parse_name
 from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.utils.formatting import Summary, loss, markdown, ratio, with_span
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -33,9 +33,9 @@ import numpy as np
 from studies import DISTIL_STEPS, EXPERIMENT, FIRST_SEEDS, Row, Said, Study, System, verdict, with_weights
 
 from mixture_of_tokens import export
-from mixture_of_tokens.models.names import parse_name
-from mixture_of_tokens.models.routings import MIXTURE
 from mixture_of_tokens.runs.loading import load_tokenizer_of, text_of
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.routings import MIXTURE
 from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

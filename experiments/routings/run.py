@@ -31,7 +31,7 @@ from mixture_of_tokens.models.telemetry import measure, watch_weights
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import Run, experts_per_token, read_run
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.utils.formatting import markdown, ratio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -24,9 +24,9 @@ from mixture_of_tokens.conversion.switch import to_token_choice, token_choice_co
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.models.forward_hooks import serving_alone
-from mixture_of_tokens.models.names import parse_name
 from mixture_of_tokens.runs.loading import load_model, text_of
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from mixture_of_tokens import train, transition
 from mixture_of_tokens.conversion.transition import Transitioned
 from mixture_of_tokens.runs.run import read_run
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.utils.formatting import loss, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

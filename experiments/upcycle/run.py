@@ -26,7 +26,7 @@ from torch import Tensor
 from mixture_of_tokens import train, upcycle
 from mixture_of_tokens.conversion import copies
 from mixture_of_tokens.runs.run import read_run
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.utils.formatting import loss, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

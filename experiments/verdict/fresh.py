@@ -70,12 +70,12 @@ from mixture_of_tokens.conversion.switch import to_token_choice, token_choice_co
 from mixture_of_tokens.conversion.warm_start import carry_moments, go_on_from
 from mixture_of_tokens.data.groups import Blocks, training_groups
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.models.names import SIZES
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import Transition
 from mixture_of_tokens.runs.run import Point, Run, read_run
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.names import SIZES
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.recipes import merge
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import RunTrainer

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.recipes import RECIPES, merge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

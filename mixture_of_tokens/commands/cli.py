@@ -35,45 +35,45 @@ from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.formatting import enumerated
 from mixture_of_tokens.utils.process import end_with_torchrun, ended_by_sigterm, is_main, is_told, process_count
 
-# Each command's function, as module:name, and the first line of its docstring.
+# Each command's function, in a module of that name, and the first line of its docstring.
 COMMANDS = {
-    "train": ("training.train:train", "Train one model and write a run directory."),
-    "sweep": ("training.sweep:sweep", "Train one model with every combination of settings, and print the best."),
+    "train": ("train", "Train one model and write a run directory."),
+    "sweep": ("sweep", "Train one model with every combination of settings, and print the best."),
     "compare": (
-        "training.compare:compare",
+        "compare",
         "Train several models on the same text in the same order, and say when each reaches the first one's loss.",
     ),
     "report": (
-        "reports.report:report",
+        "report",
         "Print the runs' losses side by side, the first one as the baseline, and write a page about them.",
     ),
-    "generate": ("generation.generate:generate", "Continue prompts."),
+    "generate": ("generate", "Continue prompts."),
     "evaluate": (
-        "evaluation.evaluate:evaluate",
+        "evaluate",
         "Print the loss of a model over a whole text, each token counted once: in full groups, in smaller ones, alone.",
     ),
     "audit": (
-        "evaluation.audit:audit",
+        "audit",
         "Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.",
     ),
     "transition": (
-        "conversion.transition:transition",
+        "transition",
         "Turn a finished Mixture of Tokens into Token Choice, which serves each text by itself, and train it on.",
     ),
     "export": (
-        "conversion.export:export",
+        "export",
         "Write a model for other software: plain transformers, llama.cpp (GGUF), or the Hub with code of its own.",
     ),
     "upcycle": (
-        "conversion.upcycle:upcycle",
+        "upcycle",
         "Make a trained dense model a sparse one that computes the same, to be trained on with mot train --from.",
     ),
     "plan": (
-        "training.plan:plan",
+        "plan",
         "Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.",
     ),
-    "prepare": ("training.prepare:prepare", "Prepare the text that mot train with the same flags would train on."),
-    "data-report": ("data.report:data_report", "Prepare a corpus and print what is in it."),
+    "prepare": ("prepare", "Prepare the text that mot train with the same flags would train on."),
+    "data-report": ("data_report", "Prepare a corpus and print what is in it."),
 }
 # Commands whose --config may be a run's config.yaml, and the fields of it that each ignores.
 _OF_TRAINING = ("seed", "learning_rate", "anneal_temperature_to")  # the last of runs of earlier versions
@@ -279,12 +279,12 @@ def _app(words: list[str]) -> App:
         print_error=False,
         config=_check_words,
     )
-    for name, (place, help) in COMMANDS.items():
+    for name, (function, help) in COMMANDS.items():
         # The help of the given command is its whole docstring, that of the others one line.
         settings: dict[str, Any] = {} if name in words[:1] else {"help": help}
         if name in WITH_NEGATIVE_FLAGS:
             settings["default_parameter"] = Parameter(negative=None)
-        app.command(f"mixture_of_tokens.{place}", name=name, **settings)
+        app.command(f"mixture_of_tokens.commands.{function}:{function}", name=name, **settings)
     app.meta.default(_common)
     return app
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from mixture_of_tokens.conversion.distil import distil
-from mixture_of_tokens.conversion.switch import Scores, to_token_choice, token_choice_config
+from mixture_of_tokens.conversion.switch import to_token_choice, token_choice_config
 from mixture_of_tokens.data.groups import Blocks
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.planning.cost import flops_per_token
+from mixture_of_tokens.settings.choices import Scores
 from mixture_of_tokens.utils.formatting import aligned, loss
 
 ROWS = 1024  # of text that losses are measured on

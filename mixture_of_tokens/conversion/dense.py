@@ -5,7 +5,7 @@ from typing import Any
 from mixture_of_tokens.conversion.to_hf import COMMON
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.models.routings import DENSE
+from mixture_of_tokens.settings.routings import DENSE
 from mixture_of_tokens.utils.checks import shown
 
 # Fields of transformers' configurations with which a model computes what ours cannot, and the values that ours has.

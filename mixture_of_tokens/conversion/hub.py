@@ -12,8 +12,8 @@ from pathlib import Path
 from mixture_of_tokens import __version__
 from mixture_of_tokens.conversion.choice_of_top_k import loss_of
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.models.routings import MIXTURE
 from mixture_of_tokens.runs.loading import text_of
+from mixture_of_tokens.settings.routings import MIXTURE
 
 PACKAGE, ROOT = "mixture_of_tokens", Path(__file__).parents[1]
 MODEL, ALONE = "models.modeling", "models.served_alone"

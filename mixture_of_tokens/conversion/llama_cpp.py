@@ -15,11 +15,9 @@ import importlib
 import json
 import sys
 import urllib.request
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-
-Quantize = Literal["f32", "f16", "q8_0", "q4_0"]  # types of a file's matrices that we write
 
 
 def serve(file: str, context: int, threads: int) -> Any:

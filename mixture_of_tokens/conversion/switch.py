@@ -15,7 +15,7 @@ It need not jump. Served alone, a Mixture of Tokens *is* a sparse layer, with a 
 import copy
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ from mixture_of_tokens.layers.token_choice import SigmoidChoice, TokenChoice
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.forward_hooks import evaluating, serving_alone
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.models.routings import MIXTURE
+from mixture_of_tokens.settings.choices import Scores
+from mixture_of_tokens.settings.routings import MIXTURE
 
 AT_ONCE = 8192  # tokens that a distance is computed on at a time
 
-Scores = Literal["softmax", "sigmoid"]  # the gates of Token Choice, in the order of `Routing.converts_to`
 Layer = TypeVar("Layer", MixtureOfTokens, TokenChoice)
 # By a router's name, what its weight has been multiplied by.
 Scales = dict[str, float]

@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, ExpertGatingFuncType, GGMLQuantizationType, G
 from torch import Tensor
 from transformers import Dots1Config, Dots1ForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
-from mixture_of_tokens.conversion.llama_cpp import Quantize
+from mixture_of_tokens.settings.choices import Quantize
 
 CONVERTED = (Qwen3ForCausalLM, Qwen3MoeForCausalLM, Dots1ForCausalLM)
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}  # llama.cpp's enum llama_ftype

@@ -16,7 +16,7 @@ from transformers import (
 from mixture_of_tokens.layers.token_choice import SigmoidChoice, TokenChoice
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.models.routings import BY_PREFIX, MIXTURE
+from mixture_of_tokens.settings.routings import BY_PREFIX, MIXTURE
 
 # Fields of our configuration that all three have under the same name.
 COMMON = (

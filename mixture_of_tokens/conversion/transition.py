@@ -7,24 +7,26 @@ from pathlib import Path
 from typing import Literal
 
 from mixture_of_tokens.conversion.distil import STEPS
-from mixture_of_tokens.conversion.switch import Scores, default_scores, token_choice_config
+from mixture_of_tokens.conversion.switch import default_scores, token_choice_config
 from mixture_of_tokens.conversion.warm_start import begin_switched
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
-from mixture_of_tokens.models.names import FIELDS, parse_name
+from mixture_of_tokens.models.names import FIELDS
 from mixture_of_tokens.parallel.optimizer_state import OPTIMIZER
-from mixture_of_tokens.parallel.placement import Device, Placement
+from mixture_of_tokens.parallel.placement import Placement
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import model_directory, text_of
 from mixture_of_tokens.runs.preconditions import check_free
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
 from mixture_of_tokens.runs.run import Run, Stages, read_run
+from mixture_of_tokens.settings.choices import Device, Schedule, Scores
 from mixture_of_tokens.settings.flags import as_word
-from mixture_of_tokens.training.options import Options
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
 from mixture_of_tokens.training.room import tell_room
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.utils import manifest
-from mixture_of_tokens.utils.checks import at_least_one, checked
+from mixture_of_tokens.utils.checks import at_least_one
 from mixture_of_tokens.utils.formatting import Result, aligned, duration
 from mixture_of_tokens.utils.process import process_count
 
@@ -46,8 +48,6 @@ SCHEDULES = {
 # Fields of TrainingArguments that depend on the source's number of steps, and of evaluations, which a switch needs.
 OF_THE_SOURCE = ("lr_scheduler_", "warmup_", "logging_steps", "eval_", "save_steps", "per_device_eval_batch_size")
 ADAM = ("adamw_torch", "adamw_torch_fused")  # whose moments can be carried over
-
-Schedule = Literal["continued", "decay", "own"]
 
 
 @dataclass(frozen=True)
@@ -112,60 +112,27 @@ class Transitioned(Result):
         return "\n".join(lines)
 
 
-@checked
 def transition(
     run: Path,
     *,
-    out: Path | None = None,
-    steps: int | None = None,
-    top_k: int | None = None,
-    capacity: float | None = None,
-    scores: Scores | None = None,
-    calibrate: Literal["distil", "none"] = "distil",
-    distil_steps: int | None = None,
-    optimizer: Literal["carried", "fresh"] = "carried",
-    schedule: Schedule = "own",
-    learning_rate: float | None = None,
-    device: Device | None = None,
-    shard: int | None = None,
-    replicate: int | None = None,
-    expert_parallel: int | None = None,
-    resume: bool = False,
-    dry_run: bool = False,
+    out: Path | None,
+    steps: int | None,
+    top_k: int | None,
+    capacity: float | None,
+    scores: Scores | None,
+    calibrate: Literal["distil", "none"],
+    distil_steps: int | None,
+    optimizer: Literal["carried", "fresh"],
+    schedule: Schedule,
+    learning_rate: float | None,
+    device: Device | None,
+    shard: int | None,
+    replicate: int | None,
+    expert_parallel: int | None,
+    resume: bool,
+    dry_run: bool,
 ) -> Transitioned | RunConfig | None:
-    """Turn a finished Mixture of Tokens into Token Choice, which serves each text by itself, and train it on.
-
-    All weights carry over, and training goes on in the text where the source stopped. The new run inherits its source's
-    metrics, clock and step count, so that mot report plots one curve; its checkpoints count from 0.
-
-    Args:
-        run: The source, a finished run directory of mot train. It is only read.
-        out: The new run directory; by default RUN-transition beside it.
-        steps: Steps of training after the switch, by default a tenth of the source's. 0 switches and trains nothing.
-        top_k: Experts a token goes to; by default the granularity, at equal FLOPs.
-        capacity: Capacity factor in training: an expert drops tokens beyond this many times its even share. The paper
-            has 1.25; by default nothing is dropped.
-        scores: Gates of the new model: softmax over the experts, the default (exports as Qwen3-MoE), or a sigmoid each
-            (Dots1), the default where there are shared experts.
-        calibrate: What is fitted at the switch, so that the loss does not jump. distil fits all weights of the sparse
-            layers to what these give for a text alone; none is the paper's plain switch.
-        distil_steps: Steps of distillation for each layer, by default 2,000; a source that was trained longer may need
-            more.
-        optimizer: carried takes the optimizer's moments from the source's last checkpoint, but for distilled weights.
-        schedule: continued holds the source's last learning rate; decay falls from there to a tenth of it, for sources
-            with a constant rate; own warms up, for a tenth of the steps at most, and falls to a tenth of the peak.
-        learning_rate: The peak, or what is held; by default a quarter of the source's peak if own, else its last one.
-        device: cpu or cuda; by default cuda where there is one.
-        shard: As in mot train, and the next two; each process makes the switch on a whole model before that.
-        replicate: Copies of a sharded model.
-        expert_parallel: Processes that divide the experts, where experts are balanced by construction.
-        resume: Go on from the newest valid checkpoint of the new run.
-        dry_run: As in mot train.
-
-    Returns the run's stages, with `dry_run` its configuration; None in all processes of torchrun but the first.
-
-    Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
-    """
+    """As the function of `commands/transition.py`, which explains its arguments."""
     at_least_one(top_k=top_k, distil_steps=distil_steps)
     Placement.of(shard, replicate, expert_parallel, process_count())
     if steps is not None and steps < 0:

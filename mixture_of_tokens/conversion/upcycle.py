@@ -16,7 +16,7 @@ from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.models.names import FIELDS, Name, config_from_name, name_of, parse_name
+from mixture_of_tokens.models.names import FIELDS, config_from_name, name_of
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.loading import (
     check_tokens,
@@ -31,8 +31,9 @@ from mixture_of_tokens.runs.locking import owned_file
 from mixture_of_tokens.runs.preconditions import check_free, check_seed, check_writable
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.runs.warm_start import NOT_OF_A_START, UPCYCLED, Upcycled, rows_read, text_of_run
+from mixture_of_tokens.settings.names import Name, parse_name
 from mixture_of_tokens.utils import manifest
-from mixture_of_tokens.utils.checks import checked, divisors, listed
+from mixture_of_tokens.utils.checks import divisors, listed
 from mixture_of_tokens.utils.files import plain_errors, published, write_text
 from mixture_of_tokens.utils.formatting import Result, enumerated, listing
 from mixture_of_tokens.utils.process import check_one_process
@@ -71,40 +72,10 @@ class UpcycledModel(Result):
         return "\n".join([*lines, "", f"mot train --from {self.directory} trains it on."])
 
 
-@checked
 def upcycle(
-    source: str | Path,
-    name: str,
-    *,
-    out: Path,
-    data: list[str | Path] | None = None,
-    field: str = "text",
-    seed: int = 0,
+    source: str | Path, name: str, *, out: Path, data: list[str | Path] | None, field: str, seed: int
 ) -> UpcycledModel:
-    """Make a trained dense model a sparse one that computes the same, to be trained on with mot train --from.
-
-    For example: mot upcycle runs/dense TC-Nano/32E/8 --out runs/start
-
-    The experts are slices of the dense feed-forwards, in as many copies as the group size; a token goes to all slices
-    of one copy (arXiv 2410.07524). Of a dense model of L blocks the later L / 2 become sparse, as the name's would be.
-    Routers begin with clusters of what the layers read on text. What is written has the source's loss, or nothing is
-    written.
-
-    Args:
-        source: A dense model: a run of this library, or a Qwen3 or Llama of transformers, as a directory or a name on
-            the Hub.
-        name: The new model: TC (softmax gates) or STC (sigmoid gates), with the size of the source or without one:
-            TC-Nano/32E/8 or TC/32E/8, which is 32 copies in 8 slices. Transformer keeps the model dense: as a model of
-            this library, to go on with.
-        out: The directory to write.
-        data: Text that routers are made by and both losses are measured on: such as the model is to be trained on. By
-            default the source's own, of a model from elsewhere some Python.
-        field: The field of --data's rows that holds the text.
-        seed: Of the clusters.
-
-    Returns what was written. Raises ValueError for a source that is not dense or of another architecture, and for a
-    name that does not fit it.
-    """
+    """As the function of `commands/upcycle.py`, which explains its arguments."""
     source, out = str(source), Path(out)
     check_one_process()
     check_seed(seed)

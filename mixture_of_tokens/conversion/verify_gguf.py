@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.conversion import llama_cpp
-from mixture_of_tokens.conversion.llama_cpp import Quantize
 from mixture_of_tokens.conversion.to_gguf import quantized
+from mixture_of_tokens.settings.choices import Quantize
 
 ENGINE = "xllamacpp"
 TOLERANCE = 1e-4  # of a log probability, in fp32

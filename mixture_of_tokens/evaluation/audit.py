@@ -4,7 +4,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from mixture_of_tokens.data.groups import collisions, deal
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.evaluation.audit_inputs import length_of, random_tokens, rows_of, texts
 from mixture_of_tokens.evaluation.leaks import Leaks, between_documents, leaks, look
-from mixture_of_tokens.parallel.placement import Device
 from mixture_of_tokens.runs.loading import (
     config_of,
     context_of,
@@ -24,12 +23,12 @@ from mixture_of_tokens.runs.loading import (
     text_of,
 )
 from mixture_of_tokens.runs.preconditions import check_seed
+from mixture_of_tokens.settings.choices import Device, Expected
 from mixture_of_tokens.utils.checks import at_least_one, checked
 from mixture_of_tokens.utils.formatting import Result, first_line
 from mixture_of_tokens.utils.process import check_one_process
 
 FACTS = ("run", "alone", "experts", "length", "context", "collisions", "segments", "documents", "documents_together")
-Expected = Literal["causal", "private", "separate"]
 NOT_TESTED = "not tested: its logits do not move with its input"
 
 
@@ -132,38 +131,18 @@ class Audit(Result):
         return "\n".join(lines)
 
 
-@checked
 def audit(
     run: str | Path,
     *,
-    expect: Expected | None = None,
-    alone: bool = False,
-    experts: int | None = None,
-    length: int | None = None,
-    batches: int = 3,
-    seed: int = 0,
-    device: Device | None = None,
+    expect: Expected | None,
+    alone: bool,
+    experts: int | None,
+    length: int | None,
+    batches: int,
+    seed: int,
+    device: Device | None,
 ) -> Audit:
-    """Look for leaks from the future and from batch-mates, by changing one thing and looking at everything else.
-
-    Causal: no logit moves when later tokens change, in its own row or in others. Private: causal, and no logit moves
-    when other rows of the batch change. Separate: no logit of a document moves when the one before it in its row
-    changes; looked for where a run was trained so, or where it is expected. All positions of the texts are looked at.
-    These are of the run where its text is known, or else random tokens.
-
-    Args:
-        run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
-        expect: Exit with status 1 unless the model is this; from Python, `failure` of what is returned says so.
-        alone: Audit a Mixture of Tokens as `mot generate --alone` serves it.
-        experts: With --alone, experts that a token goes to; by default all.
-        length: Tokens of a text, at most the model's context; by default 64, or fewer where logits would take much
-            memory. Time grows with its square.
-        batches: Number of batches.
-        seed: Seed of the batches and of the replaced tokens.
-        device: cpu or cuda; by default cuda where there is one.
-
-    Raises ValueError for bad options and for a run without a model.
-    """
+    """As the function of `commands/audit.py`, which explains its arguments."""
     check_one_process()
     at_least_one(batches=batches, experts=experts)
     if length is not None and length < 2:

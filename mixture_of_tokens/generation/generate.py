@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 
-from cyclopts import Parameter
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
@@ -20,7 +19,6 @@ from mixture_of_tokens.generation.sampling import DEFAULT, Sampling, draw, encod
 from mixture_of_tokens.generation.stream import Streamer
 from mixture_of_tokens.models.generation import CANNOT_WRITE
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.parallel.placement import Device, Dtype
 from mixture_of_tokens.parallel.sharding import broadcast
 from mixture_of_tokens.runs.loading import (
     check_tokens,
@@ -32,7 +30,8 @@ from mixture_of_tokens.runs.loading import (
     weights_hash,
 )
 from mixture_of_tokens.runs.locking import owned_file
-from mixture_of_tokens.utils.checks import at_least_one, checked, listed
+from mixture_of_tokens.settings.choices import Device, Dtype
+from mixture_of_tokens.utils.checks import at_least_one, listed
 from mixture_of_tokens.utils.formatting import Result
 from mixture_of_tokens.utils.process import is_main, process_count
 
@@ -56,61 +55,27 @@ class Generated(Result):
         return "\n\n".join(each.prompt + each.text for each in self.continuations)
 
 
-@checked
 def generate(
     run: str | Path,
     *,
-    prompt: list[str] | None = None,
-    prompts_file: Path | None = None,
-    out: Path | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float = DEFAULT.temperature,
-    top_p: float = DEFAULT.top_p,
-    samples: int = 1,
-    batch_size: int = BATCH_SIZE,
-    alone: bool = False,
-    experts: int | None = None,
-    seed: int = DEFAULT.seed,
-    device: Device | None = None,
-    dtype: Dtype | None = None,
-    shard: int | None = None,
-    expert_parallel: int | None = None,
-    stream: Annotated[TextIO | None, Parameter(parse=False)] = None,
+    prompt: list[str] | None,
+    prompts_file: Path | None,
+    out: Path | None,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    samples: int,
+    batch_size: int,
+    alone: bool,
+    experts: int | None,
+    seed: int,
+    device: Device | None,
+    dtype: Dtype | None,
+    shard: int | None,
+    expert_parallel: int | None,
+    stream: TextIO | None,
 ) -> Generated | None:
-    """Continue prompts.
-
-    The text after a single prompt is streamed. Several prompts form batches of similar lengths, and a Mixture of Tokens
-    mixes the prompts of a batch, unless --alone is given. Text goes to standard output, everything else to standard
-    error.
-
-    Args:
-        run: A run directory, a checkpoint, nano (a small model that comes with the library), or the name of a causal
-            language model on the Hub.
-        prompt: A text to continue; may be repeated.
-        prompts_file: A file of prompts: one a line, or, if it ends in .jsonl, objects with the field "prompt".
-        out: The file of JSON lines for --prompts-file, in its order; by default NAME.continued.jsonl beside it. The
-            same command goes on where it was stopped.
-        max_new_tokens: Tokens to write, by default 64; fewer where a text ends or the context is full. Prompts that
-            are mixed end together, when the context of the longest is full.
-        temperature: Of sampling; 0 always takes the likeliest token.
-        top_p: Sample among the likeliest tokens that together have this probability.
-        samples: Continuations of each prompt, at most a million. Those of one prompt are never in one batch.
-        batch_size: Prompts in a batch; rounded up to complete groups.
-        alone: Serve each prompt by itself: each expert's typical companions replace the other prompts.
-        experts: With --alone, experts that a token goes to, those of its largest weights; by default all. As many as
-            the granularity cost what a dense feed-forward does, and give nearly the same loss.
-        seed: Of sampling; what is drawn depends on the number of prompts in a batch too, also with --alone.
-        device: cpu or cuda; by default cuda where there is one.
-        dtype: float32 or bfloat16, in which all is computed; by default that of the saved weights.
-        shard: Processes of torchrun that hold a part of every weight each, of a model that is too large for one.
-        expert_parallel: Of these processes, so many divide the experts.
-        stream: Where the text goes as it is written.
-
-    Returns the continuations; None in all processes of torchrun but the first.
-
-    Raises ValueError for bad options, prompts that are empty or too long, a run without a model, and a model whose
-    logits are not finite.
-    """
+    """As the function of `commands/generate.py`, which explains its arguments."""
     texts = [] if prompt is None else listed(prompt)
     at_least_one(samples=samples, batch_size=batch_size, experts=experts)
     if samples > MOST_SAMPLES:

@@ -15,6 +15,7 @@ from mixture_of_tokens.generation.stream import text_after
 from mixture_of_tokens.models.forward_hooks import evaluating
 from mixture_of_tokens.runs.loading import context_of, group_size_of
 from mixture_of_tokens.runs.preconditions import check_seed
+from mixture_of_tokens.settings.choices import TEMPERATURE
 from mixture_of_tokens.utils.checks import at_least_one
 
 SHARPEST, FLATTEST = 1e-6, 1e6  # temperatures: logits divided by them are finite in float32, and not 0
@@ -24,7 +25,7 @@ class Sampling(NamedTuple):
     """How continuations are drawn. Temperature 0 takes the likeliest token, whatever the seed."""
 
     max_new_tokens: int = 64
-    temperature: float = 0.8
+    temperature: float = TEMPERATURE
     top_p: float = 1.0
     seed: int = 0
 

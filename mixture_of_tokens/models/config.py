@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from mixture_of_tokens.layers.experts import ACTIVATIONS
 from mixture_of_tokens.layers.thresholds import SCORES
 from mixture_of_tokens.models.hf_internals import Qwen3MoeConfig
-from mixture_of_tokens.models.routings import DENSE, MIXTURE, ROUTINGS, Routing
+from mixture_of_tokens.settings.routings import DENSE, MIXTURE, ROUTINGS, Routing
 from mixture_of_tokens.utils.checks import KINDS, check, check_choice, check_range, shown
 
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")

@@ -19,6 +19,7 @@ from mixture_of_tokens.layers.grouping import at_least_fp32
 from mixture_of_tokens.layers.losses import IGNORE, AuxiliaryLoss, chunked_cross_entropy
 from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
+from mixture_of_tokens.models.feed_forwards import dense_feed_forward, feed_forward
 from mixture_of_tokens.models.generation import GroupedGeneration, check_width, real_tokens
 from mixture_of_tokens.models.hf_internals import (
     GradientCheckpointingLayer,
@@ -33,7 +34,7 @@ from mixture_of_tokens.models.hf_internals import (
     can_return_tuple,
     maybe_install_capturing_hooks,
 )
-from mixture_of_tokens.models.routings import Routing, dense_feed_forward
+from mixture_of_tokens.settings.routings import Routing
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +55,7 @@ class MixtureOfTokensDecoderLayer(GradientCheckpointingLayer):
         if not config.qk_norm:
             attention.q_norm, attention.k_norm = nn.Identity(), nn.Identity()
         self.self_attn = attention
-        self.mlp = config.routings[layer_idx].build(config)
+        self.mlp = feed_forward(config, layer_idx)
         self.shared_experts = None
         if config.shared_experts and config.routings[layer_idx].sparse:
             self.shared_experts = dense_feed_forward(config, config.shared_experts * config.moe_intermediate_size)

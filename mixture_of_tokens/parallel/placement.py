@@ -7,17 +7,14 @@ expert_parallel  processes of a set that divide the experts: each owns E / P of 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
-from mixture_of_tokens.models.routings import BY_CONSTRUCTION
+from mixture_of_tokens.settings.choices import Device
+from mixture_of_tokens.settings.routings import BY_CONSTRUCTION
 from mixture_of_tokens.utils.checks import at_least_one, divisors
 from mixture_of_tokens.utils.formatting import listing
-
-Device = Literal["cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16"]  # of the weights of a model that is only read
 
 
 def check_device(device: Device | None) -> None:

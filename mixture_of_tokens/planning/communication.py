@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from itertools import product
 
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
-from mixture_of_tokens.models.routings import BY_CONSTRUCTION
 from mixture_of_tokens.parallel.placement import COPIES, Placement
 from mixture_of_tokens.planning.cost import BYTES, legal_micro_batches, memory, parameters
+from mixture_of_tokens.settings.routings import BY_CONSTRUCTION
 from mixture_of_tokens.utils.checks import divisors
 from mixture_of_tokens.utils.formatting import aligned, listing
 

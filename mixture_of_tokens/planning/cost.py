@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mixture_of_tokens.layers.losses import LOGITS_AT_ONCE
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
-from mixture_of_tokens.models.routings import groups_of
+from mixture_of_tokens.settings.routings import groups_of
 from mixture_of_tokens.utils.checks import LARGEST, divisors
 
 BYTES = {"float32": 4, "bfloat16": 2}

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from textwrap import indent
 
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
-from mixture_of_tokens.models.names import name_of, parse_name
-from mixture_of_tokens.models.routings import DENSE
+from mixture_of_tokens.models.names import name_of
 from mixture_of_tokens.planning.communication import Spread
 from mixture_of_tokens.planning.cost import flops_per_token, legal_micro_batches, memory, parameters
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.routings import DENSE
 from mixture_of_tokens.utils.formatting import Result, aligned, duration, listing, short
 
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from mixture_of_tokens.models.routings import properties
 from mixture_of_tokens.planning.cost import memory, parameters
 from mixture_of_tokens.reports.labels import labels
 from mixture_of_tokens.reports.origins import Origin
@@ -32,6 +31,7 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.preconditions import check_comparable
 from mixture_of_tokens.runs.run import Point, Run, read_run
 from mixture_of_tokens.runs.typed import FORMAT, as_fields
+from mixture_of_tokens.settings.routings import properties
 from mixture_of_tokens.utils.files import write_text
 from mixture_of_tokens.utils.formatting import Result, Summary, few_of, listing
 

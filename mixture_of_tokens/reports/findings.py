@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixture_of_tokens.models.names import parse_name
-from mixture_of_tokens.models.routings import MIXTURE
 from mixture_of_tokens.reports.comparison import ComparedModel, Comparison
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.routings import MIXTURE
 from mixture_of_tokens.utils.formatting import (
     Summary,
     difference,

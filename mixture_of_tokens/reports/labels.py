@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mixture_of_tokens.models.names import as_named, other_sizes, parse_name
-from mixture_of_tokens.models.routings import MIXTURE, SETTINGS
+from mixture_of_tokens.models.names import as_named, other_sizes
 from mixture_of_tokens.runs.records import OF_TRAINING
 from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.routings import MIXTURE, SETTINGS
 
 OF_A_START = ("model.norm_topk_prob", "model.capacity_factor")  # of an upcycled run, from how it is made
 FOLLOWS = ("model.mlp_layer_types", "first_step")  # of a switched run, from its name and from its source

@@ -6,14 +6,14 @@ from operator import attrgetter
 from typing import Any
 
 from mixture_of_tokens.data.report import title_of
-from mixture_of_tokens.models.names import parse_name
-from mixture_of_tokens.models.routings import MIXTURE, TABLE
 from mixture_of_tokens.reports import findings
 from mixture_of_tokens.reports.comparison import RATIOS, ComparedModel, Comparison
 from mixture_of_tokens.reports.figures import SERIES, Line, panel, swatch
 from mixture_of_tokens.reports.origins import Origin
 from mixture_of_tokens.reports.samples import PROMPTS, TEMPERATURE
 from mixture_of_tokens.runs.run import Point, Run
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.routings import MIXTURE, TABLE
 from mixture_of_tokens.utils.formatting import Summary, duration, enumerated, loss, ratio, short
 from mixture_of_tokens.utils.rendering import page_of
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from textwrap import fill, indent
 from typing import Any
 
-from mixture_of_tokens.models.routings import PROPERTIES
-from mixture_of_tokens.parallel.placement import Device
 from mixture_of_tokens.reports.comparison import COMPARISON, WAYS, Comparison, by_model, comparison, runs_of
 from mixture_of_tokens.reports.findings import OF_WAYS, SERVED, differing, findings, way_of, why_no_time
 from mixture_of_tokens.reports.origins import without_origins
@@ -17,7 +15,9 @@ from mixture_of_tokens.reports.reproduce import Places, commands_of
 from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs.preconditions import check_writable
 from mixture_of_tokens.runs.run import Run
-from mixture_of_tokens.utils.checks import checked, listed
+from mixture_of_tokens.settings.choices import Device
+from mixture_of_tokens.settings.routings import PROPERTIES
+from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.files import write_text
 from mixture_of_tokens.utils.formatting import Result, aligned, duration, loss
 from mixture_of_tokens.utils.process import check_one_process
@@ -47,24 +47,8 @@ class Report(Result):
         return "\n".join([*lines, *map(partial(fill, width=WIDTH), why_no_time(self.comparison))])
 
 
-@checked
-def report(*runs: Path, out: Path | None = None) -> Report:
-    """Print the runs' losses side by side, the first one as the baseline, and write a page about them.
-
-    Runs of one model with several seeds are one line of means; spread is the largest loss less the least. "Reached"
-    is the step, and the seconds, at which the evaluation loss falls to the baseline's last one, on a straight line
-    between two evaluations. Evaluations during training are over one fixed part of the text, the losses in the table
-    over all of it. Runs that began with one trained model (mot train --from) are counted from there; its own run beside
-    them is the curve before. A mixture's losses alone, by as many experts as the granularity and by all, stand beside
-    that in groups, over a part of the text. Seconds are of training, FLOPs a token of the forward pass. A run of mot
-    transition may stand beside its source, though it has more steps.
-
-    Args:
-        runs: Run directories of mot train, or a directory of mot compare.
-        out: The page; by default report.html, in a run or comparison that is given alone, or else beside the runs.
-
-    Raises ValueError for runs that are not finished, damaged, or cannot be compared.
-    """
+def report(*runs: Path, out: Path | None) -> Report:
+    """As the function of `commands/report.py`, which explains its arguments."""
     check_one_process()
     runs = tuple(Path(each) for given in runs for each in listed(given))
     found, command = runs_of(runs)

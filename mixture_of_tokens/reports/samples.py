@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from mixture_of_tokens.generation.sampling import Sampling, continue_prompts
-from mixture_of_tokens.parallel.placement import Device
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
+from mixture_of_tokens.settings.choices import Device
 from mixture_of_tokens.utils.formatting import first_line
 
 TEMPERATURE = 0.8

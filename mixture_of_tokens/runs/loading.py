@@ -15,10 +15,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import refuse
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.parallel.placement import COPIES, Device, Dtype, Placement, check_device
+from mixture_of_tokens.parallel.placement import COPIES, Placement, check_device
 from mixture_of_tokens.parallel.sharding import shard_model
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.records import RunConfig, RunFacts
+from mixture_of_tokens.settings.choices import Device, Dtype
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.formatting import first_line
 from mixture_of_tokens.utils.process import process_count, said_if_slow

@@ -13,8 +13,8 @@ from mixture_of_tokens.data.prepare import COMMON_GROUP, Prepared, prepare_text
 from mixture_of_tokens.data.streaming import Parts
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.names import config_from_name
-from mixture_of_tokens.models.routings import SETTINGS
 from mixture_of_tokens.runs.typed import FORMAT, JsonFile, Record, is_a, without_format
+from mixture_of_tokens.settings.routings import SETTINGS
 from mixture_of_tokens.utils import yaml12
 from mixture_of_tokens.utils.formatting import finite
 

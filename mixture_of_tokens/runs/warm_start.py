@@ -6,12 +6,12 @@ from typing import Any
 
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.names import FIELDS
-from mixture_of_tokens.models.routings import SETTINGS
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.loading import model_directory
 from mixture_of_tokens.runs.records import RunConfig, Start
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.runs.typed import JsonFile
+from mixture_of_tokens.settings.routings import SETTINGS
 
 UPCYCLED = "upcycled.json"
 # How a model came from its source, as `Start.kind` names it.

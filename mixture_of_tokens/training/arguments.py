@@ -16,8 +16,8 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
 
-from mixture_of_tokens.models.names import nearest
 from mixture_of_tokens.settings.flags import typed
+from mixture_of_tokens.settings.names import nearest
 from mixture_of_tokens.utils.checks import LARGEST, check_number
 from mixture_of_tokens.utils.formatting import first_line, in_words
 from mixture_of_tokens.utils.process import process_count

@@ -6,11 +6,8 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-from cyclopts import Parameter
-
-from mixture_of_tokens.models.names import parse_name
 from mixture_of_tokens.reports.comparison import COMPARISON, by_model, comparison, write
 from mixture_of_tokens.reports.report import PAGE, Report, check_no_other_file, write_page
 from mixture_of_tokens.runs import records
@@ -24,13 +21,14 @@ from mixture_of_tokens.runs.preconditions import (
 )
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run
-from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.options import Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room
 from mixture_of_tokens.training.sweep import ANOTHER_OUT, PlannedRun, Plans
 from mixture_of_tokens.training.timing import check_minutes, fitting, found_before
 from mixture_of_tokens.training.train import run_merged
-from mixture_of_tokens.utils.checks import checked, listed
+from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.formatting import duration
 from mixture_of_tokens.utils.process import is_main, of_all, say_once
 
@@ -47,39 +45,16 @@ class _Planned(NamedTuple):
         return self.merged.config.name
 
 
-@checked
 def compare(
     *names: str,
-    seeds: Seeds = [0],  # noqa: B006, it is only read
-    learning_rate: Rates | None = None,
-    out: Path | None = None,
-    options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
-    minutes: float | None = None,
-    dry_run: bool = False,
+    seeds: Seeds,
+    learning_rate: Rates | None,
+    out: Path | None,
+    options: Options,
+    minutes: float | None,
+    dry_run: bool,
 ) -> Report | Plans | None:
-    """Train several models on the same text in the same order, and say when each reaches the first one's loss.
-
-    All models are trained with the first seed, then with the next, so that an interrupted comparison is balanced.
-    Called again, it skips what is finished and goes on with the rest. It writes compare.json, report.html and the run
-    directories; with other names or seeds compare.json and report.html are of those alone, and the other runs stay.
-    `mot report --help` explains the table.
-
-    Args:
-        names: Models, such as Transformer-Nano MoT-Nano/32E/4; the first is the baseline. `mot train --help` says what
-            there is.
-        seeds: Seeds, as in 0,1,2.
-        learning_rate: Peak learning rates: one for all models, or one for each in their order, as in 1e-2,2e-2; by
-            default each model's own.
-        out: Directory for all of it; by default runs/compare.
-        minutes: In place of --steps: each model gets as many steps as fit beside evaluations and the scoring at the
-            end, by a few that are timed first. Preparing text comes before.
-        dry_run: Print the runs and stop, before text or a tokenizer is looked at.
-
-    Returns the comparison with its page; with `dry_run` the runs that it would train; None in all processes of torchrun
-    but the first. They train every run together.
-
-    Raises ValueError for invalid settings of any run, before the first one starts.
-    """
+    """As the function of `commands/compare.py`, which explains its arguments."""
     names = tuple(str(parse_name(name)) for given in names for name in listed(given))
     seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
     out = Path("runs/compare") if out is None else Path(out)

@@ -2,15 +2,12 @@
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.prepare import Prepared
-from mixture_of_tokens.training.options import DEFAULTS, Options
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.recipes import check_settings, merge
-from mixture_of_tokens.utils.checks import at_least_one, checked
+from mixture_of_tokens.utils.checks import at_least_one
 from mixture_of_tokens.utils.formatting import Result
 from mixture_of_tokens.utils.process import by_itself, process_count, process_number
 
@@ -28,19 +25,8 @@ class PreparedText(Result):
         return f"{self.tokens:,} tokens for training in {parts}. They are in {self.directories[0]} and beside it."
 
 
-@checked
-def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEFAULTS) -> PreparedText | None:
-    """Prepare the text that mot train with the same flags would train on.
-
-    With --part-bytes each process of torchrun makes other parts. Stopped, the same command goes on.
-
-    Args:
-        name: The model; its context and groups decide how text is cut.
-
-    Returns what there is then; None in all processes of torchrun but the first.
-
-    Raises ValueError for bad settings or text.
-    """
+def prepare(name: str, *, options: Options) -> PreparedText | None:
+    """As the function of `commands/prepare.py`, which explains its arguments."""
     at_least_one(shard=options.shard, replicate=options.replicate, expert_parallel=options.expert_parallel)
     options = replace(options, device=None, shard=None, replicate=None, expert_parallel=None)  # they decide no text
     with by_itself():

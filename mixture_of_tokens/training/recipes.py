@@ -14,13 +14,14 @@ from mixture_of_tokens.data.tokenizer import check_vocab_size
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.fields import config_of, names_the_flag
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.models.names import FIELDS, Name, other_sizes, parse_name
-from mixture_of_tokens.models.routings import SETTINGS
+from mixture_of_tokens.models.names import FIELDS, other_sizes
 from mixture_of_tokens.parallel.placement import Placement, check_device
 from mixture_of_tokens.runs.preconditions import check_seed
 from mixture_of_tokens.runs.records import DERIVED, LATER, RunConfig, Start, Transition
+from mixture_of_tokens.settings.names import Name, parse_name
+from mixture_of_tokens.settings.options import Options
+from mixture_of_tokens.settings.routings import SETTINGS
 from mixture_of_tokens.training.arguments import FIXED, check_environment, given_fields, try_out
-from mixture_of_tokens.training.options import Options
 from mixture_of_tokens.utils.checks import check_number
 from mixture_of_tokens.utils.formatting import enumerated, in_words
 from mixture_of_tokens.utils.process import by_itself, process_count, say_once, the_only_training

@@ -7,14 +7,14 @@ from typing import Any
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.tokenizer import hash_of, load_tokenizer
 from mixture_of_tokens.models.companions import forget_companions
-from mixture_of_tokens.models.names import parse_name
 from mixture_of_tokens.parallel.sharding import whole
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import MetricsRow
 from mixture_of_tokens.runs.warm_start import TEXT, Beginning
 from mixture_of_tokens.settings.flags import as_word
-from mixture_of_tokens.training.options import DEFAULTS, Options
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils.formatting import enumerated

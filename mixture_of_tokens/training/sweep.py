@@ -9,23 +9,21 @@ import statistics
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Annotated, NamedTuple
-
-from cyclopts import Parameter
+from typing import NamedTuple
 
 from mixture_of_tokens.data.sources import located
 from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer
-from mixture_of_tokens.models.names import parse_name
 from mixture_of_tokens.planning.cost import training_flops
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.locking import owned
 from mixture_of_tokens.runs.preconditions import check_holds_runs, check_planned, check_resumed, names_listed_in
 from mixture_of_tokens.runs.run import Run
-from mixture_of_tokens.training.options import DEFAULTS, Options, Rates, Seeds, as_flags, listed_seeds
+from mixture_of_tokens.settings.names import parse_name
+from mixture_of_tokens.settings.options import Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, estimate
 from mixture_of_tokens.training.train import run_merged
-from mixture_of_tokens.utils.checks import checked, listed
+from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.files import write_text
 from mixture_of_tokens.utils.formatting import Result, aligned, few_of, short
 from mixture_of_tokens.utils.process import is_main
@@ -148,33 +146,10 @@ class _Planned(NamedTuple):
     directory: Path
 
 
-@checked
 def sweep(
-    name: str,
-    *,
-    learning_rate: Rates | None = None,
-    seeds: Seeds = [0],  # noqa: B006, it is only read
-    out: Path | None = None,
-    options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
-    dry_run: bool = False,
+    name: str, *, learning_rate: Rates | None, seeds: Seeds, out: Path | None, options: Options, dry_run: bool
 ) -> Sweep | Plans | None:
-    """Train one model with every combination of settings, and print the best.
-
-    A setting is a list with commas: --learning-rate, --seeds, and any field of --model and --training. Losses are on
-    the tuning split. Called again, it skips what is finished and goes on with the rest.
-
-    Args:
-        name: A model, such as MoT-Nano/32E/4.
-        learning_rate: Peak learning rates, as in 3e-3,1e-2,3e-2; by default the model's own.
-        seeds: Seeds, as in 0,1,2.
-        out: Directory of the run directories and of sweep.json; by default runs/sweep-NAME.
-        dry_run: Print the runs and stop, before text or a tokenizer is looked at.
-
-    Returns what sweep.json holds; with `dry_run` the runs that it would train; None in all processes of torchrun but
-    the first. They train every run together.
-
-    Raises ValueError for invalid settings of any run, before the first one starts.
-    """
+    """As the function of `commands/sweep.py`, which explains its arguments."""
     name = str(parse_name(name))  # /1 is left out
     seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
     if learning_rate == []:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from cyclopts import Parameter
 from transformers import TrainingArguments
 
 from mixture_of_tokens.data.groups import GROUPS, training_groups
@@ -31,8 +30,8 @@ from mixture_of_tokens.runs.preconditions import check_free, check_resumed, chec
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.runs.warm_start import beginning_of
+from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.building import arguments_of, build, in_fp32
-from mixture_of_tokens.training.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, tell_room
 from mixture_of_tokens.training.served import losses_as_served
@@ -41,7 +40,6 @@ from mixture_of_tokens.training.starting import begin_with, check_same_model, na
 from mixture_of_tokens.training.timing import MergedWith, check_minutes, fitting, found_before
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils import manifest
-from mixture_of_tokens.utils.checks import checked
 from mixture_of_tokens.utils.files import plain_errors, published, write_text
 from mixture_of_tokens.utils.process import (
     ended_by_sigterm,
@@ -58,51 +56,19 @@ REGROUPINGS = 3
 Begin = Callable[[RunTrainer, Prepared], None]
 
 
-@checked
 def train(
-    name: str | None = None,
+    name: str | None,
     *,
-    out: Path | None = None,
-    seed: int | None = None,
-    learning_rate: float | None = None,
-    start: Annotated[Path | None, Parameter(name="--from")] = None,
-    options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
-    minutes: float | None = None,
-    resume: bool = False,
-    dry_run: bool = False,
+    out: Path | None,
+    seed: int | None,
+    learning_rate: float | None,
+    start: Path | None,
+    options: Options,
+    minutes: float | None,
+    resume: bool,
+    dry_run: bool,
 ) -> Run | RunConfig | None:
-    """Train one model and write a run directory.
-
-    For example: mot train MoT-Nano/32E/8 --steps 300 --data my-texts --out runs/mine
-
-    A name is SYSTEM-SIZE, with experts SYSTEM-SIZE/GE/K: G texts in a group, and G x K experts, each 1/K as wide as the
-    dense feed-forward. Systems: Transformer (dense), MoT (Mixture of Tokens), Uniform (without a router), TC (Token
-    Choice), STC (with sigmoid gates), EC (Expert Choice), ET (Expert Threshold), ReMoE, SoftMoE (not causal). Sizes:
-    Nano (minutes on a CPU), Micro (an hour or two), Mini, Medium and Base (for GPUs).
-
-    It can be stopped (^C, SIGTERM) and killed at any time; the same command with --resume goes on.
-
-    Args:
-        name: A model, such as Transformer-Nano or MoT-Nano/32E/8; /K may be left out, and is 1 then. With --from it is
-            known.
-        out: The run directory; by default runs/NAME-seedSEED.
-        seed: Of the weights and of the order of the text; by default 0, with --from that of the run it comes from.
-        learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own,
-            with --from a fifth of it, or half of it after mot upcycle.
-        start: Begin with trained weights: of a finished run, or of what mot upcycle made of a dense model. Of a run of
-            this library the same text goes on where it stopped, unless --data names another; the steps are by default a
-            quarter of its.
-        minutes: In place of --steps: as many steps as fit beside evaluations and the scoring at the end, by a few that
-            are timed first. Preparing text comes before. A resumed run keeps the number that was found.
-        resume: Go on from the newest valid checkpoint of the run directory, or start where there is none.
-        dry_run: Print the merged configuration, and how much memory it takes, and stop, before text or a tokenizer is
-            looked at.
-
-    Returns the finished run; with `dry_run` its configuration; None in all processes of torchrun but the first.
-
-    Raises ValueError for bad settings or too little memory, FloatingPointError for a run that diverges. Exits at a
-    signal, after saving.
-    """
+    """As the function of `commands/train.py`, which explains its arguments."""
     check_minutes(minutes, steps=options.steps, dry_run=dry_run)
     beginning = None if start is None else beginning_of(start)
     if beginning is not None:

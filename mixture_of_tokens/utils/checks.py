@@ -57,7 +57,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     TypeError for an argument that it does not have says where that belongs, if it is a field of its `options`.
     """
-    signature, hints = inspect.signature(function), typing.get_type_hints(function)
+    signature = inspect.signature(function)
+    hints = {name: _without_notes(parameter.annotation) for name, parameter in signature.parameters.items()}
     inside = getattr(hints.get("options"), "__dataclass_fields__", {})
     inner: Callable[..., R] = function
 
@@ -78,7 +79,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 bound.arguments[name] = plain(value)
         return inner(*bound.args, **bound.kwargs)
 
+    # What it returns may be a name that only type checkers import, and whoever reads annotations would look for it.
+    call.__annotations__ = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
     return call
+
+
+def _without_notes(kind: Any) -> Any:
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
 
 
 def plain(value: Any) -> Any:

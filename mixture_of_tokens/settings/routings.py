@@ -1,34 +1,14 @@
 """The table of routings: a row for each kind of feed-forward, with all that the rest of the library needs to know.
 
 Names, costs, evaluation, generation, audit, conversion, export and the report read this table; there is no other list
-of kinds. A new routing is a layer (such as those of `layers/token_choice.py`), a row here, and its literal reference in
-`tests/reference.py`; the property tests run over `tests/routings.py`, which must have it too.
+of kinds but that which makes their layers, `models/feed_forwards.py`. It needs no torch, so names are checked at once.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from mixture_of_tokens.layers.experts import ACTIVATIONS
-from mixture_of_tokens.layers.mixture import MixtureOfTokens
-from mixture_of_tokens.layers.soft import SoftMoE
-from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
-from mixture_of_tokens.layers.token_choice import (
-    ExpertChoice,
-    SigmoidChoice,
-    TokenChoice,
-    capacity_ratio,
-    tokens_of_an_expert,
-)
-from mixture_of_tokens.models.hf_internals import Qwen3MoeMLP
-
-if TYPE_CHECKING:  # the configuration checks its kinds against this table
-    from mixture_of_tokens.models.config import MixtureOfTokensConfig
-
-
+Config = Any  # a `MixtureOfTokensConfig`, which checks its kinds against this table
 BY_CONSTRUCTION = "by construction"  # experts read equally many rows, whatever the router says
 OF_A_ROUTER = ("router_temperature", "learnable_temperature", "router_dtype")
 
@@ -40,7 +20,6 @@ class Routing:
     What it is:
         kind: its name in a configuration's `mlp_layer_types`; prefix: what its models' names begin with.
         title, meaning: its name and a sentence or two, for people.
-        build: makes the feed-forward of one block.
         own: the fields of the configuration that are its own, or those of some routings.
 
     What it promises:
@@ -71,7 +50,6 @@ class Routing:
     prefix: str
     title: str
     meaning: str
-    build: Callable[["MixtureOfTokensConfig"], nn.Module]
     own: tuple[str, ...] = ()
     causal: bool = True
     shares_batch: bool = False
@@ -80,13 +58,13 @@ class Routing:
     balance: str = ""
     exports_as: str | None = None
     converts_to: tuple[str, ...] = ()
-    auxiliary_weight: Callable[["MixtureOfTokensConfig", Any], float | Tensor] | None = None
+    auxiliary_weight: Callable[[Config, Any], Any] | None = None
     sparse: bool = True
-    rows: Callable[["MixtureOfTokensConfig", int, int, bool], int] = lambda config, batch, context, training: 0
+    rows: Callable[[Config, int, int, bool], int] = lambda config, batch, context, training: 0
     varies: bool = False
-    most: Callable[["MixtureOfTokensConfig"], int] = lambda config: config.num_experts_per_tok
+    most: Callable[[Config], int] = lambda config: config.num_experts_per_tok
     routed: bool = True
-    logits: Callable[["MixtureOfTokensConfig"], int] = lambda config: config.num_experts
+    logits: Callable[[Config], int] = lambda config: config.num_experts
     grouped: bool = True
     reads_mixtures: bool = False
     kept_weights: tuple[int, int] = (1, 0)
@@ -102,84 +80,39 @@ class Routing:
         return self.causal and not self.shares_batch
 
 
-def groups_of(config: "MixtureOfTokensConfig", batch: int, context: int) -> tuple[int, int]:
+def groups_of(config: Config, batch: int, context: int) -> tuple[int, int]:
     """The number of groups and of rows in each; a batch smaller than a group is one group of B rows."""
     size = min(config.group_size, batch)
     return -(-batch // size) * context, size
 
 
-class DenseMLP(Qwen3MoeMLP):
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        return super().forward(x)
-
-
-class PlainMLP(nn.Module):
-    """The paper's dense feed-forward: no gate, no biases."""
-
-    def __init__(self, config: "MixtureOfTokensConfig", intermediate_size: int | None = None):
-        super().__init__()
-        width = intermediate_size or config.intermediate_size
-        self.act = ACTIVATIONS[config.hidden_act]
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        return self.down_proj(self.act(self.up_proj(x)))
-
-
-def dense_feed_forward(config: "MixtureOfTokensConfig", width: int | None = None) -> nn.Module:
-    """Of the configuration's width, or of another."""
-    return (DenseMLP if config.gated else PlainMLP)(config, width)
-
-
-def _common(config: "MixtureOfTokensConfig") -> dict[str, Any]:
-    """What every sparse layer's constructor takes."""
-    return {
-        "hidden_size": config.hidden_size,
-        "expert_size": config.moe_intermediate_size,
-        "num_experts": config.num_experts,
-        "gated": config.gated,
-        "activation": config.hidden_act,
-        "temperature": config.router_temperature,
-        "learnable_temperature": config.learnable_temperature,
-        "router_dtype": getattr(torch, config.router_dtype),
-        "initializer_scale": config.initializer_scale,
-    }
-
-
-def _choosing(config: "MixtureOfTokensConfig") -> dict[str, Any]:
-    """What the constructor of a layer takes in which some experts are chosen for a token."""
-    return _common(config) | {"num_experts_per_tok": config.num_experts_per_tok}
-
-
-def _mixture_of_tokens(config: "MixtureOfTokensConfig", uniform: bool = False) -> nn.Module:
-    mixing = {"normalize_mixture": config.normalize_mixture, "uniform": uniform}
-    return MixtureOfTokens(group_size=config.group_size, **mixing, **_common(config))
-
-
-def _mixture_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
+def _mixture_rows(config: Config, batch: int, context: int, training: bool) -> int:
     return config.num_experts * groups_of(config, batch, context)[0]
 
 
-def _expert_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
+def _expert_choice_rows(config: Config, batch: int, context: int, training: bool) -> int:
+    from mixture_of_tokens.layers.token_choice import tokens_of_an_expert
+
     groups, size = groups_of(config, batch, context)
     capacity = tokens_of_an_expert(config.group_size, config.num_experts_per_tok, config.num_experts)
     return config.num_experts * groups * min(capacity, size)
 
 
-def _chosen_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
+def _chosen_rows(config: Config, batch: int, context: int, training: bool) -> int:
     return batch * context * config.num_experts_per_tok
 
 
-def num_slots(config: "MixtureOfTokensConfig") -> int:
+def num_slots(config: Config) -> int:
     """Of an expert of Soft MoE, at least one: in full texts experts read about as many rows as in Token Choice."""
     return max(1, round(config.max_position_embeddings * config.num_experts_per_tok / config.num_experts))
 
 
-def _token_choice_rows(config: "MixtureOfTokensConfig", batch: int, context: int, training: bool) -> int:
+def _token_choice_rows(config: Config, batch: int, context: int, training: bool) -> int:
     assignments = _chosen_rows(config, batch, context, training)
     if not training or config.capacity_factor is None:
         return assignments
+    from mixture_of_tokens.layers.token_choice import capacity_ratio
+
     times, over = capacity_ratio(config.capacity_factor, config.num_experts)
     capacity = max(1, -(-times * assignments // (over * config.num_experts)))
     return config.num_experts * min(capacity, batch * context)
@@ -191,7 +124,6 @@ TABLE = (
         prefix="Transformer",
         title="Transformer",
         meaning="The dense model: each token goes through the one feed-forward of a layer.",
-        build=dense_feed_forward,
         differentiable=True,
         exports_as="Qwen3ForCausalLM",
         sparse=False,
@@ -205,7 +137,6 @@ TABLE = (
         meaning="Tokens at the same position of different texts form a group. Each expert reads one mixture of the "
         "group, weighted by a router, and its output goes back to the tokens with the same weights. No token is "
         "dropped.",
-        build=_mixture_of_tokens,
         own=("normalize_mixture",),
         shares_batch=True,
         differentiable=True,
@@ -220,7 +151,6 @@ TABLE = (
         prefix="Uniform",
         title="Uniform",
         meaning="Mixture of Tokens without a router: every mixture is the plain mean of the group.",
-        build=lambda config: _mixture_of_tokens(config, uniform=True),
         own=("normalize_mixture",),
         shares_batch=True,
         differentiable=True,
@@ -237,9 +167,6 @@ TABLE = (
         meaning="Sparse mixture of experts: each token goes to the experts that its router rates highest. In training "
         "an expert takes at most 1.25 times an even share of the tokens, unless another capacity was set, and the rest "
         "are dropped. After conversion from Mixture of Tokens none are dropped by default.",
-        build=lambda config: TokenChoice(
-            norm_topk_prob=config.norm_topk_prob, capacity_factor=config.capacity_factor, **_choosing(config)
-        ),
         own=("norm_topk_prob", "capacity_factor", "router_aux_loss_coef"),
         exports_as="Qwen3MoeForCausalLM",
         balance="by a loss",
@@ -253,9 +180,6 @@ TABLE = (
         title="Sigmoid Token Choice",
         meaning="Token Choice with independent gates, as in DeepSeek-V3: the sigmoid of a logit, for the experts whose "
         "gate plus a bias is highest. The bias balances the load without a loss, and no token is dropped.",
-        build=lambda config: SigmoidChoice(
-            norm_topk_prob=config.norm_topk_prob, balance_rate=config.balance_rate, **_choosing(config)
-        ),
         own=("norm_topk_prob", "balance_rate"),
         balance="by biases",
         exports_as="Dots1ForCausalLM",
@@ -267,7 +191,6 @@ TABLE = (
         prefix="EC",
         title="Expert Choice",
         meaning="Sparse mixture of experts: each expert takes the tokens it rates highest in a group.",
-        build=lambda config: ExpertChoice(group_size=config.group_size, **_choosing(config)),
         shares_batch=True,
         serves_alone=False,
         balance=BY_CONSTRUCTION,
@@ -279,11 +202,6 @@ TABLE = (
         title="Expert Threshold",
         meaning="Each expert takes the tokens whose score is above its threshold, which follows the score that an even "
         "share of the tokens is above. Tokens get more experts or fewer, as many on average as in Token Choice.",
-        build=lambda config: ExpertThreshold(
-            threshold_decay=config.threshold_decay,
-            scores=config.threshold_scores,  # pyright: ignore[reportArgumentType]
-            **_choosing(config),
-        ),
         own=("threshold_decay", "threshold_scores"),
         balance="by thresholds",
         rows=_chosen_rows,
@@ -297,7 +215,6 @@ TABLE = (
         title="ReMoE",
         meaning="Each token goes to all experts with a positive logit, which is the gate. A penalty on the gates grows "
         "until tokens have as many experts on average as in Token Choice; before that they have more.",
-        build=lambda config: ReMoE(**_choosing(config)),
         differentiable=True,
         balance="by a loss",
         auxiliary_weight=lambda config, layer: layer.l1_weight,
@@ -312,7 +229,6 @@ TABLE = (
         title="Soft MoE",
         meaning="Experts read mixtures of all positions of a text, later ones included. It is no language model: its "
         "loss is low because it sees what it is to predict, and it cannot write text.",
-        build=lambda config: SoftMoE(num_slots=num_slots(config), **_common(config)),
         causal=False,
         differentiable=True,
         balance=BY_CONSTRUCTION,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from mixture_of_tokens.parallel.placement import Device
+from mixture_of_tokens.settings.choices import Device
 from mixture_of_tokens.settings.flags import as_words, flagged
 from mixture_of_tokens.utils.checks import check, listed, plain
 
