@@ -49,6 +49,7 @@ def compare(
     """
     for name in (each for given in names for each in listed(given)):
         parse_name(name)  # before anything large is imported
+    options.check_single()
     from mixture_of_tokens.training.compare import compare
 
     return compare(

@@ -26,6 +26,7 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
     Raises ValueError for bad settings or text.
     """
     parse_name(name)  # before anything large is imported
+    options.check_single()
     from mixture_of_tokens.training.prepare import prepare
 
     return prepare(name, options=options)

@@ -61,6 +61,7 @@ def train(
     """
     if name is not None:
         parse_name(name)  # before anything large is imported
+    options.check_single()
     from mixture_of_tokens.training.train import train
 
     return train(

@@ -19,7 +19,6 @@ from mixture_of_tokens.runs.preconditions import check_free
 from mixture_of_tokens.runs.records import DERIVED, RunConfig, Switch, Transition
 from mixture_of_tokens.runs.run import Run, Stages, read_run
 from mixture_of_tokens.settings.choices import Device, Schedule, Scores
-from mixture_of_tokens.settings.flags import as_word
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.recipes import Merged, merge
@@ -197,9 +196,8 @@ def _merged(
     model = {field: value for field, value in given.items() if field not in DERIVED}
     # What does not depend on the source's number of steps.
     training = {k: v for k, v in source.config.training.items() if not k.startswith(OF_THE_SOURCE)}
-    chosen = {"model": model, "training": training | SCHEDULES[schedule]}
-    words = {kind: {field: as_word(value) for field, value in fields.items()} for kind, fields in chosen.items()}
-    options = replace(where, steps=steps, **words, **{key: getattr(source.config, key) for key in GIVEN})
+    own = {key: getattr(source.config, key) for key in GIVEN}
+    options = replace(where, steps=steps, model=model, training=training | SCHEDULES[schedule], **own)
     if learning_rate is None:
         learning_rate = source.config.learning_rate / 4 if schedule == "own" else _last_rate(source)
     name = str(replace(parse_name(source.name), system=target.sparse_routings[0].prefix))

@@ -1,58 +1,32 @@
-"""Fields of a model's configuration as flags, `--model.FIELD VALUE`: read, and checked beyond what upstream checks."""
+"""A model's configuration from a name and fields, checked beyond what transformers checks."""
 
 import math
-import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from mixture_of_tokens.layers.experts import check_choices
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.hf_internals import ROPE_INIT_FUNCTIONS
 from mixture_of_tokens.models.names import config_from_name
-from mixture_of_tokens.settings.flags import typed
-from mixture_of_tokens.utils.checks import check_number
 from mixture_of_tokens.utils.formatting import in_words
 
-# Of weights in training; Adam's smallest numbers are zero in float16.
-DTYPES = ("float32", "bfloat16", "float64")
 
-
-def config_of(name: str, flags: Mapping[str, str]) -> tuple[MixtureOfTokensConfig, dict[str, Any]]:
-    """A name's configuration with the values of these flags, and these values by field.
-
-    Raises ValueError where they are no model.
-    """
-    overrides = _overrides(flags)
-    with names_the_flag(name, overrides):
-        config = config_from_name(name, **overrides)
+def config_of(name: str, fields: Mapping[str, Any]) -> MixtureOfTokensConfig:
+    """A name's configuration with these fields (`settings.model`). Raises ValueError where they are no model."""
+    with names_the_flag(name, fields):
+        config = config_from_name(name, **fields)
     _check_model(config)
-    _check_effect(config, overrides)
-    return config, overrides
-
-
-def _overrides(flags: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of the model's configuration as values of their types."""
-    hints = typing.get_type_hints(MixtureOfTokensConfig, localns={"torch": torch}) | {"head_dim": int | None}
-    overrides = {}
-    for field, text in flags.items():
-        value = typed(f"--model.{field}", text, hints.get(field))
-        check_number(f"--model.{field}", value)
-        overrides[field] = float(value) if hints.get(field) is float else value  # upstream takes no 1 for 1.0
-    if (dtype := overrides.get("dtype")) not in (None, *DTYPES):
-        raise ValueError(f"--model.dtype {dtype}: weights are trained in {', '.join(DTYPES)}")
-    return overrides
+    _check_effect(config, fields)
+    return config
 
 
 def _check_model(config: MixtureOfTokensConfig) -> None:
     """Raises ValueError for numbers with which a model computes NaN, or trains for something else."""
     rope = config.rope_parameters or {}
     theta, kind, factor = rope.get("rope_theta", 1.0), rope.get("rope_type", "default"), rope.get("factor", 1.0)
-    for field, value in {"rms_norm_eps": config.rms_norm_eps, "rope_parameters: its rope_theta": theta}.items():
-        if not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"--model.{field} must be positive and finite, not {value}")
+    if not (isinstance(theta, int | float) and 0 < theta < math.inf):
+        raise ValueError(f"--model.rope_parameters: its rope_theta must be positive and finite, not {theta}")
     if kind not in (kinds := ["default", *ROPE_INIT_FUNCTIONS]):
         raise ValueError(f"--model.rope_parameters: its rope_type {kind!r} is unknown; legal are {', '.join(kinds)}")
     if not (isinstance(factor, int | float) and 1 <= factor < math.inf):  # upstream warns, and computes with it

@@ -1,20 +1,17 @@
 """Configurations by their names, and names by their configurations. The grammar stands in `settings/names.py`."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from mixture_of_tokens.models.config import MixtureOfTokensConfig, layer_types
-from mixture_of_tokens.settings.names import SIZES, Name, nearest, parse_name
+from mixture_of_tokens.settings.fields import nearest
+from mixture_of_tokens.settings.model import ModelSettings
+from mixture_of_tokens.settings.names import SIZES, Name, parse_name
 from mixture_of_tokens.settings.routings import BY_PREFIX, MIXTURE
 from mixture_of_tokens.utils.checks import check, checked, divisors
 from mixture_of_tokens.utils.formatting import enumerated, listing
 
-# Fields that may be overridden: ours and Qwen3-MoE's, not what every model of transformers has, but for `dtype`.
-# Upstream reads the last two without declaring them.
-FIELDS = {field.name for field in fields(MixtureOfTokensConfig)} - {field.name for field in fields(PreTrainedConfig)}
-FIELDS = sorted(FIELDS | {"dtype", "head_dim", "attn_implementation"})
+FIELDS = sorted(ModelSettings.__annotations__)  # that may be overridden
 
 # The fields that a name determines; NAMED_OF_EXPERTS only where there are experts. A name leaves open the vocabulary,
 # the context and training settings (temperature, capacity, ...).

@@ -22,11 +22,10 @@ which a token goes to k - n. The cost is the same again.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
+from mixture_of_tokens.settings.fields import nearest
 from mixture_of_tokens.settings.routings import BY_PREFIX, DENSE, Routing
 from mixture_of_tokens.utils.checks import LARGEST, check
 
@@ -110,13 +109,6 @@ class Name:
         """The names of all systems of this size, G and k: equal FLOPs per token but for their routing."""
         systems = BY_PREFIX if self.routing.sparse else [self.system]
         return [str(Name(system, self.size, self.group_size, self.granularity)) for system in systems]
-
-
-def nearest(word: str, legal: Iterable[str]) -> str:
-    """'; did you mean WORD?' for the legal word closest to a mistyped one, '' where none is close."""
-    by_lower = {each.lower(): each for each in legal}
-    close = get_close_matches(word.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
 def _as_a_path(name: str) -> str:

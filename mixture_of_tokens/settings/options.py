@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from mixture_of_tokens.settings.choices import Device
-from mixture_of_tokens.settings.flags import as_words, flagged
+from mixture_of_tokens.settings.fields import Several, as_word, check_single
+from mixture_of_tokens.settings.model import model_fields
+from mixture_of_tokens.settings.training import training_fields
 from mixture_of_tokens.utils.checks import check, listed, plain
 
 
@@ -93,8 +95,8 @@ class Options:
     shard: int | None = None
     replicate: int | None = None
     expert_parallel: int | None = None
-    model: dict[str, str] = dataclasses.field(default_factory=dict)
-    training: dict[str, str] = dataclasses.field(default_factory=dict)
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         """From Python: one source may stand alone, sources may be paths, numbers numpy's, other fields of any type.
@@ -108,8 +110,13 @@ class Options:
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name), field.type)
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
-        for name in ("model", "training"):
-            object.__setattr__(self, name, as_words(name, getattr(self, name)))
+        object.__setattr__(self, "model", model_fields(self.model))
+        object.__setattr__(self, "training", training_fields(self.training))
+
+    def check_single(self) -> None:
+        """Raises ValueError for a setting with several values, which only a sweep takes."""
+        check_single("model", self.model)
+        check_single("training", self.training)
 
 
 DEFAULTS = Options()
@@ -125,7 +132,14 @@ def as_flags(options: Options) -> list[str]:
         if value is True:
             words.append(flag)
         elif isinstance(value, dict):
-            words += [word for key, inner in value.items() for word in flagged(f"{flag}.{key}", inner)]
+            for key, inner in value.items():
+                several = inner if isinstance(inner, Several) else [inner]
+                words += _flagged(f"{flag}.{key}", ",".join(map(as_word, several)))
         else:
-            words += [word for each in listed(value) for word in flagged(flag, str(each))]
+            words += [word for each in listed(value) for word in _flagged(flag, str(each))]
     return words
+
+
+def _flagged(flag: str, word: str) -> list[str]:
+    """A flag and its value as words of a command line; in one, if the value would be taken for a flag."""
+    return [f"{flag}={word}"] if word.startswith("-") else [flag, word]

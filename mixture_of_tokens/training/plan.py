@@ -12,7 +12,8 @@ from mixture_of_tokens.parallel.placement import Placement
 from mixture_of_tokens.planning.communication import spread_of
 from mixture_of_tokens.planning.cost import training_flops
 from mixture_of_tokens.planning.estimates import Plan, Training, plan_of
-from mixture_of_tokens.settings.flags import as_words
+from mixture_of_tokens.settings.fields import check_single
+from mixture_of_tokens.settings.model import model_fields
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.utils.checks import at_least_one, check_number
 from mixture_of_tokens.utils.process import check_one_process
@@ -48,8 +49,9 @@ def plan(
         raise ValueError("--tflops is for --steps N, whose time it says")
     if measure and not tflops is devices is None:
         raise ValueError("--measure times this machine: leave out --tflops and --devices")
-    fields = ({} if gated else {"gated": "false"}) | as_words("model", model or {})
-    parsed, (config, _) = parse_name(name), config_of(name, fields)
+    fields = ({} if gated else {"gated": False}) | model_fields(model or {})
+    check_single("model", fields)
+    parsed, config = parse_name(name), config_of(name, fields)
     batch = batch_size or -(-parsed.dimensions.batch // parsed.group_size) * parsed.group_size
     spread = None
     if devices is not None:
@@ -75,7 +77,7 @@ def _computed(
     return Training(steps, steps * planned.batch * planned.context, flops, tflops, count, seconds)
 
 
-def _measured(name: str, planned: Plan, steps: int | None, fields: dict[str, str]) -> Training:
+def _measured(name: str, planned: Plan, steps: int | None, fields: dict[str, Any]) -> Training:
     """By steps that are timed now, of micro-batches as planned."""
     # What trains needs more packages than a plan.
     from mixture_of_tokens.settings.options import Options
@@ -83,7 +85,7 @@ def _measured(name: str, planned: Plan, steps: int | None, fields: dict[str, str
     from mixture_of_tokens.training.timing import pace_of
 
     check_one_process()
-    parts = {"gradient_accumulation_steps": str(planned.batch // planned.micro_batch)}
+    parts = {"gradient_accumulation_steps": planned.batch // planned.micro_batch}
     merged = merge(name, 0, None, Options(steps=steps, batch_size=planned.batch, model=fields, training=parts))
     steps, flops = merged.config.steps, training_flops(merged.config.model_config, planned.batch)
     seconds = steps * pace_of(merged).step

@@ -21,7 +21,8 @@ from mixture_of_tokens.runs.records import DERIVED, LATER, RunConfig, Start, Tra
 from mixture_of_tokens.settings.names import Name, parse_name
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.settings.routings import SETTINGS
-from mixture_of_tokens.training.arguments import FIXED, check_environment, given_fields, try_out
+from mixture_of_tokens.settings.training import FIXED
+from mixture_of_tokens.training.arguments import check_environment, check_here, try_out
 from mixture_of_tokens.utils.checks import check_number
 from mixture_of_tokens.utils.formatting import enumerated, in_words
 from mixture_of_tokens.utils.process import by_itself, process_count, say_once, the_only_training
@@ -90,9 +91,10 @@ def merge(
     Raises ValueError for invalid settings.
     """
     check_environment()
+    options.check_single()
     parsed = parse_name(name)
     name, size = str(parsed), parsed.size  # /1 is left out
-    config, overrides = _model_of(name, options)
+    config, overrides = _model_of(name, options), options.model
     steps, batch_size, learning_rate = _amounts(parsed, learning_rate, options, start)
     positive = {"steps": steps, "batch-size": batch_size, "learning-rate": learning_rate}
     positive |= {"max-bytes": options.max_bytes, "part-bytes": options.part_bytes}
@@ -175,8 +177,10 @@ def _without_what_follows(name: str, model: dict[str, Any]) -> dict[str, Any]:
     for field in tuple(model):
         others = {other: value for other, value in model.items() if other != field}
         with suppress(ValueError):
-            config, overrides = _model_of(name, Options(model=others))
-            if _written(config, overrides, own_tokenizer=False).get(field, ...) == model[field]:
+            if (
+                _written(_model_of(name, Options(model=others)), others, own_tokenizer=False).get(field, ...)
+                == model[field]
+            ):
                 model = others
     return model
 
@@ -224,13 +228,13 @@ def _check_training(arguments: Mapping[str, Any], on_cpu: bool) -> None:
     try_out(made)
 
 
-def _model_of(name: str, options: Options) -> tuple[MixtureOfTokensConfig, dict[str, Any]]:
-    """A name's configuration with the options' fields, and these fields. Raises ValueError where they are no model."""
-    config, overrides = config_of(name, options.model)
+def _model_of(name: str, options: Options) -> MixtureOfTokensConfig:
+    """A name's configuration with the options' fields. Raises ValueError where they are no model."""
+    config = config_of(name, options.model)
     if options.tokenizer is None:
-        with names_the_flag(name, overrides):
+        with names_the_flag(name, options.model):
             check_vocab_size(config.vocab_size)
-    return config, overrides
+    return config
 
 
 def _amounts(name: Name, learning_rate: float | None, options: Options, start: Start | None) -> tuple[int, int, float]:
@@ -271,10 +275,10 @@ def _check(positive: dict[str, float | None], *, seed: int, batch_size: int, gro
 
 
 def _training_fields(
-    flags: Mapping[str, str], recipe: Recipe, steps: int, batch_size: int, group_size: int
+    given: Mapping[str, Any], recipe: Recipe, steps: int, batch_size: int, group_size: int
 ) -> tuple[int, dict[str, Any]]:
     """Rows of a micro-batch, and fields of TrainingArguments: our defaults, overridden by the user's."""
-    given = given_fields(flags)
+    check_here(given)
     rows = given.get("per_device_eval_batch_size", group_size)
     if rows < 1 or rows % group_size:
         raise ValueError(

@@ -12,7 +12,6 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import MetricsRow
 from mixture_of_tokens.runs.warm_start import TEXT, Beginning
-from mixture_of_tokens.settings.flags import as_word
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import DEFAULTS, Options
 from mixture_of_tokens.training.recipes import Merged
@@ -51,7 +50,7 @@ def options_with(beginning: Beginning, options: Options) -> Options:
             fields["max_position_embeddings"] = LONGEST
             how = "--model.max_position_embeddings N gives others"
             say_once(f"mot: rows have {LONGEST:,} tokens, of the {longest:,} that the model takes; {how}")
-    return replace(options, **own, model={key: as_word(value) for key, value in fields.items()} | options.model)
+    return replace(options, **own, model=fields | options.model)
 
 
 def check_same_model(beginning: Beginning, merged: Merged) -> None:

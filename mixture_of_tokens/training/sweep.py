@@ -9,7 +9,7 @@ import statistics
 import sys
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mixture_of_tokens.data.sources import located
 from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer
@@ -18,6 +18,7 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.locking import owned
 from mixture_of_tokens.runs.preconditions import check_holds_runs, check_planned, check_resumed, names_listed_in
 from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.settings.fields import Several, as_word
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import Options, Rates, Seeds, as_flags, listed_seeds
 from mixture_of_tokens.training.recipes import Merged, check_settings, merge
@@ -87,13 +88,13 @@ class Outcome:
 class Cell:
     """One setting (flags and values) and its runs. Where a seed diverged it has no loss, and is never the best."""
 
-    settings: dict[str, str]
+    settings: dict[str, Any]
     runs: list[Outcome]
     loss: float | None
     spread: float | None
 
     @classmethod
-    def of(cls, settings: dict[str, str], runs: list[Outcome]) -> "Cell":
+    def of(cls, settings: dict[str, Any], runs: list[Outcome]) -> "Cell":
         losses = [run.loss for run in runs if run.loss is not None]
         if len(losses) < len(runs):
             return cls(settings, runs, None, None)
@@ -122,7 +123,7 @@ class Sweep(Result):
             loss = "diverged" if cell.loss is None else f"{cell.loss:.4f}"
             spread = "" if cell.spread is None else f"{cell.spread:.4f}"
             time = f"{statistics.mean(seconds):.0f}" if seconds else ""
-            table.append([*cell.settings.values(), str(len(cell.runs)), loss, spread, time])
+            table.append([*map(as_word, cell.settings.values()), str(len(cell.runs)), loss, spread, time])
         what = f"Losses are nats a token of all {self.evaluated_on} text, means over seeds; spread is largest - least."
         lines = [aligned(table, left=0), "", what]
         if self.best is None:
@@ -140,7 +141,7 @@ RATE = "--learning-rate"
 class _Planned(NamedTuple):
     """A run of the sweep, before it is trained."""
 
-    settings: dict[str, str]
+    settings: dict[str, Any]
     seed: int
     merged: Merged
     directory: Path
@@ -182,7 +183,7 @@ def sweep(
 
 
 def _swept(
-    name: str, options: Options, cells: list[dict[str, str]], planned: list[_Planned], out: Path
+    name: str, options: Options, cells: list[dict[str, Any]], planned: list[_Planned], out: Path
 ) -> Sweep | None:
     runs: dict[str, list[Outcome]] = {}
     trained: list[Run] = []
@@ -213,34 +214,31 @@ def _train_command(name: str, best: Cell, options: Options) -> str | None:
     if best.loss is None:
         return None
     chosen, _ = _apply(dataclasses.replace(options, evaluate_on=None), best.settings)
-    rate = [RATE, best.settings[RATE]] if RATE in best.settings else []
+    rate = [RATE, as_word(best.settings[RATE])] if RATE in best.settings else []
     return shlex.join(["mot", "train", name, *rate, *as_flags(chosen)])
 
 
-def _grid(rates: list[float] | None, options: Options) -> list[dict[str, str]]:
+def _grid(rates: list[float] | None, options: Options) -> list[dict[str, Any]]:
     """Every combination of the settings that are lists, as flags and their values."""
-    lists = {} if rates is None else {RATE: [repr(rate) for rate in dict.fromkeys(rates)]}
+    lists: dict[str, list[Any]] = {} if rates is None else {RATE: list(dict.fromkeys(rates))}
     for kind, fields in (("model", options.model), ("training", options.training)):
         for field, value in fields.items():
-            if "," in value and value[:1] not in "[{":  # those are one YAML value
-                words = list(dict.fromkeys(word.strip() for word in value.split(",")))
-                if "" in words:
-                    raise ValueError(f"--{kind}.{field} {value} has an empty value")
-                lists[f"--{kind}.{field}"] = words
+            if isinstance(value, Several):
+                lists[f"--{kind}.{field}"] = list(value)
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
-def _apply(options: Options, settings: dict[str, str]) -> tuple[Options, float | None]:
+def _apply(options: Options, settings: dict[str, Any]) -> tuple[Options, float | None]:
     fields = {"model": dict(options.model), "training": dict(options.training)}
     for flag, value in settings.items():
         if flag != RATE:
             kind, field = flag.removeprefix("--").split(".", 1)
             fields[kind][field] = value
-    return dataclasses.replace(options, **fields), float(settings[RATE]) if RATE in settings else None
+    return dataclasses.replace(options, **fields), settings.get(RATE)
 
 
-def _directory(settings: dict[str, str], seed: int | None) -> str:
-    names = [f"{flag.rpartition('.')[2].lstrip('-')}={value.strip()}" for flag, value in settings.items()]
+def _directory(settings: dict[str, Any], seed: int | None) -> str:
+    names = [f"{flag.rpartition('.')[2].lstrip('-')}={as_word(value)}" for flag, value in settings.items()]
     return "-".join([*names, *([] if seed is None else [f"seed={seed}"])]).replace("/", "_")
 
 

@@ -1,0 +1,168 @@
+"""Settings that are given by their names: read from text, checked by their declarations, and refused in one line."""
+
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import NoneType
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from mixture_of_tokens.utils import yaml12
+from mixture_of_tokens.utils.checks import LARGEST, check, plain
+
+
+class Settings(TypedDict, total=False):
+    """Fields that may be given; what the others are is said where they are used."""
+
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no text for numbers, nor numbers for true and false
+
+
+class Several(list[Any]):
+    """Values of one setting that `mot sweep` tries, one after the other."""
+
+
+# By pydantic's kind of error, what is wrong; {value} is what was given.
+SAID = {
+    "bool_type": "takes true or false, not {value!r}",
+    "int_type": "takes a whole number, not {value!r}",
+    "int_from_float": "takes a whole number, not {value!r}",
+    "float_type": "takes a number, not {value!r}",
+    "string_type": "takes text, not {value!r}",
+    "list_type": "takes a list, not {value!r}",
+    "dict_type": "takes names and values, as in '{{name: 0.1}}', not {value!r}",
+    "finite_number": "takes a finite number, not {value}",
+    "less_than": "must be below {lt}, not {value}",
+    "less_than_equal": "must be at most {le}, not {value}",
+    "literal_error": "{value!r} is unknown; legal are {expected}",
+}
+
+
+def given_fields(section: str, kind: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as declared. Text is read as YAML where the field takes something else than text.
+
+    Args:
+        section: what the fields belong to, as people write it: "model" or "training".
+        given: values by field. A list, or text with commas, for a field that takes one value makes it `Several`.
+
+    Raises ValueError, naming the field, for what is not declared or not legal.
+    """
+    values: dict[str, Any] = {}
+    for field, value in given.items():
+        check(f"a key of {section}", field, str)
+        flag, hint = f"--{section}.{field}", _hint(section, kind, field)
+        several = _several(value, hint)
+        if several is None:
+            values[field] = _checked(flag, hint, value)
+        else:
+            if "" in several:
+                raise ValueError(f"{flag} {value} has an empty value")
+            each = [_checked(flag, hint, one) for one in several]
+            values[field] = Several(one for number, one in enumerate(each) if one not in each[:number])
+    return values
+
+
+def check_single(section: str, values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting with several values, which only a sweep takes."""
+    for field, value in values.items():
+        if isinstance(value, Several):
+            flag, words = f"--{section}.{field}", ",".join(map(as_word, value))
+            raise ValueError(f"{flag} takes one value, not {words!r}; mot sweep tries several, as in {flag} 1,2")
+
+
+def as_word(value: Any) -> str:
+    """A value as the text that a command line or a file has for it."""
+    return value if isinstance(value, str) else json.dumps(plain(value), default=str)
+
+
+def nearest(word: str, legal: typing.Iterable[str]) -> str:
+    """'; did you mean WORD?' for the legal word closest to a mistyped one, '' where none is close."""
+    by_lower = {each.lower(): each for each in legal}
+    close = get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+
+def _hint(section: str, kind: type[Settings], field: str) -> Any:
+    if field not in kind.__annotations__:
+        hint = nearest(field, kind.__annotations__) or f"; legal are {', '.join(kind.__annotations__)}"
+        raise ValueError(f"--{section}.{field} is no setting{hint}")
+    return typing.get_type_hints(kind, include_extras=True)[field]
+
+
+def _several(value: Any, hint: Any) -> list[Any] | None:
+    if isinstance(value, str):
+        return [word.strip() for word in value.split(",")] if "," in value and value[:1] not in ("[", "{") else None
+    return list(value) if isinstance(value, list | tuple) and list not in _kinds(hint) else None
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types that a declaration takes, without their arguments; text for a choice among words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _kinds(inner[0])
+    if origin is typing.Literal:
+        return {type(each) for each in inner}
+    return set().union(*map(_kinds, inner)) if origin in (typing.Union, types.UnionType) else {origin or hint}
+
+
+def _checked(flag: str, hint: Any, value: Any) -> Any:
+    value = _read(flag, value, hint) if isinstance(value, str) else _of_python(value)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{flag} is more than {LARGEST}" if value > 0 else f"{flag} is less than -{LARGEST}")
+    try:
+        return TypeAdapter(hint, config=STRICT).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{flag} {_said(error, value)}") from None
+
+
+def _of_python(value: Any) -> Any:
+    """Numbers of numpy as Python's, torch's types by their names, paths as text."""
+    value = plain(value)
+    if value is None or isinstance(value, bool | int | float | str | list | dict):
+        return value
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
+def _read(flag: str, text: str, hint: Any) -> Any:
+    """Text as a value of the declared type. Raises ValueError for what is no YAML."""
+    kinds = _kinds(hint)
+    if str in kinds and not (text == "null" and NoneType in kinds) and not kinds - {str, NoneType}:
+        return text
+    try:
+        value = yaml12.load(text)
+        json.dumps(value, default=str)  # not of what holds itself
+    except RecursionError:
+        raise ValueError(f"{flag} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        what = getattr(error, "problem", None) or error  # a YAML error's own text says "<unicode string>"
+        raise ValueError(f"{flag}: {text[:40]!r} is no YAML: {what}") from None
+    if bool in kinds and text.lower() in ("yes", "on", "no", "off"):
+        return text.lower() in ("yes", "on")
+    if isinstance(value, float) and math.isinf(value):
+        return value  # for the declaration to refuse
+    return value if isinstance(value, bool | int | float | list | dict | None) else text
+
+
+def _said(error: ValidationError, value: Any) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, context = first["type"], first.get("ctx", {})
+    if kind in ("value_error", "assertion_error"):
+        return str(context["error"]).format(value=value)
+    if kind == "greater_than":
+        return f"must be positive, not {value}" if not context["gt"] else f"must be above {context['gt']}, not {value}"
+    if kind == "greater_than_equal":
+        least = context["ge"]
+        return f"must be 0 or more, not {value}" if not least else f"must be at least {least:g}, not {value}"
+    if kind == "literal_error":
+        context = {"expected": context["expected"].replace("'", "").replace(" or ", ", ")}
+    if kind not in SAID:
+        return f"{first['msg']}, not {value!r}"
+    return SAID[kind].format(value=value, **context)
