@@ -256,11 +256,7 @@ def test_output_that_cannot_be_written_ends_a_process_with_a_status_of_its_own(f
     ("entry", "said"),
     [
         ("model: 3", "--model is given by its fields, as --model.FIELD VALUE, in a file model: {FIELD: VALUE}"),
-        (
-            "model: {router_temperature: [0.5, 1]}",
-            "--model.router_temperature takes a number, not '[0.5, 1]'; mot sweep tries several, as in "
-            "--model.router_temperature 1,2",
-        ),
+        ("model: {router_temperature: {a: 1}}", "--model.router_temperature takes a number, not {'a': 1}"),
     ],
 )
 def test_what_fields_take_is_told(entry, said, tmp_path, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixture_of_tokens import sweep, train
+from mixture_of_tokens import Options, sweep, train
 from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.training import train as training
@@ -32,7 +32,7 @@ def test_the_best_has_the_lowest_mean_over_seeds_on_text_kept_for_tuning(swept):
     written = json.loads((swept / "sweep.json").read_text())
     assert written["evaluated_on"] == "tuning"
     best, worst = written["cells"]
-    assert best["settings"] == {"--learning-rate": "0.01"}
+    assert best["settings"] == {"--learning-rate": 0.01}
     assert best["loss"] < worst["loss"]
     for cell in written["cells"]:
         facts = [json.loads((swept.parent / run["directory"] / "run.json").read_text()) for run in cell["runs"]]
@@ -149,7 +149,7 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
         (["--model.vocab_size", "300,512"], "they differ in --model.vocab_size: 300 and 512"),
         (["--model.capacity_factor", "1.0,"], "--model.capacity_factor 1.0, has an empty value"),
         (["--training.weight_decay", "0,,1"], "--training.weight_decay 0,,1 has an empty value"),
-        (["--model.router_temperature", "1,0"], "router_temperature must be 1e-20 to 1e20"),
+        (["--model.router_temperature", "1,0"], "--model.router_temperature must be at least 1e-20, not 0"),
         (
             ["--model.max_position_embeddings", "32,64"],
             "cannot be compared, they differ in --model.max_position_embeddings: 32 and 64",
@@ -177,3 +177,15 @@ def test_granularity_one_is_the_same_directory_as_none(monkeypatch):
 def test_no_rate_is_no_sweep():
     with pytest.raises(ValueError, match="--learning-rate takes at least one rate"):
         sweep("MoT-Nano/4E", learning_rate=[], dry_run=True)
+
+
+def test_values_are_lists_from_python_and_in_a_file_too(tmp_path, capsys):
+    given = {"model": {"router_temperature": [0.5, 1]}, "training": {"weight_decay": (0, 0.1)}}
+    of_python = [run.directory for run in sweep("MoT-Nano/4E", options=Options(**given), dry_run=True).runs]
+    assert len(of_python) == 4
+    file = tmp_path / "flags.yaml"
+    file.write_text("model: {router_temperature: [0.5, 1]}\ntraining: {weight_decay: [0, 0.1]}\n")
+    mot("sweep", "MoT-Nano/4E", "--config", file, "--dry-run", "--json")
+    assert [run["directory"] for run in json.loads(capsys.readouterr().out)["runs"]] == of_python
+    with pytest.raises(ValueError, match=r"router_temperature takes one value, not '0.5,1.0'; mot sweep tries several"):
+        train("MoT-Nano/4E", options=Options(**given))

@@ -57,7 +57,7 @@ def given_fields(section: str, kind: type[Settings], given: Mapping[str, Any]) -
     for field, value in given.items():
         check(f"a key of {section}", field, str)
         flag, hint = f"--{section}.{field}", _hint(section, kind, field)
-        several = _several(value, hint)
+        several = _several(flag, value, hint)
         if several is None:
             values[field] = _checked(flag, hint, value)
         else:
@@ -95,7 +95,10 @@ def _hint(section: str, kind: type[Settings], field: str) -> Any:
     return typing.get_type_hints(kind, include_extras=True)[field]
 
 
-def _several(value: Any, hint: Any) -> list[Any] | None:
+def _several(flag: str, value: Any, hint: Any) -> list[Any] | None:
+    """The values of a field that takes one: of a list, or of text with commas. None where there is one."""
+    if isinstance(value, str) and value[:1] == "[" and list not in _kinds(hint):
+        value = _read(flag, value, hint)
     if isinstance(value, str):
         return [word.strip() for word in value.split(",")] if "," in value and value[:1] not in ("[", "{") else None
     return list(value) if isinstance(value, list | tuple) and list not in _kinds(hint) else None
