@@ -52,7 +52,7 @@ from mixture_of_tokens.parallel.placement import Placement
 from mixture_of_tokens.planning.communication import legal_placements
 from mixture_of_tokens.planning.cost import training_flops
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.utils.cpu import cores, keep_large_blocks
 from mixture_of_tokens.utils.formatting import markdown

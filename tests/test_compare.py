@@ -24,7 +24,7 @@ from mixture_of_tokens.reports.samples import continued
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
 from mixture_of_tokens.settings.options import DEFAULTS
 from mixture_of_tokens.training.compare import _Planned, _time_left
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from mixture_of_tokens.utils.rendering import TEMPLATES, page_of
 from processes import mot, rows_of
 

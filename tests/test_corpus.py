@@ -25,7 +25,7 @@ from mixture_of_tokens.data.tokenizer import train_tokenizer
 from mixture_of_tokens.runs.loading import load_tokenizer_of
 from mixture_of_tokens.runs.preconditions import check_resumed
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from texts import sentences, texts
 
 ODD = "naïve  \t<|x|> 漢字\r\n\rend of a line\x0b, 🙂\u2028 and no line end"

@@ -26,7 +26,7 @@ from mixture_of_tokens.planning.estimates import plan_of
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.settings.routings import BY_PREFIX, ROUTINGS
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from processes import mot
 from test_names import PAPER
 

@@ -24,9 +24,9 @@ from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.names import config_from_name
 from mixture_of_tokens.planning.cost import flops_per_token, parameters
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
+from mixture_of_tokens.settings import recipes
 from mixture_of_tokens.settings.names import SIZES
 from mixture_of_tokens.settings.routings import OF_A_ROUTER, SETTINGS, TABLE, properties
-from mixture_of_tokens.training import recipes
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -15,7 +15,7 @@ from mixture_of_tokens.evaluation.leaks import between_documents
 from mixture_of_tokens.evaluation.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.settings.routings import TABLE
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from processes import mot
 
 ENDS = np.array([3, 10, 11, 25])

@@ -30,7 +30,7 @@ from mixture_of_tokens.planning.cost import flops_per_token
 from mixture_of_tokens.runs.run import pack, read_run
 from mixture_of_tokens.runs.typed import FORMAT
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from processes import mot
 
 ROOT = Path(__file__).parent.parent

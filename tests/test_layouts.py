@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import RunTrainer
 from processes import in_processes, mot, rows_of

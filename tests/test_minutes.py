@@ -14,7 +14,7 @@ from mixture_of_tokens import Options, compare, read_run, train
 from mixture_of_tokens.reports import report
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.training import timing
-from mixture_of_tokens.training.recipes import FEWEST_SCORED, SHORT, merge
+from mixture_of_tokens.training.merging import FEWEST_SCORED, SHORT, merge
 from mixture_of_tokens.training.timing import Pace, pace_of, rows_to_score, steps_within
 from mixture_of_tokens.training.trainer import EVALUATION_ROWS
 from processes import in_processes, mot, rows_of

@@ -25,7 +25,7 @@ from mixture_of_tokens.runs.locking import owned
 from mixture_of_tokens.runs.preconditions import check_free, check_resumed
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from mixture_of_tokens.training.signals import StopOnSignal
 from mixture_of_tokens.utils.manifest import fault
 from processes import finish, mot, mot_on_a_full_disk, rows_of, start

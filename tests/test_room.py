@@ -9,7 +9,7 @@ from mixture_of_tokens.models.names import config_from_name
 from mixture_of_tokens.planning.estimates import plan_of
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training import room
-from mixture_of_tokens.training.recipes import Merged, merge
+from mixture_of_tokens.training.merging import Merged, merge
 from mixture_of_tokens.training.room import Room, check_room, estimate, room_of
 from processes import mot
 

@@ -13,7 +13,7 @@ from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer, train_token
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.routings import SETTINGS, TABLE, Routing
 from mixture_of_tokens.training.compare import _plans
-from mixture_of_tokens.training.recipes import chosen_in, merge
+from mixture_of_tokens.training.merging import chosen_in, merge
 from processes import mot
 
 OTHER = {  # than the default

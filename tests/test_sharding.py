@@ -25,7 +25,7 @@ from mixture_of_tokens.parallel.optimizer_state import check_optimizer, save_opt
 from mixture_of_tokens.parallel.placement import Placement
 from mixture_of_tokens.planning.communication import spread_of
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils.process import is_main

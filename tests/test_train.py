@@ -36,7 +36,7 @@ from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.settings.routings import SETTINGS
 from mixture_of_tokens.settings.routings import TABLE as ROUTINGS
 from mixture_of_tokens.training import signals, trainer
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils.process import ended_by_sigterm

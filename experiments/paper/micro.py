@@ -27,7 +27,7 @@ from transformers import TrainingArguments
 from mixture_of_tokens.planning.cost import training_flops
 from mixture_of_tokens.reports.comparison import reached
 from mixture_of_tokens.settings.names import SIZES
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.utils.formatting import Summary, loss, markdown, ratio, with_span
 

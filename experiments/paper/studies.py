@@ -21,7 +21,7 @@ from mixture_of_tokens import train
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -76,7 +76,7 @@ from mixture_of_tokens.runs.records import Transition
 from mixture_of_tokens.runs.run import Point, Run, read_run
 from mixture_of_tokens.settings.names import SIZES
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import merge
+from mixture_of_tokens.training.merging import merge
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils.formatting import loss, markdown

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import RECIPES, merge
+from mixture_of_tokens.settings.recipes import RECIPES
+from mixture_of_tokens.training.merging import merge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

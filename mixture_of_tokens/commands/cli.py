@@ -240,7 +240,7 @@ def _fill_in(config: Path, entries: dict, app: App, commands: tuple[str, ...], a
             )
         name = next((token.value for each in arguments if each.name == "--name" for token in each.tokens), None)
         if "name" in entries and (("--steps", ()) in given or name not in (None, entries["name"])):
-            from mixture_of_tokens.training.recipes import chosen_in
+            from mixture_of_tokens.training.merging import chosen_in
 
             entries = chosen_in(entries)
         if isinstance(start := entries.pop("start", None), dict) and commands[0] == "train":

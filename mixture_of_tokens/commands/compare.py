@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from mixture_of_tokens.commands.numbers import Rates, Seeds
 from mixture_of_tokens.settings.names import parse_name
-from mixture_of_tokens.settings.options import DEFAULTS, Options, Rates, Seeds
+from mixture_of_tokens.settings.options import DEFAULTS, Options
 from mixture_of_tokens.utils.checks import checked, listed
 
 if TYPE_CHECKING:

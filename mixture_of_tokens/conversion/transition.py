@@ -21,7 +21,7 @@ from mixture_of_tokens.runs.run import Run, Stages, read_run
 from mixture_of_tokens.settings.choices import Device, Schedule, Scores
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import Merged, merge
+from mixture_of_tokens.training.merging import Merged, merge
 from mixture_of_tokens.training.room import tell_room
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.utils import manifest

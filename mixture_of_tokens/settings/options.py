@@ -1,31 +1,14 @@
-"""The options of commands that train, and their values as text."""
+"""The options that all commands that train have in common."""
 
 import dataclasses
 import os
-import typing
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import Any, Literal
 
 from mixture_of_tokens.settings.choices import Device
 from mixture_of_tokens.settings.fields import Several, as_word, check_single
 from mixture_of_tokens.settings.model import model_fields
 from mixture_of_tokens.settings.training import training_fields
 from mixture_of_tokens.utils.checks import check, listed, plain
-
-
-def _numbers(kind: Any, tokens: Sequence[Any]) -> list[Any]:
-    """The numbers of a flag, separated by commas or given by several flags."""
-    number = int if int in typing.get_args(kind) else float
-    found = []
-    for word in (word for token in tokens for word in token.value.split(",")):
-        try:
-            found.append(number(word))
-        except ValueError:
-            what = "whole number" if number is int else "number"
-            raise ValueError(f"{word!r} is no {what}; give numbers with commas between") from None
-    return found
 
 
 def listed_seeds(given: Any) -> list[int]:
@@ -37,10 +20,6 @@ def listed_seeds(given: Any) -> list[int]:
         if seeds.count(seed) > 1:
             raise ValueError(f"--seeds has {seed} twice; each seed is one run")
     return seeds
-
-
-Rates = Annotated[list[float], Parameter(converter=_numbers, n_tokens=1)]
-Seeds = Annotated[list[int], Parameter(converter=_numbers, n_tokens=1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

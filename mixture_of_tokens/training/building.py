@@ -18,7 +18,7 @@ from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.parallel.placement import COPIES, Placement
 from mixture_of_tokens.parallel.sharding import limit_waits, shard_model
 from mixture_of_tokens.runs.records import RunConfig
-from mixture_of_tokens.training.recipes import Merged
+from mixture_of_tokens.training.merging import Merged
 from mixture_of_tokens.training.trainer import RunTrainer
 
 

@@ -22,8 +22,8 @@ from mixture_of_tokens.runs.preconditions import (
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.settings.names import parse_name
-from mixture_of_tokens.settings.options import Options, Rates, Seeds, as_flags, listed_seeds
-from mixture_of_tokens.training.recipes import Merged, check_settings, merge
+from mixture_of_tokens.settings.options import Options, as_flags, listed_seeds
+from mixture_of_tokens.training.merging import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room
 from mixture_of_tokens.training.sweep import ANOTHER_OUT, PlannedRun, Plans
 from mixture_of_tokens.training.timing import check_minutes, fitting, found_before
@@ -47,8 +47,8 @@ class _Planned(NamedTuple):
 
 def compare(
     *names: str,
-    seeds: Seeds,
-    learning_rate: Rates | None,
+    seeds: list[int],
+    learning_rate: list[float] | None,
     out: Path | None,
     options: Options,
     minutes: float | None,

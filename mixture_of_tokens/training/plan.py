@@ -81,7 +81,7 @@ def _measured(name: str, planned: Plan, steps: int | None, fields: dict[str, Any
     """By steps that are timed now, of micro-batches as planned."""
     # What trains needs more packages than a plan.
     from mixture_of_tokens.settings.options import Options
-    from mixture_of_tokens.training.recipes import merge
+    from mixture_of_tokens.training.merging import merge
     from mixture_of_tokens.training.timing import pace_of
 
     check_one_process()

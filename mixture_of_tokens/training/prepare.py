@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.recipes import check_settings, merge
+from mixture_of_tokens.training.merging import check_settings, merge
 from mixture_of_tokens.utils.checks import at_least_one
 from mixture_of_tokens.utils.formatting import Result
 from mixture_of_tokens.utils.process import by_itself, process_count, process_number

@@ -10,7 +10,7 @@ import torch
 
 from mixture_of_tokens.planning.communication import spread_of
 from mixture_of_tokens.planning.cost import legal_micro_batches
-from mixture_of_tokens.training.recipes import Merged
+from mixture_of_tokens.training.merging import Merged
 from mixture_of_tokens.utils.process import is_main, process_count, process_number, processes_here, say_once
 
 # Peaks of a step were 1.05 to 1.3 times the estimate, and with ReMoE, counted with all of its experts, 0.77 times.

@@ -14,7 +14,7 @@ from mixture_of_tokens.runs.records import MetricsRow
 from mixture_of_tokens.runs.warm_start import TEXT, Beginning
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import DEFAULTS, Options
-from mixture_of_tokens.training.recipes import Merged
+from mixture_of_tokens.training.merging import Merged
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils.formatting import enumerated
 from mixture_of_tokens.utils.process import is_main, say_once

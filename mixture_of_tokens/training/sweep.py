@@ -20,8 +20,8 @@ from mixture_of_tokens.runs.preconditions import check_holds_runs, check_planned
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.settings.fields import Several, as_word
 from mixture_of_tokens.settings.names import parse_name
-from mixture_of_tokens.settings.options import Options, Rates, Seeds, as_flags, listed_seeds
-from mixture_of_tokens.training.recipes import Merged, check_settings, merge
+from mixture_of_tokens.settings.options import Options, as_flags, listed_seeds
+from mixture_of_tokens.training.merging import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, estimate
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.utils.checks import listed
@@ -148,7 +148,7 @@ class _Planned(NamedTuple):
 
 
 def sweep(
-    name: str, *, learning_rate: Rates | None, seeds: Seeds, out: Path | None, options: Options, dry_run: bool
+    name: str, *, learning_rate: list[float] | None, seeds: list[int], out: Path | None, options: Options, dry_run: bool
 ) -> Sweep | Plans | None:
     """As the function of `commands/sweep.py`, which explains its arguments."""
     name = str(parse_name(name))  # /1 is left out

@@ -25,7 +25,7 @@ from mixture_of_tokens.runs.loading import without_progress_bars
 from mixture_of_tokens.runs.records import CONFIG, RunConfig
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.building import arguments_of, in_fp32, order_of, trainer_of, vocabulary_of
-from mixture_of_tokens.training.recipes import FEWEST_SCORED, Merged
+from mixture_of_tokens.training.merging import FEWEST_SCORED, Merged
 from mixture_of_tokens.training.trainer import EVALUATION_ROWS
 from mixture_of_tokens.utils.process import is_main, process_count, the_only_training
 

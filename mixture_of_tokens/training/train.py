@@ -32,7 +32,7 @@ from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.runs.warm_start import beginning_of
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.building import arguments_of, build, in_fp32
-from mixture_of_tokens.training.recipes import Merged, check_settings, merge
+from mixture_of_tokens.training.merging import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room, tell_room
 from mixture_of_tokens.training.served import losses_as_served
 from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signal

@@ -1,6 +1,5 @@
-"""How a run is configured: the recipe of its size, overridden by options, and checked."""
+"""How a run is configured: the recipe of its size (`settings/recipes.py`), overridden by options, and checked."""
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from mixture_of_tokens.runs.preconditions import check_seed
 from mixture_of_tokens.runs.records import DERIVED, LATER, RunConfig, Start, Transition
 from mixture_of_tokens.settings.names import Name, parse_name
 from mixture_of_tokens.settings.options import Options
+from mixture_of_tokens.settings.recipes import FROM_ELSEWHERE, LEARNING_RATES, OF_A_START, RECIPES, TRAINING, Recipe
 from mixture_of_tokens.settings.routings import SETTINGS
 from mixture_of_tokens.settings.training import FIXED
 from mixture_of_tokens.training.arguments import check_environment, check_here, try_out
@@ -27,32 +27,7 @@ from mixture_of_tokens.utils.checks import check_number
 from mixture_of_tokens.utils.formatting import enumerated, in_words
 from mixture_of_tokens.utils.process import by_itself, process_count, say_once, the_only_training
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a size is trained: Mini to Base by the authors' settings (their configuration files), the others by ours."""
-
-    learning_rate: float
-    steps: int
-    warmup_steps: int
-    eval_every: int
-    save_every: int
-
-
-RECIPES = {
-    "Nano": Recipe(2e-2, 1500, 100, 100, 500),
-    "Micro": Recipe(8e-3, 6000, 200, 200, 500),
-    "Mini": Recipe(4e-3, 150_000, 2500, 1000, 1000),
-    "Medium": Recipe(7e-4, 150_000, 2500, 1000, 1000),
-    "Base": Recipe(4e-4, 150_000, 2500, 1000, 1000),
-}
-FROM_ELSEWHERE = Recipe(2e-4, 10_000, 500, 500, 500)  # of a model without a size's name
 RECOMMENDED = ("learning_rate", "batch_size", "steps", "scored_rows")  # options that a name has a default for
-# Systems with another peak rate than their size's: of Nano and Micro by sweeps (experiments/LOG.md), else the authors'.
-LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
-LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
-LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
-OF_A_START = {"continued": 0.2, "copies": 0.5}  # of the peak rate of drawn weights, by `Start.kind`
 SHORT = 100  # steps: of a run of fewer, the evaluations of a longer one would take most of the time
 FEWEST_SCORED = 128  # rows, of a short run
 # Attention that reads documents off positions. Flash attention of transformers does so in batches of one row alone.
@@ -284,7 +259,7 @@ def _training_fields(
         raise ValueError(
             f"--training.per_device_eval_batch_size {rows} must be a multiple of the group size, {group_size}"
         )
-    kind = given.get("lr_scheduler_type", "cosine_with_min_lr")
+    kind = given.get("lr_scheduler_type", TRAINING["lr_scheduler_type"])
     parts = given.get("gradient_accumulation_steps", 1) * process_count()
     micro_batch, rest = divmod(batch_size, parts)
     if rest or micro_batch % group_size or not micro_batch:
@@ -294,22 +269,12 @@ def _training_fields(
         )
     return micro_batch, {
         "per_device_eval_batch_size": micro_batch,
-        "lr_scheduler_type": "cosine_with_min_lr",
+        **TRAINING,
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1} if "min_lr" in kind else None,
         "warmup_steps": 0 if kind == "constant" else min(recipe.warmup_steps, steps // 10),
-        "optim": "adamw_torch_fused",
-        "adam_beta2": 0.999,
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.5,
         "logging_steps": max(1, min(20, steps // 20)),
-        "eval_strategy": "steps",
         "eval_steps": max(1, min(recipe.eval_every, steps // 10)),
-        "save_strategy": "steps",
         "save_steps": max(1, min(recipe.save_every, steps // 3)),
-        "save_total_limit": 2,
-        "report_to": "tensorboard",
         **FIXED,
-        "ddp_find_unused_parameters": False,
-        "ddp_timeout": 600,
         **given,
     }
