@@ -73,9 +73,7 @@ def in_processes(function, words: Sequence, count: int, log: Path, exits: int | 
 
 def function(command: str) -> Callable[..., Any]:
     """What a command of `mot` calls."""
-    from mixture_of_tokens.commands import cli
-
-    name = cli.COMMANDS[command][0]
+    name = command.replace("-", "_")
     return getattr(importlib.import_module(f"mixture_of_tokens.commands.{name}"), name)
 
 

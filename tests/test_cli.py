@@ -28,7 +28,7 @@ def test_every_command_is_a_public_function_whose_docstring_is_its_help(name, ca
     command = function(name)
     assert getattr(mixture_of_tokens, name.replace("-", "_")) is command
     doc = inspect.getdoc(command) or ""
-    assert doc.partition("\n")[0] == cli.COMMANDS[name][1]
+    assert doc.partition("\n")[0] == cli.COMMANDS[name]
     mot(name, "--help")
     shown = " ".join(capsys.readouterr().out.split())
     assert "--json" in shown
@@ -41,7 +41,7 @@ def test_every_command_is_a_public_function_whose_docstring_is_its_help(name, ca
 def test_the_list_of_commands_has_a_line_for_each(capsys):
     mot("--help")
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert all(f" {name} {line}" in shown for name, (_, line) in cli.COMMANDS.items())
+    assert all(f" {name} {line}" in shown for name, line in cli.COMMANDS.items())
 
 
 @pytest.mark.usefixtures("tiny_cache")
@@ -415,7 +415,7 @@ def test_fields_of_options_take_what_python_has_for_them():
         ("generate", ["runs/mine"], {"prompt": ["a", 5]}, r"prompt takes text, or a list of such, not \['a', 5\]"),
         ("train", [Path("MoT-Nano/4E")], {}, "name takes text, not .*Path"),
         ("report", [["runs/mine", 5]], {}, "runs takes a path, or a list of such, not"),
-        ("generate", ["runs/mine"], {"prompt": []}, "give either --prompt, which may be repeated, or --prompts-file"),
+        ("generate", ["runs/mine"], {"prompt": []}, "give either prompt, which may be repeated, or prompts_file"),
         ("evaluate", ["runs/mine"], {"data": [5]}, r"data takes text or a path, or a list of such, not \[5\]"),
         ("config_from_name", [None], {}, "name takes text, not None"),
         ("Options", [], {"device": "gpu"}, "device takes cpu or cuda, not 'gpu'"),

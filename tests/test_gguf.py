@@ -262,7 +262,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(kind, fields, wor
 
 def test_flags_of_another_format_are_refused(saved, tmp_path, monkeypatch):
     directory = saved("dense")
-    with pytest.raises(ValueError, match="--quantize is for --format gguf"):
+    with pytest.raises(ValueError, match="quantize is for format gguf"):
         export(directory, tmp_path / "out", quantize="q8_0")
     with pytest.raises(ValueError, match="is a directory"):
         export(directory, tmp_path, format="gguf")

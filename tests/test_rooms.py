@@ -200,7 +200,7 @@ assert x.grad.isfinite().all()
 def test_the_layer_needs_torch_alone():
     done = fresh(LAYER + OURS, without=EXTRA + MODELS_ALONE)
     assert done.returncode == 0, done.stderr
-    torch_alone = ("", ".layers", *(f".layers.{each}" for each in LAYERS), ".utils", ".utils.checks")
+    torch_alone = ("", ".layers", *(f".layers.{each}" for each in LAYERS), ".utils", ".utils.checks", ".utils.wording")
     loaded = [f"mixture_of_tokens{name}" for name in torch_alone]
     assert ast.literal_eval(done.stdout) == loaded
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import routings
-from mixture_of_tokens import Options, compare, prepare, sweep, train
+from mixture_of_tokens import Options, compare, plan, prepare, sweep, train
 from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer, train_tokenizer
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.routings import SETTINGS, TABLE, Routing
@@ -103,11 +103,11 @@ def test_models_of_a_comparison_share_settings_that_one_of_them_reads():
 
 def test_a_run_of_a_comparison_has_the_settings_that_it_reads_and_earlier_ones_go_on(tmp_path):
     options = Options(model={"capacity_factor": 1.5})
-    for plan in _plans(("Transformer-Nano", "TC-Nano/4E"), [0], [None, None], options, tmp_path):
-        config, before = plan.merged.config, merge(plan.name, 0, None, options).config
+    for each in _plans(("Transformer-Nano", "TC-Nano/4E"), [0], [None, None], options, tmp_path):
+        config, before = each.merged.config, merge(each.name, 0, None, options).config
         with_unread = replace(before, model=before.model | {"capacity_factor": 1.5})  # as earlier runs have it
         assert config.identity() == with_unread.identity()
-        assert config == (before if plan.name == "TC-Nano/4E" else train(plan.name, dry_run=True))
+        assert config == (before if each.name == "TC-Nano/4E" else train(each.name, dry_run=True))
 
 
 @pytest.mark.parametrize(
@@ -164,3 +164,20 @@ def test_a_window_is_refused_where_none_is_used():
         assert asked(name, model={"sliding_window": 8}) == [told] * 3
         assert set(asked(name, model={"sliding_window": 8, "use_sliding_window": True})) == {""}
         assert set(asked(name, model={"sliding_window": None})) == {""}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: Options(model={"group_size": 0}), "model.group_size must be at least 1, not 0"),
+        (lambda: Options(training={"weight_decay": -1}), "training.weight_decay must be 0 or more, not -1"),
+        (lambda: train("MoT-Nano/32E", options=Options(batch_size=33)), "by batch_size"),
+        (lambda: train("MoT-Nano/32E", seed=-1), "^seed "),
+        (lambda: train(start="nowhere"), "^start nowhere"),
+        (lambda: plan("MoT-Nano/32E", shard=2), "shard, replicate and expert_parallel are for devices N"),
+    ],
+)
+def test_python_is_told_of_arguments_and_not_of_flags(call, said):
+    with pytest.raises(ValueError, match=said) as refused:
+        call()
+    assert "--" not in str(refused.value)

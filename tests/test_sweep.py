@@ -175,7 +175,7 @@ def test_granularity_one_is_the_same_directory_as_none(monkeypatch):
 
 
 def test_no_rate_is_no_sweep():
-    with pytest.raises(ValueError, match="--learning-rate takes at least one rate"):
+    with pytest.raises(ValueError, match="learning_rate takes at least one rate"):
         sweep("MoT-Nano/4E", learning_rate=[], dry_run=True)
 
 

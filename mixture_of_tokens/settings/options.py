@@ -9,6 +9,7 @@ from mixture_of_tokens.settings.fields import Several, as_word, check_single
 from mixture_of_tokens.settings.model import model_fields
 from mixture_of_tokens.settings.training import training_fields
 from mixture_of_tokens.utils.checks import check, listed, plain
+from mixture_of_tokens.utils.wording import as_called
 
 
 def listed_seeds(given: Any) -> list[int]:
@@ -89,8 +90,9 @@ class Options:
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name), field.type)
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
-        object.__setattr__(self, "model", model_fields(self.model))
-        object.__setattr__(self, "training", training_fields(self.training))
+        with as_called():
+            object.__setattr__(self, "model", model_fields(self.model))
+            object.__setattr__(self, "training", training_fields(self.training))
 
     def check_single(self) -> None:
         """Raises ValueError for a setting with several values, which only a sweep takes."""

@@ -13,6 +13,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from mixture_of_tokens.utils.wording import as_called
+
 MOST_SHOWN = 200  # characters of a value in a message
 LARGEST = 2**31 - 1  # of whole numbers: steps times rows are counted in 64 bits
 # Legal values of settings that both layers and configurations have, and how these are called.
@@ -71,13 +73,17 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             raise TypeError(
                 f"{function.__name__}() {error}" + f"; give options=Options({given})" * bool(given)
             ) from None
+        with as_called():
+            check_arguments(bound)
+            return inner(*bound.args, **bound.kwargs)
+
+    def check_arguments(bound: inspect.BoundArguments) -> None:
         for name, value in bound.arguments.items():
             if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
                 check(name, [each for one in value for each in listed(one)], list[hints[name]])
             else:
                 check(name, value, hints[name])
                 bound.arguments[name] = plain(value)
-        return inner(*bound.args, **bound.kwargs)
 
     # What it returns may be a name that only type checkers import, and whoever reads annotations would look for it.
     call.__annotations__ = {name: kind for name, kind in function.__annotations__.items() if name != "return"}

@@ -1,0 +1,39 @@
+"""Settings in the messages of errors, named as whoever called writes them: --batch-size, or batch_size in Python."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_BY_FLAGS = ContextVar("by_flags", default=False)
+# A flag, with the command line that it belongs to, if there is one, as in `mot train --from DIR`.
+FLAG = re.compile(r"(?P<command>\b(?:mot|torchrun)\b[^;:,]*)?(?<![\w-])--(?P<name>[a-z][a-z-]*)(?P<field>\.\w+)?")
+OTHERWISE = {"from": "start"}  # a word of Python
+
+
+@contextmanager
+def by_flags() -> Iterator[None]:
+    """Within it, settings keep the names that the command line has for them."""
+    token = _BY_FLAGS.set(True)
+    try:
+        yield
+    finally:
+        _BY_FLAGS.reset(token)
+
+
+@contextmanager
+def as_called() -> Iterator[None]:
+    """Name settings in a ValueError as arguments, unless it is the command line that called."""
+    try:
+        yield
+    except ValueError as error:
+        if not _BY_FLAGS.get() and error.args and isinstance(error.args[0], str):
+            error.args = (FLAG.sub(_argument, error.args[0]), *error.args[1:])
+        raise
+
+
+def _argument(flag: re.Match[str]) -> str:
+    if flag["command"]:
+        return flag[0]
+    name = OTHERWISE.get(flag["name"], flag["name"].replace("-", "_"))
+    return name + (flag["field"] or "")
