@@ -27,6 +27,7 @@ from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
 from mixture_of_tokens.settings import recipes
 from mixture_of_tokens.settings.names import SIZES
 from mixture_of_tokens.settings.routings import OF_A_ROUTER, SETTINGS, TABLE, properties
+from mixture_of_tokens.training import merging
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -106,8 +107,8 @@ def test_commands_are_legal(words, tiny_runs, small_corpus, tmp_path, monkeypatc
     if words[0].startswith("WORLD_SIZE="):
         monkeypatch.setenv(*words[0].split("="))
         # Transformers' own arguments would wait for the other processes.
-        monkeypatch.setattr(recipes, "TrainingArguments", lambda **given: SimpleNamespace(fp16=False))
-        monkeypatch.setattr(recipes, "try_out", lambda arguments: None)
+        monkeypatch.setattr(merging, "TrainingArguments", lambda **given: SimpleNamespace(fp16=False))
+        monkeypatch.setattr(merging, "try_out", lambda arguments: None)
         words = words[1:]
     for name in ("README.md", "ARCHITECTURE.md"):
         shutil.copy(ROOT / name, tmp_path)

@@ -71,13 +71,13 @@ def test_a_setting_that_no_block_reads_is_refused():
     for field, value in OTHER.items():
         for name in ("Transformer-Nano", "Uniform-Nano/4E", "MoT-Nano/4E", "TC-Nano/4E", "STC-Nano/4E"):
             of = SETTINGS[field]
-            line = f"--model.{field} would do nothing in {name}; it is of {', '.join(of)}"
+            line = f"model.{field} would do nothing in {name}; it is of {', '.join(of)}"
             assert asked(name, model={field: value}) == ["" if parse_name(name).system in of else line] * 3
     assert set(asked("MoT-Nano/4E", model=MIXED | {"capacity_factor": 2})) == {""}
 
 
 def test_a_sweep_s_values_and_a_text_s_flags_are_checked_too():
-    line = r"^--model.capacity_factor would do nothing in MoT-Nano/32E; it is of TC$"
+    line = r"^model.capacity_factor would do nothing in MoT-Nano/32E; it is of TC$"
     with pytest.raises(ValueError, match=line):
         sweep("MoT-Nano/32E", options=Options(model={"capacity_factor": "1,2"}), dry_run=True)
     with pytest.raises(ValueError, match=line):
@@ -113,14 +113,10 @@ def test_a_run_of_a_comparison_has_the_settings_that_it_reads_and_earlier_ones_g
 @pytest.mark.parametrize(
     ("name", "options", "line"),
     [
-        (
-            "MoT-Nano/4E",
-            {"model": {"capacity_factor": None}},
-            "--model.capacity_factor would do nothing in MoT-Nano/4E",
-        ),
-        ("MoT-Nano/4E", {"model": {"num_experts_per_tok": 5}}, "--model.num_experts_per_tok must be 1 to 4, not 5"),
-        ("TC-Nano/4E", {"training": {"eval_steps": 1e300}}, "--training.eval_steps is more than 2147483647"),
-        ("TC-Nano/4E", {"training": {"eval_delay": 1e300}}, "--training.eval_delay is more than 2147483647"),
+        ("MoT-Nano/4E", {"model": {"capacity_factor": None}}, "model.capacity_factor would do nothing in MoT-Nano/4E"),
+        ("MoT-Nano/4E", {"model": {"num_experts_per_tok": 5}}, "model.num_experts_per_tok must be 1 to 4, not 5"),
+        ("TC-Nano/4E", {"training": {"eval_steps": 1e300}}, "training.eval_steps is more than 2147483647"),
+        ("TC-Nano/4E", {"training": {"eval_delay": 1e300}}, "training.eval_delay is more than 2147483647"),
     ],
 )
 def test_a_value_that_would_do_nothing_is_refused(name, options, line):
@@ -159,7 +155,7 @@ def test_a_runs_file_with_another_name_keeps_what_was_chosen_alone(name, chosen,
 
 
 def test_a_window_is_refused_where_none_is_used():
-    told = "--model.sliding_window 8 would do nothing; with --model.use_sliding_window true it does"
+    told = "model.sliding_window 8 would do nothing; with model.use_sliding_window true it does"
     for name in ("Transformer-Nano", "MoT-Nano/4E"):
         assert asked(name, model={"sliding_window": 8}) == [told] * 3
         assert set(asked(name, model={"sliding_window": 8, "use_sliding_window": True})) == {""}

@@ -1,4 +1,4 @@
-"""A GGUF file for llama.cpp from a model in transformers' own classes (`plain.to_plain`).
+"""A GGUF file for llama.cpp from a model in transformers' own classes (`to_hf.to_plain`).
 
 Dense models (Qwen3) become llama.cpp's architecture `qwen3`. Both sparse ones, Qwen3-MoE with softmax gates and Dots1
 with sigmoid gates, become `dots1`: of llama.cpp's architectures it alone takes dense blocks before the sparse ones, the

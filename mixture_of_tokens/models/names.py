@@ -35,7 +35,7 @@ def config_from_name(
     """The configuration that a name stands for.
 
     Args:
-        name: see the grammar above.
+        name: see the grammar in `settings/names.py`.
         gated: SwiGLU feed-forwards; False: the paper's plain ones with ReLU, 1.5 times as wide at equal FLOPs.
         vocab_size: the tokenizer's; by default the size's.
         overrides: any of `FIELDS`. Values derived from an overridden field follow it: expert widths from

@@ -20,7 +20,7 @@ tokens do not count.
                         is added to
 
 In Mixture of Tokens every expert's weights sum to one in a full group, so no expert is dead and the load is even by
-construction. A sharp router may still leave tokens with almost no weight. Shape letters are those of `layers.py`.
+construction. A sharp router may still leave tokens with almost no weight. Shape letters as in `mixture.py`.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """What a configuration costs: parameters, FLOPs per token, memory.
 
-Letters as in `layers.py`; B sequences of T tokens are computed at once. A multiply-add is 2 FLOPs, and only matrix
+Letters as in `mixture.py`; B sequences of T tokens are computed at once. A multiply-add is 2 FLOPs, and only matrix
 products count, as in `torch.utils.flop_counter`. Causal attention counts as the full T x T square, as in that
 counter; kernels that skip the masked half do half of it.
 """

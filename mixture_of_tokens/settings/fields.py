@@ -121,7 +121,7 @@ def _checked(flag: str, hint: Any, value: Any) -> Any:
     try:
         return TypeAdapter(hint, config=STRICT).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"{flag} {_said(error, value)}") from None
+        raise ValueError(f"{flag} {_said(error, value, hint)}") from None
 
 
 def _of_python(value: Any) -> Any:
@@ -154,7 +154,7 @@ def _read(flag: str, text: str, hint: Any) -> Any:
     return value if isinstance(value, bool | int | float | list | dict | None) else text
 
 
-def _said(error: ValidationError, value: Any) -> str:
+def _said(error: ValidationError, value: Any, hint: Any) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     kind, context = first["type"], first.get("ctx", {})
     if kind in ("value_error", "assertion_error"):
@@ -166,6 +166,7 @@ def _said(error: ValidationError, value: Any) -> str:
         return f"must be 0 or more, not {value}" if not least else f"must be at least {least:g}, not {value}"
     if kind == "literal_error":
         context = {"expected": context["expected"].replace("'", "").replace(" or ", ", ")}
-    if kind not in SAID:
-        return f"{first['msg']}, not {value!r}"
-    return SAID[kind].format(value=value, **context)
+    said = SAID.get(kind, f"{first['msg']}, not {{value!r}}").format(value=value, **context)
+    if kind == "string_type" and list in _kinds(hint):
+        said = said.replace("takes text", "takes a list of words")
+    return said.replace(", not", " or null, not", 1) if kind.endswith("_type") and NoneType in _kinds(hint) else said

@@ -19,6 +19,7 @@ CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "de
 
 
 def _steps(value: int | float) -> int | float:
+    # The message's {value} is filled in by `fields`, with what was given.
     if value > LARGEST:
         raise ValueError(f"is more than {LARGEST}")
     if value > 1 and value != int(value):
