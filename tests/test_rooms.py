@@ -258,6 +258,27 @@ def test_help_and_version_import_no_torch_and_come_at_once(flag):
     assert min(seconds) < 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "--help"), "--learning-rate"),
+        (("train", "MoT-Nan/32E"), "did you mean Nano?"),
+        (("train", "MoT-Nano/32E", "--stps", "3"), "--steps"),
+        (("train", "MoT-Nano/32E", "--steps", "x"), "--steps takes a whole number"),
+        (("train", "MoT-Nano/32E", "--model.router_temperature", "x"), "--model.router_temperature takes a number"),
+        (("compare", "MoT-Nano/32E", "--training.weight_decay", "-1"), "--training.weight_decay must be 0 or more"),
+        (("generate", "nano", "--device", "gpu"), '"cuda"'),
+    ],
+)
+def test_help_and_what_is_wrong_come_before_torch_is_imported(words, said):
+    done = fresh(MOT.replace("assert not stopped.code, stopped.code", "pass"), *words)
+    *lines, last = done.stderr.splitlines()
+    cpu, torch = last.split()
+    assert said in done.stdout + "\n".join(lines)
+    assert torch == "False"
+    assert float(cpu) < 2
+
+
 def test_without_the_extra_mot_says_in_a_line_what_to_install():
     done = fresh(MOT.replace("assert not stopped.code, stopped.code", "raise"), "plan", "MoT-Nano/4E", without=EXTRA)
     assert done.returncode == 2
