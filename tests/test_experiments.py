@@ -247,6 +247,7 @@ def paper(script, monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_the_figures_scripts_train_what_is_committed(paper):
     found = set()
     rows = [row for study in paper("ledger").STUDIES for row in study.rows]
@@ -289,6 +290,7 @@ def test_nothing_is_trained_on_another_text_than_what_is_kept(paper, small_corpu
     studies.check_text_of("Nano")  # nothing is kept there
 
 
+@pytest.mark.slow
 def test_a_study_trains_what_is_missing_and_keeps_it(paper, tiny, tmp_path, monkeypatch):
     studies = paper("studies")
     here = studies.Experiment(tmp_path / "kept", tmp_path / "trained")
@@ -485,6 +487,7 @@ def test_the_page_of_the_committed_runs_has_their_telemetry(tmp_path):
     assert "mot compare Transformer-Nano" in page
 
 
+@pytest.mark.slow
 def test_runs_by_flags_that_are_gone_are_read_and_reported_and_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     made = {
@@ -691,6 +694,7 @@ def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, verdict
     assert verdict.best_rate(systems[0]._replace(rate=0.03), tmp_path) == 0.03
 
 
+@pytest.mark.slow
 def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
     swept, read_csv = paper("common").swept, paper("common").read_csv
     file, options = tmp_path / "sweeps.csv", replace(tiny, steps=2)
@@ -854,6 +858,7 @@ def test_attention_to_the_token_before_is_a_mean_share_of_later_positions(attent
         assert attention.to_the_token_before(each.expand(rows, heads, T, T)) == pytest.approx(float(share))
 
 
+@pytest.mark.slow
 def test_rows_of_attention_are_of_runs_that_do_not_mix(attention, tiny_runs, tiny_cache, tmp_path, monkeypatch):
     here = attention.Experiment(tmp_path / "kept", tmp_path / "trained")
     for name, directory in (
@@ -941,6 +946,7 @@ def test_the_page_says_how_many_flops_and_how_much_time_a_text_alone_takes():
     assert missing([*said, f"{dense / alone:.1f} times"], ROOT / "docs" / "reference" / "serving.md") == []
 
 
+@pytest.mark.slow
 def test_the_switch_s_script_measures_only_what_is_missing(script, tiny_runs, tiny_cache, monkeypatch):
     made = script("switch")
     monkeypatch.setitem(

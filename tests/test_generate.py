@@ -71,6 +71,7 @@ def test_sampling_leaves_the_random_state_of_its_caller_alone(run):
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 def test_it_says_where_the_context_cuts_a_continuation(run, capsys):
     mot("generate", run, "--prompt", "abc", "--max-new-tokens", 5)
     assert "the context" not in capsys.readouterr().err

@@ -56,7 +56,8 @@ def test_a_budget_in_which_no_step_fits_is_told(options):
         steps_within(0.1, Pace(20, 0.01), 128, 1000, lambda n: merge(NAME, 0, None, replace(options, steps=n)))
 
 
-def test_a_pace_is_of_this_machine_and_model(options):
+def test_a_pace_is_of_this_machine_and_model(options, monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.5)
     small = pace_of(merge("Transformer-Nano", 0, None, replace(options, batch_size=32)))
     large = pace_of(merge("Transformer-Nano", 0, None, replace(options, batch_size=256)))
     assert 0 < small.row < small.step

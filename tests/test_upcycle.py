@@ -158,7 +158,7 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("case", [
-    pytest.param(case, marks=[pytest.mark.slow] * (i > 0), id=case) for i, case in enumerate(OUTSIDE)
+    pytest.param(case, marks=pytest.mark.slow, id=case) for case in OUTSIDE
 ])  # fmt: skip
 def test_a_checkpoint_of_transformers_has_the_same_logits_in_another_process(case, saved, tmp_path):
     from safetensors.torch import load_file
@@ -374,6 +374,7 @@ def test_other_text_is_read_with_the_models_own_tokenizer(begun, pair, small_cor
     assert run.facts.corpus["hash"] != read_run(pair["child"]).facts.corpus["hash"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_transformers_trains_and_is_exported(saved, small_corpus, tmp_path):
     upcycle(saved(Qwen3Config), "TC/4E/8", out=tmp_path / "start")
     mot("train", "--from", tmp_path / "start", "--data", small_corpus, "--steps", 2, "--batch-size", 32,
