@@ -221,7 +221,7 @@ def test_flops_are_those_that_torch_counts(kind, gated, batch, context):
     assert round(evaluation * tokens, 3) == counted_flops(config, batch, context, training=False)
 
 
-@pytest.mark.parametrize("name", ["MoT-Medium/32E/8", "TC-Medium/32E/8"])
+@pytest.mark.parametrize("name", ["MoT-Medium/32E/8", pytest.param("TC-Medium/32E/8", marks=pytest.mark.slow)])
 def test_flops_of_named_models(name):
     config = config_from_name(name, attn_implementation="eager")
     flops = flops_per_token(config)
@@ -289,7 +289,7 @@ def test_the_floor_is_what_routing_costs(name, floor):
         ("Nano", "16E/8", True, torch.float32),
         ("Nano", "16E/8", True, torch.bfloat16),
         ("Nano", "16E/8", False, torch.bfloat16),
-        ("Medium", "32E/4", True, torch.float32),
+        pytest.param("Medium", "32E/4", True, torch.float32, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("system", [prefix for prefix, row in BY_PREFIX.items() if not row.varies])

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, audit
+from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, audit, export
 from mixture_of_tokens.conversion import choice_of_top_k as distilled_module
 from mixture_of_tokens.conversion import export as export_module
 from mixture_of_tokens.conversion import verify as verify_module
@@ -116,7 +116,7 @@ def check_keys_and_shapes(out, own) -> None:
             "Qwen3MoeForCausalLM",
         ),
         ("sigmoid_choice", {"router_temperature": 0.5}, "Dots1ForCausalLM"),
-        ("sigmoid_choice", {"shared_experts": 2}, "Dots1ForCausalLM"),
+        pytest.param("sigmoid_choice", {"shared_experts": 2}, "Dots1ForCausalLM", marks=pytest.mark.slow),
         ("dense", {}, "Qwen3ForCausalLM"),
     ],
     ids=["token_choice", "sigmoid_choice", "shared_experts", "dense"],
@@ -558,7 +558,7 @@ def test_an_impossible_top_k_is_refused_before_the_text_is_read(tiny_runs, tmp_p
     assert "--top-k must be 1 to 8, the number of experts, not 9" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [lambda run, out: export_module.export(run, out), lambda run, out: audit(run)])
+@pytest.mark.parametrize("command", [lambda run, out: export(run, out), lambda run, out: audit(run)])
 def test_what_several_processes_would_all_do_is_for_one(command, tiny_runs, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes would each do all of the work"):

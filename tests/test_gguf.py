@@ -59,7 +59,7 @@ def without_engine(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "architecture"),
     [
-        ("dense", {"tie_word_embeddings": True}, "qwen3"),
+        pytest.param("dense", {"tie_word_embeddings": True}, "qwen3", marks=pytest.mark.slow),
         ("token_choice", {"router_temperature": 0.5}, "dots1"),
         pytest.param(
             *("token_choice", {"norm_topk_prob": True, "tie_word_embeddings": True}, "dots1"), marks=pytest.mark.slow

@@ -67,6 +67,7 @@ def test_a_pace_is_of_this_machine_and_model(options, monkeypatch):
 @pytest.mark.parametrize("name", [NAME, pytest.param("TC-Nano/4E", marks=pytest.mark.slow)])
 def test_a_run_of_minutes_is_the_run_of_its_steps(name, options, tmp_path, monkeypatch, capsys):
     """Timing draws other random numbers and trains other weights, of which nothing is left."""
+    options = replace(options, batch_size=8)
     monkeypatch.setattr(timing, "SECONDS", 0.2)
     pace_of_it, seen = timing.pace_of, []
     monkeypatch.setattr(timing, "pace_of", lambda *given: seen.append(pace_of_it(*given)) or Pace(0.5, 1e-6))

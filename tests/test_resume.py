@@ -388,6 +388,7 @@ def test_a_kill_in_the_first_file_leaves_nothing_in_the_way(tmp_path):
         check_resumed(tmp_path / "run", {})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_intervals(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)

@@ -124,7 +124,9 @@ def slower(monkeypatch, place, name, seconds):
     return late
 
 
-@pytest.mark.parametrize("method", ["__getitems__", "ready"])  # batches; a part of the text
+@pytest.mark.parametrize(
+    "method", ["__getitems__", pytest.param("ready", marks=pytest.mark.slow)]
+)  # batches; a part of the text
 def test_time_in_which_training_waits_for_its_batches_is_told(method, small_corpus, tmp_path, monkeypatch):
     slower(monkeypatch, GroupedBatches, method, 100)
     flags = ["--steps", 4, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
@@ -135,7 +137,7 @@ def test_time_in_which_training_waits_for_its_batches_is_told(method, small_corp
     assert all(0.6 < row["data_wait"] <= 1 for row in rows)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_does_not_wait_for_text_that_is_still_prepared(number, small_corpus, tmp_path, monkeypatch, capsys):
     ready, waited = GroupedBatches.ready, []
 
@@ -715,7 +717,7 @@ def test_an_existing_run_is_not_overwritten(runs, capsys):
 
 def test_every_row_has_the_gradients_of_the_routers(directory, small_corpus):
     out, flags = directory / "first", ("--training.logging_steps", 2, "--training.logging_first_step", "true")
-    mot("train", "MoT-Nano/32E", "--out", out, "--steps", 4, "--batch-size", ROWS, "--data", small_corpus, *flags)
+    mot("train", "MoT-Nano/4E", "--out", out, "--steps", 4, "--batch-size", ROWS, "--data", small_corpus, *flags)
     rows = [row for row in rows_of(out) if "train_loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 4]
     norms = [row["layers"]["3"]["router_gradient_norm"] for row in rows]
@@ -728,8 +730,8 @@ def test_every_row_has_the_gradients_of_the_routers(directory, small_corpus):
     [
         ({}, {}, "sdpa"),
         ({"bf16": "true"}, {}, "eager"),
-        ({}, {"dtype": "bfloat16"}, "eager"),
-        ({"bf16": "true"}, {"attn_implementation": "sdpa"}, "sdpa"),
+        pytest.param({}, {"dtype": "bfloat16"}, "eager", marks=pytest.mark.slow),
+        pytest.param({"bf16": "true"}, {"attn_implementation": "sdpa"}, "sdpa", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("tiny_cache")

@@ -144,6 +144,7 @@ def test_the_printed_table_has_each_loss_in_its_row(transitioned, tiny_runs):
     assert "Over all of it the first is 2.1250, this run's 1.6250." in rest
 
 
+@pytest.mark.slow
 def test_what_upstream_keeps_elsewhere_is_kept(barely_trained, capsys):
     mot("transition", barely_trained, "--steps", 2, "--dry-run", "--json")
     assert json.loads(capsys.readouterr().out)["model"]["attn_implementation"] == "eager"
@@ -234,6 +235,7 @@ def test_adams_moments_go_with_the_weights_and_their_scales(begun, tiny_runs):
     assert fresh.optimizer is None or not fresh.optimizer.state
 
 
+@pytest.mark.slow
 def test_what_is_distilled_in_fp32_reaches_a_model_in_bf16(begun, tiny_runs, tmp_path):
     source = copy_of(tiny_runs[MIXED], tmp_path / "source", model={"dtype": "bfloat16"})
     model = load_model(str(source), device="cpu").bfloat16()

@@ -311,6 +311,7 @@ def test_steps_rate_and_seed_are_those_of_what_is_continued(tiny_runs, tiny_cach
     assert (config.data, config.batch_size) == (before.data, before.batch_size)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_weights(begun, pair, tiny_cache, tmp_path):
     """By SIGKILL, once before there is a checkpoint and once after."""
     out, log = tmp_path / "run", tmp_path / "log"
@@ -330,13 +331,14 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(begun, pair, tiny_cach
     assert [(row["step"], row.get("eval_loss")) for row in rows_of(out)] == undisturbed
 
 
+@pytest.mark.slow
 def test_sigmoid_gates_train_on(tiny_runs, tiny_cache, tmp_path):
     upcycle(tiny_runs[DENSE], "STC-Nano/4E/2", out=tmp_path / "start")
     mot("train", "--from", tmp_path / "start", "--steps", 1, "--device", "cpu", "--out", tmp_path / "run")
     assert losses_at_0(tmp_path / "run") == pytest.approx(rows_of(tiny_runs[DENSE])[-1]["eval_loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["MoT-Nano/4E/2", "TC-Nano/4E"])
+@pytest.mark.parametrize("name", [pytest.param("MoT-Nano/4E/2", marks=pytest.mark.slow), "TC-Nano/4E"])
 def test_any_run_can_be_trained_on(name, tiny_runs, tiny_cache, tmp_path):
     mot("train", "--from", tiny_runs[name], "--steps", 1, "--device", "cpu", "--out", tmp_path / "run")
     assert losses_at_0(tmp_path / "run") == pytest.approx(rows_of(tiny_runs[name])[-1]["eval_loss"], abs=1e-5)
