@@ -18,24 +18,11 @@ spin_briefly()  # in all processes that are started from here on
 torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait for each other
 
 
-# The files that take longest go first, or one process would be busy with them long after others. The second needs no
-# `tiny_runs`, which the first makes.
-LONG = (
-    "transition",
-    "sharded_runs",
-    "train",
-    "export",
-    "sharding",
-    "resume",
-    "model",
-    "docs",
-    "layouts",
-    "layers",
-    "compare",
-    "cost",
-    "process",
-)
-LONG += ("rooms", "flags", "evaluate")
+# The files that take longest go first, or one process would be busy with them long after others: those of the slow
+# tests, then others. `transition` makes `tiny_runs`, which the next ones do not need at once.
+LONG = ("transition", "sharded_runs", "guides", "sharding", "train", "export", "resume", "compare", "fuzz", "kills")
+LONG += ("layouts", "cost", "generate", "foreign_runs", "sweep", "upcycle", "experiments", "properties", "docs")
+LONG += ("layers", "model", "gguf", "rooms", "thresholds", "hub", "minutes", "flags", "evaluate", "process")
 
 
 @pytest.fixture(autouse=True)

@@ -227,7 +227,8 @@ def test_batch_mates_of_a_dense_model_that_reads_its_neighbour_are_found():
 
 @pytest.mark.usefixtures("tiny_cache")
 @pytest.mark.parametrize(
-    ("name", "private"), [("Transformer-Nano", True), ("MoT-Nano/4E/2", False), ("TC-Nano/4E", True)]
+    ("name", "private"),
+    [pytest.param("Transformer-Nano", True, marks=pytest.mark.slow), ("MoT-Nano/4E/2", False), ("TC-Nano/4E", True)],
 )
 def test_the_command_s_exit_status_is_the_verdict(tiny_runs, name, private, capsys):
     run = str(tiny_runs[name])

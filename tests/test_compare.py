@@ -136,6 +136,7 @@ def test_a_smaller_comparison_in_the_same_place_says_what_it_leaves_out(compared
     assert "no longer" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_page_or_file_is_not_replaced(compared, flags, tmp_path, capsys):
     there = tmp_path / "all"
     shutil.copytree(compared, there)
@@ -172,6 +173,7 @@ def test_one_model_under_two_names_is_named_twice(flags, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_named(flags, tmp_path, capsys):
     out = tmp_path / "diverges"
     rates = ("--seeds", 0, *flags[2:], "--training.max_grad_norm", 0, "--learning-rate", "1e-3,1e30")
@@ -280,6 +282,7 @@ def test_a_page_that_cannot_be_written_is_refused_as_a_run_is(compared, tmp_path
     assert f"{tmp_path / 'file'} is no directory that can be written to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_page_takes_the_place_of_a_page_alone(compared, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(compared / "Transformer-Nano-seed0", run, ignore=shutil.ignore_patterns("checkpoint-*", "model"))
@@ -353,6 +356,7 @@ def test_results_that_no_run_has_are_refused(changed, told, compared, tmp_path):
         report(run, out=tmp_path / "x.html")
 
 
+@pytest.mark.slow
 def test_a_size_that_is_not_the_name_s_is_told(flags, tmp_path):
     rows = ("--seeds", 0, *flags[2:])
     mot("train", "MoT-Nano/4E", *rows[2:], "--out", tmp_path / "8", "--model.group_size", 8)

@@ -195,11 +195,21 @@ def test_active_parameters_are_the_dense_models_and_the_router(system, gated):
     assert sparse["router"] == (0 if system == "Uniform" else 6 * 64 * 16 * slots * 768)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SIZES = {
+    "gated": (True, 14, 9),
+    "plain": (False, 14, 9),
+    "incomplete_group": (True, 16, 5),
+    "below_a_group": (False, 4, 9),
+}
+
+
+def counted_at(kind: str, name: str):
+    few = kind in ("dense", "mixture_of_tokens") or name == "incomplete_group"
+    return pytest.param(kind, *SIZES[name], id=f"{name}-{kind}", marks=[] if few else pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("gated", "batch", "context"),
-    [(True, 14, 9), (False, 14, 9), (True, 16, 5), (False, 4, 9)],
-    ids=["gated", "plain", "incomplete_group", "below_a_group"],
+    ("kind", "gated", "batch", "context"), [counted_at(kind, name) for name in SIZES for kind in KINDS]
 )
 def test_flops_are_those_that_torch_counts(kind, gated, batch, context):
     config, tokens = odd_config(kind, gated=gated), batch * context
@@ -211,7 +221,7 @@ def test_flops_are_those_that_torch_counts(kind, gated, batch, context):
     assert round(evaluation * tokens, 3) == counted_flops(config, batch, context, training=False)
 
 
-@pytest.mark.parametrize("name", ["MoT-Medium/32E/8", "TC-Medium/32E/8"])
+@pytest.mark.parametrize("name", ["MoT-Medium/32E/8", pytest.param("TC-Medium/32E/8", marks=pytest.mark.slow)])
 def test_flops_of_named_models(name):
     config = config_from_name(name, attn_implementation="eager")
     flops = flops_per_token(config)
@@ -279,7 +289,7 @@ def test_the_floor_is_what_routing_costs(name, floor):
         ("Nano", "16E/8", True, torch.float32),
         ("Nano", "16E/8", True, torch.bfloat16),
         ("Nano", "16E/8", False, torch.bfloat16),
-        ("Medium", "32E/4", True, torch.float32),
+        pytest.param("Medium", "32E/4", True, torch.float32, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("system", [prefix for prefix, row in BY_PREFIX.items() if not row.varies])

@@ -105,6 +105,7 @@ def test_alone_by_a_number_of_experts_that_is_asked_for(tiny_runs, evaluated):
     assert labels[-2:] == ["alone", "alone, 3 of 8 experts"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_experts_of_groups_of_one_are_served_and_distilled_all(small_corpus, tmp_path, monkeypatch):
     """Each weighs a token alike, so none can be left out."""
@@ -159,7 +160,9 @@ def test_a_part_of_a_text_is_scored(tiny_runs, evaluated):
     assert part[0]["loss"] != whole["loss"]
 
 
-@pytest.mark.parametrize("name", ["Transformer-Nano", MIXED, "TC-Nano/4E"])
+@pytest.mark.parametrize(
+    "name", [MIXED, *(pytest.param(n, marks=pytest.mark.slow) for n in ("Transformer-Nano", "TC-Nano/4E"))]
+)
 def test_a_model_is_read_in_bf16(tiny_runs, evaluated, name):
     words = (tiny_runs[name], "--max-tokens", 2000)
     exact, rounded = (evaluated(*words, *more)["lines"][0]["loss"] for more in ((), ("--dtype", "bfloat16")))
@@ -199,6 +202,7 @@ def test_alone_is_each_block_by_itself(tiny_runs, evaluated):
     assert [other["label"] for other in result["lines"]][1] == "full groups, same text as below"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_text_that_is_grouped_in_one_way_has_no_spread(tiny_runs, tmp_path):
     for length in (1, 100):

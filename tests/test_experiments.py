@@ -247,6 +247,7 @@ def paper(script, monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_the_figures_scripts_train_what_is_committed(paper):
     found = set()
     rows = [row for study in paper("ledger").STUDIES for row in study.rows]
@@ -289,6 +290,7 @@ def test_nothing_is_trained_on_another_text_than_what_is_kept(paper, small_corpu
     studies.check_text_of("Nano")  # nothing is kept there
 
 
+@pytest.mark.slow
 def test_a_study_trains_what_is_missing_and_keeps_it(paper, tiny, tmp_path, monkeypatch):
     studies = paper("studies")
     here = studies.Experiment(tmp_path / "kept", tmp_path / "trained")
@@ -485,6 +487,7 @@ def test_the_page_of_the_committed_runs_has_their_telemetry(tmp_path):
     assert "mot compare Transformer-Nano" in page
 
 
+@pytest.mark.slow
 def test_runs_by_flags_that_are_gone_are_read_and_reported_and_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     made = {
@@ -691,6 +694,7 @@ def test_the_rate_is_the_best_of_the_sweep_with_the_same_settings(fresh, verdict
     assert verdict.best_rate(systems[0]._replace(rate=0.03), tmp_path) == 0.03
 
 
+@pytest.mark.slow
 def test_a_sweep_adds_what_is_missing_to_its_file(paper, tiny, tmp_path):
     swept, read_csv = paper("common").swept, paper("common").read_csv
     file, options = tmp_path / "sweeps.csv", replace(tiny, steps=2)
@@ -728,14 +732,16 @@ def test_a_rate_at_which_training_diverges_is_the_worst(fresh, verdict, tiny, tm
 
 
 @pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps")
-def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(fresh, verdict):
+@pytest.mark.parametrize("of_seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
+def test_rows_of_the_verdict_on_fresh_text_are_of_runs_that_are_kept(of_seed, fresh, verdict):
     kept, short = EXPERIMENTS / "verdict", {system.label for system in verdict.SYSTEMS}
     systems = {system.label: system for system in verdict.SYSTEMS + verdict.LONG_SYSTEMS}
     rows, times = fresh.read_csv(kept / fresh.RESULTS), verdict.times_in(kept)
     assert {row["system"] for row in rows if row["budget"] == str(verdict.BUDGET)} == short
     assert {int(row["budget"]) for row in rows} == {verdict.BUDGET, verdict.LONG_BUDGET}
     assert len({(row["budget"], row["system"], row["seed"]) for row in rows}) == len(rows)
-    for row in rows:
+    assert {row["seed"] for row in rows} == {"1", "2", "3"}
+    for row in (row for row in rows if row["seed"] == str(of_seed)):
         system = systems[row["system"]]
         budget, steps, after = (int(row[column]) for column in ("budget", "steps", "after"))
         assert (steps, after) == verdict.steps_within(budget, system, times)
@@ -854,6 +860,7 @@ def test_attention_to_the_token_before_is_a_mean_share_of_later_positions(attent
         assert attention.to_the_token_before(each.expand(rows, heads, T, T)) == pytest.approx(float(share))
 
 
+@pytest.mark.slow
 def test_rows_of_attention_are_of_runs_that_do_not_mix(attention, tiny_runs, tiny_cache, tmp_path, monkeypatch):
     here = attention.Experiment(tmp_path / "kept", tmp_path / "trained")
     for name, directory in (
@@ -941,6 +948,7 @@ def test_the_page_says_how_many_flops_and_how_much_time_a_text_alone_takes():
     assert missing([*said, f"{dense / alone:.1f} times"], ROOT / "docs" / "reference" / "serving.md") == []
 
 
+@pytest.mark.slow
 def test_the_switch_s_script_measures_only_what_is_missing(script, tiny_runs, tiny_cache, monkeypatch):
     made = script("switch")
     monkeypatch.setitem(

@@ -138,9 +138,14 @@ def test_the_table_is_of_hundreds_of_values_and_of_every_command():
     assert {command for command, _, _ in TABLE} | {"report", "export"} == set(cli.COMMANDS)
 
 
+# Of the values all, or one of so many.
+EVERY = pytest.mark.parametrize("every", [pytest.param(4, id="few"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+
+
+@EVERY
 @pytest.mark.parametrize("command", START)
-def test_a_bad_value_of_a_flag_is_one_line_that_names_it(command, capsys):
-    for _, name, value in (row for row in TABLE if row[0] == command):
+def test_a_bad_value_of_a_flag_is_one_line_that_names_it(command, every, capsys):
+    for _, name, value in [row for row in TABLE if row[0] == command][::every]:
         flag = f"--{name.replace('_', '-')}" if "." not in name else f"--{name}"
         words = (flag + value,) if value.startswith("=") else (f"{flag}={value}",)
         needed = ("--prompt", "a") if command == "generate" and name not in ("prompts_file", "prompt", "out") else ()
@@ -252,9 +257,10 @@ def test_a_fixed_field_may_be_given_with_the_value_that_it_has(capsys):
     assert "--training.disable_tqdm" in refused((*TRAIN, "--training.disable_tqdm", "false"), capsys)
 
 
+@EVERY
 @pytest.mark.parametrize(("kind", "rows"), [("training", OF_TRAINING), ("model", OF_MODEL)])
-def test_a_bad_value_of_a_field_is_one_line_that_names_it(kind, rows, capsys):
-    for field, value in rows:
+def test_a_bad_value_of_a_field_is_one_line_that_names_it(kind, rows, every, capsys):
+    for field, value in rows[::every]:
         assert f"--{kind}.{field}" in refused((*TRAIN, "--device=cpu", f"--{kind}.{field}={value}"), capsys), value
 
 

@@ -216,7 +216,7 @@ def test_new_checkpoints_have_no_pickle_but_torchs_own_of_numbers(runs):
     assert set(found) == {"rng_state.pth", "scheduler.pt"}
 
 
-@pytest.mark.parametrize("kind", ["now", "before"])
+@pytest.mark.parametrize("kind", [pytest.param("now", marks=pytest.mark.slow), "before"])
 def test_a_run_goes_on_from_checkpoints_of_either_kind(kind, runs, small_corpus, tmp_path):
     """Bit for bit, and from then on checkpoints are of the new kind."""
     out = started(runs[kind], tmp_path / "run")

@@ -38,9 +38,9 @@ from test_flags import FIELDS, flags_of
 
 SECONDS = 20
 TEXTS = "texts"  # of the folder in which every example begins
-SLOW = 15  # times as many examples
+FEW, SLOW = 0.4, 15  # times as many examples
 
-COUNTS = [pytest.param(1, id="few"), pytest.param(SLOW, id="many", marks=pytest.mark.slow)]
+COUNTS = [pytest.param(FEW, id="few"), pytest.param(SLOW, id="many", marks=pytest.mark.slow)]
 # What fails is shown as it is found: to shrink what takes 20 seconds takes an hour.
 FUZZ = settings(
     deadline=None,
@@ -322,7 +322,7 @@ def test_a_command_answers_or_says_what_is_wrong(command, times, place, tiny_run
         monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(place.parent / "cache"))
     begun = COMMANDS[command]
 
-    @settings(FUZZ, max_examples=begun.examples * times)
+    @settings(FUZZ, max_examples=int(begun.examples * times))
     @given(begun.first(list(tiny_runs.values())), flags(command))
     def check(first: list[str], more: list[str]) -> None:
         ends_well([command, *given_once([*begun.last, *first, *more])], place)
@@ -336,7 +336,7 @@ def test_any_words_are_answered(times, place):
         (*ODD, "train", "plan", "MoT-Nano/4E", "--json", "--help", "--version", "--out", "--config")
     )
 
-    @settings(FUZZ, max_examples=30 * times)
+    @settings(FUZZ, max_examples=int(30 * times))
     @given(st.lists(any_words | st.text(max_size=5), max_size=4))
     def check(words: list[str]) -> None:
         ends_well([*words, "--dry-run"], place)
@@ -382,6 +382,7 @@ LAYER = {"hidden_size": 8, "expert_size": 4, "num_experts": 2}
 # A dataclass of what has been read, whose fields are not checked; and models of what is no configuration, which
 # transformers' own constructor tells.
 NOT_TRIED = {"Run", "MixtureOfTokensModel", "MixtureOfTokensForCausalLM"}
+TRIED = sorted({*mixture_of_tokens.__all__} - NOT_TRIED)
 
 
 def legal(name: str, run: Path, model: Any) -> dict[str, Any]:
@@ -440,7 +441,7 @@ def refuses_well(function: Callable[..., Any], arguments: dict[str, Any]) -> Non
 
 @pytest.mark.usefixtures("tiny_cache")
 @pytest.mark.parametrize("times", COUNTS)
-@pytest.mark.parametrize("name", sorted({*mixture_of_tokens.__all__} - NOT_TRIED))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "export")) for n in TRIED])
 def test_a_public_function_answers_or_says_what_is_wrong(name, times, place, tiny_runs):
     function = getattr(mixture_of_tokens, name)
     base = legal(name, tiny_runs[MIXED], load_model(str(tiny_runs[MIXED]), device="cpu"))
@@ -448,7 +449,7 @@ def test_a_public_function_answers_or_says_what_is_wrong(name, times, place, tin
     own = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD and each.name not in KEPT]
     before = there(place)
 
-    @settings(FUZZ, max_examples=15 * times)
+    @settings(FUZZ, max_examples=int(15 * times))
     @given(st.dictionaries(st.sampled_from(own), THINGS, min_size=1, max_size=2))
     def check(wrong: dict[str, Any]) -> None:
         refuses_well(function, base | wrong)

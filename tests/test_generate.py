@@ -71,6 +71,7 @@ def test_sampling_leaves_the_random_state_of_its_caller_alone(run):
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 def test_it_says_where_the_context_cuts_a_continuation(run, capsys):
     mot("generate", run, "--prompt", "abc", "--max-new-tokens", 5)
     assert "the context" not in capsys.readouterr().err
@@ -100,7 +101,9 @@ def test_alone_a_prompt_s_text_does_not_depend_on_the_others(run, prompts, capsy
     assert texts("--alone", "--experts", 1) == to_few != expected
 
 
-@pytest.mark.parametrize(("name", "flags"), [("TC-Nano/4E", ()), (MIXED, ("--alone", "--experts", 2))])
+@pytest.mark.parametrize(
+    ("name", "flags"), [pytest.param("TC-Nano/4E", (), marks=pytest.mark.slow), (MIXED, ("--alone", "--experts", 2))]
+)
 def test_a_long_prompt_does_not_end_the_others_that_it_is_not_mixed_with(name, flags, tiny_runs, capsys):
     prompts = ["abc d", "e", "fgh ij " * 12, "klm no " * 6]
     lengths = [len(tokens) for tokens in load_tokenizer_of(str(tiny_runs[name]))(prompts)["input_ids"]]

@@ -59,12 +59,12 @@ def without_engine(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "architecture"),
     [
-        ("dense", {"tie_word_embeddings": True}, "qwen3"),
+        pytest.param("dense", {"tie_word_embeddings": True}, "qwen3", marks=pytest.mark.slow),
         ("token_choice", {"router_temperature": 0.5}, "dots1"),
         pytest.param(
             *("token_choice", {"norm_topk_prob": True, "tie_word_embeddings": True}, "dots1"), marks=pytest.mark.slow
         ),
-        ("sigmoid_choice", {"shared_experts": 2}, "dots1"),
+        pytest.param("sigmoid_choice", {"shared_experts": 2}, "dots1", marks=pytest.mark.slow),
         pytest.param(
             *("sigmoid_choice", {"norm_topk_prob": True, "num_key_value_heads": 4}, "dots1"), marks=pytest.mark.slow
         ),
@@ -142,6 +142,7 @@ def test_reading_back_notices_a_flipped_byte(tmp_path, tiny_runs):
         to_gguf._check_written(file, written)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache", "without_engine")
 def test_a_mixture_of_tokens_is_switched_first(tiny_runs, tmp_path, capsys):
     mot("export", tiny_runs[MIXED], tmp_path / "model.gguf", "--top-k", 2, "--distil-steps", 5, "--json")

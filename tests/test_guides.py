@@ -38,7 +38,7 @@ def beside_text(small_corpus, tmp_path, fresh_cache, monkeypatch) -> Path:
     return tmp_path
 
 
-LONG = ("compare", "train")  # of which `test_docs.py` checks every command
+LONG = ("compare", "dense", "train")  # of which `test_docs.py` checks every command
 WITH_LONG = [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in LONG), id=page.stem) for page in GUIDES]
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, export
-from mixture_of_tokens.conversion import hub
+from mixture_of_tokens.conversion import hub, verify
 from mixture_of_tokens.runs.loading import load_model
 from processes import Python, another_python, mot
 from test_export import model_of
@@ -98,6 +98,7 @@ def test_other_routings_as_they_are(kind, saved, elsewhere, tmp_path):
 
 def test_no_code_is_run_unless_it_is_trusted(saved, elsewhere, tmp_path, monkeypatch):
     out = tmp_path / "out"
+    monkeypatch.setattr(verify, "compare_logits", lambda *given: (0.0, 1.0))  # the other tests have it
     export(saved("sigmoid_choice"), out, format="hub", device="cpu")
     with pytest.raises(ValueError, match="trust_remote_code"):
         read_by(elsewhere, out, torch.tensor([[1, 2]]), "distrust")

@@ -521,12 +521,17 @@ def test_second_derivatives_of_a_float32_router_under_autocast_are_refused():
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
+def few_of(names: list[str], fast: tuple[str, ...]) -> list:
+    """The others are slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in names]
+
+
 COMPILED = ["mot", "mot_normalized", "uniform", "ec_takes_2", "tc_top1", "tc_top1_dropping", "tc_top2_dropping"]
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's, of its own tracing
 @pytest.mark.parametrize("case", ["unmasked", "masked", pytest.param("autocast", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", few_of(COMPILED, ("mot", "tc_top2_dropping")))
 def test_compiles_without_a_break_to_the_same_numbers(name, case):
     torch._dynamo.reset()  # what other tests have compiled
     layer, x = build(name, dtype=torch.float32), tokens(dtype=torch.float32)
@@ -600,7 +605,7 @@ EXPORTED = ["mot", "soft", "ec_takes_2", "tc_top1", "stc_top1", *WITH_CAPACITY]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's, of its own tracing
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", few_of(EXPORTED, ("mot",)))
 def test_an_exported_layer_takes_batches_of_other_sizes(name):
     layer, sizes = build(name, dtype=torch.float32), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     layer.train(name in WITH_CAPACITY)  # in training the others have a state, or nothing more

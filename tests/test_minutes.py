@@ -56,7 +56,8 @@ def test_a_budget_in_which_no_step_fits_is_told(options):
         steps_within(0.1, Pace(20, 0.01), 128, 1000, lambda n: merge(NAME, 0, None, replace(options, steps=n)))
 
 
-def test_a_pace_is_of_this_machine_and_model(options):
+def test_a_pace_is_of_this_machine_and_model(options, monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.5)
     small = pace_of(merge("Transformer-Nano", 0, None, replace(options, batch_size=32)))
     large = pace_of(merge("Transformer-Nano", 0, None, replace(options, batch_size=256)))
     assert 0 < small.row < small.step
@@ -66,6 +67,7 @@ def test_a_pace_is_of_this_machine_and_model(options):
 @pytest.mark.parametrize("name", [NAME, pytest.param("TC-Nano/4E", marks=pytest.mark.slow)])
 def test_a_run_of_minutes_is_the_run_of_its_steps(name, options, tmp_path, monkeypatch, capsys):
     """Timing draws other random numbers and trains other weights, of which nothing is left."""
+    options = replace(options, batch_size=8)
     monkeypatch.setattr(timing, "SECONDS", 0.2)
     pace_of_it, seen = timing.pace_of, []
     monkeypatch.setattr(timing, "pace_of", lambda *given: seen.append(pace_of_it(*given)) or Pace(0.5, 1e-6))

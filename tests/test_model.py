@@ -215,6 +215,8 @@ def test_one_batch_can_be_overfit(kind):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if loss.item() < 0.05:
+            break
     # Uniform mixing gives every token of a group the same update, and yet attention alone learns this batch.
     assert model.eval()(x, labels=x).loss.item() < 0.2
 
@@ -619,7 +621,7 @@ def test_reentrant_checkpointing_would_lose_the_balancing_loss():
     ("kind", "training"),
     [
         ("mixture_of_tokens", True),
-        ("token_choice", False),
+        pytest.param("token_choice", False, marks=pytest.mark.slow),
         *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in KINDS if kind != "mixture_of_tokens"),
         *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in ("dense", "sigmoid_choice")),
     ],

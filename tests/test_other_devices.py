@@ -102,7 +102,12 @@ def check_that_waiting_is_noticed() -> None:
             assert waits == expected, line
 
 
-@pytest.mark.parametrize("kind", [row.kind for row in TABLE])
+FAST = ("mixture_of_tokens", "token_choice")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(row.kind, marks=[pytest.mark.slow] * (row.kind not in FAST)) for row in TABLE]
+)
 def test_a_model_does_all_on_another_device_and_no_step_waits_for_it(kind, tmp_path):
     processes.in_processes(check, (kind,), 1, tmp_path / "log")
 

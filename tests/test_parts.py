@@ -326,6 +326,7 @@ def test_training_begins_before_all_is_prepared_and_a_bad_part_is_told_when_it_i
     assert (tmp_path / "longer" / "checkpoint-12").is_dir()
 
 
+@pytest.mark.slow
 def test_processes_prepare_different_parts(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
     words = ["prepare", *command(folder, tmp_path / "none")[1:-2]]
@@ -361,7 +362,7 @@ def making(words: list[str], out: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_who_prepares_ahead_makes_the_parts_and_ends_with_its_parent(killed, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXTURE_OF_TOKENS_CACHE", str(tmp_path / "cache"))
 

@@ -270,7 +270,9 @@ def test_gradcheck(name):
 second = partial(torch.autograd.gradgradcheck, fast_mode=True)
 
 
-@pytest.mark.parametrize("rows", [4, 40], ids=["few_tokens", "many_tokens"])  # for which sparse routings differ
+@pytest.mark.parametrize(
+    "rows", [4, pytest.param(40, marks=pytest.mark.slow)], ids=["few_tokens", "many_tokens"]
+)  # for which sparse routings differ
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_gradgradcheck(name, rows):
     layer = build(name, hidden_size=3, expert_size=2)

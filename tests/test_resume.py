@@ -31,7 +31,7 @@ from mixture_of_tokens.utils.manifest import fault
 from processes import finish, mot, mot_on_a_full_disk, rows_of, start
 
 STEPS, SAVE = 48, 8
-FLAGS = ["train", "TC-Nano/32E", "--steps", STEPS, "--batch-size", 32, "--device", "cpu"]
+FLAGS = ["train", "TC-Nano/4E", "--steps", STEPS, "--batch-size", 32, "--device", "cpu"]
 FLAGS += ["--training.save_steps", SAVE, "--training.logging_steps", 3, "--training.eval_steps", 16]
 FLAGS += ["--data", "set by the fixture"]
 
@@ -127,7 +127,7 @@ def lines(run: Path) -> int:
     return (run / "metrics.jsonl").read_bytes().count(b"\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_at_once_and_the_run_goes_on_from_that_step(whole, tmp_path, number):
     out = tmp_path / "run"
     process = begin(out)
@@ -229,6 +229,7 @@ def on_a_full_disk_in_a_group(*words: object) -> None:
     mot_on_a_full_disk(1_000_000, *words)
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_or_hold_up_a_run_that_fails(tmp_path):
     process = start(on_a_full_disk_in_a_group, *FLAGS, "--out", tmp_path / "run", *WORKERS, log=tmp_path / "log")
     assert wait_for(lambda: len(alive_in(process.pid)) > 2, process)
@@ -387,6 +388,7 @@ def test_a_kill_in_the_first_file_leaves_nothing_in_the_way(tmp_path):
         check_resumed(tmp_path / "run", {})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_intervals(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -439,6 +441,7 @@ def test_a_run_does_not_go_on_with_another_text(small_corpus, tmp_path, capsys):
     assert "has changed: its hash is" in evaluated
 
 
+@pytest.mark.slow
 def test_a_refused_text_leaves_the_run_as_it_was(small_corpus, tmp_path, capsys):
     for name in ("one", "other"):
         shutil.copytree(small_corpus, tmp_path / name)
@@ -472,6 +475,7 @@ def test_before_the_first_checkpoint_a_run_begins_anew_on_its_own_text_and_says_
     assert json.loads((tmp_path / "run" / "run.json").read_text())["final_loss"] == whole["final_loss"]
 
 
+@pytest.mark.slow
 def test_text_may_lie_elsewhere_when_a_run_goes_on(small_corpus, tmp_path, capsys):
     shutil.copytree(small_corpus, tmp_path / "texts")
     words = ["train", "MoT-Nano/4E", "--steps", 2, "--batch-size", 8, "--device", "cpu", "--out", tmp_path / "run"]
@@ -572,6 +576,7 @@ def test_a_full_disk_that_tensorboard_meets_first_is_one_line(tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_of_metrics(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -611,7 +616,7 @@ def flipped(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", ["gone", "flipped", "unsigned"])
+@pytest.mark.parametrize("damage", ["gone", "flipped", pytest.param("unsigned", marks=pytest.mark.slow)])
 def test_a_finished_run_with_a_damaged_model_is_not_finished_already(damage, whole, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "run")
     if damage == "gone":

@@ -227,6 +227,7 @@ assert torch.equal(AutoModelForCausalLM.from_pretrained(sys.argv[1]).lm_head.wei
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_the_models_and_their_data_need_nothing_of_the_extra(small_corpus, tmp_path):
     done = fresh(MODELS, str(tmp_path), str(small_corpus), without=EXTRA)

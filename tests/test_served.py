@@ -78,6 +78,7 @@ def test_a_report_has_them_side_by_side_and_a_run_of_an_earlier_version_has_none
     assert "of a part of the text" not in summary_of(comparison(by_model([read_run(old)])))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_alone_says_so_little(small_corpus, tmp_path, capsys):
     flags = ("--steps", 2, "--batch-size", 32, "--data", small_corpus, "--device", "cpu")
     mot("train", "EC-Nano/4E", *flags, "--out", tmp_path / "ec")

@@ -81,6 +81,7 @@ def test_another_grid_in_the_same_place_says_what_it_leaves_out(swept, flags, tm
     assert len(json.loads((there / "sweep.json").read_text())["cells"]) == 2
 
 
+@pytest.mark.slow
 def test_a_larger_grid_keeps_what_is_finished(swept, flags, capsys):
     finished = next(swept.rglob("run.json"))
     before = finished.stat().st_mtime_ns
@@ -102,6 +103,7 @@ def test_a_setting_of_which_one_seed_diverged_has_no_loss():
         assert (cell.runs, cell.loss, cell.spread) == (runs, None, None)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_which_nothing_is_left_fails(flags, tmp_path, capsys):
     words = ["1e30,1e31" if word == "1e-30,1e-2" else 0 if word == "0,1" else word for word in flags]
     with pytest.raises(SystemExit) as stopped:

@@ -122,7 +122,7 @@ def test_branches_may_be_of_few_experts_of_a_token(trained, seen):
     assert (layer.alone, layer.num_experts_alone) == (False, 8)
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scores", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_distilled_layers_give_what_the_source_gives_alone(scores, trained, seen):  # `seen` has calibrated it
     source, text = trained
     target, _ = switched(source, scores=scores)

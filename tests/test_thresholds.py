@@ -222,7 +222,7 @@ def threshold_run(small_corpus, tmp_path_factory) -> Run:
     return trained("ET", small_corpus, tmp_path_factory.mktemp("ET"))
 
 
-@pytest.mark.parametrize("system", ["STC", "ET", "ReMoE"])
+@pytest.mark.parametrize("system", ["ET", *(pytest.param(each, marks=pytest.mark.slow) for each in ("STC", "ReMoE"))])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(system, small_corpus, threshold_run, tmp_path):
     """What balances the load is part of a checkpoint."""
     whole = threshold_run if system == "ET" else trained(system, small_corpus, tmp_path)

@@ -124,7 +124,9 @@ def slower(monkeypatch, place, name, seconds):
     return late
 
 
-@pytest.mark.parametrize("method", ["__getitems__", "ready"])  # batches; a part of the text
+@pytest.mark.parametrize(
+    "method", ["__getitems__", pytest.param("ready", marks=pytest.mark.slow)]
+)  # batches; a part of the text
 def test_time_in_which_training_waits_for_its_batches_is_told(method, small_corpus, tmp_path, monkeypatch):
     slower(monkeypatch, GroupedBatches, method, 100)
     flags = ["--steps", 4, "--batch-size", 8, "--device", "cpu", "--data", small_corpus, "--out", tmp_path / "run"]
@@ -135,7 +137,7 @@ def test_time_in_which_training_waits_for_its_batches_is_told(method, small_corp
     assert all(0.6 < row["data_wait"] <= 1 for row in rows)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_does_not_wait_for_text_that_is_still_prepared(number, small_corpus, tmp_path, monkeypatch, capsys):
     ready, waited = GroupedBatches.ready, []
 
@@ -176,7 +178,7 @@ def test_a_signal_while_text_is_prepared_leaves_nothing(command, number, small_c
     assert left == ["cache"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_run_is_the_same_whatever_the_process_has_set(dtype, small_corpus, tmp_path):
     """Its default type, its progress bars, and handlers that Python has not set."""
     options = Options(steps=2, batch_size=8, data=small_corpus, device="cpu")
@@ -217,6 +219,7 @@ def test_a_handler_that_was_not_set_from_python_is_replaced(monkeypatch):
         install(signal.SIGINT, before[1])
 
 
+@pytest.mark.slow
 def test_the_clock_stands_still_while_a_run_evaluates_and_saves(small_corpus, tmp_path, monkeypatch):
     late = [
         slower(monkeypatch, place, name, 1000) for place, name in ((RunTrainer, "loss_of"), (trainer, "save_optimizer"))
@@ -593,6 +596,7 @@ def test_bad_input_gets_one_line_and_status_2(words, message, tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == set(files)  # nothing half-written
 
 
+@pytest.mark.slow
 def test_one_small_file_will_do_and_the_run_says_what_counts_as_documents(directory, capsys):
     text, out = directory / "one.txt", directory / "one"
     text.write_text("\n".join(f"line {i} says {i * i % 977} and {i * 31 % 1013}" for i in range(2000)))
@@ -713,7 +717,7 @@ def test_an_existing_run_is_not_overwritten(runs, capsys):
 
 def test_every_row_has_the_gradients_of_the_routers(directory, small_corpus):
     out, flags = directory / "first", ("--training.logging_steps", 2, "--training.logging_first_step", "true")
-    mot("train", "MoT-Nano/32E", "--out", out, "--steps", 4, "--batch-size", ROWS, "--data", small_corpus, *flags)
+    mot("train", "MoT-Nano/4E", "--out", out, "--steps", 4, "--batch-size", ROWS, "--data", small_corpus, *flags)
     rows = [row for row in rows_of(out) if "train_loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 4]
     norms = [row["layers"]["3"]["router_gradient_norm"] for row in rows]
@@ -726,8 +730,8 @@ def test_every_row_has_the_gradients_of_the_routers(directory, small_corpus):
     [
         ({}, {}, "sdpa"),
         ({"bf16": "true"}, {}, "eager"),
-        ({}, {"dtype": "bfloat16"}, "eager"),
-        ({"bf16": "true"}, {"attn_implementation": "sdpa"}, "sdpa"),
+        pytest.param({}, {"dtype": "bfloat16"}, "eager", marks=pytest.mark.slow),
+        pytest.param({"bf16": "true"}, {"attn_implementation": "sdpa"}, "sdpa", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("tiny_cache")
@@ -800,7 +804,11 @@ def test_a_learned_temperature_is_in_fp32_where_weights_are_bf16(small_corpus, t
     assert all(dtype == (torch.float32 if name in learned else torch.bfloat16) for name, dtype in dtypes.items())
 
 
-@pytest.mark.parametrize("name", ["Transformer-Nano", *(f"{row.prefix}-Nano/4E" for row in ROUTINGS if row.sparse)])
+IN_BF16 = ("Transformer-Nano", *(f"{row.prefix}-Nano/4E" for row in ROUTINGS if row.sparse))
+FAST = ("MoT-Nano/4E", "STC-Nano/4E", "ET-Nano/4E")  # with companions, biases and thresholds
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in IN_BF16])
 @pytest.mark.usefixtures("tiny_cache")
 def test_training_in_bf16_alone_has_all_weights_and_moments_in_bf16(name, small_corpus, tmp_path):
     """What thresholds and biases add up to stays in fp32, and the model that is saved is the one that was trained."""

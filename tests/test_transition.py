@@ -93,6 +93,7 @@ def test_the_new_model_is_dropless_token_choice_that_mixes_nothing(transitioned)
     assert read_run(transitioned[0]).model_config.capacity_factor is None  # config.yaml says so too
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_losses_at_the_switch_are_computed_as_in_training(small_corpus, tmp_path, monkeypatch):
     seen, evaluated = [], trainer.evaluate_blocks
@@ -143,6 +144,7 @@ def test_the_printed_table_has_each_loss_in_its_row(transitioned, tiny_runs):
     assert "Over all of it the first is 2.1250, this run's 1.6250." in rest
 
 
+@pytest.mark.slow
 def test_what_upstream_keeps_elsewhere_is_kept(barely_trained, capsys):
     mot("transition", barely_trained, "--steps", 2, "--dry-run", "--json")
     assert json.loads(capsys.readouterr().out)["model"]["attn_implementation"] == "eager"
@@ -233,6 +235,7 @@ def test_adams_moments_go_with_the_weights_and_their_scales(begun, tiny_runs):
     assert fresh.optimizer is None or not fresh.optimizer.state
 
 
+@pytest.mark.slow
 def test_what_is_distilled_in_fp32_reaches_a_model_in_bf16(begun, tiny_runs, tmp_path):
     source = copy_of(tiny_runs[MIXED], tmp_path / "source", model={"dtype": "bfloat16"})
     model = load_model(str(source), device="cpu").bfloat16()
@@ -246,6 +249,7 @@ def test_what_is_distilled_in_fp32_reaches_a_model_in_bf16(begun, tiny_runs, tmp
     assert same == distilled.keys() - set(layers)
 
 
+@pytest.mark.slow
 def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_path, tiny_cache, monkeypatch):
     copy_of(tiny_runs[MIXED], tmp_path / "source")
     monkeypatch.chdir(tmp_path / "source")
@@ -298,6 +302,7 @@ def test_a_switch_that_is_all_trains_nothing(tiny_runs, tmp_path, monkeypatch, c
     assert "is finished already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_groups_that_a_short_text_does_not_fill_are_not_called_full(tmp_path, capsys):
     write_texts(tmp_path / "texts", lines=1)
     flags = ("--steps", 2, "--batch-size", 32, "--device", "cpu", "--data", tmp_path / "texts")
@@ -352,6 +357,7 @@ def test_rows_go_on_where_the_source_ended(tiny_runs):
     assert part.block_numbers([0, 17, 639]).tolist() == whole.block_numbers([960, 977, 1599]).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_once_begun_it_goes_on_without_the_source_s_checkpoint(tiny_runs, tmp_path, capsys):
     source = shutil.copytree(tiny_runs[MIXED], tmp_path / "source")

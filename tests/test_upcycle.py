@@ -158,7 +158,7 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("case", [
-    pytest.param(case, marks=[pytest.mark.slow] * (i > 0), id=case) for i, case in enumerate(OUTSIDE)
+    pytest.param(case, marks=pytest.mark.slow, id=case) for case in OUTSIDE
 ])  # fmt: skip
 def test_a_checkpoint_of_transformers_has_the_same_logits_in_another_process(case, saved, tmp_path):
     from safetensors.torch import load_file
@@ -311,6 +311,7 @@ def test_steps_rate_and_seed_are_those_of_what_is_continued(tiny_runs, tiny_cach
     assert (config.data, config.batch_size) == (before.data, before.batch_size)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_weights(begun, pair, tiny_cache, tmp_path):
     """By SIGKILL, once before there is a checkpoint and once after."""
     out, log = tmp_path / "run", tmp_path / "log"
@@ -330,13 +331,14 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(begun, pair, tiny_cach
     assert [(row["step"], row.get("eval_loss")) for row in rows_of(out)] == undisturbed
 
 
+@pytest.mark.slow
 def test_sigmoid_gates_train_on(tiny_runs, tiny_cache, tmp_path):
     upcycle(tiny_runs[DENSE], "STC-Nano/4E/2", out=tmp_path / "start")
     mot("train", "--from", tmp_path / "start", "--steps", 1, "--device", "cpu", "--out", tmp_path / "run")
     assert losses_at_0(tmp_path / "run") == pytest.approx(rows_of(tiny_runs[DENSE])[-1]["eval_loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["MoT-Nano/4E/2", "TC-Nano/4E"])
+@pytest.mark.parametrize("name", [pytest.param("MoT-Nano/4E/2", marks=pytest.mark.slow), "TC-Nano/4E"])
 def test_any_run_can_be_trained_on(name, tiny_runs, tiny_cache, tmp_path):
     mot("train", "--from", tiny_runs[name], "--steps", 1, "--device", "cpu", "--out", tmp_path / "run")
     assert losses_at_0(tmp_path / "run") == pytest.approx(rows_of(tiny_runs[name])[-1]["eval_loss"], abs=1e-5)
@@ -374,6 +376,7 @@ def test_other_text_is_read_with_the_models_own_tokenizer(begun, pair, small_cor
     assert run.facts.corpus["hash"] != read_run(pair["child"]).facts.corpus["hash"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_transformers_trains_and_is_exported(saved, small_corpus, tmp_path):
     upcycle(saved(Qwen3Config), "TC/4E/8", out=tmp_path / "start")
     mot("train", "--from", tmp_path / "start", "--data", small_corpus, "--steps", 2, "--batch-size", 32,
