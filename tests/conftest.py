@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # the tests' matrices are tiny, and threads only wait 
 # tests, then others. `transition` makes `tiny_runs`, which the next ones do not need at once.
 LONG = ("transition", "sharded_runs", "guides", "sharding", "train", "export", "resume", "compare", "fuzz", "kills")
 LONG += ("layouts", "cost", "generate", "foreign_runs", "sweep", "upcycle", "experiments", "properties", "docs")
-LONG += ("layers", "model", "gguf", "rooms", "thresholds", "hub", "minutes", "flags", "evaluate", "process")
+LONG += ("layers", "modeling", "to_gguf", "rooms", "thresholds", "hub", "timing", "flags", "evaluate", "process")
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,16 @@ context = multiprocessing.get_context("forkserver")
 COMMANDS = ("training.train", "training.sweep", "training.compare", "generation.generate", "conversion.transition")
 context.set_forkserver_preload([f"mixture_of_tokens.{module}" for module in ("commands.cli", *COMMANDS)])
 
+# Processes, and the flags of a layout.
+LAYOUTS = {
+    "one": (1, []),
+    "copies": (2, []),
+    "shards": (2, ["--shard", "2"]),
+    "experts": (2, ["--shard", "2", "--expert-parallel", "2"]),
+    "halves": (4, ["--shard", "4", "--expert-parallel", "2"]),
+    "all": (4, ["--shard", "2", "--replicate", "2", "--expert-parallel", "2"]),
+}
+
 
 def _run(function, words: tuple, environment: dict[str, str], log: Path) -> None:
     import torch

@@ -318,6 +318,12 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(found), target
 
 
+def test_tests_that_pages_name_are_there():
+    named = [name for page in LINKING for name in re.findall(r"`(?:tests/)?((?:\w+/)?test_\w+\.py)`", page.read_text())]
+    assert len(set(named)) > 30
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []
+
+
 def test_changes_that_were_tried_are_as_in_what_they_link_to():
     section = text_of("results/paper").split("## What was tried where figures 6 and 7 fall short")[1].split("\n##")[0]
     rows = re.findall(r"^\| (.*\[.*) \|$", section, flags=re.MULTILINE)

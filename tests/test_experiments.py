@@ -35,7 +35,7 @@ from processes import mot
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
-SWITCHED = Path(__file__).parent / "data" / "switched"
+SWITCHED = Path(__file__).parent / "switched"
 RESULTS = ROOT / "docs" / "results" / "README.md"
 
 

@@ -15,6 +15,7 @@ import mixture_of_tokens
 from mixture_of_tokens import __main__ as front_door
 
 PACKAGE = Path(mixture_of_tokens.__file__).parent
+TESTS = Path(__file__).parent
 # Each level imports from those before it; rooms of one level do not import each other. "" is what stands on top.
 LEVELS = [
     {"utils"},
@@ -140,6 +141,12 @@ def test_a_planted_circle_within_a_room_is_found(tmp_path):
     assert upward(planted) == []
     with pytest.raises(CycleError):
         order(planted)
+
+
+def test_tests_stand_in_the_rooms_of_what_they_test():
+    files = list(TESTS.rglob("test_*.py"))
+    assert {file.parent.name for file in files if file.parent != TESTS} <= set.union(*LEVELS)
+    assert len({file.name for file in files}) == len(files)  # pytest imports them by their names alone
 
 
 # What is public

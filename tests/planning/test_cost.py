@@ -27,8 +27,8 @@ from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.settings.routings import BY_PREFIX, ROUTINGS
 from mixture_of_tokens.training.merging import merge
+from paper import PAPER
 from processes import mot
-from test_names import PAPER
 
 KINDS = list(ROUTINGS)
 GATED = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])

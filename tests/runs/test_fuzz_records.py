@@ -19,7 +19,7 @@ from mixture_of_tokens.runs.run import pack, read_run
 from mixture_of_tokens.training.callbacks import Clock, RunLog
 from mixture_of_tokens.utils import manifest
 
-RESULT = Path(__file__).parent.parent / "experiments" / "verdict" / "MoT-Nano-32E-4-fresh-seed2-transition"
+RESULT = Path(__file__).parents[2] / "experiments" / "verdict" / "MoT-Nano-32E-4-fresh-seed2-transition"
 FEW = settings(
     max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )

@@ -21,20 +21,11 @@ from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training import trainer as training
 from mixture_of_tokens.training.trainer import RunTrainer
-from processes import free_port, in_processes, mot, rows_of, start
+from processes import LAYOUTS, free_port, in_processes, mot, rows_of, start
 
 pytestmark = pytest.mark.slow  # several processes for each test
 
 NAME, STEPS, PARTS = "MoT-Nano/4E/2", 4, 4
-# Processes, and the flags of a layout.
-LAYOUTS = {
-    "one": (1, []),
-    "copies": (2, []),
-    "shards": (2, ["--shard", "2"]),
-    "experts": (2, ["--shard", "2", "--expert-parallel", "2"]),
-    "halves": (4, ["--shard", "4", "--expert-parallel", "2"]),
-    "all": (4, ["--shard", "2", "--replicate", "2", "--expert-parallel", "2"]),
-}
 OF_FOUR = [layout for layout, (count, _) in LAYOUTS.items() if count == 4]
 OTHERS = [layout for layout in LAYOUTS if layout not in OF_FOUR]
 

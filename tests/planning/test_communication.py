@@ -20,10 +20,10 @@ from mixture_of_tokens.planning.communication import Spread, _largest_block, spr
 from mixture_of_tokens.planning.cost import memory, parameters
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training.trainer import RunTrainer
-from processes import in_processes, mot
-from test_sharded_runs import LAYOUTS, NAME
+from processes import LAYOUTS, in_processes, mot
 
 ALL = Placement(8, 1, 8)
+NAME = "MoT-Nano/4E/2"
 
 
 def spread(
