@@ -99,7 +99,7 @@ def references(exported) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
     for name, folder in exported.items():
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        text = "".join(path.read_text() for path in sorted((ROOT / "mixture_of_tokens").glob("l*.py")))
+        text = "".join(path.read_text() for path in sorted((ROOT / "mixture_of_tokens" / "layers").glob("l*.py")))
         ids = torch.tensor(tokenizer(text)["input_ids"][: 8 * 60]).view(8, 60)
         found[name] = plain, tokenizer, questions_of(plain, tokenizer, ids)
     return found
