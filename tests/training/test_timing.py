@@ -10,8 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mixture_of_tokens import Options, compare, read_run, train
-from mixture_of_tokens.reports import report
+from mixture_of_tokens import Options, compare, read_run, report, train
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.training import timing
 from mixture_of_tokens.training.merging import FEWEST_SCORED, SHORT, merge
@@ -94,14 +93,14 @@ def test_a_resumed_run_keeps_its_steps(options, tmp_path, monkeypatch):
     (out / "run.json").unlink()
     again = train(NAME, out=out, options=options, minutes=0.05, resume=True)  # times nothing
     assert again.config == first.config
-    for minutes, line in ((1, f"{out} was started with --minutes 0.05, now it is --minutes 1; "),):
+    for minutes, line in ((1, f"{out} was started with minutes 0.05, now it is minutes 1; "),):
         with pytest.raises(ValueError, match=re.escape(line)):
             train(NAME, out=out, options=options, minutes=minutes, resume=True)
     other = tmp_path / "steps"
     train(NAME, out=other, options=replace(options, steps=2))
-    with pytest.raises(ValueError, match=r"was started with --steps 2, now it is --minutes 1; "):
+    with pytest.raises(ValueError, match=r"was started with steps 2, now it is minutes 1; "):
         train(NAME, out=other, options=options, minutes=1, resume=True)
-    with pytest.raises(ValueError, match="exists already; go on with --resume"):
+    with pytest.raises(ValueError, match="exists already; go on with resume"):
         train(NAME, out=out, options=options, minutes=0.05)
     # Its config.yaml gives the same number, and times nothing.
     repeated = tmp_path / "repeated"
@@ -131,7 +130,7 @@ def test_models_of_a_comparison_get_the_steps_that_fit_each(options, tmp_path, m
     assert "--minutes 0.1 " in written["command"]
     assert [model["steps"] for model in written["models"]] == [29, 14]
     assert "29" in str(found)
-    assert str(report.report(tmp_path)).splitlines()[0] == str(found).splitlines()[0]
+    assert str(report(tmp_path)).splitlines()[0] == str(found).splitlines()[0]
     # Called again it goes on, with a new model too, and times that alone.
     paces["TC-Nano/4E"] = Pace(0.3, 1e-6)
     compare("Transformer-Nano", NAME, "TC-Nano/4E", seeds=[0, 1], out=tmp_path, options=options, minutes=0.1)
@@ -139,7 +138,7 @@ def test_models_of_a_comparison_get_the_steps_that_fit_each(options, tmp_path, m
     capsys.readouterr()
     other = train(NAME, out=tmp_path / "other", options=replace(options, steps=14, scored_rows=10**6), seed=0)
     with pytest.raises(ValueError, match=r"differ in "):
-        report.report(tmp_path / "Transformer-Nano-seed0", other.directory)
+        report(tmp_path / "Transformer-Nano-seed0", other.directory)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +202,10 @@ def test_what_was_scored_is_said(options, tmp_path, capsys):
     assert len(both[0]) == len(both[1]) == 3
     assert both[0] != both[1]
     said = f"Final losses are of {part.facts.scored_tokens:,} tokens of validation text, not of all.\n"
-    assert said in str(report.report(part.directory))
-    assert "Final losses are of" not in str(report.report(every.directory))
-    with pytest.raises(ValueError, match="they differ in --scored-rows"):
-        report.report(part.directory, every.directory)
+    assert said in str(report(part.directory))
+    assert "Final losses are of" not in str(report(every.directory))
+    with pytest.raises(ValueError, match="they differ in scored_rows"):
+        report(part.directory, every.directory)
 
 
 def test_a_file_of_a_short_run_gives_another_number_of_steps_its_own_scores(options, tmp_path, capsys):
