@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from mixture_of_tokens.settings.fields import check_single
+from mixture_of_tokens.settings.model import model_fields
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.utils.checks import checked
 
@@ -52,6 +54,8 @@ def plan(
     Raises ValueError for an unknown name or field, and for a micro-batch or a placement that is not legal.
     """
     parse_name(name)  # before anything large is imported
+    fields = model_fields(model or {})
+    check_single("model", fields)
     from mixture_of_tokens.training.plan import plan
 
     return plan(
@@ -67,5 +71,5 @@ def plan(
         steps=steps,
         tflops=tflops,
         measure=measure,
-        model=model,
+        model=fields,
     )

@@ -1,11 +1,11 @@
 """Settings that are given by their names: read from text, checked by their declarations, and refused in one line."""
 
 import json
-import math
 import types
 import typing
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from types import NoneType
 from typing import Any
 
@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from mixture_of_tokens.utils import yaml12
-from mixture_of_tokens.utils.checks import LARGEST, check, plain
+from mixture_of_tokens.utils.checks import check, check_number, plain
 
 
 class Settings(TypedDict, total=False):
@@ -56,14 +56,17 @@ def given_fields(section: str, kind: type[Settings], given: Mapping[str, Any]) -
     values: dict[str, Any] = {}
     for field, value in given.items():
         check(f"a key of {section}", field, str)
-        flag, hint = f"--{section}.{field}", _hint(section, kind, field)
+        if field not in kind.__annotations__:
+            hint = nearest(field, kind.__annotations__) or f"; legal are {', '.join(kind.__annotations__)}"
+            raise ValueError(f"--{section}.{field} is no setting{hint}")
+        flag, (hint, declared) = f"--{section}.{field}", _declaration(kind, field)
         several = _several(flag, value, hint)
         if several is None:
-            values[field] = _checked(flag, hint, value)
+            values[field] = _checked(flag, hint, declared, value)
         else:
             if "" in several:
                 raise ValueError(f"{flag} {value} has an empty value")
-            each = [_checked(flag, hint, one) for one in several]
+            each = [_checked(flag, hint, declared, one) for one in several]
             values[field] = Several(one for number, one in enumerate(each) if one not in each[:number])
     return values
 
@@ -88,11 +91,11 @@ def nearest(word: str, legal: typing.Iterable[str]) -> str:
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
-def _hint(section: str, kind: type[Settings], field: str) -> Any:
-    if field not in kind.__annotations__:
-        hint = nearest(field, kind.__annotations__) or f"; legal are {', '.join(kind.__annotations__)}"
-        raise ValueError(f"--{section}.{field} is no setting{hint}")
-    return typing.get_type_hints(kind, include_extras=True)[field]
+@cache
+def _declaration(kind: type[Settings], field: str) -> tuple[Any, TypeAdapter[Any]]:
+    """A field's type with its range, and what checks values by it."""
+    hint = typing.get_type_hints(kind, include_extras=True)[field]
+    return hint, TypeAdapter(hint, config=STRICT)
 
 
 def _several(flag: str, value: Any, hint: Any) -> list[Any] | None:
@@ -114,12 +117,11 @@ def _kinds(hint: Any) -> set[Any]:
     return set().union(*map(_kinds, inner)) if origin in (typing.Union, types.UnionType) else {origin or hint}
 
 
-def _checked(flag: str, hint: Any, value: Any) -> Any:
+def _checked(flag: str, hint: Any, declared: TypeAdapter[Any], value: Any) -> Any:
     value = _read(flag, value, hint) if isinstance(value, str) else _of_python(value)
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError(f"{flag} is more than {LARGEST}" if value > 0 else f"{flag} is less than -{LARGEST}")
+    check_number(flag, value)
     try:
-        return TypeAdapter(hint, config=STRICT).validate_python(value)
+        return declared.validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{flag} {_said(error, value, hint)}") from None
 
@@ -129,9 +131,7 @@ def _of_python(value: Any) -> Any:
     value = plain(value)
     if value is None or isinstance(value, bool | int | float | str | list | dict):
         return value
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+    return dict(value) if isinstance(value, Mapping) else str(value).removeprefix("torch.")
 
 
 def _read(flag: str, text: str, hint: Any) -> Any:
@@ -149,8 +149,6 @@ def _read(flag: str, text: str, hint: Any) -> Any:
         raise ValueError(f"{flag}: {text[:40]!r} is no YAML: {what}") from None
     if bool in kinds and text.lower() in ("yes", "on", "no", "off"):
         return text.lower() in ("yes", "on")
-    if isinstance(value, float) and math.isinf(value):
-        return value  # for the declaration to refuse
     return value if isinstance(value, bool | int | float | list | dict | None) else text
 
 

@@ -10,7 +10,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from mixture_of_tokens.utils.checks import listed
+from mixture_of_tokens.utils.checks import check_choice, listed
 from mixture_of_tokens.utils.formatting import first_line, in_words
 from mixture_of_tokens.utils.process import process_count
 
@@ -29,20 +29,15 @@ def check_here(given: Mapping[str, Any]) -> None:
     if (backend := given.get("ddp_backend")) is not None:
         if process_count() == 1:
             raise ValueError("--training.ddp_backend: it is for several processes, as torchrun starts them")
-        _check_choice("ddp_backend", backend, torch.distributed.Backend.backend_list)
+        check_choice("--training.ddp_backend", backend, torch.distributed.Backend.backend_list)
     if (backend := given.get("torch_compile_backend")) is not None:
-        _check_choice("torch_compile_backend", backend, [each.value.lower() for each in DynamoBackend][1:])
+        check_choice("--training.torch_compile_backend", backend, [each.value.lower() for each in DynamoBackend][1:])
     reporters, installed = listed(given.get("report_to", "none")), get_available_reporting_integrations()
     if len(reporters) > 1 and not {"all", "none"}.isdisjoint(reporters):
         raise ValueError(f"--training.report_to {', '.join(reporters)}: all and none stand alone")
     for reporter in reporters:
         if reporter not in ("all", "none", *installed):
             raise ValueError(f"--training.report_to {reporter}: it is not installed; there is {', '.join(installed)}")
-
-
-def _check_choice(field: str, value: str, legal: list[str]) -> None:
-    if value not in legal:
-        raise ValueError(f"--training.{field} {value!r} is unknown; legal are {', '.join(legal)}")
 
 
 def check_environment() -> None:

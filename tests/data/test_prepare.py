@@ -508,7 +508,7 @@ def test_bad_tokenizers_are_refused_in_one_line(tmp_path, source, monkeypatch, c
             load_tokenizer(str(tmp_path / name))
         assert "\n" not in str(raised.value)
     for name in ("empty", "missing.json"):
-        with pytest.raises(ValueError, match=rf"tokenizer .*{name}: there is no"):
+        with pytest.raises(ValueError, match=rf"^tokenizer .*{name}: there is no"):
             prepare_text([source], tokenizer=str(tmp_path / name))
 
     def refused(*_: object, **__: object) -> None:
