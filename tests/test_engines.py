@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ FORMS = {
     ),
 }
 SWITCHED = "Mixture of Tokens, switched"
+ENGINES_RUN = ("vllm", "llama.cpp f32", "llama.cpp q8_0")
 
 
 def model_of(make: Callable[[int], MixtureOfTokensConfig], vocab_size: int) -> MixtureOfTokensForCausalLM:
@@ -133,10 +134,12 @@ def compared(name: str, references: Any, found: Any, *, writes_ends: bool = Fals
     ours = ids_of_lines(tokenizer, questions["lines"])
     theirs = json.loads(str(found["lines"]))
     targets = np.array(questions["rows"])[:, 1:, None]
+    # Of two tokens that are equally likely but for rounding, an engine may take either one for the likeliest.
+    of_theirs = np.take_along_axis(expected, values.argmax(-1)[..., None], -1)[..., 0]
     losses = [-np.take_along_axis(of[:, :-1], targets, -1).mean() for of in (values, expected)]
     return {
         "difference": float(abs(values - expected).max()),
-        "top": int((values.argmax(-1) == expected.argmax(-1)).sum()),
+        "top": int((of_theirs >= expected.max(-1) - TOLERANCE).sum()),
         "greedy": int((found["greedy"] == greedy).sum()),
         "lines": sum(a == b for a, b in zip(ours, theirs, strict=True)),
         "positions": values.shape[0] * values.shape[1],
@@ -146,15 +149,18 @@ def compared(name: str, references: Any, found: Any, *, writes_ends: bool = Fals
     }
 
 
-def noted(engine: str, name: str, found: dict[str, Any]) -> None:
-    """A row of the results, in place of an earlier one."""
-    row = {"engine": engine, "form": name} | {key: f"{value:.4g}" for key, value in found.items()}
-    with RESULTS.open(newline="") as file:
-        kept = [each for each in csv.DictReader(file) if (each["engine"], each["form"]) != (engine, name)]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, row])
+@pytest.fixture(scope="module")
+def noted() -> Iterator[Callable[[str, str, dict[str, Any]], None]]:
+    """Takes a row of the results, which replace the earlier ones at the end, where all forms and engines were run."""
+    rows: list[dict[str, object]] = []
+    yield lambda engine, name, found: rows.append(
+        {"engine": engine, "form": name} | {key: f"{value:.4g}" for key, value in found.items()}
+    )
+    if len(rows) == len(ENGINES_RUN) * len([*FORMS, SWITCHED]):
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def check_exact(found: dict[str, Any]) -> None:
@@ -164,7 +170,7 @@ def check_exact(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", [*FORMS, SWITCHED])
-def test_vllm_computes_what_transformers_does(name, exported, references, by_vllm):
+def test_vllm_computes_what_transformers_does(name, exported, references, by_vllm, noted):
     file = by_vllm / f"{list(exported).index(name)}.npz"
     assert file.is_file(), (by_vllm / "log").read_text()[-2000:]
     with np.load(file) as answered:
@@ -175,7 +181,7 @@ def test_vllm_computes_what_transformers_does(name, exported, references, by_vll
 
 @pytest.mark.parametrize("quantize", ["f32", "q8_0"])
 @pytest.mark.parametrize("name", [*FORMS, SWITCHED])
-def test_llama_cpp_computes_what_transformers_does(name, quantize, references, tmp_path):
+def test_llama_cpp_computes_what_transformers_does(name, quantize, references, noted, tmp_path):
     plain, tokenizer, questions = references[name]
     write_gguf(plain, tokenizer, tmp_path / "model.gguf", quantize, "model")
     answered = answers_of(tmp_path / "model.gguf", questions, str(ENGINES / "llama" / "bin" / "python"))
