@@ -130,6 +130,7 @@ LONG_SYSTEMS = (
     System("TC-Nano/32E", SHARP | DROPLESS, rate=5e-3),
     System("TC-Nano/32E/4", DROPLESS),
     System("TC-Nano/32E/4", DROPLESS, rate=2.5e-3),
+    System("TC-Nano/32E/4", NORMALISED, rate=5e-3),
     System("TC-Nano/32E/8", DROPLESS, rate=5e-3),
     System("STC-Nano/32E/8"),
     System("STC-Nano/32E/8", rate=5e-3),
