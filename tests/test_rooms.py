@@ -193,7 +193,7 @@ def fresh(code: str, *words: str, without: tuple[str, ...] = ()) -> subprocess.C
 OURS = (
     "\nprint(sorted(name for name, module in sys.modules.items() if module and name.startswith('mixture_of_tokens')))"
 )
-LAYERS = ("dispatch", "experts", "grouping", "mixture")
+LAYERS = ("dispatch", "experts", "grouping", "losses", "mixture")
 LAYER = """
 import torch
 from mixture_of_tokens import MixtureOfTokens

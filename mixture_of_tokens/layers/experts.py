@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixture_of_tokens.layers.grouping import at_least_fp32, expert_linear, full_precision, is_autocast, precise_linear
+from mixture_of_tokens.layers.losses import AuxiliaryLoss
 from mixture_of_tokens.utils.checks import check, check_choice, check_range, check_sizes, shown
 
 INITIALIZER_SCALE = math.sqrt(0.1)  # the authors' configuration files
@@ -20,7 +21,7 @@ def truncated_normal_(weight: Tensor, scale: float) -> None:
 
     The std before the cut is the authors'. Their code cuts at 0.2 instead, which removes next to nothing.
     """
-    check_range("initializer_scale", scale)
+    check_range("initializer_scale", scale, gt=0)
     std = scale / math.sqrt(weight.shape[-1])
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
@@ -145,7 +146,7 @@ class Router(nn.Module):
     def set_temperature(self, temperature: float | Tensor) -> None:
         if isinstance(temperature, Tensor) and temperature.numel() == 1:  # of a schedule
             temperature = float(temperature)
-        check_range("temperature", temperature)
+        check_range("temperature", temperature, ge=1e-20, le=1e20)  # beyond it logits of fp32 vanish, or are infinite
         self.temperature_setting = float(temperature)
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(temperature))
@@ -271,6 +272,10 @@ class Routed(nn.Module):
         if self.gate is not None:
             self.gate.reset_parameters()
         self.reset_state()
+
+    def auxiliary_losses(self) -> list[tuple[AuxiliaryLoss, float | Tensor]]:
+        """What training adds to the loss, in the order in which they are called, and what each is multiplied by."""
+        return []
 
     def reset_state(self) -> None:
         """Set what a layer keeps beside its weights as at the beginning of training."""

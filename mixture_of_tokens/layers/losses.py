@@ -69,10 +69,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class AuxiliaryLoss(nn.Module):
-    """What balances a sparse routing by a loss: a module, called in training, so that a forward hook gets its output.
+    """What a sparse routing adds to the loss: a module, called in training, so that a forward hook gets its output.
 
-    It is of one layer and over real tokens; what it is multiplied by is the model's to say.
+    It is of one layer and over real tokens. The layer's `auxiliary_losses` says what it is to be multiplied by.
     """
+
+    balances = True  # the load of the experts
+
+
+class RouterZLoss(AuxiliaryLoss):
+    """ST-MoE's loss (arXiv 2202.08906, eq. 5), for small logits: the mean of logsumexp(logits)^2 over tokens."""
+
+    balances = False
+
+    def forward(self, logits: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Of the logits (..., E), and the mask of tokens (...), true where one is real."""
+        squared = logits.to(at_least_fp32(logits.dtype)).logsumexp(-1).square()
+        if token_mask is None:
+            return squared.mean()
+        return squared.masked_fill(~token_mask, 0).sum() / token_mask.sum().clamp(min=1)
 
 
 class LoadBalancingLoss(AuxiliaryLoss):

@@ -36,7 +36,6 @@ class _Above(Routed):
         super().__init__(hidden_size, expert_size, num_experts, **options)
         check_choices(num_experts_per_tok, num_experts)
         self.num_experts_per_tok = num_experts_per_tok
-        self.auxiliary_loss: AuxiliaryLoss | None = None
 
     def extra_repr(self) -> str:
         return f"num_experts_per_tok={self.num_experts_per_tok}"
@@ -59,8 +58,9 @@ class _Above(Routed):
         logits_SE = self.gate(x_SD.view(T, B, D)).flatten(0, 1)
         gate_SE = self.gates(logits_SE).masked_fill(~real_S[:, None], 0)
         token_A, expert_A = (~(gate_SE <= 0)).nonzero(as_tuple=True)  # also those that are not finite, to be seen
-        if self.training and self.auxiliary_loss is not None:
-            self.auxiliary_loss(gate_SE, None if token_mask is None else real_S)
+        if self.training:
+            for loss, _ in self.auxiliary_losses():
+                loss(gate_SE, None if token_mask is None else real_S)
         if self.training and torch.is_grad_enabled():  # not of telemetry
             noted_SE = logits_SE.detach()
             self.note(noted_SE if token_mask is None else noted_SE[real_S])
@@ -96,8 +96,8 @@ class ReMoE(_Above):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
-        check_range("l1_start", l1_start)
-        check_range("l1_factor", l1_factor)
+        check_range("l1_start", l1_start, gt=0, le=1e38)  # they are kept in fp32
+        check_range("l1_factor", l1_factor, gt=1, le=1e38)
         self.l1_start, self.l1_factor, self.auxiliary_loss = l1_start, l1_factor, L1Loss(num_experts_per_tok)
         self.register_buffer("l1_weight", torch.empty((), dtype=at_least_fp32()))
         self.reset_state()
@@ -105,6 +105,9 @@ class ReMoE(_Above):
 
     def reset_state(self) -> None:
         torch.nn.init.constant_(self.l1_weight, self.l1_start)
+
+    def auxiliary_losses(self) -> list[tuple[AuxiliaryLoss, float | Tensor]]:
+        return [(self.auxiliary_loss, self.l1_weight)]
 
     def gates(self, logits_SE: Tensor) -> Tensor:
         return logits_SE.to(at_least_fp32(logits_SE.dtype)).relu()
@@ -161,7 +164,7 @@ class ExpertThreshold(_Above):
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, num_experts_per_tok=num_experts_per_tok, **options)
-        check_range("threshold_decay", threshold_decay)
+        check_range("threshold_decay", threshold_decay, ge=0, lt=1)
         check_choice("scores", scores, SCORES)
         self.threshold_decay, self.competing = threshold_decay, scores == "softmax"
         self.register_buffer("threshold", torch.empty(num_experts, dtype=at_least_fp32()))

@@ -18,7 +18,7 @@ from mixture_of_tokens.layers.experts import (
     summed_over_processes,
 )
 from mixture_of_tokens.layers.grouping import at_least_fp32, check_full, check_shapes, grouped, ungrouped
-from mixture_of_tokens.layers.losses import AuxiliaryLoss, LoadBalancingLoss
+from mixture_of_tokens.layers.losses import AuxiliaryLoss, LoadBalancingLoss, RouterZLoss
 from mixture_of_tokens.utils.checks import check, check_range, check_sizes
 
 
@@ -101,14 +101,19 @@ class TokenChoice(Routed):
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool = False,
         capacity_factor: float | None = 1.25,
+        router_aux_loss_coef: float = 0.01,
+        router_z_loss_coef: float = 0.0,
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(hidden_size, expert_size, num_experts, **options)
         check_choices(num_experts_per_tok, num_experts)
         check("norm_topk_prob", norm_topk_prob, bool)
+        check_range("router_aux_loss_coef", router_aux_loss_coef, ge=0)
+        check_range("router_z_loss_coef", router_z_loss_coef, ge=0)
         self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
         self.capacity_factor = capacity_factor
-        self.auxiliary_loss: AuxiliaryLoss | None = LoadBalancingLoss()
+        self.router_aux_loss_coef, self.router_z_loss_coef = router_aux_loss_coef, router_z_loss_coef
+        self.auxiliary_loss, self.z_loss = LoadBalancingLoss(), RouterZLoss()
 
     @property
     def capacity_factor(self) -> float | None:
@@ -117,7 +122,7 @@ class TokenChoice(Routed):
     @capacity_factor.setter
     def capacity_factor(self, factor: float | None) -> None:
         if factor is not None:
-            check_range("capacity_factor", factor)
+            check_range("capacity_factor", factor, gt=0)
         self._capacity_factor, self._capacity_ratio = factor, capacity_ratio(factor or 0.0, self.num_experts)
 
     def extra_repr(self) -> str:
@@ -130,9 +135,13 @@ class TokenChoice(Routed):
         """Gates and numbers of each token's K experts, by its scores (..., E)."""
         return highest(scores, self.num_experts_per_tok)
 
+    def auxiliary_losses(self) -> list[tuple[AuxiliaryLoss, float | Tensor]]:
+        weighted = (self.z_loss, self.router_z_loss_coef), (self.auxiliary_loss, self.router_aux_loss_coef)
+        return [(loss, weight) for loss, weight in weighted if weight]
+
     def note(self, scores: Tensor, expert: Tensor, real: Tensor | None) -> None:
         """Called in training: scores (..., E), the experts of tokens (..., K), and which tokens are real (...)."""
-        if self.auxiliary_loss is not None:
+        if self.router_aux_loss_coef:
             self.auxiliary_loss(scores, expert, real)
 
     def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
@@ -142,10 +151,14 @@ class TokenChoice(Routed):
         if token_mask is not None:
             masked_TB1 = ~token_mask.bool().T[..., None]
             x_TBD = x_TBD.masked_fill(masked_TB1, 0)
-        scores_TBE = self.scores(self.gate(x_TBD))
+        logits_TBE = self.gate(x_TBD)
+        scores_TBE = self.scores(logits_TBE)
         gate_TBK, expert_TBK = self.choose(scores_TBE)
         if self.training:
-            self.note(scores_TBE, expert_TBK, None if masked_TB1 is None else ~masked_TB1[..., 0])
+            real_TB = None if masked_TB1 is None else ~masked_TB1[..., 0]
+            if self.router_z_loss_coef:
+                self.z_loss(logits_TBE, real_TB)
+            self.note(scores_TBE, expert_TBK, real_TB)
         if self.norm_topk_prob:
             gate_TBK = gate_TBK / (gate_TBK.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0; as Dots1 has it
         if masked_TB1 is not None:  # masked tokens go to no expert
@@ -207,6 +220,7 @@ class SigmoidChoice(TokenChoice):
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool = False,
         balance_rate: float = 1e-3,
+        router_z_loss_coef: float = 0.0,
         **options: Unpack[RoutedOptions],
     ):
         super().__init__(
@@ -216,10 +230,12 @@ class SigmoidChoice(TokenChoice):
             num_experts_per_tok=num_experts_per_tok,
             norm_topk_prob=norm_topk_prob,
             capacity_factor=None,
+            router_aux_loss_coef=0.0,
+            router_z_loss_coef=router_z_loss_coef,
             **options,
         )
-        check_range("balance_rate", balance_rate)
-        self.balance_rate, self.auxiliary_loss = balance_rate, None
+        check_range("balance_rate", balance_rate, ge=0)
+        self.balance_rate = balance_rate
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=at_least_fp32()))
         self.load_E: Tensor | None = None  # choices since the last `balance`; no buffer, which DDP would overwrite
 

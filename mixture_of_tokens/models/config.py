@@ -6,16 +6,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from mixture_of_tokens.layers.experts import ACTIVATIONS
-from mixture_of_tokens.layers.thresholds import SCORES
 from mixture_of_tokens.models.hf_internals import Qwen3MoeConfig
+from mixture_of_tokens.settings.layers import FIELDS, LayerSettings, check_setting
 from mixture_of_tokens.settings.routings import DENSE, MIXTURE, ROUTINGS, Routing
-from mixture_of_tokens.utils.checks import KINDS, check, check_choice, check_range, shown
+from mixture_of_tokens.utils.checks import KINDS, check, check_choice, shown
 
-ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 POSITIVE = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads")
-POSITIVE += ("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "group_size", "vocab_size")
+POSITIVE += ("num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "vocab_size")
 POSITIVE += ("max_position_embeddings",)
-BOOLEANS = ("gated", "qk_norm", "learnable_temperature", "normalize_mixture")  # upstream checks its own
 
 MOST_BLOCKS = 1000
 
@@ -27,7 +25,7 @@ def layer_types(blocks: int, *, dense: int, kind: str) -> list[str]:
     return [DENSE.kind] * dense + [kind] * (blocks - dense)
 
 
-class MixtureOfTokensConfig(Qwen3MoeConfig):
+class MixtureOfTokensConfig(LayerSettings, Qwen3MoeConfig):
     """Qwen3-MoE's fields (`num_experts`, `moe_intermediate_size`, `num_experts_per_tok`, ...) and ours.
 
     Fields:
@@ -42,7 +40,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         shared_experts: experts of a sparse block that every token goes to, with gate 1, beside the routed ones
             (DeepSeekMoE, arXiv 2401.06066): one dense feed-forward of their width.
         initializer_scale: weights are drawn with std = scale / sqrt(fan_in), cut at two std; embeddings have fan_in 1.
-        router_aux_loss_coef: weight of Token Choice's load-balancing loss, in training.
+        router_aux_loss_coef: weight of Token Choice's load-balancing loss, in training; router_z_loss_coef: of the
+            loss that keeps its logits small (`RouterZLoss`).
 
     Raises ValueError, naming the field, for what makes no model.
     """
@@ -64,22 +63,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
     num_experts: int = 32
     moe_intermediate_size: int = 1376
     num_experts_per_tok: int = 1
-    router_aux_loss_coef: float = 0.01
 
     mlp_layer_types: list[str] | None = None
-    group_size: int = 32
-    gated: bool = True
-    qk_norm: bool = True
-    router_temperature: float = 1.0
-    learnable_temperature: bool = False
-    router_dtype: str = "float32"
-    normalize_mixture: bool = False
-    capacity_factor: float | None = 1.25
-    balance_rate: float = 1e-3
-    threshold_decay: float = 0.9
-    threshold_scores: str = "softmax"
-    shared_experts: int = 0
-    initializer_scale: float = 0.1**0.5
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -88,6 +73,8 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
         return super().from_dict(config_dict | given, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIELDS:
+            check_setting(name, value)
         try:
             super().__setattr__(name, value)
         except StrictDataclassFieldValidationError:  # of several lines
@@ -112,20 +99,6 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"mlp_layer_types has {', '.join(sorted(unknown))}; legal are {', '.join(ROUTINGS)}")
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types names {len(self.mlp_layer_types)} of {self.num_hidden_layers} blocks")
-        for name in (
-            "initializer_scale",
-            "router_temperature",
-            "balance_rate",
-            "threshold_decay",
-            "router_aux_loss_coef",
-        ):
-            check_range(name, getattr(self, name))
-        if self.capacity_factor is not None:
-            check_range("capacity_factor", self.capacity_factor)
-        check_choice("threshold_scores", self.threshold_scores, SCORES)
-        check("shared_experts", self.shared_experts, int)
-        if self.shared_experts < 0:
-            raise ValueError(f"shared_experts must be 0 or more, not {self.shared_experts}")
         check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
@@ -138,9 +111,6 @@ class MixtureOfTokensConfig(Qwen3MoeConfig):
             raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
         if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype {self.dtype!r} is none of torch's types")
-        for name in BOOLEANS:
-            check(name, getattr(self, name), bool)
-        check_choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
         check("id2label", self.id2label, dict[int, str] | None)  # upstream checks the fields of Qwen3-MoE alone
         # The same in upstream's fields, for the export.
         self.mlp_only_layers = [i for i, kind in enumerate(self.mlp_layer_types) if kind == DENSE.kind]

@@ -1,6 +1,7 @@
 """The feed-forward of each kind of block, made from a configuration: the layers, and the dense ones beside them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
 from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.hf_internals import Qwen3MoeMLP
-from mixture_of_tokens.settings.routings import num_slots
+from mixture_of_tokens.settings.layers import arguments_of
+from mixture_of_tokens.settings.routings import DENSE, num_slots
 
 
 class DenseMLP(Qwen3MoeMLP):
@@ -55,38 +57,28 @@ def _common(config: MixtureOfTokensConfig) -> dict[str, Any]:
     }
 
 
-def _choosing(config: MixtureOfTokensConfig) -> dict[str, Any]:
-    """What the constructor of a layer takes in which some experts are chosen for a token."""
-    return _common(config) | {"num_experts_per_tok": config.num_experts_per_tok}
-
-
-def _mixture_of_tokens(config: MixtureOfTokensConfig, uniform: bool = False) -> nn.Module:
-    mixing = {"normalize_mixture": config.normalize_mixture, "uniform": uniform}
-    return MixtureOfTokens(group_size=config.group_size, **mixing, **_common(config))
-
-
-# By the kind of the block: a row for each of the table of routings.
-BUILDERS: dict[str, Callable[[MixtureOfTokensConfig], nn.Module]] = {
-    "dense": dense_feed_forward,
-    "mixture_of_tokens": _mixture_of_tokens,
-    "uniform": lambda config: _mixture_of_tokens(config, uniform=True),
-    "token_choice": lambda config: TokenChoice(
-        norm_topk_prob=config.norm_topk_prob, capacity_factor=config.capacity_factor, **_choosing(config)
-    ),
-    "sigmoid_choice": lambda config: SigmoidChoice(
-        norm_topk_prob=config.norm_topk_prob, balance_rate=config.balance_rate, **_choosing(config)
-    ),
-    "expert_choice": lambda config: ExpertChoice(group_size=config.group_size, **_choosing(config)),
-    "expert_threshold": lambda config: ExpertThreshold(
-        threshold_decay=config.threshold_decay,
-        scores=config.threshold_scores,  # pyright: ignore[reportArgumentType]
-        **_choosing(config),
-    ),
-    "remoe": lambda config: ReMoE(**_choosing(config)),
-    "soft_moe": lambda config: SoftMoE(num_slots=num_slots(config), **_common(config)),
+GROUPS, CHOICES = ("group_size",), ("num_experts_per_tok",)
+# By the kind of the block, as the table of routings has it: the layer, and what it takes beside what all take and the
+# fields that are its own (`settings/layers.py`).
+LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "mixture_of_tokens": (MixtureOfTokens, GROUPS),
+    "uniform": (partial(MixtureOfTokens, uniform=True), GROUPS),
+    "token_choice": (TokenChoice, CHOICES),
+    "sigmoid_choice": (SigmoidChoice, CHOICES),
+    "expert_choice": (ExpertChoice, GROUPS + CHOICES),
+    "expert_threshold": (ExpertThreshold, CHOICES),
+    "remoe": (ReMoE, CHOICES),
+    "soft_moe": (SoftMoE, ()),
 }
 
 
 def feed_forward(config: MixtureOfTokensConfig, block: int) -> nn.Module:
     """Of this block."""
-    return BUILDERS[config.routings[block].kind](config)
+    kind = config.routings[block].kind
+    if kind == DENSE.kind:
+        return dense_feed_forward(config)
+    layer, names = LAYERS[kind]
+    more = {name: getattr(config, name) for name in names} | arguments_of(kind, config)
+    if layer is SoftMoE:
+        more["num_slots"] = num_slots(config)
+    return layer(**_common(config), **more)

@@ -34,7 +34,6 @@ from mixture_of_tokens.models.hf_internals import (
     can_return_tuple,
     maybe_install_capturing_hooks,
 )
-from mixture_of_tokens.settings.routings import Routing
 
 logger = logging.get_logger(__name__)
 
@@ -120,10 +119,14 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
-        if any(routing.auxiliary_weight is not None for routing in config.routings):
+        if self.auxiliary_losses():
             # Upstream installs them at the first call that records, under a lock that `torch.compile` cannot trace.
             # A model with them cannot be pickled.
             maybe_install_capturing_hooks(self)
+
+    def auxiliary_losses(self) -> list[tuple[AuxiliaryLoss, float | Tensor]]:
+        """Those of all blocks, in the order in which they are called, with their weights."""
+        return [one for block in self.layers for one in getattr(block.mlp, "auxiliary_losses", list)()]
 
     def forward(
         self,
@@ -219,28 +222,27 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 "experts of this model. Call it after each step, or give a Trainer callbacks=[BalanceCallback(model)]."
             )
 
-    def _auxiliary_weights(self) -> dict[Routing, float | Tensor]:
-        """The weights of auxiliary losses, without those of weight zero."""
-        weights = {}
-        for routing, block in zip(self.config.routings, self.model.layers, strict=True):
-            if routing.auxiliary_weight is not None:
-                weight = routing.auxiliary_weight(self.config, block.mlp)
-                if isinstance(weight, Tensor) or weight > 0:
-                    weights.setdefault(routing, weight)  # the same in all blocks of a kind
-        return weights
+    def _added_to_the_loss(
+        self, losses: list[tuple[AuxiliaryLoss, float | Tensor]], recorded: list[Tensor], device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """What auxiliary losses add, of each kind the mean over its blocks; and the mean over the kinds that balance.
 
-    def _auxiliary_losses(self, recorded: list[Tensor]) -> dict[Routing, Tensor]:
-        """The mean over its blocks, of each routing that has such a loss. Raises ValueError where one is missing."""
-        balanced = [routing for routing in self.config.routings if routing.auxiliary_weight is not None]
-        if len(recorded) != len(balanced):
+        Raises ValueError where one is missing.
+        """
+        if len(recorded) != len(losses):
             raise ValueError(
-                f"{len(balanced)} feed-forwards have an auxiliary loss by the configuration, and {len(recorded)} gave "
-                "one: those that the model was made with are recorded, and none that took the place of one"
+                f"the layers have {len(losses)} auxiliary losses, and {len(recorded)} were recorded: those that the "
+                "model was made with are, and none that took the place of one"
             )
-        losses: dict[Routing, list[Tensor]] = {}
-        for routing, loss in zip(balanced, recorded, strict=True):
-            losses.setdefault(routing, []).append(loss)
-        return {routing: torch.stack(own).mean() for routing, own in losses.items()}
+        kinds: dict[type[AuxiliaryLoss], tuple[float | Tensor, list[Tensor]]] = {}
+        for (loss, weight), value in zip(losses, recorded, strict=True):
+            kinds.setdefault(type(loss), (weight, []))[1].append(value.to(device))  # one weight for all of a kind
+        added, balancing = torch.zeros((), device=device), []
+        for kind, (weight, values) in kinds.items():
+            mean = torch.stack(values).mean()
+            added = added + (weight.to(device) if isinstance(weight, Tensor) else weight) * mean
+            balancing += [mean] * kind.balances
+        return added, torch.stack(balancing).mean() if balancing else None
 
     @property
     def shares_batch(self) -> bool:
@@ -253,10 +255,10 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         if self.config.shares_batch and not self.shares_batch:
             logger.warning_once("Each row is served alone, so training forms no groups; call serve_alone(False) first.")
 
-    def _check_balanced(self, aux_loss: Tensor) -> None:
+    def _check_balanced(self, added: Tensor) -> None:
         """Raises ValueError where reentrant checkpointing, whose first pass has no gradients, loses the loss's."""
         checkpointed = any(block.gradient_checkpointing for block in self.model.layers)
-        if checkpointed and torch.is_grad_enabled() and not aux_loss.requires_grad:
+        if checkpointed and torch.is_grad_enabled() and not added.requires_grad:
             routers = [module for module in self.modules() if isinstance(module, Router)]
             if any(weight.requires_grad for router in routers for weight in router.parameters()):
                 raise ValueError(
@@ -300,8 +302,9 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 micro-batch's share of them, so that it counts once per step.
             return_logits: by default not in training with labels.
 
-        Returns `loss` (`cross_entropy`, in nats, in training plus `aux_loss` times its weight), `aux_loss` (of the
-        routing, such as Token Choice's load-balancing loss; the mean over its blocks), `logits`, and upstream's others.
+        Returns `loss` (`cross_entropy`, in nats, in training plus auxiliary losses times their weights), `aux_loss`
+        (what balances a routing, such as Token Choice's load-balancing loss; the mean over its blocks), `logits`, and
+        upstream's others.
         `router_logits` have the shapes in which routings choose: (M, G, E) of groups, (T, B, E) where each token
         chooses, (B, T, E * P) of Soft MoE. Served alone by all experts, a Mixture of Tokens has several for a layer,
         of some tokens each.
@@ -311,7 +314,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         if self.training and not torch.compiler.is_compiling():  # which cannot trace a warning
             self._check_groups()
             self._check_balance_is_called()
-        weights = self._auxiliary_weights() if self.training else {}
+        losses = self.model.auxiliary_losses() if self.training else []
         with_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         outputs = self.model(
             input_ids=input_ids,
@@ -320,24 +323,19 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             inputs_embeds=inputs_embeds,
             token_mask=token_mask,
             output_router_logits=with_routers,
-            output_auxiliary_losses=len(weights) > 0,  # the compiler of torch 2.10 cannot trace bool(weights)
+            output_auxiliary_losses=len(losses) > 0,  # the compiler of torch 2.10 cannot trace bool(losses)
             return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss = cross_entropy = aux_loss = logits = None
-        weighted: Any = 0.0
+        loss = cross_entropy = aux_loss = added = logits = None
         has_labels = labels is not None or shift_labels is not None
         if return_logits or (return_logits is None and not (has_labels and self.training)):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept] if logits_to_keep is not None else hidden)
-        if weights:
-            means = self._auxiliary_losses([loss.to(hidden.device) for loss in outputs.auxiliary_losses])
-            for routing, weight in weights.items():
-                weight = weight.to(hidden.device) if isinstance(weight, Tensor) else weight
-                weighted = weighted + weight * means[routing]
-            aux_loss = torch.stack([means[routing] for routing in weights]).mean()
-            self._check_balanced(aux_loss)
+        if losses:
+            added, aux_loss = self._added_to_the_loss(losses, outputs.auxiliary_losses, hidden.device)
+            self._check_balanced(added)
         if has_labels:
             if shift_labels is None:
                 assert labels is not None
@@ -347,7 +345,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
             total = self._summed_cross_entropy(hidden.flatten(0, 1), shift_labels.flatten())
             divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             cross_entropy = total / divisor
-            loss = cross_entropy if aux_loss is None else (total + weighted * count) / divisor
+            loss = cross_entropy if added is None else (total + added * count) / divisor
         inner = ("last_hidden_state", "auxiliary_losses")
         others = {name: value for name, value in outputs.items() if name not in inner}
         others |= {"loss": loss, "aux_loss": aux_loss, "logits": logits, "cross_entropy": cross_entropy}

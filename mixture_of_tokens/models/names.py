@@ -5,13 +5,13 @@ from typing import Any
 
 from mixture_of_tokens.models.config import MixtureOfTokensConfig, layer_types
 from mixture_of_tokens.settings.fields import nearest
-from mixture_of_tokens.settings.model import ModelSettings
+from mixture_of_tokens.settings.model import FIELDS as DECLARED
 from mixture_of_tokens.settings.names import SIZES, Name, parse_name
 from mixture_of_tokens.settings.routings import BY_PREFIX, MIXTURE
 from mixture_of_tokens.utils.checks import check, checked, divisors
 from mixture_of_tokens.utils.formatting import enumerated, listing
 
-FIELDS = sorted(ModelSettings.__annotations__)  # that may be overridden
+FIELDS = sorted(DECLARED)  # that may be overridden
 
 # The fields that a name determines; NAMED_OF_EXPERTS only where there are experts. A name leaves open the vocabulary,
 # the context and training settings (temperature, capacity, ...).

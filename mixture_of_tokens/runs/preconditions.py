@@ -9,6 +9,7 @@ from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.locking import LOCK
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.runs.typed import as_fields
+from mixture_of_tokens.settings.routings import BY_A_LOSS
 from mixture_of_tokens.utils.process import have_met, is_main, of_all
 
 
@@ -75,7 +76,8 @@ def check_resumed(out: Path, config: RunConfig) -> None:
                 f"{out} was started with {flag} {was}, now it is {wanted}; "
                 f"give the same {same}, or name another directory with --out"
             )
-    balanced = [routing.title for routing in config.model_config.routings if routing.auxiliary_weight or routing.varies]
+    routings = config.model_config.routings
+    balanced = [routing.title for routing in routings if routing.balance == BY_A_LOSS or routing.varies]
     if balanced and started.micro_batch != config.micro_batch and not (out / records.FACTS).is_file():
         raise ValueError(
             f"{out} was started with micro-batches of {started.micro_batch} rows, now they have {config.micro_batch}: "

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from mixture_of_tokens.utils import yaml12
-from mixture_of_tokens.utils.checks import check, check_number, plain
+from mixture_of_tokens.utils.checks import beyond, check, check_number, plain
 
 
 class Settings(TypedDict, total=False):
@@ -38,17 +38,16 @@ SAID = {
     "list_type": "takes a list, not {value!r}",
     "dict_type": "takes names and values, as in '{{name: 0.1}}', not {value!r}",
     "finite_number": "takes a finite number, not {value}",
-    "less_than": "must be below {lt}, not {value}",
-    "less_than_equal": "must be at most {le}, not {value}",
     "literal_error": "{value!r} is unknown; legal are {expected}",
 }
 
 
-def given_fields(section: str, kind: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
+def given_fields(section: str, declared: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The values as declared. Text is read as YAML where the field takes something else than text.
 
     Args:
         section: what the fields belong to, as people write it: "model" or "training".
+        declared: the type of each field, with its bounds.
         given: values by field. A list, or text with commas, for a field that takes one value makes it `Several`.
 
     Raises ValueError, naming the field, for what is not declared or not legal.
@@ -56,17 +55,17 @@ def given_fields(section: str, kind: type[Settings], given: Mapping[str, Any]) -
     values: dict[str, Any] = {}
     for field, value in given.items():
         check(f"a key of {section}", field, str)
-        if field not in kind.__annotations__:
-            hint = nearest(field, kind.__annotations__) or f"; legal are {', '.join(kind.__annotations__)}"
+        if field not in declared:
+            hint = nearest(field, declared) or f"; legal are {', '.join(declared)}"
             raise ValueError(f"--{section}.{field} is no setting{hint}")
-        flag, (hint, declared) = f"--{section}.{field}", _declaration(kind, field)
+        flag, hint = f"--{section}.{field}", declared[field]
         several = _several(flag, value, hint)
         if several is None:
-            values[field] = _checked(flag, hint, declared, value)
+            values[field] = _checked(flag, hint, value)
         else:
             if "" in several:
                 raise ValueError(f"{flag} {value} has an empty value")
-            each = [_checked(flag, hint, declared, one) for one in several]
+            each = [_checked(flag, hint, one) for one in several]
             values[field] = Several(one for number, one in enumerate(each) if one not in each[:number])
     return values
 
@@ -92,10 +91,8 @@ def nearest(word: str, legal: typing.Iterable[str]) -> str:
 
 
 @cache
-def _declaration(kind: type[Settings], field: str) -> tuple[Any, TypeAdapter[Any]]:
-    """A field's type with its range, and what checks values by it."""
-    hint = typing.get_type_hints(kind, include_extras=True)[field]
-    return hint, TypeAdapter(hint, config=STRICT)
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=STRICT)
 
 
 def _several(flag: str, value: Any, hint: Any) -> list[Any] | None:
@@ -117,11 +114,11 @@ def _kinds(hint: Any) -> set[Any]:
     return set().union(*map(_kinds, inner)) if origin in (typing.Union, types.UnionType) else {origin or hint}
 
 
-def _checked(flag: str, hint: Any, declared: TypeAdapter[Any], value: Any) -> Any:
+def _checked(flag: str, hint: Any, value: Any) -> Any:
     value = _read(flag, value, hint) if isinstance(value, str) else _of_python(value)
     check_number(flag, value)
     try:
-        return declared.validate_python(value)
+        return _adapter(hint).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{flag} {_said(error, value, hint)}") from None
 
@@ -157,11 +154,8 @@ def _said(error: ValidationError, value: Any, hint: Any) -> str:
     kind, context = first["type"], first.get("ctx", {})
     if kind in ("value_error", "assertion_error"):
         return str(context["error"]).format(value=value)
-    if kind == "greater_than":
-        return f"must be positive, not {value}" if not context["gt"] else f"must be above {context['gt']}, not {value}"
-    if kind == "greater_than_equal":
-        least = context["ge"]
-        return f"must be 0 or more, not {value}" if not least else f"must be at least {least:g}, not {value}"
+    if bound := next((name for name in ("gt", "ge", "lt", "le") if name in context), None):
+        return f"{beyond(bound, context[bound])}, not {value}"
     if kind == "literal_error":
         context = {"expected": context["expected"].replace("'", "").replace(" or ", ", ")}
     said = SAID.get(kind, f"{first['msg']}, not {{value!r}}").format(value=value, **context)

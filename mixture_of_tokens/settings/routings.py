@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mixture_of_tokens.settings.layers import fields_of
+
 Config = Any  # a `MixtureOfTokensConfig`, which checks its kinds against this table
+BY_A_LOSS = "by a loss"  # which is of a micro-batch
 BY_CONSTRUCTION = "by construction"  # experts read equally many rows, whatever the router says
 OF_A_ROUTER = ("router_temperature", "learnable_temperature", "router_dtype")
 
@@ -20,7 +23,6 @@ class Routing:
     What it is:
         kind: its name in a configuration's `mlp_layer_types`; prefix: what its models' names begin with.
         title, meaning: its name and a sentence or two, for people.
-        own: the fields of the configuration that are its own, or those of some routings.
 
     What it promises:
         causal: a token's output does not depend on later tokens.
@@ -31,8 +33,6 @@ class Routing:
         balance: what keeps the load of the experts even; "" where there is nothing to balance.
         exports_as: the architecture of transformers that computes the same; None if there is none.
         converts_to: the kinds that it can be converted to, with softmax and with sigmoid gates; empty if to none.
-        auxiliary_weight: what the loss of the model adds its layers' `auxiliary_loss` with, in training, from
-            (configuration, layer); None if they have none.
 
     What it costs beside its experts' matrices, which `cost.py` adds up:
         sparse: it has experts. Nothing below applies to a dense block.
@@ -50,7 +50,6 @@ class Routing:
     prefix: str
     title: str
     meaning: str
-    own: tuple[str, ...] = ()
     causal: bool = True
     shares_batch: bool = False
     serves_alone: bool = True
@@ -58,7 +57,6 @@ class Routing:
     balance: str = ""
     exports_as: str | None = None
     converts_to: tuple[str, ...] = ()
-    auxiliary_weight: Callable[[Config, Any], Any] | None = None
     sparse: bool = True
     rows: Callable[[Config, int, int, bool], int] = lambda config, batch, context, training: 0
     varies: bool = False
@@ -71,8 +69,9 @@ class Routing:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """`own`, and the fields of a router where it has one."""
-        return (*OF_A_ROUTER, *self.own) if self.routed else self.own
+        """The fields of the configuration that are its own, or those of some routings."""
+        own = fields_of(self.kind)
+        return (*OF_A_ROUTER, *own) if self.routed else own
 
     @property
     def private(self) -> bool:
@@ -137,7 +136,6 @@ TABLE = (
         meaning="Tokens at the same position of different texts form a group. Each expert reads one mixture of the "
         "group, weighted by a router, and its output goes back to the tokens with the same weights. No token is "
         "dropped.",
-        own=("normalize_mixture",),
         shares_batch=True,
         differentiable=True,
         balance=BY_CONSTRUCTION,
@@ -151,7 +149,6 @@ TABLE = (
         prefix="Uniform",
         title="Uniform",
         meaning="Mixture of Tokens without a router: every mixture is the plain mean of the group.",
-        own=("normalize_mixture",),
         shares_batch=True,
         differentiable=True,
         balance=BY_CONSTRUCTION,
@@ -167,10 +164,8 @@ TABLE = (
         meaning="Sparse mixture of experts: each token goes to the experts that its router rates highest. In training "
         "an expert takes at most 1.25 times an even share of the tokens, unless another capacity was set, and the rest "
         "are dropped. After conversion from Mixture of Tokens none are dropped by default.",
-        own=("norm_topk_prob", "capacity_factor", "router_aux_loss_coef"),
         exports_as="Qwen3MoeForCausalLM",
-        balance="by a loss",
-        auxiliary_weight=lambda config, layer: config.router_aux_loss_coef,
+        balance=BY_A_LOSS,
         rows=_token_choice_rows,
         grouped=False,
     ),
@@ -180,7 +175,6 @@ TABLE = (
         title="Sigmoid Token Choice",
         meaning="Token Choice with independent gates, as in DeepSeek-V3: the sigmoid of a logit, for the experts whose "
         "gate plus a bias is highest. The bias balances the load without a loss, and no token is dropped.",
-        own=("norm_topk_prob", "balance_rate"),
         balance="by biases",
         exports_as="Dots1ForCausalLM",
         rows=_chosen_rows,
@@ -202,7 +196,6 @@ TABLE = (
         title="Expert Threshold",
         meaning="Each expert takes the tokens whose score is above its threshold, which follows the score that an even "
         "share of the tokens is above. Tokens get more experts or fewer, as many on average as in Token Choice.",
-        own=("threshold_decay", "threshold_scores"),
         balance="by thresholds",
         rows=_chosen_rows,
         varies=True,
@@ -216,8 +209,7 @@ TABLE = (
         meaning="Each token goes to all experts with a positive logit, which is the gate. A penalty on the gates grows "
         "until tokens have as many experts on average as in Token Choice; before that they have more.",
         differentiable=True,
-        balance="by a loss",
-        auxiliary_weight=lambda config, layer: layer.l1_weight,
+        balance=BY_A_LOSS,
         rows=_chosen_rows,
         varies=True,
         most=lambda config: config.num_experts,

@@ -1,6 +1,6 @@
 """How a run is trained: the fields of transformers' `TrainingArguments` that can be given."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, Field
 
@@ -151,6 +151,9 @@ class TrainingSettings(Settings, total=False):
     ddp_static_graph: bool | None
 
 
+DECLARED = get_type_hints(TrainingSettings, include_extras=True)
+
+
 def training_fields(given: dict[str, Any]) -> dict[str, Any]:
     """The given fields, checked. Raises ValueError, naming the flag, for what is not legal."""
     free = {}
@@ -161,7 +164,7 @@ def training_fields(given: dict[str, Any]) -> dict[str, Any]:
             free[field] = value
         elif value not in (FIXED[field], str(FIXED[field]).lower(), '["shift_labels"]'):
             raise ValueError(f"--training.{field} is {FIXED[field]} in every run, and is not to be set")
-    values = given_fields("training", TrainingSettings, free)
+    values = given_fields("training", DECLARED, free)
     checkpointing = values.get("activation_checkpointing") or values.get("gradient_checkpointing")
     for field in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if values.get(field) and not checkpointing:

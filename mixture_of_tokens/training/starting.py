@@ -12,6 +12,7 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import MetricsRow
 from mixture_of_tokens.runs.warm_start import TEXT, Beginning
+from mixture_of_tokens.settings.layers import OF_TRAINING
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import DEFAULTS, Options
 from mixture_of_tokens.training.merging import Merged
@@ -20,8 +21,7 @@ from mixture_of_tokens.utils.formatting import enumerated
 from mixture_of_tokens.utils.process import is_main, say_once
 
 # Fields of a model that a run may choose anew; all others decide what its weights are, or what it computes of them.
-FREE = ("capacity_factor", "router_aux_loss_coef", "balance_rate", "threshold_decay", "attention_dropout")
-FREE += ("max_position_embeddings", "initializer_scale")
+FREE = (*OF_TRAINING, "attention_dropout", "max_position_embeddings")
 LONGEST = 1024  # tokens in a row, of a model from elsewhere that takes more
 
 

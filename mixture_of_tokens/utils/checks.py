@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import operator
 import os
 import sys
 import types
@@ -17,25 +18,6 @@ from mixture_of_tokens.utils.wording import as_called
 
 MOST_SHOWN = 200  # characters of a value in a message
 LARGEST = 2**31 - 1  # of whole numbers: steps times rows are counted in 64 bits
-# Legal values of settings that both layers and configurations have, and how these are called.
-_POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
-_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more, and finite")
-# Of a number that a layer keeps in fp32.
-_IN_FP32 = 1e38
-# Logits over it are finite, and their differences do not vanish, in fp32.
-_TEMPERATURE = (lambda value: 1e-20 <= value <= 1e20, "1e-20 to 1e20")
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": _TEMPERATURE,
-    "router_temperature": _TEMPERATURE,
-    "initializer_scale": _POSITIVE,
-    "capacity_factor": (_POSITIVE[0], "positive and finite, or none"),
-    "balance_rate": _NOT_NEGATIVE,
-    "router_aux_loss_coef": _NOT_NEGATIVE,
-    "threshold_decay": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    "l1_start": (lambda value: 0 < value <= _IN_FP32, f"above 0 and at most {_IN_FP32:g}"),
-    "l1_factor": (lambda value: 1 < value <= _IN_FP32, f"above 1 and at most {_IN_FP32:g}"),
-}
-
 P = ParamSpec("P")
 R = TypeVar("R")
 # By annotation, the types that are accepted and their name in messages. Other annotations are not checked here.
@@ -143,12 +125,21 @@ def check_choice(name: str, value: Any, legal: Iterable[str]) -> None:
         raise ValueError(f"{name} {shown(value)} is unknown; legal are {', '.join(choices)}")
 
 
-def check_range(name: str, value: Any) -> None:
-    """Raises ValueError for a value of a setting that is no number, or beyond what `RANGES` says."""
+def check_range(name: str, value: Any, **bounds: float) -> None:
+    """Raises ValueError for what is no finite number, or beyond the bounds: gt, ge, lt, le, as pydantic calls them."""
     check(name, value, float)
-    is_legal, legal = RANGES[name]
-    if not is_legal(value):
-        raise ValueError(f"{name} must be {legal}, not {value}")
+    check_number(name, value)
+    for bound, limit in bounds.items():
+        if not getattr(operator, bound)(value, limit):
+            raise ValueError(f"{name} {beyond(bound, limit)}, not {value}")
+
+
+def beyond(bound: str, limit: float) -> str:
+    """What a value must be that is beyond one of its bounds."""
+    if limit == 0 and bound in ("gt", "ge"):
+        return "must be positive" if bound == "gt" else "must be 0 or more"
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    return f"must be {words[bound]} {limit:g}"
 
 
 def check_number(flag: str, value: Any) -> None:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixture_of_tokens import plan
 from mixture_of_tokens.layers import dispatch as dispatching
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
-from mixture_of_tokens.models.feed_forwards import BUILDERS
+from mixture_of_tokens.models.feed_forwards import feed_forward
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.models.names import config_from_name
 from mixture_of_tokens.planning.cost import flops_per_token, legal_micro_batches, memory, parameters
@@ -265,7 +265,7 @@ def test_token_choices_capacity_counts_whole_rows():
 def test_token_choices_capacity_is_its_layers(factor, tokens):
     """Also where a product of floats is above the whole number that it should be: 1.1 * 100 / 10."""
     config = config_from_name("TC-Nano/4E", num_experts=10, capacity_factor=factor)
-    layer = BUILDERS["token_choice"](config)
+    layer = feed_forward(config, len(config.routings) - 1)
     _, slots = layer._slots_within_capacity(torch.zeros(tokens, 1, 1, dtype=torch.long))
     assert ROUTINGS["token_choice"].rows(config, 1, tokens, True) == slots
 

@@ -24,6 +24,7 @@ OTHER = {  # than the default
     "norm_topk_prob": True,
     "capacity_factor": 0.5,
     "router_aux_loss_coef": 1.0,
+    "router_z_loss_coef": 1.0,
     "balance_rate": 0.5,
     "threshold_decay": 0.1,
     "threshold_scores": "sigmoid",
