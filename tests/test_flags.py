@@ -18,7 +18,6 @@ import yaml
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
-from typing_extensions import TypedDict
 
 from mixture_of_tokens.commands import cli
 from mixture_of_tokens.settings.fields import given_fields
@@ -377,8 +376,7 @@ def test_a_prompt_in_a_deep_nest_is_a_line_of_its_file(capsys):
     ],
 )
 def test_a_field_s_value_is_yaml_1_2(text, kind, value):
-    declared = TypedDict("declared", {"field": kind})  # noqa: UP013, of a type that is a value
-    read = given_fields("model", declared, {"field": text})["field"]
+    read = given_fields("model", {"field": kind}, {"field": text})["field"]
     assert read == value
     assert type(read) is type(value)
 
