@@ -10,7 +10,7 @@ from filelock import FileLock
 from transformers import AutoTokenizer
 
 from mixture_of_tokens.utils.cpu import spin_briefly
-from mixture_of_tokens.utils.process import say_once
+from mixture_of_tokens.utils.progress import say_once, warn_once
 from processes import mot
 from texts import write_texts
 
@@ -29,6 +29,7 @@ LONG += ("layers", "modeling", "to_gguf", "rooms", "thresholds", "hub", "timing"
 def nothing_said_yet() -> None:
     """Every test begins as a process does."""
     say_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

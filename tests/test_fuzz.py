@@ -32,7 +32,7 @@ import mixture_of_tokens
 from mixture_of_tokens import MixtureOfTokensConfig, Options, prepare_tokens
 from mixture_of_tokens.commands import cli
 from mixture_of_tokens.runs.loading import load_model
-from mixture_of_tokens.utils.process import say_once
+from mixture_of_tokens.utils.progress import say_once, warn_once
 from processes import mot
 from test_flags import FIELDS, flags_of
 
@@ -113,6 +113,7 @@ def there(folder: Path) -> dict[str, tuple[int, int]]:
 def ends_well(words: list[str], folder: Path) -> int:
     """The status of a command, which either answers, or says in its last line why not, and leaves nothing."""
     say_once.cache_clear()
+    warn_once.cache_clear()
     before = there(folder)
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors, write_through=True) for errors in HOW_WRITTEN)
     status = 0
@@ -428,6 +429,7 @@ KEPT = {"dry_run", "stream", "distil_steps", "sources", "data"}
 def refuses_well(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
     """It answers, or raises one of three errors, of one line."""
     say_once.cache_clear()
+    warn_once.cache_clear()
     parameters = inspect.signature(function).parameters.values()
     spread = next((each.name for each in parameters if each.kind is inspect.Parameter.VAR_POSITIONAL), None)
     first = (arguments[spread],) if spread in arguments else ()

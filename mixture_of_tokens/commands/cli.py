@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -28,7 +30,15 @@ from cyclopts import (
 
 from mixture_of_tokens import __version__
 from mixture_of_tokens.commands.config_file import fill_in, read_config
-from mixture_of_tokens.utils.process import end_with_torchrun, ended_by_sigterm, is_main, is_told, process_count
+from mixture_of_tokens.utils.process import (
+    TORCHRUN,
+    Interrupted,
+    ended_by_sigterm,
+    is_main,
+    is_told,
+    place_of_machine,
+    process_count,
+)
 from mixture_of_tokens.utils.wording import by_flags
 
 # The first line of each command's docstring. Its function has its name, in a module of that name beside this one.
@@ -64,6 +74,7 @@ _IN_THE_NAME = "the model's name has it, as in MoT-Nano/16E/8: groups of 16, gra
 # Where other programs' flags are to be found here, for whoever tries them.
 ELSEWHERE = {"--lr": "it is --learning-rate", "--max-steps": "it is --steps", "--output-dir": "it is --out"}
 ELSEWHERE |= dict.fromkeys(("--group-size", "--granularity"), _IN_THE_NAME)
+WATCHED_EVERY = 5.0  # seconds
 WHOLE, DIGITS = re.compile(r"[+-]?[0-9]+"), 18  # whole numbers, and how long they may be to fit in 64 bits
 
 
@@ -203,6 +214,20 @@ def _flush() -> None:
         raise
 
 
+def _end_with_torchrun() -> None:
+    """Give this process SIGTERM when torchrun, which started it, is gone: killed, it can tell nobody."""
+    if TORCHRUN in os.environ:
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCHED_EVERY)
+    if place_of_machine()[2]:
+        print("\nmot: torchrun is gone, and its processes end as by SIGTERM", file=sys.stderr)  # perhaps after a bar
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(words: list[str] | None = None) -> None:
     """Run the command line. Errors are one line on standard error.
 
@@ -214,7 +239,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         try:
             with ended_by_sigterm(), by_flags():
-                end_with_torchrun()
+                _end_with_torchrun()
                 _run(words)
         finally:
             _flush()
@@ -244,6 +269,10 @@ def main(words: list[str] | None = None) -> None:
     except MemoryError as error:  # numpy's says how much
         print(f"mot: error: there is too little memory{': ' * bool(str(error))}{error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interrupted:
+        if is_main():
+            print("mot:", interrupted, file=sys.stderr)
+        sys.exit(128 + interrupted.number)
     except KeyboardInterrupt as interrupt:  # ^C, or SIGTERM where its number is given
         print("mot: stopped", file=sys.stderr)
         sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))

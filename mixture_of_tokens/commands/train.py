@@ -56,8 +56,8 @@ def train(
 
     Returns the finished run; with `dry_run` its configuration; None in all processes of torchrun but the first.
 
-    Raises ValueError for bad settings or too little memory, FloatingPointError for a run that diverges. Exits at a
-    signal, after saving.
+    Raises ValueError for bad settings or too little memory, FloatingPointError for a run that diverges, and at a
+    signal, after saving, KeyboardInterrupt with the run's `directory`.
     """
     if name is not None:
         parse_name(name)  # before anything large is imported

@@ -1,6 +1,5 @@
 """A trained Mixture of Tokens as Token Choice, without any training, and how many experts a token needs then."""
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.planning.cost import flops_per_token
 from mixture_of_tokens.settings.choices import Scores
 from mixture_of_tokens.utils.formatting import aligned, loss
+from mixture_of_tokens.utils.progress import say
 
 ROWS = 1024  # of text that losses are measured on
 WRITTEN, TIMES = 16, 5  # tokens that are written to time one, and how often
@@ -82,9 +82,7 @@ def switch_and_distil(
     blocks = getattr(text, split)
     if fewer:
         tops = " and ".join(map(str, fewer))
-        print(
-            f"Distilling for {first} experts a token; then for {tops}, each in a quarter of that time", file=sys.stderr
-        )
+        say(f"Distilling for {first} experts a token; then for {tops}, each in a quarter of that time")
     made: list[MixtureOfTokensForCausalLM] = []
     for k in (first, *fewer):
         config = token_choice_config(source.config, top_k=k, scores=scores)

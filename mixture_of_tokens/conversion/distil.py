@@ -31,6 +31,7 @@ from mixture_of_tokens.data.groups import Blocks, training_groups
 from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.layers.token_choice import TokenChoice
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
+from mixture_of_tokens.utils.progress import progress_bar
 
 STEPS = 2000  # of Adam, for each layer
 STEP_TOKENS = 2048  # of a step
@@ -74,7 +75,7 @@ def distil(
     what = f"Distilling {len(layers)} layers, top {target.config.num_experts_per_tok}"
     total, form = (1 + SERVING) * len(layers) * steps, "{l_bar}{bar}| {elapsed}<{remaining}"
     # Time left is by all that was done, as text is served and steps are made in turns.
-    bar = tqdm(desc=what, total=total, bar_format=form, smoothing=0, miniters=0, delay=2, dynamic_ncols=True)
+    bar = progress_bar(what, total=total, bar_format=form, smoothing=0, miniters=0, delay=2)
     step_of_token = SERVING * len(layers) * READ / STEP_TOKENS
     for done in range(0, steps, PART):
         part = min(PART, steps - done)

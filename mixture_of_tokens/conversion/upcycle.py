@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mixture_of_tokens.conversion.copies import route_by_clusters, upcycled_weights
 from mixture_of_tokens.conversion.dense import dense_config
@@ -37,6 +36,7 @@ from mixture_of_tokens.utils.checks import divisors, listed
 from mixture_of_tokens.utils.files import plain_errors, published, write_text
 from mixture_of_tokens.utils.formatting import Result, enumerated, listing
 from mixture_of_tokens.utils.process import check_one_process
+from mixture_of_tokens.utils.progress import progress_bar
 from mixture_of_tokens.utils.rendering import card_of
 
 TOLERANCE = 1e-3  # nats between the source's loss and the new model's
@@ -183,7 +183,7 @@ def _loss_of(model: Any, text: Blocks) -> tuple[float, int]:
 def _rows_of(text: Blocks) -> Iterator[Tensor]:
     """About `TOKENS` tokens from all over the text, some rows at a time."""
     order = grouped_order(text, 1).ravel()[: max(1, TOKENS // text.context)]
-    for first in tqdm(range(0, len(order), ROWS), "Clustering", unit="batch", delay=2, leave=False, dynamic_ncols=True):
+    for first in progress_bar("Clustering", range(0, len(order), ROWS), unit="batch", delay=2, leave=False):
         yield text.batch(order[first : first + ROWS])["input_ids"]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mixture_of_tokens.conversion.to_hf import plain_weights, unshared
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.utils.files import plain_errors
+from mixture_of_tokens.utils.progress import say
 
 TOLERANCE = 1e-5  # of a logit, times the logits' standard deviation where that is above 1
 
@@ -60,7 +61,7 @@ def verify_code(run: str, model: MixtureOfTokensForCausalLM, directory: Path, id
 
 
 def _compared(model: Any, directory: Path, ids: Tensor, code: str = "") -> tuple[float, float]:
-    print("Comparing logits with plain transformers', in another process", file=sys.stderr)
+    say("Comparing logits with plain transformers', in another process")
     return compare_logits(model, directory, ids, code)
 
 

@@ -1,7 +1,6 @@
 """What a run after a switch begins with: weights, moments of Adam, the clock and the rows of its source."""
 
 import copy
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.files import write_text
 from mixture_of_tokens.utils.process import is_main
+from mixture_of_tokens.utils.progress import say
 
 
 def begin_switched(
@@ -46,8 +46,7 @@ def _switched(
     source: Run, asked: Transition, trainer: RunTrainer, prepared: Prepared, target: MixtureOfTokensForCausalLM
 ) -> tuple[Switch, Scales, list[str]]:
     """Give the target its weights. Also returns the weights that Adam has to begin anew with."""
-    if is_main():
-        print("Measuring losses before the switch and at it", file=sys.stderr)
+    say("Measuring losses before the switch and at it")
     model = load_model(str(source.directory), device="cpu").to(target.device)
     size = trainer.rows.group_size
     groups = list(training_groups(prepared.train, size))

@@ -13,7 +13,7 @@ from mixture_of_tokens.data.groups import Blocks, say_segments, segmented
 from mixture_of_tokens.data.sources import documents
 from mixture_of_tokens.data.splits import opened, spool
 from mixture_of_tokens.data.tokenizer import parallel_tokenizers
-from mixture_of_tokens.data.tokens import batches, encoded, progress_bar
+from mixture_of_tokens.data.tokens import bar_of_bytes, batches, encoded
 from mixture_of_tokens.utils.files import naming
 
 
@@ -33,13 +33,13 @@ def whole_text(
     rows, ends, length = [], [], 0
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text"
-        with progress_bar("Reading") as bar:
+        with bar_of_bytes("Reading") as bar:
             try:
                 places, _ = spool(_not_blank(documents(sources, field)), text, None, bar.update)
             except OSError as error:  # errors of reading name the file
                 raise naming(error, text) from error
         count = int(places[:, 1].sum())
-        with progress_bar("Tokenizing", count) as bar, opened(text) as file, parallel_tokenizers():
+        with bar_of_bytes("Tokenizing", count) as bar, opened(text) as file, parallel_tokenizers():
             for batch in batches(file, places):
                 for tokens, closes in encoded(tokenizer, batch):
                     rows.append(np.array(tokens, dtype=np.int64))

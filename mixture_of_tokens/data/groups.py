@@ -20,7 +20,7 @@ from mixture_of_tokens.data.tokens import TokenFiles
 from mixture_of_tokens.layers.losses import IGNORE
 from mixture_of_tokens.utils.checks import LARGEST, at_least_one, check, check_sizes
 from mixture_of_tokens.utils.formatting import few_of
-from mixture_of_tokens.utils.process import say_once
+from mixture_of_tokens.utils.progress import say_once
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,12 +35,12 @@ from mixture_of_tokens.data.tokenizer import (
     tokenizer_in,
     train_tokenizer,
 )
-from mixture_of_tokens.data.tokens import FORMAT, TokenFiles, altered, progress_bar, tokenize, training_text
+from mixture_of_tokens.data.tokens import FORMAT, TokenFiles, altered, bar_of_bytes, tokenize, training_text
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.checks import at_least_one, check_number, checked, listed
 from mixture_of_tokens.utils.files import hold, naming, published, release
 from mixture_of_tokens.utils.formatting import few_of
-from mixture_of_tokens.utils.process import say_once
+from mixture_of_tokens.utils.progress import LOGGER, say_once
 
 MUCH = 0.2  # of the text is cut away, or of the documents left out: worth a word
 PARTIAL, LOCK = ".partial", ".lock"
@@ -126,7 +125,7 @@ def prepare_text(
     sizes = [corpus.raw_bytes(source) for source in named or [None]]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     before = [corpus.state_of(source) for source in named or [None]]
-    with progress_bar("Looking for the data in the cache", total) as bar:
+    with bar_of_bytes("Looking for the data in the cache", total) as bar:
         content = [corpus.fingerprint(source, bar.update) for source in named or [None]]
     options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else hash_of(given)]
     options += [KEEP_NEAR] * keep_near_duplicates
@@ -196,7 +195,7 @@ def _entry(directory: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any
         with _one_at_a_time(directory):
             entry, damage = _whole(directory)  # another process may have made it meanwhile
             if damage is not None:
-                print(f"{damage}: the prepared text is made again.", file=sys.stderr)
+                LOGGER.info(f"{damage}: the prepared text is made again.")
             entry = make() if entry is None else entry
     return entry
 
@@ -265,7 +264,7 @@ _HASHED: dict[tuple[int, ...], str] = {}
 @contextmanager
 def _hashing(what: str, directory: Path) -> Iterator[Callable[[Path], str]]:
     """A function that hashes the files of a directory, with one progress bar for all of them."""
-    with progress_bar(what, sum(path.stat().st_size for path in directory.iterdir())) as bar:
+    with bar_of_bytes(what, sum(path.stat().st_size for path in directory.iterdir())) as bar:
 
         def hash_of(path: Path) -> str:
             status = path.stat()
@@ -307,10 +306,10 @@ def _make(
         with published(beside, directory):
             beside.mkdir()
             text = beside / "text"
-            with progress_bar("Reading", total) as bar:
+            with bar_of_bytes("Reading", total) as bar:
                 places, digests = spool(documents, text, max_bytes, bar.update)
             check_unchanged()
-            with progress_bar("Looking for duplicates", int(places[:, 1].sum())) as bar:
+            with bar_of_bytes("Looking for duplicates", int(places[:, 1].sum())) as bar:
                 parts = split(
                     text,
                     places,
@@ -323,7 +322,7 @@ def _make(
                 )
             with parallel_tokenizers():
                 if tokenizer is None:
-                    with progress_bar("Training the tokenizer") as bar:
+                    with bar_of_bytes("Training the tokenizer") as bar:
                         pieces = training_text(text, parts.places["train"], bar.update)
                         tokenizer = train_tokenizer(pieces, vocab_size)
                     lost = None

@@ -8,7 +8,6 @@ import glob
 import itertools
 import os
 import stat
-import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from mixture_of_tokens.data.files import LINES, Document, documents_in, has_json
 from mixture_of_tokens.utils.files import write_text
 from mixture_of_tokens.utils.formatting import few_of, first_line
 from mixture_of_tokens.utils.manifest import hash_of_file
-from mixture_of_tokens.utils.process import say_once
+from mixture_of_tokens.utils.progress import say_once, warn
 
 PACKAGES = "packages"  # the source that is all Python packages installed for this interpreter
 
@@ -186,7 +185,7 @@ def fingerprint(source: str | None, progress: Callable[[int], Any]) -> list[str]
         progress: Called with the number of bytes read.
     """
     if source == PACKAGES and os.path.isdir(PACKAGES):
-        print(f"mot: {PACKAGES} are those that are installed; the folder here is ./{PACKAGES}", file=sys.stderr)
+        warn(f"{PACKAGES} are those that are installed; the folder here is ./{PACKAGES}")
     paths = _paths(source)
     if paths is None:
         assert source is not None

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mixture_of_tokens.data.sources import located
 from mixture_of_tokens.utils.files import naming
 from mixture_of_tokens.utils.formatting import first_line
-from mixture_of_tokens.utils.process import said_if_slow
+from mixture_of_tokens.utils.progress import warned_if_slow
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257  # 256 bytes and the end of text
@@ -65,7 +65,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)))
         else:
             # Which takes half a minute where there is no connection.
-            with said_if_slow(f"mot: --tokenizer {name} is no file here, so it is a name on the Hub"):
+            with warned_if_slow(f"--tokenizer {name} is no file here, so it is a name on the Hub"):
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         if not path.exists():

@@ -1,7 +1,6 @@
 """Token files: written once, one split after the other, and read like an array."""
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of, ids_of, refuse
 from mixture_of_tokens.utils.formatting import first_line
+from mixture_of_tokens.utils.progress import progress_bar
 
 FORMAT = 5  # of the files in the cache; after a change they are made anew
 SHARD_TOKENS = 2**27  # per file
@@ -25,8 +25,8 @@ TRIED, CHARACTERS_TRIED = 100, 2_000  # pieces of text that a given tokenizer is
 SHOWN = 20  # characters of what it alters
 
 
-def progress_bar(what: str, total: int | None = None) -> tqdm:
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=2, dynamic_ncols=True, file=sys.stderr)
+def bar_of_bytes(what: str, total: int | None = None) -> tqdm:
+    return progress_bar(what, total=total, unit="B", unit_scale=True, delay=2)
 
 
 def tokenize(
@@ -48,7 +48,7 @@ def tokenize(
     facts: dict[str, Any] = {"dtype": dtype, "tokenizer": hash_of(tokenizer)}
     shards, cut, digest = {}, 0, hashlib.sha256()
     with (
-        progress_bar("Tokenizing", sum(int(part[:, 1].sum()) for part in splits.places.values())) as bar,
+        bar_of_bytes("Tokenizing", sum(int(part[:, 1].sum()) for part in splits.places.values())) as bar,
         opened(text) as file,
     ):
         for name, part in splits.places.items():

@@ -1,7 +1,6 @@
 """The command `mot audit`: what a model leaks, by `leaks.py`, and how far its data keeps documents apart."""
 
 import copy
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mixture_of_tokens.settings.choices import Device, Expected
 from mixture_of_tokens.utils.checks import at_least_one, checked
 from mixture_of_tokens.utils.formatting import Result, first_line
 from mixture_of_tokens.utils.process import check_one_process
+from mixture_of_tokens.utils.progress import warn
 
 FACTS = ("run", "alone", "experts", "length", "context", "collisions", "segments", "documents", "documents_together")
 NOT_TESTED = "not tested: its logits do not move with its input"
@@ -158,7 +158,7 @@ def audit(
         text = text_of(run)
         seen = texts(text.validation, shape, vocab_size, seed)
     except (ValueError, OSError) as error:  # unknown, too short, or not to be read
-        print(f"mot: looking at random tokens: {str(error).partition(';')[0]}", file=sys.stderr)
+        warn(f"looking at random tokens: {str(error).partition(';')[0]}")
         seen = random_tokens(shape, vocab_size, seed)
     found, segments = None, 0
     if text is not None and group_size_of(model) is not None:

@@ -37,7 +37,8 @@ from mixture_of_tokens.settings.choices import Device, Dtype
 from mixture_of_tokens.settings.routings import routings_of
 from mixture_of_tokens.utils.checks import at_least_one, listed
 from mixture_of_tokens.utils.formatting import Result, aligned
-from mixture_of_tokens.utils.process import is_main, say_once
+from mixture_of_tokens.utils.process import is_main
+from mixture_of_tokens.utils.progress import progress_bar, say_once
 
 BATCH_SIZE = 32  # of models that do not mix rows
 ROWS_FOR_SPEED = 256  # alone, of models whose loss is the same as in batches
@@ -151,7 +152,7 @@ def evaluate(
     blocks = dataclasses.replace(blocks, separate=separate_documents)
     plan, lines = _planned(model, blocks, regroupings, sweep_tokens, max_tokens, experts), []
     total = sum(len(not_empty(order)) for planned in plan for order in planned.orders)
-    with tqdm(desc="Evaluating", total=total, unit="group", dynamic_ncols=True, disable=not is_main()) as bar:
+    with progress_bar("Evaluating", total=total, unit="group", hidden=not is_main()) as bar:
         for planned in plan:
             with planned.served:
                 found = [_measure(model, blocks, order, bar) for order in planned.orders]

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from mixture_of_tokens.utils.progress import progress_bar
 
 MARGIN = 10
 QUARTERS = 4
@@ -90,7 +91,7 @@ def leaks(model, texts: list[tuple[Tensor, Tensor]], seed: int = 0) -> Leaks:
         some = {0, length // 4, min(length // 2, length - 2), length - 2}
         every = range(number % (length - 1), length - 1, len(texts))  # all positions, over the batches
         what = f"Looking at batch {number + 1} of {len(texts)}"
-        for k in tqdm(sorted({*some, *every}), what, unit="position", delay=2, dynamic_ncols=True, leave=False):
+        for k in progress_bar(what, sorted({*some, *every}), unit="position", delay=2, leave=False):
             for what, where in zip(future, (own, ~own, torch.ones_like(own)), strict=True):
                 if where.any() and (k in some or what == "both"):
                     changed = ids.clone()

@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mixture_of_tokens.data.groups import Blocks, grouped_order
@@ -18,6 +17,7 @@ from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.parallel.sharding import is_sharded
 from mixture_of_tokens.runs.records import FULL
 from mixture_of_tokens.utils.checks import at_least_one, check
+from mixture_of_tokens.utils.progress import progress_bar
 
 LOGITS = 2**27  # in memory at once, for models that compute all logits; half a gigabyte in fp32
 
@@ -130,7 +130,7 @@ def evaluate_blocks(
         batches[-1] = np.pad(batches[-1], (0, batch_size - len(batches[-1])), constant_values=-1)
         spare, padded = math.ceil(len(batches) / count) - len(own), True
     found = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats and tokens of each batch
-    bar = tqdm(own, progress, unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=not progress)
+    bar = progress_bar(progress, own, unit="batch", delay=2, leave=False, hidden=not progress)
     with evaluating(model):
         for i in itertools.chain(bar, [0] * spare):
             empty = not (batches[i] >= 0).any()  # for a batch without text the model would not be called

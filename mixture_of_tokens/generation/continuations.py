@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from mixture_of_tokens.runs.typed import Record
 from mixture_of_tokens.utils.files import disk_errors, write_text
+from mixture_of_tokens.utils.progress import progress_bar, say
 
 
 class Row(NamedTuple):
@@ -71,7 +69,7 @@ def to_file(
         if (finished := _finished(out, own, rows, prompts)) is None:
             why = "exists already, and is not what this command writes, by flags, prompts and model"
             raise ValueError(f"{out} {why}; name another with --out, or remove it")
-        print(f"{out} is finished already", file=sys.stderr)
+        say(f"{out} is finished already")
         return finished
     done = _resumed(partial, settings, rows, prompts)
     new: list[Continuation] = []
@@ -79,7 +77,7 @@ def to_file(
     with (
         disk_errors(out),
         partial.open("a", encoding="utf-8") as file,
-        tqdm(desc="generate", total=total, initial=len(done), unit="text", dynamic_ncols=True) as bar,
+        progress_bar("generate", total=total, initial=len(done), unit="text") as bar,
     ):
         for number, batch in enumerate(batches):
             if all(row in done for row in batch):
@@ -96,7 +94,7 @@ def to_file(
     partial.unlink()
     if new:
         say_speed(new, time.perf_counter() - clock)
-    print(summary_of(len(done), out), file=sys.stderr)
+    say(summary_of(len(done), out))
     return [done[row] for row in sorted(done)]
 
 
@@ -170,10 +168,10 @@ def _resumed(
     if not all(row in rows for row in done):
         raise ValueError(f"{partial} is damaged: it has a sample that was not asked for; remove it to begin again")
     write_text(partial, lines.decode())
-    print(f"Going on from {partial}", file=sys.stderr)
+    say(f"Going on from {partial}")
     return done
 
 
 def say_speed(results: list[Continuation], seconds: float) -> None:
     tokens = sum(result.tokens for result in results)
-    print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)
+    say(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")

@@ -34,6 +34,7 @@ from mixture_of_tokens.settings.choices import Device, Dtype
 from mixture_of_tokens.utils.checks import at_least_one, listed
 from mixture_of_tokens.utils.formatting import Result
 from mixture_of_tokens.utils.process import is_main, process_count
+from mixture_of_tokens.utils.progress import warn
 
 BATCH_SIZE = 32
 MOST_SAMPLES = 10**6  # of a prompt
@@ -103,7 +104,8 @@ def generate(
         rows = batches[number]
         written = draw(model, tokenizer, [encoded[row.prompt] for row in rows], sampling.of_batch(number), streamer)
         while notes:  # only now, as an error would make them pointless
-            tqdm.write(f"mot: {notes.pop(0)}", file=sys.stderr)
+            with tqdm.external_write_mode(file=sys.stderr):  # above the bar
+                warn(notes.pop(0))
         return [
             Continuation(row.prompt, row.sample, prompts[row.prompt], text, count)
             for row, (text, count) in zip(rows, written, strict=True)

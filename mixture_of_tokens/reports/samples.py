@@ -1,6 +1,5 @@
 """Continuations of the same prompts by trained models, in full groups."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from mixture_of_tokens.generation.sampling import Sampling, continue_prompts
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of
 from mixture_of_tokens.settings.choices import Device
 from mixture_of_tokens.utils.formatting import first_line
+from mixture_of_tokens.utils.progress import warn
 
 TEMPERATURE = 0.8
 # Short, and as different as the texts of a group in training; the first few are shown.
@@ -36,7 +36,7 @@ def continued(directories: dict[str, Path], device: Device | None = None) -> dic
         try:
             texts = _texts(directory, device)
         except (ValueError, torch.OutOfMemoryError) as error:
-            print(f"mot: no samples of {label}: {first_line(error)}", file=sys.stderr)
+            warn(f"no samples of {label}: {first_line(error)}")
             continue
         for prompt, text in zip(SHOWN, texts, strict=False):
             written[prompt][label] = text

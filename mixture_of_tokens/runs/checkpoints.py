@@ -2,13 +2,13 @@
 
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.formatting import unreadable
+from mixture_of_tokens.utils.progress import say
 
 
 def _all(run: Path) -> Iterator[Path]:
@@ -27,7 +27,7 @@ def newest(run: Path) -> Path | None:
         problem = manifest.fault(checkpoint) or _renamed(checkpoint)
         if problem is None:
             return checkpoint
-        print(f"{checkpoint} is skipped: {problem}", file=sys.stderr)
+        say(f"{checkpoint} is skipped: {problem}")
     return None
 
 

@@ -22,7 +22,8 @@ from mixture_of_tokens.runs.records import RunConfig, RunFacts
 from mixture_of_tokens.settings.choices import Device, Dtype
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.formatting import first_line
-from mixture_of_tokens.utils.process import process_count, said_if_slow
+from mixture_of_tokens.utils.process import process_count
+from mixture_of_tokens.utils.progress import warned_if_slow
 
 SHIPPED = Path(__file__).parents[1] / "nano"  # a trained model that comes with the library (examples/nano.py)
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")  # one of which every tokenizer has
@@ -92,10 +93,10 @@ def load_model(
     if experts is not None and not alone:
         raise ValueError("--experts says how many experts serve a text alone; give --alone too")
     directory = model_directory(run := place_of(run))
-    of_the_hub = f"mot: {run} is no directory here, so it is a name on the Hub"
+    of_the_hub = f"{run} is no directory here, so it is a name on the Hub"
     try:
         # Which takes half a minute where there is no connection.
-        with nullcontext() if Path(run).exists() else said_if_slow(of_the_hub):
+        with nullcontext() if Path(run).exists() else warned_if_slow(of_the_hub):
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {config.model_type} model is no causal language model")

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from mixture_of_tokens.runs.records import MetricsRow, row_of
 from mixture_of_tokens.utils.files import disk_errors, flush, write_text
+from mixture_of_tokens.utils.progress import progress_bar
 
 # What Trainer logs, by its name in a row of metrics.jsonl.
 OF_LOGS = {name: name for name in ("eval_loss", "learning_rate", "grad_norm", "aux_loss", "data_wait")}
@@ -76,9 +77,7 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero:
             every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a screen
             name, first = self.path.parent.name, state.global_step
-            self.bar = tqdm(
-                desc=name, total=state.max_steps, initial=first, unit="step", dynamic_ncols=True, mininterval=every
-            )
+            self.bar = progress_bar(name, total=state.max_steps, initial=first, unit="step", mininterval=every)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:

@@ -1,7 +1,6 @@
 """Several models on the same data, trained one after the other and set side by side."""
 
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -30,7 +29,8 @@ from mixture_of_tokens.training.timing import check_minutes, fitting, found_befo
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.formatting import duration
-from mixture_of_tokens.utils.process import is_main, of_all, say_once
+from mixture_of_tokens.utils.process import is_main, of_all
+from mixture_of_tokens.utils.progress import say, warn, warn_once
 
 
 class _Planned(NamedTuple):
@@ -72,7 +72,7 @@ def compare(
     check_no_other_file(out / PAGE)
     if is_main() and (gone := names_listed_in(out / COMPARISON, "models") - {plan.directory.name for plan in plans}):
         what = f"{out} will compare these runs, and no longer {', '.join(str(out / name) for name in sorted(gone))}"
-        print(f"mot: {what}; mot report compares any runs", file=sys.stderr)
+        warn(f"{what}; mot report compares any runs")
     with owned(out):
         return _compared(names, seeds, learning_rate, plans, out, options, minutes)
 
@@ -92,7 +92,7 @@ def _compared(
     for done, plan in enumerate(plans):
         if is_main():
             what = f"{plan.name}, seed {plan.merged.config.seed}{_time_left(plans, done, took)}"
-            print(f"Run {done + 1} of {len(plans)}: {what}", file=sys.stderr)
+            say(f"Run {done + 1} of {len(plans)}: {what}")
         whole, started = not plan.directory.exists(), time.perf_counter()
         try:
             run = run_merged(plan.merged, plan.directory, resume=True, again="the same command")
@@ -116,7 +116,7 @@ def _compared(
 
 def _say_if_alone(names: tuple[str, ...]) -> None:
     if len(names) == 1:
-        say_once(f"mot: {names[0]} is compared with nothing: name two models or more, the baseline first")
+        warn_once(f"{names[0]} is compared with nothing: name two models or more, the baseline first")
 
 
 def _rates(rates: list[float] | None, models: int) -> list[float | None]:

@@ -25,7 +25,8 @@ from mixture_of_tokens.settings.training import FIXED
 from mixture_of_tokens.training.arguments import check_environment, check_here, try_out
 from mixture_of_tokens.utils.checks import check_number
 from mixture_of_tokens.utils.formatting import enumerated, in_words
-from mixture_of_tokens.utils.process import by_itself, process_count, say_once, the_only_training
+from mixture_of_tokens.utils.process import by_itself, process_count, the_only_training
+from mixture_of_tokens.utils.progress import warn_once
 
 RECOMMENDED = ("learning_rate", "batch_size", "steps", "scored_rows")  # options that a name has a default for
 SHORT = 100  # steps: of a run of fewer, the evaluations of a longer one would take most of the time
@@ -174,7 +175,7 @@ def check_settings(*runs: Merged) -> None:
     for run in runs:
         if sizes := other_sizes(run.config.name, run.config.model_config):
             what = ", ".join(f"{field} is {own}, not {named}" for field, (own, named) in sizes.items())
-            say_once(f"mot: {run.config.name} keeps its name, but {what}; a report shows that in brackets")
+            warn_once(f"{run.config.name} keeps its name, but {what}; a report shows that in brackets")
 
 
 def _written(config: MixtureOfTokensConfig, overrides: Mapping[str, Any], *, own_tokenizer: bool) -> dict[str, Any]:

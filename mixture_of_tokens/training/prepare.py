@@ -1,6 +1,5 @@
 """The command `mot prepare`: the text of a run, before it, by as many processes as there are."""
 
-import sys
 from dataclasses import dataclass, replace
 
 from mixture_of_tokens.data.groups import grouped_order
@@ -10,6 +9,7 @@ from mixture_of_tokens.training.merging import check_settings, merge
 from mixture_of_tokens.utils.checks import at_least_one
 from mixture_of_tokens.utils.formatting import Result
 from mixture_of_tokens.utils.process import by_itself, process_count, process_number
+from mixture_of_tokens.utils.progress import LOGGER
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def prepare(name: str, *, options: Options) -> PreparedText | None:
     count = len(parts.files)
     for number in range(rank, count, process_count()):
         parts.prepare(number)
-        print(f"Part {number + 1} of {count} is ready", file=sys.stderr)
+        LOGGER.info(f"Part {number + 1} of {count} is ready")
     # Of the others too, when they are ready.
     return _found([parts.prepare(number) for number in range(count)]) if rank == 0 else None
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 from mixture_of_tokens.planning.communication import spread_of
 from mixture_of_tokens.planning.cost import legal_micro_batches
 from mixture_of_tokens.training.merging import Merged
-from mixture_of_tokens.utils.process import is_main, process_count, process_number, processes_here, say_once
+from mixture_of_tokens.utils.process import process_count, process_number, processes_here
+from mixture_of_tokens.utils.progress import say, warn_once
 
 # Peaks of a step were 1.05 to 1.3 times the estimate, and with ReMoE, counted with all of its experts, 0.77 times.
 SURELY, CLOSE = 0.9, 0.8  # of the estimate, what a training takes at least; of the memory, from where on it may fail
@@ -105,8 +105,7 @@ def estimate(merged: Merged, rows: int | None = None, *, at_least: bool = False)
 
 def tell_room(merged: Merged) -> None:
     """Say how much memory a training takes, and how much there is."""
-    if is_main():
-        print(_told(merged, _room_of(merged)), file=sys.stderr)
+    say(_told(merged, _room_of(merged)))
 
 
 def check_room(merged: Merged) -> None:
@@ -120,7 +119,7 @@ def check_room(merged: Merged) -> None:
     what = f"{_told(merged, room)}; {_way_out(merged, room)}"
     if estimate(merged, at_least=True) > room.with_swap:
         raise ValueError(what)
-    say_once(f"mot: {what}")
+    warn_once(what)
 
 
 def _room_of(merged: Merged) -> Room | None:

@@ -18,7 +18,8 @@ from mixture_of_tokens.settings.options import DEFAULTS, Options
 from mixture_of_tokens.training.merging import Merged
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils.formatting import enumerated
-from mixture_of_tokens.utils.process import is_main, say_once
+from mixture_of_tokens.utils.process import is_main
+from mixture_of_tokens.utils.progress import warn_once
 
 # Fields of a model that a run may choose anew; all others decide what its weights are, or what it computes of them.
 FREE = (*OF_TRAINING, "attention_dropout", "max_position_embeddings")
@@ -49,7 +50,7 @@ def options_with(beginning: Beginning, options: Options) -> Options:
         if longest > LONGEST and "max_position_embeddings" not in options.model:
             fields["max_position_embeddings"] = LONGEST
             how = "--model.max_position_embeddings N gives others"
-            say_once(f"mot: rows have {LONGEST:,} tokens, of the {longest:,} that the model takes; {how}")
+            warn_once(f"rows have {LONGEST:,} tokens, of the {longest:,} that the model takes; {how}")
     return replace(options, **own, model=fields | options.model)
 
 

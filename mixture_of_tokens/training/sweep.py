@@ -6,7 +6,6 @@ import itertools
 import math
 import shlex
 import statistics
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.files import write_text
 from mixture_of_tokens.utils.formatting import Result, aligned, few_of, short
 from mixture_of_tokens.utils.process import is_main
+from mixture_of_tokens.utils.progress import say, warn
 
 FILE, DIVERGED = "sweep.json", "diverged.txt"
 ANOTHER_OUT = "; take another --out"  # where a run in it saw other text
@@ -176,9 +176,9 @@ def sweep(
             check_room(merged)
     with owned(out):
         gone = names_listed_in(out / FILE, "cells") - {directory.name for _, _, _, directory in planned}
-        if gone and is_main():
+        if gone:
             what = f"{out / FILE} now has this sweep alone, without {few_of(sorted(gone))}"
-            print(f"mot: {what}; given together, what is finished is not trained again", file=sys.stderr)
+            warn(f"{what}; given together, what is finished is not trained again")
         return _swept(name, options, cells, planned, out)
 
 
@@ -189,8 +189,7 @@ def _swept(
     trained: list[Run] = []
     result = Sweep(name, options.evaluate_on or "tuning", [], None)
     for done, (settings, seed, merged, directory) in enumerate(planned):
-        if is_main():
-            print(f"Run {done + 1} of {len(planned)}: {directory}", file=sys.stderr)
+        say(f"Run {done + 1} of {len(planned)}: {directory}")
         made = _trained(merged, directory)
         if not is_main():
             continue
@@ -199,7 +198,7 @@ def _swept(
             trained[0].check_same_text(made, ANOTHER_OUT)  # as when files have changed between two calls
             loss, seconds, why = made.facts.final_loss, made.facts.seconds, None
         else:
-            print(f"mot: it diverged: {made}; it is not trained again", file=sys.stderr)
+            warn(f"it diverged: {made}; it is not trained again")
             loss, seconds, why = None, None, made
         outcome = Outcome(seed=seed, directory=str(directory), loss=loss, seconds=seconds, diverged=why)
         runs.setdefault(_directory(settings, None), []).append(outcome)

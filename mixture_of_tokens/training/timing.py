@@ -8,7 +8,6 @@ these timed steps) is not in it, nor are checkpoints.
 import copy
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +26,8 @@ from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.building import arguments_of, in_fp32, order_of, trainer_of, vocabulary_of
 from mixture_of_tokens.training.merging import FEWEST_SCORED, Merged
 from mixture_of_tokens.training.trainer import EVALUATION_ROWS
-from mixture_of_tokens.utils.process import is_main, process_count, the_only_training
+from mixture_of_tokens.utils.process import process_count, the_only_training
+from mixture_of_tokens.utils.progress import say
 
 LONGEST = 60 * 24 * 366  # minutes
 SECONDS, MOST_STEPS = 3.0, 20  # of a timing, after one step that warms up
@@ -151,8 +151,7 @@ def fitting(
         own = replace(options, scored_rows=scored)
         steps = steps_within(minutes, pace, scored, total, lambda n: runs[name](replace(own, steps=n), minutes=minutes))  # noqa: B023
         found[name] = replace(own, steps=steps)
-        if is_main():
-            print(f"A step of {name} takes {pace.step:.3g} s here: {steps:,} steps in {minutes:g} min", file=sys.stderr)
+        say(f"A step of {name} takes {pace.step:.3g} s here: {steps:,} steps in {minutes:g} min")
     return found
 
 

@@ -42,13 +42,14 @@ from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.files import plain_errors, published, write_text
 from mixture_of_tokens.utils.process import (
+    Interrupted,
     ended_by_sigterm,
     is_main,
     process_count,
     process_number,
-    say_once,
     the_only_training,
 )
+from mixture_of_tokens.utils.progress import say, say_once, warn_once
 from mixture_of_tokens.utils.rendering import card_of
 
 REGROUPINGS = 3
@@ -87,8 +88,8 @@ def train(
     out = Path("runs") / merged.config.directory_name if out is None else Path(out)
     if minutes is not None:
         merged = _of_minutes(minutes, merged, merged_with, options, out, resume)
-    if resume and not out.exists() and is_main():
-        print(f"{out} is not there yet: training begins at step 0", file=sys.stderr)
+    if resume and not out.exists():
+        say(f"{out} is not there yet: training begins at step 0")
     begin = None if beginning is None else partial(begin_with, beginning, out)
     return run_merged(merged, out, resume=resume, begin=begin)
 
@@ -127,13 +128,13 @@ def run_merged(
         except ValueError as error:
             what = f"put it back, or remove {out / records.FACTS}, and {again} makes it again from its last checkpoint"
             raise ValueError(f"{error}; {what}") from None
-        print(f"{out} is finished already", file=sys.stderr)
+        say(f"{out} is finished already")
         return finished
     check_room(merged)
     check_writable(out)
     if (seconds := seconds_after_signal()) is not None:
         what = f"{seconds} s for its processes: a step and a checkpoint have to fit, or the last steps are lost"
-        say_once(f"mot: after a signal torchrun waits {what}; --shutdown-timeout N of torch 2.12 sets it")
+        warn_once(f"after a signal torchrun waits {what}; --shutdown-timeout N of torch 2.12 sets it")
     with the_only_training(), owned(out), without_progress_bars(), _without_comparisons(), in_fp32():
         _check(out, merged, resume)  # another process may have begun meanwhile
         return _run(merged.config, arguments_of(merged, out), merged.placement, out, begin, again)
@@ -170,7 +171,7 @@ def _run(
     if torch.cuda.is_initialized():  # an earlier run's model, which is in a circle with its trainer's callbacks
         gc.collect()
         torch.cuda.empty_cache()
-    with _saying_where(f"before the first step; {again} goes on"):
+    with _saying_where(out, f"before the first step; {again} goes on"):
         trainer, prepared = build(run, arguments, placement)
     checkpoint = _newest(out)
     if checkpoint is not None:
@@ -178,12 +179,12 @@ def _run(
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
-            print(f"Going on from {checkpoint}", file=sys.stderr)
+            say(f"Going on from {checkpoint}")
         elif (out / records.CONFIG).exists():
-            print(f"{out} has no checkpoint yet: training begins anew", file=sys.stderr)
+            say(f"{out} has no checkpoint yet: training begins anew")
         write_text(out / records.CONFIG, str(run))
     if begin is not None and checkpoint is None:
-        with _saying_where(f"before the first step; {again} begins anew"):
+        with _saying_where(out, f"before the first step; {again} begins anew"):
             begin(trainer, prepared)
     stop = StopOnSignal(trainer.wait_for_rows)
     trainer.add_callback(stop)
@@ -194,11 +195,10 @@ def _run(
         finally:
             _end_reports(arguments)
     if stop.received is not None:
-        if is_main():
-            step, name = trainer.state.global_step, signal.Signals(stop.received).name
-            print(f"mot: stopped by {name} after step {step}{_saved(out, step)}; {again} goes on", file=sys.stderr)
-        sys.exit(128 + stop.received)
-    with _saying_where(f"after the last step{_saved(out, trainer.state.global_step)}; {again} goes on"):
+        step, name = trainer.state.global_step, signal.Signals(stop.received).name
+        where = f"stopped by {name} after step {step}{_saved(out, step)}; {again} goes on"
+        raise Interrupted(where, stop.received, out)
+    with _saying_where(out, f"after the last step{_saved(out, trainer.state.global_step)}; {again} goes on"):
         return _finish(trainer, prepared, run, out, made_by)
 
 
@@ -208,15 +208,14 @@ def _saved(out: Path, step: int) -> str:
 
 
 @contextmanager
-def _saying_where(stopped: str) -> Iterator[None]:
-    """^C and SIGTERM end the process, which says where it was stopped."""
+def _saying_where(out: Path, stopped: str) -> Iterator[None]:
+    """Raises Interrupted, which says where the run was stopped, at ^C and SIGTERM."""
     try:
         with ended_by_sigterm():
             yield
     except KeyboardInterrupt as interrupt:
-        if is_main():
-            print(f"mot: stopped {stopped}", file=sys.stderr)
-        sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))
+        number = next(iter(interrupt.args), signal.SIGINT)
+        raise Interrupted(f"stopped {stopped}", number, out) from interrupt
 
 
 def _newest(out: Path) -> Path | None:

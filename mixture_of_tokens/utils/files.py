@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mixture_of_tokens.utils.formatting import first_line
+from mixture_of_tokens.utils.progress import LOGGER
 
 OF_THE_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
@@ -117,7 +117,7 @@ def hold(path: Path, waiting: str, *, patience: float = -1) -> FileLock:
     with suppress(Timeout):
         lock.acquire(timeout=0)
     if not lock.is_locked:
-        print(waiting, file=sys.stderr)
+        LOGGER.warning(waiting)
         lock.acquire(timeout=patience)
     return lock
 

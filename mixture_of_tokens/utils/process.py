@@ -7,16 +7,14 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 Failure = TypeVar("Failure", bound=BaseException)
 _TRAINING = threading.RLock()
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of its processes
-WATCHED_EVERY = 5.0  # seconds
 
 
 @contextmanager
@@ -90,23 +88,15 @@ def is_main() -> bool:
     return process_number() == 0
 
 
-@cache
-def say_once(what: str) -> None:
-    """A line on standard error, of the first process."""
-    if is_main():
-        print(what, file=sys.stderr)
+class Interrupted(KeyboardInterrupt):
+    """A training that a signal has ended.
 
+    number: the signal's; directory: of the run, which can be gone on with.
+    """
 
-@contextmanager
-def said_if_slow(what: str, seconds: float = 2.0) -> Iterator[None]:
-    """A line on standard error once the block has taken so long; what fails at once has an error alone."""
-    timer = threading.Timer(seconds, say_once, [what])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    def __init__(self, what: str, number: int, directory: Path):
+        super().__init__(what)
+        self.number, self.directory = number, directory
 
 
 @contextmanager
@@ -140,20 +130,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def end_with_torchrun() -> None:
-    """Give this process SIGTERM when torchrun, which started it, is gone: killed, it can tell nobody."""
-    if TORCHRUN in os.environ:
-        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(WATCHED_EVERY)
-    if place_of_machine()[2]:
-        print("\nmot: torchrun is gone, and its processes end as by SIGTERM", file=sys.stderr)  # perhaps after a bar
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def have_met() -> bool:

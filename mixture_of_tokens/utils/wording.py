@@ -23,10 +23,10 @@ def by_flags() -> Iterator[None]:
 
 @contextmanager
 def as_called() -> Iterator[None]:
-    """Name settings in a ValueError as arguments, unless it is the command line that called."""
+    """Name settings in an error or an `Interrupted` as arguments, unless it is the command line that called."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, KeyboardInterrupt) as error:
         if not _BY_FLAGS.get() and error.args and isinstance(error.args[0], str):
             error.args = (FLAG.sub(_argument, error.args[0]), *error.args[1:])
         raise

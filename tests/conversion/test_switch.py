@@ -18,6 +18,7 @@ from mixture_of_tokens.conversion.switch import branches, rescale_moments, to_to
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.evaluation.losses import cross_entropy
 from mixture_of_tokens.runs.loading import load_model, text_of
+from mixture_of_tokens.utils.progress import progress_bar
 from routings import small_model, tokens
 
 MIXED = "MoT-Nano/4E/2"
@@ -218,7 +219,9 @@ def test_distillation_reads_on_in_the_text_and_begins_it_again(trained, seen, mo
     monkeypatch.setattr(distillation, "PART", 4)
     parts, bars = [], []
     monkeypatch.setattr(distillation, "branches", lambda *args: parts.append(branches(*args)) or parts[-1])
-    monkeypatch.setattr(distillation, "tqdm", lambda **how: bars.append(tqdm(**how)) or bars[-1])
+    monkeypatch.setattr(
+        distillation, "progress_bar", lambda *args, **how: bars.append(progress_bar(*args, **how)) or bars[-1]
+    )
     target, _ = switched(source)
     errors = distil(source, target, text, steps=10)
     assert [len(part[2][0]) for part in parts] == [4 * 512, 4 * 512, 2 * 512]

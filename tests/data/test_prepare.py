@@ -27,7 +27,7 @@ from mixture_of_tokens.data.splits import SPLITS, Splits, split, spool
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
 from mixture_of_tokens.data.tokens import TokenFiles, tokenize
 from mixture_of_tokens.utils.manifest import hash_of_file
-from mixture_of_tokens.utils.process import say_once
+from mixture_of_tokens.utils.progress import say_once
 from processes import finish, start
 from texts import groups_with_a_document_twice, sentences, texts
 

@@ -39,7 +39,7 @@ from mixture_of_tokens.training import signals, trainer
 from mixture_of_tokens.training.merging import merge
 from mixture_of_tokens.training.train import build
 from mixture_of_tokens.training.trainer import RunTrainer
-from mixture_of_tokens.utils.process import ended_by_sigterm
+from mixture_of_tokens.utils.process import Interrupted, ended_by_sigterm
 from processes import mot, rows_of
 from texts import groups_with_a_document_twice
 
@@ -158,6 +158,21 @@ def test_a_signal_does_not_wait_for_text_that_is_still_prepared(number, small_co
     assert not waited
     what = f"stopped by {number.name} after step 2, which is saved; --resume goes on"
     assert what in capsys.readouterr().err
+
+
+def test_from_python_a_signal_is_an_exception_that_names_the_run(small_corpus, tmp_path, monkeypatch, capsys):
+    ready, out = GroupedBatches.ready, tmp_path / "run"
+    monkeypatch.setattr(
+        GroupedBatches, "ready", lambda self, step: signal.raise_signal(signal.SIGTERM) if step == 2 else ready(self, 0)
+    )
+    options = Options(steps=4, batch_size=8, data=small_corpus, device="cpu")
+    with pytest.raises(Interrupted) as interrupted:
+        train("MoT-Nano/4E", out=out, options=options)
+    assert (interrupted.value.number, interrupted.value.directory) == (signal.SIGTERM, out)
+    assert str(interrupted.value) == "stopped by SIGTERM after step 2, which is saved; resume goes on"
+    assert "stopped by" not in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train("MoT-Nano/4E", out=out, options=options, resume=True) is not None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from mixture_of_tokens import generate
 from mixture_of_tokens.runs import provenance
 from mixture_of_tokens.utils import cpu
 from mixture_of_tokens.utils.cpu import cores, spin_briefly
-from mixture_of_tokens.utils.process import is_main, process_count, process_number, said_if_slow
+from mixture_of_tokens.utils.process import is_main, process_count, process_number
 
 OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 PLAN = [sys.executable, "-m", "mixture_of_tokens", "plan", "Transformer-Nano"]
@@ -95,11 +94,3 @@ def test_the_command_line_alone_keeps_freed_memory(tiny_runs, monkeypatch):
     with suppress(SystemExit):
         command.main()
     assert bool(called) == (sys.platform == "linux" and platform.libc_ver()[0] == "glibc")
-
-
-@pytest.mark.parametrize(("takes", "told"), [(0.0, ""), (0.2, "it is a name on the Hub\n")])
-def test_what_takes_long_is_told_and_what_fails_at_once_is_not(takes, told, capsys):
-    with said_if_slow("it is a name on the Hub", seconds=0.1):
-        time.sleep(takes)
-    time.sleep(0.2)
-    assert capsys.readouterr().err == told
