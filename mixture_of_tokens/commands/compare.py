@@ -5,17 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.commands.numbers import Rates, Seeds
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import DEFAULTS, Options
-from mixture_of_tokens.utils.checks import checked, listed
+from mixture_of_tokens.utils.checks import listed
 
 if TYPE_CHECKING:
     from mixture_of_tokens.reports.report import Report
     from mixture_of_tokens.training.sweep import Plans
 
 
-@checked
+@calls("training.compare")
 def compare(
     *names: str,
     seeds: Seeds = [0],  # noqa: B006, it is only read
@@ -51,8 +52,3 @@ def compare(
     for name in (each for given in names for each in listed(given)):
         parse_name(name)  # before anything large is imported
     options.check_single()
-    from mixture_of_tokens.training.compare import compare
-
-    return compare(
-        *names, seeds=seeds, learning_rate=learning_rate, out=out, options=options, minutes=minutes, dry_run=dry_run
-    )

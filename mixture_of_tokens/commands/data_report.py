@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mixture_of_tokens.utils.checks import checked
+from mixture_of_tokens.commands.calling import calls
 
 if TYPE_CHECKING:
     from mixture_of_tokens.data.report import DataReport
 
 
-@checked
+@calls("data.report")
 def data_report(
     *data: str | Path,
     field: str = "text",
@@ -39,15 +39,4 @@ def data_report(
 
     Raises ValueError for bad sources or options.
     """
-    from mixture_of_tokens.data.report import data_report
-
-    return data_report(
-        *data,
-        field=field,
-        max_bytes=max_bytes,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        context=context,
-        group_size=group_size,
-        near_duplicates=near_duplicates,
-    )
+    ...

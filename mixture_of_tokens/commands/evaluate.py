@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.settings.choices import Device, Dtype
-from mixture_of_tokens.utils.checks import checked
 
 if TYPE_CHECKING:
     from mixture_of_tokens.evaluation.evaluate import Evaluation
 
 
-@checked
+@calls("evaluation.evaluate")
 def evaluate(
     run: str | Path,
     *,
@@ -55,20 +55,4 @@ def evaluate(
 
     Raises ValueError for bad options, a run without a model, and an unknown text.
     """
-    from mixture_of_tokens.evaluation.evaluate import evaluate
-
-    return evaluate(
-        run,
-        data=data,
-        field=field,
-        context=context,
-        regroupings=regroupings,
-        sweep_tokens=sweep_tokens,
-        max_tokens=max_tokens,
-        experts=experts,
-        separate_documents=separate_documents,
-        device=device,
-        dtype=dtype,
-        shard=shard,
-        expert_parallel=expert_parallel,
-    )
+    ...

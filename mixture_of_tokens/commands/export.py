@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.settings.choices import Device, Format, Quantize, Scores
-from mixture_of_tokens.utils.checks import checked
 
 if TYPE_CHECKING:
     from mixture_of_tokens.conversion.export import Exported
 
 
-@checked
+@calls("conversion.export")
 def export(
     run: str | Path,
     out: Path,
@@ -54,17 +54,4 @@ def export(
 
     Raises ValueError for layers without a counterpart in plain transformers, and for a checkpoint of another model.
     """
-    from mixture_of_tokens.conversion.export import export
-
-    return export(
-        run,
-        out,
-        format=format,
-        quantize=quantize,
-        top_k=top_k,
-        scores=scores,
-        distil_steps=distil_steps,
-        license=license,
-        force=force,
-        device=device,
-    )
+    ...

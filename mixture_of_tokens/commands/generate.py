@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 from cyclopts import Parameter
 
+from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.settings.choices import TEMPERATURE, Device, Dtype
-from mixture_of_tokens.utils.checks import checked
 
 if TYPE_CHECKING:
     from mixture_of_tokens.generation.generate import Generated
 
 
-@checked
+@calls("generation.generate")
 def generate(
     run: str | Path,
     *,
@@ -67,24 +67,4 @@ def generate(
     Raises ValueError for bad options, prompts that are empty or too long, a run without a model, and a model whose
     logits are not finite.
     """
-    from mixture_of_tokens.generation.generate import generate
-
-    return generate(
-        run,
-        prompt=prompt,
-        prompts_file=prompts_file,
-        out=out,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        samples=samples,
-        batch_size=batch_size,
-        alone=alone,
-        experts=experts,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        shard=shard,
-        expert_parallel=expert_parallel,
-        stream=stream,
-    )
+    ...

@@ -4,15 +4,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import DEFAULTS, Options
-from mixture_of_tokens.utils.checks import checked
 
 if TYPE_CHECKING:
     from mixture_of_tokens.training.prepare import PreparedText
 
 
-@checked
+@calls("training.prepare")
 def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEFAULTS) -> "PreparedText | None":
     """Prepare the text that mot train with the same flags would train on.
 
@@ -27,6 +27,3 @@ def prepare(name: str, *, options: Annotated[Options, Parameter(name="*")] = DEF
     """
     parse_name(name)  # before anything large is imported
     options.check_single()
-    from mixture_of_tokens.training.prepare import prepare
-
-    return prepare(name, options=options)

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixture_of_tokens.utils.checks import checked
+from mixture_of_tokens.commands.calling import calls
 
 if TYPE_CHECKING:
     from mixture_of_tokens.reports.report import Report
 
 
-@checked
+@calls("reports.report")
 def report(*runs: Path, out: Path | None = None) -> "Report":
     """Print the runs' losses side by side, the first one as the baseline, and write a page about them.
 
@@ -27,6 +27,4 @@ def report(*runs: Path, out: Path | None = None) -> "Report":
 
     Raises ValueError for runs that are not finished, damaged, or cannot be compared.
     """
-    from mixture_of_tokens.reports.report import report
-
-    return report(*runs, out=out)
+    ...

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.commands.numbers import Rates, Seeds
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import DEFAULTS, Options
-from mixture_of_tokens.utils.checks import checked
 
 if TYPE_CHECKING:
     from mixture_of_tokens.training.sweep import Plans, Sweep
 
 
-@checked
+@calls("training.sweep")
 def sweep(
     name: str,
     *,
@@ -42,6 +42,3 @@ def sweep(
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
     parse_name(name)  # before anything large is imported
-    from mixture_of_tokens.training.sweep import sweep
-
-    return sweep(name, learning_rate=learning_rate, seeds=seeds, out=out, options=options, dry_run=dry_run)

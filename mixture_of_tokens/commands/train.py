@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import DEFAULTS, Options
-from mixture_of_tokens.utils.checks import checked
 
 if TYPE_CHECKING:
     from mixture_of_tokens.runs.records import RunConfig
     from mixture_of_tokens.runs.run import Run
 
 
-@checked
+@calls("training.train")
 def train(
     name: str | None = None,
     *,
@@ -62,16 +62,3 @@ def train(
     if name is not None:
         parse_name(name)  # before anything large is imported
     options.check_single()
-    from mixture_of_tokens.training.train import train
-
-    return train(
-        name,
-        out=out,
-        seed=seed,
-        learning_rate=learning_rate,
-        start=start,
-        options=options,
-        minutes=minutes,
-        resume=resume,
-        dry_run=dry_run,
-    )

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.settings.choices import Device, Schedule, Scores
-from mixture_of_tokens.utils.checks import checked
 
 if TYPE_CHECKING:
     from mixture_of_tokens.conversion.transition import Transitioned
     from mixture_of_tokens.runs.records import RunConfig
 
 
-@checked
+@calls("conversion.transition")
 def transition(
     run: Path,
     *,
@@ -65,24 +65,4 @@ def transition(
 
     Raises ValueError for a source that cannot be switched, or whose text or optimizer state is missing.
     """
-    from mixture_of_tokens.conversion.transition import transition
-
-    return transition(
-        run,
-        out=out,
-        steps=steps,
-        top_k=top_k,
-        capacity=capacity,
-        scores=scores,
-        calibrate=calibrate,
-        distil_steps=distil_steps,
-        optimizer=optimizer,
-        schedule=schedule,
-        learning_rate=learning_rate,
-        device=device,
-        shard=shard,
-        replicate=replicate,
-        expert_parallel=expert_parallel,
-        resume=resume,
-        dry_run=dry_run,
-    )
+    ...

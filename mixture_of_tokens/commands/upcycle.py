@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixture_of_tokens.utils.checks import checked
+from mixture_of_tokens.commands.calling import calls
 
 if TYPE_CHECKING:
     from mixture_of_tokens.conversion.upcycle import UpcycledModel
 
 
-@checked
+@calls("conversion.upcycle")
 def upcycle(
     source: str | Path,
     name: str,
@@ -43,6 +43,4 @@ def upcycle(
     Returns what was written. Raises ValueError for a source that is not dense or of another architecture, and for a
     name that does not fit it.
     """
-    from mixture_of_tokens.conversion.upcycle import upcycle
-
-    return upcycle(source, name, out=out, data=data, field=field, seed=seed)
+    ...
