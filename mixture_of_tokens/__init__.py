@@ -9,39 +9,47 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-if TYPE_CHECKING:
-    from mixture_of_tokens.commands.audit import audit
-    from mixture_of_tokens.commands.compare import compare
-    from mixture_of_tokens.commands.data_report import data_report
-    from mixture_of_tokens.commands.evaluate import evaluate
-    from mixture_of_tokens.commands.export import export
-    from mixture_of_tokens.commands.generate import generate
-    from mixture_of_tokens.commands.plan import plan
-    from mixture_of_tokens.commands.prepare import prepare
-    from mixture_of_tokens.commands.report import report
-    from mixture_of_tokens.commands.sweep import sweep
-    from mixture_of_tokens.commands.train import train
-    from mixture_of_tokens.commands.transition import transition
-    from mixture_of_tokens.commands.upcycle import upcycle
-    from mixture_of_tokens.data.groups import GroupedBatches, prepare_tokens
-    from mixture_of_tokens.data.own_tokens import count_collisions, split_tokens
-    from mixture_of_tokens.data.prepare import prepare_text
-    from mixture_of_tokens.evaluation.audit import audit_model
-    from mixture_of_tokens.evaluation.losses import score_tokens
-    from mixture_of_tokens.layers.experts import Experts, Router
-    from mixture_of_tokens.layers.mixture import MixtureOfTokens
-    from mixture_of_tokens.layers.soft import SoftMoE
-    from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
-    from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
-    from mixture_of_tokens.models.balance_callback import BalanceCallback
-    from mixture_of_tokens.models.companions import calibrate_companions
-    from mixture_of_tokens.models.config import MixtureOfTokensConfig
-    from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM, MixtureOfTokensModel
-    from mixture_of_tokens.models.names import config_from_name
-    from mixture_of_tokens.models.threshold_calibration import calibrate_thresholds
-    from mixture_of_tokens.runs.run import Run, read_run
-    from mixture_of_tokens.settings.options import Options
-    from mixture_of_tokens.training.grouped import GroupedTrainer
+if TYPE_CHECKING:  # `X as X` says that X is public
+    from mixture_of_tokens.commands.audit import audit as audit
+    from mixture_of_tokens.commands.compare import compare as compare
+    from mixture_of_tokens.commands.data_report import data_report as data_report
+    from mixture_of_tokens.commands.evaluate import evaluate as evaluate
+    from mixture_of_tokens.commands.export import export as export
+    from mixture_of_tokens.commands.generate import generate as generate
+    from mixture_of_tokens.commands.plan import plan as plan
+    from mixture_of_tokens.commands.prepare import prepare as prepare
+    from mixture_of_tokens.commands.report import report as report
+    from mixture_of_tokens.commands.sweep import sweep as sweep
+    from mixture_of_tokens.commands.train import train as train
+    from mixture_of_tokens.commands.transition import transition as transition
+    from mixture_of_tokens.commands.upcycle import upcycle as upcycle
+    from mixture_of_tokens.data.groups import GroupedBatches as GroupedBatches
+    from mixture_of_tokens.data.groups import prepare_tokens as prepare_tokens
+    from mixture_of_tokens.data.own_tokens import count_collisions as count_collisions
+    from mixture_of_tokens.data.own_tokens import split_tokens as split_tokens
+    from mixture_of_tokens.data.prepare import prepare_text as prepare_text
+    from mixture_of_tokens.evaluation.audit import audit_model as audit_model
+    from mixture_of_tokens.evaluation.losses import score_tokens as score_tokens
+    from mixture_of_tokens.layers.experts import Experts as Experts
+    from mixture_of_tokens.layers.experts import Router as Router
+    from mixture_of_tokens.layers.mixture import MixtureOfTokens as MixtureOfTokens
+    from mixture_of_tokens.layers.soft import SoftMoE as SoftMoE
+    from mixture_of_tokens.layers.thresholds import ExpertThreshold as ExpertThreshold
+    from mixture_of_tokens.layers.thresholds import ReMoE as ReMoE
+    from mixture_of_tokens.layers.token_choice import ExpertChoice as ExpertChoice
+    from mixture_of_tokens.layers.token_choice import SigmoidChoice as SigmoidChoice
+    from mixture_of_tokens.layers.token_choice import TokenChoice as TokenChoice
+    from mixture_of_tokens.models.balance_callback import BalanceCallback as BalanceCallback
+    from mixture_of_tokens.models.companions import calibrate_companions as calibrate_companions
+    from mixture_of_tokens.models.config import MixtureOfTokensConfig as MixtureOfTokensConfig
+    from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM as MixtureOfTokensForCausalLM
+    from mixture_of_tokens.models.modeling import MixtureOfTokensModel as MixtureOfTokensModel
+    from mixture_of_tokens.models.names import config_from_name as config_from_name
+    from mixture_of_tokens.models.threshold_calibration import calibrate_thresholds as calibrate_thresholds
+    from mixture_of_tokens.runs.run import Run as Run
+    from mixture_of_tokens.runs.run import read_run as read_run
+    from mixture_of_tokens.settings.options import Options as Options
+    from mixture_of_tokens.training.grouped import GroupedTrainer as GroupedTrainer
 
 # The module of each public name.
 _MODULES = {
@@ -80,48 +88,7 @@ _MODULES = {
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "BalanceCallback",
-    "ExpertChoice",
-    "ExpertThreshold",
-    "Experts",
-    "GroupedBatches",
-    "GroupedTrainer",
-    "MixtureOfTokens",
-    "MixtureOfTokensConfig",
-    "MixtureOfTokensForCausalLM",
-    "MixtureOfTokensModel",
-    "Options",
-    "ReMoE",
-    "Router",
-    "Run",
-    "SigmoidChoice",
-    "SoftMoE",
-    "TokenChoice",
-    "audit",
-    "audit_model",
-    "calibrate_companions",
-    "calibrate_thresholds",
-    "compare",
-    "config_from_name",
-    "count_collisions",
-    "data_report",
-    "evaluate",
-    "export",
-    "generate",
-    "plan",
-    "prepare",
-    "prepare_text",
-    "prepare_tokens",
-    "read_run",
-    "report",
-    "score_tokens",
-    "split_tokens",
-    "sweep",
-    "train",
-    "transition",
-    "upcycle",
-]
+__all__ = sorted(_PLACES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -71,10 +71,6 @@ class ReachedSummary:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(Summary.of(None if each is None else getattr(each, name) for each in found) for name in names))
 
-    def at(self, key: str) -> Summary | None:
-        """By the name of a field of `Point`."""
-        return getattr(self, key)
-
     def share(self, whole: str) -> Summary | None:
         """By a key of `RATIOS`."""
         return getattr(self, f"of_{whole}")

@@ -121,7 +121,7 @@ def _curves(comparison: Comparison, switches: dict[int, Point]) -> list[tuple[st
     for key, (x_label, scale, head) in axes.items():
         points = []
         for i, model in enumerate(models):
-            found = model.reached[baseline.label].at(key)
+            found = getattr(model.reached[baseline.label], key)
             if i and found is not None and found.seeds == len(comparison.seeds):
                 points.append((i, found.mean / scale, level))
         drawn = lines[key] if origin is None else [*lines[key], _before(origin, key, lines[key], len(models))]
