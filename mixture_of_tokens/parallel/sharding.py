@@ -34,7 +34,10 @@ MIXTURES = "mixtures"  # the name of our way to exchange what experts read
 
 
 def shard_model(model: MixtureOfTokensForCausalLM, placement: Placement) -> MixtureOfTokensForCausalLM:
-    """The model, whose weights become shards in place. Every process calls it, with the same weights."""
+    """The model, whose weights become shards in place. Every process calls it, with the same weights.
+
+    For the whole process it registers an exchange with transformers, and turns off a warning of torch's.
+    """
     if not placement.sharded:
         return model
     EPImplementationInterface.register(MIXTURES, _exchange_of_mixtures)
