@@ -223,6 +223,8 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/verdict/fresh.py": (109, "results/equal-time"),
     "experiments/verdict/attention.py": (80, "../experiments/LOG"),
     "experiments/alone/run.py": (31, "../experiments/LOG"),
+    "experiments/documents/run.py": (14, "../experiments/LOG"),
+    "experiments/router_z/run.py": (6, "../experiments/LOG"),
     "experiments/partial_groups/run.py": (14, "results/alone"),
     "experiments/paper/ledger.py": (12, "results/paper"),
     "experiments/paper/fig6.py": (14, "results/paper"),

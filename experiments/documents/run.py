@@ -1,6 +1,6 @@
 """Documents of a row that see each other, and that do not (`--separate-documents`): loss and time of a step at Nano.
 
-    python experiments/documents/run.py           # four runs, one seed, and the time of a step; 15 minutes of one core
+    python experiments/documents/run.py           # twelve runs, and the time of a step; 45 minutes of one core
     python experiments/documents/run.py --table   # prints the table
 
 400 steps of 8,192 tokens of the standard library's source, in rows of 64 tokens, of which `rows` says how many hold
@@ -8,6 +8,7 @@ parts of several documents. Each model is scored over all of the validation text
 Steps are timed in turns, forward, backward and AdamW.
 """
 
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -29,14 +30,14 @@ from common import Experiment, _step_of, directory_of, once, read_csv, script
 
 EXPERIMENT = Experiment.named("documents")
 RUNS, TIMES = EXPERIMENT.kept / "runs.csv", EXPERIMENT.kept / "timings.csv"
-NAMES, SEED, STEPS = ("Transformer-Nano", "MoT-Nano/32E/8"), 1, 400
+NAMES, SEEDS, STEPS = ("Transformer-Nano", "MoT-Nano/32E/8"), (1, 2, 3), 400
 WAYS = {"together": False, "apart": True}
 ROWS, GROUP, ROUNDS, TIMED = 128, 32, 9, 5  # of a step, and of a group; turns, and steps in each
 
 
-def _run(name: str, way: str) -> list[dict[str, object]]:
+def _run(name: str, way: str, seed: int) -> list[dict[str, object]]:
     options = Options(steps=STEPS, device="cpu", separate_documents=WAYS[way])
-    run = train(name, out=_place(name, way), seed=SEED, options=options, resume=True)
+    run = train(name, out=_place(name, way, seed), seed=seed, options=options, resume=True)
     model, text = load_model(str(run.directory), device="cpu"), text_of(str(run.directory)).validation
     how = {"group_size": GROUP, "batch_size": ROWS}
     losses = {
@@ -49,8 +50,8 @@ def _run(name: str, way: str) -> list[dict[str, object]]:
     return [losses | {"rows": round(several, 3), "corpus": facts.corpus["hash"], "commit": facts.commit}]
 
 
-def _place(name: str, way: str) -> Path:
-    return EXPERIMENT.trained / directory_of(name, way, f"seed{SEED}")
+def _place(name: str, way: str, seed: int = SEEDS[0]) -> Path:
+    return EXPERIMENT.trained / directory_of(name, way, f"seed{seed}")
 
 
 def _timed(name: str) -> list[dict[str, object]]:
@@ -74,19 +75,19 @@ def _timed(name: str) -> list[dict[str, object]]:
 
 
 def make() -> None:
-    for name in NAMES:
-        for way in WAYS:
-            once(RUNS, {"name": name, "trained": way, "seed": SEED}, _run, name, way, settings={"steps": STEPS})
+    for seed, name, way in itertools.product(SEEDS, NAMES, WAYS):
+        once(RUNS, {"name": name, "trained": way, "seed": seed}, _run, name, way, seed, settings={"steps": STEPS})
     for name in NAMES:
         once(TIMES, {"name": name}, _timed, name)
 
 
 def table() -> str:
-    rows = [["", "trained", "scored together", "scored apart", "time of a step, apart over together"]]
+    rows = [["", "trained", "seed", "scored together", "scored apart", "time of a step, apart over together"]]
     ratios = {row["name"]: f"{float(row['ratio']):.2f} ({row['low']} to {row['high']})" for row in read_csv(TIMES)}
     for row in read_csv(RUNS):
         losses = [f"{float(row[f'loss_{way}']):.4f}" for way in WAYS]
-        rows.append([row["name"], row["trained"], *losses, ratios.get(row["name"], "") * (row["trained"] == "apart")])
+        time = ratios.get(row["name"], "") * ((row["trained"], row["seed"]) == ("apart", "1"))
+        rows.append([row["name"], row["trained"], row["seed"], *losses, time])
     return markdown(rows, left=2)
 
 
