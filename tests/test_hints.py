@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixture_of_tokens import MixtureOfTokensForCausalLM, prepare_text
+from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, prepare_text
 from mixture_of_tokens.settings.names import SIZES, parse_name
 from mixture_of_tokens.settings.routings import TABLE
 from processes import mot
@@ -14,11 +14,15 @@ def refused(capsys, *words) -> str:
     return capsys.readouterr().err
 
 
-def test_a_run_directory_is_told_from_its_model(tiny_runs):
+@pytest.mark.parametrize("kind", [MixtureOfTokensForCausalLM, MixtureOfTokensConfig])
+def test_a_run_directory_is_told_from_its_model(tiny_runs, tmp_path, kind):
     run = tiny_runs["MoT-Nano/4E/2"]
-    with pytest.raises(ValueError, match=f"{run} is a run, whose model is in {run / 'model'}: load that"):
-        MixtureOfTokensForCausalLM.from_pretrained(run)
-    assert MixtureOfTokensForCausalLM.from_pretrained(run / "model").config.group_size == 4
+    with pytest.raises(ValueError, match=f"{run} is a run, whose model is in {run / 'model'}"):
+        kind.from_pretrained(run)
+    with pytest.raises(ValueError, match=f"{tmp_path} has no config.json"):
+        kind.from_pretrained(tmp_path)
+    for loaded in (kind.from_pretrained(run / "model"), kind.from_pretrained(run, subfolder="model")):
+        assert getattr(loaded, "config", loaded).group_size == 4
 
 
 def test_a_text_in_place_of_a_file_is_told_to_be_none():

@@ -1,5 +1,6 @@
 """The configuration of a model: the fields of transformers' Qwen3-MoE, and ours."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,20 @@ class MixtureOfTokensConfig(LayerSettings, Qwen3MoeConfig):
     num_experts_per_tok: int = 1
 
     mlp_layer_types: list[str] | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As upstream's, which takes a folder without config.json, such as a run, for a model of all defaults.
+
+        Raises ValueError for such a folder.
+        """
+        found, others = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not found:
+            folder = Path(pretrained_model_name_or_path)
+            if (folder / "model" / "config.json").is_file():
+                raise ValueError(f"{folder} is a run, whose model is in {folder / 'model'}: load that")
+            raise ValueError(f"{folder} has no config.json: it is no model")
+        return found, others
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

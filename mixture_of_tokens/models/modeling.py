@@ -5,7 +5,6 @@ holds the differences, and `generation.py` those of `generate`.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,14 +81,6 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
         "hidden_states": MixtureOfTokensDecoderLayer,
         "attentions": Qwen3MoeAttention,
     }
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers', but a run directory is told from a model."""
-        folder = Path(str(pretrained_model_name_or_path))
-        if not (folder / "config.json").exists() and (folder / "model" / "config.json").is_file():
-            raise ValueError(f"{folder} is a run, whose model is in {folder / 'model'}: load that")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module):
         scale = self.config.initializer_scale
