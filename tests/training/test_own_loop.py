@@ -1,5 +1,9 @@
 """A loop, a Trainer and tokens of one's own: few lines, the loss of every token, and groups of different documents."""
 
+import gc
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +23,8 @@ from mixture_of_tokens import (
 )
 from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.layers.experts import Router
+from mixture_of_tokens.models.balance_callback import BalanceCallback
+from processes import in_processes
 from routings import tiny
 
 GROUP, VOCABULARY = 4, 97
@@ -60,6 +66,13 @@ class Own(nn.Module):
         if labels is None:
             return logits
         return {"loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), "logits": logits}
+
+
+def rows_seen_by(model: nn.Module) -> list[torch.Tensor]:
+    """Those of every batch, from here on."""
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, given: seen.append(given["input_ids"]), with_kwargs=True)
+    return seen
 
 
 def test_rows_are_read_one_by_one_and_step_by_step():
@@ -108,9 +121,8 @@ def test_a_loop_of_few_lines():
 
 
 def test_a_trainer_trains_on_the_steps_of_the_rows_in_their_order(tmp_path):
-    rows, seen = rows_of(steps=3), []
-    model = llama()
-    model.register_forward_pre_hook(lambda _, args, given: seen.append(given["input_ids"]), with_kwargs=True)
+    rows, model = rows_of(steps=3), llama()
+    seen = rows_seen_by(model)
     trainer = GroupedTrainer(model, how(tmp_path, optim="sgd", learning_rate=0.1), train_dataset=rows)
     trainer.train()
     assert trainer.state.global_step == 3
@@ -144,6 +156,51 @@ def test_a_trainer_evaluates_rows_and_leaves_the_arguments_as_they_were(tmp_path
         expected = np.mean([float(model(**batch).loss) for batch in held_out])
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
     assert (arguments.max_steps, arguments.per_device_eval_batch_size, arguments.remove_unused_columns) == (-1, 8, True)
+
+
+KINDS = {"llama": llama, "own": Own} | {
+    kind: partial(tiny, kind, group_size=GROUP) for kind in ("mixture_of_tokens", "token_choice", "sigmoid_choice")
+}
+
+
+def train(kind: str, folder: Path) -> None:
+    """For three steps, and evaluate; saves what this process saw and made."""
+    torch.manual_seed(0)
+    model = KINDS[kind]()
+    seen = rows_seen_by(model)
+    arguments = how(folder, optim="sgd", learning_rate=0.1, logging_steps=1)
+    arguments.gradient_accumulation_steps = 4 // arguments.world_size
+    rows, held_out = rows_of(steps=3, batch_size=16), rows_of(steps=3, batch_size=8)
+    callbacks = [BalanceCallback(model)] if hasattr(model, "balance") else []
+    trainer = GroupedTrainer(model, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks)
+    trainer.train()
+    made = {"rows": list(seen), "weights": model.state_dict(), "held out": trainer.evaluate()["eval_loss"]}
+    made["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    torch.save(made, folder / f"{kind}-{arguments.process_index}-of-{arguments.world_size}.pt")
+
+
+def train_all(folder: Path) -> None:
+    """In every process."""
+    for kind in KINDS:
+        train(kind, folder)
+    if torch.distributed.is_initialized():
+        gc.collect()  # a DDP that is still there would wait for ever, now and then
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_groups_of_a_step_and_train_as_one_does(tmp_path):
+    for count in (1, 2):
+        in_processes(train_all, (tmp_path,), count, tmp_path / "log")
+    for kind in KINDS:
+        one, *two = (torch.load(tmp_path / f"{kind}-{who}.pt") for who in ("0-of-1", "0-of-2", "1-of-2"))
+        together = [ids for both in zip(two[0]["rows"], two[1]["rows"], strict=True) for ids in both]
+        torch.testing.assert_close(together, one["rows"])
+        torch.testing.assert_close(torch.cat(together), torch.cat([b["input_ids"] for b in rows_of(3, 16)]))
+        for each in two:
+            torch.testing.assert_close(each["weights"], one["weights"])
+            assert each["losses"] == pytest.approx(one["losses"], abs=2e-4)  # logged with four digits
+            assert each["held out"] == pytest.approx(one["held out"], abs=1e-5)
 
 
 def test_a_model_gets_what_its_forward_takes(tmp_path):
