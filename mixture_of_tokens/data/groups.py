@@ -102,11 +102,11 @@ def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarr
 
 
 def say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
-    """Once for a text: a sweep prepares it for every run, and a part of several is opened often."""
-    what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size}"
-    means = "a group may hold two parts of one document, which hurts only where one part tells what is in the other"
-    enough = f"some {40 * group_size:,} documents of like length are enough that none is divided"
-    say_once(f"{what}: {segments} far-apart segments count as documents, so {means}; {enough}")
+    """Once for a text: a part of several is opened often."""
+    what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size} different ones"
+    how = f"long documents are divided into {segments:,} segments, which count as documents"
+    means = "Two of one document, far apart, may meet in a group, which hurts only where one tells what is in the other"
+    say_once(f"{what}: {how}. {means}. With some {40 * group_size:,} documents of like length none is divided")
 
 
 def prepare_tokens(

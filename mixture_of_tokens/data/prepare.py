@@ -155,6 +155,7 @@ def prepare_text(
             may_be_empty=together,
         )
 
+    in_cache = directory.exists()
     entry = _entry(directory, make)
     facts = entry["facts"]
     splits, segments = _splits(directory, entry, context, group_size, separate_documents)
@@ -166,7 +167,7 @@ def prepare_text(
     )
     if not together:
         made.check()
-    if segments:
+    if segments and not in_cache:
         say_segments(named, group_size, segments)
     if lost:
         what = f"--tokenizer {tokenizer} does not keep text as it is: {lost[0]!r} becomes {lost[1]!r}"
