@@ -30,7 +30,6 @@ OF_TRAINING = {f"training.{field.name}": field.default for field in fields(Train
 MAY_MOVE = ("data", "tokenizer", "transition.source", "start.source")  # paths, of which a resumed run may name others
 # Fields of runs by earlier versions, which tell those apart; this one sets none of them, and writes those that are set.
 RETIRED = ("anneal_temperature_to", "control", "anneal")
-LATER = {"qk_norm": True}  # fields of a model that earlier versions did not know, with the value that all had then
 # Fields of a model's configuration that are not written: they follow from others, or nothing reads them.
 DERIVED = ("transformers_version", "mlp_only_layers", "decoder_sparse_step", "initializer_range")
 

@@ -15,16 +15,19 @@ Dtypes = Literal["float32", "bfloat16", "float64"]
 RouterScores = Literal["softmax", "sigmoid"]
 
 
-def setting(default: Any, *of: str, argument: str | None = None, training: bool = False, **bounds: float) -> Any:
+def setting(
+    default: Any, *of: str, argument: str | None = None, training: bool = False, later: bool = False, **bounds: float
+) -> Any:
     """A field of `LayerSettings`.
 
     Args:
         of: the kinds of routing whose layers take it as an argument; none for what the model reads itself.
         argument: the argument's name, where it is not the field's.
         training: it changes how a model is trained, not what it computes.
+        later: earlier versions did not have it, and did what its default does; files hold it where it is another.
         bounds: as `check_range` takes them.
     """
-    metadata = {"of": of, "argument": argument, "training": training, "bounds": bounds}
+    metadata = {"of": of, "argument": argument, "training": training, "later": later, "bounds": bounds}
     return field(default=default, metadata=metadata)
 
 
@@ -35,7 +38,7 @@ class LayerSettings:
     group_size: int = setting(32, ge=1)
     shared_experts: int = setting(0, ge=0)
     gated: bool = setting(True)
-    qk_norm: bool = setting(True)
+    qk_norm: bool = setting(True, later=True)
     initializer_scale: float = setting(0.1**0.5, gt=0, training=True)
     router_temperature: float = setting(1.0, ge=1e-20, le=1e20)  # beyond it logits of fp32 vanish, or are infinite
     learnable_temperature: bool = setting(False)
@@ -44,13 +47,14 @@ class LayerSettings:
     norm_topk_prob: bool = setting(False, "token_choice", "sigmoid_choice")
     capacity_factor: float | None = setting(1.25, "token_choice", gt=0, training=True)
     router_aux_loss_coef: float = setting(0.01, "token_choice", ge=0, training=True)
-    router_z_loss_coef: float = setting(0.0, "token_choice", "sigmoid_choice", ge=0, training=True)
+    router_z_loss_coef: float = setting(0.0, "token_choice", "sigmoid_choice", ge=0, training=True, later=True)
     balance_rate: float = setting(1e-3, "sigmoid_choice", ge=0, training=True)
     threshold_decay: float = setting(0.9, "expert_threshold", ge=0, lt=1, training=True)
     threshold_scores: RouterScores = setting("softmax", "expert_threshold", argument="scores")
 
 
 FIELDS: Mapping[str, Field[Any]] = {each.name: each for each in fields(LayerSettings)}
+LATER = {name: each.default for name, each in FIELDS.items() if each.metadata["later"]}
 OF_TRAINING = tuple(name for name, each in FIELDS.items() if each.metadata["training"])
 
 

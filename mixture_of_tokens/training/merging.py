@@ -16,7 +16,8 @@ from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.models.names import FIELDS, other_sizes
 from mixture_of_tokens.parallel.placement import Placement, check_device
 from mixture_of_tokens.runs.preconditions import check_seed
-from mixture_of_tokens.runs.records import DERIVED, LATER, RunConfig, Start, Transition
+from mixture_of_tokens.runs.records import DERIVED, RunConfig, Start, Transition
+from mixture_of_tokens.settings.layers import LATER
 from mixture_of_tokens.settings.names import Name, parse_name
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.settings.recipes import FROM_ELSEWHERE, LEARNING_RATES, OF_A_START, RECIPES, TRAINING, Recipe
