@@ -86,8 +86,8 @@ def table() -> str:
     ratios = {row["name"]: f"{float(row['ratio']):.2f} ({row['low']} to {row['high']})" for row in read_csv(TIMES)}
     for row in read_csv(RUNS):
         losses = [f"{float(row[f'loss_{way}']):.4f}" for way in WAYS]
-        time = ratios.get(row["name"], "") * ((row["trained"], row["seed"]) == ("apart", "1"))
-        rows.append([row["name"], row["trained"], row["seed"], *losses, time])
+        ratio = ratios.get(row["name"], "") * ((row["trained"], row["seed"]) == ("apart", "1"))
+        rows.append([row["name"], row["trained"], row["seed"], *losses, ratio])
     return markdown(rows, left=2)
 
 

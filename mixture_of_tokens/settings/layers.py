@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
+from mixture_of_tokens.settings.choices import Scores
 from mixture_of_tokens.utils.checks import check, check_choice, check_range
 
 Dtypes = Literal["float32", "bfloat16", "float64"]
-RouterScores = Literal["softmax", "sigmoid"]
 
 
 def setting(
@@ -50,7 +50,7 @@ class LayerSettings:
     router_z_loss_coef: float = setting(0.0, "token_choice", "sigmoid_choice", ge=0, training=True, later=True)
     balance_rate: float = setting(1e-3, "sigmoid_choice", ge=0, training=True)
     threshold_decay: float = setting(0.9, "expert_threshold", ge=0, lt=1, training=True)
-    threshold_scores: RouterScores = setting("softmax", "expert_threshold", argument="scores")
+    threshold_scores: Scores = setting("softmax", "expert_threshold", argument="scores")
 
 
 FIELDS: Mapping[str, Field[Any]] = {each.name: each for each in fields(LayerSettings)}

@@ -5,12 +5,13 @@ together, as heads and their width, is checked there too.
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field
 
 from mixture_of_tokens.settings.fields import Settings, given_fields
-from mixture_of_tokens.settings.layers import LayerSettings
+from mixture_of_tokens.settings.layers import FIELDS as OF_LAYERS
+from mixture_of_tokens.settings.layers import Dtypes
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -43,7 +44,7 @@ class ModelSettings(Settings, total=False):
     sliding_window: int | None
     tie_word_embeddings: bool
     # What it is computed in; Adam's smallest numbers are zero in float16
-    dtype: Literal["float32", "bfloat16", "float64"] | None
+    dtype: Dtypes | None
     # What transformers keeps, and what other fields set
     output_router_logits: bool
     use_cache: bool
@@ -62,7 +63,7 @@ def _declared(field: dataclasses.Field[Any]) -> Any:
 
 
 FIELDS = get_type_hints(ModelSettings, include_extras=True)
-FIELDS |= {field.name: _declared(field) for field in dataclasses.fields(LayerSettings)}
+FIELDS |= {name: _declared(field) for name, field in OF_LAYERS.items()}
 
 
 def model_fields(given: dict[str, Any]) -> dict[str, Any]:
