@@ -85,6 +85,12 @@ def differing(environments: Sequence[Mapping[str, Any]]) -> str | None:
     return f"The runs differ in {enumerated(names)}: times may not be comparable." if names else None
 
 
+def of_what_text(comparison: Comparison) -> str:
+    """A sentence on how much of the text final losses are of."""
+    split, scored = comparison.evaluated_on, comparison.scored_tokens
+    return f"Final losses are of {'all' if scored is None else f'{scored:,} tokens'} of the {split} text."
+
+
 def seeds_of(comparison: Comparison) -> str:
     count = len(comparison.seeds)
     return "one seed" if count == 1 else f"{count} seeds"
@@ -117,7 +123,7 @@ def findings(comparison: Comparison) -> dict[str, list[str]]:
         if (regrouped := model.regrouping_spread) is not None:
             sentences[model.label].append(f"Three ways to group the text differ by {regrouped.greatest:.4f} at most.")
     end = with_span(baseline.final_loss, loss)
-    what = f"{baseline.label}, the baseline, ends at {end} nats a token"
+    what = f"{baseline.label}{', the baseline,' if others else ''} ends at {end} nats a token"
     sentences[baseline.label] = [f"{what} after {comparison.steps:,} steps ({seeds_of(comparison)})."]
     for model in comparison.models:
         if model.properties["causal"] == "no":

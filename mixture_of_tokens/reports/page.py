@@ -43,6 +43,7 @@ def page(
         rows=[(i, model.label, model) for i, model in enumerate(comparison.models)],
         findings=findings,
         labels=labels,
+        several=len(labels) > 1,
         seeds=findings.seeds_of(comparison),
         series=SERIES,
         swatch=swatch,
@@ -249,11 +250,11 @@ def _measure(
         if len({f"{value:.3g}" for value in own}) == 1:
             constant.append(f"{label}: {own[0]:.3g} in every layer, throughout.")
             continue
-        series = labels.index(label)
-        alphas = [0.45 + 0.55 * (i + 1) / len(layers) for i in range(len(layers))]
-        lines = [
-            Line(series, _thinned(steps), _thinned(line), label=layer, alpha=alpha)
-            for (layer, (steps, line)), alpha in zip(layers.items(), alphas, strict=True)
+        series, several = labels.index(label), len(labels) > 1
+        alphas = [0.45 + 0.55 * (i + 1) / len(layers) for i in range(len(layers))] if several else [1.0] * len(layers)
+        lines = [  # several models are told by their colours, the layers of one by the colours that are then free
+            Line(series if several else i, _thinned(steps), _thinned(line), label=layer, alpha=alphas[i])
+            for i, (layer, (steps, line)) in enumerate(layers.items())
         ]
         ends = [f"layer {layer} from {line[0]:.3g} to {line[-1]:.3g}" for layer, (_, line) in layers.items()]
         figure = panel(

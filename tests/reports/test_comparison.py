@@ -419,6 +419,21 @@ def test_a_switch_is_a_line_in_its_own_figure_and_in_those_of_the_layers(panels,
     assert [list(given["switches"]) for _, given in panels] == [[], [(1, 10)]]
 
 
+def test_a_page_of_one_model_compares_nothing_and_tells_its_layers_by_colour(panels, tmp_path):
+    models = by_model([run(tmp_path / "m", "MoT-Nano/32E")])
+    found = comparison(models)
+    made = page.page(found, models, {}, [])
+    assert [head for head, _ in cells(table_of(models, "Result"))[0]] == ["Final loss", "Bits per byte"]
+    for word in ("baseline", "another model", "At equal time", "comparison of"):
+        assert word not in made, word
+    assert "of all of the validation text" in made
+    assert "of 512 tokens of the validation text" in page.page(replace(found, scored_tokens=512), models, {}, [])
+    panels.clear()
+    layers = {layer: ([5, 10], [0.1, 0.2]) for layer in ("2", "3")}
+    _measure("Dropped tokens", dict.fromkeys(models, layers), list(models), {})
+    assert [line.series for line in panels[0][0]] == [0, 1]
+
+
 def test_samples_stand_beside_their_model_s_mark(tmp_path):
     models = by_model([run(tmp_path / "d"), run(tmp_path / "m", "MoT-Nano/32E")])
     written = {"def ": {"Transformer-Nano": "one", "MoT-Nano/32E": "two"}, "The ": {"MoT-Nano/32E": "three"}}
