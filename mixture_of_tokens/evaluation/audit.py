@@ -120,8 +120,8 @@ class Audit(Result):
             lines.append(f"Rows of its text in a group with another of their {unit}: {self.collisions}")
         if self.segments:
             lines.append(
-                f"Its documents are too few, or too long: {self.segments} far-apart segments count as documents, so "
-                "rows of a group may be of one document."
+                f"Its documents are too few, or too long: long ones are divided into {self.segments:,} segments, which "
+                "count as documents, so rows of a group may be of one document."
             )
         by = f", by {self.experts} experts" if self.experts else ""
         served = f"served alone{by}: " if self.alone else ""

@@ -95,7 +95,8 @@ def write_page(
 def summary_of(result: Comparison) -> str:
     """The table, and the findings in sentences."""
     count, own_steps = len(result.seeds), not result.at_equal_steps
-    columns = ["model", *["steps"] * own_steps, "loss", *["spread"] * (count > 1), "vs first", "reached at"]
+    beside = ["vs first", "reached at"] if len(result.models) > 1 else []
+    columns = ["model", *["steps"] * own_steps, "loss", *["spread"] * (count > 1), *beside]
     columns += ["bits/byte", "parameters", "FLOPs/token", "seconds", "tokens/s"]
     table = []
     for model in result.models:
@@ -109,8 +110,7 @@ def summary_of(result: Comparison) -> str:
             *[f"{model.steps:,}"] * own_steps,
             f"{model.final_loss.mean:.4f}",
             *[f"{model.final_loss.greatest - model.final_loss.least:.4f}"] * (count > 1),
-            f"{model.final_loss_difference.mean:+.4f}",
-            when,
+            *([f"{model.final_loss_difference.mean:+.4f}", when] if beside else []),
             f"{model.bits_per_byte.mean:.4f}",
             f"{model.parameters['total']:,}",
             f"{model.flops_per_token['forward']:,.0f}",

@@ -195,7 +195,7 @@ class RunConfig(Record):
             "--batch-size": self.batch_size,
             "--steps": self.last_step if self.minutes is None else f"those of {self.minutes:g} minutes",
             "--scored-rows": self.scored_rows,
-            f"the size of their groups; {batch}--model.group_size N gives all the same batches": self.group_size,
+            f"the size of their groups ({batch}--model.group_size N gives all the same batches)": self.group_size,
         }
 
     def prepare(self) -> Prepared:

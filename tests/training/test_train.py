@@ -479,11 +479,11 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         ),
         (
             ["compare", "Transformer-Nano", "MoT-Nano/64E"],
-            "the size of their groups; --model.group_size N gives all the same batches: 32 and 64",
+            "the size of their groups (--model.group_size N gives all the same batches): 32 and 64",
         ),
         (
             ["compare", "Transformer-Nano", "MoT-Nano/4E", "--batch-size", 16],
-            "groups; --batch-size 32 or --model.group_size N gives all the same batches: 1 and 4",
+            "groups (--batch-size 32 or --model.group_size N gives all the same batches): 1 and 4",
         ),
         (
             ["train", "MoT-Nano/32E", "--steps", 20, "--training.warmup_steps", 21],
@@ -626,7 +626,7 @@ def test_one_small_file_will_do_and_the_run_says_what_counts_as_documents(direct
     mot("audit", out, "--batches", 1, "--device", "cpu")
     shown = capsys.readouterr().out
     assert "in a group with another of their segment: 0\n" in shown
-    assert f"{segments} far-apart segments count as documents" in shown
+    assert f"{segments:,} segments" in shown
 
 
 def test_a_given_tokenizer_sets_the_vocabulary(runs, directory, small_corpus, capsys):
