@@ -120,7 +120,7 @@ FRONT = {  # the places in DRAWN of those that README shows
 def timed(kept: Path) -> None:
     """Steps of all systems and of what mixtures are after their switch; and distillation, in steps of the dense one."""
     systems = {system.as_timed.label: system.as_timed for system in SYSTEMS}
-    systems |= {system.after.label: system.after for system in SYSTEMS if system.mixes}
+    systems |= {system.after.as_timed.label: system.after.as_timed for system in SYSTEMS if system.mixes}
     models = {}
     for label, system in systems.items():
         config = merge(system.name, 0, None, replace(OPTIONS, model=dict(system.model))).config.model_config
@@ -176,7 +176,7 @@ def trained(out: Path, kept: Path, system: System, seed: int, steps: int, rate: 
 def switched(source: Path, out: Path, system: System, steps: int, rate: float | None) -> Run:
     """Switch a mixture, and train it on."""
     early: dict[str, Any] = {"schedule": "decay", "distil_steps": EARLY_STEPS, "learning_rate": rate}
-    how = early if system.early else {"distil_steps": STEPS}
+    how = (early if system.early else {"distil_steps": STEPS}) | {"norm_topk_prob": system.normalised}
     transition(source, out=out, steps=steps, device="cpu", resume=True, **how)
     return read_run(out)
 

@@ -36,6 +36,7 @@ class System(NamedTuple):
     # Of Token Choice: trained by the schedule of a mixture that is switched early, without a switch.
     rate: float | None = None  # another peak rate than the best that was tried; where the switch is early, after it
     held: float = 0  # the share of its steps in which the rate stays at its peak, as it does before an early switch
+    normalised: bool = False  # of a mixture: after its switch a token's gates sum to one
 
     @property
     def mixes(self) -> bool:
@@ -52,7 +53,8 @@ class System(NamedTuple):
         share = [] if self.share in (None, EARLY) else [f"after {self.share:.0%}"]
         rate = [] if self.rate is None else [f"rate {self.rate:g}"]
         held = [f"held for {self.held:.0%}"] if self.held else []
-        return ", ".join([self.name, *settings, *switch, *share, *rate, *held])
+        gates = ["to normalised gates"] * self.normalised
+        return ", ".join([self.name, *settings, *switch, *share, *gates, *rate, *held])
 
     @property
     def scheduled_as(self) -> "System":
@@ -62,14 +64,14 @@ class System(NamedTuple):
     @property
     def after(self) -> "System":
         """What it is after its switch."""
-        return System(self.name.replace("MoT-", "TC-"), DROPLESS)
+        return System(self.name.replace("MoT-", "TC-"), NORMALISED if self.normalised else DROPLESS)
 
     def directory(self, seed: int, budget: int = BUDGET) -> str:
         rate = "" if self.rate is None else f"rate={self.rate:g}"
         share = "" if self.share in (None, EARLY) else f"share={self.share:g}"
         held = f"held={self.held:g}" if self.held else ""
         length = "" if budget == BUDGET else budget
-        how = ("early" * self.early, share, rate, held, "fresh", length)
+        how = ("early" * self.early, share, "normalised" * self.normalised, rate, held, "fresh", length)
         return directory_of(self.name, self.model, *how, f"seed{seed}")
 
     @property
@@ -79,13 +81,13 @@ class System(NamedTuple):
 
     @property
     def before(self) -> "System":
-        """What is trained first: an early switch may be followed by several rates."""
-        return self._replace(rate=None) if self.early else self
+        """What is trained first: an early switch may be followed by several rates, and by either kind of gates."""
+        return self._replace(rate=None, normalised=False) if self.early else self
 
     @property
     def served(self) -> "System":
         """What its export is one of."""
-        return self.after if self.mixes else self.as_timed
+        return (self.after if self.mixes else self).as_timed
 
     @property
     def at_any_rate(self) -> "System":
@@ -96,7 +98,7 @@ class System(NamedTuple):
     def as_timed(self) -> "System":
         """The one whose steps take the same time; to normalise a token's gates is taken to cost none."""
         model = {field: value for field, value in self.model.items() if field != "norm_topk_prob"}
-        return self._replace(model=model, share=None, rate=None, held=0)
+        return self._replace(model=model, share=None, rate=None, held=0, normalised=False)
 
 
 SYSTEMS = (
@@ -214,7 +216,7 @@ def steps_within(budget: float, system: System, times: Times) -> tuple[int, int]
     each = float(own["share_of_dense"])
     if not (system.mixes or system.early):
         return int(budget / each), 0
-    after, fit = float(times[system.after.label]["share_of_dense"]), float(own["distil_steps_of_dense"] or 0)
+    after, fit = float(times[system.after.as_timed.label]["share_of_dense"]), float(own["distil_steps_of_dense"] or 0)
     if system.share is not None:
         how = {"before": each, "after": after, "fit": fit * EARLY_STEPS / STEPS}
         return steps_of_early_switch(budget, system.share, **how)

@@ -20,6 +20,7 @@ def transition(
     top_k: int | None = None,
     capacity: float | None = None,
     scores: Scores | None = None,
+    norm_topk_prob: bool = False,
     calibrate: Literal["distil", "none"] = "distil",
     distil_steps: int | None = None,
     optimizer: Literal["carried", "fresh"] = "carried",
@@ -46,6 +47,7 @@ def transition(
             has 1.25; by default nothing is dropped.
         scores: Gates of the new model: softmax over the experts, the default (exports as Qwen3-MoE), or a sigmoid each
             (Dots1), the default where there are shared experts.
+        norm_topk_prob: Divide the gates of a token's experts by their sum, as Qwen3-MoE does.
         calibrate: What is fitted at the switch, so that the loss does not jump. distil fits all weights of the sparse
             layers to what these give for a text alone; none is the paper's plain switch.
         distil_steps: Steps of distillation for each layer, by default 2,000; a source that was trained longer may need

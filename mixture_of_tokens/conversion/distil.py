@@ -158,7 +158,7 @@ def start(source: MixtureOfTokens, layer: TokenChoice, x_SD: Tensor) -> None:
     first = layer.experts.gate_up_proj if layer.experts.gated else layer.experts.up_proj
     first.mul_(mean_E.clamp(0.05, 1)[:, None, None])  # an expert that nothing has chosen keeps a little
     scores_SE = layer.scores(layer.gate(x_SD))
-    new_SK, expert_SK = layer.choose(scores_SE)
+    new_SK, expert_SK = layer.gates(scores_SE)
     new_SE = torch.zeros_like(scores_SE).scatter(1, expert_SK, new_SK)
     scale_E = (new_SE * gate_SE).sum(0) / new_SE.square().sum(0)  # the best by least squares; none of 0 / 0
     layer.experts.down_proj.mul_(scale_E.nan_to_num(1).clamp(0.05, 20)[:, None, None])

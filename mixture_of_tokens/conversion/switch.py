@@ -50,10 +50,12 @@ def token_choice_config(
     top_k: int | None = None,
     capacity_factor: float | None = None,
     scores: Scores = "softmax",
+    norm_topk_prob: bool = False,
 ) -> MixtureOfTokensConfig:
     """The configuration after the switch. Top k is by default the granularity, without shared experts: equal FLOPs.
 
-    Raises ValueError where there is no Mixture of Tokens with a router, or for an impossible k.
+    Raises ValueError where there is no Mixture of Tokens with a router, for an impossible k, and for normalised gates
+    of one expert.
     """
     kinds = {routing.kind for routing in config.sparse_routings}
     if kinds != {MIXTURE.kind}:
@@ -62,9 +64,12 @@ def token_choice_config(
     top_k = config.num_experts_per_tok if top_k is None else top_k
     if not 1 <= top_k <= config.num_experts:
         raise ValueError(f"--top-k must be 1 to {config.num_experts}, the number of experts, not {top_k}")
+    if norm_topk_prob and top_k == 1:
+        raise ValueError("--norm-topk-prob needs 2 experts a token or more: the gate of one would always be 1")
     changed, kind = copy.deepcopy(config), MIXTURE.converts_to[get_args(Scores).index(scores)]
     changed.mlp_layer_types = [kind if routing.converts_to else routing.kind for routing in config.routings]
     changed.num_experts_per_tok, changed.capacity_factor = top_k, capacity_factor
+    changed.norm_topk_prob = norm_topk_prob
     changed.router_temperature, changed.learnable_temperature, changed.normalize_mixture = 1.0, False, False
     return changed
 

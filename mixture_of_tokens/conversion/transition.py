@@ -33,7 +33,7 @@ from mixture_of_tokens.utils.process import process_count
 GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")
 GIVEN += ("separate_documents", "scored_rows")
 # Fields of the model that a switch sets.
-SWITCHED = ("mlp_layer_types", "num_experts_per_tok", "capacity_factor", "router_temperature")
+SWITCHED = ("mlp_layer_types", "num_experts_per_tok", "norm_topk_prob", "capacity_factor", "router_temperature")
 # By --schedule, fields of TrainingArguments; own has the defaults of a new run.
 SCHEDULES = {
     "own": {},
@@ -119,6 +119,7 @@ def transition(
     top_k: int | None,
     capacity: float | None,
     scores: Scores | None,
+    norm_topk_prob: bool,
     calibrate: Literal["distil", "none"],
     distil_steps: int | None,
     optimizer: Literal["carried", "fresh"],
@@ -154,7 +155,9 @@ def transition(
         optimizer=optimizer,
         distil_steps=(distil_steps or STEPS) if calibrate == "distil" else None,
     )
-    target = token_choice_config(source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores)
+    target = token_choice_config(
+        source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores, norm_topk_prob=norm_topk_prob
+    )
     where = Options(device=device, shard=shard, replicate=replicate, expert_parallel=expert_parallel)
     merged = _merged(source, asked, target, steps, schedule, learning_rate, where)
     if dry_run:

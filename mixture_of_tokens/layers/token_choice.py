@@ -132,8 +132,15 @@ class TokenChoice(Routed):
         return softmax(logits, dim=-1)
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates and numbers of each token's K experts, by its scores (..., E)."""
+        """Scores and numbers of each token's K experts, by its scores (..., E)."""
         return highest(scores, self.num_experts_per_tok)
+
+    def gates(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates and numbers of each token's K experts (..., K)."""
+        gate, expert = self.choose(scores)
+        if self.norm_topk_prob:
+            gate = gate / (gate.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0; as Dots1 has it
+        return gate, expert
 
     def auxiliary_losses(self) -> list[tuple[AuxiliaryLoss, float | Tensor]]:
         weighted = (self.z_loss, self.router_z_loss_coef), (self.auxiliary_loss, self.router_aux_loss_coef)
@@ -153,14 +160,12 @@ class TokenChoice(Routed):
             x_TBD = x_TBD.masked_fill(masked_TB1, 0)
         logits_TBE = self.gate(x_TBD)
         scores_TBE = self.scores(logits_TBE)
-        gate_TBK, expert_TBK = self.choose(scores_TBE)
+        gate_TBK, expert_TBK = self.gates(scores_TBE)
         if self.training:
             real_TB = None if masked_TB1 is None else ~masked_TB1[..., 0]
             if self.router_z_loss_coef:
                 self.z_loss(logits_TBE, real_TB)
             self.note(scores_TBE, expert_TBK, real_TB)
-        if self.norm_topk_prob:
-            gate_TBK = gate_TBK / (gate_TBK.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0; as Dots1 has it
         if masked_TB1 is not None:  # masked tokens go to no expert
             gate_TBK, expert_TBK = gate_TBK.masked_fill(masked_TB1, 0), expert_TBK.masked_fill(masked_TB1, E)
         x_SD, kept_A = x_TBD.flatten(0, 1), None

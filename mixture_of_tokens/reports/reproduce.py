@@ -46,6 +46,7 @@ def commands_of(run: Run, places: Places) -> list[str]:
     drops = "capacity_factor" in run.config.reads and config.capacity_factor is not None
     words += ["--capacity", repr(config.capacity_factor)] if drops else []
     words += ["--scores", "sigmoid" if "sigmoid_choice" in (config.mlp_layer_types or ()) else "softmax"]
+    words += ["--norm-topk-prob"] if config.norm_topk_prob else []
     if steps and run.config.of_training("lr_scheduler_type") == "constant":
         words += ["--schedule", "continued"]
     elif run.config.of_training("warmup_steps") == 0 and steps >= 10:  # own has a warm-up

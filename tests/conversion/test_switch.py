@@ -234,13 +234,16 @@ def test_distillation_reads_on_in_the_text_and_begins_it_again(trained, seen, mo
     assert bars[0].n == pytest.approx(bars[0].total)
 
 
+@pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_distillation_starts_from_biases_in_the_router_and_gates_in_the_experts(scores):
+def test_distillation_starts_from_biases_in_the_router_and_gates_in_the_experts(scores, normalised):
     """A softmax ignores what all biases have in common, log(G - 1)."""
     source = small_model("mixture_of_tokens", num_experts_per_tok=2).double()
     mixing, x = source.model.layers[1].mlp, 1 + tokens(300, 16)
     mixing.companion_logit[5] += 50  # so that nothing chooses this expert
-    before, layer = (switched(source, scores=scores)[0].model.layers[1].mlp for _ in range(2))
+    before, layer = (
+        switched(source, scores=scores, norm_topk_prob=normalised)[0].model.layers[1].mlp for _ in range(2)
+    )
     distillation.start(mixing, layer, x)
     bias, others = mixing.companion_logit, math.log(mixing.group_size - 1)
     constant = torch.linalg.lstsq(x, torch.ones(300, 1, dtype=x.dtype)).solution
@@ -254,6 +257,7 @@ def test_distillation_starts_from_biases_in_the_router_and_gates_in_the_experts(
         assert (len(own) == 0) == (e == 5)
     new = x @ layer.gate.weight.T
     new = (new.softmax(-1) if scores == "softmax" else new.sigmoid()).detach()
+    new = new / new.topk(2).values.sum(-1, keepdim=True) if normalised else new
     for e in range(6):
         chosen = (new > new[:, [e]]).sum(1) < 2
         by = float((new * gates)[chosen, e].sum() / new[chosen, e].square().sum()) if chosen.any() else 1

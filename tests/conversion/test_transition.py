@@ -14,11 +14,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mixture_of_tokens.conversion import verify, warm_start
 from mixture_of_tokens.conversion.transition import Transitioned
 from mixture_of_tokens.data.groups import GroupedBatches
+from mixture_of_tokens.reports.reproduce import Places, commands_of
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.training import trainer
@@ -263,6 +265,18 @@ def test_a_held_rate_another_top_k_and_a_source_without_a_name(tiny_runs, tmp_pa
     assert run.model_config.num_experts_per_tok == 1
 
 
+@pytest.mark.usefixtures("tiny_cache")
+def test_gates_that_sum_to_one_are_trained_so_and_made_so_again(tiny_runs, tmp_path):
+    words = ["--steps", 1, "--norm-topk-prob", "--calibrate", "none", "--out", tmp_path / "new"]
+    mot("transition", tiny_runs[MIXED], *words)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "model")
+    assert model.config.norm_topk_prob
+    layer = model.model.layers[2].mlp
+    _, weights = layer(torch.randn(2, 3, model.config.hidden_size), return_weights=True)
+    assert_close(weights.sum(-1), torch.ones(2, 3))
+    assert "--norm-topk-prob" in commands_of(read_run(tmp_path / "new"), Places())[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny_cache")
 def test_the_rate_falls_from_the_source_s_last_one(tiny_runs, tmp_path, capsys):
@@ -414,6 +428,7 @@ def test_stopped_and_resumed_it_is_what_it_would_have_been(transitioned, tiny_ru
         (["missing"], "missing is no finished run: there is no such directory"),
         (["MIXED", "--top-k", "9"], "--top-k must be 1 to 8, the number of experts, not 9"),
         (["MIXED", "--steps", "-1"], "--steps must be 0 or more, not -1"),
+        (["MIXED", "--top-k", "1", "--norm-topk-prob"], "--norm-topk-prob needs 2 experts a token or more"),
         (["MIXED", "--top-k", "0"], "--top-k must be at least 1, not 0"),
         (["MIXED", "--scores", "softplus"], "softplus"),
         (["MIXED", "--calibrate", "full"], "full"),
