@@ -22,8 +22,9 @@ def data_report(
 ) -> "DataReport":
     """Prepare a corpus and print what is in it.
 
-    A collision is a block in a group with another block of the same document (or of the same segment, where segments
-    count as documents). Three epochs of training and an evaluation are searched; there should be none.
+    A collision is a block in a group with another block of the same document, or of the same segment, where segments of
+    long documents count as documents. Three epochs of training and an evaluation are searched; there should be none.
+    Where there are segments, a share of the rows are in a group with another part of their document.
 
     Args:
         data: Files, folders or globs of text, .jsonl (each also .gz or .zst) or .parquet; hf:NAME[:CONFIG][@REVISION]

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.data.files import Document
-from mixture_of_tokens.data.groups import Blocks, say_segments, segmented
+from mixture_of_tokens.data.groups import Blocks, say_segments
 from mixture_of_tokens.data.sources import documents
 from mixture_of_tokens.data.splits import opened, spool
 from mixture_of_tokens.data.tokenizer import parallel_tokenizers
@@ -47,10 +47,10 @@ def whole_text(
                     if closes:
                         ends.append(length)
                 bar.update(sum(len(piece) for piece, _ in batch))
-    parts, segments = segmented(np.array(ends), context, group_size)
-    if segments:
-        say_segments(sources, group_size, segments)
-    return Blocks(np.concatenate(rows), parts, context, count, separate_documents)
+    how = {"bytes": count, "separate": separate_documents}
+    blocks = Blocks.of(np.concatenate(rows), np.array(ends), context, group_size, **how)
+    say_segments(sources, group_size, blocks)
+    return blocks
 
 
 def _not_blank(given: Iterable[Document]) -> Iterator[Document]:

@@ -9,7 +9,7 @@ is divided into segments, which count as documents: see `segmented`.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ class Blocks:
     """A token stream cut into blocks of `context` tokens, each with the token that follows as its last target.
 
     tokens: (L,) of one split, documents one after the other, each closed by the end-of-text token.
-    ends: (documents,), where each document ends in `tokens`.
+    ends: (documents,), where each document ends in `tokens`; or each segment, which counts as a document.
+    document_ends: where whole documents end, if some are divided into segments; else None, as `ends` says it.
     bytes: the UTF-8 length of the text, by which an evaluation divides; 0 of text that is only trained on.
     separate: whether the documents of a block do not see each other: a batch then has `position_ids`.
     """
@@ -38,6 +39,23 @@ class Blocks:
     context: int
     bytes: int = 0
     separate: bool = False
+    document_ends: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls, tokens: np.ndarray | TokenFiles, ends: np.ndarray, context: int, group_size: int, **others: Any
+    ) -> Self:
+        """Of whole documents, divided into segments where groups of this size could not be made of different ones."""
+        parts = segmented(ends, context, group_size)
+        return cls(tokens, parts, context, document_ends=ends if len(parts) > len(ends) else None, **others)
+
+    @property
+    def segments(self) -> int:
+        """How many segments count as documents."""
+        if self.document_ends is None:
+            return 0
+        parts = np.bincount(np.searchsorted(self.document_ends, self.ends))
+        return int(parts[parts > 1].sum())
 
     def __repr__(self) -> str:
         sizes = f"{len(self.tokens):,} tokens, {len(self.ends):,} documents or segments"
@@ -85,27 +103,37 @@ class Blocks:
         return position - np.maximum(begin, position[:, :1])
 
 
-def segmented(ends: np.ndarray, context: int, group_size: int) -> tuple[np.ndarray, int]:
+def tokens_apart(tokens: int, context: int, group_size: int) -> int:
+    """How many tokens lie at least between the last target of a block and the first token of another of its group."""
+    return max(1, (tokens - 1) // context // group_size // 2) * context
+
+
+def segmented(ends: np.ndarray, context: int, group_size: int) -> np.ndarray:
     """Divide documents (`ends` as in `Blocks`) that could be in a group twice into segments that cannot.
 
-    Two blocks of a group have at least `reach` tokens between the last target of one and the first token of the other.
-    A segment is at most half as long, so two blocks of one document never touch the same segment or adjacent ones.
+    A segment is at most half as long as what lies between two blocks of a group, so two blocks of one document never
+    touch the same segment or adjacent ones.
 
-    Returns the new `ends` and how many of them end segments; no token is added.
+    Returns the new `ends`; no token is added.
     """
     lengths = np.diff(ends, prepend=0)
-    reach = max(1, (int(lengths.sum()) - 1) // context // group_size // 2) * context
+    reach = tokens_apart(int(lengths.sum()), context, group_size)
     parts = np.where(lengths > reach, -(-lengths // max(1, reach // 2)), 1)
     document = np.repeat(np.arange(len(ends)), parts)
     part = np.arange(1, len(document) + 1) - (np.cumsum(parts) - parts)[document]
-    return (ends - lengths)[document] + part * lengths[document] // parts[document], int(parts[parts > 1].sum())
+    return (ends - lengths)[document] + part * lengths[document] // parts[document]
 
 
-def say_segments(sources: Sequence[str], group_size: int, segments: int) -> None:
-    """Once for a text: a part of several is opened often."""
+def say_segments(sources: Sequence[str], group_size: int, *texts: Blocks) -> None:
+    """Once for a text, if it has segments: a part of several is opened often."""
+    divided = [blocks for blocks in texts if blocks.segments]
+    if not divided:
+        return
+    segments = sum(blocks.segments for blocks in divided)
+    apart = min(tokens_apart(len(blocks.tokens), blocks.context, group_size) for blocks in divided)
     what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size} different ones"
     how = f"long documents are divided into {segments:,} segments, which count as documents"
-    means = "Two of one document, far apart, may meet in a group, which hurts only where one tells what is in the other"
+    means = f"Two of a document, at least {apart:,} tokens apart, may meet in a group: bad if one tells of the other"
     say_once(f"{what}: {how}. {means}. With some {40 * group_size:,} documents of like length none is divided")
 
 
@@ -139,10 +167,9 @@ def prepare_tokens(
     at_least_one(vocab_size=vocab_size)
     given, where = documents_of(tokens, ends)
     _check_ids(given, LARGEST + 1 if vocab_size is None else vocab_size)
-    parts, segments = segmented(where, context, group_size)
-    if segments:
-        say_segments(["tokens"], group_size, segments)
-    return Blocks(given, parts, context, separate=separate_documents)
+    blocks = Blocks.of(given, where, context, group_size, separate=separate_documents)
+    say_segments(["tokens"], group_size, blocks)
+    return blocks
 
 
 def documents_of(tokens: Any, ends: Any = None) -> tuple[np.ndarray, np.ndarray]:
@@ -196,8 +223,9 @@ def _check_ids(tokens: np.ndarray, count: int) -> None:
 
 def in_blocks_of(blocks: Blocks, context: int, group_size: int) -> Blocks:
     """The same text in blocks of another length, its documents divided once more where those could meet."""
-    ends, _ = segmented(blocks.ends, context, group_size)
-    return replace(blocks, context=context, ends=ends)
+    whole = blocks.ends if blocks.document_ends is None else blocks.document_ends
+    ends = segmented(blocks.ends, context, group_size)
+    return replace(blocks, context=context, ends=ends, document_ends=whole if len(ends) > len(whole) else None)
 
 
 def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, everything: bool = False) -> np.ndarray:
@@ -262,6 +290,12 @@ def collisions(blocks: Blocks, groups: np.ndarray) -> tuple[np.ndarray, np.ndarr
         group, pair = np.nonzero(last[:, :-1] >= first[:, 1:])
         found.append((start + group, order[group, pair]))
     return np.concatenate([group for group, _ in found]), np.concatenate([place for _, place in found])
+
+
+def count_of_one_document(blocks: Blocks, groups: np.ndarray) -> int:
+    """Blocks that touch a whole document of another block of their group (groups, G), be it divided or not."""
+    ends = blocks.ends if blocks.document_ends is None else blocks.document_ends
+    return len(collisions(replace(blocks, ends=ends), groups)[0]) if len(groups) else 0
 
 
 class _Whole(dict):

@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from mixture_of_tokens.data.groups import Blocks, collisions, deal, documents_of, prepare_tokens
+from mixture_of_tokens.data.groups import Blocks, count_of_one_document, deal, documents_of, prepare_tokens
 from mixture_of_tokens.utils.checks import check
 
 
@@ -53,22 +52,17 @@ def split_tokens(
     return trained, validation
 
 
-def count_collisions(
-    text: Blocks,
-    *,
-    group_size: int,
-    rows: Iterable[int] | np.ndarray | Tensor | None = None,
-    ends: Sequence[int] | np.ndarray | Tensor | None = None,
-) -> int:
+def count_collisions(text: Blocks, *, group_size: int, rows: Iterable[int] | np.ndarray | Tensor | None = None) -> int:
     """How many rows are in a group with a row of the same document, and so can be shown its future.
+
+    Where documents were divided into segments, as there are too few of them, these count as the one document they are.
 
     Args:
         text: As `prepare_tokens` or `prepare_text` returns it.
         group_size: Consecutive rows that are mixed.
         rows: Numbers of blocks in an order of your own, such as `torch.randperm(len(text))`; those after the last whole
-            group are left out. By default all, in the order of `GroupedBatches`, where there should be none.
-        ends: Where whole documents end, as given to `prepare_tokens`. By default the segments count as documents into
-            which that has divided those that are too long.
+            group are left out. By default all, in the order of `GroupedBatches`, where there are none but of divided
+            documents.
 
     Raises ValueError for numbers of no block, and for less text than two groups.
     """
@@ -80,7 +74,4 @@ def count_collisions(
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(text):
             raise ValueError(f"rows has {numbers.min()} to {numbers.max()}; blocks are 0 to {len(text) - 1}")
         groups = numbers[: len(numbers) // group_size * group_size].reshape(-1, group_size)
-    if ends is not None:
-        _, where = documents_of(text.tokens, ends)
-        text = replace(text, ends=where)
-    return len(collisions(text, groups)[0]) if len(groups) else 0
+    return count_of_one_document(text, groups)

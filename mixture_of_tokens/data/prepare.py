@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.data import sources as corpus
 from mixture_of_tokens.data.files import Document
-from mixture_of_tokens.data.groups import Blocks, say_segments, segmented
+from mixture_of_tokens.data.groups import Blocks, say_segments
 from mixture_of_tokens.data.splits import SPLITS, longest_share, split, spool
 from mixture_of_tokens.data.tokenizer import (
     check_vocab_size,
@@ -158,21 +158,24 @@ def prepare_text(
     in_cache = directory.exists()
     entry = _entry(directory, make)
     facts = entry["facts"]
-    splits, segments = _splits(directory, entry, context, group_size, separate_documents)
+    splits = _splits(directory, entry, context, group_size, separate_documents)
     named = named or [f"the standard library of Python {platform.python_version()}"]
     lost = facts.pop("altered", None)
     kept = given or tokenizer_in(directory)
     made = Prepared(
-        **splits, tokenizer=kept, facts=facts | {"source": named, "segments": segments}, directory=directory
+        **splits,
+        tokenizer=kept,
+        facts=facts | {"source": named, "segments": sum(blocks.segments for blocks in splits.values())},
+        directory=directory,
     )
     if not together:
         made.check()
-    if segments and not in_cache:
-        say_segments(named, group_size, segments)
+    if not in_cache:
+        say_segments(named, group_size, *splits.values())
+        _say_what_is_missing(named, facts, group_size, duplicates=not keep_near_duplicates)
     if lost:
         what = f"--tokenizer {tokenizer} does not keep text as it is: {lost[0]!r} becomes {lost[1]!r}"
         say_once(f"{what}. Bits a byte will be too low by what is lost")
-    _say_what_is_missing(named, facts, group_size, duplicates=not keep_near_duplicates)
     return made
 
 
@@ -201,18 +204,15 @@ def _entry(directory: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any
     return entry
 
 
-def _splits(
-    directory: Path, entry: dict[str, Any], context: int, group_size: int, separate: bool
-) -> tuple[dict[str, Blocks], int]:
-    """The splits by name, and the number of segments into which documents are divided."""
-    splits, facts, segments = {}, entry["facts"], 0
+def _splits(directory: Path, entry: dict[str, Any], context: int, group_size: int, separate: bool) -> dict[str, Blocks]:
+    splits, facts = {}, entry["facts"]
     for name in SPLITS:
         paths = [directory / file for file in entry["shards"][name]]
         tokens = TokenFiles(paths, facts["dtype"], facts[name]["tokens"], entry["shard_tokens"])
-        ends, count = segmented(np.load(directory / f"{name}.ends.npy"), context, group_size)
-        splits[name] = Blocks(tokens, ends, context, facts[name]["bytes"], separate)
-        segments += count
-    return splits, segments
+        ends = np.load(directory / f"{name}.ends.npy")
+        how = {"bytes": facts[name]["bytes"], "separate": separate}
+        splits[name] = Blocks.of(tokens, ends, context, group_size, **how)
+    return splits
 
 
 def _say_what_is_missing(sources: Sequence[str], facts: dict, group_size: int, *, duplicates: bool) -> None:
@@ -222,7 +222,7 @@ def _say_what_is_missing(sources: Sequence[str], facts: dict, group_size: int, *
     if cut > MUCH * whole:
         what = f"{cut:,} of {whole:,} bytes are cut from the ends of documents"
         why = f"no document may be more than {longest_share(group_size):.1%} of its split, or it is in a group twice"
-        say_once(f"{few_of(sources)}: {what}: {why}; with more documents less is cut")
+        say_once(f"{few_of(sources)}: {what}: {why}; with more documents, or shorter ones, less is cut")
     dropped, trained = facts["duplicates_dropped"], facts["train"]["documents"]
     if duplicates and dropped > MUCH * (dropped + trained):
         what = f"{dropped:,} documents are left out, as they equal others or share many lines with them"

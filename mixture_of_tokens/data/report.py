@@ -1,12 +1,13 @@
 """How a corpus was prepared, and whether the blocks of every group come from different documents."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from mixture_of_tokens.data.groups import Blocks, collisions, deal
+from mixture_of_tokens.data.groups import Blocks, collisions, count_of_one_document, deal, tokens_apart
 from mixture_of_tokens.data.prepare import SPLITS, prepare_text
 from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.formatting import Result, aligned
@@ -79,12 +80,12 @@ def _facts(blocks: Blocks, counts: dict[str, int], group_size: int) -> dict[str,
         np.add.at(changes, first, 1)
         np.add.at(changes, last + 1, -1)
         of_document = np.cumsum(changes)[:-1]
-    found = 0
-    for epoch in range(EPOCHS) if len(blocks) >= 2 * group_size else ():
-        found += len(collisions(blocks, deal(blocks, group_size, epoch=epoch))[0])
-    if blocks.total:
-        rows = min(group_size, blocks.total)  # a larger group would only have more empty places
-        found += len(collisions(blocks, deal(blocks, rows, everything=True))[0])
+    rows = found = divided = 0
+    for order in _orders(blocks, group_size):
+        rows += int((order >= 0).sum())
+        found += len(collisions(blocks, order)[0])
+        divided += count_of_one_document(blocks, order)
+    apart = tokens_apart(len(blocks.tokens), blocks.context, group_size)
     return counts | {
         "bytes per token": round(counts["bytes"] / max(1, counts["tokens"]), 3),
         "blocks": len(blocks),
@@ -92,4 +93,15 @@ def _facts(blocks: Blocks, counts: dict[str, int], group_size: int) -> dict[str,
         "blocks per document, most": int(of_document.max()),
         "groups": len(blocks) // group_size,
         "collisions": found,
+        "rows beside another part of their document": round(divided / max(1, rows), 3),
+        "tokens between the two, at least": apart if divided else 0,
     }
+
+
+def _orders(blocks: Blocks, group_size: int) -> Iterator[np.ndarray]:
+    """Groups as in some epochs of training, and as in an evaluation."""
+    for epoch in range(EPOCHS) if len(blocks) >= 2 * group_size else ():
+        yield deal(blocks, group_size, epoch=epoch)
+    if blocks.total:
+        rows = min(group_size, blocks.total)  # a larger group would only have more empty places
+        yield deal(blocks, rows, everything=True)

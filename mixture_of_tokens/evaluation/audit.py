@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixture_of_tokens.data.groups import collisions, deal
+from mixture_of_tokens.data.groups import collisions, count_of_one_document, deal
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.evaluation.audit_inputs import length_of, random_tokens, rows_of, texts
 from mixture_of_tokens.evaluation.leaks import Leaks, between_documents, leaks, look
@@ -28,7 +28,8 @@ from mixture_of_tokens.utils.formatting import Result, first_line
 from mixture_of_tokens.utils.process import check_one_process
 from mixture_of_tokens.utils.progress import warn
 
-FACTS = ("run", "alone", "experts", "length", "context", "collisions", "segments", "documents", "documents_together")
+FACTS = ("run", "alone", "experts", "length", "context", "collisions", "segments")
+FACTS += ("beside_their_document", "documents", "documents_together")
 NOT_TESTED = "not tested: its logits do not move with its input"
 
 
@@ -38,10 +39,12 @@ class Audit(Result):
 
     length: of the texts, in tokens; context: that of the model, None where unknown; collisions: rows that share a
         document, or a segment where the run's text has `segments`, which count as documents, with another row of their
-        group, in the groups of its training and its evaluations; None where these are unknown; expect: what the model
+        group, in the groups of its training and its evaluations; None where these are unknown; beside_their_document:
+        the share of those rows that are in a group with any other part of their document; expect: what the model
         was expected to be; alone: whether each row was served alone, and experts: by how many experts a token, None for
         all; documents: how far logits of a document moved when the one before it in its row was replaced, and
-        documents_together: when the two were one text; None where that was not asked.
+        documents_together: when the two were one text; None where that was not asked; could_be_alone: whether rows of
+        a group were looked at that could be served alone.
     """
 
     run: str
@@ -50,11 +53,13 @@ class Audit(Result):
     context: int | None = None
     collisions: int | None = None
     segments: int = 0
+    beside_their_document: float | None = None
     expect: Expected | None = None
     alone: bool = False
     experts: int | None = None
     documents: float | None = None
     documents_together: float | None = None
+    could_be_alone: bool = False
 
     @property
     def causal(self) -> bool:
@@ -119,14 +124,17 @@ class Audit(Result):
             unit = "segment" if self.segments else "document"
             lines.append(f"Rows of its text in a group with another of their {unit}: {self.collisions}")
         if self.segments:
+            share = "some" if self.beside_their_document is None else f"{self.beside_their_document:.1%}"
             lines.append(
                 f"Its documents are too few, or too long: long ones are divided into {self.segments:,} segments, which "
-                "count as documents, so rows of a group may be of one document."
+                f"count as documents. So {share} of its rows are in a group with another part of their document."
             )
         by = f", by {self.experts} experts" if self.experts else ""
         served = f"served alone{by}: " if self.alone else ""
         verdict = f"causal: {'yes' if self.causal else 'NO'}; private: {'yes' if self.private else 'no'}"
         verdict += "" if self.documents is None else f"; separate: {'yes' if self.separate else 'NO'}"
+        if self.could_be_alone:
+            lines.append("Rows of a group influence each other, as they are meant to: --alone serves each by itself.")
         lines.append(f"{served}{NOT_TESTED if self.untested else verdict}")
         return "\n".join(lines)
 
@@ -160,24 +168,32 @@ def audit(
     except (ValueError, OSError) as error:  # unknown, too short, or not to be read
         warn(f"looking at random tokens: {str(error).partition(';')[0]}")
         seen = random_tokens(shape, vocab_size, seed)
-    found, segments = None, 0
+    found, segments, beside = None, 0, None
     if text is not None and group_size_of(model) is not None:
-        found, segments = collisions_in(run, text), text.facts["segments"]
+        found, beside = collisions_in(run, text)
+        segments = text.facts["segments"]
     apart = together = None
     if expect == "separate" or separates_documents(run):
         apart, together = between_documents(model, seen)
-    said = (expect, alone, experts, apart, together)
-    return Audit(run, length, leaks(model, seen, seed), context, found, segments, *said)
+    could = group_size_of(model) is not None and model.config.serves_alone
+    said = (expect, alone, experts, apart, together, could)
+    return Audit(run, length, leaks(model, seen, seed), context, found, segments, beside, *said)
 
 
-def collisions_in(run: str, text: Prepared) -> int:
-    """Rows that a group of the run's training, or of its evaluations, has of one document, beyond the first."""
+def collisions_in(run: str, text: Prepared) -> tuple[int, float]:
+    """Of rows in groups of the run's training, or of its evaluations, those of one document beyond the first.
+
+    Returns their number where segments count as documents, and their share of all where they do not.
+    """
     config = config_of(run)
-    size, mixed, found = config.group_size, config.model_config.group_size, 0
+    size, mixed, rows, found, beside = config.group_size, config.model_config.group_size, 0, 0, 0
     for blocks, seed in ((text.train, config.seed), (text.validation, 0)):
         if len(blocks) >= 2 * size:
-            found += len(collisions(blocks, deal(blocks, size, seed=seed).reshape(-1, mixed))[0])
-    return found
+            groups = deal(blocks, size, seed=seed).reshape(-1, mixed)
+            rows += groups.size
+            found += len(collisions(blocks, groups)[0])
+            beside += count_of_one_document(blocks, groups)
+    return found, beside / max(1, rows)
 
 
 @checked

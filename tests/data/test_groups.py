@@ -17,7 +17,6 @@ from mixture_of_tokens.data.groups import (
     grouped_order,
     in_blocks_of,
     prepare_tokens,
-    segmented,
 )
 from mixture_of_tokens.data.tokens import TokenFiles
 from texts import groups_with_a_document_twice
@@ -30,8 +29,8 @@ def blocks_of(lengths: list[int], context: int) -> Blocks:
 
 
 def in_segments(lengths: list[int], context: int, group_size: int) -> Blocks:
-    ends, _ = segmented(np.cumsum(lengths), context, group_size)
-    return Blocks(np.zeros(sum(lengths), dtype=np.uint16), ends, context, bytes=sum(lengths))
+    tokens = np.zeros(sum(lengths), dtype=np.uint16)
+    return Blocks.of(tokens, np.cumsum(lengths), context, group_size, bytes=sum(lengths))
 
 
 # Tokens
@@ -248,9 +247,10 @@ def test_mates_from_one_document_are_far_apart(lengths, groups, group_size, cont
 def test_only_documents_that_could_meet_themselves_are_divided():
     # 40 blocks in groups of 5: stripes of 8, so mates are 5 blocks or more apart, and 4 * 8 tokens are between them.
     lengths = [32, 33, 160, 31, 65]
-    ends, segments = segmented(np.cumsum(lengths), context=8, group_size=5)
+    blocks = in_segments(lengths, context=8, group_size=5)
+    ends = blocks.ends
     assert np.diff(ends, prepend=0).tolist() == [32, 11, 11, 11, *[16] * 10, 31, *[13] * 5]
-    assert segments == 18
+    assert blocks.segments == 18
 
 
 @pytest.mark.parametrize("context", [1024, 512, 256, 2048])

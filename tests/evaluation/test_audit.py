@@ -244,7 +244,9 @@ def test_the_command_s_exit_status_is_the_verdict(tiny_runs, name, private, caps
     else:
         with pytest.raises(SystemExit, match="1"):
             mot("audit", run, "--expect", "private", "--batches", 1)
-        assert "\ncausal: yes; private: no" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "\ncausal: yes; private: no" in shown
+        assert "--alone" in shown.splitlines()[-2]
         mot("audit", run, "--expect", "private", "--alone", "--experts", 2, "--batches", 1)
         assert "\nserved alone, by 2 experts: causal: yes; private: yes" in capsys.readouterr().out
 
@@ -270,7 +272,8 @@ def test_groups_are_those_of_the_training(monkeypatch):
     for size, meet in ((4, False), (32, True)):
         config = SimpleNamespace(group_size=size, seed=3, model_config=SimpleNamespace(group_size=4))
         monkeypatch.setattr(audit, "config_of", lambda run, config=config: config)
-        assert (audit.collisions_in("run", text) > 0) == meet
+        found, share = audit.collisions_in("run", text)
+        assert (found > 0) == (share > 0) == meet
 
 
 @pytest.mark.parametrize(("flags", "looked"), [((), 64), (("--length", "8"), 8)])
