@@ -264,7 +264,7 @@ def table(kept: Path, budget: int, systems: Sequence[System]) -> str:
             continue
         steps = " + ".join(f"{int(own[0][key]):,}" for key in ("steps", "after") if int(own[0][key]))
         losses = (spread(row[key] for row in own if row[key]) for key in ("loss", "in_groups", "alone"))
-        stages = [system.as_timed, *([system.after] if system.mixes else [])]
+        stages = [system.as_timed, *([system.after.as_timed] if system.mixes else [])]
         shares = [times[stage.label] for stage in stages]
         each = ", then ".join(f"{float(row['share_of_dense']):.2f}" for row in shares)
         peaks = ", then ".join(f"{float(own[0][key]):g}" for key in ("rate", "rate_after") if own[0][key])

@@ -113,7 +113,9 @@ SYSTEMS = (
     System("TC-Nano/32E/4", DROPLESS, rate=1e-2, held=0.25),
     System("TC-Nano/32E/4", DROPLESS, rate=2e-2, held=0.25),
     System("TC-Nano/32E/4", DROPLESS, share=0.25),
+    System("TC-Nano/32E/4", NORMALISED, rate=2e-2),
     System("TC-Nano/32E/4", NORMALISED, rate=1e-2),
+    System("TC-Nano/32E/4", NORMALISED, rate=5e-3),
     System("TC-Nano/32E/8", DROPLESS),
     System("STC-Nano/32E/8"),
     System("MoT-Nano/32E"),
@@ -122,6 +124,8 @@ SYSTEMS = (
     System("MoT-Nano/32E/8", share=EARLY),
     System("MoT-Nano/32E/4", share=0.25, rate=5e-3),
     System("MoT-Nano/32E/4", share=0.25),
+    System("MoT-Nano/32E/4", share=0.25, rate=1e-2, normalised=True),
+    System("MoT-Nano/32E/4", share=EARLY, rate=1e-2, normalised=True),
     System("MoT-Nano/32E/4", share=EARLY),  # with which the others are compared
 )
 LONG_SYSTEMS = (
@@ -141,6 +145,7 @@ LONG_SYSTEMS = (
     System("MoT-Nano/32E/8", share=EARLY, rate=5e-3),
     System("MoT-Nano/32E/4", share=EARLY),
     System("MoT-Nano/32E/4", share=0.25, rate=5e-3),
+    System("MoT-Nano/32E/4", share=EARLY, rate=5e-3, normalised=True),
     System("MoT-Nano/32E/4", share=EARLY, rate=5e-3),
 )
 # Peak rates that were tried, with seed 1, at this number of steps.

@@ -28,7 +28,7 @@ from mixture_of_tokens.runs.locking import owned_file
 from mixture_of_tokens.settings.choices import Device, Format, Quantize, Scores
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.checks import at_least_one
-from mixture_of_tokens.utils.files import disk_errors, plain_errors, publish_file, published, replaced
+from mixture_of_tokens.utils.files import disk_errors, no_directory, plain_errors, publish_file, published, replaced
 from mixture_of_tokens.utils.formatting import Result
 from mixture_of_tokens.utils.process import check_one_process
 
@@ -95,7 +95,7 @@ def export(
     if out.is_mount():  # what is complete is renamed to it
         raise ValueError(f"{out} is a mount point, and cannot be replaced: name a directory in it, as {out / 'model'}")
     if not Path(run).exists():
-        raise ValueError(f"{run}: there is no such directory")
+        raise ValueError(f"{run}: {no_directory(run)}")
     try:  # known before the distillation
         TemporaryDirectory(prefix=f"{out.name}.", dir=out.absolute().parent).cleanup()
     except OSError as error:

@@ -4,12 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 from mixture_of_tokens.models.config import MixtureOfTokensConfig, layer_types
-from mixture_of_tokens.settings.fields import nearest
 from mixture_of_tokens.settings.model import FIELDS as DECLARED
 from mixture_of_tokens.settings.names import SIZES, Name, parse_name
 from mixture_of_tokens.settings.routings import BY_PREFIX, MIXTURE
 from mixture_of_tokens.utils.checks import check, checked, divisors
 from mixture_of_tokens.utils.formatting import enumerated, listing
+from mixture_of_tokens.utils.wording import nearest
 
 FIELDS = sorted(DECLARED)  # that may be overridden
 

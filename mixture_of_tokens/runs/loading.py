@@ -21,6 +21,7 @@ from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.records import RunConfig, RunFacts
 from mixture_of_tokens.settings.choices import Device, Dtype
 from mixture_of_tokens.utils import manifest
+from mixture_of_tokens.utils.files import no_directory
 from mixture_of_tokens.utils.formatting import first_line
 from mixture_of_tokens.utils.process import process_count
 from mixture_of_tokens.utils.progress import warned_if_slow
@@ -51,7 +52,7 @@ def _located(run: str) -> str:
     if not path.exists():
         folder = path.parent  # a name such as runs/mine could be the Hub's too, but not where there are runs
         if run.count("/") > 1 or run.startswith((".", "/", "~")) or (folder != Path() and folder.exists()):
-            raise ValueError(f"{run}: there is no such directory")
+            raise ValueError(f"{run}: {no_directory(run)}")
         return run
     if (path / "model").is_dir():
         return str(path / "model")
@@ -106,7 +107,7 @@ def load_model(
         with without_progress_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(directory, **how)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
-        where = "" if Path(run).exists() else ": there is no such directory, and as a name on the Hub it"
+        where = "" if Path(run).exists() else f": {no_directory(run)}. As a name on the Hub it"
         raise ValueError(f"{run}{where} cannot be loaded: {first_line(error)}") from None
     check_experts(run, model, experts)
     if alone and hasattr(model, "serve_alone"):  # other models never mix rows

@@ -22,7 +22,7 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
 from mixture_of_tokens.runs.typed import FORMAT, as_fields, without_format
 from mixture_of_tokens.utils.checks import checked
-from mixture_of_tokens.utils.files import write_text
+from mixture_of_tokens.utils.files import no_directory, write_text
 from mixture_of_tokens.utils.formatting import duration, few_of
 
 
@@ -237,7 +237,7 @@ def read_run(directory: str | Path) -> Run:
     if packed.is_file() and not (directory / records.FACTS).is_file():
         return _unpacked(packed)
     if not (directory / records.FACTS).is_file():
-        why = "it is a file" if directory.is_file() else "there is no such directory"
+        why = "it is a file" if directory.is_file() else no_directory(directory)
         if (directory / records.CONFIG).is_file():
             why = "it has no run.json yet; its command with --resume goes on with it"
         elif directory.is_dir():

@@ -12,6 +12,7 @@ from mixture_of_tokens.runs.records import RunConfig, Start
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.runs.typed import JsonFile
 from mixture_of_tokens.settings.routings import SETTINGS
+from mixture_of_tokens.utils.files import no_directory
 
 UPCYCLED = "upcycled.json"
 # How a model came from its source, as `Start.kind` names it.
@@ -84,7 +85,7 @@ def beginning_of(source: str | Path) -> Beginning:
         start = Start(source=str(source.resolve()), **known)
         return Beginning(directory, made.name, _fields(directory), start, made.origin_seed, made.text)
     if not source.exists():
-        raise ValueError(f"--from {source}: there is no such directory")
+        raise ValueError(f"--from {source}: {no_directory(source)}")
     if not (source / records.FACTS).is_file():
         what = (
             "a model from elsewhere becomes one of this library by mot upcycle, also as it is, by the name Transformer"

@@ -4,7 +4,6 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import cache
 from types import NoneType
 from typing import Any
@@ -15,6 +14,7 @@ from typing_extensions import TypedDict
 
 from mixture_of_tokens.utils import yaml12
 from mixture_of_tokens.utils.checks import beyond, check, check_number, plain
+from mixture_of_tokens.utils.wording import nearest
 
 
 class Settings(TypedDict, total=False):
@@ -81,13 +81,6 @@ def check_single(section: str, values: Mapping[str, Any]) -> None:
 def as_word(value: Any) -> str:
     """A value as the text that a command line or a file has for it."""
     return value if isinstance(value, str) else json.dumps(plain(value), default=str)
-
-
-def nearest(word: str, legal: typing.Iterable[str]) -> str:
-    """'; did you mean WORD?' for the legal word closest to a mistyped one, '' where none is close."""
-    by_lower = {each.lower(): each for each in legal}
-    close = get_close_matches(word.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
 @cache

@@ -25,9 +25,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixture_of_tokens.settings.fields import nearest
 from mixture_of_tokens.settings.routings import BY_PREFIX, DENSE, Routing
 from mixture_of_tokens.utils.checks import LARGEST, check
+from mixture_of_tokens.utils.wording import nearest
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from mixture_of_tokens.utils.formatting import first_line
 from mixture_of_tokens.utils.progress import LOGGER
+from mixture_of_tokens.utils.wording import nearest
 
 OF_THE_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
@@ -159,3 +160,13 @@ def plain_errors(final: Path) -> Iterator[None]:
             said = error.__cause__ or error.__context__
             why = said.strerror if isinstance(said, OSError) and said.strerror else os.strerror(errno.ENOSPC)
         raise OSError(f"{final} could not be written: {why}") from error
+
+
+def no_directory(path: str | Path) -> str:
+    """'there is no such directory', with the nearest name of those beside it."""
+    path = Path(path)
+    try:
+        beside = [str(path.parent / each.name) for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        beside = []
+    return f"there is no such directory{nearest(str(path), beside)}"

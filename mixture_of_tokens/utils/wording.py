@@ -1,9 +1,10 @@
-"""Settings in the messages of errors, named as whoever called writes them: --batch-size, or batch_size in Python."""
+"""Words of errors: settings as whoever called writes them (--batch-size, or batch_size in Python), nearest names."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from difflib import get_close_matches
 
 _BY_FLAGS = ContextVar("by_flags", default=False)
 # A flag, with the command line that it belongs to, if there is one, as in `mot train --from DIR`.
@@ -37,3 +38,10 @@ def _argument(flag: re.Match[str]) -> str:
         return flag[0]
     name = OTHERWISE.get(flag["name"], flag["name"].replace("-", "_"))
     return name + (flag["field"] or "")
+
+
+def nearest(word: str, legal: Iterable[str]) -> str:
+    """'; did you mean WORD?' for the legal word closest to a mistyped one, '' where none is close."""
+    by_lower = {each.lower(): each for each in legal}
+    close = get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""

@@ -7,8 +7,9 @@ import pytest
 
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.names import FIELDS, config_from_name, name_of
-from mixture_of_tokens.settings.names import SIZES, Name, nearest, parse_name
+from mixture_of_tokens.settings.names import SIZES, Name, parse_name
 from mixture_of_tokens.settings.routings import BY_PREFIX
+from mixture_of_tokens.utils.wording import nearest
 from paper import PAPER
 
 

@@ -82,7 +82,18 @@ def test_a_name_that_is_no_directory_is_an_error_of_one_line(tmp_path, monkeypat
     with pytest.raises(SystemExit, match="2"):
         mot("audit", "MoT-Nanoo")
     (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith("mot: error: MoT-Nanoo: there is no such directory, and as a name on the Hub it cannot be")
+    assert error.startswith("mot: error: MoT-Nanoo: there is no such directory. As a name on the Hub it cannot be")
+
+
+@pytest.mark.parametrize("command", ["report", "evaluate"])
+def test_a_mistyped_run_is_answered_with_the_nearest_one(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mime.txt").touch()
+    with pytest.raises(SystemExit, match="2"):
+        mot(command, "runs/mien")
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.endswith("there is no such directory; did you mean runs/mine?")
 
 
 def test_the_card_of_a_run_s_model_says_how_to_load_it(tiny_runs):
