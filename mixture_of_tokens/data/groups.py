@@ -179,7 +179,9 @@ def documents_of(tokens: Any, ends: Any = None) -> tuple[np.ndarray, np.ndarray]
         raise ValueError("ends is missing: where each document ends in tokens; or give tokens as a list of documents")
     where = (np.cumsum(lengths or []) if ends is None else _ids("ends", ends)).astype(np.int64)
     if not len(where) or where[-1] != len(given) or (np.diff(where, prepend=0) <= 0).any():
-        raise ValueError(f"ends must rise to the number of tokens, {len(given)}: where each document ends")
+        what = f"ends must rise to the number of tokens, {len(given)}: where each document ends"
+        are_lengths = len(where) > 0 and where.sum() == len(given)
+        raise ValueError(what + (". These look like lengths: give np.cumsum of them" if are_lengths else ""))
     return given, where
 
 
