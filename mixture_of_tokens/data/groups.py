@@ -50,6 +50,11 @@ class Blocks:
         return cls(tokens, parts, context, document_ends=ends if len(parts) > len(ends) else None, **others)
 
     @property
+    def whole_ends(self) -> np.ndarray:
+        """Where whole documents end, be they divided or not."""
+        return self.ends if self.document_ends is None else self.document_ends
+
+    @property
     def segments(self) -> int:
         """How many segments count as documents."""
         if self.document_ends is None:
@@ -225,7 +230,7 @@ def _check_ids(tokens: np.ndarray, count: int) -> None:
 
 def in_blocks_of(blocks: Blocks, context: int, group_size: int) -> Blocks:
     """The same text in blocks of another length, its documents divided once more where those could meet."""
-    whole = blocks.ends if blocks.document_ends is None else blocks.document_ends
+    whole = blocks.whole_ends
     ends = segmented(blocks.ends, context, group_size)
     return replace(blocks, context=context, ends=ends, document_ends=whole if len(ends) > len(whole) else None)
 
@@ -296,8 +301,7 @@ def collisions(blocks: Blocks, groups: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def count_of_one_document(blocks: Blocks, groups: np.ndarray) -> int:
     """Blocks that touch a whole document of another block of their group (groups, G), be it divided or not."""
-    ends = blocks.ends if blocks.document_ends is None else blocks.document_ends
-    return len(collisions(replace(blocks, ends=ends), groups)[0]) if len(groups) else 0
+    return len(collisions(replace(blocks, ends=blocks.whole_ends), groups)[0]) if len(groups) else 0
 
 
 class _Whole(dict):
