@@ -220,7 +220,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/switch/few.py": (21, "results/alone"),
     "experiments/upcycle/run.py": (24, "results/upcycling"),
     "experiments/transition/run.py": (20, "../experiments/LOG"),
-    "experiments/verdict/fresh.py": (119, "results/equal-time"),
+    "experiments/verdict/fresh.py": (124, "results/equal-time"),
     "experiments/verdict/attention.py": (80, "../experiments/LOG"),
     "experiments/alone/run.py": (31, "../experiments/LOG"),
     "experiments/documents/run.py": (14, "../experiments/LOG"),

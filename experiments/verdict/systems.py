@@ -125,6 +125,7 @@ SYSTEMS = (
     System("MoT-Nano/32E/4", share=0.25, rate=5e-3),
     System("MoT-Nano/32E/4", share=0.25),
     System("MoT-Nano/32E/4", share=0.25, rate=1e-2, normalised=True),
+    System("MoT-Nano/32E/4", share=EARLY, rate=5e-3, normalised=True),
     System("MoT-Nano/32E/4", share=EARLY, rate=1e-2, normalised=True),
     System("MoT-Nano/32E/4", share=EARLY),  # with which the others are compared
 )
