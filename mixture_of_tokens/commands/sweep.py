@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @calls("training.sweep")
 def sweep(
-    name: str,
+    name: str | None = None,
     *,
     learning_rate: Rates | None = None,
-    seeds: Seeds = [0],  # noqa: B006, it is only read
+    seeds: Seeds | None = None,
+    start: Annotated[Path | None, Parameter(name="--from")] = None,
     out: Path | None = None,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
     dry_run: bool = False,
@@ -30,10 +31,12 @@ def sweep(
     the tuning split. Called again, it skips what is finished and goes on with the rest.
 
     Args:
-        name: A model, such as MoT-Nano/32E/4.
+        name: A model, such as MoT-Nano/32E/4. With --from it is known.
         learning_rate: Peak learning rates, as in 3e-3,1e-2,3e-2; by default the model's own.
-        seeds: Seeds, as in 0,1,2.
-        out: Directory of the run directories and of sweep.json; by default runs/sweep-NAME.
+        seeds: Seeds, as in 0,1,2; by default 0, with --from that of the run it comes from.
+        start: Begin each run with trained weights, as mot train --from does.
+        out: Directory of the run directories and of sweep.json; by default runs/sweep-NAME, with --from
+            runs/sweep-NAME-from-SOURCE.
         dry_run: Print the runs and stop, before text or a tokenizer is looked at.
 
     Returns what sweep.json holds; with `dry_run` the runs that it would train; None in all processes of torchrun but
@@ -41,4 +44,5 @@ def sweep(
 
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
-    parse_name(name)  # before anything large is imported
+    if name is not None:
+        parse_name(name)  # before anything large is imported

@@ -11,11 +11,11 @@ from mixture_of_tokens.parallel.sharding import whole
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.loading import load_model
 from mixture_of_tokens.runs.records import MetricsRow
-from mixture_of_tokens.runs.warm_start import TEXT, Beginning
+from mixture_of_tokens.runs.warm_start import TEXT, Beginning, beginning_of
 from mixture_of_tokens.settings.layers import OF_TRAINING
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import DEFAULTS, Options
-from mixture_of_tokens.training.merging import Merged
+from mixture_of_tokens.training.merging import Merged, merge
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils.formatting import enumerated
 from mixture_of_tokens.utils.process import is_main
@@ -26,11 +26,31 @@ FREE = (*OF_TRAINING, "attention_dropout", "max_position_embeddings")
 LONGEST = 1024  # tokens in a row, of a model from elsewhere that takes more
 
 
-def name_with(beginning: Beginning, name: str | None) -> str:
-    """The model's name. Raises ValueError for another."""
+def begun(name: str | None, start: str | Path | None) -> tuple[str, Beginning | None]:
+    """The model's name, and what it begins with. Raises ValueError for no name, or another than that of the start."""
+    if start is None:
+        if name is None:
+            raise ValueError("NAME is missing, such as MoT-Nano/32E/8; without it, --from begins with a trained model")
+        return str(parse_name(name)), None
+    beginning = beginning_of(start)
     if name is not None and str(parse_name(name)) != beginning.name:
         raise ValueError(f"{name} is not what --from begins with: that is {beginning.name}, and need not be named")
-    return beginning.name
+    return beginning.name, beginning
+
+
+def merged_with(
+    beginning: Beginning | None, name: str, seed: int | None, learning_rate: float | None, options: Options, **own: Any
+) -> Merged:
+    """As `merge`, of a run that begins with something or anew; by default the seed is that of the beginning, or 0.
+
+    Raises ValueError also for settings with which the trained weights are another model's.
+    """
+    if beginning is None:
+        return merge(name, seed or 0, learning_rate, options, **own)
+    seed = beginning.seed or 0 if seed is None else seed
+    merged = merge(name, seed, learning_rate, options_with(beginning, options), start=beginning.start, **own)
+    check_same_model(beginning, merged)
+    return merged
 
 
 def options_with(beginning: Beginning, options: Options) -> Options:

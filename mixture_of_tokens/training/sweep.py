@@ -6,7 +6,7 @@ import itertools
 import math
 import shlex
 import statistics
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.locking import owned
 from mixture_of_tokens.runs.preconditions import check_holds_runs, check_planned, check_resumed, names_listed_in
 from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.runs.warm_start import Beginning
 from mixture_of_tokens.settings.fields import Several, as_word
-from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import Options, as_flags, listed_seeds
-from mixture_of_tokens.training.merging import Merged, check_settings, merge
+from mixture_of_tokens.training.merging import Merged, check_settings
 from mixture_of_tokens.training.room import check_room, estimate
+from mixture_of_tokens.training.starting import begin_with, begun, merged_with
 from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.files import write_text
@@ -148,24 +149,36 @@ class _Planned(NamedTuple):
 
 
 def sweep(
-    name: str, *, learning_rate: list[float] | None, seeds: list[int], out: Path | None, options: Options, dry_run: bool
+    name: str | None,
+    *,
+    learning_rate: list[float] | None,
+    seeds: list[int] | None,
+    start: Path | None,
+    out: Path | None,
+    options: Options,
+    dry_run: bool,
 ) -> Sweep | Plans | None:
     """As the function of `commands/sweep.py`, which explains its arguments."""
-    name = str(parse_name(name))  # /1 is left out
-    seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
+    name, beginning = begun(name, start)
+    learning_rate = None if learning_rate is None else listed(learning_rate)
     if learning_rate == []:
         raise ValueError("--learning-rate takes at least one rate")
-    out = Path("runs") / f"sweep-{name.replace('/', '-')}" if out is None else Path(out)
+    if out is None:
+        out = Path("runs") / "-".join(
+            ["sweep", name.replace("/", "-"), *([] if start is None else ["from", start.name])]
+        )
     check_holds_runs(out)
     if options.evaluate_on is None:
         options = dataclasses.replace(options, evaluate_on="tuning")
     cells = _grid(learning_rate, options)
     planned: list[_Planned] = []
     for settings in cells:
-        for seed in seeds:
+        for seed in [None] if seeds is None else listed_seeds(seeds):
             chosen, rate = _apply(options, settings)
-            merged, directory = merge(name, seed, rate, chosen), out / _directory(settings, seed)
+            merged = merged_with(beginning, name, seed, rate, chosen)
             check_settings(merged)
+            seed = merged.config.seed
+            directory = out / _directory(settings, seed)
             check_resumed(directory, merged.config)
             planned.append(_Planned(settings, seed, merged, directory))
     check_planned({directory.name: merged.config for _, _, merged, directory in planned})
@@ -179,18 +192,24 @@ def sweep(
         if gone:
             what = f"{out / FILE} now has this sweep alone, without {few_of(sorted(gone))}"
             warn(f"{what}; given together, what is finished is not trained again")
-        return _swept(name, options, cells, planned, out)
+        return _swept(name, beginning, options, cells, planned, out)
 
 
 def _swept(
-    name: str, options: Options, cells: list[dict[str, Any]], planned: list[_Planned], out: Path
+    name: str,
+    beginning: Beginning | None,
+    options: Options,
+    cells: list[dict[str, Any]],
+    planned: list[_Planned],
+    out: Path,
 ) -> Sweep | None:
+    begins = [name] if beginning is None else ["--from", beginning.start.source]
     runs: dict[str, list[Outcome]] = {}
     trained: list[Run] = []
     result = Sweep(name, options.evaluate_on or "tuning", [], None)
     for done, (settings, seed, merged, directory) in enumerate(planned):
         say(f"Run {done + 1} of {len(planned)}: {directory}")
-        made = _trained(merged, directory)
+        made = _trained(merged, directory, beginning)
         if not is_main():
             continue
         if isinstance(made, Run):
@@ -204,17 +223,17 @@ def _swept(
         runs.setdefault(_directory(settings, None), []).append(outcome)
         found = [Cell.of(settings, own) for settings in cells if (own := runs.get(_directory(settings, None)))]
         found.sort(key=lambda cell: math.inf if cell.loss is None else cell.loss)
-        result = Sweep(name, result.evaluated_on, found, _train_command(name, found[0], options))
+        result = Sweep(name, result.evaluated_on, found, _train_command(begins, found[0], options))
         write_text(out / FILE, result.to_json() + "\n")
     return result if is_main() else None
 
 
-def _train_command(name: str, best: Cell, options: Options) -> str | None:
+def _train_command(begins: list[str], best: Cell, options: Options) -> str | None:
     if best.loss is None:
         return None
     chosen, _ = _apply(dataclasses.replace(options, evaluate_on=None), best.settings)
     rate = [RATE, as_word(best.settings[RATE])] if RATE in best.settings else []
-    return shlex.join(["mot", "train", name, *rate, *as_flags(chosen)])
+    return shlex.join(["mot", "train", *begins, *rate, *as_flags(chosen)])
 
 
 def _grid(rates: list[float] | None, options: Options) -> list[dict[str, Any]]:
@@ -241,12 +260,13 @@ def _directory(settings: dict[str, Any], seed: int | None) -> str:
     return "-".join([*names, *([] if seed is None else [f"seed={seed}"])]).replace("/", "_")
 
 
-def _trained(merged: Merged, directory: Path) -> Run | str | None:
+def _trained(merged: Merged, directory: Path, beginning: Beginning | None) -> Run | str | None:
     """The run, trained if need be, or why it diverged; it is then not trained again. None in other processes."""
     diverged = directory / DIVERGED
     if not diverged.exists():
         try:
-            return run_merged(merged, directory, resume=True, again="the same command")
+            begin = None if beginning is None else partial(begin_with, beginning, directory)
+            return run_merged(merged, directory, resume=True, begin=begin, again="the same command")
         except FloatingPointError as error:  # in all processes
             if is_main():
                 write_text(diverged, str(error))

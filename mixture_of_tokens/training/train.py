@@ -29,14 +29,13 @@ from mixture_of_tokens.runs.locking import owned
 from mixture_of_tokens.runs.preconditions import check_free, check_resumed, check_writable
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
-from mixture_of_tokens.runs.warm_start import beginning_of
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.building import arguments_of, build, in_fp32
-from mixture_of_tokens.training.merging import Merged, check_settings, merge
+from mixture_of_tokens.training.merging import Merged, check_settings
 from mixture_of_tokens.training.room import check_room, tell_room
 from mixture_of_tokens.training.served import losses_as_served
 from mixture_of_tokens.training.signals import StopOnSignal, seconds_after_signal
-from mixture_of_tokens.training.starting import begin_with, check_same_model, name_with, options_with
+from mixture_of_tokens.training.starting import begin_with, begun, merged_with
 from mixture_of_tokens.training.timing import MergedWith, check_minutes, fitting, found_before
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils import manifest
@@ -71,23 +70,16 @@ def train(
 ) -> Run | RunConfig | None:
     """As the function of `commands/train.py`, which explains its arguments."""
     check_minutes(minutes, steps=options.steps, dry_run=dry_run)
-    beginning = None if start is None else beginning_of(start)
-    if beginning is not None:
-        name, options = name_with(beginning, name), options_with(beginning, options)
-    if name is None:
-        raise ValueError("NAME is missing; mot train --help shows which there are; --from begins with a trained one")
-    seed = (None if beginning is None else beginning.seed) or 0 if seed is None else seed
-    merged_with = partial(merge, name, seed, learning_rate, start=None if beginning is None else beginning.start)
-    merged = merged_with(options)
+    name, beginning = begun(name, start)
+    with_options = partial(merged_with, beginning, name, seed, learning_rate)
+    merged = with_options(options)
     check_settings(merged)
-    if beginning is not None:
-        check_same_model(beginning, merged)
     if dry_run:
         tell_room(merged)
         return merged.config
     out = Path("runs") / merged.config.directory_name if out is None else Path(out)
     if minutes is not None:
-        merged = _of_minutes(minutes, merged, merged_with, options, out, resume)
+        merged = _of_minutes(minutes, merged, with_options, options, out, resume)
     if resume and not out.exists():
         say(f"{out} is not there yet: training begins at step 0")
     begin = None if beginning is None else partial(begin_with, beginning, out)
@@ -95,7 +87,7 @@ def train(
 
 
 def _of_minutes(
-    minutes: float, merged: Merged, merged_with: MergedWith, options: Options, out: Path, resume: bool
+    minutes: float, merged: Merged, with_options: MergedWith, options: Options, out: Path, resume: bool
 ) -> Merged:
     """The run with as many steps as fit, or as were found when it was started."""
     if not resume:
@@ -104,8 +96,8 @@ def _of_minutes(
     check_room(merged)
     found = found_before(out, minutes, options) if resume else None
     if found is None:
-        (found,) = fitting(minutes, {merged.config.name: merged_with}, options).values()
-    return merged_with(found, minutes=minutes)
+        (found,) = fitting(minutes, {merged.config.name: with_options}, options).values()
+    return with_options(found, minutes=minutes)
 
 
 def run_merged(

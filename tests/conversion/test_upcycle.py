@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from mixture_of_tokens import (
     config_from_name,
     read_run,
     report,
+    sweep,
     train,
     upcycle,
 )
@@ -311,6 +313,19 @@ def test_steps_rate_and_seed_are_those_of_what_is_continued(tiny_runs, tiny_cach
     assert (config.data, config.batch_size) == (before.data, before.batch_size)
 
 
+def test_rates_of_what_is_trained_on_are_swept(tiny_runs, begun, tiny_cache, tmp_path):
+    """Each run begins with the source's loss, on tuning text, and the best is a command that trains."""
+    options = Options(steps=4, device="cpu")
+    found: Any = sweep(start=begun, learning_rate=[1e-30, 1e-2], options=options, out=tmp_path / "rates")
+    seed = read_run(tiny_runs[DENSE]).seed
+    runs = [Path(cell.runs[0].directory) for cell in found.cells]
+    assert [run.name for run in runs] == [f"learning-rate={rate}-seed={seed}" for rate in ("0.01", "1e-30")]
+    assert losses_at_0(runs[0]) == pytest.approx(losses_at_0(runs[1]), abs=1e-6)
+    assert found.cells[1].loss == pytest.approx(losses_at_0(runs[1]), abs=1e-3)
+    mot(*shlex.split(found.best)[1:], "--dry-run")
+    assert f"--from {begun}" in found.best
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_weights(begun, pair, tiny_cache, tmp_path):
     """By SIGKILL, once before there is a checkpoint and once after."""
@@ -393,11 +408,12 @@ def test_a_checkpoint_of_transformers_trains_and_is_exported(saved, small_corpus
     (["--model.norm_topk_prob", "false"], "norm_topk_prob"),
 ])  # fmt: skip
 def test_what_would_make_it_another_model_is_refused(words, named, begun, tiny_cache, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        mot("train", *words, "--from", begun, "--out", tmp_path / "run")
-    assert ended.value.code == 2
-    assert named in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    for command in ("train", "sweep"):
+        with pytest.raises(SystemExit) as ended:
+            mot(command, *words, "--from", begun, "--out", tmp_path / "run")
+        assert ended.value.code == 2
+        assert named in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_what_is_no_beginning_is_refused(saved, tmp_path, capsys):
