@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from mixture_of_tokens.data.blocks import Blocks, say_segments
 from mixture_of_tokens.data.files import Document
-from mixture_of_tokens.data.groups import Blocks, say_segments
 from mixture_of_tokens.data.sources import documents
 from mixture_of_tokens.data.splits import opened, spool
 from mixture_of_tokens.data.tokenizer import parallel_tokenizers

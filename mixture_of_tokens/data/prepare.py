@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.data import sources as corpus
+from mixture_of_tokens.data.blocks import Blocks, say_segments
 from mixture_of_tokens.data.files import Document
-from mixture_of_tokens.data.groups import Blocks, say_segments
 from mixture_of_tokens.data.splits import SPLITS, longest_share, split, spool
 from mixture_of_tokens.data.tokenizer import (
     check_vocab_size,

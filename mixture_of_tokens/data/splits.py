@@ -2,7 +2,7 @@
 
 No document may be in a group twice, so none may have more than a share of its split. If there are many documents,
 longer ones are cut. If there are too few, or cutting would leave too little text, nothing is cut, and far-apart
-segments of a document count as documents (`groups.segmented`).
+segments of a document count as documents (`blocks.segmented`).
 """
 
 import hashlib

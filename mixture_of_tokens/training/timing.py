@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from mixture_of_tokens.data.groups import Blocks, GroupedBatches
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.parallel.sharding import broadcast
 from mixture_of_tokens.runs.loading import without_progress_bars
 from mixture_of_tokens.runs.records import CONFIG, RunConfig
