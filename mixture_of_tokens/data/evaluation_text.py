@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from mixture_of_tokens.data.blocks import Blocks, say_segments
 from mixture_of_tokens.data.files import Document
 from mixture_of_tokens.data.sources import documents
-from mixture_of_tokens.data.splits import opened, spool
+from mixture_of_tokens.data.splits import spool
 from mixture_of_tokens.data.tokenizer import parallel_tokenizers
 from mixture_of_tokens.data.tokens import bar_of_bytes, batches, encoded
-from mixture_of_tokens.utils.files import naming
+from mixture_of_tokens.utils.files import naming, opened
 
 
 def whole_text(
