@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mixture_of_tokens import GroupedBatches, MixtureOfTokens, prepare_text
-from mixture_of_tokens.data.groups import Blocks
+from mixture_of_tokens.data.blocks import Blocks
 
 GROUP = 16  # texts that are mixed; a batch is a multiple of it
 

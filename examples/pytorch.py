@@ -21,7 +21,7 @@ from mixture_of_tokens import (
     prepare_text,
     score_tokens,
 )
-from mixture_of_tokens.data.groups import Blocks
+from mixture_of_tokens.data.blocks import Blocks
 
 GROUP, WIDTH, HEADS, CONTEXT = 16, 32, 2, 64  # a batch is a multiple of GROUP, the texts that are mixed
 

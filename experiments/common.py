@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from mixture_of_tokens import compare, sweep, train
-from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.reports import comparison

@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # `X as X` says that X is public
     from mixture_of_tokens.commands.transition import transition as transition
     from mixture_of_tokens.commands.upcycle import upcycle as upcycle
     from mixture_of_tokens.data.groups import GroupedBatches as GroupedBatches
-    from mixture_of_tokens.data.groups import prepare_tokens as prepare_tokens
     from mixture_of_tokens.data.own_tokens import count_collisions as count_collisions
+    from mixture_of_tokens.data.own_tokens import prepare_tokens as prepare_tokens
     from mixture_of_tokens.data.own_tokens import split_tokens as split_tokens
     from mixture_of_tokens.data.prepare import prepare_text as prepare_text
     from mixture_of_tokens.evaluation.audit import audit_model as audit_model
@@ -66,8 +66,8 @@ _MODULES = {
     "models.companions": ("calibrate_companions",),
     "commands.data_report": ("data_report",),
     "data.prepare": ("prepare_text",),
-    "data.groups": ("GroupedBatches", "prepare_tokens"),
-    "data.own_tokens": ("count_collisions", "split_tokens"),
+    "data.groups": ("GroupedBatches",),
+    "data.own_tokens": ("count_collisions", "prepare_tokens", "split_tokens"),
     "training.grouped": ("GroupedTrainer",),
     "settings.options": ("Options",),
     "commands.plan": ("plan",),

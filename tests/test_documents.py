@@ -10,7 +10,7 @@ import torch
 import routings
 from mixture_of_tokens import GroupedBatches, Options, audit, evaluate, prepare_text, prepare_tokens, train, transition
 from mixture_of_tokens.conversion.to_hf import to_plain
-from mixture_of_tokens.data.groups import Blocks
+from mixture_of_tokens.data.blocks import Blocks
 from mixture_of_tokens.evaluation.leaks import between_documents
 from mixture_of_tokens.evaluation.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.runs.records import RunConfig

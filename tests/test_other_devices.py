@@ -11,7 +11,7 @@ import processes
 from mixture_of_tokens import calibrate_companions, calibrate_thresholds
 from mixture_of_tokens.conversion.distil import distil
 from mixture_of_tokens.conversion.switch import to_token_choice, token_choice_config
-from mixture_of_tokens.data.groups import Blocks
+from mixture_of_tokens.data.blocks import Blocks
 from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.models.telemetry import measure

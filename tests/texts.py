@@ -1,11 +1,11 @@
-"""Pseudo-text for the tests, and which texts meet in a group."""
+"""Pseudo-text and tokens for the tests, and which texts meet in a group."""
 
 import random
 from pathlib import Path
 
 import numpy as np
 
-from mixture_of_tokens.data.groups import Blocks
+from mixture_of_tokens.data.blocks import Blocks
 
 
 def sentences(seed: int, lines: int) -> str:
@@ -27,6 +27,17 @@ def write_texts(folder: Path, lines: int) -> None:
         own = choose.sample(words, 60)
         written = (" ".join(choose.choices(own, k=8)) for _ in range(lines))
         (folder / f"{number}.txt").write_text("\n".join(written))
+
+
+def blocks_of(lengths: list[int], context: int) -> Blocks:
+    """Token 1000 * d + i is number i of document d, so that a block tells where it comes from."""
+    tokens = np.concatenate([1000 * d + np.arange(n) for d, n in enumerate(lengths)]).astype(np.uint32)
+    return Blocks(tokens, np.cumsum(lengths), context, bytes=len(tokens))
+
+
+def in_segments(lengths: list[int], context: int, group_size: int) -> Blocks:
+    tokens = np.zeros(sum(lengths), dtype=np.uint16)
+    return Blocks.of(tokens, np.cumsum(lengths), context, group_size, bytes=sum(lengths))
 
 
 def groups_with_a_document_twice(blocks: Blocks, groups: np.ndarray) -> int:

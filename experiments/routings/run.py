@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from mixture_of_tokens import train
-from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.layers.experts import Routed
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.models.telemetry import measure, watch_weights

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from mixture_of_tokens.data.blocks import Blocks, say_segments
 from mixture_of_tokens.data.files import Document
-from mixture_of_tokens.data.groups import Blocks, say_segments
 from mixture_of_tokens.data.sources import documents
-from mixture_of_tokens.data.splits import opened, spool
+from mixture_of_tokens.data.splits import spool
 from mixture_of_tokens.data.tokenizer import parallel_tokenizers
 from mixture_of_tokens.data.tokens import bar_of_bytes, batches, encoded
-from mixture_of_tokens.utils.files import naming
+from mixture_of_tokens.utils.files import naming, opened
 
 
 def whole_text(
@@ -24,7 +24,6 @@ def whole_text(
     field: str = "text",
     context: int = 64,
     group_size: int = 32,
-    separate_documents: bool = False,
 ) -> Blocks:
     """All tokens of the sources, in memory: no document is dropped, cut or split off, but for blank ones.
 
@@ -47,8 +46,7 @@ def whole_text(
                     if closes:
                         ends.append(length)
                 bar.update(sum(len(piece) for piece, _ in batch))
-    how = {"bytes": count, "separate": separate_documents}
-    blocks = Blocks.of(np.concatenate(rows), np.array(ends), context, group_size, **how)
+    blocks = Blocks.of(np.concatenate(rows), np.array(ends), context, group_size, bytes=count)
     say_segments(sources, group_size, blocks)
     return blocks
 

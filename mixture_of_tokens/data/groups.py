@@ -1,238 +1,21 @@
-"""Tokens -> blocks that know their documents -> batches in groups.
+"""Blocks -> batches in groups.
 
 The G rows of a group are blocks of different documents, by construction. Blocks are in the order of the text, so the
 blocks of one document are neighbours. They are divided into G stripes. A group takes one random block of every stripe,
 all from the first halves of the stripes or all from the second. The blocks of a group are therefore more than half a
 stripe apart, and a document can be in a group twice only if it has more than 1 / (2 G) of the blocks. Such a document
-is divided into segments, which count as documents: see `segmented`.
+is divided into segments, which count as documents: see `blocks.segmented`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mixture_of_tokens.data.tokens import TokenFiles
-from mixture_of_tokens.layers.losses import IGNORE
-from mixture_of_tokens.utils.checks import LARGEST, at_least_one, check, check_sizes
-from mixture_of_tokens.utils.formatting import few_of
-from mixture_of_tokens.utils.progress import say_once
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A token stream cut into blocks of `context` tokens, each with the token that follows as its last target.
-
-    tokens: (L,) of one split, documents one after the other, each closed by the end-of-text token.
-    ends: (documents,), where each document ends in `tokens`; or each segment, which counts as a document.
-    document_ends: where whole documents end, if some are divided into segments; else None, as `ends` says it.
-    bytes: the UTF-8 length of the text, by which an evaluation divides; 0 of text that is only trained on.
-    separate: whether the documents of a block do not see each other: a batch then has `position_ids`.
-    """
-
-    tokens: np.ndarray | TokenFiles
-    ends: np.ndarray
-    context: int
-    bytes: int = 0
-    separate: bool = False
-    document_ends: np.ndarray | None = None
-
-    @classmethod
-    def of(
-        cls, tokens: np.ndarray | TokenFiles, ends: np.ndarray, context: int, group_size: int, **others: Any
-    ) -> Self:
-        """Of whole documents, divided into segments where groups of this size could not be made of different ones."""
-        parts = segmented(ends, context, group_size)
-        return cls(tokens, parts, context, document_ends=ends if len(parts) > len(ends) else None, **others)
-
-    @property
-    def whole_ends(self) -> np.ndarray:
-        """Where whole documents end, be they divided or not."""
-        return self.ends if self.document_ends is None else self.document_ends
-
-    @property
-    def segments(self) -> int:
-        """How many segments count as documents."""
-        if self.document_ends is None:
-            return 0
-        parts = np.bincount(np.searchsorted(self.document_ends, self.ends))
-        return int(parts[parts > 1].sum())
-
-    def __repr__(self) -> str:
-        sizes = f"{len(self.tokens):,} tokens, {len(self.ends):,} documents or segments"
-        return f"Blocks({len(self):,} of {self.context} tokens; {sizes})"
-
-    def __len__(self) -> int:
-        """Complete blocks. The incomplete one at the end is evaluated (`padded=True`) but not trained on."""
-        return max(0, len(self.tokens) - 1) // self.context
-
-    @property
-    def total(self) -> int:
-        """Blocks, including the incomplete one at the end."""
-        return -(-max(0, len(self.tokens) - 1) // self.context)
-
-    def documents(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First and last document that a block touches, its last target included."""
-        start = np.asarray(index, dtype=np.int64) * self.context
-        last = np.minimum(start + self.context, len(self.tokens) - 1)
-        return np.searchsorted(self.ends, start, "right"), np.searchsorted(self.ends, last, "right")
-
-    def batch(self, index: np.ndarray, padded: bool = False) -> dict[str, Tensor]:
-        """Blocks by number, as model inputs (B, T). With `padded`, number -1 is an empty row, and there is a mask.
-
-        Of `separate` documents the mask is of tokens alone: beside an attention mask transformers would not look at
-        positions, and padding, which is on the right, is a document of its own.
-        """
-        index = np.asarray(index, dtype=np.int64)[:, None]
-        position = index * self.context + np.arange(self.context + 1)
-        real = (position < len(self.tokens)) & (index >= 0)
-        window = torch.from_numpy(self.tokens[np.where(real, position, 0)].astype(np.int64))
-        ids, labels = window[:, :-1].contiguous(), window[:, 1:].contiguous()  # else a GPU waits for each copy
-        inputs = {"input_ids": ids, "shift_labels": labels}
-        if self.separate:
-            inputs["position_ids"] = torch.from_numpy(self._in_documents(position[:, :-1]))
-        if not padded:
-            return inputs
-        mask = torch.from_numpy(real)
-        masked = {"token_mask": mask[:, :-1]} if self.separate else {"attention_mask": mask[:, :-1].long()}
-        return inputs | {"shift_labels": torch.where(mask[:, 1:], labels, IGNORE)} | masked
-
-    def _in_documents(self, position: np.ndarray) -> np.ndarray:
-        """Places of tokens (B, T) in their rows, counted anew from the first token of each document."""
-        document = np.searchsorted(self.ends, position, "right")
-        begin = np.where(document > 0, self.ends[document - 1], position[:, :1])  # an empty row is before all
-        return position - np.maximum(begin, position[:, :1])
-
-
-def tokens_apart(tokens: int, context: int, group_size: int) -> int:
-    """How many tokens lie at least between the last target of a block and the first token of another of its group."""
-    return max(1, (tokens - 1) // context // group_size // 2) * context
-
-
-def segmented(ends: np.ndarray, context: int, group_size: int) -> np.ndarray:
-    """Divide documents (`ends` as in `Blocks`) that could be in a group twice into segments that cannot.
-
-    A segment is at most half as long as what lies between two blocks of a group, so two blocks of one document never
-    touch the same segment or adjacent ones.
-
-    Returns the new `ends`; no token is added.
-    """
-    lengths = np.diff(ends, prepend=0)
-    reach = tokens_apart(int(lengths.sum()), context, group_size)
-    parts = np.where(lengths > reach, -(-lengths // max(1, reach // 2)), 1)
-    document = np.repeat(np.arange(len(ends)), parts)
-    part = np.arange(1, len(document) + 1) - (np.cumsum(parts) - parts)[document]
-    return (ends - lengths)[document] + part * lengths[document] // parts[document]
-
-
-def say_segments(sources: Sequence[str], group_size: int, *texts: Blocks) -> None:
-    """Once for a text, if it has segments: a part of several is opened often."""
-    divided = [blocks for blocks in texts if blocks.segments]
-    if not divided:
-        return
-    segments = sum(blocks.segments for blocks in divided)
-    apart = min(tokens_apart(len(blocks.tokens), blocks.context, group_size) for blocks in divided)
-    what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size} different ones"
-    how = f"long documents are divided into {segments:,} segments, which count as documents"
-    means = f"Two of a document, at least {apart:,} tokens apart, may meet in a group: bad if one tells of the other"
-    say_once(f"{what}: {how}. {means}. With some {40 * group_size:,} documents of like length none is divided")
-
-
-def prepare_tokens(
-    tokens: Any,
-    ends: Sequence[int] | np.ndarray | Tensor | None = None,
-    *,
-    context: int = 64,
-    group_size: int = 32,
-    vocab_size: int | None = None,
-    separate_documents: bool = False,
-) -> Blocks:
-    """Text that is tokens already, for `GroupedBatches`.
-
-    Args:
-        tokens: Documents, as in a list or from an iterator, each one-dimensional, of token ids; empty ones are left
-            out. Or, with `ends`, one array of all of them, one after the other; a np.memmap stays on the disk. Arrays
-            are numpy's, torch's or lists. Nothing is added: close each document with the token that ends a text.
-        ends: (documents,), where each document ends in all tokens, so the last one is their number. It is this that
-            keeps parts of one document out of one group.
-        context: Tokens in a block.
-        group_size: Documents are divided into segments such that groups of this size can be made of different ones;
-            where there are such segments, a line on standard error says so.
-        vocab_size: Of the model: ids must be below it.
-        separate_documents: Documents of a row do not see each other; batches then have `position_ids`.
-
-    Raises ValueError for what holds no token ids, for ids below 0 or beyond the vocabulary, and for sizes below 1.
-    """
-    check_sizes(context=context, group_size=group_size)
-    check("vocab_size", vocab_size, int | None)
-    at_least_one(vocab_size=vocab_size)
-    given, where = documents_of(tokens, ends)
-    _check_ids(given, LARGEST + 1 if vocab_size is None else vocab_size)
-    blocks = Blocks.of(given, where, context, group_size, separate=separate_documents)
-    say_segments(["tokens"], group_size, blocks)
-    return blocks
-
-
-def documents_of(tokens: Any, ends: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """All ids as one array, and where each document ends in it (documents,), int64, as `prepare_tokens` takes them."""
-    given, lengths = _joined(tokens)
-    if ends is None and lengths is None:
-        raise ValueError("ends is missing: where each document ends in tokens; or give tokens as a list of documents")
-    where = (np.cumsum(lengths or []) if ends is None else _ids("ends", ends)).astype(np.int64)
-    if not len(where) or where[-1] != len(given) or (np.diff(where, prepend=0) <= 0).any():
-        what = f"ends must rise to the number of tokens, {len(given)}: where each document ends"
-        are_lengths = len(where) > 0 and where.sum() == len(given)
-        raise ValueError(what + (". These look like lengths: give np.cumsum of them" if are_lengths else ""))
-    return given, where
-
-
-def _joined(tokens: Any) -> tuple[np.ndarray, list[int] | None]:
-    """All ids as one array, and the lengths of the documents; None of what is one array already."""
-    if isinstance(tokens, str | bytes | Mapping) or not isinstance(tokens, Iterable):
-        raise ValueError(f"tokens takes documents of token ids, or one array of them, not {type(tokens).__name__}")
-    if isinstance(tokens, Tensor) or (isinstance(tokens, np.ndarray) and tokens.dtype != object):
-        return _ids("tokens", tokens), None
-    documents = list(tokens)
-    if documents and not getattr(documents[0], "ndim", isinstance(documents[0], Iterable)):  # a number
-        return _ids("tokens", documents), None
-    arrays = [_ids(f"tokens: document {number}", each) for number, each in enumerate(documents)]
-    arrays = [array for array in arrays if len(array)]
-    if not arrays:
-        raise ValueError("tokens holds no document with a token")
-    # Of signed and unsigned numbers numpy would make floats.
-    wide = None if len({array.dtype for array in arrays}) == 1 else np.int64
-    return np.concatenate(arrays, dtype=wide, casting="unsafe"), [len(array) for array in arrays]
-
-
-def _ids(name: str, given: Any) -> np.ndarray:
-    """Raises ValueError, naming it, for what is no one-dimensional array of whole numbers."""
-    try:
-        array = given.numpy(force=True) if isinstance(given, Tensor) else np.asarray(given)
-    except (ValueError, TypeError, RuntimeError):  # lists of different lengths; bfloat16, which numpy lacks
-        array = np.empty(())
-    if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
-        several = "; where each row is a document, give a list of the rows" if array.ndim > 1 else ""
-        raise ValueError(f"{name} must be a one-dimensional array of integers{several}")
-    return array if array.size else array.astype(np.int64)
-
-
-def _check_ids(tokens: np.ndarray, count: int) -> None:
-    """Raises ValueError for ids that are not 0 to `count` - 1; a file is read only where its type allows of such."""
-    kind = np.iinfo(tokens.dtype)
-    least, most = (tokens.min() if kind.min < 0 else 0), (tokens.max() if kind.max >= count else 0)
-    if least < 0 or most >= count:
-        raise ValueError(f"tokens has the id {least if least < 0 else most}; ids are 0 to {count - 1}")
-
-
-def in_blocks_of(blocks: Blocks, context: int, group_size: int) -> Blocks:
-    """The same text in blocks of another length, its documents divided once more where those could meet."""
-    whole = blocks.whole_ends
-    ends = segmented(blocks.ends, context, group_size)
-    return replace(blocks, context=context, ends=ends, document_ends=whole if len(ends) > len(whole) else None)
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.utils.checks import at_least_one, check
 
 
 def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, everything: bool = False) -> np.ndarray:
@@ -274,7 +57,7 @@ def grouped_order(
     that has more than 1 / (2 G) of the blocks.
     """
     order = deal(blocks, group_size, seed=seed, epoch=epoch, everything=everything)
-    if len(collisions(blocks, order)[0]):
+    if collisions(blocks, order):
         raise ValueError(
             f"a document has more than 1 / {2 * group_size} of the {order.size} blocks and could be in a group "
             "twice: give more text, smaller groups or shorter documents"
@@ -282,9 +65,9 @@ def grouped_order(
     return order
 
 
-def collisions(blocks: Blocks, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks that touch a document of another block of their group (groups, G): their groups and places in them."""
-    found = []
+def collisions(blocks: Blocks, groups: np.ndarray) -> int:
+    """How many blocks touch a document of another block of their group (groups, G)."""
+    found = 0
     rows = max(1, 2**18 // groups.shape[1])  # at once, to save memory
     for start in range(0, len(groups), rows):
         part = groups[start : start + rows]
@@ -294,14 +77,14 @@ def collisions(blocks: Blocks, groups: np.ndarray) -> tuple[np.ndarray, np.ndarr
         first, last = np.where(empty, nobody, first), np.where(empty, nobody, last)
         order = np.argsort(first, axis=1)
         first, last = np.take_along_axis(first, order, axis=1), np.take_along_axis(last, order, axis=1)
-        group, pair = np.nonzero(last[:, :-1] >= first[:, 1:])
-        found.append((start + group, order[group, pair]))
-    return np.concatenate([group for group, _ in found]), np.concatenate([place for _, place in found])
+        found += int((last[:, :-1] >= first[:, 1:]).sum())
+    return found
 
 
-def count_of_one_document(blocks: Blocks, groups: np.ndarray) -> int:
-    """Blocks that touch a whole document of another block of their group (groups, G), be it divided or not."""
-    return len(collisions(replace(blocks, ends=blocks.whole_ends), groups)[0]) if len(groups) else 0
+def meetings(blocks: Blocks, groups: np.ndarray) -> tuple[int, int]:
+    """`collisions` where segments count as documents, and where the documents that they are parts of do."""
+    found = collisions(blocks, groups)
+    return found, found if blocks.document_ends is None else collisions(blocks.undivided, groups)
 
 
 class _Whole(dict):

@@ -13,8 +13,9 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from mixture_of_tokens.data import sources as corpus
+from mixture_of_tokens.data.blocks import Blocks, say_segments
 from mixture_of_tokens.data.files import Document
-from mixture_of_tokens.data.groups import Blocks, say_segments
 from mixture_of_tokens.data.splits import SPLITS, longest_share, split, spool
 from mixture_of_tokens.data.tokenizer import (
     check_vocab_size,
@@ -38,7 +39,7 @@ from mixture_of_tokens.data.tokenizer import (
 from mixture_of_tokens.data.tokens import FORMAT, TokenFiles, altered, bar_of_bytes, tokenize, training_text
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.checks import at_least_one, check_number, checked, listed
-from mixture_of_tokens.utils.files import hold, naming, published, release
+from mixture_of_tokens.utils.files import held, naming, published
 from mixture_of_tokens.utils.formatting import few_of
 from mixture_of_tokens.utils.progress import LOGGER, say_once
 
@@ -141,20 +142,19 @@ def prepare_text(
             if changed := [path for path in [*states, *now] if states.get(path) != now.get(path)]:
                 raise ValueError(f"{changed[0]} was changed while it was read: prepare the text again")
 
-    def make() -> dict[str, Any]:
-        return _make(
-            directory,
-            corpus.documents(named, field, together=together, commits=commits),
-            check_unchanged,
-            max_bytes=max_bytes,
-            total=min((each for each in (total, max_bytes) if each is not None), default=None),
-            group_size=group_size,
-            tokenizer=given,
-            vocab_size=vocab_size,
-            keep_near=keep_near_duplicates,
-            may_be_empty=together,
-        )
-
+    make = partial(
+        _make,
+        directory,
+        corpus.documents(named, field, together=together, commits=commits),
+        check_unchanged,
+        max_bytes=max_bytes,
+        total=min((each for each in (total, max_bytes) if each is not None), default=None),
+        group_size=group_size,
+        tokenizer=given,
+        vocab_size=vocab_size,
+        keep_near=keep_near_duplicates,
+        may_be_empty=together,
+    )
     in_cache = directory.exists()
     entry = _entry(directory, make)
     facts = entry["facts"]
@@ -233,16 +233,14 @@ def _say_what_is_missing(sources: Sequence[str], facts: dict, group_size: int, *
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     waiting = "Another process is preparing the same data: waiting for it."
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold(directory.with_suffix(LOCK), waiting)
-    except OSError as error:
-        what = f"prepared text is kept in {directory.parent}, which cannot be written: {error.strerror}"
-        raise ValueError(f"{what}; MIXTURE_OF_TOKENS_CACHE names another folder") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(directory.with_suffix(LOCK), waiting))
+        except OSError as error:
+            what = f"prepared text is kept in {directory.parent}, which cannot be written: {error.strerror}"
+            raise ValueError(f"{what}; MIXTURE_OF_TOKENS_CACHE names another folder") from None
         yield
-    finally:
-        release(lock)
 
 
 def _whole(directory: Path) -> tuple[dict | None, str | None]:

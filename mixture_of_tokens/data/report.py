@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mixture_of_tokens.data.groups import Blocks, collisions, count_of_one_document, deal, tokens_apart
+from mixture_of_tokens.data.blocks import Blocks, tokens_apart
+from mixture_of_tokens.data.groups import deal, meetings
 from mixture_of_tokens.data.prepare import SPLITS, prepare_text
 from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.formatting import Result, aligned
@@ -82,9 +83,8 @@ def _facts(blocks: Blocks, counts: dict[str, int], group_size: int) -> dict[str,
         of_document = np.cumsum(changes)[:-1]
     rows = found = divided = 0
     for order in _orders(blocks, group_size):
-        rows += int((order >= 0).sum())
-        found += len(collisions(blocks, order)[0])
-        divided += count_of_one_document(blocks, order)
+        met = meetings(blocks, order)
+        rows, found, divided = rows + int((order >= 0).sum()), found + met[0], divided + met[1]
     apart = tokens_apart(len(blocks.tokens), blocks.context, group_size)
     return counts | {
         "bytes per token": round(counts["bytes"] / max(1, counts["tokens"]), 3),

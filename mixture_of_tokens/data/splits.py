@@ -2,7 +2,7 @@
 
 No document may be in a group twice, so none may have more than a share of its split. If there are many documents,
 longer ones are cut. If there are too few, or cutting would leave too little text, nothing is cut, and far-apart
-segments of a document count as documents (`groups.segmented`).
+segments of a document count as documents (`blocks.segmented`).
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from mixture_of_tokens.data.duplicates import unlike
 from mixture_of_tokens.data.files import Document
+from mixture_of_tokens.utils.files import opened
 
 SPLITS = ("train", "tuning", "validation")
 VALIDATION, TUNING = 0.1, 0.05  # of the documents; with few documents, of each document
@@ -199,15 +199,6 @@ def _character(text: int, place: int) -> int:
     while (os.pread(text, 1, place) or b"\0")[0] & 0xC0 == 0x80:
         place -= 1
     return place
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        yield file
-    finally:
-        os.close(file)
 
 
 def pieces_of(file: int, offset: int, length: int, largest: int) -> Iterator[bytes]:

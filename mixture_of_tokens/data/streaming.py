@@ -23,7 +23,8 @@ from torch import Tensor, cat
 from tqdm import tqdm
 
 from mixture_of_tokens.data import sources as corpus
-from mixture_of_tokens.data.groups import Blocks, GroupedBatches
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.data.prepare import Prepared, prepare_text
 from mixture_of_tokens.utils.formatting import few_of
 from mixture_of_tokens.utils.process import end_with_parent, place_of_machine

@@ -11,8 +11,9 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mixture_of_tokens.data.splits import Splits, cut_by_tokens, opened, pieces_of
+from mixture_of_tokens.data.splits import Splits, cut_by_tokens, pieces_of
 from mixture_of_tokens.data.tokenizer import hash_of, ids_of, refuse
+from mixture_of_tokens.utils.files import opened
 from mixture_of_tokens.utils.formatting import first_line
 from mixture_of_tokens.utils.progress import progress_bar
 
@@ -151,23 +152,19 @@ def encoded(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[bytes, bool]])
         yield (row.ids if not closes or tokenizer.eos_token_id is None else [*row.ids, tokenizer.eos_token_id]), closes
 
 
-def _altered(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[str, str] | None:
-    """Where tokens do not give a text back: some characters of it, and what comes in their place. Else None.
+def altered(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> tuple[str, str] | None:
+    """Where tokens do not give a piece of text back: some characters of it, and what comes in their place. Else None.
 
     Whitespace at the ends does not count, as some tokenizers begin every text with a space.
     """
-    [(ids, _)] = encoded(tokenizer, [((text := text.strip()).encode(), False)])
-    given_back = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False).strip()
-    if given_back == text:
-        return None
-    equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, given_back, strict=False)))
-    return text[equal : equal + SHOWN], given_back[equal : equal + SHOWN]
-
-
-def altered(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> tuple[str, str] | None:
-    """As `_altered`, of the first of some pieces that is not given back."""
-    tried = (piece[:CHARACTERS_TRIED] for piece in islice(pieces, TRIED))
-    return next(filter(None, (_altered(tokenizer, piece) for piece in tried)), None)
+    for piece in islice(pieces, TRIED):
+        text = piece[:CHARACTERS_TRIED].strip()
+        [(ids, _)] = encoded(tokenizer, [(text.encode(), False)])
+        given_back = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False).strip()
+        if given_back != text:
+            equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, given_back, strict=False)))
+            return text[equal : equal + SHOWN], given_back[equal : equal + SHOWN]
+    return None
 
 
 class _Writer:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixture_of_tokens.data.groups import collisions, count_of_one_document, deal
+from mixture_of_tokens.data.groups import deal, meetings
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.evaluation.audit_inputs import length_of, random_tokens, rows_of, texts
 from mixture_of_tokens.evaluation.leaks import Leaks, between_documents, leaks, look
@@ -191,8 +191,8 @@ def collisions_in(run: str, text: Prepared) -> tuple[int, float]:
         if len(blocks) >= 2 * size:
             groups = deal(blocks, size, seed=seed).reshape(-1, mixed)
             rows += groups.size
-            found += len(collisions(blocks, groups)[0])
-            beside += count_of_one_document(blocks, groups)
+            met = meetings(blocks, groups)
+            found, beside = found + met[0], beside + met[1]
     return found, beside / max(1, rows)
 
 

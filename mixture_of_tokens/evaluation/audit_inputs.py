@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import grouped_order
 
 ROWS, LENGTH = 8, 64  # of a batch without groups; tokens of a text, if nothing else is asked for
 LOGITS = 2**27  # at most, of a batch: memory holds all logits several times

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mixture_of_tokens.data.blocks import Blocks, in_blocks_of
 from mixture_of_tokens.data.evaluation_text import whole_text
-from mixture_of_tokens.data.groups import Blocks, grouped_order, in_blocks_of
+from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.prepare import COMMON_GROUP
 from mixture_of_tokens.evaluation.losses import cross_entropy, label_of_groups, not_empty
 from mixture_of_tokens.layers.experts import Router

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.layers.losses import IGNORE
 from mixture_of_tokens.models.forward_hooks import evaluating
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM

@@ -28,6 +28,7 @@ from mixture_of_tokens.layers.experts import Experts
 from mixture_of_tokens.layers.grouping import expert_linear
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.parallel.placement import Placement
+from mixture_of_tokens.utils.process import have_met
 
 IN_ONE_FILE = "1000TB"  # of weights; transformers would begin another after 50 GB
 MIXTURES = "mixtures"  # the name of our way to exchange what experts read
@@ -153,7 +154,8 @@ def local(weight: Tensor) -> Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """In all processes, the first one's value."""
+    """In all processes, the first one's value; in one that has met no other, its own."""
     values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
+    if have_met():
+        torch.distributed.broadcast_object_list(values, src=0)
     return values[0]

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -42,36 +42,29 @@ WAYS = (records.IN_GROUPS, records.ALONE_BY_FEW, records.ALONE)  # in which text
 # The name of a share, and the field of `Point` that it is a share of.
 RATIOS = {"steps": "step", "time": "seconds", "flops": "flops"}
 
-
-@dataclass(frozen=True)
-class Reached:
-    """When a run reaches another's last loss; the last three as shares of what the other took."""
-
-    step: float
-    seconds: float
-    flops: float
-    of_steps: float
-    of_time: float
-    of_flops: float
+Amount = TypeVar("Amount", float, Summary | None)
 
 
 @dataclass(frozen=True)
-class ReachedSummary:
-    """The same over the seeds; None where no run ever does."""
+class Reached(Generic[Amount]):
+    """When a run reaches another's last loss; the last three as shares of what the other took.
 
-    step: Summary | None
-    seconds: Summary | None
-    flops: Summary | None
-    of_steps: Summary | None
-    of_time: Summary | None
-    of_flops: Summary | None
+    Of a model the same over its seeds; None where no run ever does.
+    """
+
+    step: Amount
+    seconds: Amount
+    flops: Amount
+    of_steps: Amount
+    of_time: Amount
+    of_flops: Amount
 
     @classmethod
-    def over(cls, found: Sequence[Reached | None]) -> "ReachedSummary":
+    def over(cls, found: Sequence["Reached[float] | None"]) -> "Reached[Summary | None]":
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(*(Summary.of(None if each is None else getattr(each, name) for each in found) for name in names))
+        return Reached(*(Summary.of(each and getattr(each, name) for each in found) for name in names))
 
-    def share(self, whole: str) -> Summary | None:
+    def share(self, whole: str) -> Amount:
         """By a key of `RATIOS`."""
         return getattr(self, f"of_{whole}")
 
@@ -90,7 +83,7 @@ class ComparedRun:
     seconds_per_step: float
     tokens_per_second: float
     equal_time_loss: float | None
-    reached: dict[str, Reached | None]
+    reached: dict[str, Reached[float] | None]
     curve: list[Point]
 
 
@@ -123,7 +116,7 @@ class ComparedModel:
     served: dict[str, Summary]
     few_of_experts: tuple[int, int]
     continues: str | None
-    reached: dict[str, ReachedSummary]
+    reached: dict[str, Reached[Summary | None]]
     runs: list[ComparedRun]
     final_loss_difference: Summary
     equal_time_loss_difference: Summary | None
@@ -234,7 +227,7 @@ def _check_steps(runs: Sequence[Run]) -> None:
             check_comparable({str(each.directory): {STEPS: each.config.conditions()[STEPS]} for each in (run, other)})
 
 
-def reached(run: Run, other: Run) -> Reached | None:
+def reached(run: Run, other: Run) -> Reached[float] | None:
     """Where a run reaches another's last evaluation loss, as defined at the top of this file.
 
     Raises ValueError for runs that saw different text.
@@ -358,7 +351,7 @@ def _model(
         served={way: _summary(run.served[way] for run in runs) for way in WAYS if all(way in r.served for r in runs)},
         few_of_experts=(first.model_config.num_experts_per_tok, first.model_config.num_experts),
         continues=continues,
-        reached={other: ReachedSummary.over([run.reached[other] for run in runs]) for other in runs[0].reached},
+        reached={other: Reached.over([run.reached[other] for run in runs]) for other in runs[0].reached},
         runs=runs,
         final_loss_difference=_summary(mine.final_loss - its.final_loss for mine, its in pairs),
         equal_time_loss_difference=apart,

@@ -32,15 +32,11 @@ def _label(run: Run, others: Sequence[Run], *, brief: bool) -> str:
                 return False
         return key in own or any(other.settings.get(key) != run.settings.get(key) for other in namesakes)
 
-    own = _in_place_of_the_name(run) | (set() if run.switch else _of_the_routing(run))
+    in_place_of_the_name = {f"model.{field}" for field in other_sizes(run.name, run.model_config)}
+    own = in_place_of_the_name | (set() if run.switch else _of_the_routing(run))
     keys = {key: None for other in namesakes for key in other.settings}
     values = [f"{key.rpartition('.')[2]} {_setting(run, key)}" for key in keys if tells(key)]
     return f"{_title(run)} ({', '.join(values)})" if values else _title(run)
-
-
-def _in_place_of_the_name(run: Run) -> set[str]:
-    """Settings of sizes that the name says otherwise."""
-    return {f"model.{field}" for field in other_sizes(run.name, run.model_config)}
 
 
 def _of_the_routing(run: Run) -> set[str]:

@@ -49,7 +49,7 @@ def page(
         swatch=swatch,
         curves=_curves(comparison, switches),
         switched=[(i, labels[i], models[labels[i]]) for i in switches],
-        switch_figure=_through_the_switch(models) if switches else "",
+        switch_figure=_through_the_switch(models, switches) if switches else "",
         over_seeds=_over_seeds,
         loads=_loads,
         milliseconds=lambda seconds: f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s",
@@ -114,20 +114,20 @@ def _curves(comparison: Comparison, switches: dict[int, Point]) -> list[tuple[st
     unit, each = ("s", 1) if seconds < 180 else ("min", 60) if seconds < 10800 else ("h", 3600)
     power = len(f"{max(line.x[-1] for line in lines['flops']):.0f}") - 1
     axes = {
-        "step": ("steps", 1.0, "Steps"),
-        "seconds": (f"training time, {unit}", each, "Time"),
+        "steps": ("steps", 1.0, "Steps"),
+        "time": (f"training time, {unit}", each, "Time"),
         "flops": (f"training FLOPs, 10{str(power).translate(SUPERSCRIPTS)}", 10.0**power, "FLOPs"),
     }
     figures = []
-    for key, (x_label, scale, head) in axes.items():
-        points = []
+    for whole, (x_label, scale, head) in axes.items():
+        key, points = RATIOS[whole], []
         for i, model in enumerate(models):
             found = getattr(model.reached[baseline.label], key)
             if i and found is not None and found.seeds == len(comparison.seeds):
                 points.append((i, found.mean / scale, level))
         drawn = lines[key] if origin is None else [*lines[key], _before(origin, key, lines[key], len(models))]
         scaled = [Line(line.series, [x / scale for x in line.x], line.y, line.low, line.high) for line in drawn]
-        label = f"Evaluation loss against {x_label.split(',')[0]}. " + _ends(models, key)
+        label = f"Evaluation loss against {x_label.split(',')[0]}. " + _ends(models, key, lines[key])
         figure = panel(
             scaled,
             label=label,
@@ -139,7 +139,7 @@ def _curves(comparison: Comparison, switches: dict[int, Point]) -> list[tuple[st
             points=points,
             switches=[(i, getattr(at, key) / scale) for i, at in switches.items()],
         )
-        figures.append((figure, head, _shares(comparison, key)))
+        figures.append((figure, head, _shares(comparison, whole)))
     return figures
 
 
@@ -151,9 +151,9 @@ def _before(origin: Origin, key: str, lines: Sequence[Line], series: int) -> Lin
     return _mean_curve(series, [curve[-fewest:] for curve in curves], key)
 
 
-def _through_the_switch(models: dict[str, list[Run]]) -> str:
+def _through_the_switch(models: dict[str, list[Run]], at: dict[int, Point]) -> str:
     """The curve from shortly before the switch to the end, with the jump."""
-    labels, at = list(models), _switches(models)
+    labels = list(models)
     switches = {i: [run.switch for run in models[labels[i]] if run.switch is not None] for i in at}
     plain = {i: sum(switch.plain_switch for switch in of) / len(of) for i, of in switches.items()}
     lines = [_mean_curve(i, [run.curve for run in model], "step") for i, model in enumerate(models.values())]
@@ -184,22 +184,20 @@ def _mean_curve(series: int, curves: Sequence[Sequence[Point]], key: str) -> Lin
     return Line(series, x, mean, least, greatest)
 
 
-def _ends(models: list[ComparedModel], key: str) -> str:
+def _ends(models: list[ComparedModel], key: str, lines: list[Line]) -> str:
     ends = []
-    for model in models:
-        line = _mean_curve(0, [run.curve for run in model.runs], key)
+    for model, line in zip(models, lines, strict=True):
         at = {"step": f"step {line.x[-1]:,.0f}", "seconds": duration(line.x[-1]), "flops": f"{short(line.x[-1])}FLOPs"}
         ends.append(f"{model.label} ends at {loss(line.y[-1])}, at {at[key]}")
     return f"{enumerated(ends)}."
 
 
-def _shares(comparison: Comparison, key: str) -> list[str]:
-    """The finding of one panel, model by model."""
+def _shares(comparison: Comparison, whole: str) -> list[str]:
+    """The finding of one panel, by a key of `RATIOS`, model by model."""
     baseline, *others = comparison.models
-    kind = next(kind for kind, of in RATIOS.items() if of == key)
     shares = []
     for model in (each for each in others if each.continues != baseline.label):
-        found = model.reached[baseline.label].share(kind)
+        found = model.reached[baseline.label].share(whole)
         if found is None:
             shares.append(f"{model.label} never reaches it")
         else:

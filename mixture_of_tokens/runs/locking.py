@@ -1,12 +1,12 @@
 """One writer at a time: a lock that dies with its process."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import Timeout
 
-from mixture_of_tokens.utils.files import hold, release
+from mixture_of_tokens.utils.files import held
 from mixture_of_tokens.utils.process import is_main
 
 LOCK = ".lock"
@@ -50,13 +50,12 @@ def owned_file(file: Path, *, patience: float = PATIENCE) -> Iterator[None]:
 @contextmanager
 def _exclusive(lock: Path, what: str, patience: float) -> Iterator[None]:
     waiting = f"mot: another process writes to {what}: waiting for {patience:.0f} s at most"
-    try:
-        held = hold(lock, waiting, patience=patience)
-    except Timeout:
-        raise ValueError(f"{what} is being written by another process: wait for it, or name another --out") from None
-    except OSError as error:
-        raise ValueError(f"{what} cannot be written: {error.strerror}; name another --out") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(lock, waiting, patience=patience))
+        except Timeout:
+            said = f"{what} is being written by another process: wait for it, or name another --out"
+            raise ValueError(said) from None
+        except OSError as error:
+            raise ValueError(f"{what} cannot be written: {error.strerror}; name another --out") from None
         yield
-    finally:
-        release(held)

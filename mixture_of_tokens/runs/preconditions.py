@@ -10,7 +10,7 @@ from mixture_of_tokens.runs.locking import LOCK
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.runs.typed import as_fields
 from mixture_of_tokens.settings.routings import BY_A_LOSS
-from mixture_of_tokens.utils.process import have_met, is_main, of_all
+from mixture_of_tokens.utils.process import is_main, of_all
 
 
 def check_seed(seed: int) -> None:
@@ -24,10 +24,7 @@ def check_free(out: Path) -> None:
 
     In all processes of torchrun, by what the first one sees.
     """
-    said = _taken(out) if is_main() else None
-    if have_met():
-        said = broadcast(said)
-    if said is not None:
+    if (said := broadcast(_taken(out) if is_main() else None)) is not None:
         raise of_all(ValueError(said))
 
 

@@ -103,7 +103,11 @@ class RunConfig(Record):
     @classmethod
     def read(cls, file: Path) -> Self:
         """Raises ValueError, naming the file, for what is no configuration of a run."""
-        return cls.of(without_format(_yaml(file), file), file)
+        try:
+            written = yaml12.load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{file} cannot be read: {yaml12.fault(error)}") from None
+        return cls.of(without_format(written, file), file)
 
     @classmethod
     def of(cls, written: Any, file: Path) -> Self:
@@ -363,13 +367,6 @@ def row_of(line: bytes, number: int, file: Path) -> MetricsRow:
         return MetricsRow.of(json.loads(line), file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
-
-
-def _yaml(file: Path) -> Any:
-    try:
-        return yaml12.load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: {yaml12.fault(error)}") from None
 
 
 def _without_none(value: Any) -> Any:

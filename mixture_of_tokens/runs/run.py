@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from reprlib import repr
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from mixture_of_tokens.models.names import as_named, config_from_name
 from mixture_of_tokens.planning.cost import flops_per_token
 from mixture_of_tokens.runs import records
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, MetricsRow, RunConfig, RunFacts, Switch
-from mixture_of_tokens.runs.typed import FORMAT, as_fields, without_format
+from mixture_of_tokens.runs.typed import FORMAT, Record, as_fields, without_format
 from mixture_of_tokens.utils.checks import checked
 from mixture_of_tokens.utils.files import no_directory, write_text
 from mixture_of_tokens.utils.formatting import duration, few_of
@@ -291,24 +290,22 @@ def _alone(row: MetricsRow, measure: str) -> dict[str, dict[str, float]] | None:
     return kept or None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Packed(Record):
+    """The fields of a run's one-file form, each as in the file of a run directory."""
+
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    switch: dict[str, Any] | None = None
+    metrics: list[Any]
+
+
 def _unpacked(file: Path) -> Run:
-    kinds = {"config": RunConfig, "facts": RunFacts, "switch": Switch}
     written = as_fields(file)
-    if not isinstance(written, dict):
-        raise ValueError(f"{file} holds no fields")
-    if lacking := [key for key in ("config", "facts") if key not in written]:
+    if isinstance(written, dict) and (lacking := [key for key in ("config", "facts") if key not in written]):
         raise ValueError(f"{file} is no run: it has no {lacking[0]}")
-    written = without_format(written, file)
-    parts = {}
-    for key, kind in kinds.items():
-        if key == "switch" and written.get(key) is None:
-            continue
-        if not isinstance(part := written[key], dict):
-            raise ValueError(f"{file} is no run: {key} cannot be {repr(part)}")
-        parts[key] = kind.of(part, file)
-    if not isinstance(rows := written.get("metrics"), list):
-        raise ValueError(f"{file} is no run: metrics cannot be {repr(rows)}")
-    if unknown := [key for key in written if key not in (*kinds, "metrics")]:
-        raise ValueError(f"{file} has an unknown field, {unknown[0]!r}")
-    metrics = [MetricsRow.of(row, file) for row in rows]
-    return _whole(Run(file.with_suffix(""), parts["config"], parts["facts"], metrics, parts.get("switch")), file)
+    packed = _Packed.of(without_format(written, file), file)
+    config, facts = RunConfig.of(packed.config, file), RunFacts.of(packed.facts, file)
+    switch = None if packed.switch is None else Switch.of(packed.switch, file)
+    metrics = [MetricsRow.of(row, file) for row in packed.metrics]
+    return _whole(Run(file.with_suffix(""), config, facts, metrics, switch), file)

@@ -1,12 +1,14 @@
 """Dataclasses that are read from files, with every field of its type. Files carry a format number."""
 
 import json
-import types
 import typing
 from dataclasses import MISSING, asdict, fields
+from functools import cache
 from pathlib import Path
 from reprlib import repr  # of a part of what is long or nested
 from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from mixture_of_tokens.utils.files import write_text
 
@@ -78,15 +80,11 @@ def as_fields(file: Path) -> Any:
 
 def is_a(value: Any, hint: Any) -> bool:
     """Whether a value of a file is of this type, with all that is in it."""
-    if isinstance(hint, types.UnionType):
-        return any(is_a(value, each) for each in typing.get_args(hint))
-    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind is Any:
-        return True
-    if kind is list:
-        return isinstance(value, list) and all(is_a(each, inner[0]) for each in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    try:
+        _adapter(hint).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+_adapter = cache(TypeAdapter)

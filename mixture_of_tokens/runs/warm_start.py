@@ -28,23 +28,16 @@ NOT_OF_A_START += ("output_router_logits", "attn_implementation")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upcycled(JsonFile):
+class Upcycled(Start, JsonFile):
     """How `mot upcycle` made a model: upcycled.json beside it.
 
-    name: of the model; source: what it was made of, as it was given.
-    kind, origin, origin_seed, origin_steps, rows: as of `Start`.
+    Beside the fields of `Start`, whose source is here as it was given, name: of the model.
     source_loss, loss: of the source and of the model, over `scored_tokens` tokens of `scored`.
     largest_load: of the tokens, that a copy of the experts has, over an even share; 0 of a dense model.
     seed: of what is new; text: of a run, as of `text_of_run`.
     """
 
     name: str
-    source: str
-    kind: str
-    origin: str
-    origin_seed: int | None = None
-    origin_steps: int | None = None
-    rows: int = 0
     source_loss: float
     loss: float
     scored: str

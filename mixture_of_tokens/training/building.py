@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from mixture_of_tokens.data.groups import Blocks, GroupedBatches
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.data.streaming import PartedBatches
 from mixture_of_tokens.data.tokenizer import ids_of

@@ -20,6 +20,7 @@ from mixture_of_tokens.runs.preconditions import (
 )
 from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run
+from mixture_of_tokens.settings.choices import Device
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import Options, as_flags, listed_seeds
 from mixture_of_tokens.training.merging import Merged, check_settings, merge
@@ -74,19 +75,11 @@ def compare(
         what = f"{out} will compare these runs, and no longer {', '.join(str(out / name) for name in sorted(gone))}"
         warn(f"{what}; mot report compares any runs")
     with owned(out):
-        return _compared(names, seeds, learning_rate, plans, out, options, minutes)
+        _say_if_alone(names)
+        return _compared(plans, out, _command(names, seeds, learning_rate, out, options, minutes), options.device)
 
 
-def _compared(
-    names: tuple[str, ...],
-    seeds: list[int],
-    rates: list[float] | None,
-    plans: list[_Planned],
-    out: Path,
-    options: Options,
-    minutes: float | None,
-) -> Report | None:
-    _say_if_alone(names)
+def _compared(plans: list[_Planned], out: Path, command: str, device: Device | None) -> Report | None:
     runs: list[Run] = []
     took: dict[str, float] = {}
     for done, plan in enumerate(plans):
@@ -108,10 +101,9 @@ def _compared(
     if not is_main():
         return None
     models = by_model(runs)
-    command = _command(names, seeds, rates, out, options, minutes)
     result = comparison(models, command)
     write(result, out)
-    return write_page(result.relative(out), models, [command], out / PAGE, options.device)
+    return write_page(result.relative(out), models, [command], out / PAGE, device)
 
 
 def _say_if_alone(names: tuple[str, ...]) -> None:

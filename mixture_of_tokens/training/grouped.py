@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from mixture_of_tokens.data.groups import GroupedBatches
@@ -45,6 +44,7 @@ class GroupedTrainer(Trainer):
         if data_collator is not None:
             raise ValueError("data_collator: rows of GroupedBatches come as whole batches, which nothing is to collate")
         args = copy.copy(TrainingArguments("trainer_output") if args is None else args)
+        args.train_sampling_strategy = "sequential"
         args.remove_unused_columns = False  # it would take a batch for a row; what is not used is left out below
         if train_dataset is not None:
             _as_the_rows(args, train_dataset)
@@ -52,9 +52,6 @@ class GroupedTrainer(Trainer):
             args.per_device_eval_batch_size = evaluated.batch_size
         collate = _WhatItTakes(model)
         super().__init__(model, args, collate, train_dataset, eval_dataset, **kwargs)
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # pyright: ignore
 
 
 def _as_the_rows(args: TrainingArguments, rows: GroupedBatches) -> None:

@@ -15,10 +15,8 @@ from transformers import TrainerCallback
 
 from mixture_of_tokens.utils.process import TORCHRUN, answered, end_with_parent
 
-ALWAYS, FLAG = (
-    30,
-    re.compile("--shutdown[-_]timeout(=|$)"),
-)  # seconds of torchrun, and what sets others since torch 2.12
+ALWAYS = 30  # seconds of torchrun
+FLAG = re.compile("--shutdown[-_]timeout(=|$)")  # what sets others since torch 2.12
 
 
 def seconds_after_signal() -> int | None:

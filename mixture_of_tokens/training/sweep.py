@@ -143,7 +143,6 @@ class _Planned(NamedTuple):
     """A run of the sweep, before it is trained."""
 
     settings: dict[str, Any]
-    seed: int
     merged: Merged
     directory: Path
 
@@ -180,15 +179,15 @@ def sweep(
             seed = merged.config.seed
             directory = out / _directory(settings, seed)
             check_resumed(directory, merged.config)
-            planned.append(_Planned(settings, seed, merged, directory))
-    check_planned({directory.name: merged.config for _, _, merged, directory in planned})
+            planned.append(_Planned(settings, merged, directory))
+    check_planned({plan.directory.name: plan.merged.config for plan in planned})
     if dry_run:
-        return Plans([PlannedRun.of(directory, merged) for _, _, merged, directory in planned])
-    for _, _, merged, directory in planned:
-        if not any((directory / file).exists() for file in (records.FACTS, DIVERGED)):
-            check_room(merged)
+        return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in planned])
+    for plan in planned:
+        if not any((plan.directory / file).exists() for file in (records.FACTS, DIVERGED)):
+            check_room(plan.merged)
     with owned(out):
-        gone = names_listed_in(out / FILE, "cells") - {directory.name for _, _, _, directory in planned}
+        gone = names_listed_in(out / FILE, "cells") - {plan.directory.name for plan in planned}
         if gone:
             what = f"{out / FILE} now has this sweep alone, without {few_of(sorted(gone))}"
             warn(f"{what}; given together, what is finished is not trained again")
@@ -207,19 +206,19 @@ def _swept(
     runs: dict[str, list[Outcome]] = {}
     trained: list[Run] = []
     result = Sweep(name, options.evaluate_on or "tuning", [], None)
-    for done, (settings, seed, merged, directory) in enumerate(planned):
+    for done, (settings, merged, directory) in enumerate(planned):
         say(f"Run {done + 1} of {len(planned)}: {directory}")
         made = _trained(merged, directory, beginning)
         if not is_main():
             continue
+        outcome = Outcome(seed=merged.config.seed, directory=str(directory))
         if isinstance(made, Run):
             trained.append(made)
             trained[0].check_same_text(made, ANOTHER_OUT)  # as when files have changed between two calls
-            loss, seconds, why = made.facts.final_loss, made.facts.seconds, None
+            outcome = dataclasses.replace(outcome, loss=made.facts.final_loss, seconds=made.facts.seconds)
         else:
             warn(f"it diverged: {made}; it is not trained again")
-            loss, seconds, why = None, None, made
-        outcome = Outcome(seed=seed, directory=str(directory), loss=loss, seconds=seconds, diverged=why)
+            outcome = dataclasses.replace(outcome, diverged=made)
         runs.setdefault(_directory(settings, None), []).append(outcome)
         found = [Cell.of(settings, own) for settings in cells if (own := runs.get(_directory(settings, None)))]
         found.sort(key=lambda cell: math.inf if cell.loss is None else cell.loss)

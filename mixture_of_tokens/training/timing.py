@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from mixture_of_tokens.data.groups import Blocks, GroupedBatches
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.parallel.sharding import broadcast
 from mixture_of_tokens.runs.loading import without_progress_bars
 from mixture_of_tokens.runs.records import CONFIG, RunConfig
@@ -26,7 +27,7 @@ from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.building import arguments_of, in_fp32, order_of, trainer_of, vocabulary_of
 from mixture_of_tokens.training.merging import FEWEST_SCORED, Merged
 from mixture_of_tokens.training.trainer import EVALUATION_ROWS
-from mixture_of_tokens.utils.process import process_count, the_only_training
+from mixture_of_tokens.utils.process import the_only_training
 from mixture_of_tokens.utils.progress import say
 
 LONGEST = 60 * 24 * 366  # minutes
@@ -60,8 +61,7 @@ class _Stopwatch(TrainerCallback):
         if args.device.type != "cpu":
             torch.accelerator.synchronize()
         self.ends.append(time.perf_counter())
-        enough = sum(self.seconds) >= SECONDS
-        control.should_training_stop |= broadcast(enough) if process_count() > 1 else enough
+        control.should_training_stop |= broadcast(sum(self.seconds) >= SECONDS)
 
 
 def check_minutes(minutes: float | None, *, steps: int | None, dry_run: bool) -> None:
@@ -99,8 +99,7 @@ def pace_of(merged: Merged, vocab_size: int | None = None) -> Pace:
         trainer.train()
         evaluations = [_seconds_of(lambda: trainer.loss_of(trainer.causal_lm, GROUPS_TIMED)) for _ in range(2)]
     # The first warms up.
-    found = Pace(statistics.median(watch.seconds), evaluations[-1] / (GROUPS_TIMED * run.group_size))
-    return broadcast(found) if process_count() > 1 else found
+    return broadcast(Pace(statistics.median(watch.seconds), evaluations[-1] / (GROUPS_TIMED * run.group_size)))
 
 
 def _seconds_of(call: Callable[[], object]) -> float:

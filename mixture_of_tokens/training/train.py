@@ -40,14 +40,7 @@ from mixture_of_tokens.training.timing import MergedWith, check_minutes, fitting
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.files import plain_errors, published, write_text
-from mixture_of_tokens.utils.process import (
-    Interrupted,
-    ended_by_sigterm,
-    is_main,
-    process_count,
-    process_number,
-    the_only_training,
-)
+from mixture_of_tokens.utils.process import Interrupted, ended_by_sigterm, is_main, process_number, the_only_training
 from mixture_of_tokens.utils.progress import say, say_once, warn_once
 from mixture_of_tokens.utils.rendering import card_of
 
@@ -220,8 +213,7 @@ def _newest(out: Path) -> Path | None:
     if is_main() and out.exists():
         checkpoint = checkpoints.newest(out)
         damaged = checkpoint is None and checkpoints.has_any(out)
-    if process_count() > 1:
-        checkpoint, damaged = broadcast((checkpoint, damaged))
+    checkpoint, damaged = broadcast((checkpoint, damaged))
     if damaged:
         what = f"{out} cannot go on: none of its checkpoints is whole"
         raise ValueError(f"{what}; put back what is missing, or name another directory with --out")

@@ -21,7 +21,8 @@ from transformers.trainer import SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from mixture_of_tokens.data.groups import Blocks, GroupedBatches, grouped_order, training_groups
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import GroupedBatches, grouped_order, training_groups
 from mixture_of_tokens.evaluation.losses import evaluate_blocks, groups_of
 from mixture_of_tokens.layers.grouping import at_least_fp32
 from mixture_of_tokens.models.balance_callback import BalanceCallback

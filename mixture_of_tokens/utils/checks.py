@@ -113,9 +113,7 @@ def check_sizes(**sizes: Any) -> None:
     """Raises ValueError for what is no whole number from 1 on, as widths and numbers of experts are."""
     for name, size in sizes.items():
         check(name, size, int)
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
-        check_number(name, int(size))
+        check_range(name, int(size), ge=1)
 
 
 def check_choice(name: str, value: Any, legal: Iterable[str]) -> None:

@@ -17,13 +17,20 @@ from mixture_of_tokens.utils.wording import nearest
 OF_THE_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
-def flush(path: Path) -> None:
-    """To the disk."""
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file or folder as the system has it open for reading."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def flush(path: Path) -> None:
+    """To the disk."""
+    with opened(path) as descriptor:
+        os.fsync(descriptor)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -107,8 +114,9 @@ def naming(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror, str(path))
 
 
-def hold(path: Path, waiting: str, *, patience: float = -1) -> FileLock:
-    """Take a lock, which dies with its process; `release` ends it.
+@contextmanager
+def held(path: Path, waiting: str, *, patience: float = -1) -> Iterator[None]:
+    """Hold a lock, which dies with its process, until the end of the block.
 
     Args:
         waiting: said on standard error where another process holds it.
@@ -120,14 +128,13 @@ def hold(path: Path, waiting: str, *, patience: float = -1) -> FileLock:
     if not lock.is_locked:
         LOGGER.warning(waiting)
         lock.acquire(timeout=patience)
-    return lock
-
-
-def release(lock: FileLock) -> None:
-    # Before the release, or it could be another's. Who waits on a removed file is made to begin again by filelock.
-    with suppress(OSError):  # where an open file cannot be removed, filelock does it at the release
-        Path(lock.lock_file).unlink()
-    lock.release()
+    try:
+        yield
+    finally:
+        # Before the release, or it could be another's. Who waits on a removed file is made to begin again by filelock.
+        with suppress(OSError):  # where an open file cannot be removed, filelock does it at the release
+            path.unlink()
+        lock.release()
 
 
 @contextmanager

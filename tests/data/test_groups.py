@@ -1,6 +1,5 @@
-"""Blocks and groups: nothing lost, nothing doubled, no document beside itself."""
+"""Groups: no block lost or doubled, no document beside itself."""
 
-import pickle
 from dataclasses import replace
 from itertools import combinations
 
@@ -9,69 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mixture_of_tokens.data.groups import (
-    Blocks,
-    GroupedBatches,
-    collisions,
-    deal,
-    grouped_order,
-    in_blocks_of,
-    prepare_tokens,
-)
-from mixture_of_tokens.data.tokens import TokenFiles
-from texts import groups_with_a_document_twice
-
-
-def blocks_of(lengths: list[int], context: int) -> Blocks:
-    """Token 1000 * d + i is number i of document d, so that a block tells where it comes from."""
-    tokens = np.concatenate([1000 * d + np.arange(n) for d, n in enumerate(lengths)]).astype(np.uint32)
-    return Blocks(tokens, np.cumsum(lengths), context, bytes=len(tokens))
-
-
-def in_segments(lengths: list[int], context: int, group_size: int) -> Blocks:
-    tokens = np.zeros(sum(lengths), dtype=np.uint16)
-    return Blocks.of(tokens, np.cumsum(lengths), context, group_size, bytes=sum(lengths))
-
-
-# Tokens
-
-
-def test_tokens_in_several_files_are_read_as_one_array(tmp_path):
-    tokens = np.random.default_rng(0).integers(0, 2**16, 250).astype(np.uint16)
-    paths = [tmp_path / f"{i}.tokens" for i in range(3)]
-    for path, part in zip(paths, np.split(tokens, [100, 200]), strict=True):
-        part.tofile(path)
-    files = pickle.loads(pickle.dumps(TokenFiles(paths, "uint16", 250, shard_tokens=100)))  # as for a spawned worker
-    assert len(files) == 250
-    index = np.array([[99, 100, 101], [249, 0, 199], [200, 201, 5]])
-    assert files[index].dtype == np.uint16
-    assert (files[index] == tokens[index]).all()
-    ends = np.array([120, 250])
-    rows = [Blocks(t, ends, context=7, bytes=250).batch(np.arange(35), padded=True) for t in (files, tokens)]
-    assert all(torch.equal(rows[0][name], rows[1][name]) for name in rows[1])
-
-
-# Blocks
-
-
-def test_every_token_but_the_first_is_predicted_exactly_once():
-    blocks = blocks_of([50, 31, 77, 12], context=8)
-    rows = blocks.batch(np.arange(blocks.total), padded=True)
-    predicted = rows["shift_labels"][rows["shift_labels"] != -100]
-    assert predicted.tolist() == blocks.tokens[np.arange(1, 170)].tolist()
-    assert rows["attention_mask"].sum() == len(blocks.tokens)
-    empty = blocks.batch(np.array([-1]), padded=True)
-    assert empty["attention_mask"].sum() == 0
-    assert (empty["shift_labels"] == -100).all()
-
-
-def test_blocks_know_their_documents():
-    blocks = blocks_of([10, 3, 20, 40], context=8)
-    first, last = blocks.documents(np.arange(len(blocks)))
-    for index in range(len(blocks)):
-        row = blocks.batch(np.array([index]))
-        touched = torch.cat([row["input_ids"], row["shift_labels"][:, -1:]], dim=1) // 1000
-        assert (first[index], last[index]) == (touched.min(), touched.max())
+from mixture_of_tokens.data.blocks import Blocks, in_blocks_of
+from mixture_of_tokens.data.groups import GroupedBatches, collisions, deal, grouped_order, meetings
+from texts import blocks_of, groups_with_a_document_twice, in_segments
 
 
 def test_a_split_without_tokens_has_no_blocks_and_no_order():
@@ -80,108 +19,6 @@ def test_a_split_without_tokens_has_no_blocks_and_no_order():
     for everything in (False, True):
         with pytest.raises(ValueError, match="0 blocks of 8 tokens do not fill two groups of 4"):
             grouped_order(empty, 4, everything=everything)
-
-
-def test_tokens_of_ones_own_are_grouped_as_prepared_ones_are(tmp_path):
-    lengths = [50, 4000, 31, 77, 900]
-    own = blocks_of(lengths, context=8)
-    own.tokens.tofile(tmp_path / "tokens")
-    mapped = np.memmap(tmp_path / "tokens", dtype=own.tokens.dtype, mode="r")
-    text = prepare_tokens(mapped, np.cumsum(lengths).tolist(), context=8, group_size=4)
-    assert text.ends.tolist() == in_segments(lengths, 8, 4).ends.tolist() != own.ends.tolist()
-    with pytest.raises(ValueError, match="a document has more than 1 / 8 of the"):
-        GroupedBatches(own, group_size=4, batch_size=8, steps=3, seed=0)
-    rows = GroupedBatches(text, group_size=4, batch_size=8, steps=3, seed=0)
-    for batch in DataLoader(rows, batch_size=8, collate_fn=dict):
-        assert set(batch["input_ids"].ravel().tolist()) <= set(own.tokens.tolist())
-        assert (batch["input_ids"][:, 1:] == batch["shift_labels"][:, :-1]).all()
-
-
-FLAT, LENGTHS = [*range(1, 30), *range(40, 90), 0], [9, 30, 41]
-DOCUMENTS = [FLAT[:9], FLAT[9:39], FLAT[39:]]
-GIVEN = {
-    "lists": DOCUMENTS,
-    "a tuple of arrays": tuple(np.array(each, dtype=np.uint16) for each in DOCUMENTS),
-    "tensors": [torch.tensor(each, requires_grad=False) for each in DOCUMENTS],
-    "arrays of signed and unsigned numbers": [
-        np.array(each, dtype=d) for each, d in zip(DOCUMENTS, "iQb", strict=True)
-    ],
-    "an iterator": iter(DOCUMENTS),
-    "an array of objects": np.array(DOCUMENTS, dtype=object),
-    "with an empty one": [[], *DOCUMENTS[:1], np.zeros(0), *DOCUMENTS[1:]],
-}
-
-
-@pytest.mark.parametrize("kind", [*GIVEN, "a tensor and ends", "a list and ends", "parts and ends"])
-def test_documents_are_tokens_in_whatever_holds_them(kind):
-    ends = np.cumsum(LENGTHS)
-    if kind in GIVEN:
-        text = prepare_tokens(GIVEN[kind], context=2, group_size=2, vocab_size=90)
-    elif kind == "a tensor and ends":
-        text = prepare_tokens(torch.tensor(FLAT), torch.from_numpy(ends), context=2, group_size=2)
-    else:  # arrays that hold all tokens are no documents where it is said where these end
-        parts = FLAT if kind == "a list and ends" else [FLAT[:20], FLAT[20:]]
-        text = prepare_tokens(parts, ends.tolist(), context=2, group_size=2)
-    expected = in_segments(LENGTHS, 2, 2)
-    assert np.asarray(text.tokens).tolist() == FLAT
-    assert np.issubdtype(np.asarray(text.tokens).dtype, np.integer)
-    assert text.ends.tolist() == expected.ends.tolist()
-
-
-@pytest.mark.parametrize(("documents", "told"), [(33, True), (100, False)])
-def test_a_document_that_counts_as_several_is_told_as_with_text(documents, told, capsys):
-    given = np.tile(np.arange(200), documents)
-    ends = np.arange(1, documents + 1) * 200
-    text = prepare_tokens(given, ends, context=8)
-    said = capsys.readouterr().err
-    assert ("groups of 32" in said and f"{len(text.ends)} segments" in said) == told
-    assert (said == "") != told
-
-
-@pytest.mark.parametrize(
-    ("tokens", "ends", "options", "message"),
-    [
-        ([1, 2, 3], None, {}, "ends is missing"),
-        (torch.arange(6), None, {}, "ends is missing"),
-        ([1, 2.5], [2], {}, "tokens must be a one-dimensional array of integers"),
-        ([1, [2]], [2], {}, "tokens must be a one-dimensional array of integers"),
-        (torch.zeros(6, dtype=torch.bfloat16), [6], {}, "tokens must be a one-dimensional array of integers"),
-        ([[1, 2], [[3]]], None, {}, "tokens: document 1 must be a one-dimensional array of integers"),
-        ([[1, 2], "ab"], None, {}, "tokens: document 1 must be a one-dimensional array of integers"),
-        ([[1, 2], 3], None, {}, "tokens: document 1 must be a one-dimensional array of integers"),
-        ([[], []], None, {}, "tokens holds no document"),
-        ("ab", None, {}, "tokens takes documents of token ids, or one array of them, not str"),
-        ({"input_ids": [1]}, None, {}, "tokens takes documents .* not dict"),
-        (5, [1], {}, "tokens takes documents .* not int"),
-        ([[1, 2], [-1]], None, {}, "tokens has the id -1; ids are 0 to"),
-        (np.array([1, -7]), [2], {}, "tokens has the id -7; ids are 0 to"),
-        (np.array([1, 2**40]), [2], {}, "tokens has the id 1099511627776; ids are 0 to"),
-        (np.array([1, 8], dtype=np.uint16), [2], {"vocab_size": 8}, "tokens has the id 8; ids are 0 to 7"),
-        ([1, 2], [2], {"vocab_size": 0}, "vocab-size must be at least 1"),
-        ([1, 2], [2], {"vocab_size": "8"}, "vocab_size takes a whole number"),
-        (np.zeros((3, 2), dtype=int), [6], {}, "tokens must be a one-dimensional array of integers"),
-        (np.zeros(6), [6], {}, "tokens must be a one-dimensional array of integers"),
-        (np.zeros(6, dtype=int), [2.0, 6.0], {}, "ends must be a one-dimensional array of integers"),
-        (
-            np.zeros(6, dtype=int),
-            [4, 2],
-            {},
-            "where each document ends. These look like lengths: give np.cumsum of them",
-        ),
-        (np.zeros(6, dtype=int), [2, 5], {}, "ends must rise to the number of tokens, 6"),
-        (np.zeros(6, dtype=int), [4, 4, 6], {}, "ends must rise to the number of tokens, 6"),
-        (np.zeros(6, dtype=int), [4, 2, 6], {}, "ends must rise to the number of tokens, 6"),
-        (np.zeros(0, dtype=int), np.zeros(0, dtype=int), {}, "ends must rise to the number of tokens, 0"),
-        (np.zeros(6, dtype=int), [6], {"context": 0}, "context must be at least 1"),
-        (np.zeros(6, dtype=int), [6], {"group_size": "4"}, "group_size takes a whole number"),
-    ],
-)
-def test_tokens_that_cannot_be_grouped_are_refused(tokens, ends, options, message):
-    with pytest.raises(ValueError, match=message):
-        prepare_tokens(tokens, ends, **options)
-
-
-# Groups
 
 
 @pytest.mark.parametrize("lengths", [[97] * 70, [500] * 16, [3] * 2000, [900, *[100] * 90, 900]])
@@ -200,13 +37,20 @@ def test_no_document_meets_itself_in_a_group_and_every_block_stands_once(lengths
 
 def test_collisions_are_seen():
     blocks = blocks_of([40, 40, 40], context=8)
+    # Two blocks of document 0; one that reaches into document 1, and one of it.
     groups = np.array([[0, 6, 12], [0, 1, 12], [0, -1, -1], [4, 5, 13]])
-    group, place = collisions(blocks, groups)
-    assert group.tolist() == [1, 3]  # two blocks of document 0; one that reaches into document 1, and one of it
-    assert place.tolist() == [0, 0]
+    assert [collisions(blocks, group[None]) for group in groups] == [0, 1, 0, 1]
+    assert collisions(blocks, groups[:0]) == 0
     many = np.tile(groups[[0, 2]], (2**18, 1))  # more than are looked at at once
     many[[7, -5]] = groups[1]
-    assert collisions(blocks, many)[0].tolist() == [7, len(many) - 5]
+    assert collisions(blocks, many) == 2
+
+
+def test_segments_of_a_document_meet_as_the_document_that_they_are_of():
+    whole, divided = blocks_of([160, 40], context=8), in_segments([160, 40], context=8, group_size=3)
+    groups = np.array([[0, 6, 12], [0, 1, 22], [0, 12, 23]])
+    assert meetings(whole, groups) == (4, 4)
+    assert meetings(divided, groups) == (1, 4)
 
 
 def test_a_document_with_more_than_its_share_is_refused():
@@ -248,15 +92,6 @@ def test_mates_from_one_document_are_far_apart(lengths, groups, group_size, cont
             between = min(between, (first[:, 1:] - last[:, :-1])[mates].min())
     assert nearest > groups // 2  # blocks; a stripe has `groups`
     assert between > 1 or context == 1  # segments: not the same one, nor adjacent ones
-
-
-def test_only_documents_that_could_meet_themselves_are_divided():
-    # 40 blocks in groups of 5: stripes of 8, so mates are 5 blocks or more apart, and 4 * 8 tokens are between them.
-    lengths = [32, 33, 160, 31, 65]
-    blocks = in_segments(lengths, context=8, group_size=5)
-    ends = blocks.ends
-    assert np.diff(ends, prepend=0).tolist() == [32, 11, 11, 11, *[16] * 10, 31, *[13] * 5]
-    assert blocks.segments == 18
 
 
 @pytest.mark.parametrize("context", [1024, 512, 256, 2048])

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 from mixture_of_tokens import data_report
 from mixture_of_tokens.data import prepare as preparing
 from mixture_of_tokens.data import tokens
-from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.report import EPOCHS, _facts
 from mixture_of_tokens.data.splits import SPLITS, Splits, split, spool

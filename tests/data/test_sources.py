@@ -20,12 +20,13 @@ from mixture_of_tokens.data import duplicates, evaluation_text, sources, tokens
 from mixture_of_tokens.data.evaluation_text import whole_text
 from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.sources import cache_directory, documents, files, fingerprint
-from mixture_of_tokens.data.splits import opened, pieces_of, split, spool
+from mixture_of_tokens.data.splits import pieces_of, split, spool
 from mixture_of_tokens.data.tokenizer import train_tokenizer
 from mixture_of_tokens.runs.loading import load_tokenizer_of
 from mixture_of_tokens.runs.preconditions import check_resumed
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.merging import merge
+from mixture_of_tokens.utils.files import opened
 from texts import sentences, texts
 
 ODD = "naïve  \t<|x|> 漢字\r\n\rend of a line\x0b, 🙂\u2028 and no line end"

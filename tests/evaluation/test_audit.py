@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mixture_of_tokens import ExpertChoice
-from mixture_of_tokens.data.groups import Blocks
+from mixture_of_tokens.data.blocks import Blocks
 from mixture_of_tokens.evaluation import audit
 from mixture_of_tokens.evaluation.audit import Audit, audit_model
 from mixture_of_tokens.runs.loading import group_size_of, text_of

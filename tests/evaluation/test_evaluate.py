@@ -26,7 +26,8 @@ from mixture_of_tokens import MixtureOfTokens, Options, evaluate, train
 from mixture_of_tokens.conversion import distil as distillation
 from mixture_of_tokens.conversion.choice_of_top_k import switch_and_distil
 from mixture_of_tokens.conversion.switch import branches
-from mixture_of_tokens.data.groups import Blocks, grouped_order
+from mixture_of_tokens.data.blocks import Blocks
+from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.evaluation.evaluate import argmax_routing, in_parts
 from mixture_of_tokens.evaluation.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.layers.losses import IGNORE

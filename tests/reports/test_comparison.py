@@ -410,8 +410,8 @@ def test_a_switch_is_a_line_in_its_own_figure_and_in_those_of_the_layers(panels,
     source = run(tmp_path / "s", "MoT-Nano/32E", losses=(3.0, 2.0))
     after = continued(source, tmp_path / "a", [1.5], 2.25)
     models = by_model([source, after])
-    _through_the_switch(models)
-    (_, given), at = panels.pop(), _switches(models)
+    _through_the_switch(models, at := _switches(models))
+    _, given = panels.pop()
     assert given["switches"] == [(1, 10)]
     assert given["points"] == [(1, 10, 3.0)]  # the loss with unchanged weights
     measured = {label: {"2": ([5, 10, 15], [0.1, 0.2, 0.3])} for label in models}
