@@ -163,9 +163,8 @@ def sweep(
     if learning_rate == []:
         raise ValueError("--learning-rate takes at least one rate")
     if out is None:
-        out = Path("runs") / "-".join(
-            ["sweep", name.replace("/", "-"), *([] if start is None else ["from", start.name])]
-        )
+        source = "" if beginning is None else f"-from-{Path(beginning.start.source).name}"
+        out = Path("runs") / f"sweep-{name.replace('/', '-')}{source}"
     check_holds_runs(out)
     if options.evaluate_on is None:
         options = dataclasses.replace(options, evaluate_on="tuning")

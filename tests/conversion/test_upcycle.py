@@ -316,6 +316,8 @@ def test_steps_rate_and_seed_are_those_of_what_is_continued(tiny_runs, tiny_cach
 def test_rates_of_what_is_trained_on_are_swept(tiny_runs, begun, tiny_cache, tmp_path):
     """Each run begins with the source's loss, on tuning text, and the best is a command that trains."""
     options = Options(steps=4, device="cpu")
+    plans: Any = sweep(start=str(begun), options=options, dry_run=True)
+    assert Path(plans.runs[0].directory).parent.name == f"sweep-{SPARSE.replace('/', '-')}-from-{begun.name}"
     found: Any = sweep(start=begun, learning_rate=[1e-30, 1e-2], options=options, out=tmp_path / "rates")
     seed = read_run(tiny_runs[DENSE]).seed
     runs = [Path(cell.runs[0].directory) for cell in found.cells]
