@@ -54,7 +54,7 @@ class Transitioned(Result):
     """A run after a switch.
 
     switch, stages: losses over the part of the text that training is evaluated on.
-    source_final_loss, final_loss: losses over all of it, or what was scored at the end.
+    source_final_loss, final_loss: losses over all of it, or over `scored_tokens` of it.
     """
 
     source: str
@@ -64,6 +64,7 @@ class Transitioned(Result):
     steps: int
     source_final_loss: float
     final_loss: float
+    scored_tokens: int | None
     seconds_after: float
 
     @classmethod
@@ -77,11 +78,13 @@ class Transitioned(Result):
             steps=run.config.steps,
             source_final_loss=source.facts.final_loss,
             final_loss=run.facts.final_loss,
+            scored_tokens=run.facts.scored_tokens,
             seconds_after=run.facts.seconds - source.facts.seconds,
         )
 
     def __str__(self) -> str:
         switch, stages = self.switch, self.stages
+        scored = "all of it" if self.scored_tokens is None else f"{self.scored_tokens:,} tokens of it"
         before = switch.source_in_groups
         rows = [
             (f"{Path(self.source).name}, in {switch.groups}", before),
@@ -98,7 +101,7 @@ class Transitioned(Result):
             aligned(shown),
             "",
             "These losses are over the part of the text that training is evaluated on.",
-            f"Over all of it the first is {self.source_final_loss:.4f}, this run's {self.final_loss:.4f}.",
+            f"Over {scored} the first is {self.source_final_loss:.4f}, this run's {self.final_loss:.4f}.",
         ]
         if stages.first is not None and stages.last is not None:
             lines.append(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mixture_of_tokens.data.blocks import tokens_apart
 from mixture_of_tokens.data.groups import deal, meetings
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.evaluation.audit_inputs import length_of, random_tokens, rows_of, texts
@@ -29,7 +30,7 @@ from mixture_of_tokens.utils.process import check_one_process
 from mixture_of_tokens.utils.progress import warn
 
 FACTS = ("run", "alone", "experts", "length", "context", "collisions", "segments")
-FACTS += ("beside_their_document", "documents", "documents_together")
+FACTS += ("beside_their_document", "tokens_apart", "documents", "documents_together")
 NOT_TESTED = "not tested: its logits do not move with its input"
 
 
@@ -40,7 +41,8 @@ class Audit(Result):
     length: of the texts, in tokens; context: that of the model, None where unknown; collisions: rows that share a
         document, or a segment where the run's text has `segments`, which count as documents, with another row of their
         group, in the groups of its training and its evaluations; None where these are unknown; beside_their_document:
-        the share of those rows that are in a group with any other part of their document; expect: what the model
+        the share of those rows that are in a group with any other part of their document, and tokens_apart: how many
+        tokens lie between the two at least, where rows may be of one document; expect: what the model
         was expected to be; alone: whether each row was served alone, and experts: by how many experts a token, None for
         all; documents: how far logits of a document moved when the one before it in its row was replaced, and
         documents_together: when the two were one text; None where that was not asked; could_be_alone: whether rows of
@@ -54,6 +56,7 @@ class Audit(Result):
     collisions: int | None = None
     segments: int = 0
     beside_their_document: float | None = None
+    tokens_apart: int | None = None
     expect: Expected | None = None
     alone: bool = False
     experts: int | None = None
@@ -127,7 +130,8 @@ class Audit(Result):
             share = "some" if self.beside_their_document is None else f"{self.beside_their_document:.1%}"
             lines.append(
                 f"Its documents are too few, or too long: long ones are divided into {self.segments:,} segments, which "
-                f"count as documents. So {share} of its rows are in a group with another part of their document."
+                f"count as documents. So {share} of its rows are in a group with another part of their document"
+                + ("." if self.tokens_apart is None else f", at least {self.tokens_apart:,} tokens apart.")
             )
         by = f", by {self.experts} experts" if self.experts else ""
         served = f"served alone{by}: " if self.alone else ""
@@ -168,16 +172,19 @@ def audit(
     except (ValueError, OSError) as error:  # unknown, too short, or not to be read
         warn(f"looking at random tokens: {str(error).partition(';')[0]}")
         seen = random_tokens(shape, vocab_size, seed)
-    found, segments, beside = None, 0, None
+    found, segments, beside, apart_by = None, 0, None, None
     if text is not None and group_size_of(model) is not None:
         found, beside = collisions_in(run, text)
-        segments = text.facts["segments"]
+        segments, size = text.facts["segments"], config_of(run).group_size
+        if segments:
+            splits = (text.train, text.validation)
+            apart_by = min(tokens_apart(len(blocks.tokens), blocks.context, size) for blocks in splits)
     apart = together = None
     if expect == "separate" or separates_documents(run):
         apart, together = between_documents(model, seen)
     could = group_size_of(model) is not None and model.config.serves_alone
     said = (expect, alone, experts, apart, together, could)
-    return Audit(run, length, leaks(model, seen, seed), context, found, segments, beside, *said)
+    return Audit(run, length, leaks(model, seen, seed), context, found, segments, beside, apart_by, *said)
 
 
 def collisions_in(run: str, text: Prepared) -> tuple[int, float]:

@@ -14,12 +14,14 @@ from mixture_of_tokens.utils.formatting import Summary
 class Origin:
     """The trained model that all runs of a comparison began with.
 
-    final_loss: over the same text as theirs; curves: by seed, of which each ends at 0 steps, tokens, seconds and FLOPs.
+    final_loss: over the same split as theirs, `scored_tokens` of it or all.
+    curves: by seed, of which each ends at 0 steps, tokens, seconds and FLOPs.
     """
 
     label: str
     steps: int
     final_loss: Summary
+    scored_tokens: int | None
     curves: list[list[Point]]
 
     @classmethod
@@ -37,6 +39,7 @@ class Origin:
             label=labels(runs[:1])[0],
             steps=runs[0].config.last_step,
             final_loss=found,
+            scored_tokens=runs[0].facts.scored_tokens,
             curves=list(map(before_zero, runs)),
         )
 

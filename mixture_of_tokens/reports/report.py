@@ -128,7 +128,9 @@ def summary_of(result: Comparison) -> str:
         what = (
             f"All began with {origin.label}, which had a loss of {loss(origin.final_loss.mean)} after {origin.steps:,}"
         )
-        paragraphs.append(f"{what} steps; steps, seconds and FLOPs are counted from there.")
+        other = origin.scored_tokens != result.scored_tokens
+        of_other = ", of other tokens than these losses" if other else ""
+        paragraphs.append(f"{what} steps{of_other}; steps, seconds and FLOPs are counted from there.")
     apart = differing(result.environments)
     paragraphs += [] if apart is None else [apart]
     if any(model.switched for model in result.models):

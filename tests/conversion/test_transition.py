@@ -132,7 +132,8 @@ def test_the_printed_table_has_each_loss_in_its_row(transitioned, tiny_runs):
     assert found.seconds_after == run.facts.seconds - source.facts.seconds > 0
     losses = {"source_in_groups": 2.0, "source_alone": 2.5, "plain_switch": 3.25, "at_the_switch": 2.75}
     switch, stages = replace(found.switch, **losses), replace(found.stages, tenth_loss=2.25, end_loss=1.5)
-    shown = str(replace(found, switch=switch, stages=stages, source_final_loss=2.125, final_loss=1.625))
+    found = replace(found, switch=switch, stages=stages, source_final_loss=2.125, final_loss=1.625)
+    shown = str(replace(found, scored_tokens=None))
     table, _, rest = shown.partition("\n\n")
     assert [re.split(" {2,}", line) for line in table.splitlines()] == [
         ["", "loss", "vs first"],
@@ -144,6 +145,7 @@ def test_the_printed_table_has_each_loss_in_its_row(transitioned, tiny_runs):
         [f"step {SOURCE_STEPS + STEPS}, the end", "1.5000", "-0.5000"],
     ]
     assert "Over all of it the first is 2.1250, this run's 1.6250." in rest
+    assert "Over 4,096 tokens of it the first is 2.1250" in str(replace(found, scored_tokens=4096))
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ from mixture_of_tokens.conversion.copies import centres, upcycled_weights
 from mixture_of_tokens.conversion.to_hf import to_plain
 from mixture_of_tokens.conversion.upcycle import sparse_config
 from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import Options
@@ -458,6 +459,8 @@ def test_steps_are_counted_from_the_end_of_what_all_began_with(tiny_runs, pair, 
     (before,) = result.origin.curves
     assert (before[-1].step, before[-1].seconds, before[0].step) == (0, 0, 10 - 30)
     assert result.models[1].runs[0].curve[0].step == 0
+    differ = result.origin.scored_tokens != result.scored_tokens
+    assert ("of other tokens than these losses" in summary_of(result)) == differ
     page = (tmp_path / "page.html").read_text()
     assert f"{DENSE}, before" in page
     saved = json.loads(result.to_json())

@@ -299,6 +299,7 @@ def test_a_run_with_too_little_text_to_look_at_is_looked_at_with_random_tokens(t
     shown = capsys.readouterr()
     assert "looking at random tokens" in shown.err
     assert "in a group with another of their segment: 0" in shown.out
+    assert "another part of their document, at least 64 tokens apart." in shown.out
 
 
 def test_a_model_without_its_text_is_looked_at_with_random_tokens(tmp_path, capsys):
