@@ -59,17 +59,20 @@ FORMS = {
         "sigmoid_choice", num_experts_per_tok=4, num_key_value_heads=1, tie_word_embeddings=True
     ),
 }
-UNNORMED: dict[str, Any] = {"qk_norm": False, "norm_topk_prob": True, "num_key_value_heads": 1}
+UNNORMED: dict[str, Any] = {
+    "qk_norm": False,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 1,
+}
 FORMS |= {  # without norms of queries and keys
     "Llama, grouped queries, tied": form("dense", qk_norm=False, num_key_value_heads=1, tie_word_embeddings=True),
     "Llama, heads of another width": form("dense", qk_norm=False, head_dim=64),
-    "Mixtral, 4 of 16, grouped queries": form(
-        "token_choice", num_experts_per_tok=4, mlp_layer_types=["token_choice"] * 3, **UNNORMED
-    ),
+    "Mixtral, 4 of 16, grouped queries": form("token_choice", mlp_layer_types=["token_choice"] * 3, **UNNORMED),
     "Mixtral, heads of another width, tied": form(
         "token_choice", head_dim=64, tie_word_embeddings=True, mlp_layer_types=["token_choice"] * 3, **UNNORMED
     ),
-    "Qwen2-MoE, 4 of 16, grouped queries": form("token_choice", num_experts_per_tok=4, **UNNORMED),
+    "Qwen2-MoE, 4 of 16, grouped queries": form("token_choice", **UNNORMED),
     "Qwen2-MoE, gates not normalised": form("token_choice", num_experts_per_tok=4, qk_norm=False),
 }
 SWITCHED = "Mixture of Tokens, switched"

@@ -108,7 +108,7 @@ def _architecture_without_norms(config: MixtureOfTokensConfig, normed: set[str |
     return "MixtralForCausalLM" if mixtral else "Qwen2MoeForCausalLM"
 
 
-def _balancing(config: MixtureOfTokensConfig) -> dict[str, float]:
+def _balancing(config: MixtureOfTokensConfig) -> dict[str, Any]:
     """Upstream's loss is not divided by the number of choices."""
     return {"router_aux_loss_coef": config.router_aux_loss_coef / config.num_experts_per_tok}
 
@@ -129,7 +129,10 @@ def _llama(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
 
 def _mixtral(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
     del common["attention_bias"]
-    experts = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    experts: dict[str, Any] = {
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+    }
     common["intermediate_size"] = config.moe_intermediate_size
     return MixtralForCausalLM(MixtralConfig(**common, **experts, **_balancing(config)))
 
@@ -137,12 +140,13 @@ def _mixtral(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
 def _qwen2_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
     del common["attention_bias"]
     # Other software takes none without biases of queries, keys and values (vLLM always makes them).
-    others = {"qkv_bias": True, "shared_expert_intermediate_size": NO_WIDTH, "use_sliding_window": False}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **_of_experts(config), **_balancing(config), **others))
+    zeros: dict[str, Any] = {"qkv_bias": True, "shared_expert_intermediate_size": NO_WIDTH}
+    others: dict[str, Any] = _of_experts(config) | _balancing(config) | {"use_sliding_window": False} | zeros
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **others))
 
 
 def _qwen3_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    others = _of_experts(config) | _balancing(config) | {"use_sliding_window": False}
+    others: dict[str, Any] = _of_experts(config) | _balancing(config) | {"use_sliding_window": False}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **others))
 
 
