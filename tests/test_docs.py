@@ -242,7 +242,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/paper/table1.py": (5, "results/paper"),
     "experiments/paper/table3.py": (7, "results/paper"),
     "benchmarks/generate.py": (17, "results/speed"),
-    "benchmarks/engines.py": (15, "guide/serve"),
+    "benchmarks/engines.py": (21, "guide/serve"),
     "benchmarks/rounding.py": (6, "guide/serve"),
     "benchmarks/neighbours.py": (15, "results/speed"),
     "benchmarks/train.py": (73, "results/speed"),

@@ -59,8 +59,25 @@ FORMS = {
         "sigmoid_choice", num_experts_per_tok=4, num_key_value_heads=1, tie_word_embeddings=True
     ),
 }
+UNNORMED: dict[str, Any] = {
+    "qk_norm": False,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 1,
+}
+FORMS |= {  # without norms of queries and keys
+    "Llama, grouped queries, tied": form("dense", qk_norm=False, num_key_value_heads=1, tie_word_embeddings=True),
+    "Llama, heads of another width": form("dense", qk_norm=False, head_dim=64),
+    "Mixtral, 4 of 16, grouped queries": form("token_choice", mlp_layer_types=["token_choice"] * 3, **UNNORMED),
+    "Mixtral, heads of another width, tied": form(
+        "token_choice", head_dim=64, tie_word_embeddings=True, mlp_layer_types=["token_choice"] * 3, **UNNORMED
+    ),
+    "Qwen2-MoE, 4 of 16, grouped queries": form("token_choice", **UNNORMED),
+    "Qwen2-MoE, gates not normalised": form("token_choice", num_experts_per_tok=4, qk_norm=False),
+}
 SWITCHED = "Mixture of Tokens, switched"
-ENGINES_RUN = ("vllm", "llama.cpp f32", "llama.cpp q8_0")
+ALL = [*FORMS, SWITCHED]
+AS_GGUF = [name for name in ALL if not name.startswith("Qwen2-MoE")]
 
 
 def model_of(make: Callable[[int], MixtureOfTokensConfig], vocab_size: int) -> MixtureOfTokensForCausalLM:
@@ -156,7 +173,7 @@ def noted() -> Iterator[Callable[[str, str, dict[str, Any]], None]]:
     yield lambda engine, name, found: rows.append(
         {"engine": engine, "form": name} | {key: f"{value:.4g}" for key, value in found.items()}
     )
-    if len(rows) == len(ENGINES_RUN) * len([*FORMS, SWITCHED]):
+    if len(rows) == len(ALL) + 2 * len(AS_GGUF):
         with RESULTS.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
@@ -169,7 +186,7 @@ def check_exact(found: dict[str, Any]) -> None:
     assert found["lines"] == 50
 
 
-@pytest.mark.parametrize("name", [*FORMS, SWITCHED])
+@pytest.mark.parametrize("name", ALL)
 def test_vllm_computes_what_transformers_does(name, exported, references, by_vllm, noted):
     file = by_vllm / f"{list(exported).index(name)}.npz"
     assert file.is_file(), (by_vllm / "log").read_text()[-2000:]
@@ -180,7 +197,7 @@ def test_vllm_computes_what_transformers_does(name, exported, references, by_vll
 
 
 @pytest.mark.parametrize("quantize", ["f32", "q8_0"])
-@pytest.mark.parametrize("name", [*FORMS, SWITCHED])
+@pytest.mark.parametrize("name", AS_GGUF)
 def test_llama_cpp_computes_what_transformers_does(name, quantize, references, noted, tmp_path):
     plain, tokenizer, questions = references[name]
     write_gguf(plain, tokenizer, tmp_path / "model.gguf", quantize, "model")

@@ -26,10 +26,11 @@ def export(
 ) -> "Exported":
     """Write a model for other software: plain transformers, llama.cpp (GGUF), or the Hub with code of its own.
 
-    As plain transformers a model becomes a Qwen3-MoE, with sigmoid gates a Dots1, a dense one a Qwen3. For these, and
-    for llama.cpp, a Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled, on text that
-    the run was trained on, into one of which a token needs only a few experts. No training follows. At Nano it takes
-    two to three minutes of two idle cores. For the Hub it stays as it is, and each text is served alone.
+    As plain transformers a model becomes a Qwen3-MoE, with sigmoid gates a Dots1, a dense one a Qwen3. Where queries
+    and keys are not normed, as in models that began as a Llama, it becomes a Llama, a Mixtral or a Qwen2-MoE. For all
+    of these, and for llama.cpp, a Mixture of Tokens is switched to Token Choice first: each sparse layer is distilled,
+    on text that the run was trained on, into one of which a token needs only a few experts. No training follows. At
+    Nano it takes two to three minutes of two idle cores. For the Hub it stays as it is, and each text is served alone.
 
     What is written is checked before it has its name. Of a folder every weight is compared with the model's, and
     another process, which cannot import this library, loads it and computes logits. A GGUF file is read back, and

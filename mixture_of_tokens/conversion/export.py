@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from mixture_of_tokens.conversion.choice_of_top_k import Distilled, switch_and_d
 from mixture_of_tokens.conversion.distil import STEPS
 from mixture_of_tokens.conversion.hub import serve_as_written, write_code
 from mixture_of_tokens.conversion.switch import default_scores, token_choice_config
-from mixture_of_tokens.conversion.to_hf import NONE_SHARED, check_exportable, to_plain
+from mixture_of_tokens.conversion.to_hf import NONE_SHARED, architecture_of, to_plain
 from mixture_of_tokens.conversion.verify import verify, verify_code
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of, without_progress_bars
@@ -169,22 +169,30 @@ def _loaded(run: str, device: Device | None) -> tuple[Any, Any]:
 
 
 def _switched(
-    run: str, model: MixtureOfTokensForCausalLM, top_k: int | None, scores: Scores | None, distil_steps: int | None
+    run: str,
+    model: MixtureOfTokensForCausalLM,
+    top_k: int | None,
+    scores: Scores | None,
+    distil_steps: int | None,
+    check: Callable[[str], object] = str,
 ) -> tuple[MixtureOfTokensForCausalLM, Distilled | None]:
     """A model that has a counterpart in transformers, on the CPU, and how a Mixture of Tokens became one.
+
+    check: called with the name of its class there, before what takes long.
 
     Raises ValueError for flags of a Mixture of Tokens and another model, and for a mixture that cannot be switched.
     """
     if not any(routing.converts_to for routing in model.config.routings):
         check_not_switched(run, top_k, scores, distil_steps)
+        check(architecture_of(model.config))
         return model.cpu(), None
     if run_directory(run) is None:
         what = "a Mixture of Tokens is distilled on the text that it was trained on"
         raise ValueError(f"{run} is no run directory, so its text is not known: {what}")
-    if model.config.shared_experts and scores == "softmax":
+    if model.config.shared_experts and model.config.qk_norm and scores == "softmax":
         raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
     scores = scores or default_scores(model.config)
-    check_exportable(token_choice_config(model.config, top_k=top_k, scores=scores))  # before the distillation
+    check(architecture_of(token_choice_config(model.config, top_k=top_k, scores=scores)))
     switched, distilled = switch_and_distil(
         model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps or STEPS
     )
@@ -264,13 +272,13 @@ def _export_gguf(
     distil_steps: int | None,
     device: Device | None,
 ) -> Exported:
-    from mixture_of_tokens.conversion.to_gguf import check_tokenizer, write_gguf
+    from mixture_of_tokens.conversion.to_gguf import architecture_for, check_tokenizer, write_gguf
     from mixture_of_tokens.conversion.verify_gguf import check_gguf
 
     model, tokenizer = _loaded(run, device)
     check_tokenizer(tokenizer)  # before the distillation
     if isinstance(model, MixtureOfTokensForCausalLM):
-        switched, distilled = _switched(run, model, top_k, scores, distil_steps)
+        switched, distilled = _switched(run, model, top_k, scores, distil_steps, architecture_for)
         plain = to_plain(switched)
     else:  # written by an earlier export
         check_not_switched(run, top_k, scores, distil_steps)

@@ -5,6 +5,9 @@ with sigmoid gates, become `dots1`: of llama.cpp's architectures it alone takes 
 function of the gates, and gates that are not normalised. `dots1` has as many heads of keys and values as of queries, so
 fewer are repeated, and always a shared expert, which is zero where the model has none.
 
+Without norms of queries and keys, Llama and Mixtral become `llama`, which rotates neighbouring elements of a head,
+where transformers rotates those that are half a head apart: rows of queries and keys are put in that order.
+
 Names and metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's src/llama-arch.cpp.
 """
 
@@ -17,28 +20,36 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, ExpertGatingFuncType, GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType, quants
 from torch import Tensor
-from transformers import Dots1Config, Dots1ForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from transformers import Dots1Config, PreTrainedTokenizerFast
 
 from mixture_of_tokens.settings.choices import Quantize
 
-CONVERTED = (Qwen3ForCausalLM, Qwen3MoeForCausalLM, Dots1ForCausalLM)
+# By transformers' class, llama.cpp's name.
+ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "dots1", "Dots1ForCausalLM": "dots1"}
+ARCHITECTURES |= {"LlamaForCausalLM": "llama", "MixtralForCausalLM": "llama"}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}  # llama.cpp's enum llama_ftype
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-ATTENTION |= {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
+NORMED = {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
 FEED_FORWARD = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 ROUTER = "ffn_gate_inp"
+
+
+def architecture_for(kind: str) -> str:
+    """llama.cpp's name for a class of transformers. Raises ValueError for one that is not written."""
+    if kind not in ARCHITECTURES:
+        can = ", ".join(ARCHITECTURES)
+        raise ValueError(f"a {kind} cannot be written as GGUF here; models that can are {can}")
+    return ARCHITECTURES[kind]
 
 
 def check_convertible(plain: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises ValueError, naming the field, for a model or a tokenizer that llama.cpp would read as another."""
     config = plain.config
-    if not isinstance(plain, CONVERTED):
-        can = ", ".join(kind.__name__ for kind in CONVERTED)
-        raise ValueError(f"a {type(plain).__name__} cannot be written as GGUF here; models that can are {can}")
+    architecture_for(type(plain).__name__)
     for field, value in {"hidden_act": "silu", "attention_bias": False}.items():
-        if getattr(config, field) != value:
+        if getattr(config, field, value) != value:
             raise ValueError(f"{field} {getattr(config, field)} is not in llama.cpp's architecture; it has {value}")
     if config.rope_parameters["rope_type"] != "default":
         raise ValueError(f"rope_type {config.rope_parameters['rope_type']} is not written as GGUF here, only default")
@@ -80,11 +91,11 @@ def write_gguf(plain: Any, tokenizer: PreTrainedTokenizerFast, file: Path, quant
     Raises ValueError as `check_convertible`, and where the file does not hold what was written.
     """
     check_convertible(plain, tokenizer)
-    architecture = "dots1" if _sparse(plain) else "qwen3"
+    architecture = architecture_for(type(plain).__name__)
     writer = GGUFWriter(file, architecture)
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[quantize])
-    _add_sizes(writer, plain.config, _sparse(plain))
+    _add_sizes(writer, plain.config, architecture, _sparse(plain))
     _add_tokenizer(writer, tokenizer, plain.config)
     written = {}
     for tensor, values in _tensors(plain, architecture):
@@ -129,22 +140,24 @@ def _sparse(plain: Any) -> list[int]:
     return [i for i, block in enumerate(plain.model.layers) if hasattr(block.mlp, "experts")]
 
 
-def _add_sizes(writer: GGUFWriter, config: Any, sparse: list[int]) -> None:
+def _add_sizes(writer: GGUFWriter, config: Any, architecture: str, sparse: list[int]) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_attention_heads if sparse else config.num_key_value_heads)
+    heads_of_keys = config.num_attention_heads if architecture == "dots1" else config.num_key_value_heads
+    writer.add_head_count_kv(heads_of_keys)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     if sparse:
-        sigmoid = isinstance(config, Dots1Config)
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
+    if sparse and architecture == "dots1":  # in `llama` an expert is a feed-forward, and gates are as Mixtral's
+        sigmoid = isinstance(config, Dots1Config)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
         writer.add_leading_dense_block_count(sparse[0])
         writer.add_expert_shared_count(max(1, getattr(config, "n_shared_experts", 0)))
@@ -185,8 +198,10 @@ def _tensors(plain: Any, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
         block, mlp = f"model.layers.{i}", f"model.layers.{i}.mlp"
         for name, ours in NORMS.items():
             yield f"blk.{i}.{ours}.weight", take(f"{block}.{name}.weight")
-        for name, ours in ATTENTION.items():
+        for name, ours in (ATTENTION if architecture == "llama" else ATTENTION | NORMED).items():
             values = take(f"{block}.self_attn.{name}.weight")
+            if architecture == "llama" and name in ("q_proj", "k_proj"):
+                values = _neighbours_rotated(values, config.head_dim)
             if architecture == "dots1" and name in ("k_proj", "v_proj"):
                 values = _for_every_head(values, config.num_attention_heads, config.num_key_value_heads)
             yield f"blk.{i}.{ours}.weight", values
@@ -202,7 +217,8 @@ def _tensors(plain: Any, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
         for name, ours in FEED_FORWARD.items():
             shared = take(f"{mlp}.shared_experts.{name}.weight", np.empty(0))
             yield f"blk.{i}.{ours}_exps.weight", np.ascontiguousarray(experts[name])
-            yield f"blk.{i}.{ours}_shexp.weight", shared if shared.size else np.zeros_like(experts[name][0])
+            if architecture == "dots1":
+                yield f"blk.{i}.{ours}_shexp.weight", shared if shared.size else np.zeros_like(experts[name][0])
     if left:
         raise ValueError(f"GGUF has no place for {', '.join(sorted(left))}")
 
@@ -211,3 +227,9 @@ def _for_every_head(values: np.ndarray, heads: int, shared: int) -> np.ndarray:
     """Rows of `shared` heads, each repeated for the heads that read it."""
     each = values.reshape(shared, -1, values.shape[-1])
     return np.repeat(each, heads // shared, axis=0).reshape(-1, values.shape[-1])
+
+
+def _neighbours_rotated(values: np.ndarray, width: int) -> np.ndarray:
+    """Rows of heads of this width, whose element i then stands beside i + width / 2, with which it is rotated."""
+    halves = values.reshape(-1, 2, width // 2, values.shape[-1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))

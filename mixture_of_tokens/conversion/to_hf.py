@@ -1,5 +1,16 @@
-"""A model in transformers' own classes: Qwen3-MoE, with sigmoid gates Dots1, without experts Qwen3."""
+"""A model in transformers' own classes.
 
+|                | queries and keys normed | not normed (`qk_norm` false), as in Llama                                |
+| -------------- | ----------------------- | ------------------------------------------------------------------------ |
+| no experts     | Qwen3                   | Llama                                                                    |
+| softmax gates  | Qwen3-MoE               | Mixtral, if all blocks are sparse and gates normalised; else Qwen2-MoE   |
+| sigmoid gates  | Dots1                   | none                                                                     |
+
+Dots1 and Qwen2-MoE always have a shared expert, which is zero where the model has none, and Qwen2-MoE has biases of
+queries, keys and values, which are zero too.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +18,12 @@ from torch import Tensor
 from transformers import (
     Dots1Config,
     Dots1ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -16,9 +33,9 @@ from transformers import (
 from mixture_of_tokens.layers.token_choice import SigmoidChoice, TokenChoice
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
-from mixture_of_tokens.settings.routings import BY_PREFIX, MIXTURE
+from mixture_of_tokens.settings.routings import BY_PREFIX, DENSE, MIXTURE
 
-# Fields of our configuration that all three have under the same name.
+# Fields of our configuration that all have under the same name; `attention_bias` only those that can have biases.
 COMMON = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
     *("num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_bias"),
@@ -26,28 +43,26 @@ COMMON = (
 )
 OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob")
 NONE_SHARED = "Qwen3-MoE, with softmax gates, has no shared experts"
+SHARED = ".mlp.shared_expert"  # what names of shared experts and of their gates have in them
+NO_WIDTH = 16  # of the zero shared expert of Qwen2-MoE, which engines divide among processes
 
 
 def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
-    """The same model in transformers' own classes. Raises ValueError as `check_exportable`."""
+    """The same model in transformers' own classes. Raises ValueError as `architecture_of`."""
     config = model.config
-    check_exportable(config)
+    make = MADE[architecture_of(config)]
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
-    common["head_dim"] = config.head_width
-    kinds = {routing.exports_as for routing in config.sparse_routings}
-    if not kinds:
-        plain: Any = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
-    elif kinds == {"Dots1ForCausalLM"}:
-        plain = _dots1(config, common)
-    else:
-        plain = _qwen3_moe(config, common)
+    plain = make(config, common | {"head_dim": config.head_width})
     weights = plain_weights(model)
-    plain.load_state_dict(weights | unshared(plain, weights))
+    plain.load_state_dict(weights | zeros_for(plain, weights))
     return plain.eval()
 
 
-def check_exportable(config: MixtureOfTokensConfig) -> None:
-    """Raises ValueError, naming an alternative, for a model that has no counterpart in transformers."""
+def architecture_of(config: MixtureOfTokensConfig) -> str:
+    """The class of transformers that computes the same.
+
+    Raises ValueError, naming the field or an alternative, for a model that has no counterpart in transformers.
+    """
     if ours := {routing.kind for routing in config.routings if routing.exports_as is None}:
         can = [*(f"{prefix}-" for prefix, row in BY_PREFIX.items() if row.exports_as), f"{MIXTURE.prefix}-"]
         raise ValueError(
@@ -56,10 +71,6 @@ def check_exportable(config: MixtureOfTokensConfig) -> None:
         )
     if config.sliding_window is not None:
         raise ValueError("models whose attention has a sliding window cannot be exported; train without one")
-    if not config.qk_norm:
-        raise ValueError(
-            "queries and keys are not normed (qk_norm false), and in Qwen3 they are: it cannot be exported"
-        )
     if not config.gated:
         raise ValueError("plain feed-forwards (gated false) are not in Qwen3; train with the default, gated ones")
     for field in ("hidden_size", "moe_intermediate_size"):
@@ -72,16 +83,71 @@ def check_exportable(config: MixtureOfTokensConfig) -> None:
     dense = len(config.routings) - len(config.sparse_routings)
     if kinds == {"Dots1ForCausalLM"} and any(routing.sparse for routing in config.routings[:dense]):
         raise ValueError("in Dots1 the first blocks are dense and all others sparse; this model has another order")
+    if not config.qk_norm:
+        return _architecture_without_norms(config, kinds)
     if kinds == {"Qwen3MoeForCausalLM"} and config.shared_experts:
         raise ValueError(f"{NONE_SHARED}: this model cannot be exported; with sigmoid gates (STC-) it could, as Dots1")
+    return str(*kinds or {DENSE.exports_as})
+
+
+def _architecture_without_norms(config: MixtureOfTokensConfig, normed: set[str | None]) -> str:
+    """Where queries and keys are not normed. normed: the architectures of its sparse blocks if they were."""
+    unnormed, heads = "queries and keys are not normed (qk_norm false)", config.num_attention_heads
+    if not normed:
+        if config.hidden_size % heads:
+            what = f"a multiple of num_attention_heads {heads}, not {config.hidden_size}"
+            raise ValueError(f"{unnormed}: it would be a Llama, whose hidden_size must be {what}")
+        return "LlamaForCausalLM"
+    if config.shared_experts:
+        raise ValueError(f"{unnormed}: it cannot be exported with shared experts; shared_experts must be 0")
+    if normed == {"Dots1ForCausalLM"}:
+        raise ValueError(f"{unnormed}: it cannot be exported with sigmoid gates (STC-); softmax gates (TC-) can")
+    if config.attention_bias:
+        raise ValueError(f"{unnormed}: it cannot be exported with biases and experts; attention_bias must be false")
+    mixtral = config.norm_topk_prob and len(config.sparse_routings) == len(config.routings)
+    return "MixtralForCausalLM" if mixtral else "Qwen2MoeForCausalLM"
+
+
+def _balancing(config: MixtureOfTokensConfig) -> dict[str, Any]:
+    """Upstream's loss is not divided by the number of choices."""
+    return {"router_aux_loss_coef": config.router_aux_loss_coef / config.num_experts_per_tok}
+
+
+def _of_experts(config: MixtureOfTokensConfig) -> dict[str, Any]:
+    """Of Qwen's two."""
+    experts = {field: getattr(config, field) for field in OF_EXPERTS}
+    return experts | {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
+
+
+def _qwen3(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
+    return Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
+
+
+def _llama(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
+    return LlamaForCausalLM(LlamaConfig(**common))
+
+
+def _mixtral(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
+    del common["attention_bias"]
+    experts: dict[str, Any] = {
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+    }
+    common["intermediate_size"] = config.moe_intermediate_size
+    return MixtralForCausalLM(MixtralConfig(**common, **experts, **_balancing(config)))
+
+
+def _qwen2_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
+    del common["attention_bias"]
+    # Other software takes none without biases of queries, keys and values (vLLM always makes them).
+    zeros: dict[str, Any] = {"qkv_bias": True, "shared_expert_intermediate_size": NO_WIDTH}
+    others: dict[str, Any] = _of_experts(config) | _balancing(config) | {"use_sliding_window": False} | zeros
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **others))
 
 
 def _qwen3_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    experts = {field: getattr(config, field) for field in OF_EXPERTS}
-    # Upstream's loss is not divided by the number of choices.
-    experts["router_aux_loss_coef"] = config.router_aux_loss_coef / config.num_experts_per_tok
-    experts |= {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts, use_sliding_window=False))
+    others: dict[str, Any] = _of_experts(config) | _balancing(config) | {"use_sliding_window": False}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **others))
 
 
 def _dots1(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
@@ -94,10 +160,21 @@ def _dots1(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
     return Dots1ForCausalLM(Dots1Config(**common, **experts, **others, first_k_dense_replace=dense))
 
 
-def unshared(plain: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, all zero, of the shared experts that Dots1 has and a model of these weights has not."""
-    missing = [name for name in plain.state_dict() if ".mlp.shared_experts." in name and name not in weights]
-    return {name: torch.zeros_like(plain.state_dict()[name]) for name in missing}
+MADE: dict[str, Callable[[MixtureOfTokensConfig, dict[str, Any]], Any]] = {
+    "Qwen3ForCausalLM": _qwen3,
+    "LlamaForCausalLM": _llama,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen2MoeForCausalLM": _qwen2_moe,
+    "Dots1ForCausalLM": _dots1,
+}
+
+
+def zeros_for(plain: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an architecture always has and a model of these weights has not: shared experts and biases, all zero."""
+    missing = {name: value for name, value in plain.state_dict().items() if name not in weights}
+    named = [name for name in missing if SHARED in name or name.endswith(".bias")]
+    return {name: torch.zeros_like(missing[name]) for name in named}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixture_of_tokens.conversion.to_hf import plain_weights, unshared
+from mixture_of_tokens.conversion.to_hf import plain_weights, zeros_for
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.utils.files import plain_errors
 from mixture_of_tokens.utils.progress import say
@@ -76,7 +76,7 @@ def _within_rounding(not_the_same: str, difference: float, scale: float, what: s
 def different_weight(model: MixtureOfTokensForCausalLM, plain: Any) -> str | None:
     """The name of a weight that is not exactly the model's. Logits of a few rows do not involve every expert."""
     weights, found = plain_weights(model), plain.state_dict()
-    expected = weights | unshared(plain, weights)
+    expected = weights | zeros_for(plain, weights)
     names = sorted({*expected, *found})
     return next((name for name in names if not _equal(expected.get(name), found.get(name))), None)
 

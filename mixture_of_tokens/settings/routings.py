@@ -31,7 +31,8 @@ class Routing:
         serves_alone: a row can be served by itself.
         differentiable: outputs are continuous in the weights: no token's choice of experts jumps.
         balance: what keeps the load of the experts even; "" where there is nothing to balance.
-        exports_as: the architecture of transformers that computes the same; None if there is none.
+        exports_as: the architecture of transformers that computes the same; None if there is none. Of models whose
+            queries and keys are not normed `conversion/to_hf.py` names others.
         converts_to: the kinds that it can be converted to, with softmax and with sigmoid gates; empty if to none.
 
     What it costs beside its experts' matrices, which `cost.py` adds up:

@@ -13,16 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoTokenizer,
-    Dots1Config,
-    Dots1ForCausalLM,
-    GenerationConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensForCausalLM, audit, export
 from mixture_of_tokens.conversion import choice_of_top_k as distilled_module
@@ -38,6 +29,17 @@ from processes import Python, another_python, finish, mot, mot_on_a_full_disk, s
 from routings import randomized
 
 MIXED = "MoT-Nano/4E/2"
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+# By the architecture of transformers that computes them, models whose queries and keys are not normed.
+UNNORMED = {
+    "LlamaForCausalLM": ("dense", {"attention_bias": True, "rope_parameters": LLAMA3}),
+    "MixtralForCausalLM": (
+        "token_choice",
+        {"mlp_layer_types": ["token_choice"] * 3, "norm_topk_prob": True, "head_dim": 12, "tie_word_embeddings": True},
+    ),
+    "Qwen2MoeForCausalLM": ("token_choice", {"norm_topk_prob": True, "rope_parameters": LLAMA3}),
+}
 
 
 def model_of(kind: str, **options) -> MixtureOfTokensForCausalLM:
@@ -91,14 +93,11 @@ def check_keys_and_shapes(out, own) -> None:
     """They are those that transformers writes for its own model of that configuration."""
     config = json.loads((out / "config.json").read_text())
     sizes = {key: value for key, value in config.items() if key not in ("architectures", "transformers_version")}
-    if config["model_type"] == "qwen3":
-        Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(own)
-    elif config["model_type"] == "dots1":
-        Dots1ForCausalLM(Dots1Config(**sizes)).save_pretrained(own)
-    else:
-        Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(own)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes)).save_pretrained(own)
+    if config["model_type"] in ("qwen3_moe", "qwen2_moe", "mixtral"):
         assert config["num_experts"] == config["num_local_experts"] == 6
-        assert (config["mlp_only_layers"], config["norm_topk_prob"]) == ([0], False)
+    if config["model_type"] in ("qwen3_moe", "qwen2_moe"):
+        assert (config["mlp_only_layers"], config["norm_topk_prob"]) == ([0], config["model_type"] == "qwen2_moe")
     shapes = [
         {name: tensor.shape for name, tensor in load_file(place / "model.safetensors").items()} for place in (out, own)
     ]
@@ -118,13 +117,14 @@ def check_keys_and_shapes(out, own) -> None:
         ("sigmoid_choice", {"router_temperature": 0.5}, "Dots1ForCausalLM"),
         pytest.param("sigmoid_choice", {"shared_experts": 2}, "Dots1ForCausalLM", marks=pytest.mark.slow),
         ("dense", {}, "Qwen3ForCausalLM"),
+        *((kind, options | {"qk_norm": False}, expected) for expected, (kind, options) in UNNORMED.items()),
     ],
-    ids=["token_choice", "sigmoid_choice", "shared_experts", "dense"],
+    ids=["token_choice", "sigmoid_choice", "shared_experts", "dense", "llama", "mixtral", "qwen2_moe"],
 )
 def test_the_same_logits_and_200_greedy_tokens_where_this_library_does_not_exist(
     kind, options, expected, saved, elsewhere, tmp_path, request, capsys
 ):
-    if kind != "token_choice":  # which is checked as users' exports are
+    if expected != "Qwen3MoeForCausalLM":  # which is checked as users' exports are
         request.getfixturevalue("checked_elsewhere")
     directory = saved(kind, **options)
     for name in (".out.partial", "out.partial"):  # what a killed export may have left, and a folder of somebody's
@@ -223,9 +223,14 @@ def test_a_checkpoint_is_exported_as_what_it_is(tiny_runs, tmp_path, monkeypatch
     assert "distilled into a sparse model" in card
 
 
-def test_an_export_that_is_trained_on_is_balanced_as_hard():
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(UNNORMED[name][1] | {"qk_norm": False} for name in ("MixtralForCausalLM", "Qwen2MoeForCausalLM"))],
+    ids=["qwen3_moe", "mixtral", "qwen2_moe"],
+)
+def test_an_export_that_is_trained_on_is_balanced_as_hard(options):
     """Upstream's loss is the number of choices where load is even, ours is 1."""
-    model = model_of("token_choice", capacity_factor=None, router_aux_loss_coef=0.5).train()
+    model = model_of("token_choice", capacity_factor=None, router_aux_loss_coef=0.5, **options).train()
     plain = to_plain(model)
     plain.config.output_router_logits = True
     ids = torch.randint(512, (6, 17), generator=torch.Generator().manual_seed(1))
@@ -443,6 +448,17 @@ def test_an_export_runs_no_code_from_where_it_is_called(saved, tmp_path, monkeyp
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+# What no architecture has without norms of queries and keys, and what would be legal.
+REFUSED_UNNORMED = {
+    "unnormed, sigmoid gates": ("sigmoid_choice", {}, "with sigmoid gates (STC-); softmax gates (TC-) can"),
+    "unnormed, biases": ("token_choice", {"attention_bias": True}, "attention_bias must be false"),
+    "unnormed, shared": ("token_choice", {"shared_experts": 1}, "shared_experts must be 0"),
+    "unnormed, uneven": (
+        "dense",
+        {"num_attention_heads": 3},
+        "hidden_size must be a multiple of num_attention_heads 3",
+    ),
+}
 WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
 
 
@@ -462,6 +478,7 @@ WITHOUT_EXPORT = ("expert_choice", "expert_threshold", "remoe", "soft_moe")
             "moe_intermediate_size is 6: plain transformers multiplies experts by grouped_mm, which takes multiples",
         ),
         ("windows", "models whose attention has a sliding window cannot be exported; train without one"),
+        *((given, message) for given, (_, _, message) in REFUSED_UNNORMED.items()),
         ("another order", "in Dots1 the first blocks are dense and all others sparse"),
         ("two gates", "softmax gates in some blocks and sigmoid gates in others are in no model of transformers"),
         ("top k of a dense model", "--top-k and --scores are for a Mixture of Tokens, and"),
@@ -484,6 +501,9 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
         directory = saved("token_choice", moe_intermediate_size=6)
     elif given == "windows":
         directory = saved("token_choice", use_sliding_window=True, sliding_window=4)
+    elif given in REFUSED_UNNORMED:
+        kind, fields, _ = REFUSED_UNNORMED[given]
+        directory = saved(kind, qk_norm=False, **fields)
     elif given == "another order":
         directory = saved("sigmoid_choice", mlp_layer_types=["sigmoid_choice", "dense", "sigmoid_choice"])
     elif given == "two gates":
@@ -534,19 +554,23 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(given, message, 
             {"shared_experts": 1, "mlp_layer_types": ["mixture_of_tokens", "dense", "mixture_of_tokens", "dense"]},
             "in Dots1 the first blocks are dense and all others sparse",
         ),
+        ({"qk_norm": False, "attention_bias": True}, "attention_bias must be false"),
+        ({"qk_norm": False, "shared_experts": 1}, "shared_experts must be 0"),
+        ({"qk_norm": False}, "a Qwen2MoeForCausalLM cannot be written as GGUF here"),
     ],
-    ids=["plain", "width", "window", "order"],
+    ids=["plain", "width", "window", "order", "biases", "shared", "gguf"],
 )
 def test_a_mixture_without_a_counterpart_is_refused_before_the_text_is_read(
     fields, message, tiny_runs, tmp_path, monkeypatch, capsys
 ):
+    out = tmp_path / ("out.gguf" if "GGUF" in message else "out")
     source = tiny_runs["MoT-Nano/4E/2"]
     config = load_model(str(source), device="cpu").config.to_dict() | fields
     model = MixtureOfTokensForCausalLM(MixtureOfTokensConfig.from_dict(config))
     monkeypatch.setattr(export_module, "load_model", lambda *args, **options: model)
     monkeypatch.setattr(export_module, "text_of", lambda run: pytest.fail("the text was read"))
     with pytest.raises(SystemExit, match="2"):
-        mot("export", source, tmp_path / "out")
+        mot("export", source, out)
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 

@@ -27,6 +27,7 @@ from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from processes import finish, mot, mot_on_a_full_disk, start
 
 MIXED = "MoT-Nano/4E/2"
+MIXTRAL = {"qk_norm": False, "norm_topk_prob": True, "mlp_layer_types": ["token_choice"] * 3}
 with_engine = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs xllamacpp")
 
 
@@ -68,8 +69,10 @@ def without_engine(monkeypatch) -> None:
         pytest.param(
             *("sigmoid_choice", {"norm_topk_prob": True, "num_key_value_heads": 4}, "dots1"), marks=pytest.mark.slow
         ),
+        pytest.param("dense", {"qk_norm": False, "tie_word_embeddings": True}, "llama", marks=pytest.mark.slow),
+        pytest.param("token_choice", MIXTRAL, "llama", marks=pytest.mark.slow),
     ],
-    ids=["dense", "token_choice", "normalised", "shared", "sigmoid"],
+    ids=["dense", "token_choice", "normalised", "shared", "sigmoid", "llama", "mixtral"],
 )
 def test_llama_cpp_computes_the_same_from_the_file(kind, fields, architecture, saved, tmp_path):
     made = export(saved(kind, **fields), tmp_path / "model.gguf", device="cpu")
@@ -89,11 +92,18 @@ def test_llama_cpp_computes_the_same_from_the_file(kind, fields, architecture, s
 
 
 @with_engine
-def test_a_wrong_reading_is_noticed_by_the_engine_and_leaves_nothing(saved, tmp_path, monkeypatch, capsys):
-    """The control: heads of keys in another order, which reading the file back cannot tell."""
-    directory, right = saved("token_choice"), to_gguf._for_every_head
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({}, "_for_every_head"), pytest.param(MIXTRAL, "_neighbours_rotated", marks=pytest.mark.slow)],
+    ids=["dots1", "llama"],
+)
+def test_a_wrong_reading_is_noticed_by_the_engine_and_leaves_nothing(
+    fields, named, saved, tmp_path, monkeypatch, capsys
+):
+    """The control: rows of queries and keys in another order, which reading the file back cannot tell."""
+    directory, right = saved("token_choice", **fields), getattr(to_gguf, named)
     capsys.readouterr()
-    monkeypatch.setattr(to_gguf, "_for_every_head", lambda values, *heads: right(values, *heads)[::-1].copy())
+    monkeypatch.setattr(to_gguf, named, lambda values, *sizes: right(values, *sizes)[::-1].copy())
     with pytest.raises(SystemExit, match="2"):
         mot("export", directory, tmp_path / "model.gguf")
     shown = capsys.readouterr().err
@@ -246,8 +256,9 @@ def test_another_tokenizer_is_refused_by_name(kind, saved, tmp_path, capsys):
         ("dense", {}, ["--license", "mit"], "--license is for a model card"),
         ("dense", {"attention_bias": True}, [], "attention_bias"),
         ("token_choice", {"mlp_layer_types": ["token_choice", "dense", "token_choice"]}, [], "first blocks are dense"),
+        ("token_choice", {"qk_norm": False}, [], "a Qwen2MoeForCausalLM cannot be written as GGUF here"),
     ],
-    ids=["routing", "top_k", "license", "bias", "order"],
+    ids=["routing", "top_k", "license", "bias", "order", "qwen2_moe"],
 )
 @pytest.mark.usefixtures("without_engine")
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(kind, fields, words, message, saved, tmp_path, capsys):

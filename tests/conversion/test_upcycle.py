@@ -29,6 +29,7 @@ from mixture_of_tokens import (
     GroupedBatches,
     MixtureOfTokensForCausalLM,
     config_from_name,
+    export,
     read_run,
     report,
     sweep,
@@ -37,7 +38,6 @@ from mixture_of_tokens import (
 )
 from mixture_of_tokens.conversion import upcycle as module
 from mixture_of_tokens.conversion.copies import centres, upcycled_weights
-from mixture_of_tokens.conversion.to_hf import to_plain
 from mixture_of_tokens.conversion.upcycle import sparse_config
 from mixture_of_tokens.data.groups import training_groups
 from mixture_of_tokens.reports.report import summary_of
@@ -395,15 +395,19 @@ def test_other_text_is_read_with_the_models_own_tokenizer(begun, pair, small_cor
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_transformers_trains_and_is_exported(saved, small_corpus, tmp_path):
-    upcycle(saved(Qwen3Config), "TC/4E/8", out=tmp_path / "start")
+@pytest.mark.parametrize(("kind", "architecture"), [
+    (Qwen3Config, "Qwen3MoeForCausalLM"), (LlamaConfig, "Qwen2MoeForCausalLM"),
+])  # fmt: skip
+def test_a_checkpoint_of_transformers_trains_and_is_exported(kind, architecture, saved, small_corpus, tmp_path):
+    upcycle(saved(kind), "TC/4E/8", out=tmp_path / "start")
     mot("train", "--from", tmp_path / "start", "--data", small_corpus, "--steps", 2, "--batch-size", 32,
         "--out", tmp_path / "run", "--model.max_position_embeddings", 64)  # fmt: skip
     run = read_run(tmp_path / "run")
     assert (run.name, run.config.start and run.config.start.origin) == ("TC/4E/8", "outside")
-    model = load_model(str(tmp_path / "run"), device="cpu")
+    assert export(tmp_path / "run", tmp_path / "exported", device="cpu").architecture == architecture
+    model, plain = (load_model(str(tmp_path / name), device="cpu") for name in ("run", "exported"))
     ids = torch.arange(40).view(2, 20)
-    torch.testing.assert_close(to_plain(model)(ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain(ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("words", "named"), [
