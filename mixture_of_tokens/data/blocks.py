@@ -57,6 +57,10 @@ class Blocks:
         parts = np.bincount(np.searchsorted(self.document_ends, self.ends))
         return int(parts[parts > 1].sum())
 
+    def apart(self, group_size: int) -> int:
+        """How many tokens lie at least between two blocks of a group, as `tokens_apart` says."""
+        return tokens_apart(len(self.tokens), self.context, group_size)
+
     def __repr__(self) -> str:
         sizes = f"{len(self.tokens):,} tokens, {len(self.ends):,} documents or segments"
         return f"Blocks({len(self):,} of {self.context} tokens; {sizes})"
@@ -130,7 +134,7 @@ def say_segments(sources: Sequence[str], group_size: int, *texts: Blocks) -> Non
     if not divided:
         return
     segments = sum(blocks.segments for blocks in divided)
-    apart = min(tokens_apart(len(blocks.tokens), blocks.context, group_size) for blocks in divided)
+    apart = min(blocks.apart(group_size) for blocks in divided)
     what = f"{few_of(sources)}: too few documents, or too long ones, for groups of {group_size} different ones"
     how = f"long documents are divided into {segments:,} segments, which count as documents"
     means = f"Two of a document, at least {apart:,} tokens apart, may meet in a group: bad if one tells of the other"

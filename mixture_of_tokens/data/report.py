@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mixture_of_tokens.data.blocks import Blocks, tokens_apart
+from mixture_of_tokens.data.blocks import Blocks
 from mixture_of_tokens.data.groups import deal, meetings
 from mixture_of_tokens.data.prepare import SPLITS, prepare_text
 from mixture_of_tokens.utils.checks import listed
@@ -85,7 +85,6 @@ def _facts(blocks: Blocks, counts: dict[str, int], group_size: int) -> dict[str,
     for order in _orders(blocks, group_size):
         met = meetings(blocks, order)
         rows, found, divided = rows + int((order >= 0).sum()), found + met[0], divided + met[1]
-    apart = tokens_apart(len(blocks.tokens), blocks.context, group_size)
     return counts | {
         "bytes per token": round(counts["bytes"] / max(1, counts["tokens"]), 3),
         "blocks": len(blocks),
@@ -94,7 +93,7 @@ def _facts(blocks: Blocks, counts: dict[str, int], group_size: int) -> dict[str,
         "groups": len(blocks) // group_size,
         "collisions": found,
         "rows beside another part of their document": round(divided / max(1, rows), 3),
-        "tokens between the two, at least": apart if divided else 0,
+        "tokens between the two, at least": blocks.apart(group_size) if divided else 0,
     }
 
 

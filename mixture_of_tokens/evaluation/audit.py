@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixture_of_tokens.data.blocks import tokens_apart
 from mixture_of_tokens.data.groups import deal, meetings
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.evaluation.audit_inputs import length_of, random_tokens, rows_of, texts
@@ -177,8 +176,7 @@ def audit(
         found, beside = collisions_in(run, text)
         segments, size = text.facts["segments"], config_of(run).group_size
         if segments:
-            splits = (text.train, text.validation)
-            apart_by = min(tokens_apart(len(blocks.tokens), blocks.context, size) for blocks in splits)
+            apart_by = min(blocks.apart(size) for blocks in (text.train, text.validation))
     apart = together = None
     if expect == "separate" or separates_documents(run):
         apart, together = between_documents(model, seen)
