@@ -64,29 +64,19 @@ _MODULES = {
     "models.balance_callback": ("BalanceCallback",),
     "models.threshold_calibration": ("calibrate_thresholds",),
     "models.companions": ("calibrate_companions",),
-    "commands.data_report": ("data_report",),
     "data.prepare": ("prepare_text",),
     "data.groups": ("GroupedBatches",),
     "data.own_tokens": ("count_collisions", "prepare_tokens", "split_tokens"),
     "training.grouped": ("GroupedTrainer",),
     "settings.options": ("Options",),
-    "commands.plan": ("plan",),
-    "commands.prepare": ("prepare",),
-    "commands.train": ("train",),
-    "commands.sweep": ("sweep",),
-    "commands.generate": ("generate",),
-    "commands.evaluate": ("evaluate",),
     "evaluation.losses": ("score_tokens",),
-    "commands.audit": ("audit",),
     "evaluation.audit": ("audit_model",),
-    "commands.transition": ("transition",),
-    "commands.export": ("export",),
-    "commands.upcycle": ("upcycle",),
-    "commands.compare": ("compare",),
-    "commands.report": ("report",),
     "runs.run": ("Run", "read_run"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
+_COMMANDS = ("audit", "compare", "data_report", "evaluate", "export", "generate", "plan", "prepare", "report", "sweep")
+_COMMANDS += ("train", "transition", "upcycle")
+_PLACES |= {name: f"commands.{name}" for name in _COMMANDS}
 
 __all__ = sorted(_PLACES)  # pyright: ignore[reportUnsupportedDunderAll]
 

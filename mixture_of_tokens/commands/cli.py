@@ -89,6 +89,8 @@ def _check_words(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
         kinds = {argument.hint, *get_args(argument.hint)}
         for token in argument.tokens:
             flag, word = token.keyword or argument.name.lstrip("-").upper(), token.value
+            if len(token.keys) > 1:
+                raise ValueError(f"{flag}: a field is given whole, as in --model.rope_parameters '{{rope_theta: 1e6}}'")
             if not word and token.implicit_value is UNSET:  # no flag without a value, as --resume
                 raise ValueError(f"{flag} is empty")
             if "\0" in word:

@@ -5,7 +5,6 @@ from json import dumps
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from cyclopts import App, ArgumentCollection, Token, UnknownOptionError
 
 from mixture_of_tokens.utils import yaml12
@@ -58,7 +57,7 @@ def _words_of(key: str, value: Any) -> list[str]:
 
 def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str, Any]) -> None:
     """Raises ValueError for an entry that as words of the command line would be taken for something else."""
-    hints = {name: argument.hint for argument in arguments for name in argument.names} | {"--json": bool}
+    hints = {name: argument.hint for argument in arguments for name in argument.names}
     for flag, value in entries.items():
         hint, field = hints.get(flag), flag.removeprefix("--")
         if hint is bool and not isinstance(value, bool | None):
@@ -74,22 +73,12 @@ def _check_kinds(config: Path, arguments: ArgumentCollection, entries: dict[str,
             raise ValueError(f"--config {config}: {field} takes text, and {others[0]} is a number: put it in quotes")
 
 
-def _entries(config: Path) -> Any:
-    try:
-        with config.open(encoding="utf-8") as file:
-            return yaml12.load(file)
-    except RecursionError:
-        raise ValueError(f"--config {config} is nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {config} cannot be read: {yaml12.fault(error)}") from None
-
-
 def read_config(config: Path) -> dict[Any, Any]:
     """What a --config file holds. Raises ValueError for what is no file of flags."""
     if not config.is_file():
         what = "it is a directory" if config.is_dir() else "there is no such file"
         raise ValueError(f"--config {config}: {what}")
-    entries = _entries(config)
+    entries = yaml12.read(config, f"--config {config}")
     if not isinstance(entries, dict):
         raise ValueError(f"--config {config} is not a mapping of flags, such as `steps: 100`")
     for field in {"help", "version"} & entries.keys():  # which would be printed, and nothing be done

@@ -2,16 +2,16 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.settings.fields import check_single
 from mixture_of_tokens.settings.model import model_fields
 from mixture_of_tokens.settings.names import parse_name
-from mixture_of_tokens.utils.checks import checked
 
 if TYPE_CHECKING:
     from mixture_of_tokens.planning.estimates import Plan
 
 
-@checked
+@calls("training.plan")
 def plan(
     name: str,
     *,
@@ -27,7 +27,7 @@ def plan(
     tflops: float | None = None,
     measure: bool = False,
     model: dict[str, Any] | None = None,
-) -> "Plan":
+) -> "Plan":  # pyright: ignore[reportReturnType]
     """Print what a model costs: parameters, FLOPs per token, memory, legal micro-batches, matched models.
 
     No model is built but by --measure. FLOPs are those of matrix products in training; a multiply-add is two. Memory is
@@ -54,22 +54,4 @@ def plan(
     Raises ValueError for an unknown name or field, and for a micro-batch or a placement that is not legal.
     """
     parse_name(name)  # before anything large is imported
-    fields = model_fields(model or {})
-    check_single("model", fields)
-    from mixture_of_tokens.training.plan import plan
-
-    return plan(
-        name,
-        micro_batch=micro_batch,
-        dtype=dtype,
-        gated=gated,
-        batch_size=batch_size,
-        devices=devices,
-        shard=shard,
-        replicate=replicate,
-        expert_parallel=expert_parallel,
-        steps=steps,
-        tflops=tflops,
-        measure=measure,
-        model=fields,
-    )
+    check_single("model", model_fields(model or {}))

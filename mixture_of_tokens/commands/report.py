@@ -22,7 +22,7 @@ def report(*runs: Path, out: Path | None = None) -> "Report":
     transition may stand beside its source, though it has more steps.
 
     Args:
-        runs: Run directories of mot train, or a directory of mot compare.
+        runs: Run directories of mot train, the directory of mot compare or of mot sweep, or another folder of runs.
         out: The page; by default report.html, in a run or comparison that is given alone, or else beside the runs.
 
     Raises ValueError for runs that are not finished, damaged, or cannot be compared.

@@ -29,7 +29,7 @@ from mixture_of_tokens.runs.loading import (
 from mixture_of_tokens.runs.locking import owned_file
 from mixture_of_tokens.runs.preconditions import check_free, check_seed, check_writable
 from mixture_of_tokens.runs.run import read_run
-from mixture_of_tokens.runs.warm_start import NOT_OF_A_START, UPCYCLED, Upcycled, rows_read, text_of_run
+from mixture_of_tokens.runs.warm_start import NOT_OF_A_START, UPCYCLED, Upcycled, origin_of, text_of_run
 from mixture_of_tokens.settings.names import Name, parse_name
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.checks import divisors, listed
@@ -197,5 +197,4 @@ def _origin(source: str, config: MixtureOfTokensConfig) -> dict[str, Any]:
     if directory is None or not (directory / records.FACTS).is_file():
         return {"origin": name_of(config) or Path(source).name}
     run = read_run(directory)
-    known = {"origin": run.name, "origin_seed": run.seed, "origin_steps": run.config.last_step, "rows": rows_read(run)}
-    return known | {"text": text_of_run(run.config)}
+    return origin_of(run) | {"text": text_of_run(run.config)}

@@ -77,7 +77,7 @@ def _switched(
         step=facts.steps,
         tokens=facts.tokens,
         seconds=facts.seconds,
-        flops_per_token=source.flops[1],
+        flops_per_token=source.flops,
         **losses,
         branch_errors=errors,
         fit_seconds=0.0 if asked.calibrate == "none" else round(fit_seconds, 1),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixture_of_tokens.data.tokens import TokenFiles
+from mixture_of_tokens.data.tokens import TokenFile
 from mixture_of_tokens.layers.losses import IGNORE
 from mixture_of_tokens.utils.formatting import few_of
 from mixture_of_tokens.utils.progress import say_once
@@ -29,7 +29,7 @@ class Blocks:
     separate: whether the documents of a block do not see each other: a batch then has `position_ids`.
     """
 
-    tokens: np.ndarray | TokenFiles
+    tokens: np.ndarray | TokenFile
     ends: np.ndarray
     context: int
     bytes: int = 0
@@ -37,9 +37,7 @@ class Blocks:
     document_ends: np.ndarray | None = None
 
     @classmethod
-    def of(
-        cls, tokens: np.ndarray | TokenFiles, ends: np.ndarray, context: int, group_size: int, **others: Any
-    ) -> Self:
+    def of(cls, tokens: np.ndarray | TokenFile, ends: np.ndarray, context: int, group_size: int, **others: Any) -> Self:
         """Of whole documents, divided into segments where groups of this size could not be made of different ones."""
         parts = segmented(ends, context, group_size)
         return cls(tokens, parts, context, document_ends=ends if len(parts) > len(ends) else None, **others)

@@ -122,15 +122,8 @@ def _json_rows(path: Path, field: str) -> Iterator[Document]:
             name = f"{path}:{number}"
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{name} is not UTF-8 at byte {error.start} of the line") from error
-            except json.JSONDecodeError as error:
-                what = error.msg.removesuffix(" at")  # of control characters
-                raise ValueError(f"{name} is no JSON: {what} at column {error.colno}") from error
-            except RecursionError as error:
-                raise ValueError(f"{name} is nested too deeply") from error
-            except ValueError as error:  # an integer of more digits than Python converts
-                raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name} is no JSON: {first_line(error)}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{name} is no object with a field {field!r}")
             yield text_of_row(name, row, field)

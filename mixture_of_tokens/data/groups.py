@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mixture_of_tokens.data.blocks import Blocks
-from mixture_of_tokens.utils.checks import at_least_one, check
+from mixture_of_tokens.utils.checks import check, check_sizes
 
 
 def deal(blocks: Blocks, group_size: int, *, seed: int = 0, epoch: int = 0, everything: bool = False) -> np.ndarray:
@@ -127,20 +127,17 @@ class GroupedBatches(Dataset):
         first_step: int = 0,
     ):
         check("blocks", blocks, Blocks)
-        numbers = {"group_size": group_size, "batch_size": batch_size, "steps": steps, "seed": seed}
-        numbers |= {"first_step": first_step} | ({} if mixed is None else {"mixed": mixed})
-        for what, number in numbers.items():
+        self.mixed = group_size if mixed is None else mixed
+        check_sizes(group_size=group_size, batch_size=batch_size, mixed=self.mixed)
+        for what, number in {"seed": seed, "steps": steps, "first_step": first_step}.items():
             check(what, number, int)
-        at_least_one(group_size=group_size, mixed=mixed)
+            if number < 0:
+                raise ValueError(f"{what} must be 0 or more, not {number}")
         self.blocks, self.group_size, self.seed, self.first_step = blocks, group_size, seed, first_step
-        self.mixed = mixed or group_size
         if group_size % self.mixed:
             raise ValueError(f"group_size {group_size} must be a multiple of mixed, {mixed}, or groups would meet")
         self.batch_size, self.length, self.gone = batch_size, steps * batch_size, first_step * batch_size
-        for what, number in {"seed": seed, "steps": steps, "first_step": first_step}.items():
-            if number < 0:
-                raise ValueError(f"{what} must be 0 or more, not {number}")
-        if batch_size < 1 or batch_size % self.mixed:
+        if batch_size % self.mixed:
             raise ValueError(f"batch_size {batch_size} must be a multiple of the group size, {self.mixed}")
         self.rows_per_epoch = len(blocks) // group_size * group_size
         self._order: tuple[int, np.ndarray] | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixture_of_tokens.data.blocks import Blocks, say_segments
 from mixture_of_tokens.data.groups import collisions, deal
-from mixture_of_tokens.utils.checks import LARGEST, at_least_one, check, check_sizes
+from mixture_of_tokens.utils.checks import LARGEST, check, check_sizes
 
 
 def prepare_tokens(
@@ -38,9 +38,7 @@ def prepare_tokens(
 
     Raises ValueError for what holds no token ids, for ids below 0 or beyond the vocabulary, and for sizes below 1.
     """
-    check_sizes(context=context, group_size=group_size)
-    check("vocab_size", vocab_size, int | None)
-    at_least_one(vocab_size=vocab_size)
+    check_sizes(context=context, group_size=group_size, **({} if vocab_size is None else {"vocab_size": vocab_size}))
     given, where = documents_of(tokens, ends)
     _check_ids(given, LARGEST + 1 if vocab_size is None else vocab_size)
     blocks = Blocks.of(given, where, context, group_size, separate=separate_documents)
@@ -154,7 +152,7 @@ def count_collisions(text: Blocks, *, group_size: int, rows: Iterable[int] | np.
 
     Raises ValueError for numbers of no block, and for less text than two groups.
     """
-    check("group_size", group_size, int)
+    check_sizes(group_size=group_size)
     if rows is None:
         groups = deal(text, group_size)
     else:

@@ -36,7 +36,7 @@ from mixture_of_tokens.data.tokenizer import (
     tokenizer_in,
     train_tokenizer,
 )
-from mixture_of_tokens.data.tokens import FORMAT, TokenFiles, altered, bar_of_bytes, tokenize, training_text
+from mixture_of_tokens.data.tokens import FORMAT, TokenFile, altered, bar_of_bytes, tokenize, training_text
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.checks import at_least_one, check_number, checked, listed
 from mixture_of_tokens.utils.files import held, naming, published
@@ -122,10 +122,10 @@ def prepare_text(
     named = [] if sources is None else [str(source) for source in listed(sources)]
     given, vocab_size = _given(None if tokenizer is None else str(tokenizer), vocab_size)
     group_size = max(COMMON_GROUP, group_size)
-    # Sizes of files: their text is somewhat shorter, or longer if they are compressed.
-    sizes = [corpus.raw_bytes(source) for source in named or [None]]
-    total = None if None in sizes else sum(size or 0 for size in sizes)
     before = [corpus.state_of(source) for source in named or [None]]
+    # Sizes of files: their text is somewhat shorter, or longer if they are compressed.
+    sizes = [None if states is None else sum(size for _, size, *_ in states.values()) for states in before]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
     with bar_of_bytes("Looking for the data in the cache", total) as bar:
         content = [corpus.fingerprint(source, bar.update) for source in named or [None]]
     options = [FORMAT, content, field, max_bytes, group_size, vocab_size if given is None else hash_of(given)]
@@ -138,7 +138,7 @@ def prepare_text(
 
     def check_unchanged() -> None:
         for source, states in zip(named or [None], before, strict=True):
-            now = corpus.state_of(source)
+            states, now = states or {}, corpus.state_of(source) or {}
             if changed := [path for path in [*states, *now] if states.get(path) != now.get(path)]:
                 raise ValueError(f"{changed[0]} was changed while it was read: prepare the text again")
 
@@ -207,8 +207,7 @@ def _entry(directory: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any
 def _splits(directory: Path, entry: dict[str, Any], context: int, group_size: int, separate: bool) -> dict[str, Blocks]:
     splits, facts = {}, entry["facts"]
     for name in SPLITS:
-        paths = [directory / file for file in entry["shards"][name]]
-        tokens = TokenFiles(paths, facts["dtype"], facts[name]["tokens"], entry["shard_tokens"])
+        tokens = TokenFile(directory / f"{name}.tokens", facts["dtype"], facts[name]["tokens"])
         ends = np.load(directory / f"{name}.ends.npy")
         how = {"bytes": facts[name]["bytes"], "separate": separate}
         splits[name] = Blocks.of(tokens, ends, context, group_size, **how)

@@ -5,7 +5,6 @@ Text is read byte for byte, so that bits per byte count a file's own bytes, line
 
 import fnmatch
 import glob
-import itertools
 import os
 import stat
 import sysconfig
@@ -136,7 +135,7 @@ def located(source: str) -> Path:
     """The path that a user has named. Raises ValueError if the name is empty, or names a home that nobody has."""
     if not source:  # as a path it would be the current folder
         raise ValueError("an empty name ('') was given where a file or folder should be named")
-    if max(map(len, os.fsencode(source).split(b"/"))) > LONGEST_NAME or len(source) > LONGEST_PATH:
+    if max(map(len, os.fsencode(source).split(b"/"))) > LONGEST_NAME or len(os.fsencode(source)) > LONGEST_PATH:
         raise ValueError(f"{source[:40]!r}... is too long for the name of a file: write text to a file, and name that")
     try:
         return Path(source).expanduser()
@@ -171,12 +170,6 @@ def _paths(source: str | None) -> list[Path] | None:
     return files(source)
 
 
-def raw_bytes(source: str | None) -> int | None:
-    """Size of a source's files, or None for a data set that is not local."""
-    paths = _paths(source)
-    return None if paths is None else sum(path.stat().st_size for path in paths)
-
-
 def fingerprint(source: str | None, progress: Callable[[int], Any]) -> list[str]:
     """What a source's text depends on: the content and kind of its files, or the commit of a Hub data set.
 
@@ -200,9 +193,12 @@ def fingerprint(source: str | None, progress: Callable[[int], Any]) -> list[str]
     return result + [f"{kind} {hash_of_file(path, progress)}" for kind, path in zip(kinds, paths, strict=True)]
 
 
-def state_of(source: str | None) -> dict[Path, tuple[int, ...]]:
-    """What changes when a file of a source is written to."""
-    status = {path: path.stat() for path in _paths(source) or ()}
+def state_of(source: str | None) -> dict[Path, tuple[int, ...]] | None:
+    """What changes when a file of a source is written to, its size second; None for a data set that is not local."""
+    paths = _paths(source)
+    if paths is None:
+        return None
+    status = {path: path.stat() for path in paths}
     return {path: (at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for path, at in status.items()}
 
 
@@ -311,16 +307,10 @@ def _hub_rows(source: str, field: str, commit: str | None) -> Iterator[Document]
     name, config, revision = _hub_name(source)
     if commit is None and not Path(name).is_dir():
         commit = _hub_commit(name, revision)
+    number = 0
     try:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=commit or None)
-    except Exception as error:
-        raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
-    rows = iter(rows)
-    for number in itertools.count(1):
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # errors of the network or of the file's format, of many kinds
-            raise ValueError(f"{source} cannot be read beyond row {number - 1}: {first_line(error)}") from error
-        yield text_of_row(f"{source}: row {number}", row, field)
+        for number, row in enumerate(rows, 1):
+            yield text_of_row(f"row {number}", row, field)
+    except Exception as error:  # errors of the network or of the file's format, of many kinds
+        raise ValueError(f"{source} cannot be read beyond row {number}: {first_line(error)}") from error

@@ -1,7 +1,7 @@
 """Token files: written once, one split after the other, and read like an array."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
@@ -17,8 +17,7 @@ from mixture_of_tokens.utils.files import opened
 from mixture_of_tokens.utils.formatting import first_line
 from mixture_of_tokens.utils.progress import progress_bar
 
-FORMAT = 5  # of the files in the cache; after a change they are made anew
-SHARD_TOKENS = 2**27  # per file
+FORMAT = 6  # of the files in the cache; after a change they are made anew
 # Encoding takes some hundred bytes of memory per token, so tokenizers get small batches of small pieces of text.
 BATCH, PIECE, TRAINING_PIECE = 2**21, 2**20, 2**16
 TRAINING_BYTES = 10**8  # of text that a tokenizer is trained on
@@ -30,14 +29,7 @@ def bar_of_bytes(what: str, total: int | None = None) -> tqdm:
     return progress_bar(what, total=total, unit="B", unit_scale=True, delay=2)
 
 
-def tokenize(
-    text: Path,
-    splits: Splits,
-    tokenizer: PreTrainedTokenizerFast,
-    directory: Path,
-    group_size: int,
-    shard_tokens: int = SHARD_TOKENS,
-) -> dict:
+def tokenize(text: Path, splits: Splits, tokenizer: PreTrainedTokenizerFast, directory: Path, group_size: int) -> dict:
     """Write the tokenizer, the tokens of all documents, each closed by the end-of-text token, and where they end.
 
     Args:
@@ -47,7 +39,7 @@ def tokenize(
     """
     dtype = "uint16" if ids_of(tokenizer) <= 2**16 else "uint32"
     facts: dict[str, Any] = {"dtype": dtype, "tokenizer": hash_of(tokenizer)}
-    shards, cut, digest = {}, 0, hashlib.sha256()
+    cut, digest = 0, hashlib.sha256()
     with (
         bar_of_bytes("Tokenizing", sum(int(part[:, 1].sum()) for part in splits.places.values())) as bar,
         opened(text) as file,
@@ -57,7 +49,7 @@ def tokenize(
             while True:
                 done, hashed = bar.n, digest.copy()
                 hashed.update(f"{name} {len(part)}".encode() + part[:, 1].tobytes())
-                names, ends = _write(file, part, tokenizer, directory / name, dtype, shard_tokens, hashed, bar)
+                ends = _write(file, part, tokenizer, directory / f"{name}.tokens", dtype, hashed, bar)
                 shorter = cut_by_tokens(file, part, np.diff(ends, prepend=0), group_size)
                 if np.array_equal(shorter, part):
                     break
@@ -65,12 +57,9 @@ def tokenize(
                 shortened = (shortened | (shorter != part).any(axis=1))[some]
                 part = shorter[some]
                 bar.update(done - bar.n)
-                for file_name in names:
-                    (directory / file_name).unlink()
             digest = hashed
             cut += int(shortened.sum())
             np.save(directory / f"{name}.ends.npy", ends)
-            shards[name] = names
             tokens = int(ends[-1]) if len(ends) else 0
             facts[name] = {"documents": len(part), "tokens": tokens, "bytes": int(part[:, 1].sum())}
     try:
@@ -79,34 +68,27 @@ def tokenize(
         raise OSError(f"the tokenizer cannot be written to {directory}: {first_line(error)}") from error
     facts |= {"hash": digest.hexdigest()[:16], "duplicates_dropped": splits.duplicates, "documents_cut": cut}
     facts["bytes_cut"] = splits.bytes - sum(facts[name]["bytes"] for name in splits.places)
-    return {"format": FORMAT, "shard_tokens": shard_tokens, "shards": shards, "facts": facts}
+    return {"format": FORMAT, "facts": facts}
 
 
 def _write(
-    file: int,
-    places: np.ndarray,
-    tokenizer: PreTrainedTokenizerFast,
-    stem: Path,
-    dtype: str,
-    shard_tokens: int,
-    digest,
-    bar: tqdm,
-) -> tuple[list[str], np.ndarray]:
-    """Write the tokens of one split. Returns the names of its shards, and where its documents end (documents,)."""
-    writer = _Writer(stem, dtype, shard_tokens)
+    file: int, places: np.ndarray, tokenizer: PreTrainedTokenizerFast, path: Path, dtype: str, digest, bar: tqdm
+) -> np.ndarray:
+    """Write the tokens of one split. Returns where its documents end (documents,)."""
     ends = np.zeros(len(places), dtype=np.int64)
-    document = 0
-    for batch in batches(file, places):
-        for tokens, closes in encoded(tokenizer, batch):
-            writer.append(np.array(tokens, dtype=dtype))
-            if closes:
-                ends[document] = writer.total
-                document += 1
-        for piece, _ in batch:
-            digest.update(piece)
-            bar.update(len(piece))
-    writer.close()
-    return writer.names, ends
+    document = total = 0
+    with path.open("wb") as out:
+        for batch in batches(file, places):
+            for tokens, closes in encoded(tokenizer, batch):
+                out.write(np.array(tokens, dtype=dtype).tobytes())
+                total += len(tokens)
+                if closes:
+                    ends[document] = total
+                    document += 1
+            for piece, _ in batch:
+                digest.update(piece)
+                bar.update(len(piece))
+    return ends
 
 
 def batches(file: int, places: np.ndarray) -> Iterator[list[tuple[bytes, bool]]]:
@@ -167,54 +149,20 @@ def altered(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> tuple[
     return None
 
 
-class _Writer:
-    """Appends tokens to files of `shard_tokens` each, named after the split."""
-
-    def __init__(self, stem: Path, dtype: str, shard_tokens: int):
-        self.stem, self.dtype, self.shard_tokens = stem, dtype, shard_tokens
-        self.names: list[str] = []
-        self.total = 0
-        self._file = None
-
-    def append(self, tokens: np.ndarray) -> None:
-        while len(tokens):
-            if self.total % self.shard_tokens == 0:
-                self.close()
-                self.names.append(f"{self.stem.name}-{len(self.names):05d}.tokens")
-                self._file = self.stem.with_name(self.names[-1]).open("wb")
-            now, tokens = np.split(tokens, [self.shard_tokens - self.total % self.shard_tokens])
-            assert self._file is not None
-            self._file.write(now.tobytes())
-            self.total += len(now)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
 @dataclass(frozen=True)
-class TokenFiles:
-    """A token stream in files, read like an array: by `len` and by an array of positions in square brackets.
+class TokenFile:
+    """A token stream in a file, read like an array: by `len` and by an array of positions in square brackets.
 
-    Every reading maps its files anew, which costs some 30 microseconds. A lasting map would keep its pages, and this
+    Every reading maps the file anew, which costs some 30 microseconds. A lasting map would keep its pages, and this
     process's memory would grow to the size of the corpus.
-
-    shard_tokens: the number in each file; the last one may hold fewer.
     """
 
-    paths: Sequence[Path]
+    path: Path
     dtype: str
     length: int
-    shard_tokens: int
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, position: np.ndarray) -> np.ndarray:
-        shard, place = np.divmod(position, self.shard_tokens)
-        result = np.empty(position.shape, dtype=self.dtype)
-        for number in np.flatnonzero(np.bincount(shard.ravel())).tolist():
-            here = shard == number
-            result[here] = np.memmap(self.paths[number], dtype=self.dtype, mode="r")[place[here]]
-        return result
+        return np.memmap(self.path, dtype=self.dtype, mode="r")[position]

@@ -24,28 +24,26 @@ LOGITS = 2**27  # in memory at once, for models that compute all logits; half a 
 
 
 @torch.no_grad()
-def cross_entropy(model, inputs: dict[str, Tensor], *, logits_at_once: int = LOGITS) -> tuple[float, int]:
-    """The sum over the tokens that have a label, and their number, for any causal language model.
+def cross_entropy(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[float, int]:
+    """The sum over the tokens that have a label, and their number.
 
-    A model of another library gets as many rows at once as make `logits_at_once` logits.
+    A model of another library gets as many rows at once as make `LOGITS` logits.
     """
     labels = inputs["shift_labels"]
     count = int((labels != IGNORE).sum())
     if not count:
         return 0.0, 0
-    if isinstance(model, PreTrainedModel) and not isinstance(model, MixtureOfTokensForCausalLM):
-        vocab_size = model.config.get_text_config().vocab_size
-        rows = max(1, logits_at_once // (labels.shape[1] * vocab_size))  # whose logits fit in memory
-        nats = 0.0
-        for start in range(0, len(labels), rows):
-            given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}
-            expected = given.pop("shift_labels").flatten()
-            given.pop("token_mask", None)  # with positions: padding is on the right, where nothing sees it
-            logits = model(**given, use_cache=False).logits.flatten(0, 1).float()
-            nats += float(F.cross_entropy(logits, expected, ignore_index=IGNORE, reduction="sum"))
-        return nats, count
-    without = {"return_logits": False} if isinstance(model, MixtureOfTokensForCausalLM) else {}
-    return float(model(**inputs, **without, use_cache=False).loss) * count, count
+    if isinstance(model, MixtureOfTokensForCausalLM):
+        return float(model(**inputs, return_logits=False, use_cache=False).loss) * count, count
+    rows = max(1, LOGITS // (labels.shape[1] * model.config.get_text_config().vocab_size))
+    nats = 0.0
+    for start in range(0, len(labels), rows):
+        given = {name: tensor[start : start + rows] for name, tensor in inputs.items()}
+        expected = given.pop("shift_labels").flatten()
+        given.pop("token_mask", None)  # with positions: padding is on the right, where nothing sees it
+        logits = model(**given, use_cache=False).logits.flatten(0, 1).float()
+        nats += float(F.cross_entropy(logits, expected, ignore_index=IGNORE, reduction="sum"))
+    return nats, count
 
 
 @torch.no_grad()

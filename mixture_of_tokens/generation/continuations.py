@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,23 +18,6 @@ class Row(NamedTuple):
 
     prompt: int
     sample: int
-
-
-@dataclass(frozen=True)
-class Rows(Collection[Row]):
-    """Every sample of every prompt in order, none of which is made before it is asked for."""
-
-    prompts: int
-    samples: int
-
-    def __len__(self) -> int:
-        return self.prompts * self.samples
-
-    def __iter__(self) -> Iterator[Row]:
-        return (Row(prompt, sample) for prompt in range(self.prompts) for sample in range(self.samples))
-
-    def __contains__(self, row: Any) -> bool:
-        return 0 <= row.prompt < self.prompts and 0 <= row.sample < self.samples
 
 
 @dataclass(frozen=True, order=True)
@@ -63,17 +46,17 @@ def to_file(
     Each line of OUT has a hash of the settings as `settings`, by which it is known again.
     """
     partial = out.with_name(f"{out.name}.unfinished")
-    rows = Rows(len(prompts), batches[-1][0].sample + 1)
+    samples = batches[-1][0].sample + 1
     own = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     if out.exists():
-        if (finished := _finished(out, own, rows, prompts)) is None:
+        if (finished := _finished(out, own, samples, prompts)) is None:
             why = "exists already, and is not what this command writes, by flags, prompts and model"
             raise ValueError(f"{out} {why}; name another with --out, or remove it")
         say(f"{out} is finished already")
         return finished
-    done = _resumed(partial, settings, rows, prompts)
+    done = _resumed(partial, settings, samples, prompts)
     new: list[Continuation] = []
-    clock, total = time.perf_counter(), len(rows)
+    clock, total = time.perf_counter(), len(prompts) * samples
     with (
         disk_errors(out),
         partial.open("a", encoding="utf-8") as file,
@@ -102,44 +85,34 @@ def summary_of(count: int, out: str | Path) -> str:
     return f"{'1 continuation is' if count == 1 else f'{count} continuations are'} in {out}"
 
 
-def _finished(out: Path, settings: str, rows: Collection[Row], prompts: list[str]) -> list[Continuation] | None:
-    """What is in a file, if it has a continuation of every prompt in order, written with these settings."""
+def _finished(out: Path, settings: str, samples: int, prompts: list[str]) -> list[Continuation] | None:
+    """What is in a file, if it has all samples of every prompt in order, written with these settings."""
     try:
-        lines = [json.loads(line) for line in out.read_bytes().removesuffix(b"\n").split(b"\n")]
-        if any(line.pop("settings") != settings for line in lines):
-            return None
-        found = [_checked(line, number, out, prompts) for number, line in enumerate(lines, 1)]
-    except (ValueError, OSError, AttributeError, KeyError, TypeError, RecursionError):
+        lines = out.read_bytes().removesuffix(b"\n").split(b"\n")
+        found = [_continuation(line, number, out, prompts, settings) for number, line in enumerate(lines, 1)]
+    except (ValueError, OSError, AttributeError, KeyError, TypeError):
         return None
-    whole = len(found) == len(rows) and all(
-        (each.index, each.sample) == row for each, row in zip(found, rows, strict=True)
-    )
-    return found if whole else None
+    in_order = all((each.index, each.sample) == divmod(number, samples) for number, each in enumerate(found))
+    return found if len(found) == len(prompts) * samples and in_order else None
 
 
-def _continuation(line: bytes, number: int, file: Path, prompts: list[str]) -> Continuation:
+def _continuation(
+    line: bytes, number: int, file: Path, prompts: list[str], settings: str | None = None
+) -> Continuation:
     """Raises ValueError, naming file and line, for what is no continuation of one of the prompts."""
     try:
         fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
-    return _checked(fields, number, file, prompts)
-
-
-def _checked(fields: Any, number: int, file: Path, prompts: list[str]) -> Continuation:
-    """The same of a line that is read already."""
-    try:
+        if settings is not None and fields.pop("settings") != settings:
+            raise ValueError("it was written with other settings")
         found = Continuation.of(fields, file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}, line {number}, is damaged: {error}") from None
     if not 0 <= found.index < len(prompts) or prompts[found.index] != found.prompt:
         raise ValueError(f"{file}, line {number}, is damaged: it continues none of the prompts")
     return found
 
 
-def _resumed(
-    partial: Path, settings: dict[str, Any], rows: Collection[Row], prompts: list[str]
-) -> dict[Row, Continuation]:
+def _resumed(partial: Path, settings: dict[str, Any], samples: int, prompts: list[str]) -> dict[Row, Continuation]:
     """The continuations that an interrupted command has written; an incomplete last line is cut off.
 
     Raises ValueError if it had other settings, and, naming the line, if it is damaged.
@@ -165,7 +138,7 @@ def _resumed(
             )
     found = [_continuation(line, number, partial, prompts) for number, line in enumerate(written, 2)]
     done = {Row(each.index, each.sample): each for each in found}
-    if not all(row in rows for row in done):
+    if not all(0 <= row.sample < samples for row in done):
         raise ValueError(f"{partial} is damaged: it has a sample that was not asked for; remove it to begin again")
     write_text(partial, lines.decode())
     say(f"Going on from {partial}")

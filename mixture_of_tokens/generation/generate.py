@@ -116,7 +116,8 @@ def generate(
             write(number)
         return None
     if prompts_file is not None:
-        out = _beside(Path(prompts_file)) if out is None else Path(out)
+        prompts_file = Path(prompts_file)
+        out = prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl") if out is None else Path(out)
         served = {"samples": samples, "batch_size": batch_size, "alone": alone, "experts": experts}
         served |= {} if dtype is None else {"dtype": dtype}
         settings = _settings_of(run, prompts, sampling, served)
@@ -139,10 +140,6 @@ def _check_flags(texts: Sequence[str], prompts_file: Path | None, out: Path | No
         raise ValueError(f"stream takes what can be written to, such as sys.stdout, not {type(stream).__name__}")
 
 
-def _beside(prompts_file: Path) -> Path:
-    return prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl")
-
-
 def _settings_of(run: str, prompts: Sequence[str], sampling: Sampling, served: Mapping[str, Any]) -> dict[str, Any]:
     """What a file of continuations depends on: it goes on only with the same."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
@@ -152,15 +149,16 @@ def _settings_of(run: str, prompts: Sequence[str], sampling: Sampling, served: M
 
 def _what_batches_do(model: Any, batches: "Batches", lengths: Sequence[int], max_new_tokens: int | None) -> list[str]:
     """Notes on how many texts the context ends before they have the tokens asked for, and on who meets whom."""
+    mixes = group_size_of(model) is not None
     context, widths, notes = context_of(model), [], []  # in tokens, of the rows of a sample before they are continued
     for batch in batches.of_a_sample:
         own = [lengths[index] for index in batch]
-        widths += [max(own)] * len(own) if _mixes(model) else own
+        widths += [max(own)] * len(own) if mixes else own
     cut = 0 if max_new_tokens is None else sum(width + max_new_tokens > context for width in widths)
     if cut:
         of = f"{cut * batches.samples} of {len(widths) * batches.samples} texts"
         notes.append(f"the context of {context} tokens ends {of} before {max_new_tokens} new tokens")
-    if _mixes(model) and max(map(len, batches.of_a_sample)) > 1:
+    if mixes and max(map(len, batches.of_a_sample)) > 1:
         hint = "; with --alone each is served by itself" if model.config.serves_alone else ""
         notes.append(f"prompts of a batch influence each other{hint}")
     return notes
@@ -233,10 +231,6 @@ def in_batches(lengths: Sequence[int], samples: int, batch_size: int, group_size
     size = -(-batch_size // group_size) * group_size
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     return Batches([order[start : start + size] for start in range(0, len(order), size)], samples)
-
-
-def _mixes(model: Any) -> bool:
-    return group_size_of(model) is not None
 
 
 def _to_screen(

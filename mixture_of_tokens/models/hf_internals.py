@@ -3,6 +3,7 @@
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
@@ -30,5 +31,6 @@ __all__ = [
     "Qwen3MoeRMSNorm",
     "Qwen3MoeRotaryEmbedding",
     "can_return_tuple",
+    "local_torch_dtype",
     "maybe_install_capturing_hooks",
 ]

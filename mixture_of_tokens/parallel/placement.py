@@ -46,6 +46,9 @@ class Placement:
         """
         at_least_one(shard=shard, replicate=replicate, expert_parallel=expert_parallel)
         times = "" if replicate is None else f" times --replicate {replicate}"
+        if shard is None and replicate is not None and count % replicate:
+            legal = listing(divisors(count)[:-1])
+            raise ValueError(f"--replicate {replicate} does not divide the {count} {what}; legal are {legal}")
         if shard is None:
             shard = 1 if replicate is expert_parallel is None else max(1, count // (replicate or 1))
         if replicate is None:

@@ -89,7 +89,7 @@ def spread_of(
     Raises ValueError where the batch does not divide, and for a model that cannot lie so.
     """
     placement.check(config)
-    legal = [size for size in legal_micro_batches(config, batch, in_groups=True) if batch % (size * devices) == 0]
+    legal = [size for size in legal_micro_batches(config, batch) if batch % (size * devices) == 0]
     if not legal:
         group, groups = config.group_size, batch // config.group_size
         raise ValueError(

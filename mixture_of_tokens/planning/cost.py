@@ -174,15 +174,14 @@ def _kept_by_blocks(config: MixtureOfTokensConfig, batch: int, size: int, expert
     return kept
 
 
-def legal_micro_batches(config: MixtureOfTokensConfig, batch: int, *, in_groups: bool = False) -> list[int]:
+def legal_micro_batches(config: MixtureOfTokensConfig, batch: int) -> list[int]:
     """Legal numbers of sequences per device at once: multiples of the group size that divide the step's batch.
 
-    Args:
-        in_groups: also where the model mixes no rows, as in `mot train`, which gives all systems the same groups.
+    Also where the model mixes no rows, as `mot train` gives all systems the same groups.
 
     Raises ValueError if the batch does not divide into groups.
     """
-    group = config.group_size if config.shares_batch or in_groups else 1
+    group = config.group_size
     if batch < 1 or batch % group:
         nearest = max(1, min(round(batch / group), LARGEST // group)) * group
         raise ValueError(f"a batch of {batch} sequences does not divide into groups of {group}; {nearest} would")

@@ -104,7 +104,7 @@ def plan_of(config: MixtureOfTokensConfig, batch: int, micro_batch: int | None =
 
     Raises ValueError for a batch or micro_batch that is not legal, or an unknown dtype.
     """
-    legal = legal_micro_batches(config, batch, in_groups=True)
+    legal = legal_micro_batches(config, batch)
     if micro_batch is None:
         micro_batch = legal[-1]
     if micro_batch not in legal:

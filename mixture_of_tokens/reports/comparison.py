@@ -16,7 +16,7 @@ model's run of the same seed; a mean comes with the least and the greatest.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -33,7 +33,7 @@ from mixture_of_tokens.runs.run import Point, Run, read_run
 from mixture_of_tokens.runs.typed import FORMAT, as_fields
 from mixture_of_tokens.settings.routings import properties
 from mixture_of_tokens.utils.files import write_text
-from mixture_of_tokens.utils.formatting import Result, Summary, few_of, listing
+from mixture_of_tokens.utils.formatting import Result, Summary, listing
 
 COMPARISON = "compare.json"
 STEPS = "--steps"  # of the conditions; a run that continues another has more
@@ -63,10 +63,6 @@ class Reached(Generic[Amount]):
     def over(cls, found: Sequence["Reached[float] | None"]) -> "Reached[Summary | None]":
         names = [field.name for field in dataclasses.fields(cls)]
         return Reached(*(Summary.of(each and getattr(each, name) for each in found) for name in names))
-
-    def share(self, whole: str) -> Amount:
-        """By a key of `RATIOS`."""
-        return getattr(self, f"of_{whole}")
 
 
 @dataclass(frozen=True)
@@ -265,7 +261,7 @@ def comparison(models: dict[str, list[Run]], command: str | None = None, origins
         context=config.model_config.max_position_embeddings,
         group_size=config.group_size,
         evaluated_on=config.evaluate_on,
-        equal_time_seconds=_summary(ends),
+        equal_time_seconds=Summary.over(ends),
         corpus=baseline[0].facts.corpus,
         environments=environments,
         models=[
@@ -275,12 +271,6 @@ def comparison(models: dict[str, list[Run]], command: str | None = None, origins
         scored_tokens=baseline[0].facts.scored_tokens,
         origin=Origin.of(origins) if origins else None,
     )
-
-
-def _summary(values: Iterable[float]) -> Summary:
-    found = Summary.of(values)
-    assert found is not None
-    return found
 
 
 def _runs(model: list[Run], models: dict[str, list[Run]], ends: list[float]) -> list[ComparedRun]:
@@ -326,6 +316,7 @@ def _model(
     first = model[0]
     count = parameters(first.model_config)
     pairs = list(zip(runs, baseline, strict=True))
+    ways = [way for way in WAYS if all(way in run.served for run in runs)]
     apart = Summary.of(
         None if mine.equal_time_loss is None or its.equal_time_loss is None
         else mine.equal_time_loss - its.equal_time_loss
@@ -341,25 +332,25 @@ def _model(
         parameters={"total": count["total"], "active": count["active"]},
         flops_per_token={"forward": first.training_flops_per_token / 3, "training": first.training_flops_per_token},
         memory_estimate=sum(memory(first.model_config, first.config.micro_batch).values()),
-        final_loss=_summary(run.final_loss for run in runs),
-        bits_per_byte=_summary(run.bits_per_byte for run in runs),
-        seconds=_summary(run.seconds for run in runs),
-        seconds_per_step=_summary(run.seconds_per_step for run in runs),
-        tokens_per_second=_summary(run.tokens_per_second for run in runs),
+        final_loss=Summary.over(run.final_loss for run in runs),
+        bits_per_byte=Summary.over(run.bits_per_byte for run in runs),
+        seconds=Summary.over(run.seconds for run in runs),
+        seconds_per_step=Summary.over(run.seconds_per_step for run in runs),
+        tokens_per_second=Summary.over(run.tokens_per_second for run in runs),
         equal_time_loss=Summary.of(run.equal_time_loss for run in runs),
         regrouping_spread=Summary.of(run.regrouping_spread for run in runs),
-        served={way: _summary(run.served[way] for run in runs) for way in WAYS if all(way in r.served for r in runs)},
+        served={way: Summary.over(run.served[way] for run in runs) for way in ways},
         few_of_experts=(first.model_config.num_experts_per_tok, first.model_config.num_experts),
         continues=continues,
         reached={other: Reached.over([run.reached[other] for run in runs]) for other in runs[0].reached},
         runs=runs,
-        final_loss_difference=_summary(mine.final_loss - its.final_loss for mine, its in pairs),
+        final_loss_difference=Summary.over(mine.final_loss - its.final_loss for mine, its in pairs),
         equal_time_loss_difference=apart,
     )
 
 
 def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
-    """The runs in run directories and comparisons' directories; the command of a comparison, if no other is given.
+    """The runs in run directories, comparisons and other folders; the command of a comparison, if no other is given.
 
     Raises ValueError for what is neither, and for what is damaged.
     """
@@ -377,9 +368,11 @@ def runs_of(directories: Sequence[Path]) -> tuple[list[Run], str | None]:
             command = written["command"] if len(directories) == 1 else None
             runs += [read_run(directory / name) for name in names]
         elif directory.is_dir() and not any((directory / name).exists() for name in (records.FACTS, records.CONFIG)):
-            inside = [str(file.parent) for name in (records.FACTS, COMPARISON) for file in directory.glob(f"*/{name}")]
-            what = f"{directory} is no finished run or comparison: it has no {records.FACTS} and no {COMPARISON}"
-            raise ValueError(f"{what}; in it are {few_of(sorted(inside))}" if inside else what)
+            inside = sorted(file.parent for file in directory.glob(f"*/{records.FACTS}"))
+            if not inside:
+                what = f"it has no {records.FACTS} and no {COMPARISON}, and no finished runs are in it"
+                raise ValueError(f"{directory} is no finished run or comparison: {what}")
+            runs += map(read_run, inside)
         else:
             runs.append(read_run(directory))
     return runs, command

@@ -33,12 +33,10 @@ class Origin:
             moved = [{key: getattr(point, key) - getattr(end, key) for key in keys} for point in run.curve]
             return [dataclasses.replace(point, **at) for point, at in zip(run.curve, moved, strict=True)]
 
-        found = Summary.of(run.facts.final_loss for run in runs)
-        assert found is not None
         return cls(
             label=labels(runs[:1])[0],
             steps=runs[0].config.last_step,
-            final_loss=found,
+            final_loss=Summary.over(run.facts.final_loss for run in runs),
             scored_tokens=runs[0].facts.scored_tokens,
             curves=list(map(before_zero, runs)),
         )

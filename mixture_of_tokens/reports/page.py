@@ -178,7 +178,7 @@ def _through_the_switch(models: dict[str, list[Run]], at: dict[int, Point]) -> s
 def _mean_curve(series: int, curves: Sequence[Sequence[Point]], key: str) -> Line:
     """Over the seeds, evaluation by evaluation, against a field of `Point`."""
     points = list(zip(*curves, strict=True))
-    losses = [found for each in points if (found := Summary.of(point.loss for point in each)) is not None]
+    losses = [Summary.over(point.loss for point in each) for each in points]
     x = [sum(getattr(point, key) for point in each) / len(each) for each in points]
     mean, least, greatest = ([getattr(found, of) for found in losses] for of in ("mean", "least", "greatest"))
     return Line(series, x, mean, least, greatest)
@@ -197,7 +197,7 @@ def _shares(comparison: Comparison, whole: str) -> list[str]:
     baseline, *others = comparison.models
     shares = []
     for model in (each for each in others if each.continues != baseline.label):
-        found = model.reached[baseline.label].share(whole)
+        found = getattr(model.reached[baseline.label], f"of_{whole}")
         if found is None:
             shares.append(f"{model.label} never reaches it")
         else:

@@ -69,6 +69,8 @@ def check_resumed(out: Path, config: RunConfig) -> None:
             flag = key if key.startswith(("model.", "training.")) else key.removeprefix("transition.").replace("_", "-")
             flag, same = (f"--{flag}", "flags") if key != "transition.source" else ("the run", "run")
             was, wanted = getattr(started, key, before.get(key)), getattr(config, key, now.get(key))
+            if key.startswith("start."):
+                flag, was, wanted = "--from", *(run.start and run.start.source for run in (started, config))
             raise ValueError(
                 f"{out} was started with {flag} {was}, now it is {wanted}; "
                 f"give the same {same}, or name another directory with --out"

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from transformers import TrainingArguments
 
 from mixture_of_tokens.data.prepare import COMMON_GROUP, Prepared, prepare_text
@@ -50,7 +49,8 @@ class Transition(Record):
 class Start(Record):
     """What a run began with in place of drawn weights (`--from`).
 
-    source: a run directory, or what `mot upcycle` wrote; kind: see `starts.KINDS`.
+    source: a run directory, or what `mot upcycle` wrote.
+    kind: "continued", the model itself, or "copies", whose experts are slices of copies of a dense feed-forward.
     origin, origin_seed, origin_steps: the trained model that it all comes from: its name, and of a run of this library
         its seed and its steps.
     rows: of the text that have been trained on before this run; it goes on after them.
@@ -103,11 +103,7 @@ class RunConfig(Record):
     @classmethod
     def read(cls, file: Path) -> Self:
         """Raises ValueError, naming the file, for what is no configuration of a run."""
-        try:
-            written = yaml12.load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            raise ValueError(f"{file} cannot be read: {yaml12.fault(error)}") from None
-        return cls.of(without_format(written, file), file)
+        return cls.of(without_format(yaml12.read(file), file), file)
 
     @classmethod
     def of(cls, written: Any, file: Path) -> Self:

@@ -113,14 +113,13 @@ class Run:
         return config_from_name(self.name, **fields)
 
     @cached_property
-    def flops(self) -> tuple[float, float]:
-        """FLOPs per token in training: of the forward pass, of both passes."""
+    def flops(self) -> float:
+        """FLOPs per token in training, of both passes."""
         return self._flops()
 
-    def _flops(self, experts_per_token: float | None = None) -> tuple[float, float]:
+    def _flops(self, experts_per_token: float | None = None) -> float:
         sizes = {"batch": self.config.batch_size, "experts_per_token": experts_per_token}
-        forward, backward = flops_per_token(self.model_config, **sizes)
-        return sum(forward.values()), sum(forward.values()) + sum(backward.values())
+        return sum(sum(each.values()) for each in flops_per_token(self.model_config, **sizes))
 
     @property
     def training_flops_per_token(self) -> float:
@@ -129,12 +128,12 @@ class Run:
 
     def flops_at(self, tokens: Sequence[float]) -> list[float]:
         """FLOPs of training until so many tokens. Where the experts of a token vary, as telemetry has measured them."""
-        nominal = [count * self.flops[1] for count in tokens]
+        nominal = [count * self.flops for count in tokens]
         config = self.model_config
         if not any(routing.varies for routing in config.routings):
             return nominal
         known = [(row.tokens, experts_per_token(row)) for row in self.rows]
-        costs = [(at, self._flops(experts)[1]) for at, experts in known if experts is not None]
+        costs = [(at, self._flops(experts)) for at, experts in known if experts is not None]
         if not costs:
             return nominal
         at, cost = np.array([(0, costs[0][1]), *costs, (max(*tokens, costs[-1][0]), costs[-1][1])]).T

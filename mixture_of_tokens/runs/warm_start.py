@@ -15,11 +15,6 @@ from mixture_of_tokens.settings.routings import SETTINGS
 from mixture_of_tokens.utils.files import no_directory
 
 UPCYCLED = "upcycled.json"
-# How a model came from its source, as `Start.kind` names it.
-KINDS = {
-    "continued": "the model itself",
-    "copies": "each expert is a slice of a dense feed-forward; a token goes to all slices of one copy",
-}
 # Fields of a run's configuration that say what text it reads, and in what batches.
 TEXT = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "separate_documents", "batch_size")
 # Fields of a model's configuration that are not a start's to say: how it is stored, and what the tokenizer knows.
@@ -52,14 +47,13 @@ class Beginning:
     """A model to begin a run with.
 
     directory: of its weights; name: that it has as a model; fields: of its configuration, by which it is made again.
-    seed, text: of the run that it comes from, as of `text_of_run`; None of models from elsewhere.
+    text: of the run that it comes from, as of `text_of_run`; None of models from elsewhere.
     """
 
     directory: Path
     name: str
     fields: dict[str, Any]
     start: Start
-    seed: int | None
     text: dict[str, Any] | None
 
     def fields_with(self, tokenizer: str | None) -> dict[str, Any]:
@@ -76,7 +70,7 @@ def beginning_of(source: str | Path) -> Beginning:
         directory, made = Path(model_directory(str(source))), Upcycled.read(source / UPCYCLED)
         known = {key: getattr(made, key) for key in ("kind", "origin", "origin_seed", "origin_steps", "rows")}
         start = Start(source=str(source.resolve()), **known)
-        return Beginning(directory, made.name, _fields(directory), start, made.origin_seed, made.text)
+        return Beginning(directory, made.name, _fields(directory), start, made.text)
     if not source.exists():
         raise ValueError(f"--from {source}: {no_directory(source)}")
     if not (source / records.FACTS).is_file():
@@ -85,24 +79,21 @@ def beginning_of(source: str | Path) -> Beginning:
         )
         raise ValueError(f"--from {source} is no finished run, and mot upcycle did not write it: {what}")
     run, directory = read_run(source), Path(model_directory(str(source)))
-    origin = {"origin": run.name, "origin_seed": run.seed, "origin_steps": run.config.last_step}
-    start = Start(source=str(source.resolve()), kind="continued", **origin, rows=rows_read(run))
-    return Beginning(directory, run.name, _fields(directory), start, run.seed, text_of_run(run.config))
+    start = Start(source=str(source.resolve()), kind="continued", **origin_of(run))
+    return Beginning(directory, run.name, _fields(directory), start, text_of_run(run.config))
 
 
-def rows_read(run: Run) -> int:
-    """Of the text, with those before the run."""
-    return run.config.last_step * run.config.batch_size + (0 if run.config.start is None else run.config.start.rows)
+def origin_of(run: Run) -> dict[str, Any]:
+    """Fields of the `Start` of what begins with a run; its rows are counted with those before it."""
+    before = 0 if run.config.start is None else run.config.start.rows
+    rows = before + run.config.last_step * run.config.batch_size
+    return {"origin": run.name, "origin_seed": run.seed, "origin_steps": run.config.last_step, "rows": rows}
 
 
 def began_with(run: Run, other: Run) -> bool:
     """Whether a run began with what another ended with, or with what was made of that."""
-    start, its = run.config.start, other.config
-    return start is not None and (start.origin, start.origin_seed, start.origin_steps) == (
-        other.name,
-        other.seed,
-        its.last_step,
-    )
+    start = run.config.start
+    return start is not None and all(getattr(start, key) == value for key, value in origin_of(other).items())
 
 
 def text_of_run(config: RunConfig) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def _of_python(value: Any) -> Any:
     value = plain(value)
     if value is None or isinstance(value, bool | int | float | str | list | dict):
         return value
-    return dict(value) if isinstance(value, Mapping) else str(value).removeprefix("torch.")
+    return str(value).removeprefix("torch.")
 
 
 def _read(flag: str, text: str, hint: Any) -> Any:

@@ -1,8 +1,6 @@
 """The trainer of a run: its text, its model with weights drawn by its seed, and the arguments of Trainer."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +21,10 @@ from mixture_of_tokens.training.merging import Merged
 from mixture_of_tokens.training.trainer import RunTrainer
 
 
-@contextmanager
-def in_fp32() -> Iterator[None]:
-    """Whatever torch's default type is, which no file of the run would tell."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def arguments_of(merged: Merged, out: Path, **others: Any) -> TrainingArguments:
     """Of a run in this directory; `others` in place of its own."""
     taken = TrainingArguments(output_dir=str(out), **merged.arguments | others)
+    taken.output_dir = str(out)  # of which transformers expands ~, and nothing here does
     taken.run_name = taken.run_name or out.name
     # Several GPUs of one process would each take all the rows; they are for torchrun.
     taken._n_gpu = min(1, taken.n_gpu)

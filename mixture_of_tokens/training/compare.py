@@ -64,8 +64,11 @@ def compare(
     rates = _rates(learning_rate, len(names))
     own = {} if minutes is None else _of_minutes(minutes, names, seeds, rates, options, out)
     plans = _plans(names, seeds, rates, options, out, own, minutes)
+    for plan in plans:
+        check_resumed(plan.directory, plan.merged.config)
+    if len(names) == 1:
+        warn_once(f"{names[0]} is compared with nothing: name two models or more, the baseline first")
     if dry_run:
-        _say_if_alone(names)
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
     for plan in plans:
         if not (plan.directory / records.FACTS).exists():
@@ -75,7 +78,6 @@ def compare(
         what = f"{out} will compare these runs, and no longer {', '.join(str(out / name) for name in sorted(gone))}"
         warn(f"{what}; mot report compares any runs")
     with owned(out):
-        _say_if_alone(names)
         return _compared(plans, out, _command(names, seeds, learning_rate, out, options, minutes), options.device)
 
 
@@ -106,11 +108,6 @@ def _compared(plans: list[_Planned], out: Path, command: str, device: Device | N
     return write_page(result.relative(out), models, [command], out / PAGE, device)
 
 
-def _say_if_alone(names: tuple[str, ...]) -> None:
-    if len(names) == 1:
-        warn_once(f"{names[0]} is compared with nothing: name two models or more, the baseline first")
-
-
 def _rates(rates: list[float] | None, models: int) -> list[float | None]:
     if rates is None:
         return [None] * models
@@ -123,16 +120,14 @@ def _of_minutes(
     minutes: float, names: tuple[str, ...], seeds: list[int], rates: list[float | None], options: Options, out: Path
 ) -> dict[str, Options]:
     """The options of each model, with as many steps as fit, or as were found when one of its runs was started."""
-    plans = _plans(names, seeds[:1], rates, options, out, begun=False)
+    plans = _plans(names, seeds, rates, options, out)
     for plan in plans:
         check_room(plan.merged)
     check_writable(out)
     known: dict[str, Options] = {}
-    for name in names:
-        for seed in seeds:
-            place = out / merge(name, seed, None, options).config.directory_name
-            if name not in known and (found := found_before(place, minutes, options)) is not None:
-                known[name] = found
+    for plan in plans:
+        if plan.name not in known and (found := found_before(plan.directory, minutes, options)) is not None:
+            known[plan.name] = found
     new = {name: partial(merge, name, seeds[0], rate) for name, rate in zip(names, rates, strict=True)}
     new = {name: merged_with for name, merged_with in new.items() if name not in known}
     scored = next((found.scored_rows for found in known.values()), None)
@@ -147,13 +142,11 @@ def _plans(
     out: Path,
     own: Mapping[str, Options] = {},
     minutes: float | None = None,
-    begun: bool = True,
 ) -> list[_Planned]:
     """The runs in their order. Raises ValueError for invalid settings of any of them.
 
     Args:
         own: options by the names of models that do not have the common ones.
-        begun: whether they must be those that were started here, if any were.
     """
     if not names:
         raise ValueError("name at least one model, such as Transformer-Nano")
@@ -164,8 +157,6 @@ def _plans(
         for name, rate in zip(names, rates, strict=True):
             merged = merge(name, seed, rate, own.get(name, options), minutes=minutes)
             directory = out / merged.config.directory_name
-            if begun:
-                check_resumed(directory, merged.config)
             plans.append(_Planned(merged, directory, PlannedRun.of(directory, merged).flops))
     check_settings(*(plan.merged for plan in plans))
     configs = [plan.merged.config for plan in plans]

@@ -12,6 +12,7 @@ from mixture_of_tokens.parallel.placement import Placement
 from mixture_of_tokens.planning.communication import spread_of
 from mixture_of_tokens.planning.cost import training_flops
 from mixture_of_tokens.planning.estimates import Plan, Training, plan_of
+from mixture_of_tokens.settings.model import model_fields
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.utils.checks import at_least_one, check_number
 from mixture_of_tokens.utils.process import check_one_process
@@ -33,7 +34,7 @@ def plan(
     steps: int | None,
     tflops: float | None,
     measure: bool,
-    model: dict[str, Any],
+    model: dict[str, Any] | None,
 ) -> Plan:
     """As the function of `commands/plan.py`, which explains its arguments."""
     at_least_one(batch_size=batch_size, devices=devices, steps=steps)
@@ -47,7 +48,7 @@ def plan(
         raise ValueError("--tflops is for --steps N, whose time it says")
     if measure and not tflops is devices is None:
         raise ValueError("--measure times this machine: leave out --tflops and --devices")
-    fields = ({} if gated else {"gated": False}) | model
+    fields = ({} if gated else {"gated": False}) | model_fields(model or {})
     parsed, config = parse_name(name), config_of(name, fields)
     batch = batch_size or -(-parsed.dimensions.batch // parsed.group_size) * parsed.group_size
     spread = None

@@ -29,16 +29,13 @@ class Room:
     what: str
 
 
-def room_of(*, on_cpu: bool, root: Path = Path("/")) -> Room | None:
-    """Of the device: a GPU's memory, or RAM, less where a control group limits it. None where that is unknown."""
+def room_of(*, on_cpu: bool, root: Path = Path("/")) -> Room:
+    """Of the device: a GPU's memory, or RAM, less where a control group limits it."""
     if not on_cpu:
         device = process_number() % processes_here() % torch.cuda.device_count()
         size = torch.cuda.get_device_properties(device).total_memory
         return Room(size, size, "GPU memory")
-    try:
-        size, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "RAM"
-    except (AttributeError, ValueError, OSError):
-        return None
+    size, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "RAM"
     if (limit := _limit_of_group(root)) < size:
         size, what = limit, "memory, by the limit of its control group"
     count = processes_here()
@@ -105,7 +102,7 @@ def estimate(merged: Merged, rows: int | None = None, *, at_least: bool = False)
 
 def tell_room(merged: Merged) -> None:
     """Say how much memory a training takes, and how much there is."""
-    say(_told(merged, _room_of(merged)))
+    say(_told(merged, room_of(on_cpu=merged.arguments["use_cpu"])))
 
 
 def check_room(merged: Merged) -> None:
@@ -113,8 +110,8 @@ def check_room(merged: Merged) -> None:
 
     Raises ValueError, naming a number of micro-batches that fits, for one that cannot have enough.
     """
-    room = _room_of(merged)
-    if room is None or not merged.config.steps or estimate(merged) <= CLOSE * room.size:
+    room = room_of(on_cpu=merged.arguments["use_cpu"])
+    if not merged.config.steps or estimate(merged) <= CLOSE * room.size:
         return
     what = f"{_told(merged, room)}; {_way_out(merged, room)}"
     if estimate(merged, at_least=True) > room.with_swap:
@@ -122,21 +119,17 @@ def check_room(merged: Merged) -> None:
     warn_once(what)
 
 
-def _room_of(merged: Merged) -> Room | None:
-    return room_of(on_cpu=merged.arguments["use_cpu"])
-
-
-def _told(merged: Merged, room: Room | None) -> str:
+def _told(merged: Merged, room: Room) -> str:
     run = merged.config
     takes = f"{run.name} takes about {_gib(estimate(merged))} to train on {run.micro_batch} rows at once"
-    return takes + ("" if room is None else f", and there are {_gib(room.size)} of {room.what}")
+    return f"{takes}, and there are {_gib(room.size)} of {room.what}"
 
 
 def _way_out(merged: Merged, room: Room) -> str:
     """Of the numbers of micro-batches that are legal, the least that fits, or what else there is."""
     run = merged.config
     share = run.batch_size // process_count()
-    legal = legal_micro_batches(run.model_config, run.batch_size, in_groups=True)
+    legal = legal_micro_batches(run.model_config, run.batch_size)
     smaller = [rows for rows in legal if share % rows == 0 and rows < run.micro_batch]
     fit = [rows for rows in smaller if estimate(merged, rows) <= CLOSE * room.size]
     if fit:

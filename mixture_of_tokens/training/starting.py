@@ -47,7 +47,7 @@ def merged_with(
     """
     if beginning is None:
         return merge(name, seed or 0, learning_rate, options, **own)
-    seed = beginning.seed or 0 if seed is None else seed
+    seed = beginning.start.origin_seed or 0 if seed is None else seed
     merged = merge(name, seed, learning_rate, options_with(beginning, options), start=beginning.start, **own)
     check_same_model(beginning, merged)
     return merged

@@ -10,6 +10,7 @@ import math
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,12 @@ from transformers import TrainerCallback
 
 from mixture_of_tokens.data.blocks import Blocks
 from mixture_of_tokens.data.groups import GroupedBatches
+from mixture_of_tokens.models.hf_internals import local_torch_dtype
 from mixture_of_tokens.parallel.sharding import broadcast
 from mixture_of_tokens.runs.loading import without_progress_bars
 from mixture_of_tokens.runs.records import CONFIG, RunConfig
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.building import arguments_of, in_fp32, order_of, trainer_of, vocabulary_of
+from mixture_of_tokens.training.building import arguments_of, order_of, trainer_of, vocabulary_of
 from mixture_of_tokens.training.merging import FEWEST_SCORED, Merged
 from mixture_of_tokens.training.trainer import EVALUATION_ROWS
 from mixture_of_tokens.utils.process import the_only_training
@@ -90,22 +92,17 @@ def pace_of(merged: Merged, vocab_size: int | None = None) -> Pace:
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=blocks * context + 1)
     ends = np.append(np.arange(1, blocks) * context, len(tokens))
     text = Blocks(tokens, ends, context, len(tokens), run.separate_documents)
-    with tempfile.TemporaryDirectory() as folder, the_only_training(), without_progress_bars(), in_fp32():
+    fp32 = local_torch_dtype(torch.float32)  # as runs are
+    with tempfile.TemporaryDirectory() as folder, the_only_training(), without_progress_bars(), fp32:
         taken = arguments_of(merged, Path(folder), **WITHOUT, max_steps=1 + MOST_STEPS)
         rows = GroupedBatches(text, **order_of(run) | {"steps": 1 + MOST_STEPS, "first_step": 0})
         trainer = trainer_of(run, config, taken, merged.placement, rows=rows, evaluated=text, corpus="")
         trainer.remove_callback(trainer.run_log)  # and its progress bar
         trainer.add_callback(watch)
         trainer.train()
-        evaluations = [_seconds_of(lambda: trainer.loss_of(trainer.causal_lm, GROUPS_TIMED)) for _ in range(2)]
+        evaluations = timeit.repeat(lambda: trainer.loss_of(trainer.causal_lm, GROUPS_TIMED), repeat=2, number=1)
     # The first warms up.
     return broadcast(Pace(statistics.median(watch.seconds), evaluations[-1] / (GROUPS_TIMED * run.group_size)))
-
-
-def _seconds_of(call: Callable[[], object]) -> float:
-    since = time.perf_counter()
-    call()
-    return time.perf_counter() - since
 
 
 def found_before(out: Path, minutes: float, options: Options) -> Options | None:

@@ -18,6 +18,7 @@ from mixture_of_tokens.data.groups import GROUPS, training_groups
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.generation.sampling import continue_prompts
 from mixture_of_tokens.models.companions import calibrate_companions
+from mixture_of_tokens.models.hf_internals import local_torch_dtype
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.models.threshold_calibration import calibrate_thresholds
 from mixture_of_tokens.parallel.placement import Placement
@@ -30,7 +31,7 @@ from mixture_of_tokens.runs.preconditions import check_free, check_resumed, chec
 from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.settings.options import Options
-from mixture_of_tokens.training.building import arguments_of, build, in_fp32
+from mixture_of_tokens.training.building import arguments_of, build
 from mixture_of_tokens.training.merging import Merged, check_settings
 from mixture_of_tokens.training.room import check_room, tell_room
 from mixture_of_tokens.training.served import losses_as_served
@@ -120,7 +121,8 @@ def run_merged(
     if (seconds := seconds_after_signal()) is not None:
         what = f"{seconds} s for its processes: a step and a checkpoint have to fit, or the last steps are lost"
         warn_once(f"after a signal torchrun waits {what}; --shutdown-timeout N of torch 2.12 sets it")
-    with the_only_training(), owned(out), without_progress_bars(), _without_comparisons(), in_fp32():
+    fp32 = local_torch_dtype(torch.float32)  # whatever torch's default type is, which no file of the run would tell
+    with the_only_training(), owned(out), without_progress_bars(), _without_comparisons(), fp32:
         _check(out, merged, resume)  # another process may have begun meanwhile
         return _run(merged.config, arguments_of(merged, out), merged.placement, out, begin, again)
 

@@ -63,13 +63,20 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name, value in bound.arguments.items():
             if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
                 check(name, [each for one in value for each in listed(one)], list[hints[name]])
+                bound.arguments[name] = tuple(_at_home(each, hints[name]) for each in value)
             else:
                 check(name, value, hints[name])
-                bound.arguments[name] = plain(value)
+                bound.arguments[name] = plain(_at_home(value, hints[name]))
 
     # What it returns may be a name that only type checkers import, and whoever reads annotations would look for it.
     call.__annotations__ = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
     return call
+
+
+def _at_home(value: Any, kind: Any) -> Any:
+    """Of a path, ~ stands for the home directory, also where no shell has seen it."""
+    is_path = Path in (kind, *typing.get_args(kind)) and isinstance(value, str | os.PathLike)
+    return os.path.expanduser(value) if is_path and str(value).startswith("~") else value
 
 
 def _without_notes(kind: Any) -> Any:
@@ -78,6 +85,8 @@ def _without_notes(kind: Any) -> Any:
 
 def plain(value: Any) -> Any:
     """Numbers of numpy as Python's, which can be written to a file; other values as they are."""
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     if isinstance(value, bool) or not isinstance(value, Real):

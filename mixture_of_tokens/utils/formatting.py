@@ -37,10 +37,15 @@ class Summary:
     seeds: int
 
     @classmethod
+    def over(cls, values: Iterable[float]) -> Self:
+        known = list(values)
+        return cls(sum(known) / len(known), min(known), max(known), len(known))
+
+    @classmethod
     def of(cls, values: Iterable[float | None]) -> Self | None:
         """Of the values that are not None; None if there are none."""
         known = [value for value in values if value is not None]
-        return cls(sum(known) / len(known), min(known), max(known), len(known)) if known else None
+        return cls.over(known) if known else None
 
 
 def loss(value: float) -> str:

@@ -82,15 +82,13 @@ def damage(folder: Path) -> str | None:
     if not path.is_file():
         return None
     content = path.read_bytes()
-    return fault(folder) if OURS.search(content) or not _is_json(content) else None
-
-
-def _is_json(content: bytes) -> bool:
+    if OURS.search(content):
+        return fault(folder)
     try:
         json.loads(content)
     except (ValueError, RecursionError):
-        return False
-    return True
+        return fault(folder)
+    return None
 
 
 def _hash_of(content: dict[str, Any]) -> str:

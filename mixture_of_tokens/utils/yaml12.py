@@ -1,6 +1,7 @@
 """YAML 1.2, which PyYAML does not read: 1e-3 is a number, 010 is ten, and `no` and `off` are words."""
 
 import re
+from pathlib import Path
 from typing import IO, Any
 
 import yaml
@@ -48,6 +49,14 @@ def fault(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
     return where + " ".join(str(getattr(error, "problem", None) or error).split())
+
+
+def read(file: Path, called: str | None = None) -> Any:
+    """The document of a file. Raises ValueError, which names it, for what is none."""
+    try:
+        return load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{called or file} cannot be read: {fault(error)}") from None
 
 
 def load(text: str | IO[str]) -> Any:

@@ -28,6 +28,7 @@ from mixture_of_tokens.conversion.choice_of_top_k import switch_and_distil
 from mixture_of_tokens.conversion.switch import branches
 from mixture_of_tokens.data.blocks import Blocks
 from mixture_of_tokens.data.groups import grouped_order
+from mixture_of_tokens.evaluation import losses
 from mixture_of_tokens.evaluation.evaluate import argmax_routing, in_parts
 from mixture_of_tokens.evaluation.losses import cross_entropy, evaluate_blocks
 from mixture_of_tokens.layers.losses import IGNORE
@@ -307,7 +308,7 @@ def test_any_causal_language_model_of_transformers(tiny_runs, evaluated, tmp_pat
     assert [line["loss"] for line in result["lines"]] == pytest.approx([float(expected)] * 2, abs=1e-5)
 
 
-def test_logits_of_foreign_models_are_never_in_memory_for_all_rows():
+def test_logits_of_foreign_models_are_never_in_memory_for_all_rows(monkeypatch):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=1)
     model = GPT2LMHeadModel(config).eval()
@@ -318,7 +319,8 @@ def test_logits_of_foreign_models_are_never_in_memory_for_all_rows():
     seen: list[int] = []
     model.register_forward_hook(lambda module, args, output: seen.append(len(output.logits)))
     whole = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
-    parts = cross_entropy(model, {"input_ids": ids, "shift_labels": labels}, logits_at_once=2 * 8 * 50)
+    monkeypatch.setattr(losses, "LOGITS", 2 * 8 * 50)
+    parts = cross_entropy(model, {"input_ids": ids, "shift_labels": labels})
     assert seen == [5, 2, 2, 1]
     assert parts == pytest.approx(whole)
 

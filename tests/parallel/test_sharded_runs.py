@@ -436,6 +436,7 @@ def test_what_is_not_given_of_a_layout_follows(flags, processes, found):
         ((8, 2, None), 8, "--shard 8 times --replicate 2 does not make up the 8 processes"),
         ((4, None, 3), 8, "--expert-parallel 3 does not divide --shard 4; legal are 1, 2, 4"),
         ((1, 2, None), 8, "--replicate 2 is for --shard above 1"),
+        ((None, 3, None), 4, "--replicate 3 does not divide the 4 processes .*; legal are 1, 2"),
         ((0, None, None), 8, "--shard must be at least 1, not 0"),
         ((None, None, -1), 8, "--expert-parallel must be at least 1, not -1"),
     ],

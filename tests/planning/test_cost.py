@@ -324,8 +324,7 @@ def test_weights_gradients_and_moments_are_those_of_the_model():
 def test_legal_micro_batches_are_whole_groups_and_divide_the_batch():
     assert legal_micro_batches(odd_config("mixture_of_tokens", group_size=6), 36) == [6, 12, 18, 36]
     assert legal_micro_batches(odd_config("expert_choice", group_size=6), 36) == [6, 12, 18, 36]
-    assert legal_micro_batches(odd_config("token_choice", group_size=6), 6) == [1, 2, 3, 6]
-    assert legal_micro_batches(odd_config("dense", group_size=6), 5) == [1, 5]
+    assert legal_micro_batches(odd_config("token_choice", group_size=6), 12) == [6, 12]
     with pytest.raises(ValueError, match="a batch of 40 sequences does not divide into groups of 6; 42 would"):
         legal_micro_batches(odd_config("uniform", group_size=6), 40)
     with pytest.raises(ValueError, match="groups of 6; 6 would"):

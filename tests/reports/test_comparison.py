@@ -106,7 +106,7 @@ def test_runs_on_different_texts_are_not_compared(tmp_path):
 
 def test_a_run_after_a_switch_counts_its_source_s_flops_and_has_the_loss_at_the_switch(tmp_path):
     whole = run(tmp_path, losses=(3.0, 2.0, 1.8))  # at steps 5, 10 and 15 and as many tokens
-    each = whole.flops[1]
+    each = whole.flops
     curve = after_a_switch(whole, 10, 2.5, flops=3 * each).curve
     assert [(point.step, point.loss) for point in curve] == [(5, 3.0), (10, 2.0), (10, 2.5), (15, 1.8)]
     assert [point.flops / each for point in curve] == pytest.approx([15, 30, 30, 35])
@@ -116,7 +116,7 @@ def test_a_run_after_a_switch_counts_its_source_s_flops_and_has_the_loss_at_the_
 def test_flops_are_counted_by_the_experts_that_tokens_had(tmp_path):
     """Measured at tokens 5, 10 and 15: 3, 1 and 1 in one layer, 5, 3 and 1 in the other."""
     made = run(tmp_path, "ReMoE-Nano/32E", losses=(3.0, 2.0, 1.8))
-    nominal = made.flops[1]
+    nominal = made.flops
     experts = 3 * flops_per_token(made.model_config, batch=128).forward["experts"]  # of one expert a token, both passes
     for row, pair in zip(made.rows, ((3, 5), (1, 3), (1, 1)), strict=True):
         row.layers = {str(i): {"experts_per_token": float(count)} for i, count in zip((2, 3), pair, strict=True)}
@@ -390,7 +390,7 @@ def test_a_report_s_curves_rings_and_switches_are_on_the_axis_of_their_figure(pa
     compared = {"seconds": 100.0}, {"name": "MoT-Nano/32E", "losses": (2.5, 1.9), "seconds": 120.0}
     runs = [run(tmp_path / str(i), **given) for i, given in enumerate(compared)]
     models = by_model(runs)
-    switch = replace(runs[1].curve[0], step=7, tokens=7, seconds=150.0, flops=runs[1].flops[1] * 7)
+    switch = replace(runs[1].curve[0], step=7, tokens=7, seconds=150.0, flops=runs[1].flops * 7)
     _curves(comparison(models), {1: switch})
     power = 10.0 ** (len(f"{max(each.curve[-1].flops for each in runs):.0f}") - 1)
     assert len(panels) == 3

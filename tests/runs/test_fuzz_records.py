@@ -161,7 +161,7 @@ def test_an_unfinished_generation(tmp_path):
     def act(content):
         lines = content if isinstance(content, list) else [content]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        holds(file, lambda: _resumed(file, asked, [Row(0, 0), Row(1, 0)], prompts))
+        holds(file, lambda: _resumed(file, asked, 1, prompts))
 
     fuzz([asked, line, line | {"index": 1, "prompt": "b"}], act)
 
@@ -219,5 +219,5 @@ def test_an_unfinished_file_that_begins_with_no_settings_is_named_and_left(tmp_p
     file = tmp_path / "out.jsonl.unfinished"
     file.write_text(first + "\nmore\n")
     with pytest.raises(ValueError, match=r"out\.jsonl\.unfinished, line 1, is damaged"):
-        _resumed(file, {"seed": 0}, [Row(0, 0)], ["a"])
+        _resumed(file, {"seed": 0}, 1, ["a"])
     assert file.read_text() == first + "\nmore\n"

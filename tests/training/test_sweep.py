@@ -53,6 +53,15 @@ def test_a_report_names_the_text_kept_for_tuning(swept, tmp_path, capsys):
     assert "\nLosses are of the tuning text.\n" in capsys.readouterr().out
 
 
+def test_a_report_of_its_directory_has_a_line_for_each_setting(swept, tmp_path, capsys):
+    mot("report", swept, "--out", tmp_path / "page.html", "--json")
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [(model["label"], len(model["runs"])) for model in models] == [
+        ("MoT-Nano/4E/2 (learning_rate 0.01)", 2),
+        ("MoT-Nano/4E/2 (learning_rate 1e-30)", 2),
+    ]
+
+
 def test_called_again_it_trains_nothing_and_prints_the_same(swept, flags, capsys):
     before = {path: path.stat().st_mtime_ns for path in swept.rglob("*") if path.name != "sweep.json"}
     mot("sweep", *flags, "--out", swept)
