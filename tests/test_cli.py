@@ -387,12 +387,24 @@ def test_numbers_of_numpy_and_paths_are_as_good_as_plain_ones(tmp_path):
     assert (planned.steps, planned.seed, planned.learning_rate, planned.data) == (3, 3, 3e-3, [str(tmp_path)])
 
 
+def test_a_tilde_is_the_home_directory_where_no_shell_has_seen_it(tmp_path, monkeypatch, small_corpus):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    options = mixture_of_tokens.Options(steps=2, data=small_corpus, device="cpu", batch_size=4)
+    run = mixture_of_tokens.train("Transformer-Nano", out="~/run", options=options)
+    assert run.directory == tmp_path / "run"
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["run"]
+    assert mixture_of_tokens.report("~/run").page == str(tmp_path / "run" / "report.html")
+
+
 def test_fields_of_options_take_what_python_has_for_them():
     options = mixture_of_tokens.Options(
-        model={"dtype": torch.bfloat16}, training={"weight_decay": np.float32(0.25), "run_name": Path("again")}
+        model={"dtype": torch.bfloat16, "rope_parameters": {"rope_type": "default", "rope_theta": np.float32(1e6)}},
+        training={"weight_decay": np.float32(0.25), "run_name": Path("again")},
     )
     planned = mixture_of_tokens.train("MoT-Nano/4E", dry_run=True, options=options)
     assert planned.model["dtype"] == "bfloat16"
+    assert "rope_theta: 1000000.0" in str(planned)
     assert (planned.training["weight_decay"], planned.training["run_name"]) == (0.25, "again")
 
 

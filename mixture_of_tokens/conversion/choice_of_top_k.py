@@ -95,12 +95,10 @@ def switch_and_distil(
             to_token_choice(source, target)
             distil(source, target, text.train, steps=distil_steps)
         made.append(target)
-    before, *tried = [
-        TopK(k, loss_of(model, blocks), _flops(model), ms)
-        for k, model, ms in zip(
-            (source.config.num_experts, first, *fewer), (source, *made), _milliseconds([source, *made]), strict=True
-        )
-    ]
+    models, counts = [source, *made], [source.config.num_experts, first, *fewer]
+    flops = [sum(flops_per_token(model.config, training=False).forward.values()) for model in models]
+    each = zip(counts, models, flops, _milliseconds(models), strict=True)
+    before, *tried = [TopK(k, loss_of(model, blocks), cost, ms) for k, model, cost, ms in each]
     best = best_of(tried)
     return made[tried.index(best)], Distilled(split, before, tried, best)
 
@@ -117,13 +115,9 @@ def loss_of(model: MixtureOfTokensForCausalLM, blocks: Blocks) -> float:
     return evaluate_blocks(model, blocks, group_size=size, batch_size=size, groups=max(1, ROWS // size))["loss"]
 
 
-def _flops(model: MixtureOfTokensForCausalLM) -> float:
-    return sum(flops_per_token(model.config, training=False).forward.values())
-
-
 def _milliseconds(models: list[MixtureOfTokensForCausalLM]) -> list[float]:
     """Of a token of a lone text, written with the cache of keys and values; the least of some texts, model by model."""
-    new = min(WRITTEN, models[0].config.max_position_embeddings - 1)
+    new = max(1, min(WRITTEN, models[0].config.max_position_embeddings - 1))
     prompt: Any = torch.zeros(1, 1, dtype=torch.long, device=models[0].device)
     seen: Any = torch.ones_like(prompt)  # token 0 may be the one that pads
     seconds: list[list[float]] = [[] for _ in models]

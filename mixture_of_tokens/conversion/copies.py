@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixture_of_tokens.models.forward_hooks import watch
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 
 SPREAD = 4.0  # of a token's logits over the copies, their standard deviation; of drawn rows it is 0.2
@@ -65,11 +66,7 @@ def route_by_clusters(model: MixtureOfTokensForCausalLM, texts: Iterable[Tensor]
     """
     blocks: Any = zip(model.model.layers, model.config.routings, strict=True)
     read: dict[Any, list[Tensor]] = {block.mlp: [] for block, routing in blocks if routing.sparse}
-    hooks = [layer.register_forward_pre_hook(lambda layer, given: read[layer].append(given[0])) for layer in read]
-    for ids_BT in texts:
-        model.model(input_ids=ids_BT, use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    watch(model, dict.fromkeys(read, lambda layer, x_BTD, *_, **__: read[layer].append(x_BTD)), texts)
     loads = [0.0]
     for layer, inputs in read.items():
         x_SD, k = torch.cat([given.flatten(0, 1) for given in inputs]), layer.num_experts_per_tok

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +21,14 @@ from mixture_of_tokens.conversion.distil import STEPS
 from mixture_of_tokens.conversion.hub import serve_as_written, write_code
 from mixture_of_tokens.conversion.switch import default_scores, token_choice_config
 from mixture_of_tokens.conversion.to_hf import NONE_SHARED, architecture_of, to_plain
-from mixture_of_tokens.conversion.verify import verify, verify_code
+from mixture_of_tokens.conversion.verify import verify
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.runs.loading import load_model, load_tokenizer_of, run_directory, text_of, without_progress_bars
 from mixture_of_tokens.runs.locking import owned_file
 from mixture_of_tokens.settings.choices import Device, Format, Quantize, Scores
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.checks import at_least_one
-from mixture_of_tokens.utils.files import disk_errors, no_directory, plain_errors, publish_file, published, replaced
+from mixture_of_tokens.utils.files import disk_errors, no_directory, plain_errors, publish, published, replaced
 from mixture_of_tokens.utils.formatting import Result
 from mixture_of_tokens.utils.process import check_one_process
 
@@ -69,6 +69,14 @@ class Exported(Result):
         return "\n".join([*lines, f"{self.directory} is a {self.architecture}. {differ}{code}"])
 
 
+class Switching(NamedTuple):
+    """How a Mixture of Tokens is to become Token Choice."""
+
+    top_k: int | None
+    scores: Scores | None
+    distil_steps: int | None
+
+
 def export(
     run: str | Path,
     out: Path,
@@ -100,10 +108,11 @@ def export(
         TemporaryDirectory(prefix=f"{out.name}.", dir=out.absolute().parent).cleanup()
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}; name another directory") from None
+    asked = Switching(top_k, scores, distil_steps)
     with owned_file(out, patience=0), without_progress_bars():
         if format == "gguf":
             _check_free_file(out, force)
-            return _export_gguf(run, out, quantize or "f32", top_k, scores, distil_steps, device)
+            return _export_gguf(run, out, quantize or "f32", asked, device)
         _put_back(out)
         taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
         if taken and not force:
@@ -112,7 +121,7 @@ def export(
             raise ValueError(f"{out} is no export of mot, so --force does not replace it; name another directory")
         if format == "hub":
             return _export_hub(run, out, top_k, license, device)
-        return _export(run, out, top_k, scores, distil_steps, license, device)
+        return _export(run, out, asked, license, device)
 
 
 def _check_flags(
@@ -169,12 +178,7 @@ def _loaded(run: str, device: Device | None) -> tuple[Any, Any]:
 
 
 def _switched(
-    run: str,
-    model: MixtureOfTokensForCausalLM,
-    top_k: int | None,
-    scores: Scores | None,
-    distil_steps: int | None,
-    check: Callable[[str], object] = str,
+    run: str, model: MixtureOfTokensForCausalLM, asked: Switching, check: Callable[[str], object] = str
 ) -> tuple[MixtureOfTokensForCausalLM, Distilled | None]:
     """A model that has a counterpart in transformers, on the CPU, and how a Mixture of Tokens became one.
 
@@ -183,41 +187,32 @@ def _switched(
     Raises ValueError for flags of a Mixture of Tokens and another model, and for a mixture that cannot be switched.
     """
     if not any(routing.converts_to for routing in model.config.routings):
-        check_not_switched(run, top_k, scores, distil_steps)
+        _check_not_switched(run, asked)
         check(architecture_of(model.config))
         return model.cpu(), None
     if run_directory(run) is None:
         what = "a Mixture of Tokens is distilled on the text that it was trained on"
         raise ValueError(f"{run} is no run directory, so its text is not known: {what}")
-    if model.config.shared_experts and model.config.qk_norm and scores == "softmax":
+    if model.config.shared_experts and model.config.qk_norm and asked.scores == "softmax":
         raise ValueError(f"--scores softmax: {NONE_SHARED}; --scores sigmoid, the default here, has them")
-    scores = scores or default_scores(model.config)
-    check(architecture_of(token_choice_config(model.config, top_k=top_k, scores=scores)))
-    switched, distilled = switch_and_distil(
-        model, text_of(run), top_k=top_k, scores=scores, distil_steps=distil_steps or STEPS
-    )
+    how: dict[str, Any] = {"top_k": asked.top_k, "scores": asked.scores or default_scores(model.config)}
+    check(architecture_of(token_choice_config(model.config, **how)))
+    steps = asked.distil_steps or STEPS
+    switched, distilled = switch_and_distil(model, text_of(run), **how, distil_steps=steps)
     return switched.cpu(), distilled
 
 
-def check_not_switched(run: str, top_k: int | None, scores: Scores | None, distil_steps: int | None) -> None:
+def _check_not_switched(run: str, asked: Switching) -> None:
     """Raises ValueError for flags of a Mixture of Tokens."""
-    if (top_k, scores, distil_steps) != (None, None, None):
+    if any(each is not None for each in asked):
         raise ValueError(f"--top-k and --scores are for a Mixture of Tokens, and so is --distil-steps; {run} is none")
 
 
-def _export(
-    run: str,
-    out: Path,
-    top_k: int | None,
-    scores: Scores | None,
-    distil_steps: int | None,
-    license: str | None,
-    device: Device | None,
-) -> Exported:
+def _export(run: str, out: Path, asked: Switching, license: str | None, device: Device | None) -> Exported:
     model, tokenizer = _loaded(run, device)
     if not isinstance(model, MixtureOfTokensForCausalLM):
         raise ValueError(f"{run} is a {type(model).__name__}, which transformers loads without an export")
-    model, distilled = _switched(run, model, top_k, scores, distil_steps)
+    model, distilled = _switched(run, model, asked)
     plain = to_plain(model)
     with _written(run, out, plain, tokenizer) as (beside, ids, what):
         difference = verify(run, model, type(plain), beside, ids, what)
@@ -236,7 +231,7 @@ def _export_hub(run: str, out: Path, top_k: int | None, license: str | None, dev
     model = model.cpu()
     with _written(run, out, model, tokenizer) as (beside, ids, what):
         write_code(beside, model)
-        difference = verify_code(run, model, beside, ids, what)
+        difference = verify(run, model, MixtureOfTokensForCausalLM, beside, ids, what)
         _finish(beside, out, hub_card(run, model, losses, license))
     kind = json.loads((out / "config.json").read_text())["architectures"][0]
     return Exported(str(out), "hub", kind, model.num_parameters(), what, difference)
@@ -263,25 +258,18 @@ def _finish(beside: Path, out: Path, text: str) -> None:
         (beside / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def _export_gguf(
-    run: str,
-    out: Path,
-    quantize: Quantize,
-    top_k: int | None,
-    scores: Scores | None,
-    distil_steps: int | None,
-    device: Device | None,
-) -> Exported:
-    from mixture_of_tokens.conversion.to_gguf import architecture_for, check_tokenizer, write_gguf
+def _export_gguf(run: str, out: Path, quantize: Quantize, asked: Switching, device: Device | None) -> Exported:
+    from mixture_of_tokens.conversion.to_gguf import architecture_for, check_config, check_tokenizer, write_gguf
     from mixture_of_tokens.conversion.verify_gguf import check_gguf
 
     model, tokenizer = _loaded(run, device)
-    check_tokenizer(tokenizer)  # before the distillation
+    check_config(model.config)  # before the distillation
+    check_tokenizer(tokenizer)
     if isinstance(model, MixtureOfTokensForCausalLM):
-        switched, distilled = _switched(run, model, top_k, scores, distil_steps, architecture_for)
+        switched, distilled = _switched(run, model, asked, architecture_for)
         plain = to_plain(switched)
     else:  # written by an earlier export
-        check_not_switched(run, top_k, scores, distil_steps)
+        _check_not_switched(run, asked)
         plain, distilled = model.cpu(), None
     ids, what = _text(run, plain)
     beside = out.with_name(f".{out.name}.partial")
@@ -289,8 +277,7 @@ def _export_gguf(
         with plain_errors(out):
             architecture = write_gguf(plain, tokenizer, beside, quantize, name=Path(run).absolute().name)
         found = check_gguf(plain, tokenizer, beside, ids, quantize)
-        with disk_errors(out):
-            publish_file(beside, out)
+        publish(beside, out)
     finally:
         beside.unlink(missing_ok=True)
     parameters = plain.num_parameters()

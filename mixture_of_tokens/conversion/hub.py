@@ -42,16 +42,14 @@ def serve_as_written(run: str, model: MixtureOfTokensForCausalLM, top_k: int | N
     return before if blocks is None else before | {"as it is served here, each alone": loss_of(model, blocks)}
 
 
-def write_code(directory: Path, model: MixtureOfTokensForCausalLM) -> list[str]:
-    """Write the Python files of a model, and name its classes in config.json. Returns the names of the files."""
+def write_code(directory: Path, model: MixtureOfTokensForCausalLM) -> None:
+    """Write the Python files of a model, and name its classes in config.json."""
     entry = ALONE if model.config.shares_batch and not model.shares_batch else MODEL
-    names = []
-    for module in _needed(entry):
-        file = directory / f"{_flat(module)}.py"
-        file.write_text(_relative(_source(module).read_text(encoding="utf-8")), encoding="utf-8")
-        names.append(file.name)
-    if len(set(names)) < len(names):
-        raise AssertionError(f"two modules have one name: {sorted(names)}")
+    modules = _needed(entry)
+    assert len({*map(_flat, modules)}) == len(modules)  # else two files would have one name
+    for module in modules:
+        text = _relative(_source(module).read_text(encoding="utf-8"))
+        (directory / f"{_flat(module)}.py").write_text(text, encoding="utf-8")
     kind = {ALONE: "ServedAloneForCausalLM", MODEL: "MixtureOfTokensForCausalLM"}[entry]
     config = json.loads((directory / "config.json").read_text())
     config["architectures"] = [kind]
@@ -59,7 +57,6 @@ def write_code(directory: Path, model: MixtureOfTokensForCausalLM) -> list[str]:
     config["auto_map"] = {"AutoConfig": f"{_flat(entry)}.MixtureOfTokensConfig"}
     config["auto_map"]["AutoModelForCausalLM"] = f"{_flat(entry)}.{kind}"
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return sorted(names)
 
 
 def _source(module: str) -> Path:

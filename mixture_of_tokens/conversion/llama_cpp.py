@@ -20,23 +20,18 @@ from typing import Any
 import numpy as np
 
 
-def serve(file: str, context: int, threads: int) -> Any:
-    """llama.cpp's server with everything in fp32, listening on this machine."""
-    xllamacpp: Any = importlib.import_module("xllamacpp")  # which has no types, and may not be installed
-    params = xllamacpp.CommonParams()
-    params.model.path = file
-    params.n_ctx, params.n_parallel, params.warmup, params.fit_params = context, 1, False, False
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    return xllamacpp.Server(params)
-
-
 class Engine:
-    """llama.cpp with a file loaded, which answers until this process ends."""
+    """llama.cpp's server with a file loaded and everything in fp32, which answers until this process ends."""
 
     def __init__(self, file: str, context: int, threads: int):
-        self.server = serve(file, context, threads)
+        xllamacpp: Any = importlib.import_module("xllamacpp")  # which has no types, and may not be installed
+        params = xllamacpp.CommonParams()
+        params.model.path = file
+        params.n_ctx, params.n_parallel, params.warmup, params.fit_params = context, 1, False, False
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        self.server = xllamacpp.Server(params)
         address = self.server.listening_address
         self.address = address if address.startswith("http") else f"http://{address}"
         self.direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -48,19 +48,25 @@ def check_convertible(plain: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises ValueError, naming the field, for a model or a tokenizer that llama.cpp would read as another."""
     config = plain.config
     architecture_for(type(plain).__name__)
-    for field, value in {"hidden_act": "silu", "attention_bias": False}.items():
-        if getattr(config, field, value) != value:
-            raise ValueError(f"{field} {getattr(config, field)} is not in llama.cpp's architecture; it has {value}")
-    if config.rope_parameters["rope_type"] != "default":
-        raise ValueError(f"rope_type {config.rope_parameters['rope_type']} is not written as GGUF here, only default")
-    if getattr(config, "sliding_window", None) is not None:
-        raise ValueError("a sliding window is not written as GGUF here")
+    check_config(config)
     blocks, dense = _sparse(plain), config.num_hidden_layers - len(_sparse(plain))
     if blocks and blocks != list(range(dense, config.num_hidden_layers)):
         raise ValueError("in llama.cpp's dots1 the first blocks are dense and all others sparse: this model is not so")
     if max(getattr(config, "n_group", 1), getattr(config, "topk_group", 1)) > 1:
         raise ValueError("n_group and topk_group above 1 are not written as GGUF here")
     check_tokenizer(tokenizer)
+
+
+def check_config(config: Any) -> None:
+    """What is known of this library's models, too, before they are distilled. Raises ValueError, naming the field."""
+    for field, value in {"hidden_act": "silu", "attention_bias": False}.items():
+        if getattr(config, field, value) != value:
+            raise ValueError(f"{field} {getattr(config, field)} is not in llama.cpp's architecture; it has {value}")
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope != "default":
+        raise ValueError(f"rope_type {rope} is not written as GGUF here, only default")
+    if getattr(config, "sliding_window", None) is not None:
+        raise ValueError("a sliding window is not written as GGUF here")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:

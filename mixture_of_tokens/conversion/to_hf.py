@@ -14,21 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    Dots1Config,
-    Dots1ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 from mixture_of_tokens.layers.token_choice import SigmoidChoice, TokenChoice
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
@@ -50,9 +37,13 @@ NO_WIDTH = 16  # of the zero shared expert of Qwen2-MoE, which engines divide am
 def to_plain(model: MixtureOfTokensForCausalLM) -> Any:
     """The same model in transformers' own classes. Raises ValueError as `architecture_of`."""
     config = model.config
-    make = MADE[architecture_of(config)]
+    kind = architecture_of(config)
     common = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
-    plain = make(config, common | {"head_dim": config.head_width})
+    common |= {"head_dim": config.head_width}
+    if kind in UNBIASED:
+        del common["attention_bias"]
+    architecture: Any = getattr(transformers, kind)
+    plain = architecture(architecture.config_class(**common | OWN[kind](config)))
     weights = plain_weights(model)
     plain.load_state_dict(weights | zeros_for(plain, weights))
     return plain.eval()
@@ -113,61 +104,42 @@ def _balancing(config: MixtureOfTokensConfig) -> dict[str, Any]:
     return {"router_aux_loss_coef": config.router_aux_loss_coef / config.num_experts_per_tok}
 
 
-def _of_experts(config: MixtureOfTokensConfig) -> dict[str, Any]:
-    """Of Qwen's two."""
-    experts = {field: getattr(config, field) for field in OF_EXPERTS}
-    return experts | {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
+def _qwen_moe(config: MixtureOfTokensConfig) -> dict[str, Any]:
+    experts = {field: getattr(config, field) for field in OF_EXPERTS} | _balancing(config)
+    blocks = {"mlp_only_layers": config.mlp_only_layers, "decoder_sparse_step": config.decoder_sparse_step}
+    return experts | blocks | {"use_sliding_window": False}
 
 
-def _qwen3(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    return Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=False, layer_types=None))
+def _mixtral(config: MixtureOfTokensConfig) -> dict[str, Any]:
+    experts = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    return experts | {"intermediate_size": config.moe_intermediate_size} | _balancing(config)
 
 
-def _llama(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    return LlamaForCausalLM(LlamaConfig(**common))
-
-
-def _mixtral(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    del common["attention_bias"]
-    experts: dict[str, Any] = {
-        "num_local_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-    }
-    common["intermediate_size"] = config.moe_intermediate_size
-    return MixtralForCausalLM(MixtralConfig(**common, **experts, **_balancing(config)))
-
-
-def _qwen2_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    del common["attention_bias"]
+def _qwen2_moe(config: MixtureOfTokensConfig) -> dict[str, Any]:
     # Other software takes none without biases of queries, keys and values (vLLM always makes them).
-    zeros: dict[str, Any] = {"qkv_bias": True, "shared_expert_intermediate_size": NO_WIDTH}
-    others: dict[str, Any] = _of_experts(config) | _balancing(config) | {"use_sliding_window": False} | zeros
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **others))
+    return _qwen_moe(config) | {"qkv_bias": True, "shared_expert_intermediate_size": NO_WIDTH}
 
 
-def _qwen3_moe(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
-    others: dict[str, Any] = _of_experts(config) | _balancing(config) | {"use_sliding_window": False}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **others))
-
-
-def _dots1(config: MixtureOfTokensConfig, common: dict[str, Any]) -> Any:
+def _dots1(config: MixtureOfTokensConfig) -> dict[str, Any]:
     dense = len(config.routings) - len(config.sparse_routings)
     experts = {"n_routed_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
     experts |= {"moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob}
     # Other software takes no Dots1 without a shared expert (vLLM divides by its width), and reads `scoring_func`.
     others = {"n_shared_experts": config.shared_experts or 1, "scoring_func": "sigmoid"}
     others |= {"n_group": 1, "topk_group": 1, "sliding_window": None}
-    return Dots1ForCausalLM(Dots1Config(**common, **experts, **others, first_k_dense_replace=dense))
+    return experts | others | {"first_k_dense_replace": dense}
 
 
-MADE: dict[str, Callable[[MixtureOfTokensConfig, dict[str, Any]], Any]] = {
-    "Qwen3ForCausalLM": _qwen3,
-    "LlamaForCausalLM": _llama,
-    "Qwen3MoeForCausalLM": _qwen3_moe,
+# By the class of transformers, the fields of its configuration beside those that all have.
+OWN: dict[str, Callable[[MixtureOfTokensConfig], dict[str, Any]]] = {
+    "Qwen3ForCausalLM": lambda config: {"use_sliding_window": False, "layer_types": None},
+    "LlamaForCausalLM": lambda config: {},
+    "Qwen3MoeForCausalLM": _qwen_moe,
     "MixtralForCausalLM": _mixtral,
     "Qwen2MoeForCausalLM": _qwen2_moe,
     "Dots1ForCausalLM": _dots1,
 }
+UNBIASED = ("MixtralForCausalLM", "Qwen2MoeForCausalLM")  # whose attention has no such field
 
 
 def zeros_for(plain: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from mixture_of_tokens.conversion.warm_start import begin_switched
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.names import FIELDS
 from mixture_of_tokens.parallel.optimizer_state import OPTIMIZER
-from mixture_of_tokens.parallel.placement import Placement
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import model_directory, text_of
 from mixture_of_tokens.runs.preconditions import check_free
@@ -27,7 +26,6 @@ from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.checks import at_least_one
 from mixture_of_tokens.utils.formatting import Result, aligned, duration
-from mixture_of_tokens.utils.process import process_count
 
 # Fields that are copied from the source.
 GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")
@@ -137,7 +135,6 @@ def transition(
 ) -> Transitioned | RunConfig | None:
     """As the function of `commands/transition.py`, which explains its arguments."""
     at_least_one(top_k=top_k, distil_steps=distil_steps)
-    Placement.of(shard, replicate, expert_parallel, process_count())
     if steps is not None and steps < 0:
         raise ValueError(f"--steps must be 0 or more, not {steps}")
     if capacity is not None and not 0 < capacity < math.inf:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_tokens.conversion.copies import route_by_clusters, upcycled_weights
-from mixture_of_tokens.conversion.dense import dense_config
+from mixture_of_tokens.conversion.to_hf import COMMON
 from mixture_of_tokens.data.evaluation_text import whole_text
 from mixture_of_tokens.data.groups import Blocks, grouped_order
 from mixture_of_tokens.evaluation.losses import evaluate_blocks
@@ -31,8 +31,9 @@ from mixture_of_tokens.runs.preconditions import check_free, check_seed, check_w
 from mixture_of_tokens.runs.run import read_run
 from mixture_of_tokens.runs.warm_start import NOT_OF_A_START, UPCYCLED, Upcycled, origin_of, text_of_run
 from mixture_of_tokens.settings.names import Name, parse_name
+from mixture_of_tokens.settings.routings import DENSE
 from mixture_of_tokens.utils import manifest
-from mixture_of_tokens.utils.checks import divisors, listed
+from mixture_of_tokens.utils.checks import divisors, listed, shown
 from mixture_of_tokens.utils.files import plain_errors, published, write_text
 from mixture_of_tokens.utils.formatting import Result, enumerated, listing
 from mixture_of_tokens.utils.process import check_one_process
@@ -45,6 +46,9 @@ LONGEST = 512  # tokens of a row that is scored
 ROWS = 32  # at once
 STANDARD = Path(torch.__file__).parent / "optim" / "*.py"  # text for a model whose own is not known: Python, 700 kB
 LEGAL = ("TC", "STC", "Transformer")  # systems that a dense model can become exactly
+
+# Fields of transformers' configurations with which a model computes what ours cannot, and the values that ours has.
+MUST_BE = {"mlp_bias": (False, None), "use_sliding_window": (False, None), "quantization_config": (None,)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def upcycle(
     check_free(out)
     check_writable(out)
     model = load_model(source, device="cpu").float()
-    config, tokenizer = dense_config(source, model), load_tokenizer_of(source)
+    config, tokenizer = _dense_config(source, model), load_tokenizer_of(source)
     named = _with_size(wanted, config, source)
     target = sparse_config(named, config)
     sources = None if data is None else [str(each) for each in listed(data)]
@@ -113,6 +117,33 @@ def upcycle(
             manifest.write(beside)
             write_text(beside / "README.md", card_of("run.md.j2", name=str(named), config=target))  # which people edit
     return UpcycledModel(str(out), str(named), made.num_parameters(), model.num_parameters(), record)
+
+
+def _dense_config(source: str, model: Any) -> MixtureOfTokensConfig:
+    """The configuration of a dense model as one of this library.
+
+    Raises ValueError, naming the architecture or the field, for what this library's dense model does not compute.
+    """
+    config = model.config
+    if isinstance(model, MixtureOfTokensForCausalLM):
+        if config.sparse_routings:
+            raise ValueError(f"{source} has {config.sparse_routings[0].title} layers, and a dense model is upcycled")
+        return config
+    kind = config.model_type
+    if kind not in ("qwen3", "llama"):
+        raise ValueError(
+            f"{source} is a {type(model).__name__}: Qwen3, Llama and dense models of this library are taken"
+        )
+    for field, legal in MUST_BE.items():
+        if (value := getattr(config, field, None)) not in legal:
+            raise ValueError(f"{source}: its {field} is {shown(value)}, and only {shown(legal[0])} is taken")
+    fields = {field: getattr(config, field) for field in COMMON if hasattr(config, field)}
+    own = {"head_dim": config.head_dim, "moe_intermediate_size": config.intermediate_size, "group_size": 1}
+    own |= {"num_experts": 1, "mlp_layer_types": [DENSE.kind] * config.num_hidden_layers}
+    try:
+        return MixtureOfTokensConfig(**fields, **own, qk_norm=kind == "qwen3")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def _checked_name(name: str) -> Name:

@@ -38,51 +38,28 @@ def verify(
 ) -> float:
     """The largest difference of a logit on `ids`, which are `what`.
 
-    Raises ValueError where transformers' model of that architecture in the directory is not `model`, made of `run`.
+    Args:
+        architecture: the class of the model in the directory; this library's of one that brings its own code.
+
+    Raises ValueError where that is not `model`, made of `run`.
     """
-    not_the_same = f"the checkpoint written from {run} is not the same model, and was removed"
-    written = architecture.from_pretrained(directory, dtype=torch.float32)
-    if (name := different_weight(model, written)) is not None:
-        raise ValueError(f"{not_the_same}: {name} is not the run's")
-    return _within_rounding(not_the_same, *_compared(model, directory, ids), what)
-
-
-def verify_code(run: str, model: MixtureOfTokensForCausalLM, directory: Path, ids: Tensor, what: str) -> float:
-    """The same of a directory that brings its own code. Raises ValueError where its model is not `model`."""
-    not_the_same = f"the folder written from {run} is not the same model, and was removed"
+    not_the_same = f"what was written from {run} is not the same model, and was removed"
+    own = architecture is MixtureOfTokensForCausalLM
     with torch.device("cpu"):
-        written = MixtureOfTokensForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    theirs = written.state_dict()
-    for name, value in model.state_dict().items():
-        if not _equal(value, theirs.get(name)):
+        written = architecture.from_pretrained(directory, dtype=torch.float32)
+    weights, found = model.state_dict() if own else plain_weights(model), written.state_dict()
+    expected = weights | zeros_for(written, weights)
+    for name in sorted({*expected, *found}):  # logits of a few rows do not involve every expert
+        if name not in expected or name not in found or not torch.equal(expected[name], found[name]):
             raise ValueError(f"{not_the_same}: {name} is not the run's")
-    with TemporaryDirectory() as code:
-        return _within_rounding(not_the_same, *_compared(model, directory, ids, code), what)
-
-
-def _compared(model: Any, directory: Path, ids: Tensor, code: str = "") -> tuple[float, float]:
     say("Comparing logits with plain transformers', in another process")
-    return compare_logits(model, directory, ids, code)
-
-
-def _within_rounding(not_the_same: str, difference: float, scale: float, what: str) -> float:
+    with TemporaryDirectory() as code:
+        difference, scale = compare_logits(model, directory, ids, code if own else "")
     allowed = TOLERANCE * max(1.0, scale)
     if not difference <= allowed:
         much = f"logits on {what} differ by up to {difference:.1e}, and {allowed:.1e} is allowed"
         raise ValueError(f"{not_the_same}: {much}")
     return difference
-
-
-def different_weight(model: MixtureOfTokensForCausalLM, plain: Any) -> str | None:
-    """The name of a weight that is not exactly the model's. Logits of a few rows do not involve every expert."""
-    weights, found = plain_weights(model), plain.state_dict()
-    expected = weights | zeros_for(plain, weights)
-    names = sorted({*expected, *found})
-    return next((name for name in names if not _equal(expected.get(name), found.get(name))), None)
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and torch.equal(a, b)
 
 
 def compare_logits(model: Any, directory: Path, ids: Tensor, code: str = "") -> tuple[float, float]:

@@ -50,19 +50,6 @@ def check_full(x_BTD: Tensor, group_size: int) -> None:
         )
 
 
-def check_measured(companion_ED: Tensor, rows: int, group_size: int) -> None:
-    """Warn, once for a number of rows, where companions that were never measured stand for the rows that are missing.
-
-    Called in evaluation, such as a Trainer's, whose loss is then another one than in complete groups.
-    """
-    if never_measured(companion_ED, group_size):
-        warn_once(
-            f"Outside of training, a batch of {rows} rows is no multiple of the group size, {group_size}, and the "
-            f"companions that replace the missing rows were never measured: its loss is another one than in complete "
-            f"groups. Take batches of a multiple of {group_size}, or call calibrate_companions first."
-        )
-
-
 def never_measured(companion_ED: Tensor, group_size: int) -> bool:
     """Whether the companions of a layer that needs some are those it was made with; of meta tensors nobody knows."""
     with_values = type(companion_ED) is Tensor and not companion_ED.is_meta  # no fake one, which counts FLOPs
@@ -113,13 +100,9 @@ def ungrouped(y_MGD: Tensor, mask_MG1: Tensor | None, B: int, T: int) -> Tensor:
     return y_MGD.unflatten(0, (-1, T)).transpose(1, 2).flatten(0, 1)[:B]
 
 
-def _has_autocast(device: str) -> bool:
-    """As `torch.amp.is_autocast_available`, which torch 2.10's compiler cannot trace."""
-    return device != "meta"
-
-
 def is_autocast(device: str) -> bool:
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
+    # Not `torch.amp.is_autocast_available`, which torch 2.10's compiler cannot trace.
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -50,7 +50,6 @@ from mixture_of_tokens.layers.experts import Experts, Routed, RoutedOptions, hig
 from mixture_of_tokens.layers.grouping import (
     at_least_fp32,
     check_full,
-    check_measured,
     check_shapes,
     combine,
     dispatch,
@@ -188,12 +187,20 @@ class MixtureOfTokens(Routed):
         return (self._alone_by_few if few else self._alone_by_all)(x_BTD, token_mask)
 
     def _check_measured(self, x_BTD: Tensor) -> None:
-        """Of what is served in groups; alone, `serve_alone` has looked."""
-        if torch.compiler.is_compiling() or self.alone or self.measuring:
+        """Warn, once for a number of rows, where companions that were never measured stand for rows that are missing.
+
+        Of what is served in groups, as a Trainer evaluates; alone, `serve_alone` has looked.
+        """
+        rows, full = len(x_BTD), len(x_BTD) % self.group_size == 0
+        if torch.compiler.is_compiling() or self.alone or self.measuring or full or rows in self._looked_at:
             return
-        if (rows := len(x_BTD)) % self.group_size and rows not in self._looked_at:
-            self._looked_at.add(rows)
-            check_measured(self.companion, rows, self.group_size)
+        self._looked_at.add(rows)
+        if never_measured(self.companion, self.group_size):
+            warn_once(
+                f"Outside of training, a batch of {rows} rows is no multiple of the group size, {self.group_size}, and "
+                f"the companions that replace the missing rows were never measured: its loss is another one than in "
+                f"complete groups. Take batches of a multiple of {self.group_size}, or call calibrate_companions first."
+            )
 
     def _in_groups(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
         """The equations of the module's docstring."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,21 +41,6 @@ def dense_feed_forward(config: MixtureOfTokensConfig, width: int | None = None) 
     return (DenseMLP if config.gated else PlainMLP)(config, width)
 
 
-def _common(config: MixtureOfTokensConfig) -> dict[str, Any]:
-    """What every sparse layer's constructor takes."""
-    return {
-        "hidden_size": config.hidden_size,
-        "expert_size": config.moe_intermediate_size,
-        "num_experts": config.num_experts,
-        "gated": config.gated,
-        "activation": config.hidden_act,
-        "temperature": config.router_temperature,
-        "learnable_temperature": config.learnable_temperature,
-        "router_dtype": getattr(torch, config.router_dtype),
-        "initializer_scale": config.initializer_scale,
-    }
-
-
 GROUPS, CHOICES = ("group_size",), ("num_experts_per_tok",)
 # By the kind of the block, as the table of routings has it: the layer, and what it takes beside what all take and the
 # fields that are its own (`settings/layers.py`).
@@ -81,4 +65,15 @@ def feed_forward(config: MixtureOfTokensConfig, block: int) -> nn.Module:
     more = {name: getattr(config, name) for name in names} | arguments_of(kind, config)
     if layer is SoftMoE:
         more["num_slots"] = num_slots(config)
-    return layer(**_common(config), **more)
+    return layer(
+        hidden_size=config.hidden_size,
+        expert_size=config.moe_intermediate_size,
+        num_experts=config.num_experts,
+        gated=config.gated,
+        activation=config.hidden_act,
+        temperature=config.router_temperature,
+        learnable_temperature=config.learnable_temperature,
+        router_dtype=getattr(torch, config.router_dtype),
+        initializer_scale=config.initializer_scale,
+        **more,
+    )

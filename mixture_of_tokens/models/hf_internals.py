@@ -1,5 +1,7 @@
 """What this library uses of the internals of transformers' models, in one place, as a new version may move them."""
 
+# ruff: noqa: F401
+
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -16,21 +18,3 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
-
-__all__ = [
-    "ROPE_INIT_FUNCTIONS",
-    "GradientCheckpointingLayer",
-    "MoeCausalLMOutputWithPast",
-    "OutputRecorder",
-    "Qwen3MoeAttention",
-    "Qwen3MoeConfig",
-    "Qwen3MoeForCausalLM",
-    "Qwen3MoeMLP",
-    "Qwen3MoeModel",
-    "Qwen3MoePreTrainedModel",
-    "Qwen3MoeRMSNorm",
-    "Qwen3MoeRotaryEmbedding",
-    "can_return_tuple",
-    "local_torch_dtype",
-    "maybe_install_capturing_hooks",
-]

@@ -165,13 +165,6 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         self._batches_since_balance = 0
         self.post_init()
 
-    def set_router_temperature(self, temperature: float) -> None:
-        """Set every router's temperature, for a schedule; it is saved with the model."""
-        for module in self.modules():
-            if isinstance(module, Router):
-                module.set_temperature(temperature)
-        self.config.router_temperature = float(temperature)
-
     def serve_alone(self, alone: bool = True, num_experts_alone: int | None = None) -> None:
         """Serve every row alone (see `MixtureOfTokens.serve_alone`), until called with False. This is not saved.
 

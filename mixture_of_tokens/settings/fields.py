@@ -10,16 +10,10 @@ from typing import Any
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
 
 from mixture_of_tokens.utils import yaml12
 from mixture_of_tokens.utils.checks import beyond, check, check_number, plain
 from mixture_of_tokens.utils.wording import nearest
-
-
-class Settings(TypedDict, total=False):
-    """Fields that may be given; what the others are is said where they are used."""
-
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no text for numbers, nor numbers for true and false
 
@@ -32,12 +26,10 @@ class Several(list[Any]):
 SAID = {
     "bool_type": "takes true or false, not {value!r}",
     "int_type": "takes a whole number, not {value!r}",
-    "int_from_float": "takes a whole number, not {value!r}",
     "float_type": "takes a number, not {value!r}",
     "string_type": "takes text, not {value!r}",
     "list_type": "takes a list, not {value!r}",
     "dict_type": "takes names and values, as in '{{name: 0.1}}', not {value!r}",
-    "finite_number": "takes a finite number, not {value}",
     "literal_error": "{value!r} is unknown; legal are {expected}",
 }
 
@@ -63,7 +55,7 @@ def given_fields(section: str, declared: Mapping[str, Any], given: Mapping[str, 
         if several is None:
             values[field] = _checked(flag, hint, value)
         else:
-            if "" in several:
+            if not several or "" in several:
                 raise ValueError(f"{flag} {value} has an empty value")
             each = [_checked(flag, hint, one) for one in several]
             values[field] = Several(one for number, one in enumerate(each) if one not in each[:number])

@@ -5,18 +5,18 @@ together, as heads and their width, is checked there too.
 """
 
 import dataclasses
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 from pydantic import Field
 
-from mixture_of_tokens.settings.fields import Settings, given_fields
+from mixture_of_tokens.settings.fields import given_fields
 from mixture_of_tokens.settings.layers import FIELDS as OF_LAYERS
 from mixture_of_tokens.settings.layers import Dtypes
 
 Size = Annotated[int, Field(ge=1)]
 
 
-class ModelSettings(Settings, total=False):
+class ModelSettings(TypedDict, total=False):
     """Of a name without a size the first four must be given."""
 
     # Its size

@@ -1,10 +1,10 @@
 """How a run is trained: the fields of transformers' `TrainingArguments` that can be given."""
 
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 from pydantic import AfterValidator, Field
 
-from mixture_of_tokens.settings.fields import Settings, given_fields
+from mixture_of_tokens.settings.fields import given_fields
 from mixture_of_tokens.utils.checks import LARGEST
 
 # Fields of TrainingArguments that have a flag of their own.
@@ -87,7 +87,7 @@ Schedule = Literal[
 LogLevel = Literal["passive", "detail", "debug", "info", "warning", "error", "critical"]
 
 
-class TrainingSettings(Settings, total=False):
+class TrainingSettings(TypedDict, total=False):
     """Fields with flags of their own, such as the steps and the rate, are `Options`."""
 
     # The optimizer and its rate. Not those that step during the backward pass, before gradients are clipped, or whose

@@ -52,20 +52,19 @@ def write_text(file: Path, text: str) -> None:
 
 
 def publish(beside: Path, final: Path) -> None:
-    """Rename a directory to its final name once all of it is on the disk.
+    """Rename a directory, or a file, to its final name once all of it is on the disk.
 
     Until then an earlier directory of that name stays complete, for a moment as NAME.replaced.
     """
     umask = os.umask(0)
     os.umask(umask)
     with disk_errors(final):
-        for path in sorted(beside.rglob("*")):
+        for path in (*sorted(beside.rglob("*")), beside):
             if path.is_file():
                 path.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
             flush(path)
-        flush(beside)
     before = replaced(final)
-    if replaces := final.exists():
+    if replaces := final.is_dir():  # a file is replaced as it is renamed
         shutil.rmtree(before, ignore_errors=True)
         final.rename(before)
     try:
@@ -77,16 +76,6 @@ def publish(beside: Path, final: Path) -> None:
     flush(final.parent)
     if replaces:
         shutil.rmtree(before, ignore_errors=True)
-
-
-def publish_file(beside: Path, final: Path) -> None:
-    """Give a file that is complete its final name, once all of it is on the disk."""
-    umask = os.umask(0)
-    os.umask(umask)
-    beside.chmod(0o666 & ~umask)
-    flush(beside)
-    beside.replace(final)
-    flush(final.absolute().parent)
 
 
 @contextmanager

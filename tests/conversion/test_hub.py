@@ -112,7 +112,7 @@ def test_code_that_computes_something_else_is_noticed_and_leaves_nothing(saved, 
     """The control: gates that are rounded."""
     right = hub._relative
     gates = "scores.gather(-1, expert), expert"
-    assert gates in Path(hub._source("sparse")).read_text()
+    assert gates in Path(hub._source("layers.token_choice")).read_text()
     monkeypatch.setattr(hub, "_relative", lambda text: right(text).replace(gates, gates.replace("),", ").round(),")))
     with pytest.raises(SystemExit, match="2"):
         mot("export", saved("sigmoid_choice"), tmp_path / "out", "--format", "hub")

@@ -255,10 +255,11 @@ def test_another_tokenizer_is_refused_by_name(kind, saved, tmp_path, capsys):
         ("dense", {}, ["--top-k", 2], "--top-k and --scores are for a Mixture of Tokens"),
         ("dense", {}, ["--license", "mit"], "--license is for a model card"),
         ("dense", {"attention_bias": True}, [], "attention_bias"),
+        ("mixture_of_tokens", {"attention_bias": True}, [], "attention_bias"),  # before text is asked for
         ("token_choice", {"mlp_layer_types": ["token_choice", "dense", "token_choice"]}, [], "first blocks are dense"),
         ("token_choice", {"qk_norm": False}, [], "a Qwen2MoeForCausalLM cannot be written as GGUF here"),
     ],
-    ids=["routing", "top_k", "license", "bias", "order", "qwen2_moe"],
+    ids=["routing", "top_k", "license", "bias", "bias of a mixture", "order", "qwen2_moe"],
 )
 @pytest.mark.usefixtures("without_engine")
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(kind, fields, words, message, saved, tmp_path, capsys):

@@ -40,6 +40,7 @@ from mixture_of_tokens.conversion import upcycle as module
 from mixture_of_tokens.conversion.copies import centres, upcycled_weights
 from mixture_of_tokens.conversion.upcycle import sparse_config
 from mixture_of_tokens.data.groups import training_groups
+from mixture_of_tokens.reports.origins import without_origins
 from mixture_of_tokens.reports.report import summary_of
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.settings.names import parse_name
@@ -469,6 +470,27 @@ def test_steps_are_counted_from_the_end_of_what_all_began_with(tiny_runs, pair, 
     assert f"{DENSE}, before" in page
     saved = json.loads(result.to_json())
     assert saved["origin"]["label"] == DENSE
+
+
+def test_a_run_of_as_many_steps_as_its_source_is_compared_and_not_taken_for_it():
+    kept = Path(__file__).parents[2] / "experiments" / "upcycle"
+    source, longer, child = (
+        read_run(kept / f"Transformer-Nano-seed1{end}.json") for end in ("", "-1000", "-upcycled-1000")
+    )
+    assert source.name == longer.name
+    assert source.config.steps == longer.config.steps
+    assert without_origins([source, longer, child]) == ([longer, child], [source])
+    assert without_origins([longer, child]) == ([longer, child], [])
+    assert without_origins([longer]) == ([longer], [])
+
+
+def test_going_on_with_another_beginning_names_the_flag(pair, tmp_path, tiny_runs, tiny_cache, capsys):
+    for words in ([SPARSE], ["--from", tiny_runs[DENSE]]):
+        with pytest.raises(SystemExit, match="2"):
+            mot("train", *words, "--steps", 8, "--device", "cpu", "--resume", "--out", pair["child"])
+    *_, told = capsys.readouterr().err.splitlines()
+    assert "--from" in told
+    assert "start.source" not in told
 
 
 def test_without_it_they_are_compared_all_the_same(pair, tmp_path, tiny_cache):

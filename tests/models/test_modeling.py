@@ -115,25 +115,6 @@ def test_token_choice_is_qwen3_moe():
     torch.testing.assert_close(model(x).logits, upstream(x).logits)
 
 
-def test_scheduled_temperature_is_saved_with_the_model(tmp_path):
-    model, x = tiny("mixture_of_tokens"), tokens(3, 5)
-    before = model(x).logits
-    model.set_router_temperature(0.1)
-    assert not torch.allclose(model(x).logits, before)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, model(x).logits)
-
-
-def test_a_temperature_that_is_refused_is_not_kept_and_one_of_a_tensor_is_a_number(tmp_path):
-    model = tiny("mixture_of_tokens", router_temperature=0.5)
-    with pytest.raises(ValueError, match="temperature must be at least 1e-20, not -1"):
-        model.set_router_temperature(-1.0)
-    assert model.config.router_temperature == 0.5
-    model.set_router_temperature(torch.tensor(0.25))
-    model.save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.router_temperature == 0.25
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

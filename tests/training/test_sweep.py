@@ -158,6 +158,7 @@ def test_runs_on_another_text_are_not_ranked_with_it(swept, flags, capsys):
         (["--seeds", "0,one"], "--seeds: 'one' is no whole number"),
         (["--learning-rate", "1e-3,-1"], "--learning-rate must be positive, not -1"),
         (["--model.vocab_size", "300,512"], "they differ in --model.vocab_size: 300 and 512"),
+        (["--model.router_temperature", "[]"], "--model.router_temperature [] has an empty value"),
         (["--model.capacity_factor", "1.0,"], "--model.capacity_factor 1.0, has an empty value"),
         (["--training.weight_decay", "0,,1"], "--training.weight_decay 0,,1 has an empty value"),
         (["--model.router_temperature", "1,0"], "--model.router_temperature must be at least 1e-20, not 0"),

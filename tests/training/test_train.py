@@ -551,6 +551,7 @@ def test_prompts_are_continued_and_bad_ones_refused(runs, prepared):
         (["train", "MoT-Nano/32E", "--model.vocab_size", 100], "at least 257"),
         (["train", "MoT-Nano/32E", "--model.hidden_size", 0], "hidden_size"),
         (["train", "MoT-Nano/32E", "--model.num_experts", -3], "num_experts"),
+        (["train", "MoT-Nano/32E", "--model.rope_parameters.rope_theta", 1e6], "a field is given whole"),
         (["train", "MoT-Nano/32E", "--out", "short.txt/run"], "short.txt is no directory that can be written to"),
         (["sweep", "MoT-Nano/32E", "--seeds", "a"], "'a' is no whole number"),
         (["sweep", "MoT-Nano/32E", "--seeds", "0,1,0"], "--seeds has 0 twice; each seed is one run"),
