@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -19,16 +18,12 @@ def calls(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-
         @checked
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             function(*args, **kwargs)
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
             does = getattr(importlib.import_module(f"mixture_of_tokens.{module}"), function.__name__)
-            return does(*given.args, **given.kwargs)
+            return does(*args, **kwargs)
 
         return call
 

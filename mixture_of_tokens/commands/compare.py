@@ -9,7 +9,6 @@ from mixture_of_tokens.commands.calling import calls
 from mixture_of_tokens.commands.numbers import Rates, Seeds
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import DEFAULTS, Options
-from mixture_of_tokens.utils.checks import listed
 
 if TYPE_CHECKING:
     from mixture_of_tokens.reports.report import Report
@@ -49,6 +48,6 @@ def compare(
 
     Raises ValueError for invalid settings of any run, before the first one starts.
     """
-    for name in (each for given in names for each in listed(given)):
+    for name in names:
         parse_name(name)  # before anything large is imported
     options.check_single()

@@ -78,7 +78,7 @@ class Switching(NamedTuple):
 
 
 def export(
-    run: str | Path,
+    run: str,
     out: Path,
     *,
     format: Format | None,
@@ -91,7 +91,6 @@ def export(
     device: Device | None,
 ) -> Exported:
     """As the function of `commands/export.py`, which explains its arguments."""
-    run, out = str(run), Path(out)
     format = format or ("gguf" if out.suffix == ".gguf" else "transformers")
     check_one_process()
     if out.is_symlink() or out.name in ("", ".."):  # what it names is written, and needs a name

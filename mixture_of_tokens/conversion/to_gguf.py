@@ -62,7 +62,7 @@ def check_config(config: Any) -> None:
     for field, value in {"hidden_act": "silu", "attention_bias": False}.items():
         if getattr(config, field, value) != value:
             raise ValueError(f"{field} {getattr(config, field)} is not in llama.cpp's architecture; it has {value}")
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope != "default":
         raise ValueError(f"rope_type {rope} is not written as GGUF here, only default")
     if getattr(config, "sliding_window", None) is not None:

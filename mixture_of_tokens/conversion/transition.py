@@ -12,6 +12,7 @@ from mixture_of_tokens.conversion.warm_start import begin_switched
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.names import FIELDS
 from mixture_of_tokens.parallel.optimizer_state import OPTIMIZER
+from mixture_of_tokens.parallel.placement import Placement
 from mixture_of_tokens.runs import checkpoints, records
 from mixture_of_tokens.runs.loading import model_directory, text_of
 from mixture_of_tokens.runs.preconditions import check_free
@@ -135,6 +136,7 @@ def transition(
 ) -> Transitioned | RunConfig | None:
     """As the function of `commands/transition.py`, which explains its arguments."""
     at_least_one(top_k=top_k, distil_steps=distil_steps)
+    Placement.of(shard, replicate, expert_parallel, process_count())
     if steps is not None and steps < 0:
         raise ValueError(f"--steps must be 0 or more, not {steps}")
     if capacity is not None and not 0 < capacity < math.inf:
@@ -143,7 +145,7 @@ def transition(
         raise ValueError("--steps 0 leaves nothing for --learning-rate or --schedule to change")
     if distil_steps is not None and calibrate != "distil":
         raise ValueError(f"--calibrate {calibrate} leaves nothing for --distil-steps to change")
-    run, out = _places(Path(run), out)
+    run, out = _places(run, out)
     source = read_run(run)
     scores = scores or default_scores(source.model_config)
     if capacity is not None and scores == "sigmoid":
@@ -178,7 +180,7 @@ def transition(
 def _places(run: Path, out: Path | None) -> tuple[Path, Path]:
     """The source's directory, with a name, and the new run's. Raises ValueError for one inside the other."""
     run = run.resolve() if run.name in ("", "..") else run
-    out = run.parent / f"{run.name}-transition" if out is None else Path(out)
+    out = out or run.parent / f"{run.name}-transition"
     if run.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--out {out} is the source itself, or inside it; name another")
     return run, out

@@ -33,7 +33,7 @@ from mixture_of_tokens.runs.warm_start import NOT_OF_A_START, UPCYCLED, Upcycled
 from mixture_of_tokens.settings.names import Name, parse_name
 from mixture_of_tokens.settings.routings import DENSE
 from mixture_of_tokens.utils import manifest
-from mixture_of_tokens.utils.checks import divisors, listed, shown
+from mixture_of_tokens.utils.checks import divisors, shown
 from mixture_of_tokens.utils.files import plain_errors, published, write_text
 from mixture_of_tokens.utils.formatting import Result, enumerated, listing
 from mixture_of_tokens.utils.process import check_one_process
@@ -76,11 +76,8 @@ class UpcycledModel(Result):
         return "\n".join([*lines, "", f"mot train --from {self.directory} trains it on."])
 
 
-def upcycle(
-    source: str | Path, name: str, *, out: Path, data: list[str | Path] | None, field: str, seed: int
-) -> UpcycledModel:
+def upcycle(source: str, name: str, *, out: Path, data: list[str] | None, field: str, seed: int) -> UpcycledModel:
     """As the function of `commands/upcycle.py`, which explains its arguments."""
-    source, out = str(source), Path(out)
     check_one_process()
     check_seed(seed)
     wanted = _checked_name(name)
@@ -90,8 +87,7 @@ def upcycle(
     config, tokenizer = _dense_config(source, model), load_tokenizer_of(source)
     named = _with_size(wanted, config, source)
     target = sparse_config(named, config)
-    sources = None if data is None else [str(each) for each in listed(data)]
-    text, read, scored = _text(source, sources, field, tokenizer, model)
+    text, read, scored = _text(source, data, field, tokenizer, model)
     before, count = _loss_of(model, text)
     with owned_file(out, patience=0):
         with torch.random.fork_rng(devices=[]):

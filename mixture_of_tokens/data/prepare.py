@@ -38,7 +38,7 @@ from mixture_of_tokens.data.tokenizer import (
 )
 from mixture_of_tokens.data.tokens import FORMAT, TokenFile, altered, bar_of_bytes, tokenize, training_text
 from mixture_of_tokens.utils import manifest
-from mixture_of_tokens.utils.checks import at_least_one, check_number, checked, listed
+from mixture_of_tokens.utils.checks import at_least_one, check_number, checked
 from mixture_of_tokens.utils.files import held, naming, published
 from mixture_of_tokens.utils.formatting import few_of
 from mixture_of_tokens.utils.progress import LOGGER, say_once
@@ -117,9 +117,9 @@ def prepare_text(
     at_least_one(context=context, group_size=group_size, max_bytes=max_bytes)
     for flag, number in {"--context": context, "--group-size": group_size}.items():
         check_number(flag, number)
-    if sources is not None and not listed(sources):  # as of a pattern that no file fits
+    if sources is not None and not sources:  # as of a pattern that no file fits
         raise ValueError("there are no sources; give none at all for the source text of Python's standard library")
-    named = [] if sources is None else [str(source) for source in listed(sources)]
+    named = [str(source) for source in sources or []]
     given, vocab_size = _given(None if tokenizer is None else str(tokenizer), vocab_size)
     group_size = max(COMMON_GROUP, group_size)
     before = [corpus.state_of(source) for source in named or [None]]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +9,6 @@ import numpy as np
 from mixture_of_tokens.data.blocks import Blocks
 from mixture_of_tokens.data.groups import deal, meetings
 from mixture_of_tokens.data.prepare import SPLITS, prepare_text
-from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.formatting import Result, aligned
 
 TITLES = {"segments": "segments of long documents that count as documents"}
@@ -39,7 +37,7 @@ class DataReport(Result):
 
 
 def data_report(
-    *data: str | Path,
+    *data: str,
     field: str,
     max_bytes: int | None,
     tokenizer: str | None,
@@ -50,7 +48,7 @@ def data_report(
 ) -> DataReport:
     """As the function of `commands/data_report.py`, which explains its arguments."""
     prepared = prepare_text(
-        [str(source) for given in data for source in listed(given)] or None,
+        [*data] or None,
         field=field,
         max_bytes=max_bytes,
         vocab_size=vocab_size,

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,7 +142,7 @@ class Audit(Result):
 
 
 def audit(
-    run: str | Path,
+    run: str,
     *,
     expect: Expected | None,
     alone: bool,
@@ -159,7 +158,6 @@ def audit(
     if length is not None and length < 2:
         raise ValueError(f"--length must be at least 2, not {length}: one token has no later one")
     check_seed(seed)
-    run = str(run)
     model = load_model(run, alone=alone, experts=experts, device=device).float()
     context, rows = context_of(model), rows_of(group_size_of(model))
     vocab_size = model.config.get_text_config().vocab_size

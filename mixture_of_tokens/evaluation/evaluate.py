@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +35,7 @@ from mixture_of_tokens.runs.loading import (
 )
 from mixture_of_tokens.settings.choices import Device, Dtype
 from mixture_of_tokens.settings.routings import routings_of
-from mixture_of_tokens.utils.checks import at_least_one, listed
+from mixture_of_tokens.utils.checks import at_least_one
 from mixture_of_tokens.utils.formatting import Result, aligned
 from mixture_of_tokens.utils.process import is_main
 from mixture_of_tokens.utils.progress import progress_bar, say_once
@@ -106,9 +105,9 @@ class _Measured(NamedTuple):
 
 
 def evaluate(
-    run: str | Path,
+    run: str,
     *,
-    data: list[str | Path] | None,
+    data: list[str] | None,
     field: str,
     context: int | None,
     regroupings: int,
@@ -124,10 +123,8 @@ def evaluate(
     """As the function of `commands/evaluate.py`, which explains its arguments."""
     at_least_one(regroupings=regroupings, sweep_tokens=sweep_tokens, max_tokens=max_tokens, context=context)
     at_least_one(experts=experts)
-    sources = None if data is None else [str(each) for each in listed(data)]
-    if sources == []:
+    if data == []:
         raise ValueError("data names no text; leave it out for the run's own validation text")
-    run = str(run)
     model = load_model(run, device=device, dtype=dtype, placement=placed(shard, expert_parallel, experts))
     check_experts(run, model, experts)
     longest = context_of(model)
@@ -138,11 +135,11 @@ def evaluate(
     if experts is not None:
         with serving_alone(model, experts):  # or why not
             pass
-    if sources is None:
+    if data is None:
         blocks = in_blocks_of(text_of(run).validation, context, max(COMMON_GROUP, group_size or BATCH_SIZE))
     else:
         tokenizer = load_tokenizer_of(run)
-        blocks = whole_text(sources, tokenizer, field=field, context=context, group_size=group_size or BATCH_SIZE)
+        blocks = whole_text(data, tokenizer, field=field, context=context, group_size=group_size or BATCH_SIZE)
         tokens: Any = blocks.tokens  # in memory
         check_tokens(model, run, int(tokens.max()))
         if (first := tokenizer.bos_token_id) is not None and tokenizer("a").input_ids[:1] == [first]:

@@ -31,7 +31,7 @@ from mixture_of_tokens.runs.loading import (
 )
 from mixture_of_tokens.runs.locking import owned_file
 from mixture_of_tokens.settings.choices import Device, Dtype
-from mixture_of_tokens.utils.checks import at_least_one, listed
+from mixture_of_tokens.utils.checks import at_least_one
 from mixture_of_tokens.utils.formatting import Result
 from mixture_of_tokens.utils.process import is_main, process_count
 from mixture_of_tokens.utils.progress import warn
@@ -57,7 +57,7 @@ class Generated(Result):
 
 
 def generate(
-    run: str | Path,
+    run: str,
     *,
     prompt: list[str] | None,
     prompts_file: Path | None,
@@ -77,15 +77,13 @@ def generate(
     stream: TextIO | None,
 ) -> Generated | None:
     """As the function of `commands/generate.py`, which explains its arguments."""
-    texts = [] if prompt is None else listed(prompt)
     at_least_one(samples=samples, batch_size=batch_size, experts=experts)
     if samples > MOST_SAMPLES:
         raise ValueError(f"--samples must be at most {MOST_SAMPLES}, not {samples}")
-    _check_flags(texts, prompts_file, out, stream)
+    _check_flags(prompt or [], prompts_file, out, stream)
     most = DEFAULT.max_new_tokens if max_new_tokens is None else max_new_tokens
     (sampling := Sampling(most, float(temperature), float(top_p), seed)).check()
-    run = str(run)
-    prompts: list[str] = [str(text) for text in texts] if prompts_file is None else read_prompts(Path(prompts_file))
+    prompts = prompt or [] if prompts_file is None else read_prompts(prompts_file)
     placement = placed(shard, expert_parallel, experts)
     model = load_model(run, alone=alone, experts=experts, device=device, dtype=dtype, placement=placement)
     tokenizer = load_tokenizer_of(run)
@@ -116,8 +114,7 @@ def generate(
             write(number)
         return None
     if prompts_file is not None:
-        prompts_file = Path(prompts_file)
-        out = prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl") if out is None else Path(out)
+        out = out or prompts_file.with_name(f"{prompts_file.stem}.continued.jsonl")
         served = {"samples": samples, "batch_size": batch_size, "alone": alone, "experts": experts}
         served |= {} if dtype is None else {"dtype": dtype}
         settings = _settings_of(run, prompts, sampling, served)
@@ -134,7 +131,7 @@ def _check_flags(texts: Sequence[str], prompts_file: Path | None, out: Path | No
         raise ValueError("give either --prompt, which may be repeated, or --prompts-file")
     if prompts_file is None and out is not None:
         raise ValueError("--out is for --prompts-file; continuations of --prompt are printed")
-    if prompts_file is not None and out is None and _is_stream(Path(prompts_file)):
+    if prompts_file is not None and out is None and _is_stream(prompts_file):
         raise ValueError(f"--prompts-file {prompts_file} is no regular file: name the file of continuations with --out")
     if stream is not None and not hasattr(stream, "write"):
         raise ValueError(f"stream takes what can be written to, such as sys.stdout, not {type(stream).__name__}")

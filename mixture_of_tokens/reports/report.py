@@ -17,7 +17,6 @@ from mixture_of_tokens.runs.preconditions import check_writable
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.settings.choices import Device
 from mixture_of_tokens.settings.routings import PROPERTIES
-from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.files import write_text
 from mixture_of_tokens.utils.formatting import Result, aligned, duration, loss
 from mixture_of_tokens.utils.process import check_one_process
@@ -50,7 +49,6 @@ class Report(Result):
 def report(*runs: Path, out: Path | None) -> Report:
     """As the function of `commands/report.py`, which explains its arguments."""
     check_one_process()
-    runs = tuple(Path(each) for given in runs for each in listed(given))
     found, command = runs_of(runs)
     compared, origins = without_origins(found)
     models = by_model(compared)
@@ -63,9 +61,9 @@ def report(*runs: Path, out: Path | None) -> Report:
         out = place / PAGE
         if place not in runs and (place / COMPARISON).is_file():
             raise ValueError(f"{out} is the page of the comparison there: name another file with --out")
-    check_writable(Path(out).parent)
-    check_no_other_file(Path(out))
-    return write_page(comparison(models, command, origins), models, commands, Path(out))
+    check_writable(out.parent)
+    check_no_other_file(out)
+    return write_page(comparison(models, command, origins), models, commands, out)
 
 
 def check_no_other_file(out: Path) -> None:

@@ -28,7 +28,6 @@ from mixture_of_tokens.training.room import check_room
 from mixture_of_tokens.training.sweep import ANOTHER_OUT, PlannedRun, Plans
 from mixture_of_tokens.training.timing import check_minutes, fitting, found_before
 from mixture_of_tokens.training.train import run_merged
-from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.formatting import duration
 from mixture_of_tokens.utils.process import is_main, of_all
 from mixture_of_tokens.utils.progress import say, warn, warn_once
@@ -56,9 +55,8 @@ def compare(
     dry_run: bool,
 ) -> Report | Plans | None:
     """As the function of `commands/compare.py`, which explains its arguments."""
-    names = tuple(str(parse_name(name)) for given in names for name in listed(given))
-    seeds, learning_rate = listed_seeds(seeds), None if learning_rate is None else listed(learning_rate)
-    out = Path("runs/compare") if out is None else Path(out)
+    names = tuple(str(parse_name(name)) for name in names)
+    seeds, out = listed_seeds(seeds), out or Path("runs/compare")
     check_holds_runs(out)
     check_minutes(minutes, steps=options.steps, dry_run=dry_run)
     rates = _rates(learning_rate, len(names))

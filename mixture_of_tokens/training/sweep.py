@@ -24,7 +24,6 @@ from mixture_of_tokens.training.merging import Merged, check_settings
 from mixture_of_tokens.training.room import check_room, estimate
 from mixture_of_tokens.training.starting import begin_with, begun, merged_with
 from mixture_of_tokens.training.train import run_merged
-from mixture_of_tokens.utils.checks import listed
 from mixture_of_tokens.utils.files import write_text
 from mixture_of_tokens.utils.formatting import Result, aligned, few_of, short
 from mixture_of_tokens.utils.process import is_main
@@ -159,7 +158,6 @@ def sweep(
 ) -> Sweep | Plans | None:
     """As the function of `commands/sweep.py`, which explains its arguments."""
     name, beginning = begun(name, start)
-    learning_rate = None if learning_rate is None else listed(learning_rate)
     if learning_rate == []:
         raise ValueError("--learning-rate takes at least one rate")
     if out is None:

@@ -71,7 +71,7 @@ def train(
     if dry_run:
         tell_room(merged)
         return merged.config
-    out = Path("runs") / merged.config.directory_name if out is None else Path(out)
+    out = out or Path("runs") / merged.config.directory_name
     if minutes is not None:
         merged = _of_minutes(minutes, merged, with_options, options, out, resume)
     if resume and not out.exists():

@@ -37,7 +37,9 @@ def divisors(number: int) -> list[int]:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which raises ValueError, naming the argument, for a value that its annotation does not take.
+    """The function, called with values that are `typed`, also the defaults.
+
+    Raises ValueError, naming the argument, for a value that its annotation does not take.
 
     TypeError for an argument that it does not have says where that belongs, if it is a field of its `options`.
     """
@@ -55,28 +57,34 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             raise TypeError(
                 f"{function.__name__}() {error}" + f"; give options=Options({given})" * bool(given)
             ) from None
+        bound.apply_defaults()
         with as_called():
-            check_arguments(bound)
+            for name, value in bound.arguments.items():
+                hint = hints[name]
+                if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:  # each may be a list of them
+                    value, hint = [each for one in value for each in listed(one)], list[hint]
+                check(name, value, hint)
+                bound.arguments[name] = typed(value, hint)
             return inner(*bound.args, **bound.kwargs)
-
-    def check_arguments(bound: inspect.BoundArguments) -> None:
-        for name, value in bound.arguments.items():
-            if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
-                check(name, [each for one in value for each in listed(one)], list[hints[name]])
-                bound.arguments[name] = tuple(_at_home(each, hints[name]) for each in value)
-            else:
-                check(name, value, hints[name])
-                bound.arguments[name] = plain(_at_home(value, hints[name]))
 
     # What it returns may be a name that only type checkers import, and whoever reads annotations would look for it.
     call.__annotations__ = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
     return call
 
 
-def _at_home(value: Any, kind: Any) -> Any:
-    """Of a path, ~ stands for the home directory, also where no shell has seen it."""
-    is_path = Path in (kind, *typing.get_args(kind)) and isinstance(value, str | os.PathLike)
-    return os.path.expanduser(value) if is_path and str(value).startswith("~") else value
+def typed(value: Any, hint: Any) -> Any:
+    """A value that an annotation takes, as that type: in a list where it may stand alone, numpy's number as Python's.
+
+    Of a path, ~ is the home directory also where no shell has seen it. What may be a path or a name of the Hub is text.
+    """
+    kinds = (hint, *typing.get_args(hint))
+    for kind in kinds:
+        if typing.get_origin(kind) in (list, Sequence) and value is not None:
+            return [typed(each, *typing.get_args(kind)) for each in listed(value)]
+    if Path in kinds and isinstance(value, str | os.PathLike):
+        path = os.path.expanduser(value)
+        return path if str in kinds else Path(path)
+    return plain(value)
 
 
 def _without_notes(kind: Any) -> Any:

@@ -54,7 +54,8 @@ def fault(error: Exception) -> str:
 def read(file: Path, called: str | None = None) -> Any:
     """The document of a file. Raises ValueError, which names it, for what is none."""
     try:
-        return load(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as opened:  # of text alone PyYAML's errors say "<unicode string>"
+            return load(opened)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{called or file} cannot be read: {fault(error)}") from None
 

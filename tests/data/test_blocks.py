@@ -6,22 +6,21 @@ import numpy as np
 import torch
 
 from mixture_of_tokens.data.blocks import Blocks
-from mixture_of_tokens.data.tokens import TokenFiles
+from mixture_of_tokens.data.tokens import TokenFile
 from texts import blocks_of, in_segments
 
 
-def test_tokens_in_several_files_are_read_as_one_array(tmp_path):
+def test_a_file_of_tokens_is_read_like_an_array(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 2**16, 250).astype(np.uint16)
-    paths = [tmp_path / f"{i}.tokens" for i in range(3)]
-    for path, part in zip(paths, np.split(tokens, [100, 200]), strict=True):
-        part.tofile(path)
-    files = pickle.loads(pickle.dumps(TokenFiles(paths, "uint16", 250, shard_tokens=100)))  # as for a spawned worker
-    assert len(files) == 250
+    tokens.tofile(tmp_path / "tokens")
+    file = pickle.loads(pickle.dumps(TokenFile(tmp_path / "tokens", "uint16", 250)))  # as for a spawned worker
+    assert len(file) == 250
     index = np.array([[99, 100, 101], [249, 0, 199], [200, 201, 5]])
-    assert files[index].dtype == np.uint16
-    assert (files[index] == tokens[index]).all()
+    assert type(file[index]) is np.ndarray
+    assert file[index].dtype == np.uint16
+    assert (file[index] == tokens[index]).all()
     ends = np.array([120, 250])
-    rows = [Blocks(t, ends, context=7, bytes=250).batch(np.arange(35), padded=True) for t in (files, tokens)]
+    rows = [Blocks(t, ends, context=7, bytes=250).batch(np.arange(35), padded=True) for t in (file, tokens)]
     assert all(torch.equal(rows[0][name], rows[1][name]) for name in rows[1])
 
 

@@ -188,12 +188,12 @@ def test_a_step_of_incomplete_groups_is_refused():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"group_size": 0}, "--group-size must be at least 1, not 0"),
-        ({"group_size": -4}, "--group-size must be at least 1, not -4"),
+        ({"group_size": 0}, "group_size must be at least 1, not 0"),
+        ({"group_size": -4}, "group_size must be at least 1, not -4"),
         ({"group_size": 4.0}, "group_size takes a whole number, not 4.0"),
         ({"steps": 2.5}, "steps takes a whole number, not 2.5"),
         ({"seed": None}, "seed takes a whole number, not None"),
-        ({"mixed": 0}, "--mixed must be at least 1, not 0"),
+        ({"mixed": 0}, "mixed must be at least 1, not 0"),
         ({"mixed": 2}, "group_size 5 must be a multiple of mixed, 2, or groups would meet"),
         ({"mixed": 10}, "group_size 5 must be a multiple of mixed, 10, or groups would meet"),
     ],

@@ -26,7 +26,7 @@ from mixture_of_tokens.data.prepare import prepare_text
 from mixture_of_tokens.data.report import EPOCHS, _facts
 from mixture_of_tokens.data.splits import SPLITS, Splits, split, spool
 from mixture_of_tokens.data.tokenizer import load_tokenizer, train_tokenizer
-from mixture_of_tokens.data.tokens import TokenFiles, tokenize
+from mixture_of_tokens.data.tokens import TokenFile, tokenize
 from mixture_of_tokens.utils.manifest import hash_of_file
 from mixture_of_tokens.utils.progress import say_once
 from processes import finish, start
@@ -77,7 +77,7 @@ def test_the_tokens_hold_every_byte_of_the_text_once(source, tmp_path):
         assert (tokens == prepared.tokenizer.eos_token_id).sum() == len(own)
 
 
-def test_documents_and_pieces_may_cross_shards_and_batches(tmp_path, monkeypatch):
+def test_documents_and_pieces_may_cross_batches(tmp_path, monkeypatch):
     monkeypatch.setattr("mixture_of_tokens.data.tokens.PIECE", 1000)
     monkeypatch.setattr("mixture_of_tokens.data.tokens.BATCH", 5000)
     given = [*texts(50), sentences(77, 600)]
@@ -86,18 +86,17 @@ def test_documents_and_pieces_may_cross_shards_and_batches(tmp_path, monkeypatch
     places, digests = spool(documents, tmp_path / "text", None, lambda n: None)
     splits = split(tmp_path / "text", places, digests, group_size=2, work=tmp_path / "work", progress=lambda n: None)
     tokenizer = train_tokenizer(given, 300)
-    manifest = tokenize(tmp_path / "text", splits, tokenizer, tmp_path / "work", group_size=2, shard_tokens=7001)
+    manifest = tokenize(tmp_path / "text", splits, tokenizer, tmp_path / "work", group_size=2)
     count = 0
     for name in SPLITS:
-        paths = [tmp_path / "work" / file for file in manifest["shards"][name]]
-        tokens = TokenFiles(paths, "uint16", manifest["facts"][name]["tokens"], 7001)
-        assert sum(path.stat().st_size for path in paths) == 2 * len(tokens)
+        path = tmp_path / "work" / f"{name}.tokens"
+        tokens = TokenFile(path, "uint16", manifest["facts"][name]["tokens"])
+        assert path.stat().st_size == 2 * len(tokens)
         ends = np.load(tmp_path / "work" / f"{name}.ends.npy")
         ids = tokens[np.arange(len(tokens))].astype(np.int64)
         for text in [tokenizer.decode(part) for part in np.split(ids, ends)[:-1]]:
             assert any(whole.startswith(text.removesuffix(END)) for whole in given)
             count += 1
-    assert len(manifest["shards"]["train"]) > 3
     assert count == 51
 
 
@@ -254,9 +253,9 @@ def flip(path: Path, place: int = -1) -> None:
 
 ALTERED, SHORT = "is not what was written: the prepared", "is not what was written: it has "
 DAMAGE = {
-    "a shard is missing": (Path.unlink, "train-00000.tokens", "is missing: the prepared"),
-    "a shard is short": (lambda p: os.truncate(p, p.stat().st_size - 2), "train-00000.tokens", SHORT),
-    "a token is another": (flip, "train-00000.tokens", ALTERED),
+    "tokens are missing": (Path.unlink, "train.tokens", "is missing: the prepared"),
+    "tokens are short": (lambda p: os.truncate(p, p.stat().st_size - 2), "train.tokens", SHORT),
+    "a token is another": (flip, "train.tokens", ALTERED),
     "a document ends elsewhere": (flip, "tuning.ends.npy", ALTERED),
     "the head of an array is broken": (lambda p: flip(p, 3), "train.ends.npy", ALTERED),
     "a word of the tokenizer is another": (lambda p: flip(p, 3000), "tokenizer.json", ALTERED),
@@ -324,13 +323,13 @@ def test_an_entry_is_checked_once_in_a_process_unless_it_changes(entry, fresh_ca
     (directory,) = fresh_cache.glob("tokens-*[0-9a-f]")
     assert again() == {path.name for path in directory.iterdir()} - {"manifest.json"}
     assert again() == set()
-    os.utime(directory / "train-00000.tokens", ns=(1, 1))
-    assert again() == {"train-00000.tokens"}
-    shutil.copy2(directory / "train-00000.tokens", fresh_cache / "other")  # of the same size and time
-    (fresh_cache / "other").rename(directory / "train-00000.tokens")
-    assert again() == {"train-00000.tokens"}
+    os.utime(directory / "train.tokens", ns=(1, 1))
+    assert again() == {"train.tokens"}
+    shutil.copy2(directory / "train.tokens", fresh_cache / "other")  # of the same size and time
+    (fresh_cache / "other").rename(directory / "train.tokens")
+    assert again() == {"train.tokens"}
     assert "made again" not in capsys.readouterr().err
-    (directory / "train-00000.tokens").unlink()
+    (directory / "train.tokens").unlink()
     assert again() == set(contents(directory)) - {"manifest.json"}  # hashed as they are made
     assert again() == set()
 
@@ -366,7 +365,7 @@ def slowly(source: str) -> None:
 def test_what_a_killed_process_leaves_is_thrown_away(source, fresh_cache, tmp_path, monkeypatch):
     killed = start(slowly, source, log=tmp_path / "log")
     deadline = time.monotonic() + 60
-    while not list(fresh_cache.glob("*.partial/train-00000.tokens")):
+    while not list(fresh_cache.glob("*.partial/train.tokens")):
         assert killed.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)

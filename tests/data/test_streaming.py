@@ -322,7 +322,7 @@ def test_training_begins_before_all_is_prepared_and_a_bad_part_is_told_when_it_i
         mot(*command(corpus, tmp_path / "longer", "--training.report_to", "none"))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mot: error")]
     assert len(said) == 1
-    assert "04.jsonl:1 is not UTF-8 at byte 10 of the line" in said[0]
+    assert "04.jsonl:1 is no JSON: 'utf-8' codec can't decode byte" in said[0]
     assert (tmp_path / "longer" / "checkpoint-12").is_dir()
 
 
