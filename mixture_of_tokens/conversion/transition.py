@@ -27,6 +27,7 @@ from mixture_of_tokens.training.train import run_merged
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.checks import at_least_one
 from mixture_of_tokens.utils.formatting import Result, aligned, duration
+from mixture_of_tokens.utils.process import process_count
 
 # Fields that are copied from the source.
 GIVEN = ("data", "field", "max_bytes", "part_bytes", "tokenizer", "near_duplicates", "batch_size", "evaluate_on")

@@ -64,9 +64,8 @@ def compare(
     plans = _plans(names, seeds, rates, options, out, own, minutes)
     for plan in plans:
         check_resumed(plan.directory, plan.merged.config)
-    if len(names) == 1:
-        warn_once(f"{names[0]} is compared with nothing: name two models or more, the baseline first")
     if dry_run:
+        _say_if_alone(names)
         return Plans([PlannedRun.of(plan.directory, plan.merged) for plan in plans])
     for plan in plans:
         if not (plan.directory / records.FACTS).exists():
@@ -76,6 +75,7 @@ def compare(
         what = f"{out} will compare these runs, and no longer {', '.join(str(out / name) for name in sorted(gone))}"
         warn(f"{what}; mot report compares any runs")
     with owned(out):
+        _say_if_alone(names)
         return _compared(plans, out, _command(names, seeds, learning_rate, out, options, minutes), options.device)
 
 
@@ -104,6 +104,11 @@ def _compared(plans: list[_Planned], out: Path, command: str, device: Device | N
     result = comparison(models, command)
     write(result, out)
     return write_page(result.relative(out), models, [command], out / PAGE, device)
+
+
+def _say_if_alone(names: tuple[str, ...]) -> None:
+    if len(names) == 1:
+        warn_once(f"{names[0]} is compared with nothing: name two models or more, the baseline first")
 
 
 def _rates(rates: list[float] | None, models: int) -> list[float | None]:

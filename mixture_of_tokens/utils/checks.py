@@ -77,7 +77,7 @@ def typed(value: Any, hint: Any) -> Any:
 
     Of a path, ~ is the home directory also where no shell has seen it. What may be a path or a name of the Hub is text.
     """
-    kinds = (hint, *typing.get_args(hint))
+    kinds = [_without_notes(kind) for kind in (hint, *typing.get_args(hint))]
     for kind in kinds:
         if typing.get_origin(kind) in (list, Sequence) and value is not None:
             return [typed(each, *typing.get_args(kind)) for each in listed(value)]

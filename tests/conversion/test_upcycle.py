@@ -484,12 +484,23 @@ def test_a_run_of_as_many_steps_as_its_source_is_compared_and_not_taken_for_it()
     assert without_origins([longer]) == ([longer], [])
 
 
-def test_going_on_with_another_beginning_names_the_flag(pair, tiny_cache, capsys):
+def test_going_on_with_another_beginning_names_the_flag(pair, tiny_runs, tmp_path, tiny_cache, capsys):
+    shutil.copytree(tiny_runs[DENSE], tmp_path / "copy")
     with pytest.raises(SystemExit, match="2"):
-        mot("train", SPARSE, "--steps", 8, "--device", "cpu", "--resume", "--out", pair["child"])
+        mot(
+            "train",
+            "--from",
+            tmp_path / "copy",
+            "--steps",
+            8,
+            "--device",
+            "cpu",
+            "--resume",
+            "--out",
+            pair["continued"],
+        )
     *_, told = capsys.readouterr().err.splitlines()
-    assert "--from" in told
-    assert "start.source" not in told
+    assert f"was started with --from {tiny_runs[DENSE]}, now it is {tmp_path / 'copy'}; give the same flags" in told
 
 
 def test_without_it_they_are_compared_all_the_same(pair, tmp_path, tiny_cache):
