@@ -26,7 +26,8 @@ def run(code: str, name: str, names: dict) -> None:
 
 
 def shortened(words: list[str]) -> list[str]:
-    """Fewer steps, where a command says how many."""
+    """Few steps, where a command says how many, or for how long."""
+    words = ["--steps" if word == "--minutes" else word for word in words]
     return [SHORT.get(before, word) for before, word in zip(["", *words], words, strict=False)]
 
 

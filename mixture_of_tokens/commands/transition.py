@@ -26,6 +26,7 @@ def transition(
     optimizer: Literal["carried", "fresh"] = "carried",
     schedule: Schedule = "own",
     learning_rate: float | None = None,
+    minutes: float | None = None,
     device: Device | None = None,
     shard: int | None = None,
     replicate: int | None = None,
@@ -56,6 +57,8 @@ def transition(
         schedule: continued holds the source's last learning rate; decay falls from there to a tenth of it, for sources
             with a constant rate; own warms up, for a tenth of the steps at most, and falls to a tenth of the peak.
         learning_rate: The peak, or what is held; by default a quarter of the source's peak if own, else its last one.
+        minutes: In place of --steps: as many as fit beside evaluations and the scoring at the end, by a few that are
+            timed first. What is fitted at the switch comes on top.
         device: cpu or cuda; by default cuda where there is one.
         shard: As in mot train, and the next two; each process makes the switch on a whole model before that.
         replicate: Copies of a sharded model.

@@ -23,9 +23,10 @@ from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.merging import Merged, merge
 from mixture_of_tokens.training.room import tell_room
-from mixture_of_tokens.training.train import run_merged
+from mixture_of_tokens.training.timing import check_minutes
+from mixture_of_tokens.training.train import of_minutes, run_merged
 from mixture_of_tokens.utils import manifest
-from mixture_of_tokens.utils.checks import at_least_one
+from mixture_of_tokens.utils.checks import LARGEST, at_least_one
 from mixture_of_tokens.utils.formatting import Result, aligned, duration
 from mixture_of_tokens.utils.process import process_count
 
@@ -128,6 +129,7 @@ def transition(
     optimizer: Literal["carried", "fresh"],
     schedule: Schedule,
     learning_rate: float | None,
+    minutes: float | None,
     device: Device | None,
     shard: int | None,
     replicate: int | None,
@@ -137,6 +139,7 @@ def transition(
 ) -> Transitioned | RunConfig | None:
     """As the function of `commands/transition.py`, which explains its arguments."""
     at_least_one(top_k=top_k, distil_steps=distil_steps)
+    check_minutes(minutes, steps=steps, dry_run=dry_run)
     Placement.of(shard, replicate, expert_parallel, process_count())
     if steps is not None and steps < 0:
         raise ValueError(f"--steps must be 0 or more, not {steps}")
@@ -161,16 +164,20 @@ def transition(
     target = token_choice_config(
         source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores, norm_topk_prob=norm_topk_prob
     )
-    where = Options(device=device, shard=shard, replicate=replicate, expert_parallel=expert_parallel)
-    merged = _merged(source, asked, target, steps, schedule, learning_rate, where)
+    where = Options(steps=steps, device=device, shard=shard, replicate=replicate, expert_parallel=expert_parallel)
+    with_options = partial(_merged, source, asked, target, schedule, learning_rate)
+    merged = with_options(where)
     if dry_run:
         tell_room(merged)
         return merged.config
     if not resume:
         check_free(out)
+    if minutes is not None:
+        scored = source.config.scored_rows or LARGEST  # as many as of the source
+        merged = of_minutes(minutes, merged, with_options, where, out, resume, scored)
     # Once there is a checkpoint to go on from, the source is no longer needed.
     begun = out.is_dir() and ((out / records.FACTS).exists() or checkpoints.has_any(out))
-    carried = _moments_of(source) if optimizer == "carried" and steps > 0 and not begun else None
+    carried = _moments_of(source) if optimizer == "carried" and merged.config.steps and not begun else None
     if not begun:
         model_directory(str(run))
         text_of(str(run))  # raises ValueError if it has changed
@@ -191,23 +198,28 @@ def _merged(
     source: Run,
     asked: Transition,
     target: MixtureOfTokensConfig,
-    steps: int,
     schedule: Schedule,
     learning_rate: float | None,
     where: Options,
+    minutes: float | None = None,
 ) -> Merged:
-    """The source's configuration, with its text and batches, the new routing and the new schedule."""
+    """The source's configuration, with its text and batches, the new routing and the new schedule.
+
+    Args:
+        where: has the steps, and where they are trained.
+    """
     given = {field: getattr(target, field, value) for field, value in source.config.model.items() if field in FIELDS}
     given |= {field: getattr(target, field) for field in SWITCHED}
     model = {field: value for field, value in given.items() if field not in DERIVED}
     # What does not depend on the source's number of steps.
     training = {k: v for k, v in source.config.training.items() if not k.startswith(OF_THE_SOURCE)}
     own = {key: getattr(source.config, key) for key in GIVEN}
-    options = replace(where, steps=steps, model=model, training=training | SCHEDULES[schedule], **own)
+    options = replace(where, model=model, training=training | SCHEDULES[schedule], **own)
     if learning_rate is None:
         learning_rate = source.config.learning_rate / 4 if schedule == "own" else _last_rate(source)
     name = str(replace(parse_name(source.name), system=target.sparse_routings[0].prefix))
-    return merge(name, source.seed, learning_rate, options, first_step=source.facts.steps, transition=asked)
+    first = source.facts.steps
+    return merge(name, source.seed, learning_rate, options, first_step=first, transition=asked, minutes=minutes)
 
 
 def _last_rate(source: Run) -> float:

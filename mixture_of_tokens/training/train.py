@@ -73,24 +73,34 @@ def train(
         return merged.config
     out = out or Path("runs") / merged.config.directory_name
     if minutes is not None:
-        merged = _of_minutes(minutes, merged, with_options, options, out, resume)
+        merged = of_minutes(minutes, merged, with_options, options, out, resume)
     if resume and not out.exists():
         say(f"{out} is not there yet: training begins at step 0")
     begin = None if beginning is None else partial(begin_with, beginning, out)
     return run_merged(merged, out, resume=resume, begin=begin)
 
 
-def _of_minutes(
-    minutes: float, merged: Merged, with_options: MergedWith, options: Options, out: Path, resume: bool
+def of_minutes(
+    minutes: float,
+    merged: Merged,
+    with_options: MergedWith,
+    options: Options,
+    out: Path,
+    resume: bool,
+    scored: int | None = None,
 ) -> Merged:
-    """The run with as many steps as fit, or as were found when it was started."""
+    """The run with as many steps as fit, or as were found when it was started.
+
+    Args:
+        scored: rows, where that is decided; by default as many as there is time for.
+    """
     if not resume:
         check_free(out)
     check_writable(out)
     check_room(merged)
     found = found_before(out, minutes, options) if resume else None
     if found is None:
-        (found,) = fitting(minutes, {merged.config.name: with_options}, options).values()
+        (found,) = fitting(minutes, {merged.config.name: with_options}, options, scored).values()
     return with_options(found, minutes=minutes)
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mixture_of_tokens import Options, compare, read_run, report, train
+from mixture_of_tokens import Options, compare, read_run, report, train, transition
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.training import timing
 from mixture_of_tokens.training.merging import FEWEST_SCORED, SHORT, merge
@@ -82,6 +82,25 @@ def test_a_run_of_minutes_is_the_run_of_its_steps(name, options, tmp_path, monke
     assert [row.get("eval_loss") for row in rows_of(run.directory)] == [
         row.get("eval_loss") for row in rows_of(same.directory)
     ]
+
+
+def test_a_switched_run_of_minutes_has_the_steps_that_fit_and_keeps_them(options, tmp_path, monkeypatch, capsys):
+    paces = [Pace(0.5, 1e-6), Pace(0.25, 1e-6)]
+    monkeypatch.setattr(timing, "pace_of", lambda *given: paces.pop(0))
+    options = replace(options, batch_size=8)
+    source = train(NAME, out=tmp_path / "run", options=options, minutes=0.05)
+    how = {"out": tmp_path / "switched", "distil_steps": 2, "schedule": "decay", "device": "cpu", "minutes": 0.05}
+    done = transition(source.directory, **how)
+    assert "A step of TC-Nano/4E/2 takes 0.25 s here: 11 steps in 0.05 min\n" in capsys.readouterr().err
+    run = read_run(done.directory)
+    assert (run.config.steps, run.config.minutes, run.config.first_step) == (11, 0.05, source.config.steps)
+    assert run.config.scored_rows == source.config.scored_rows
+    (run.directory / "run.json").unlink()
+    assert transition(source.directory, **how, resume=True).steps == done.steps  # times nothing
+    with pytest.raises(ValueError, match=r"was started with minutes 0\.05, now it is minutes 1"):
+        transition(source.directory, **how | {"minutes": 1}, resume=True)
+    with pytest.raises(ValueError, match="minutes finds the number of steps: leave out steps, or minutes"):
+        transition(source.directory, **how | {"out": tmp_path / "other"}, steps=3)
 
 
 @pytest.mark.slow
