@@ -2,6 +2,7 @@
 
     python experiments/upcycle/run.py            # Nanos: an hour of one core
     python experiments/upcycle/run.py --micro    # Micros: an hour and a half
+    python experiments/upcycle/run.py --long     # a Micro whose source has read four times as much: three hours
     python experiments/upcycle/run.py --sweep    # rates, routers and starts, on the tuning split: an hour
     python experiments/upcycle/run.py --time     # a step of dense models and upcycled ones, in turns
     python experiments/upcycle/run.py --table    # Markdown
@@ -36,9 +37,8 @@ from mixture_of_tokens.utils.formatting import loss, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Experiment, add_rows, directory_of, keep, once, read_csv, script, spread, step_times, trained
+from common import Experiment, add_rows, directory_of, keep, once, read_csv, script, spread, step_times
 
-SEEDS = [1, 2, 3]
 HERE = Path(__file__).parent
 SWEEPS, TIMINGS = HERE / "sweeps.csv", HERE / "timings.csv"
 ROUNDS, TIMED = 7, 3  # rounds of timings, and steps of a model in one
@@ -56,10 +56,16 @@ class Study(NamedTuple):
     rates: dict[tuple[str, int], float]
     scratch: tuple[str, ...] = ()  # trained from the start, in the steps of source and child together
     scored_rows: int | None = None  # of what is trained on; a source is scored on all of the text
+    seeds: tuple[int, ...] = (1, 2, 3)
+    label: str = ""  # in the names of its runs
 
     @property
     def source(self) -> str:
         return f"Transformer-{self.size}"
+
+    def run(self, seed: int | str) -> str:
+        """The directory of its source."""
+        return directory_of(f"{self.source}{self.label}", f"seed{seed}")
 
     def in_time(self, steps: int) -> int:
         """Steps of the dense model in the time of so many of the upcycled one."""
@@ -87,6 +93,14 @@ MICRO = Study(
     {("dense", 375): 0.0016, ("upcycled", 375): 0.004},
     scored_rows=4096,
 )
+LONG = MICRO._replace(
+    steps=6000,
+    lengths=(1500,),
+    rates={("dense", 1500): 0.0016, ("upcycled", 1500): 0.004},  # of shorter runs
+    seeds=(1,),
+    label="-long",
+)
+STUDIES = (NANO, MICRO, LONG)
 
 
 def drawn(x_SD: Tensor, count: int) -> Tensor:
@@ -150,7 +164,9 @@ def started(experiment: Experiment, source: Path, child: str, start: str = "clus
 
 
 def source_of(experiment: Experiment, study: Study, seed: int) -> Path:
-    return trained(experiment, study.source, seed, replace(study.options, steps=study.steps))
+    out = experiment.trained / study.run(seed)
+    train(study.source, out=out, seed=seed, options=replace(study.options, steps=study.steps), resume=True)
+    return out
 
 
 def trained_on(
@@ -175,7 +191,7 @@ def from_the_start(experiment: Experiment, study: Study, name: str, seed: int, s
 
 def make(experiment: Experiment, study: Study) -> None:
     """Train what is missing, seed by seed, and keep it."""
-    for seed in SEEDS:
+    for seed in study.seeds:
         source = source_of(experiment, study, seed)
         start = started(experiment, source, study.child)
         runs = [source]
@@ -239,13 +255,13 @@ def time_steps() -> None:
 def table(experiment: Experiment) -> str:
     """Final losses."""
     rows = [["from", "then", "steps", "rate", "loss"]]
-    for study in (NANO, MICRO):
-        rows.append(_row(experiment, study.source, "(the source)", f"{study.source}-seed{{}}"))
+    for study in STUDIES:
+        rows.append(_row(experiment, study, study.source, "(the source)", study.run("{}")))
         for steps in study.lengths:
             ways = {"dense": f"-{steps}", "dense, in the time of the upcycled one": f"-{study.in_time(steps)}"}
             ways |= {"upcycled": f"-upcycled-{steps}"}
-            rows += [_row(experiment, study.source, way, f"{study.source}-seed{{}}{end}") for way, end in ways.items()]
-        rows += [_row(experiment, "the start", name, directory_of(name, "seed{}")) for name in study.scratch]
+            rows += [_row(experiment, study, study.source, way, study.run("{}") + end) for way, end in ways.items()]
+        rows += [_row(experiment, study, "the start", name, directory_of(name, "seed{}")) for name in study.scratch]
     return f"{markdown([row for row in rows if row], left=2)}\n\n{sweep_table()}"
 
 
@@ -263,8 +279,8 @@ def sweep_table() -> str:
     return markdown(rows, left=3)
 
 
-def _row(experiment: Experiment, begin: str, way: str, name: str) -> list[str]:
-    files = [experiment.kept / f"{name.format(seed)}.json" for seed in SEEDS]
+def _row(experiment: Experiment, study: Study, begin: str, way: str, name: str) -> list[str]:
+    files = [experiment.kept / f"{name.format(seed)}.json" for seed in study.seeds]
     runs = [read_run(file) for file in files if file.is_file()]
     if not runs:
         return []
@@ -280,6 +296,7 @@ if __name__ == "__main__":
         lambda: make(experiment, NANO),
         lambda: table(experiment),
         micro=("train Micros", lambda: make(experiment, MICRO)),
+        long=("train a Micro with a longer source", lambda: make(experiment, LONG)),
         sweep=("find rates", lambda: sweep(experiment)),
         time=("time steps", time_steps),
     )
