@@ -25,6 +25,7 @@ from mixture_of_tokens.utils.files import no_directory
 from mixture_of_tokens.utils.formatting import first_line
 from mixture_of_tokens.utils.process import process_count
 from mixture_of_tokens.utils.progress import warned_if_slow
+from mixture_of_tokens.utils.wording import nearest
 
 SHIPPED = Path(__file__).parents[1] / "nano"  # a trained model that comes with the library (examples/nano.py)
 TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")  # one of which every tokenizer has
@@ -108,7 +109,7 @@ def load_model(
             model: Any = AutoModelForCausalLM.from_pretrained(directory, **how)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         where = "" if Path(run).exists() else f": {no_directory(run)}. As a name on the Hub it"
-        raise ValueError(f"{run}{where} cannot be loaded: {first_line(error)}") from None
+        raise ValueError(f"{run}{where} cannot be loaded: {first_line(error).rstrip(".")}{nearest(run, [SHIPPED.name])}") from None
     check_experts(run, model, experts)
     if alone and hasattr(model, "serve_alone"):  # other models never mix rows
         model.serve_alone(num_experts_alone=experts)
