@@ -109,7 +109,8 @@ def load_model(
             model: Any = AutoModelForCausalLM.from_pretrained(directory, **how)
     except Exception as error:  # transformers, safetensors and the Hub raise their own, some with pages of advice
         where = "" if Path(run).exists() else f": {no_directory(run)}. As a name on the Hub it"
-        raise ValueError(f"{run}{where} cannot be loaded: {first_line(error).rstrip(".")}{nearest(run, [SHIPPED.name])}") from None
+        why = f"{first_line(error).removesuffix('.')}{nearest(run, [SHIPPED.name])}"
+        raise ValueError(f"{run}{where} cannot be loaded: {why}") from None
     check_experts(run, model, experts)
     if alone and hasattr(model, "serve_alone"):  # other models never mix rows
         model.serve_alone(num_experts_alone=experts)
