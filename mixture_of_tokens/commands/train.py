@@ -44,7 +44,7 @@ def train(
         out: The run directory; by default runs/NAME-seedSEED.
         seed: Of the weights and of the order of the text; by default 0, with --from that of the run it comes from.
         learning_rate: Peak rate, reached after the warm-up, then a cosine down to a tenth; by default the model's own,
-            with --from a fifth of it, or half of it after mot upcycle.
+            with --from a fifth of it, or after mot upcycle half of the dense model's.
         start: Begin with trained weights: of a finished run, or of what mot upcycle made of a dense model. Of a run of
             this library the same text goes on where it stopped, unless --data names another; the steps are by default a
             quarter of its.

@@ -27,7 +27,8 @@ FROM_ELSEWHERE = Recipe(2e-4, 10_000, 500, 500, 500)  # of a model without a siz
 LEARNING_RATES = {("Nano", system): 1e-2 for system in ("TC", "STC", "ET")} | {("Micro", "ET"): 4e-3}
 LEARNING_RATES |= {("Mini", system): 2e-3 for system in ("MoT", "Uniform")}
 LEARNING_RATES |= {("Base", system): 2e-4 for system in ("MoT", "Uniform")}
-OF_A_START = {"continued": 0.2, "copies": 0.5}  # of the peak rate of drawn weights, by `Start.kind`
+# Of the peak rate of drawn weights, by `Start.kind`: of the model itself, and of the dense model that was copied.
+OF_A_START = {"continued": 0.2, "copies": 0.5}
 # Fields of TrainingArguments; those of the rate, of evaluations and of checkpoints follow from the number of steps.
 TRAINING: dict[str, Any] = {
     "lr_scheduler_type": "cosine_with_min_lr",

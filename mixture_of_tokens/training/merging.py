@@ -223,7 +223,9 @@ def _amounts(name: Name, learning_rate: float | None, options: Options, start: S
         steps = recipe.steps if before is None else max(1, before // 4)
     if learning_rate is None:
         learning_rate = LEARNING_RATES.get((name.size, name.system), recipe.learning_rate)
-        learning_rate *= 1 if start is None else OF_A_START[start.kind]
+        if start is not None:
+            # What was a dense model goes on by a rate of that, whichever sparse model it has become.
+            learning_rate = OF_A_START[start.kind] * (recipe.learning_rate if start.kind == "copies" else learning_rate)
     return steps, batch_size, learning_rate
 
 
