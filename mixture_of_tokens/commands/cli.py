@@ -120,10 +120,9 @@ def _common(
     """Any command.
 
     Args:
-        config: A YAML file of flags, a line each, such as `steps: 100`; what has no flag is called as above, in small
-            letters: `name: A` of mot train, `names: [A, B]` of mot compare, `runs: [A, B]` of mot report. Flags on the
-            command line override it. For mot train, mot prepare and mot plan a run's config.yaml is such a file: with
-            another NAME or other --steps, the defaults it holds are those of the new ones.
+        config: A YAML file of flags, a line each, such as `steps: 100`; `name: A`, `names: [A, B]` and `runs: [A, B]`
+            are the words without a flag. Flags on the command line override it. mot train, mot prepare and mot plan
+            take a run's config.yaml too.
         json: Print the result as JSON.
     """
     entries = {} if config is None else read_config(config)

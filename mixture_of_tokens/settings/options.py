@@ -46,9 +46,9 @@ class Options:
             anew at each. By default a row is one text, whose later documents see the earlier ones.
         evaluate_on: The split for losses: by default validation, in mot sweep tuning, so that settings are not chosen
             on the split that is reported.
-        scored_rows: Score so many rows of the split at the end, in one grouping, and at most so many during training;
-            by default all of it at the end, grouped in three ways, and 1,024 rows during training, but of a run of
-            fewer than 100 steps, in all its evaluations together, about as many rows as it trains on.
+        scored_rows: Rows of the split to score at the end, and at most during training. By default all at the end,
+            grouped in three ways, and 1,024 during training; runs of fewer than 100 steps score about as many rows as
+            they train on.
         device: cpu or cuda; by default cuda where there is one.
         shard: Processes of torchrun that hold one copy of the model together, a part of every weight each (FSDP2); by
             default each process has a whole copy (DDP).
