@@ -262,7 +262,23 @@ def table(experiment: Experiment) -> str:
             ways |= {"upcycled": f"-upcycled-{steps}"}
             rows += [_row(experiment, study, study.source, way, study.run("{}") + end) for way, end in ways.items()]
         rows += [_row(experiment, study, "the start", name, directory_of(name, "seed{}")) for name in study.scratch]
-    return f"{markdown([row for row in rows if row], left=2)}\n\n{sweep_table()}"
+    return f"{gains_table(experiment)}\n\n{markdown([row for row in rows if row], left=2)}\n\n{sweep_table()}"
+
+
+def gains_table(experiment: Experiment) -> str:
+    """How far the upcycled models end below the dense ones, seed by seed."""
+    rows = [["from", "its steps", "trained on", "lower after equal steps", "lower after equal time", "seeds"]]
+    for study in STUDIES:
+        for steps in study.lengths:
+            ends = (f"-upcycled-{steps}", f"-{steps}", f"-{study.in_time(steps)}")
+            files = [[experiment.kept / f"{study.run(seed)}{end}.json" for end in ends] for seed in study.seeds]
+            losses = [[read_run(file).facts.final_loss for file in own] for own in files if all(map(Path.is_file, own))]
+            gains = [
+                spread(dense - upcycled for upcycled, dense in ((own[0], own[i]) for own in losses)) for i in (1, 2)
+            ]
+            if losses:
+                rows.append([study.source, f"{study.steps:,}", f"{steps:,}", *gains, str(len(losses))])
+    return markdown(rows)
 
 
 def sweep_table() -> str:
