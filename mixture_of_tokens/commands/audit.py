@@ -30,7 +30,8 @@ def audit(
     These are of the run where its text is known, or else random tokens.
 
     Args:
-        run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
+        run: A run directory, a checkpoint, nano (a small model that comes with the library), or the name of a causal
+            language model on the Hub.
         expect: Exit with status 1 unless the model is this; from Python, `failure` of what is returned says so.
         alone: Audit a Mixture of Tokens as `mot generate --alone` serves it.
         experts: With --alone, experts that a token goes to; by default all.

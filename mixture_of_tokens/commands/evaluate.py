@@ -35,7 +35,8 @@ def evaluate(
     from them.
 
     Args:
-        run: A run directory, a checkpoint, or the name of a causal language model on the Hub.
+        run: A run directory, a checkpoint, nano (a small model that comes with the library), or the name of a causal
+            language model on the Hub.
         data: Files, folders, globs or hf:NAME[:CONFIG][@REVISION] (its split train), of which all text is used; may
             be repeated. By default the validation text of the run.
         field: The field of --data's rows that holds the text.
