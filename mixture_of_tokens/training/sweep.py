@@ -132,6 +132,7 @@ class Sweep(Result):
         rates = sorted({float(cell.settings[RATE]) for cell in self.cells if RATE in flags})
         if len(rates) > 1 and float(self.cells[0].settings[RATE]) in (rates[0], rates[-1]):
             lines.append("Its rate is at the edge of the grid: the best one may lie beyond.")
+        lines.append(f"mot report {shlex.quote(str(Path(self.cells[0].runs[0].directory).parent))} draws the curves.")
         return "\n".join(lines)
 
 
