@@ -191,8 +191,9 @@ class MixtureOfTokens(Routed):
 
         Of what is served in groups, as a Trainer evaluates; alone, `serve_alone` has looked.
         """
-        rows, full = len(x_BTD), len(x_BTD) % self.group_size == 0
-        if torch.compiler.is_compiling() or self.alone or self.measuring or full or rows in self._looked_at:
+        if torch.compiler.is_compiling() or self.alone or self.measuring:  # sizes that vary have no number
+            return
+        if (rows := len(x_BTD)) % self.group_size == 0 or rows in self._looked_at:
             return
         self._looked_at.add(rows)
         if never_measured(self.companion, self.group_size):
