@@ -270,15 +270,19 @@ def gains_table(experiment: Experiment) -> str:
     rows = [["from", "its steps", "trained on", "lower after equal steps", "lower after equal time", "seeds"]]
     for study in STUDIES:
         for steps in study.lengths:
-            ends = (f"-upcycled-{steps}", f"-{steps}", f"-{study.in_time(steps)}")
-            files = [[experiment.kept / f"{study.run(seed)}{end}.json" for end in ends] for seed in study.seeds]
-            losses = [[read_run(file).facts.final_loss for file in own] for own in files if all(map(Path.is_file, own))]
-            gains = [
-                spread(dense - upcycled for upcycled, dense in ((own[0], own[i]) for own in losses)) for i in (1, 2)
-            ]
-            if losses:
-                rows.append([study.source, f"{study.steps:,}", f"{steps:,}", *gains, str(len(losses))])
+            gains = [_gains(experiment, study, steps, dense) for dense in (steps, study.in_time(steps))]
+            if any(gains):
+                seeds = str(max(map(len, gains)))
+                rows.append([study.source, f"{study.steps:,}", f"{steps:,}", *map(spread, gains), seeds])
     return markdown(rows)
+
+
+def _gains(experiment: Experiment, study: Study, steps: int, dense: int) -> list[float]:
+    """The dense model's loss after so many steps, less that of the upcycled one: of the seeds that have both."""
+    ends = (f"-{dense}", f"-upcycled-{steps}")
+    pairs = [[experiment.kept / f"{study.run(seed)}{end}.json" for end in ends] for seed in study.seeds]
+    losses = [[read_run(file).facts.final_loss for file in pair] for pair in pairs if all(map(Path.is_file, pair))]
+    return [before - after for before, after in losses]
 
 
 def sweep_table() -> str:
