@@ -218,7 +218,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/switch/run.py": (34, "results/conversion"),
     "experiments/switch/when.py": (10, "results/conversion"),
     "experiments/switch/few.py": (21, "results/alone"),
-    "experiments/upcycle/run.py": (48, "results/upcycling"),
+    "experiments/upcycle/run.py": (50, "results/upcycling"),
     "experiments/transition/run.py": (20, "../experiments/LOG"),
     "experiments/verdict/fresh.py": (124, "results/equal-time"),
     "experiments/verdict/attention.py": (80, "../experiments/LOG"),
