@@ -17,7 +17,7 @@ from mixture_of_tokens.models.forward_hooks import evaluating
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.parallel.sharding import is_sharded
 from mixture_of_tokens.runs.records import FULL
-from mixture_of_tokens.utils.checks import at_least_one, check
+from mixture_of_tokens.utils.checks import check_sizes
 from mixture_of_tokens.utils.progress import progress_bar
 
 LOGITS = 2**27  # in memory at once, for models that compute all logits; half a gigabyte in fp32
@@ -60,8 +60,7 @@ def score_tokens(model: nn.Module, text: Blocks, *, group_size: int, groups: int
 
     Raises ValueError for less text than two groups.
     """
-    check("group_size", group_size, int)
-    at_least_one(group_size=group_size, groups=groups)
+    check_sizes(group_size=group_size, **({} if groups is None else {"groups": groups}))
     order, device = grouped_order(text, group_size, seed=seed)[:groups], next(model.parameters()).device
     nats = 0.0
     with evaluating(model):
