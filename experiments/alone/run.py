@@ -1,6 +1,8 @@
 """Trained as it is served: a Mixture of Tokens whose batch is replaced by companions from the first step on.
 
     python experiments/alone/run.py             # trains what is missing, one run after the other, and prints the tables
+    python experiments/alone/run.py --long      # the same of the ten minutes' runs
+    python experiments/alone/run.py --time      # the time of a step, as a multiple of Token Choice's
     python experiments/alone/run.py --table     # prints the tables alone
 
 Served alone by K experts, a Mixture of Tokens is a sparse mixture of experts: private, causal, at about the FLOPs of a
@@ -14,6 +16,9 @@ Every variant changes one part of it. `Default` is Token Choice in which the exp
 running average of their outputs ("Default MoE", arXiv 2504.12463). All systems share one loop, one schedule, the text
 and its order. Losses are of `EVALUATED` batches of the tuning split, each text by itself, with as many experts as in
 training. A run takes about two minutes of one core of an AMD EPYC; each is one row of runs.csv, written when it ends.
+
+The long runs have the text, the rows and the time of `experiments/verdict/fresh.py`: as many steps as fit into ten
+minutes of two cores, and their loss is that of the whole validation split too.
 """
 
 import argparse
@@ -38,6 +43,8 @@ from mixture_of_tokens import (
     config_from_name,
     prepare_text,
 )
+from mixture_of_tokens.data.prepare import Prepared
+from mixture_of_tokens.evaluation.losses import evaluate_blocks
 from mixture_of_tokens.layers.dispatch import dropless
 from mixture_of_tokens.layers.experts import highest, softmax
 from mixture_of_tokens.runs import provenance
@@ -45,12 +52,15 @@ from mixture_of_tokens.utils.cpu import keep_large_blocks
 from mixture_of_tokens.utils.formatting import markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "verdict"))
 
-from common import add_rows, read_csv
+import systems
+from common import add_rows, read_csv, step_times, write_csv
 
 HERE = Path(__file__).resolve().parent
 GROUP, WARM_UP, EVALUATED, MEASURED = 32, 100, 16, 8  # rows; steps; batches of losses, and of companions
 DECAY = 0.99  # of running averages, a step
+ROUNDS, TURNS, TIMED, TIMES = 7, 6, 3, "timings.csv"  # as of experiments/verdict/fresh.py
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Run:
     balance: of a bias as sigmoid Token Choice has; 0 for none.
     groups_first: the share of the steps in groups, before the form begins.
     companions: G - 1 tokens stand beside each, with the G of the name where 0.
+    text: "library", Python's standard library, or "packages", those of experiments/packages.txt.
     """
 
     system: str
@@ -85,19 +96,28 @@ class Run:
     balance: float = 0.0
     groups_first: float = 0.0
     companions: int = 0
+    text: str = "library"
 
     @property
     def label(self) -> str:
         """What is not the default, without the seed."""
         default = Run(self.system)
         own = {name: value for name, value in asdict(self).items() if value != getattr(default, name)}
-        own = {name: value for name, value in own.items() if name not in ("seed", "steps", "rows")}
+        own = {name: value for name, value in own.items() if name not in ("seed", "steps", "rows", "text")}
         return " ".join([self.system, *(f"{name}={value}" for name, value in own.items())])
 
     @property
     def experts(self) -> int:
         parts = self.name.split("/")
         return self.k or (int(parts[2]) if len(parts) > 2 else 1)
+
+
+# What is trained for ten minutes, Token Choice first.
+LONG = [
+    Run("TC", name="Nano/32E/4", gate="normalised", rows=128, text="packages"),
+    Run("alone", name="Nano/32E/4", rows=128, text="packages"),
+    Run("alone", name="Nano/32E/4", rows=128, text="packages", reads="token"),
+]
 
 
 class Alone(MixtureOfTokens):
@@ -235,6 +255,10 @@ def rate_at(run: Run, step: int) -> float:
     return run.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARM_UP) / (run.steps - WARM_UP))))
 
 
+def prepared(name: str) -> Prepared:
+    return prepare_text(["packages"] if name == "packages" else None)
+
+
 def loader(blocks: Any, rows: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
     batches = GroupedBatches(blocks, group_size=GROUP, batch_size=rows, steps=steps, seed=seed)
     return iter(torch.utils.data.DataLoader(batches, batch_size=rows, collate_fn=dict))
@@ -248,7 +272,7 @@ def loss_of(model: MixtureOfTokensForCausalLM, batches: list[dict[str, Tensor]])
     return sum(found) / len(found)
 
 
-def trained(run: Run, text: Any) -> dict[str, Any]:
+def trained(run: Run, text: Prepared) -> dict[str, Any]:
     """What is measured of a run. Losses are infinite where it diverged."""
     started, seconds = time.perf_counter(), 0.0
     tuning, measured = list(loader(text.tuning, 128, EVALUATED, 5)), list(loader(text.train, 64, MEASURED, 77))
@@ -299,6 +323,9 @@ def trained(run: Run, text: Any) -> dict[str, Any]:
     for layer in counting:
         layer.loads = torch.zeros(layer.num_experts)
     result: dict[str, Any] = {"loss": loss_of(model, tuning), "seconds": round(seconds)} | at_begin
+    if run.text == "packages":
+        whole = evaluate_blocks(model, text.validation, group_size=GROUP, batch_size=128)
+        result["validation"] = round(whole["loss"], 4)
     if counting:
         shares = [layer.loads / layer.loads.mean() for layer in counting]
         result["dead"] = round(statistics.mean(float((s < 0.01).float().mean()) for s in shares), 3)
@@ -307,7 +334,7 @@ def trained(run: Run, text: Any) -> dict[str, Any]:
 
 
 COLUMNS = tuple(field.name for field in fields(Run))
-FOUND = ("loss", "in_groups", "before", "after", "dead", "greatest_load", "seconds", "commit", "hardware")
+FOUND = ("loss", "validation", "in_groups", "before", "after", "dead", "greatest_load", "seconds", "commit", "hardware")
 
 
 def key_of(run: Run) -> dict[str, str]:
@@ -325,6 +352,32 @@ def make(run: Run, text: Any) -> None:
     found["loss"] = f"{found['loss']:.4f}"
     row = key_of(run) | {column: (found | where).get(column, "") for column in FOUND}
     add_rows(HERE / "runs.csv", [row], COLUMNS)
+
+
+def timed() -> None:
+    """Write steps of the long systems, as shares of Token Choice's."""
+    text = prepared("packages")
+    measured, models = list(loader(text.train, 64, MEASURED, 77)), {}
+    for run in LONG:
+        models[run.label] = model = build(run)
+        layers = [layer for layer in model.modules() if isinstance(layer, Alone)]
+        if layers:
+            calibrate_companions(model, measured)
+        for layer in layers:
+            layer.begin()
+    rows = step_times(models, text.train, rows=LONG[0].rows, group=GROUP, rounds=ROUNDS, turns=TURNS, steps=TIMED)
+    write_csv(HERE / TIMES, list(rows[0]), rows)
+
+
+def long_plan() -> list[Run]:
+    """Ten minutes each, in the order in which they are made."""
+    verdict = {row["system"]: row["share_of_dense"] for row in read_csv(HERE.parent / "verdict" / systems.TIMES)}
+    budget = systems.BUDGET / float(verdict["TC-Nano/32E/4, capacity_factor null"])
+    steps = {row["system"]: int(budget / float(row["share_of_dense"])) for row in read_csv(HERE / TIMES)}
+    choice, alone, token = (replace(run, steps=steps[run.label]) for run in LONG)
+    balanced = replace(alone, balance=1e-3)
+    firsts = [(alone, 1e-2), (alone, 5e-3), (token, 1e-2), (balanced, 1e-2), (choice, 5e-3)]
+    return [replace(run, rate=rate) for run, rate in firsts]
 
 
 def seeded(*runs: Run, seeds: Iterable[int] = (1, 2)) -> list[Run]:
@@ -360,6 +413,7 @@ def plan() -> list[Run]:
     ]
     plain = replace(alone, reads="token", constant="none")  # sigmoid gates with a bias, and nothing of a mixture
     decides = [plain, Run("STC", temperature=0.25), Run("STC", temperature=0.5), replace(plain, balance=1e-3)]
+    fourth = [replace(run, rows=64, text="library") for run in LONG]  # at granularity 4
     normalised = [Run("STC", gate="normalised"), Run("TC", gate="normalised")]
     first = [
         *seeded(plain, seeds=[2, 3]),
@@ -369,36 +423,44 @@ def plan() -> list[Run]:
         decides[3],
         *seeded(*decides[1:], seeds=[2, 3]),
     ]
+    first += [*fourth, replace(alone, balance=1e-3, name="Nano/32E/4"), *seeded(*fourth, seeds=[2, 3])]
     return [*rates, *others[:2], *seeded(*best, seeds=[2, 3]), *first, *parts, *others, *seeded(*parts, seeds=[2])]
 
 
-def table(runs: Iterable[Run]) -> str:
-    """By their settings, with a column for each seed."""
+def table(runs: Iterable[Run], loss: str = "loss") -> str:
+    """By their settings, with a column for each seed.
+
+    Args:
+        loss: "loss", of the tuning split, or "validation".
+    """
     made = [(run, row) for run in dict.fromkeys(runs) if (row := is_made(run)) is not None]
     seeds = sorted({run.seed for run, _ in made})
     rows = [["", *(f"seed {seed}" for seed in seeds), "dead", "greatest load"]]
     for label in dict.fromkeys(run.label for run, _ in made):
         own = {run.seed: row for run, row in made if run.label == label}
         first = own[min(own)]
-        losses = [own[seed]["loss"] if seed in own else "" for seed in seeds]
+        losses = [own[seed][loss] if seed in own else "" for seed in seeds]
         rows.append([label, *losses, first["dead"], first["greatest_load"]])
     return markdown(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--long", action="store_true", help="train the runs of ten minutes")
+    parser.add_argument("--time", action="store_true", help="time steps of these, and stop")
     parser.add_argument("--table", action="store_true", help="print the tables, and stop")
     given = parser.parse_args()
-    runs = plan()
+    if given.time:
+        timed()
+        return
     if not given.table:
         keep_large_blocks()
-        text = prepare_text()
+        runs = long_plan() if given.long else plan()
+        text = prepared(runs[0].text)
         for run in runs:
             if is_made(run) is None:
                 make(run, text)
-    for steps, rows in sorted({(run.steps, run.rows) for run in runs}):
-        own = [run for run in runs if (run.steps, run.rows) == (steps, rows)]
-        print(f"{steps} steps of {rows} rows\n\n{table(own)}\n")
+    print(f"800 steps of 64 rows\n\n{table(plan())}\n\nTen minutes\n\n{table(long_plan(), 'validation')}\n")
 
 
 if __name__ == "__main__":
