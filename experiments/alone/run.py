@@ -421,9 +421,11 @@ def plan() -> list[Run]:
         *normalised,
         *seeded(*normalised, seeds=[2, 3]),
         decides[3],
-        *seeded(*decides[1:], seeds=[2, 3]),
+        *fourth,
+        replace(alone, balance=1e-3, name="Nano/32E/4"),
+        *seeded(*fourth, seeds=[2, 3]),
     ]
-    first += [*fourth, replace(alone, balance=1e-3, name="Nano/32E/4"), *seeded(*fourth, seeds=[2, 3])]
+    first += seeded(*decides[1:], seeds=[2, 3])
     return [*rates, *others[:2], *seeded(*best, seeds=[2, 3]), *first, *parts, *others, *seeded(*parts, seeds=[2])]
 
 

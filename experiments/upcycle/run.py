@@ -3,6 +3,7 @@
     python experiments/upcycle/run.py            # Nanos: an hour of one core
     python experiments/upcycle/run.py --micro    # Micros: an hour and a half
     python experiments/upcycle/run.py --long     # a Micro whose source has read four times as much: three hours
+    python experiments/upcycle/run.py --early    # ten minutes, of which a tenth is of a dense Nano: an hour
     python experiments/upcycle/run.py --sweep    # rates, routers and starts, on the tuning split: an hour
     python experiments/upcycle/run.py --time     # a step of dense models and upcycled ones, in turns
     python experiments/upcycle/run.py --table    # Markdown
@@ -101,6 +102,18 @@ LONG = MICRO._replace(
     label="-long",
 )
 STUDIES = (NANO, MICRO, LONG)
+# Ten minutes, which are 7,000 dense steps: a tenth of them dense, 150 to upcycle, then Token Choice, a step of which
+# takes 1.493 of a dense one (../verdict/fresh-timings.csv). The rate falls after the start alone, as in the recipe.
+EARLY = Study(
+    "Nano",
+    "TC-Nano/32E/4",
+    700,
+    Options(device="cpu", data=["packages"], training={"lr_scheduler_type": "constant_with_warmup"}),
+    (4118,),
+    {},
+    label="-early",
+)
+EARLY_RATES = {0.005: (1, 2, 3), 0.01: (1,)}  # with their seeds
 
 
 def drawn(x_SD: Tensor, count: int) -> Tensor:
@@ -206,6 +219,23 @@ def make(experiment: Experiment, study: Study) -> None:
         keep([read_run(run) for run in runs], experiment.kept, first_seed=1)
 
 
+def make_early(experiment: Experiment) -> None:
+    """A dense start in place of the mixture that `../verdict/fresh.py` begins with."""
+    (steps,) = EARLY.lengths
+    for rate, seed in early_runs():
+        start = started(experiment, source_of(experiment, EARLY, seed), EARLY.child)
+        run = trained_on(experiment, start, early_name(rate, seed), steps, rate, EARLY, training={})
+        keep([read_run(run)], experiment.kept, first_seed=1)
+
+
+def early_runs() -> list[tuple[float, int]]:
+    return sorted(((rate, seed) for rate, seeds in EARLY_RATES.items() for seed in seeds), key=lambda run: run[1])
+
+
+def early_name(rate: float, seed: int | str) -> str:
+    return f"{EARLY.run(seed)}-upcycled-{rate}"
+
+
 def sweep(experiment: Experiment) -> None:
     """Rates, and starts of Nanos, by the loss on the tuning split; one seed."""
     rates = {"": (0.001, 0.002, 0.004, 0.01), "clusters": (0.005, 0.01, 0.02)}
@@ -262,6 +292,8 @@ def table(experiment: Experiment) -> str:
             ways |= {"upcycled": f"-upcycled-{steps}"}
             rows += [_row(experiment, study, study.source, way, study.run("{}") + end) for way, end in ways.items()]
         rows += [_row(experiment, study, "the start", name, directory_of(name, "seed{}")) for name in study.scratch]
+    way = f"{EARLY.child} in the rest of ten minutes"
+    rows += [_row(experiment, EARLY, EARLY.source, way, early_name(rate, "{}")) for rate in EARLY_RATES]
     return f"{gains_table(experiment)}\n\n{markdown([row for row in rows if row], left=2)}\n\n{sweep_table()}"
 
 
@@ -317,6 +349,7 @@ if __name__ == "__main__":
         lambda: table(experiment),
         micro=("train Micros", lambda: make(experiment, MICRO)),
         long=("train a Micro with a longer source", lambda: make(experiment, LONG)),
+        early=("train a tenth of ten minutes dense", lambda: make_early(experiment)),
         sweep=("find rates", lambda: sweep(experiment)),
         time=("time steps", time_steps),
     )
