@@ -19,6 +19,7 @@ from mixture_of_tokens.utils.rendering import page_of
 
 POINTS = 400  # of a line of measurements, which is about as many pixels wide
 SKIPPED = 0.15  # of the steps, whose steep losses would flatten the rest of the picture
+NAMED = 4  # models at most, whose labels are a page's title
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -38,7 +39,7 @@ def page(
     common_settings, own_settings = _settings(models)
     return page_of(
         "page.html.j2",
-        title=f"{enumerated(labels)} compared" if len(labels) > 1 else labels[0],
+        title=_title(labels),
         comparison=comparison,
         rows=[(i, model.label, model) for i, model in enumerate(comparison.models)],
         findings=findings,
@@ -65,6 +66,17 @@ def page(
         common_settings=common_settings,
         own_settings=own_settings,
     )
+
+
+def _title(labels: Sequence[str]) -> str:
+    """What a page compares; where models differ in settings alone, their name stands there once."""
+    if len(labels) == 1:
+        return labels[0]
+    name, *others = dict.fromkeys(label.partition(" (")[0] for label in labels)
+    inside = [label.partition(" (")[2].removesuffix(")") for label in labels]
+    if others or "" in inside:
+        return f"{enumerated(labels) if len(labels) <= NAMED else f'{len(labels)} models'} compared"
+    return f"{name}: {enumerated(inside) if len(labels) <= NAMED else f'{len(labels)} settings'} compared"
 
 
 def _over_seeds(runs: list[Run], field: str) -> Summary | None:

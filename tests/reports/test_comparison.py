@@ -447,6 +447,22 @@ def test_samples_stand_beside_their_model_s_mark(tmp_path):
     assert marks == [{"--series-0"}, {"--series-1"}, {"--series-1"}]
 
 
+@pytest.mark.parametrize(
+    ("names", "rates", "title"),
+    [
+        (["MoT-Nano/32E"], [0.01], "MoT-Nano/32E"),
+        (["MoT-Nano/32E", "TC-Nano/32E"], [0.01], "MoT-Nano/32E and TC-Nano/32E compared"),
+        (["MoT-Nano/32E"], [0.01, 0.02], "MoT-Nano/32E: learning_rate 0.01 and learning_rate 0.02 compared"),
+        (["MoT-Nano/32E"], [0.01 * i for i in range(1, 6)], "MoT-Nano/32E: 5 settings compared"),
+        (["MoT-Nano/32E", "TC-Nano/32E"], [0.01, 0.02, 0.03], "6 models compared"),
+    ],
+)
+def test_a_page_s_title_says_once_what_its_models_have_in_common(names, rates, title, tmp_path):
+    runs = [run(tmp_path / f"{name}{rate}", name, learning_rate=rate) for name in names for rate in rates]
+    models = by_model(runs)
+    assert f"<h1>{title}</h1>" in page.page(comparison(models), models, {}, [])
+
+
 def test_what_runs_hold_is_text_wherever_it_stands_on_the_page(tmp_path):
     made, evil = run(tmp_path), "<x>'\"&"
     told = {
