@@ -376,8 +376,8 @@ def long_plan() -> list[Run]:
     steps = {row["system"]: int(budget / float(row["share_of_dense"])) for row in read_csv(HERE / TIMES)}
     choice, alone, token = (replace(run, steps=steps[run.label]) for run in LONG)
     balanced = replace(alone, balance=1e-3)
-    firsts = [(alone, 1e-2), (alone, 5e-3), (token, 1e-2), (balanced, 1e-2), (choice, 5e-3)]
-    return [replace(run, rate=rate) for run, rate in firsts]
+    rates = [(alone, 1e-2), (alone, 5e-3), (token, 1e-2), (balanced, 1e-2), (choice, 5e-3), (token, 2e-2)]
+    return [replace(run, rate=rate) for run, rate in rates]
 
 
 def seeded(*runs: Run, seeds: Iterable[int] = (1, 2)) -> list[Run]:
