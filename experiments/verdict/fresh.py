@@ -65,9 +65,9 @@ from systems import (
 )
 
 from mixture_of_tokens import MixtureOfTokensForCausalLM, calibrate_companions, train, transition
+from mixture_of_tokens.conversion.after_switch import carry_moments, go_on_from
 from mixture_of_tokens.conversion.distil import distil
 from mixture_of_tokens.conversion.switch import to_token_choice, token_choice_config
-from mixture_of_tokens.conversion.warm_start import carry_moments, go_on_from
 from mixture_of_tokens.data.groups import Blocks, training_groups
 from mixture_of_tokens.data.prepare import Prepared
 from mixture_of_tokens.runs import checkpoints

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from mixture_of_tokens.conversion.after_switch import begin_switched
 from mixture_of_tokens.conversion.distil import STEPS
 from mixture_of_tokens.conversion.switch import default_scores, token_choice_config
-from mixture_of_tokens.conversion.warm_start import begin_switched
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.names import FIELDS
 from mixture_of_tokens.parallel.optimizer_state import OPTIMIZER

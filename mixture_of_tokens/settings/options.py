@@ -12,15 +12,13 @@ from mixture_of_tokens.utils.checks import check, listed, plain
 from mixture_of_tokens.utils.wording import as_called
 
 
-def listed_seeds(given: Any) -> list[int]:
-    """`listed`. Raises ValueError for none, and for a seed that is there twice, as it is one run."""
-    seeds = listed(given)
+def check_seeds(seeds: list[int]) -> None:
+    """Raises ValueError for none, and for a seed that is there twice, as it is one run."""
     if not seeds:
         raise ValueError("--seeds takes at least one seed")
     for seed in seeds:
         if seeds.count(seed) > 1:
             raise ValueError(f"--seeds has {seed} twice; each seed is one run")
-    return seeds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from mixture_of_tokens.runs.records import RunFacts
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.settings.choices import Device
 from mixture_of_tokens.settings.names import parse_name
-from mixture_of_tokens.settings.options import Options, as_flags, listed_seeds
+from mixture_of_tokens.settings.options import Options, as_flags, check_seeds
 from mixture_of_tokens.training.merging import Merged, check_settings, merge
 from mixture_of_tokens.training.room import check_room
 from mixture_of_tokens.training.sweep import ANOTHER_OUT, PlannedRun, Plans
@@ -56,7 +56,8 @@ def compare(
 ) -> Report | Plans | None:
     """As the function of `commands/compare.py`, which explains its arguments."""
     names = tuple(str(parse_name(name)) for name in names)
-    seeds, out = listed_seeds(seeds), out or Path("runs/compare")
+    check_seeds(seeds)
+    out = out or Path("runs/compare")
     check_holds_runs(out)
     check_minutes(minutes, steps=options.steps, dry_run=dry_run)
     rates = _rates(learning_rate, len(names))

@@ -19,7 +19,7 @@ from mixture_of_tokens.runs.preconditions import check_holds_runs, check_planned
 from mixture_of_tokens.runs.run import Run
 from mixture_of_tokens.runs.warm_start import Beginning
 from mixture_of_tokens.settings.fields import Several, as_word
-from mixture_of_tokens.settings.options import Options, as_flags, listed_seeds
+from mixture_of_tokens.settings.options import Options, as_flags, check_seeds
 from mixture_of_tokens.training.merging import Merged, check_settings
 from mixture_of_tokens.training.room import check_room, estimate
 from mixture_of_tokens.training.starting import begin_with, begun, merged_with
@@ -161,6 +161,8 @@ def sweep(
     name, beginning = begun(name, start)
     if learning_rate == []:
         raise ValueError("--learning-rate takes at least one rate")
+    if seeds is not None:
+        check_seeds(seeds)
     if out is None:
         source = "" if beginning is None else f"-from-{Path(beginning.start.source).name}"
         out = Path("runs") / f"sweep-{name.replace('/', '-')}{source}"
@@ -170,7 +172,7 @@ def sweep(
     cells = _grid(learning_rate, options)
     planned: list[_Planned] = []
     for settings in cells:
-        for seed in [None] if seeds is None else listed_seeds(seeds):
+        for seed in [None] if seeds is None else seeds:
             chosen, rate = _apply(options, settings)
             merged = merged_with(beginning, name, seed, rate, chosen)
             check_settings(merged)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from mixture_of_tokens.conversion import verify, warm_start
+from mixture_of_tokens.conversion import after_switch, verify
 from mixture_of_tokens.conversion.transition import Transitioned
 from mixture_of_tokens.data.groups import GroupedBatches
 from mixture_of_tokens.reports.reproduce import Places, commands_of
@@ -391,7 +391,7 @@ def test_stopped_before_its_first_step_it_says_so_and_begins_anew(tiny_runs, tmp
 
     words = [tiny_runs[MIXED], "--steps", 2, "--distil-steps", 3, "--out", tmp_path / "new"]
     with monkeypatch.context() as patched:
-        patched.setattr(warm_start, "distil", stopped)
+        patched.setattr(after_switch, "distil", stopped)
         with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
             mot("transition", *words)
     assert "stopped before the first step; --resume begins anew" in capsys.readouterr().err
