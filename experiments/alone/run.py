@@ -376,8 +376,9 @@ def long_plan() -> list[Run]:
     steps = {row["system"]: int(budget / float(row["share_of_dense"])) for row in read_csv(HERE / TIMES)}
     choice, alone, token = (replace(run, steps=steps[run.label]) for run in LONG)
     balanced = replace(alone, balance=1e-3)
-    rates = [(alone, 1e-2), (alone, 5e-3), (token, 1e-2), (balanced, 1e-2), (choice, 5e-3), (token, 2e-2)]
-    return [replace(run, rate=rate) for run, rate in rates]
+    firsts = [replace(run, rate=rate) for run, rate in ((alone, 1e-2), (alone, 5e-3), (token, 1e-2))]
+    more = [(choice, 5e-3), (token, 2e-2), (balanced, 1e-2)]
+    return [*firsts, *seeded(firsts[-1], seeds=[2, 3]), *(replace(run, rate=rate) for run, rate in more)]
 
 
 def seeded(*runs: Run, seeds: Iterable[int] = (1, 2)) -> list[Run]:
