@@ -10,10 +10,10 @@ because a Llama hands keyword arguments that it does not know down to its blocks
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mixture_of_tokens import GroupedBatches, MixtureOfTokens, prepare_text
+from mixture_of_tokens import Experts, GroupedBatches, MixtureOfTokens, Router, prepare_text
 from mixture_of_tokens.data.blocks import Blocks
 
 GROUP = 16  # texts that are mixed; a batch is a multiple of it
@@ -34,6 +34,22 @@ class MixedBlock(LlamaDecoderLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
 
 
+class MixedModel(LlamaModel):
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        for layer_idx in range(config.num_hidden_layers // 2, config.num_hidden_layers):
+            self.layers[layer_idx] = MixedBlock(config, layer_idx)
+        self.post_init()  # draws the weights of the new blocks
+
+    def _init_weights(self, module: torch.nn.Module):
+        """Also of what a checkpoint lacks, such as a plain Llama's, whose memory would be left as it is."""
+        super()._init_weights(module)
+        if isinstance(module, Experts | Router):
+            module.reset_parameters()
+        elif isinstance(module, MixtureOfTokens):
+            module.reset_state()
+
+
 class MixedLlama(LlamaForCausalLM):
     """Trains and scores whole texts. `generate` is right for rows that are served alone (docs/reference/serving.md).
 
@@ -43,8 +59,7 @@ class MixedLlama(LlamaForCausalLM):
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
-        for layer_idx in range(config.num_hidden_layers // 2, config.num_hidden_layers):
-            self.model.layers[layer_idx] = MixedBlock(config, layer_idx)
+        self.model = MixedModel(config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more):
         newest = slice(-input_ids.shape[1], None)  # those before are in the cache

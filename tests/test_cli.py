@@ -38,6 +38,12 @@ def test_every_command_is_a_public_function_whose_docstring_is_its_help(name, ca
             assert f"--{flag}" in shown or parameter.name.upper() in shown
 
 
+def test_an_error_shows_where_it_was_raised_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setenv("MOT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no-such-run"):
+        cli.main(["evaluate", "no-such-run"])
+
+
 def test_the_list_of_commands_has_a_line_for_each(capsys):
     mot("--help")
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())

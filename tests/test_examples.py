@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import TrainingArguments
+from transformers import LlamaForCausalLM, TrainingArguments
 
 from mixture_of_tokens import GroupedTrainer, MixtureOfTokens, audit_model, calibrate_companions
 from mixture_of_tokens.data.groups import GroupedBatches
@@ -62,6 +62,21 @@ def test_a_trainer_of_transformers_trains_it_and_it_is_loaded_as_it_was(llama, s
         plain = F.cross_entropy(model(batch["input_ids"]).logits.flatten(0, 1), batch["shift_labels"].flatten())
         torch.testing.assert_close(model(**batch).loss, plain)
         torch.testing.assert_close(again(**batch).loss, plain, rtol=0, atol=1e-6)
+
+
+def test_it_is_made_of_a_plain_llama_s_checkpoint_with_layers_that_are_drawn(llama, tmp_path):
+    config = llama["build"](97).config
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    mixed = llama["MixedLlama"].from_pretrained(tmp_path)
+    drawn = llama["build"](97)
+    for name, weight in mixed.named_parameters():
+        wanted = drawn.get_parameter(name).std()
+        assert torch.allclose(weight.std(), wanted, rtol=0.3, atol=1e-6), name
+    layer = mixed.model.layers[2].mlp
+    assert not layer.companion.any()
+    assert not layer.companion_logit.any()
+    kept = LlamaForCausalLM.from_pretrained(tmp_path).model.layers[0].mlp.up_proj.weight
+    assert torch.equal(mixed.model.layers[0].mlp.up_proj.weight, kept)
 
 
 def test_its_audit_finds_it_causal_and_its_groups_shared(model):

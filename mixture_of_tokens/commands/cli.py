@@ -74,6 +74,7 @@ _IN_THE_NAME = "the model's name has it, as in MoT-Nano/16E/8: groups of 16, gra
 # Where other programs' flags are to be found here, for whoever tries them.
 ELSEWHERE = {"--lr": "it is --learning-rate", "--max-steps": "it is --steps", "--output-dir": "it is --out"}
 ELSEWHERE |= dict.fromkeys(("--group-size", "--granularity"), _IN_THE_NAME)
+TRACEBACK = "MOT_TRACEBACK"  # where this is set, an error shows where it was raised
 WATCHED_EVERY = 5.0  # seconds
 WHOLE, DIGITS = re.compile(r"[+-]?[0-9]+"), 18  # whole numbers, and how long they may be to fit in 64 bits
 
@@ -247,6 +248,8 @@ def main(words: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of the output has closed it, as in `mot generate ... | head`
         sys.exit(128 + signal.SIGPIPE)
     except (CycloptsError, yaml.YAMLError, ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
         if not is_told(error):
             print("mot: error:", " ".join(_reworded(error, words).split()), file=sys.stderr)
         sys.exit(2)

@@ -119,7 +119,7 @@ def dropless(
 
     Args:
         expert, gate: (S, K), or (A,) of assignments to these tokens, in ascending order.
-        read: what experts read instead of tokens (..., D), by the experts' numbers and the gates (...).
+        read: called with tokens (..., D), the experts' numbers (...) and gates (...); gives what experts read instead.
     """
     experts, E, (S, D), A = layer.experts, layer.num_experts, x_SD.shape, expert.numel()
     few = min(FEW * E, COPIED // layer.weights_of_an_expert)

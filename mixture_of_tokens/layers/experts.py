@@ -53,10 +53,10 @@ def check_choices(num_experts_per_tok: int, num_experts: int, name: str = "num_e
         raise ValueError(f"{name} must be 1 to {num_experts}, not {num_experts_per_tok}")
 
 
-def summed_over_processes(counts: Tensor) -> Tensor:
-    """Over the processes that train together, which all call it."""
+def summed_over_processes(counts: Tensor, group: "torch.distributed.ProcessGroup | None" = None) -> Tensor:
+    """Over the processes of a group, by default all of them, which all call it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counts)
+        torch.distributed.all_reduce(counts, group=group)
     return counts
 
 
@@ -281,5 +281,9 @@ class Routed(nn.Module):
         """Set what a layer keeps beside its weights as at the beginning of training."""
 
     @staticmethod
-    def balance(layers: Sequence[Any]) -> None:
-        """To be called after each step of training with all layers of this class; some routings change their state."""
+    def balance(layers: Sequence[Any], group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        """To be called after each step of training with all layers of this class; some routings change their state.
+
+        Args:
+            group: the processes that have these layers, and all call this; by default all that train.
+        """

@@ -69,8 +69,8 @@ def at_least_fp32(dtype: torch.dtype | None = None) -> torch.dtype:
 def grouped(x_BTD: Tensor, token_mask: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows -> groups: x (M, G, D) with masked rows zeroed, the mask (M, G, 1), the number of missing tokens (M, 1, 1).
 
-    An incomplete last group is padded with masked rows; a batch smaller than a group is one group of B rows. Without
-    `token_mask` and padding the mask is None, and so is the number unless the batch is smaller than a group.
+    An incomplete last group is padded with masked rows; a batch smaller than a group is one group of B rows. The mask
+    is None where no row is masked or padded, and the number where every group is full.
     """
     check_shapes(x_BTD, token_mask)
     B, T, _ = x_BTD.shape

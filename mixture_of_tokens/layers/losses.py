@@ -29,6 +29,15 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, *, logit
         return _ChunkedCrossEntropy.apply(hidden, head, labels, chunk, torch.is_grad_enabled())
 
 
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same of logits (S, V) that are in memory already; in fp32 are those of a chunk at a time."""
+    chunk = max(1, LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE["cpu"]) // logits.shape[1])
+    precise, total = at_least_fp32(logits.dtype), 0.0
+    for some, label in zip(logits.split(chunk), labels.split(chunk), strict=True):
+        total = total + F.cross_entropy(some.to(precise), label, ignore_index=IGNORE, reduction="sum")
+    return torch.as_tensor(total, dtype=precise)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, size, with_gradients):

@@ -206,7 +206,7 @@ class MixtureOfTokens(Routed):
     def _in_groups(self, x_BTD: Tensor, token_mask: Tensor | None = None, return_weights: bool = False) -> Any:
         """The equations of the module's docstring."""
         x_MGD, mask_MG1, missing_M11 = grouped(x_BTD, token_mask, self.group_size)
-        if self.training:
+        if self.training and not self.alone:
             check_full(x_BTD, self.group_size)
         else:
             self._check_measured(x_BTD)

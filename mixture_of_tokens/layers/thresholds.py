@@ -119,15 +119,16 @@ class ReMoE(_Above):
 
     @staticmethod
     @torch.no_grad()
-    def balance(layers: "Sequence[ReMoE]") -> None:
-        noting = [layer for layer in layers if layer.noted is not None]
-        if not noting:
+    def balance(layers: "Sequence[ReMoE]", group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        if not layers:
             return
-        device = noting[0].l1_weight.device  # a model may lie on several
-        counts = [layer.noted.to(device) for layer in noting if layer.noted is not None]
-        choices, tokens = summed_over_processes(torch.stack(counts).sum(0))
-        for layer in noting:
+        device = layers[0].l1_weight.device  # a model may lie on several
+        total = torch.zeros(2, dtype=torch.long, device=device)  # also of a process that saw no batch
+        for layer in layers:
+            total += 0 if layer.noted is None else layer.noted.to(device)
             layer.noted = None
+        choices, tokens = summed_over_processes(total, group)
+        for layer in layers:
             step = torch.sign(choices - layer.num_experts_per_tok * tokens)
             layer.l1_weight *= layer.l1_factor ** step.to(layer.l1_weight.device)
             # From beyond these it would not come back.
@@ -199,11 +200,8 @@ class ExpertThreshold(_Above):
             noted[-1] = 1
         self.noted = noted if self.noted is None else self.noted + noted
 
-    def move_threshold(self, by: float, *, over_processes: bool) -> None:
-        """By this share towards the mean of the thresholds that batches since the last call wanted, if any did."""
-        if self.noted is None:
-            return
-        noted, self.noted = summed_over_processes(self.noted) if over_processes else self.noted, None
+    def move_threshold(self, by: float, noted: Tensor) -> None:
+        """By this share towards the mean of the thresholds that batches wanted, if any did: their sum, and number."""
         mean_E = (noted[:-1] / noted[-1].clamp(min=1)).to(self.threshold.dtype)
         # Without asking whether there were any: a step would wait for the device.
         moves = (noted[-1] > 0) & mean_E.isfinite()
@@ -211,6 +209,8 @@ class ExpertThreshold(_Above):
 
     @staticmethod
     @torch.no_grad()
-    def balance(layers: "Sequence[ExpertThreshold]") -> None:
+    def balance(layers: "Sequence[ExpertThreshold]", group: "torch.distributed.ProcessGroup | None" = None) -> None:
         for layer in layers:
-            layer.move_threshold(1 - layer.threshold_decay, over_processes=True)
+            nothing = layer.threshold.new_zeros(layer.num_experts + 1)  # of a process that saw no batch
+            noted, layer.noted = nothing if layer.noted is None else layer.noted, None
+            layer.move_threshold(1 - layer.threshold_decay, summed_over_processes(noted, group))

@@ -265,8 +265,9 @@ class SigmoidChoice(TokenChoice):
 
     @staticmethod
     @torch.no_grad()
-    def balance(layers: "Sequence[SigmoidChoice]") -> None:
+    def balance(layers: "Sequence[SigmoidChoice]", group: "torch.distributed.ProcessGroup | None" = None) -> None:
         for layer in layers:
-            if layer.load_E is not None:
-                load_E, layer.load_E = summed_over_processes(layer.load_E).to(layer.selection_bias.dtype), None
-                layer.selection_bias += layer.balance_rate * (load_E.mean() - load_E).sign()
+            nothing_E = torch.zeros_like(layer.selection_bias, dtype=torch.long)  # of a process that saw no batch
+            load_E, layer.load_E = nothing_E if layer.load_E is None else layer.load_E, None
+            load_E = summed_over_processes(load_E, group).to(layer.selection_bias.dtype)
+            layer.selection_bias += layer.balance_rate * (load_E.mean() - load_E).sign()

@@ -36,8 +36,8 @@ class MixtureOfTokensConfig(LayerSettings, Qwen3MoeConfig):
         gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
         qk_norm: each head's queries and keys are normed, as in Qwen3; False: they are not, as in Llama.
         router_temperature, learnable_temperature, router_dtype: see `Router`; normalize_mixture: see `MixtureOfTokens`.
-        capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`; threshold_decay and
-            threshold_scores ("softmax" or "sigmoid"): see `ExpertThreshold`.
+        capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`; l1_start, l1_factor: see `ReMoE`;
+            threshold_decay, threshold_scores ("softmax" or "sigmoid"): see `ExpertThreshold`.
         shared_experts: experts of a sparse block that every token goes to, with gate 1, beside the routed ones
             (DeepSeekMoE, arXiv 2401.06066): one dense feed-forward of their width.
         initializer_scale: weights are drawn with std = scale / sqrt(fan_in), cut at two std; embeddings have fan_in 1.
@@ -48,7 +48,7 @@ class MixtureOfTokensConfig(LayerSettings, Qwen3MoeConfig):
     """
 
     model_type = "mixture_of_tokens"
-    keys_to_ignore_at_inference = ["past_key_values", "cross_entropy", "aux_loss", "router_logits"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "cross_entropy", "aux_loss", "router_logits"]
     # Upstream's parallel plans split experts without regard to groups.
     base_model_tp_plan = None
     base_model_ep_plan = None

@@ -34,7 +34,7 @@ def _check_model(config: MixtureOfTokensConfig) -> None:
 
 
 def _check_effect(config: MixtureOfTokensConfig, overrides: Mapping[str, Any]) -> None:
-    """Raises ValueError for fields of upstream's that do nothing here, but with the value that they have anyway."""
+    """Raises ValueError for upstream's fields that have no effect here, unless they are given their default."""
     for field, does, anyway in (
         ("initializer_range", "--model.initializer_scale", MixtureOfTokensConfig.initializer_range),
         ("decoder_sparse_step", "--model.mlp_layer_types", config.decoder_sparse_step),

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import logging
 
 from mixture_of_tokens.layers.experts import Experts, Routed, Router, truncated_normal_
-from mixture_of_tokens.layers.grouping import at_least_fp32
-from mixture_of_tokens.layers.losses import IGNORE, AuxiliaryLoss, chunked_cross_entropy
+from mixture_of_tokens.layers.losses import IGNORE, AuxiliaryLoss, chunked_cross_entropy, summed_cross_entropy
 from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.feed_forwards import dense_feed_forward, feed_forward
@@ -131,7 +131,8 @@ class MixtureOfTokensModel(MixtureOfTokensPreTrainedModel, Qwen3MoeModel):
     ):
         """As upstream's, with `token_mask` (B, T), true where a token is real; by default from a 2-D attention mask."""
         if token_mask is None:
-            cache = kwargs.get("past_key_values", kwargs.get("cache"))  # the name depends on transformers' version
+            names = ("past_key_values", "cache")  # depending on transformers' version
+            cache = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
             current = inputs_embeds if input_ids is None else input_ids
             if cache is None:
                 check_width(attention_mask, current)
@@ -184,12 +185,28 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         for mixture in mixtures:
             mixture.serve_alone(alone, num_experts_alone)
 
-    def balance(self) -> None:
-        """To be called after each step of training: routings without a balancing loss then balance their load."""
+    def save_pretrained(self, save_directory, **kwargs):
+        """As upstream's; a temperature that a schedule has set is saved as `router_temperature`.
+
+        Raises ValueError where routers have several, which the configuration cannot hold.
+        """
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        set_to = {router.temperature_setting for router in routers if router.log_temperature is None}
+        if len(set_to) > 1:
+            raise ValueError(f"routers have the temperatures {sorted(set_to)}, and a configuration has one for all")
+        self.config.router_temperature = next(iter(set_to), self.config.router_temperature)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def balance(self, group: ProcessGroup | None = None) -> None:
+        """To be called after each step of training: routings without a balancing loss then balance their load.
+
+        Args:
+            group: the processes that hold the same layers, and all call this; by default all that there are.
+        """
         self._batches_since_balance = 0
         layers = self._to_balance()
         for kind in dict.fromkeys(map(type, layers)):
-            kind.balance([layer for layer in layers if type(layer) is kind])
+            kind.balance([layer for layer in layers if type(layer) is kind], group)
 
     def _to_balance(self) -> list[Routed]:
         routed = [module for module in self.modules() if isinstance(module, Routed)]
@@ -255,9 +272,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         head = self.lm_head
         if _is_matrix(head) and head.weight.device == hidden.device:
             return chunked_cross_entropy(hidden, head.weight, labels)
-        logits = head(hidden).to(hidden.device)
-        logits = logits.to(at_least_fp32(logits.dtype))
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return summed_cross_entropy(head(hidden).to(hidden.device), labels)
 
     @can_return_tuple
     def forward(
@@ -326,7 +341,10 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
                 shift_labels = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
             shift_labels = shift_labels.to(hidden.device)
             count = (shift_labels != IGNORE).sum()
-            total = self._summed_cross_entropy(hidden.flatten(0, 1), shift_labels.flatten())
+            if logits is None or self.training or logits.shape[:2] != hidden.shape[:2]:
+                total = self._summed_cross_entropy(hidden.flatten(0, 1), shift_labels.flatten())
+            else:
+                total = summed_cross_entropy(logits.flatten(0, 1).to(hidden.device), shift_labels.flatten())
             divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             cross_entropy = total / divisor
             loss = cross_entropy if added is None else (total + added * count) / divisor

@@ -38,7 +38,8 @@ def calibrate_thresholds(model: MixtureOfTokensForCausalLM, batches: Iterable[di
         if all(layer.noted is None for layer in layers):
             raise ValueError("there is no batch to measure thresholds on; an iterator gives its batches once")
         for layer in layers:
-            layer.move_threshold(1, over_processes=False)
+            if layer.noted is not None:
+                layer.move_threshold(1, layer.noted)
     finally:
         for layer in layers:
             layer.noted = None

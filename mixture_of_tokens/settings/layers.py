@@ -24,7 +24,7 @@ def setting(
         of: the kinds of routing whose layers take it as an argument; none for what the model reads itself.
         argument: the argument's name, where it is not the field's.
         training: it changes how a model is trained, not what it computes.
-        later: earlier versions did not have it, and did what its default does; files hold it where it is another.
+        later: added after the first release. Files of before lack it, so it is written where it is not the default.
         bounds: as `check_range` takes them.
     """
     metadata = {"of": of, "argument": argument, "training": training, "later": later, "bounds": bounds}
@@ -50,6 +50,8 @@ class LayerSettings:
     router_z_loss_coef: float = setting(0.0, "token_choice", "sigmoid_choice", ge=0, training=True, later=True)
     balance_rate: float = setting(1e-3, "sigmoid_choice", ge=0, training=True)
     threshold_decay: float = setting(0.9, "expert_threshold", ge=0, lt=1, training=True)
+    l1_start: float = setting(1e-8, "remoe", gt=0, le=1e38, training=True, later=True)
+    l1_factor: float = setting(1.2, "remoe", gt=1, le=1e38, training=True, later=True)
     threshold_scores: Scores = setting("softmax", "expert_threshold", argument="scores")
 
 

@@ -9,16 +9,30 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from mixture_of_tokens.data.groups import GroupedBatches
+from mixture_of_tokens.models.balance_callback import BalanceCallback
+from mixture_of_tokens.models.companions import forget_companions
+from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 
 OF_ROWS = {"per_device_train_batch_size": 8, "max_steps": -1}  # transformers' defaults of what rows say
 
 
-class GroupedTrainer(Trainer):
+class TemperaturesUndecayed(Trainer):
+    """Weight decay would draw the logarithm of a learned temperature to 0, and so the temperature to 1."""
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
+
+
+class GroupedTrainer(TemperaturesUndecayed):
     """A Trainer of transformers for any causal language model, with the steps and batches of a `GroupedBatches`.
 
     Rows are neither shuffled nor collated, and a model gets of `input_ids`, `labels` and `shift_labels` what its
     forward takes. Processes and gradient accumulation divide the batch of a step, so `per_device_train_batch_size` can
-    be left out, and so can `max_steps`; fewer steps than the rows have may be asked for.
+    be left out (transformers' default, 8, counts as left out), and so can `max_steps`; fewer steps than the rows have
+    may be asked for.
+
+    A model of this library is balanced after each step, where its routing has no loss for that. Companions are set to
+    zero when training begins, as what was measured is of other weights: `calibrate_companions` measures them again.
 
     Args:
         train_dataset: the rows; eval_dataset: others, whose batches are those of an evaluation. Others are Trainer's.
@@ -52,6 +66,12 @@ class GroupedTrainer(Trainer):
             args.per_device_eval_batch_size = evaluated.batch_size
         collate = _WhatItTakes(model)
         super().__init__(model, args, collate, train_dataset, eval_dataset, **kwargs)
+        if isinstance(self.model, MixtureOfTokensForCausalLM):
+            self.add_callback(BalanceCallback(self.model))
+
+    def train(self, *args, **kwargs):
+        forget_companions(self.model)
+        return super().train(*args, **kwargs)
 
 
 def _as_the_rows(args: TrainingArguments, rows: GroupedBatches) -> None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import safetensors.torch
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -33,6 +33,7 @@ from mixture_of_tokens.parallel.optimizer_state import check_optimizer, load_opt
 from mixture_of_tokens.parallel.sharding import IN_ONE_FILE, is_sharded, load_whole, local, unsharded, whole_state
 from mixture_of_tokens.runs import checkpoints
 from mixture_of_tokens.training.callbacks import Clock, RunLog
+from mixture_of_tokens.training.grouped import TemperaturesUndecayed
 from mixture_of_tokens.training.signals import begin_worker
 from mixture_of_tokens.training.tensorboard import writes_events
 from mixture_of_tokens.utils import manifest
@@ -44,7 +45,7 @@ EVALUATION_ROWS = 1024  # during training; the final loss is over the whole spli
 BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")  # what a schedule has for each of the optimizer's groups
 
 
-class RunTrainer(Trainer):
+class RunTrainer(TemperaturesUndecayed):
     """Trainer on rows in their given order, evaluated in fixed groups, with cross-entropy as the loss it reports.
 
     Args beyond Trainer's:
@@ -113,10 +114,6 @@ class RunTrainer(Trainer):
                 "put back what it was trained on, or name another directory with --out; its paths are in config.yaml"
             )
         return facts
-
-    def get_decay_parameter_names(self, model) -> list[str]:
-        """Not learned temperatures: decay would draw their logarithm to 0, and so the temperature to 1."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
 
     def train(self, checkpoint: Path | None = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         step = rows = 0

@@ -366,6 +366,34 @@ def balanced(directory: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def balanced_apart(directory: Path) -> None:
+    """In two processes: biases by a group of one process each, and by both where one has seen nothing."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    groups = [torch.distributed.new_group([each]) for each in (0, 1)]
+    own, shared = (SigmoidChoice(D, F, 2, balance_rate=0.5) for _ in range(2))
+    others: list[Any] = [by_number(thresholds()), remoe(l1_start=1.0, l1_factor=2.0)]
+    with torch.no_grad():
+        for layer in (own, shared):
+            layer.gate.weight.copy_(torch.eye(D)[:1] * torch.tensor([[1.0], [-1.0]]))
+    own(numbered(1) if rank == 0 else numbered(-1))
+    own.balance([own], groups[rank])
+    for layer in (shared, *others):
+        if rank == 0:
+            layer(numbered(1, 2, 3, 4, 5, 6, 7, 8))
+        layer.balance([layer])
+    torch.save((own.selection_bias, shared.selection_bias), directory / f"apart{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_with_other_layers_balance_apart_and_one_without_a_batch_holds_up_none(tmp_path):
+    in_processes(balanced_apart, (tmp_path,), 2, tmp_path / "log")
+    (own, shared), (other, also) = (torch.load(tmp_path / f"apart{rank}.pt") for rank in (0, 1))
+    assert own.tolist() == [-0.5, 0.5]
+    assert other.tolist() == [0.5, -0.5]
+    assert shared.tolist() == also.tolist() == [-0.5, 0.5]
+
+
 def test_the_tokens_of_all_processes_decide_where_to(tmp_path):
     """By those of the first process alone each would go the other way.
 

@@ -68,6 +68,12 @@ def test_it_trains_and_evaluates_with_a_loss_and_metrics_of_logits(kind, tmp_pat
     assert 0 <= after["eval_accuracy"] <= 1
 
 
+def test_a_prediction_leaves_out_the_cache(tmp_path):
+    made = trainer(tiny("mixture_of_tokens"), tmp_path)
+    made.args.use_cache = made.model.config.use_cache = True
+    assert made.predict(Texts(12)).predictions.shape == (12, LENGTH, VOCABULARY)
+
+
 @pytest.mark.parametrize(
     ("kind", "buffer"),
     [("sigmoid_choice", "selection_bias"), ("expert_threshold", "threshold"), ("remoe", "l1_weight")],

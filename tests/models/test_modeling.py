@@ -15,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,7 +29,7 @@ from transformers import (
 )
 
 import routings
-from mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router, TokenChoice
+from mixture_of_tokens import MixtureOfTokens, MixtureOfTokensConfig, MixtureOfTokensForCausalLM, Router, TokenChoice
 from mixture_of_tokens.layers.grouping import warn_once
 from mixture_of_tokens.layers.losses import IGNORE, L1Loss, LoadBalancingLoss
 from mixture_of_tokens.models import modeling
@@ -66,6 +67,14 @@ def test_training_in_an_incomplete_group_is_told_once(name, more, told, caplog):
     assert caplog.text.count(f"A batch of {rows} rows is no multiple of the group size") == told
 
 
+def test_training_what_is_served_alone_is_not_told_of_incomplete_groups(caplog):
+    warn_once.cache_clear()
+    layer = MixtureOfTokens(8, 4, 4, 4)
+    layer.serve_alone()
+    layer.train()(torch.randn(8, 3, 8))
+    assert "no multiple of the group size" not in caplog.text
+
+
 def test_what_cannot_serve_a_row_alone_may_be_asked_not_to():
     model = tiny("expert_choice")
     model.serve_alone(False)
@@ -99,6 +108,19 @@ def test_save_and_load_through_auto_classes_gives_identical_logits(kind, tmp_pat
     base = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(base(x).last_hidden_state, model.model(x).last_hidden_state, rtol=1e-6, atol=1e-6)
     assert AutoConfig.from_pretrained(tmp_path).mlp_layer_types == ["dense", kind, kind]
+
+
+def test_a_temperature_that_a_schedule_has_set_is_saved(tmp_path):
+    model, x = tiny("token_choice"), tokens(4, 9)
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router in routers:
+        router.set_temperature(0.05)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(x).logits, model(x).logits, rtol=1e-6, atol=1e-6)
+    routers[0].set_temperature(0.5)
+    with pytest.raises(ValueError, match=r"routers have the temperatures \[0.05, 0.5\]"):
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["mixture_of_tokens", "token_choice", "expert_choice"])
@@ -213,7 +235,18 @@ def test_loss_needs_no_logits_and_equals_the_one_with_them(kind):
     plain = F.cross_entropy(full.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(quick.loss, plain)
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    assert torch.equal(model(x, shift_labels=shifted).loss, quick.loss)
+    assert torch.equal(model(x, shift_labels=shifted, return_logits=False).loss, quick.loss)
+    assert torch.equal(model(x, shift_labels=shifted).loss, full.loss)
+
+
+def test_an_evaluation_with_labels_multiplies_by_the_head_once():
+    model, x = tiny("token_choice").eval(), tokens(4, 9)
+    counted = []
+    for labels in (None, x):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x, labels=labels)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1]
 
 
 def test_the_third_argument_is_of_positions_as_upstream(kind):
@@ -522,6 +555,16 @@ def test_the_model_s_own_stop_token_and_beams_hold_beside_a_given_configuration(
     model.generation_config.num_beams = 2
     with pytest.raises(ValueError, match="num_beams=1"):
         model.generate(x, generation_config=given, attention_mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:Both .past_key_values. and .cache.:FutureWarning")
+def test_a_cache_is_found_beside_an_empty_one_of_its_old_name():
+    model, x = tiny("mixture_of_tokens"), tokens(4, 9)
+    given = model(x[:, :-1], use_cache=True)
+    named = {"cache": given["cache"], "past_key_values": None} if "cache" in given else dict(given)
+    named = {name: value for name, value in named.items() if name in ("cache", "past_key_values")}
+    found = model(x[:, -1:], attention_mask=torch.ones(4, 9, dtype=torch.long), **named)
+    torch.testing.assert_close(found.logits, model(x).logits[:, -1:])
 
 
 @pytest.mark.parametrize("lengths", [[6, 3, 5], [6, 6, 6]], ids=["padded", "equal"])

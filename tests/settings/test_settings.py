@@ -1,5 +1,6 @@
 """Settings of some routings: which read them, and that others refuse them."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from torch import Tensor
 import routings
 from mixture_of_tokens import Options, compare, plan, prepare, sweep, train
 from mixture_of_tokens.data.tokenizer import ids_of, load_tokenizer, train_tokenizer
+from mixture_of_tokens.models.feed_forwards import LAYERS
+from mixture_of_tokens.settings.layers import FIELDS, fields_of
 from mixture_of_tokens.settings.names import parse_name
 from mixture_of_tokens.settings.routings import SETTINGS, TABLE, Routing
 from mixture_of_tokens.training.compare import _plans
@@ -27,6 +30,8 @@ OTHER = {  # than the default
     "router_z_loss_coef": 1.0,
     "balance_rate": 0.5,
     "threshold_decay": 0.1,
+    "l1_start": 0.1,
+    "l1_factor": 1e8,
     "threshold_scores": "sigmoid",
 }
 MIXED = {"mlp_layer_types": ["dense", "mixture_of_tokens", "token_choice", "dense"]}
@@ -53,6 +58,15 @@ def test_a_routing_reads_its_settings_and_no_others(row: Routing):
         other = trained(row.kind, **{field: value})
         found[field] = any(not torch.equal(weight, plain[name]) for name, weight in other.items())
     assert found == {field: field in row.settings for field in SETTINGS}
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.kind in LAYERS], ids=lambda row: row.kind)
+def test_a_layer_s_own_defaults_are_those_of_the_settings(row: Routing):
+    layer, _ = LAYERS[row.kind]
+    arguments = inspect.signature(layer).parameters
+    for name in fields_of(row.kind):
+        own = arguments.get(FIELDS[name].metadata["argument"] or name)
+        assert own is None or own.default == FIELDS[name].default, name
 
 
 def asked(name: str, **options) -> list[str]:

@@ -23,7 +23,6 @@ from mixture_of_tokens import (
 )
 from mixture_of_tokens.data.groups import grouped_order
 from mixture_of_tokens.layers.experts import Router
-from mixture_of_tokens.models.balance_callback import BalanceCallback
 from processes import in_processes
 from routings import tiny
 
@@ -171,8 +170,7 @@ def train(kind: str, folder: Path) -> None:
     arguments = how(folder, optim="sgd", learning_rate=0.1, logging_steps=1)
     arguments.gradient_accumulation_steps = 4 // arguments.world_size
     rows, held_out = rows_of(steps=3, batch_size=16), rows_of(steps=3, batch_size=8)
-    callbacks = [BalanceCallback(model)] if hasattr(model, "balance") else []
-    trainer = GroupedTrainer(model, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks)
+    trainer = GroupedTrainer(model, arguments, train_dataset=rows, eval_dataset=held_out)
     trainer.train()
     made = {"rows": list(seen), "weights": model.state_dict(), "held out": trainer.evaluate()["eval_loss"]}
     made["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -201,6 +199,30 @@ def test_two_processes_share_the_groups_of_a_step_and_train_as_one_does(tmp_path
             torch.testing.assert_close(each["weights"], one["weights"])
             assert each["losses"] == pytest.approx(one["losses"], abs=2e-4)  # logged with four digits
             assert each["held out"] == pytest.approx(one["held out"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "buffer"),
+    [("sigmoid_choice", "selection_bias"), ("expert_threshold", "threshold"), ("remoe", "l1_weight")],
+)
+def test_a_trainer_balances_a_model_of_this_library(kind, buffer, tmp_path):
+    model = tiny(kind, group_size=GROUP)
+    before = getattr(model.model.layers[1].mlp, buffer).clone()
+    GroupedTrainer(model, how(tmp_path), train_dataset=rows_of(steps=2)).train()
+    assert not getattr(model.model.layers[1].mlp, buffer).equal(before)
+
+
+def test_a_trainer_forgets_companions_of_other_weights_and_decays_no_temperature(tmp_path):
+    model = tiny("mixture_of_tokens", group_size=GROUP, learnable_temperature=True)
+    calibrate_companions(model, rows_of(steps=1))
+    mixture = model.model.layers[1].mlp
+    assert mixture.companion.any()
+    trainer = GroupedTrainer(model, how(tmp_path, weight_decay=0.1), train_dataset=rows_of(steps=1))
+    trainer.train()
+    assert not mixture.companion.any()
+    decayed = trainer.get_decay_parameter_names(model)
+    assert decayed
+    assert not [name for name in decayed if "temperature" in name]
 
 
 def test_a_model_gets_what_its_forward_takes(tmp_path):
