@@ -70,7 +70,8 @@ class GroupedTrainer(TemperaturesUndecayed):
             self.add_callback(BalanceCallback(self.model))
 
     def train(self, *args, **kwargs):
-        forget_companions(self.model)
+        if self.model is not None:
+            forget_companions(self.model)
         return super().train(*args, **kwargs)
 
 
