@@ -104,8 +104,12 @@ def flops_per_token(
         "combine": 2 * D * mixed,
         "head": 2 * D * config.vocab_size,
     }
-    # The gradient of a product is two products of its size, one for each factor.
-    return Flops(forward, {part: 2 * flops for part, flops in forward.items()})
+    # The gradient of a product is two products of its size, one for each factor; weights without a router have none.
+    backward = {part: 2 * flops for part, flops in forward.items()}
+    uniform = sum(logits[routing] for routing in routings if routing.reads_mixtures and not routing.routed)
+    for part in ("dispatch", "combine"):
+        backward[part] -= 2 * D * uniform
+    return Flops(forward, backward)
 
 
 def training_flops(config: MixtureOfTokensConfig, batch: int) -> float:
