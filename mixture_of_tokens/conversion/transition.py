@@ -160,6 +160,7 @@ def transition(
         calibrate=calibrate,
         optimizer=optimizer,
         distil_steps=(distil_steps or STEPS) if calibrate == "distil" else None,
+        source_minutes=source.config.minutes,
     )
     target = token_choice_config(
         source.model_config, top_k=top_k, capacity_factor=capacity, scores=scores, norm_topk_prob=norm_topk_prob

@@ -34,6 +34,8 @@ def _taken(out: Path) -> str | None:
     if _is_empty(out):
         return None
     what = "; go on with --resume" if (out / records.CONFIG).is_file() else " and is no run directory"
+    if (out / records.FACTS).is_file():
+        what = " and is a finished run; see it by mot report"
     return f"{out} exists already{what}, name another with --out, or remove it"
 
 

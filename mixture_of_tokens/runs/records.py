@@ -43,6 +43,7 @@ class Transition(Record):
     control: str | None = None
     anneal: float | None = None
     distil_steps: int | None = None
+    source_minutes: float | None = None  # that its steps were found for, as `minutes` of a run's configuration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +190,14 @@ class RunConfig(Record):
         """What runs have to share to be compared, by the flag that sets it."""
         whole = -(-self.batch_size // COMMON_GROUP) * COMMON_GROUP
         batch = "" if whole == self.batch_size else f"--batch-size {whole} or "
+        before = None if self.transition is None else self.transition.source_minutes
         return {
             "--evaluate-on": self.evaluate_on,
             "--model.max_position_embeddings": self.model_config.max_position_embeddings,
             "--batch-size": self.batch_size,
-            "--steps": self.last_step if self.minutes is None else f"those of {self.minutes:g} minutes",
+            "--steps": self.last_step
+            if self.minutes is None
+            else f"those of {self.minutes + (before or 0.0):g} minutes",
             "--scored-rows": self.scored_rows,
             f"the size of their groups ({batch}--model.group_size N gives all the same batches)": self.group_size,
         }
@@ -219,7 +223,9 @@ class RunConfig(Record):
 
 
 def _carried_out(kind: str, field: str) -> bool:
-    return field.startswith(CARRIED_OUT) if kind == "training" else kind == "model" and field in DERIVED
+    if kind == "training":
+        return field.startswith(CARRIED_OUT)
+    return (kind == "model" and field in DERIVED) or (kind, field) == ("transition", "source_minutes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from mixture_of_tokens.runs import checkpoints, provenance, records
 from mixture_of_tokens.runs.loading import model_directory, without_progress_bars
 from mixture_of_tokens.runs.locking import owned
 from mixture_of_tokens.runs.preconditions import check_free, check_resumed, check_writable
-from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts
+from mixture_of_tokens.runs.records import SAMPLE_PROMPT, RunConfig, RunFacts, Switch
 from mixture_of_tokens.runs.run import Run, read_run
 from mixture_of_tokens.settings.options import Options
 from mixture_of_tokens.training.building import arguments_of, build
@@ -41,11 +41,13 @@ from mixture_of_tokens.training.timing import MergedWith, check_minutes, fitting
 from mixture_of_tokens.training.trainer import RunTrainer
 from mixture_of_tokens.utils import manifest
 from mixture_of_tokens.utils.files import plain_errors, published, write_text
+from mixture_of_tokens.utils.formatting import duration
 from mixture_of_tokens.utils.process import Interrupted, ended_by_sigterm, is_main, process_number, the_only_training
 from mixture_of_tokens.utils.progress import say, say_once, warn_once
 from mixture_of_tokens.utils.rendering import card_of
 
 REGROUPINGS = 3
+USED = 0.75  # of the minutes that were asked for; less is told
 
 Begin = Callable[[RunTrainer, Prepared], None]
 
@@ -245,6 +247,10 @@ def _end_reports(arguments: TrainingArguments) -> None:
 def _finish(trainer: RunTrainer, prepared: Prepared, run: RunConfig, out: Path, made_by: dict[str, Any]) -> Run | None:
     """Evaluate, by all processes, and write `model/` and, last, `run.json`, which marks the run as finished."""
     model, config, seconds = trainer.causal_lm, trainer.causal_lm.config, trainer.clock.seconds
+    before = 0.0 if run.transition is None else Switch.read(out / records.SWITCH).seconds
+    if run.minutes is not None and run.minutes >= 1 and seconds - before < USED * 60 * run.minutes:
+        what = f"of {run.minutes:g} minutes training took {duration(seconds - before)}"
+        warn_once(f"{what}: steps were faster than when they were timed, as where another process was busy then")
     tokens = run.last_step * trainer.run_log.tokens_per_step
     # A sweep's runs are compared with one another alone, and a split may take minutes.
     text, groups = trainer.evaluated, trainer.groups_at_end

@@ -213,7 +213,7 @@ def test_one_process_tells_that_a_directory_is_taken(runs, small_corpus, tmp_pat
     shutil.copytree(runs / "copies", tmp_path / "run")
     log = tmp_path / "log"
     in_processes(mot, words("copies", small_corpus, tmp_path / "run"), 2, log, exits=2)
-    assert "exists already; go on with --resume" in one_line(log, of=1)
+    assert "exists already and is a finished run" in one_line(log, of=1)
 
 
 def losing_sense(command: list[str]) -> None:

@@ -447,6 +447,18 @@ def test_samples_stand_beside_their_model_s_mark(tmp_path):
     assert marks == [{"--series-0"}, {"--series-1"}, {"--series-1"}]
 
 
+def test_minutes_of_the_source_count_where_a_converted_run_is_compared(tmp_path):
+    asked = {"source": "s", "calibrate": "distil", "optimizer": "fresh"}
+    apart = run(tmp_path / "a", "TC-Nano/32E", steps=10, minutes=3.0)
+    made = {"steps": 7, "minutes": 2.25, "first_step": 3}
+    converted = run(tmp_path / "b", "TC-Nano/32E/4", **made, transition=Transition(**asked, source_minutes=0.75))
+    assert len(by_model([apart, converted])) == 2
+    for before in (None, 1.0):
+        other = run(tmp_path / "c", "TC-Nano/32E/4", **made, transition=Transition(**asked, source_minutes=before))
+        with pytest.raises(ValueError, match="they differ in --steps"):
+            by_model([apart, other])
+
+
 @pytest.mark.parametrize(
     ("names", "rates", "title"),
     [

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mixture_of_tokens import Options, compare, read_run, report, train, transition
 from mixture_of_tokens.runs.records import RunConfig
 from mixture_of_tokens.training import timing
+from mixture_of_tokens.training import train as training
 from mixture_of_tokens.training.merging import FEWEST_SCORED, SHORT, merge
 from mixture_of_tokens.training.timing import Pace, pace_of, rows_to_score, steps_within
 from mixture_of_tokens.training.trainer import EVALUATION_ROWS
@@ -119,6 +120,9 @@ def test_a_resumed_run_keeps_its_steps(options, tmp_path, monkeypatch):
     train(NAME, out=other, options=replace(options, steps=2))
     with pytest.raises(ValueError, match=r"was started with steps 2, now it is minutes 1; "):
         train(NAME, out=other, options=options, minutes=1, resume=True)
+    with pytest.raises(ValueError, match="exists already and is a finished run"):
+        train(NAME, out=out, options=options, minutes=0.05)
+    (out / "run.json").unlink()
     with pytest.raises(ValueError, match="exists already; go on with resume"):
         train(NAME, out=out, options=options, minutes=0.05)
     # Its config.yaml gives the same number, and times nothing.
@@ -262,3 +266,10 @@ def test_processes_agree_on_the_steps(flags, small_corpus, tmp_path):
     assert run.config.minutes == 0.1
     assert run.facts.steps == run.config.steps > 1
     assert (tmp_path / "log").read_text().count(f"A step of {NAME} takes ") == 1
+
+
+def test_minutes_that_were_not_used_are_told(small_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "fitting", lambda minutes, with_options, *_: dict.fromkeys(with_options, 2))
+    options = Options(device="cpu", data=[str(small_corpus)])
+    train(NAME, out=tmp_path / "run", options=options, minutes=1)
+    assert "of 1 minutes training took" in capsys.readouterr().err

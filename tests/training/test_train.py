@@ -729,7 +729,7 @@ def test_an_existing_run_is_not_overwritten(runs, capsys):
     with pytest.raises(SystemExit) as stopped:
         mot("train", "MoT-Nano/32E/4", "--out", runs["MoT-Nano/32E/4"], "--steps", STEPS)
     assert stopped.value.code == 2
-    assert "exists already; go on with --resume" in capsys.readouterr().err
+    assert "exists already and is a finished run; see it by mot report" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in runs["MoT-Nano/32E/4"].rglob("*")} == before
 
 
