@@ -269,7 +269,7 @@ def test_processes_agree_on_the_steps(flags, small_corpus, tmp_path):
 
 
 def test_minutes_that_were_not_used_are_told(small_corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "fitting", lambda minutes, with_options, *_: dict.fromkeys(with_options, 2))
+    monkeypatch.setattr(training, "fitting", lambda _, made, given, *more: dict.fromkeys(made, replace(given, steps=2)))
     options = Options(device="cpu", data=[str(small_corpus)])
     train(NAME, out=tmp_path / "run", options=options, minutes=1)
     assert "of 1 minutes training took" in capsys.readouterr().err
