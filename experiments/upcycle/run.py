@@ -113,7 +113,7 @@ EARLY = Study(
     {},
     label="-early",
 )
-EARLY_RATES = {0.005: (1,), 0.01: (1, 2, 3), 0.02: (1,)}  # with their seeds
+EARLY_RATES = {0.005: (1,), 0.01: (1, 2, 3)}  # with their seeds
 
 
 def drawn(x_SD: Tensor, count: int) -> Tensor:
