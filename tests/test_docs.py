@@ -193,7 +193,7 @@ def test_the_defaults_of_training_are_the_recipes():
 def test_the_settings_of_routings_are_the_configurations():
     config = MixtureOfTokensConfig()
     table = text_of("reference/routings").split("## Settings")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| ([\w.]+) \| (.*?) \|", table, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| ([\w.-]+) \| (.*?) \|", table, flags=re.MULTILINE)
     general = {"shared_experts": "all with experts", "gated": "all", "initializer_scale": "all"}
     own = {field: ", ".join(f"`{prefix}-`" for prefix in of) for field, of in SETTINGS.items()}
     assert {field: of for field, _, of in rows} == own | dict.fromkeys(OF_A_ROUTER, "all with a router") | general

@@ -82,6 +82,7 @@ def test_a_run_directory_is_read():
         "control": None,
         "anneal": None,
         "distil_steps": None,
+        "source_minutes": None,
     }
     assert run.model_config.num_experts == 32
     assert run.model_config.capacity_factor is None
