@@ -25,7 +25,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixture_of_tokens.settings.routings import BY_PREFIX, DENSE, Routing
+from mixture_of_tokens.settings.routings import BY_PREFIX, DENSE, MIXTURE, Routing
 from mixture_of_tokens.utils.checks import LARGEST, check
 from mixture_of_tokens.utils.wording import nearest
 
@@ -119,6 +119,12 @@ def _as_a_path(name: str) -> str:
     return f"; {name} is no model: text is given with --data" if path.exists() or path.suffix else ""
 
 
+def _as_a_size(word: str) -> str:
+    """What stands before a size that is given alone; '' for what is none."""
+    size = next((size for size in SIZES if size.lower() == word.lower()), None)
+    return f"; the system stands before the size, as in {MIXTURE.prefix}-{size}/32E/8" if size else ""
+
+
 def parse_name(name: str) -> Name:
     """The parts of a name. Raises ValueError, with the legal values, if it does not follow the grammar."""
     check("name", name, str)
@@ -130,7 +136,7 @@ def parse_name(name: str) -> Name:
     has_none = not dash and (parts or system == DENSE.prefix)
     for what, word, legal in (("system", system, BY_PREFIX), ("size", size, {"": None} if has_none else SIZES)):
         if word not in legal:
-            hint = nearest(word, legal) or _as_a_path(name)
+            hint = _as_a_size(word) or nearest(word, legal) or _as_a_path(name)
             raise ValueError(f"{name!r} has no legal {what}: {word!r} is none of {', '.join(legal)}{hint}")
     if not BY_PREFIX[system].sparse:
         if parts:

@@ -110,6 +110,7 @@ def test_what_is_derived_follows_an_overridden_field():
         ("MoT-Nano/32E,TC-Nano/32E", "is no name of a model: several names have a space between them"),
         ("1", "is no name of a model: several seeds are given as 0,1,2"),
         ("", "no legal system: '' is none of"),
+        ("nano", "SoftMoE; the system stands before the size, as in MoT-Nano/32E/8"),
         ("MoT-Nano", "after the size comes /<group size>E"),
         ("MoT-Nano/", "as in 'MoT-Nano/32E' or 'MoT-Nano/32E/8'"),
         ("MoT-Nano/32", "after the size comes /<group size>E"),
