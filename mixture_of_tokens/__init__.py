@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # `X as X` says that X is public
     from mixture_of_tokens.layers.soft import SoftMoE as SoftMoE
     from mixture_of_tokens.layers.thresholds import ExpertThreshold as ExpertThreshold
     from mixture_of_tokens.layers.thresholds import ReMoE as ReMoE
+    from mixture_of_tokens.layers.token_choice import DefaultMoE as DefaultMoE
     from mixture_of_tokens.layers.token_choice import ExpertChoice as ExpertChoice
     from mixture_of_tokens.layers.token_choice import SigmoidChoice as SigmoidChoice
     from mixture_of_tokens.layers.token_choice import TokenChoice as TokenChoice
@@ -55,7 +56,7 @@ if TYPE_CHECKING:  # `X as X` says that X is public
 _MODULES = {
     "layers.experts": ("Experts", "Router"),
     "layers.mixture": ("MixtureOfTokens",),
-    "layers.token_choice": ("ExpertChoice", "SigmoidChoice", "TokenChoice"),
+    "layers.token_choice": ("DefaultMoE", "ExpertChoice", "SigmoidChoice", "TokenChoice"),
     "layers.thresholds": ("ExpertThreshold", "ReMoE"),
     "layers.soft": ("SoftMoE",),
     "models.config": ("MixtureOfTokensConfig",),

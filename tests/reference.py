@@ -190,6 +190,29 @@ def sigmoid_choice(
     return _stacked(out)
 
 
+def default_moe(
+    x: Tensor,
+    token_mask: Tensor | None,
+    gate_weight: Tensor,
+    expert_weights: tuple[Tensor, Tensor],
+    *,
+    default_output: Tensor,
+    num_experts_per_tok: int = 1,
+    temperature: float | Tensor = 1.0,
+    gated: bool = True,
+    activation: str = "silu",
+) -> Tensor:
+    """A token's top k experts read it, all others give their default output (E, D); gates are its softmax."""
+    out = _zeros(x)
+    for b, t in _real(x, token_mask):
+        gate = softmax([x[b, t] @ row / temperature for row in gate_weight])
+        chosen = sorted(range(len(gate)), key=lambda e, gate=gate: -gate[e].item())[:num_experts_per_tok]
+        for e, share in enumerate(gate):
+            y = expert(x[b, t], expert_weights, e, gated, activation) if e in chosen else default_output[e]
+            out[b][t] = out[b][t] + share * y
+    return _stacked(out)
+
+
 def expert_threshold(
     x: Tensor,
     token_mask: Tensor | None,

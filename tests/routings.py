@@ -11,7 +11,7 @@ from mixture_of_tokens.layers.experts import Routed
 from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.layers.soft import SoftMoE
 from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
-from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
+from mixture_of_tokens.layers.token_choice import DefaultMoE, ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 
@@ -38,6 +38,8 @@ DROPLESS: Routings = {
     "stc_top1": stc,
     "stc_top2": partial(stc, num_experts_per_tok=2),
     "stc_top2_norm": partial(stc, num_experts_per_tok=2, norm_topk_prob=True),
+    "default_top1": partial(DefaultMoE, **tc.keywords),
+    "default_top2": partial(DefaultMoE, num_experts_per_tok=2, **tc.keywords),
 }
 # Private too; how many experts a token gets varies, and may be none.
 THRESHOLDS: Routings = {
@@ -55,7 +57,7 @@ SOFT: Routings = {"soft": partial(SoftMoE, **tc.keywords), "soft_2_slots": parti
 ROUTINGS: Routings = CAUSAL | SOFT
 
 
-STATE = ("companion", "bias", "threshold")  # of buffers that decide what a layer gives
+STATE = ("companion", "bias", "threshold", "default_output")  # of buffers that decide what a layer gives
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> Any:

@@ -2,6 +2,7 @@
 
     python experiments/alone/run.py             # trains what is missing, one run after the other, and prints the tables
     python experiments/alone/run.py --long      # the same of the ten minutes' runs
+    python experiments/alone/run.py --micro     # the same of the Micros
     python experiments/alone/run.py --time      # the time of a step, as a multiple of Token Choice's
     python experiments/alone/run.py --table     # prints the tables alone
 
@@ -12,13 +13,14 @@ dense feed-forward. `Alone` below is that form with a gradient through all of it
     w[t,e] = sigmoid(logit[t,e] - b[e])                          a softmax of the token against G - 1 companions
     out[t] = sum over t's top K of w[t,e] FFN_e(w[t,e] x_t + (1 - w[t,e]) c_e)  +  sum of all other w[t,e] FFN_e(c_e)
 
-Every variant changes one part of it. `Default` is Token Choice in which the experts that were not chosen answer with a
-running average of their outputs ("Default MoE", arXiv 2504.12463). All systems share one loop, one schedule, the text
-and its order. Losses are of `EVALUATED` batches of the tuning split, each text by itself, with as many experts as in
-training. A run takes about two minutes of one core of an AMD EPYC; each is one row of runs.csv, written when it ends.
+Every variant changes one part of it. Beside it are the library's routings, Default MoE among them. All systems share
+one loop, one schedule, the text and its order. Losses are of `EVALUATED` batches of the tuning split, each text by
+itself, with as many experts as in training. A run takes about two minutes of one core of an AMD EPYC; each is one row
+of runs.csv, written when it ends.
 
 The long runs have the text, the rows and the time of `experiments/verdict/fresh.py`: as many steps as fit into ten
-minutes of two cores, and their loss is that of the whole validation split too.
+minutes of two cores, and their loss is that of the whole validation split too. Micros have the text, the context and
+the steps of the paper's figures (12.3 million tokens); one takes half an hour of a core.
 """
 
 import argparse
@@ -38,7 +40,6 @@ from mixture_of_tokens import (
     GroupedBatches,
     MixtureOfTokens,
     MixtureOfTokensForCausalLM,
-    TokenChoice,
     calibrate_companions,
     config_from_name,
     prepare_text,
@@ -55,11 +56,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "verdict"))
 
 import systems
-from common import add_rows, read_csv, step_times, write_csv
+from common import add_rows, read_csv, step_times
 
 HERE = Path(__file__).resolve().parent
-GROUP, WARM_UP, EVALUATED, MEASURED = 32, 100, 16, 8  # rows; steps; batches of losses, and of companions
-DECAY = 0.99  # of running averages, a step
+GROUP, EVALUATED, MEASURED = 32, 16, 8  # rows; batches of losses, and of companions
+WARM_UP = {"Nano": 100, "Micro": 150}  # steps
+DECAY = 0.99  # of companions that follow, a step
 ROUNDS, TURNS, TIMED, TIMES = 7, 6, 3, "timings.csv"  # as of experiments/verdict/fresh.py
 
 
@@ -107,6 +109,10 @@ class Run:
         return " ".join([self.system, *(f"{name}={value}" for name, value in own.items())])
 
     @property
+    def size(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
     def experts(self) -> int:
         parts = self.name.split("/")
         return self.k or (int(parts[2]) if len(parts) > 2 else 1)
@@ -117,6 +123,14 @@ LONG = [
     Run("TC", name="Nano/32E/4", gate="normalised", rows=128, text="packages"),
     Run("alone", name="Nano/32E/4", rows=128, text="packages"),
     Run("alone", name="Nano/32E/4", rows=128, text="packages", reads="token"),
+    Run("default", name="Nano/32E/4", rows=128, text="packages"),
+]
+
+
+# 128 wide, at the rate of experiments/paper/early.py.
+MICRO = [
+    Run(system, name="Micro/32E/4", rate=8e-3, steps=1500, text="packages", gate=gate, reads=reads)
+    for system, gate, reads in (("alone", "sigmoid", "token"), ("TC", "normalised", "blend"))
 ]
 
 
@@ -184,41 +198,8 @@ class Alone(MixtureOfTokens):
                 self.register_parameter(name, nn.Parameter(value.clone()))
 
 
-class Default(TokenChoice):
-    """Token Choice in which an expert that was not chosen gives a running average of its outputs (Default MoE).
-
-    As described in arXiv 2504.12463: the gates' gradient sees these outputs; the averages have none.
-    """
-
-    loads: Tensor | None = None
-
-    usual_ED: Tensor
-
-    def forward(self, x_BTD: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        x_SD, K = x_BTD.flatten(0, 1), self.num_experts_per_tok
-        p_SE = softmax(self.gate(x_SD), dim=-1)
-        p_SK, e_SK = highest(p_SE, K)
-        S = len(x_SD)
-        # Outputs apart, as their average is needed too.
-        ones_A = torch.ones(S * K)
-        rows_AD = x_SD[:, None].expand(-1, K, -1).flatten(0, 1)
-        y_SKD = dropless(self, rows_AD, e_SK.view(-1, 1), ones_A[:, None]).view(S, K, -1)
-        y_SD = (p_SK[..., None] * y_SKD).sum(1) + p_SE.scatter(1, e_SK, 0) @ self.usual_ED
-        if self.training:
-            self.note(p_SE, e_SK, None)
-            with torch.no_grad():
-                count_E = torch.bincount(e_SK.flatten(), minlength=self.num_experts)
-                sums_ED = torch.zeros_like(self.usual_ED).index_add_(0, e_SK.flatten(), y_SKD.detach().flatten(0, 1))
-                mean_ED = sums_ED / count_E.clamp(min=1)[:, None]
-                new_ED = DECAY * self.usual_ED + (1 - DECAY) * mean_ED
-                self.usual_ED = torch.where(count_E[:, None] > 0, new_ED, self.usual_ED)
-        elif self.loads is not None:
-            self.loads += torch.bincount(e_SK.flatten(), minlength=self.num_experts)
-        return y_SD.view_as(x_BTD)
-
-
 def build(run: Run) -> MixtureOfTokensForCausalLM:
-    prefix = {"alone": "MoT", "groups": "MoT", "default": "TC"}.get(run.system, run.system)
+    prefix = {"alone": "MoT", "groups": "MoT", "default": "DMoE"}.get(run.system, run.system)
     fields: dict[str, Any] = {"router_temperature": run.temperature} if run.temperature else {}
     if prefix == "TC":
         fields["capacity_factor"] = None
@@ -228,16 +209,13 @@ def build(run: Run) -> MixtureOfTokensForCausalLM:
         fields["num_experts_per_tok"] = run.k
     torch.manual_seed(run.seed)
     model = MixtureOfTokensForCausalLM(
-        config_from_name(prefix + "-" + (run.name if prefix != "Transformer" else run.name.partition("/")[0]), **fields)
+        config_from_name(prefix + "-" + (run.name if prefix != "Transformer" else run.size), **fields)
     )
     for layer in model.modules():
         if run.system == "alone" and isinstance(layer, MixtureOfTokens):
             layer.__class__ = Alone
             layer.how = run
             layer.group_size = run.companions + 1 if run.companions else layer.group_size
-        if run.system == "default" and isinstance(layer, TokenChoice):
-            layer.__class__ = Default
-            layer.register_buffer("usual_ED", torch.zeros(layer.num_experts, model.config.hidden_size))
     return model
 
 
@@ -250,13 +228,15 @@ def optimizer_of(model: nn.Module, rate: float) -> torch.optim.AdamW:
 
 def rate_at(run: Run, step: int) -> float:
     """As `mot train`: a warm-up, then a cosine down to a tenth."""
-    if step < WARM_UP:
-        return run.rate * (step + 1) / WARM_UP
-    return run.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARM_UP) / (run.steps - WARM_UP))))
+    warm_up = WARM_UP[run.size]
+    if step < warm_up:
+        return run.rate * (step + 1) / warm_up
+    return run.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (run.steps - warm_up))))
 
 
-def prepared(name: str) -> Prepared:
-    return prepare_text(["packages"] if name == "packages" else None)
+def prepared(run: Run) -> Prepared:
+    of_size = {"context": 128, "vocab_size": 1024} if run.size == "Micro" else {}
+    return prepare_text(["packages"] if run.text == "packages" else None, **of_size)
 
 
 def loader(blocks: Any, rows: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -319,15 +299,14 @@ def trained(run: Run, text: Prepared) -> dict[str, Any]:
         calibrate_companions(model, measured)
         model.serve_alone(num_experts_alone=run.experts)
         return {"loss": loss_of(model, tuning), "in_groups": round(in_groups, 4), "seconds": round(seconds)}
-    counting: list[Any] = [layer for layer in model.modules() if isinstance(layer, Alone | Default)]
-    for layer in counting:
+    for layer in layers:
         layer.loads = torch.zeros(layer.num_experts)
     result: dict[str, Any] = {"loss": loss_of(model, tuning), "seconds": round(seconds)} | at_begin
     if run.text == "packages":
         whole = evaluate_blocks(model, text.validation, group_size=GROUP, batch_size=128)
         result["validation"] = round(whole["loss"], 4)
-    if counting:
-        shares = [layer.loads / layer.loads.mean() for layer in counting]
+    if layers:
+        shares = [layer.loads / layer.loads.mean() for layer in layers]
         result["dead"] = round(statistics.mean(float((s < 0.01).float().mean()) for s in shares), 3)
         result["greatest_load"] = round(max(float(s.max()) for s in shares), 1)
     return result
@@ -355,10 +334,10 @@ def make(run: Run, text: Any) -> None:
 
 
 def timed() -> None:
-    """Write steps of the long systems, as shares of Token Choice's."""
-    text = prepared("packages")
+    """Time steps of the long systems that were not timed yet, each beside Token Choice's, and write these shares."""
+    text, known = prepared(LONG[0]), {row["system"] for row in read_csv(HERE / TIMES)}
     measured, models = list(loader(text.train, 64, MEASURED, 77)), {}
-    for run in LONG:
+    for run in [LONG[0], *(run for run in LONG if run.label not in known)]:
         models[run.label] = model = build(run)
         layers = [layer for layer in model.modules() if isinstance(layer, Alone)]
         if layers:
@@ -366,7 +345,7 @@ def timed() -> None:
         for layer in layers:
             layer.begin()
     rows = step_times(models, text.train, rows=LONG[0].rows, group=GROUP, rounds=ROUNDS, turns=TURNS, steps=TIMED)
-    write_csv(HERE / TIMES, list(rows[0]), rows)
+    add_rows(HERE / TIMES, rows, ["system"])
 
 
 def long_plan() -> list[Run]:
@@ -374,11 +353,23 @@ def long_plan() -> list[Run]:
     verdict = {row["system"]: row["share_of_dense"] for row in read_csv(HERE.parent / "verdict" / systems.TIMES)}
     budget = systems.BUDGET / float(verdict["TC-Nano/32E/4, capacity_factor null"])
     steps = {row["system"]: int(budget / float(row["share_of_dense"])) for row in read_csv(HERE / TIMES)}
-    choice, alone, token = (replace(run, steps=steps[run.label]) for run in LONG)
+    choice, alone, token, default = (replace(run, steps=steps[run.label]) for run in LONG)
     balanced = replace(alone, balance=1e-3)
     firsts = [replace(run, rate=rate) for run, rate in ((alone, 1e-2), (alone, 5e-3), (token, 1e-2))]
     more = [(choice, 5e-3), (token, 2e-2), (balanced, 1e-2)]
-    return [*firsts, *seeded(firsts[-1], seeds=[2, 3]), *(replace(run, rate=rate) for run, rate in more)]
+    averages = [replace(default, rate=rate) for rate in (1e-2, 5e-3)]
+    return [
+        *firsts,
+        *seeded(firsts[-1], seeds=[2, 3]),
+        *averages,
+        *seeded(averages[0], seeds=[2, 3]),
+        *(replace(run, rate=rate) for run, rate in more),
+    ]
+
+
+def micro_plan() -> list[Run]:
+    """Figures of Micros begin with seed 2."""
+    return seeded(*MICRO, seeds=[2, 3]) + [replace(run, rate=4e-3, seed=2) for run in MICRO]
 
 
 def seeded(*runs: Run, seeds: Iterable[int] = (1, 2)) -> list[Run]:
@@ -450,6 +441,7 @@ def table(runs: Iterable[Run], loss: str = "loss") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--long", action="store_true", help="train the runs of ten minutes")
+    parser.add_argument("--micro", action="store_true", help="train the Micros")
     parser.add_argument("--time", action="store_true", help="time steps of these, and stop")
     parser.add_argument("--table", action="store_true", help="print the tables, and stop")
     given = parser.parse_args()
@@ -458,12 +450,13 @@ def main() -> None:
         return
     if not given.table:
         keep_large_blocks()
-        runs = long_plan() if given.long else plan()
-        text = prepared(runs[0].text)
+        runs = long_plan() if given.long else micro_plan() if given.micro else plan()
+        text = prepared(runs[0])
         for run in runs:
             if is_made(run) is None:
                 make(run, text)
     print(f"800 steps of 64 rows\n\n{table(plan())}\n\nTen minutes\n\n{table(long_plan(), 'validation')}\n")
+    print(f"Micros\n\n{table(micro_plan(), 'validation')}\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python experiments/upcycle/run.py            # Nanos: an hour of one core
     python experiments/upcycle/run.py --micro    # Micros: an hour and a half
     python experiments/upcycle/run.py --long     # a Micro whose source has read four times as much: three hours
-    python experiments/upcycle/run.py --early    # ten minutes, of which a tenth is of a dense Nano: an hour
+    python experiments/upcycle/run.py --early    # ten minutes, of which a tenth is of another model: two hours
     python experiments/upcycle/run.py --sweep    # rates, routers and starts, on the tuning split: an hour
     python experiments/upcycle/run.py --time     # a step of dense models and upcycled ones, in turns
     python experiments/upcycle/run.py --table    # Markdown
@@ -114,6 +114,10 @@ EARLY = Study(
     label="-early",
 )
 EARLY_RATES = {0.005: (1,), 0.01: (1, 2, 3)}  # with their seeds
+# The same time, begun as that Token Choice too: a restart by a new optimizer and a new warm-up, and nothing else.
+RESTARTED = EARLY._replace(
+    steps=469, options=replace(EARLY.options, model=AS_UPCYCLED), rates={("upcycled", 4118): 0.01}, label="-restarted"
+)
 
 
 def drawn(x_SD: Tensor, count: int) -> Tensor:
@@ -228,6 +232,22 @@ def make_early(experiment: Experiment) -> None:
         keep([read_run(run)], experiment.kept, first_seed=1)
 
 
+def make_restarted(experiment: Experiment) -> None:
+    (steps,) = RESTARTED.lengths
+    rate = RESTARTED.rates["upcycled", steps]
+    for seed in RESTARTED.seeds:
+        source = experiment.trained / directory_of(f"{RESTARTED.child}-begun", f"seed{seed}")
+        options = replace(RESTARTED.options, steps=RESTARTED.steps)
+        train(RESTARTED.child, out=source, seed=seed, learning_rate=rate, options=options, resume=True)
+        own = RESTARTED._replace(options=replace(RESTARTED.options, model={}))
+        run = trained_on(experiment, source, restarted_name(seed), steps, rate, own, training={})
+        keep([read_run(run)], experiment.kept, first_seed=1)
+
+
+def restarted_name(seed: int | str) -> str:
+    return directory_of(RESTARTED.child, f"seed{seed}{RESTARTED.label}")
+
+
 def early_runs() -> list[tuple[float, int]]:
     return [(rate, seed) for rate, seeds in EARLY_RATES.items() for seed in seeds]
 
@@ -294,6 +314,7 @@ def table(experiment: Experiment) -> str:
         rows += [_row(experiment, study, "the start", name, directory_of(name, "seed{}")) for name in study.scratch]
     way = f"{EARLY.child} in the rest of ten minutes"
     rows += [_row(experiment, EARLY, EARLY.source, way, early_name(rate, "{}")) for rate in EARLY_RATES]
+    rows.append(_row(experiment, RESTARTED, RESTARTED.child, way, restarted_name("{}")))
     return f"{gains_table(experiment)}\n\n{markdown([row for row in rows if row], left=2)}\n\n{sweep_table()}"
 
 
@@ -349,7 +370,10 @@ if __name__ == "__main__":
         lambda: table(experiment),
         micro=("train Micros", lambda: make(experiment, MICRO)),
         long=("train a Micro with a longer source", lambda: make(experiment, LONG)),
-        early=("train a tenth of ten minutes dense", lambda: make_early(experiment)),
+        early=(
+            "train a tenth of ten minutes as something else",
+            lambda: (make_early(experiment), make_restarted(experiment)),
+        ),
         sweep=("find rates", lambda: sweep(experiment)),
         time=("time steps", time_steps),
     )

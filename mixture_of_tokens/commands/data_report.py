@@ -35,7 +35,8 @@ def data_report(
         tokenizer: A tokenizer.json, a folder or a Hub name; by default one is trained on the data.
         vocab_size: Size of the tokenizer that is trained, by default 512. With `tokenizer`, at least its length.
         context: Tokens in a block.
-        group_size: Blocks in a group.
+        group_size: Blocks in a group. mot train deals in 32, unless the model's group size does not divide that, or the
+            batch is no multiple of it.
         near_duplicates: What is done with documents that share about half of their lines with others.
 
     Raises ValueError for bad sources or options.

@@ -33,8 +33,8 @@ def train(
 
     A name is SYSTEM-SIZE, with experts SYSTEM-SIZE/GE/K: G texts in a group, and G x K experts, each 1/K as wide as the
     dense feed-forward. Systems: Transformer (dense), MoT (Mixture of Tokens), Uniform (without a router), TC (Token
-    Choice), STC (with sigmoid gates), EC (Expert Choice), ET (Expert Threshold), ReMoE, SoftMoE (not causal). Sizes:
-    Nano (minutes on a CPU), Micro (an hour or two), Mini, Medium and Base (for GPUs).
+    Choice), STC (with sigmoid gates), DMoE (Default MoE), EC (Expert Choice), ET (Expert Threshold), ReMoE, SoftMoE
+    (not causal). Sizes: Nano (minutes on a CPU), Micro (an hour or two), Mini, Medium and Base (for GPUs).
 
     It can be stopped (^C, SIGTERM) and killed at any time; the same command with --resume goes on.
 

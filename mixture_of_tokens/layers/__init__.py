@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from mixture_of_tokens.layers.mixture import MixtureOfTokens
     from mixture_of_tokens.layers.soft import SoftMoE
     from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
-    from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
+    from mixture_of_tokens.layers.token_choice import DefaultMoE, ExpertChoice, SigmoidChoice, TokenChoice
 
 # Imported at their first use, as some bring torch's compiler with them.
 _MODULES = {
@@ -18,11 +18,13 @@ _MODULES = {
     "SoftMoE": "soft",
     "ExpertThreshold": "thresholds",
     "ReMoE": "thresholds",
+    "DefaultMoE": "token_choice",
     "ExpertChoice": "token_choice",
     "SigmoidChoice": "token_choice",
     "TokenChoice": "token_choice",
 }
 __all__ = [
+    "DefaultMoE",
     "ExpertChoice",
     "ExpertThreshold",
     "Experts",

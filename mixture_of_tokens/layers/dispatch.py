@@ -112,6 +112,7 @@ def dropless(
     gate: Tensor,
     token_A: Tensor | None = None,
     read: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    seen: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Tensor:
     """The sum of gate[a] * FFN_expert[a](x[token[a]]) over the assignments of each token: (S, D).
 
@@ -120,6 +121,7 @@ def dropless(
     Args:
         expert, gate: (S, K), or (A,) of assignments to these tokens, in ascending order.
         read: called with tokens (..., D), the experts' numbers (...) and gates (...); gives what experts read instead.
+        seen: called with what experts give (N, D), and their numbers (N,); rows of zeros may have any number.
     """
     experts, E, (S, D), A = layer.experts, layer.num_experts, x_SD.shape, expert.numel()
     few = min(FEW * E, COPIED // layer.weights_of_an_expert)
@@ -129,6 +131,8 @@ def dropless(
         x = x.expand(*expert.shape, D) if read is None else read(x, known, gate)
         which_A = known.flatten()
         y_A1D = experts(x.reshape(A, 1, D), lambda x, weight: expert_linear(x, weight.index_select(0, which_A)))
+        if seen is not None:
+            seen(y_A1D[:, 0], which_A)
         y = gate[..., None] * y_A1D.view(*expert.shape, D)
         return y.sum(1) if token_A is None else y.new_zeros(S, D).index_add(0, token_A, y)
     if token_A is None:
@@ -141,6 +145,8 @@ def dropless(
     if read is not None:
         x_ND = read(x_ND, slots.of_assignments(known.flatten()), slots.of_assignments(gate_A))
     y_ND = experts(x_ND, lambda x, weight: ragged_linear(x, weight, ends_E, order_E))
+    if seen is not None:
+        seen(y_ND, slots.of_assignments(known.flatten()))
     return slots.combine(y_ND, gate_A)
 
 

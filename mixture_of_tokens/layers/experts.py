@@ -212,6 +212,9 @@ class Routed(nn.Module):
     argument of another type.
     """
 
+    # What training counted since the last `balance`, over micro-batches; no buffer, which DDP would overwrite.
+    noted: Tensor | None = None
+
     def __init__(
         self,
         hidden_size: int,
@@ -276,6 +279,14 @@ class Routed(nn.Module):
     def auxiliary_losses(self) -> list[tuple[AuxiliaryLoss, float | Tensor]]:
         """What training adds to the loss, in the order in which they are called, and what each is multiplied by."""
         return []
+
+    def note_more(self, counted: Tensor) -> None:
+        self.noted = counted if self.noted is None else self.noted + counted
+
+    def taken(self, nothing: Tensor) -> Tensor:
+        """What was noted, which is then forgotten; `nothing` in a process that saw no batch."""
+        noted, self.noted = nothing if self.noted is None else self.noted, None
+        return noted
 
     def reset_state(self) -> None:
         """Set what a layer keeps beside its weights as at the beginning of training."""

@@ -21,21 +21,25 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, *, logit
         hidden: (S, D); head: (V, D); labels: (S,), `IGNORE` where nothing is predicted.
         logits_at_once: the most logits in memory at a time, by default of the device; never fewer than of one token.
     """
-    if logits_at_once is None:
-        logits_at_once = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"])
     hidden, head = autocast_to(hidden, head)
-    chunk = max(1, logits_at_once // head.shape[0])
+    chunk = _tokens_at_once(hidden.device, head.shape[0], logits_at_once)
     with full_precision(hidden.device):  # autocast would take the wide product of fp16 back to fp16
         return _ChunkedCrossEntropy.apply(hidden, head, labels, chunk, torch.is_grad_enabled())
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The same of logits (S, V) that are in memory already; in fp32 are those of a chunk at a time."""
-    chunk = max(1, LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE["cpu"]) // logits.shape[1])
+    chunk = _tokens_at_once(logits.device, logits.shape[1])
     precise, total = at_least_fp32(logits.dtype), 0.0
     for some, label in zip(logits.split(chunk), labels.split(chunk), strict=True):
         total = total + F.cross_entropy(some.to(precise), label, ignore_index=IGNORE, reduction="sum")
     return torch.as_tensor(total, dtype=precise)
+
+
+def _tokens_at_once(device: torch.device, vocabulary: int, logits: int | None = None) -> int:
+    if logits is None:
+        logits = LOGITS_AT_ONCE.get(device.type, LOGITS_AT_ONCE["cpu"])
+    return max(1, logits // vocabulary)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -101,7 +101,6 @@ class ReMoE(_Above):
         self.l1_start, self.l1_factor, self.auxiliary_loss = l1_start, l1_factor, L1Loss(num_experts_per_tok)
         self.register_buffer("l1_weight", torch.empty((), dtype=at_least_fp32()))
         self.reset_state()
-        self.noted: Tensor | None = None  # choices and tokens since the last `balance`; no buffer: DDP would overwrite
 
     def reset_state(self) -> None:
         torch.nn.init.constant_(self.l1_weight, self.l1_start)
@@ -114,8 +113,7 @@ class ReMoE(_Above):
 
     def note(self, logits_SE: Tensor) -> None:
         choices = (logits_SE > 0).sum()
-        noted = torch.stack([choices, torch.full_like(choices, len(logits_SE))])
-        self.noted = noted if self.noted is None else self.noted + noted
+        self.note_more(torch.stack([choices, torch.full_like(choices, len(logits_SE))]))
 
     @staticmethod
     @torch.no_grad()
@@ -123,11 +121,9 @@ class ReMoE(_Above):
         if not layers:
             return
         device = layers[0].l1_weight.device  # a model may lie on several
-        total = torch.zeros(2, dtype=torch.long, device=device)  # also of a process that saw no batch
-        for layer in layers:
-            total += 0 if layer.noted is None else layer.noted.to(device)
-            layer.noted = None
-        choices, tokens = summed_over_processes(total, group)
+        nothing = torch.zeros(2, dtype=torch.long, device=device)
+        total = torch.stack([layer.taken(nothing).to(device) for layer in layers]).sum(0)
+        choices, tokens = summed_over_processes(total, group)  # of all layers
         for layer in layers:
             step = torch.sign(choices - layer.num_experts_per_tok * tokens)
             layer.l1_weight *= layer.l1_factor ** step.to(layer.l1_weight.device)
@@ -170,8 +166,6 @@ class ExpertThreshold(_Above):
         self.threshold_decay, self.competing = threshold_decay, scores == "softmax"
         self.register_buffer("threshold", torch.empty(num_experts, dtype=at_least_fp32()))
         self.reset_state()
-        # The sum of the thresholds of batches, and their number, since the last `balance`; no buffer, as above.
-        self.noted: Tensor | None = None
 
     @torch.no_grad()
     def reset_state(self) -> None:
@@ -193,12 +187,13 @@ class ExpertThreshold(_Above):
     def note(self, logits_SE: Tensor) -> None:
         count = len(logits_SE)
         share = round(count * self.num_experts_per_tok / self.num_experts)
-        # All processes note something, and sum it in the thresholds' own precision.
+        # The thresholds that batches want, and the number of batches, summed in the thresholds' own precision. All
+        # processes note something.
         noted = logits_SE.new_zeros(self.num_experts + 1, dtype=self.threshold.dtype)
         if 0 < share < count:  # else too few tokens, or an even share is all of them
             noted[:-1] = self.scores(logits_SE).topk(share + 1, dim=0).values[-1]
             noted[-1] = 1
-        self.noted = noted if self.noted is None else self.noted + noted
+        self.note_more(noted)
 
     def move_threshold(self, by: float, noted: Tensor) -> None:
         """By this share towards the mean of the thresholds that batches wanted, if any did: their sum, and number."""
@@ -211,6 +206,5 @@ class ExpertThreshold(_Above):
     @torch.no_grad()
     def balance(layers: "Sequence[ExpertThreshold]", group: "torch.distributed.ProcessGroup | None" = None) -> None:
         for layer in layers:
-            nothing = layer.threshold.new_zeros(layer.num_experts + 1)  # of a process that saw no batch
-            noted, layer.noted = nothing if layer.noted is None else layer.noted, None
+            noted = layer.taken(layer.threshold.new_zeros(layer.num_experts + 1))
             layer.move_threshold(1 - layer.threshold_decay, summed_over_processes(noted, group))

@@ -175,13 +175,17 @@ class TokenChoice(Routed):
             y_ND = self.experts(slots.dispatch(x_SD).unflatten(0, (E, -1))).flatten(0, 1)
             y_SD, kept_A = slots.combine(y_ND, gate_TBK.flatten()), slots.kept_A
         else:
-            y_SD = dropless(self, x_SD, expert_TBK.flatten(0, 1), gate_TBK.flatten(0, 1))
+            y_SD = self.without_limit(x_SD, *(each.flatten(0, 1) for each in (expert_TBK, gate_TBK, scores_TBE)))
         y_BTD = y_SD.view(T, B, D).transpose(0, 1).to(x_BTD.dtype)
         if not return_weights:
             return y_BTD
         gate_TBK = gate_TBK if kept_A is None else gate_TBK * kept_A.view_as(gate_TBK)
         weights_TBE = gate_TBK.new_zeros(T, B, E + 1).scatter(2, expert_TBK, gate_TBK)[..., :E]
         return y_BTD, weights_TBE.transpose(0, 1)
+
+    def without_limit(self, x_SD: Tensor, expert_SK: Tensor, gate_SK: Tensor, scores_SE: Tensor) -> Tensor:
+        """What tokens (S, D) get from all their experts."""
+        return dropless(self, x_SD, expert_SK, gate_SK)
 
     def _slots_within_capacity(self, expert_TBK: Tensor) -> tuple[Tensor, int]:
         """The slot of each assignment, N where it is dropped, and N = E * R."""
@@ -242,7 +246,6 @@ class SigmoidChoice(TokenChoice):
         check_range("balance_rate", balance_rate, ge=0)
         self.balance_rate = balance_rate
         self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=at_least_fp32()))
-        self.load_E: Tensor | None = None  # choices since the last `balance`; no buffer, which DDP would overwrite
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits.to(at_least_fp32(logits.dtype)).sigmoid()
@@ -254,8 +257,7 @@ class SigmoidChoice(TokenChoice):
     def note(self, scores: Tensor, expert: Tensor, real: Tensor | None) -> None:
         if torch.is_grad_enabled():  # not of telemetry
             counted = torch.ones_like(expert) if real is None else real[..., None].expand_as(expert).to(expert.dtype)
-            load_E = expert.new_zeros(self.num_experts).index_add(0, expert.flatten(), counted.flatten())
-            self.load_E = load_E if self.load_E is None else self.load_E + load_E
+            self.note_more(expert.new_zeros(self.num_experts).index_add(0, expert.flatten(), counted.flatten()))
 
     def reset_state(self) -> None:
         torch.nn.init.zeros_(self.selection_bias)
@@ -267,7 +269,81 @@ class SigmoidChoice(TokenChoice):
     @torch.no_grad()
     def balance(layers: "Sequence[SigmoidChoice]", group: "torch.distributed.ProcessGroup | None" = None) -> None:
         for layer in layers:
-            nothing_E = torch.zeros_like(layer.selection_bias, dtype=torch.long)  # of a process that saw no batch
-            load_E, layer.load_E = nothing_E if layer.load_E is None else layer.load_E, None
+            load_E = layer.taken(torch.zeros_like(layer.selection_bias, dtype=torch.long))
             load_E = summed_over_processes(load_E, group).to(layer.selection_bias.dtype)
             layer.selection_bias += layer.balance_rate * (load_E.mean() - load_E).sign()
+
+
+class DefaultMoE(TokenChoice):
+    """Token Choice in which the other experts give what they give on average (Panda et al., arXiv 2504.12463).
+
+        p[t, e] = softmax over the experts of x_t . c_e / temperature
+        out[t]  = sum_e p[t, e] * FFN_e(x_t)              for t's top K
+                + sum_e p[t, e] * default_output[e]       for all other e
+
+    So the router hears of every expert from every token. The averages, which have no gradient and begin at zero, are
+    those of earlier steps, and no output depends on other texts of its batch. `balance`, after the optimizer's step,
+    moves each towards the mean of what its expert gave, over all micro-batches and processes since the last call:
+
+        default_output[e] = default_decay * default_output[e] + (1 - default_decay) * mean
+
+    That of an expert which no token chose stays. Nothing is dropped.
+    """
+
+    default_output: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int = 1,
+        default_decay: float = 0.99,
+        router_aux_loss_coef: float = 0.01,
+        router_z_loss_coef: float = 0.0,
+        **options: Unpack[RoutedOptions],
+    ):
+        super().__init__(
+            hidden_size,
+            expert_size,
+            num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            capacity_factor=None,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_z_loss_coef=router_z_loss_coef,
+            **options,
+        )
+        check_range("default_decay", default_decay, ge=0, lt=1)
+        self.default_decay = default_decay
+        self.register_buffer("default_output", torch.zeros(num_experts, hidden_size, dtype=at_least_fp32()))
+
+    def without_limit(self, x_SD: Tensor, expert_SK: Tensor, gate_SK: Tensor, scores_SE: Tensor) -> Tensor:
+        E, noting = self.num_experts, self.training and torch.is_grad_enabled()  # not of telemetry
+        # Sums of what experts give, and of how many tokens; the last row is of masked tokens, which go to no expert.
+        noted_EX = F.pad(torch.zeros_like(self.default_output), (0, 1, 0, 1))
+
+        def seen(y_ND: Tensor, expert_N: Tensor) -> None:
+            noted_EX[:, :-1].index_add_(0, expert_N, y_ND.detach().to(noted_EX.dtype))
+
+        own_SD = dropless(self, x_SD, expert_SK, gate_SK, seen=seen if noting else None)
+        if noting:
+            noted_EX[:, -1].index_add_(0, expert_SK.flatten(), noted_EX.new_ones(expert_SK.numel()))
+            self.note_more(noted_EX[:-1])
+        others_SE = F.pad(scores_SE, (0, 1)).scatter(1, expert_SK, 0)[:, :-1].masked_fill(expert_SK[:, :1] == E, 0)
+        return torch.addmm(own_SD.to(others_SE.dtype), others_SE, self.default_output.to(others_SE.dtype))
+
+    def reset_state(self) -> None:
+        torch.nn.init.zeros_(self.default_output)
+
+    def extra_repr(self) -> str:
+        return f"num_experts_per_tok={self.num_experts_per_tok}, default_decay={self.default_decay}"
+
+    @staticmethod
+    @torch.no_grad()
+    def balance(layers: "Sequence[DefaultMoE]", group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        for layer in layers:
+            noted_EX = summed_over_processes(layer.taken(F.pad(torch.zeros_like(layer.default_output), (0, 1))), group)
+            mean_ED = noted_EX[:, :-1] / noted_EX[:, -1:].clamp(min=1)
+            moved_ED = layer.default_output.lerp(mean_ED, 1 - layer.default_decay)
+            layer.default_output.copy_(torch.where(noted_EX[:, -1:] > 0, moved_ED, layer.default_output))

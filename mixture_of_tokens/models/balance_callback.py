@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import TrainerCallback
 
-from mixture_of_tokens.layers.token_choice import SigmoidChoice
+from mixture_of_tokens.layers.experts import Routed
 from mixture_of_tokens.models.modeling import MixtureOfTokensForCausalLM
 from mixture_of_tokens.utils.checks import shown
 
@@ -26,8 +26,8 @@ class BalanceCallback(TrainerCallback):
 
     def on_substep_end(self, args, state, control, **kwargs):
         for module in self.model.modules():
-            if isinstance(module, SigmoidChoice) and module.load_E is not None:
-                module.load_E = module.load_E.clone()  # a graph of CUDA writes the next micro-batch's over it
+            if isinstance(module, Routed) and module.noted is not None:
+                module.noted = module.noted.clone()  # a graph of CUDA writes the next micro-batch's over it
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.model.balance()

@@ -36,13 +36,14 @@ class MixtureOfTokensConfig(LayerSettings, Qwen3MoeConfig):
         gated: SwiGLU feed-forwards, dense and expert; False: plain ones, act(x W) W', as in the paper (with "relu").
         qk_norm: each head's queries and keys are normed, as in Qwen3; False: they are not, as in Llama.
         router_temperature, learnable_temperature, router_dtype: see `Router`; normalize_mixture: see `MixtureOfTokens`.
-        capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`; l1_start, l1_factor: see `ReMoE`;
-            threshold_decay, threshold_scores ("softmax" or "sigmoid"): see `ExpertThreshold`.
+        capacity_factor: see `TokenChoice`; balance_rate: see `SigmoidChoice`; default_decay: see `DefaultMoE`;
+            l1_start, l1_factor: see `ReMoE`; threshold_decay, threshold_scores ("softmax" or "sigmoid"): see
+            `ExpertThreshold`.
         shared_experts: experts of a sparse block that every token goes to, with gate 1, beside the routed ones
             (DeepSeekMoE, arXiv 2401.06066): one dense feed-forward of their width.
         initializer_scale: weights are drawn with std = scale / sqrt(fan_in), cut at two std; embeddings have fan_in 1.
-        router_aux_loss_coef: weight of Token Choice's load-balancing loss, in training; router_z_loss_coef: of the
-            loss that keeps its logits small (`RouterZLoss`).
+        router_aux_loss_coef: weight of the load-balancing loss of Token Choice and Default MoE, in training;
+            router_z_loss_coef: of the loss that keeps their logits small (`RouterZLoss`).
 
     Raises ValueError, naming the field, for what makes no model.
     """

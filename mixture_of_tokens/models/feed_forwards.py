@@ -10,7 +10,7 @@ from mixture_of_tokens.layers.experts import ACTIVATIONS
 from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.layers.soft import SoftMoE
 from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
-from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
+from mixture_of_tokens.layers.token_choice import DefaultMoE, ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.models.config import MixtureOfTokensConfig
 from mixture_of_tokens.models.hf_internals import Qwen3MoeMLP
 from mixture_of_tokens.settings.layers import arguments_of
@@ -49,6 +49,7 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "uniform": (partial(MixtureOfTokens, uniform=True), GROUPS),
     "token_choice": (TokenChoice, CHOICES),
     "sigmoid_choice": (SigmoidChoice, CHOICES),
+    "default_moe": (DefaultMoE, CHOICES),
     "expert_choice": (ExpertChoice, GROUPS + CHOICES),
     "expert_threshold": (ExpertThreshold, CHOICES),
     "remoe": (ReMoE, CHOICES),

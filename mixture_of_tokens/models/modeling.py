@@ -74,7 +74,7 @@ class MixtureOfTokensPreTrainedModel(Qwen3MoePreTrainedModel):
     _no_split_modules = ["MixtureOfTokensDecoderLayer"]
     # What moves by small steps, or is measured.
     _keep_in_fp32_modules_strict = ["log_temperature", "selection_bias", "threshold", "l1_weight"]
-    _keep_in_fp32_modules_strict += ["companion", "companion_logit"]
+    _keep_in_fp32_modules_strict += ["companion", "companion_logit", "default_output"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(Router, index=0),
         "auxiliary_losses": OutputRecorder(AuxiliaryLoss, index=0),
@@ -198,7 +198,7 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         super().save_pretrained(save_directory, **kwargs)
 
     def balance(self, group: ProcessGroup | None = None) -> None:
-        """To be called after each step of training: routings without a balancing loss then balance their load.
+        """To be called after each step of training: biases, thresholds, penalties and averages of routings then move.
 
         Args:
             group: the processes that hold the same layers, and all call this; by default all that there are.
@@ -219,8 +219,9 @@ class MixtureOfTokensForCausalLM(GroupedGeneration, MixtureOfTokensPreTrainedMod
         self._batches_since_balance += torch.is_grad_enabled()
         if self._batches_since_balance == MANY_BATCHES and self._to_balance():
             logger.warning_once(
-                f"{MANY_BATCHES} batches were trained on without a call of balance(), and nothing else balances the "
-                "experts of this model. Call it after each step, or give a Trainer callbacks=[BalanceCallback(model)]."
+                f"{MANY_BATCHES} batches were trained on without a call of balance(), and nothing else moves what the "
+                "routing of this model keeps beside its weights. Call it after each step, or give a Trainer "
+                "callbacks=[BalanceCallback(model)]."
             )
 
     def _added_to_the_loss(

@@ -89,6 +89,7 @@ def flops_per_token(
     logits = {routing: routing.logits(config) * (filled if routing.grouped else 1) for routing in routings}
     routed = sum(logits[routing] for routing in routings if routing.routed)
     mixed = sum(logits[routing] for routing in routings if routing.reads_mixtures)
+    averaged = sum(logits[routing] for routing in routings if routing.averages)
     as_measured = {routing: routing.varies and experts_per_token is not None for routing in routings}
     rows = sum(
         B * T * experts_per_token if as_measured[routing] else routing.rows(config, B, T, training)  # pyright: ignore
@@ -101,14 +102,15 @@ def flops_per_token(
         "experts": column * config.moe_intermediate_size * rows / (B * T),
         "router": 2 * D * routed,
         "dispatch": 2 * D * mixed,
-        "combine": 2 * D * mixed,
+        "combine": 2 * D * (mixed + averaged),
         "head": 2 * D * config.vocab_size,
     }
-    # The gradient of a product is two products of its size, one for each factor; weights without a router have none.
+    # The gradient of a product is two products of its size, one for each factor; weights without a router have none,
+    # and nor do averages.
     backward = {part: 2 * flops for part, flops in forward.items()}
     uniform = sum(logits[routing] for routing in routings if routing.reads_mixtures and not routing.routed)
-    for part in ("dispatch", "combine"):
-        backward[part] -= 2 * D * uniform
+    backward["dispatch"] -= 2 * D * uniform
+    backward["combine"] -= 2 * D * (uniform + averaged)
     return Flops(forward, backward)
 
 

@@ -190,14 +190,12 @@ class RunConfig(Record):
         """What runs have to share to be compared, by the flag that sets it."""
         whole = -(-self.batch_size // COMMON_GROUP) * COMMON_GROUP
         batch = "" if whole == self.batch_size else f"--batch-size {whole} or "
-        before = None if self.transition is None else self.transition.source_minutes
+        before = 0.0 if self.transition is None else self.transition.source_minutes or 0.0
         return {
             "--evaluate-on": self.evaluate_on,
             "--model.max_position_embeddings": self.model_config.max_position_embeddings,
             "--batch-size": self.batch_size,
-            "--steps": self.last_step
-            if self.minutes is None
-            else f"those of {self.minutes + (before or 0.0):g} minutes",
+            "--steps": self.last_step if self.minutes is None else f"those of {self.minutes + before:g} minutes",
             "--scored-rows": self.scored_rows,
             f"the size of their groups ({batch}--model.group_size N gives all the same batches)": self.group_size,
         }

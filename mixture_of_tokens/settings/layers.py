@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from mixture_of_tokens.settings.choices import Scores
 from mixture_of_tokens.utils.checks import check, check_choice, check_range
 
+CHOICES = ("token_choice", "sigmoid_choice", "default_moe")
 Dtypes = Literal["float32", "bfloat16", "float64"]
 
 
@@ -46,9 +47,10 @@ class LayerSettings:
     normalize_mixture: bool = setting(False, "mixture_of_tokens", "uniform")
     norm_topk_prob: bool = setting(False, "token_choice", "sigmoid_choice")
     capacity_factor: float | None = setting(1.25, "token_choice", gt=0, training=True)
-    router_aux_loss_coef: float = setting(0.01, "token_choice", ge=0, training=True)
-    router_z_loss_coef: float = setting(0.0, "token_choice", "sigmoid_choice", ge=0, training=True, later=True)
+    router_aux_loss_coef: float = setting(0.01, "token_choice", "default_moe", ge=0, training=True)
+    router_z_loss_coef: float = setting(0.0, *CHOICES, ge=0, training=True, later=True)
     balance_rate: float = setting(1e-3, "sigmoid_choice", ge=0, training=True)
+    default_decay: float = setting(0.99, "default_moe", ge=0, lt=1, training=True, later=True)
     threshold_decay: float = setting(0.9, "expert_threshold", ge=0, lt=1, training=True)
     l1_start: float = setting(1e-8, "remoe", gt=0, le=1e38, training=True, later=True)
     l1_factor: float = setting(1.2, "remoe", gt=1, le=1e38, training=True, later=True)

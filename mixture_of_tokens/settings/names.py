@@ -5,6 +5,7 @@
     Uniform-SIZE/<G>E[/<k>]  Mixture of Tokens without a router
     TC-SIZE/<G>E[/<k>]       Token Choice
     STC-SIZE/<G>E[/<k>]      Sigmoid Token Choice
+    DMoE-SIZE/<G>E[/<k>]     Default MoE
     EC-SIZE/<G>E[/<k>]       Expert Choice
     ET-SIZE/<G>E[/<k>]       Expert Threshold
     ReMoE-SIZE/<G>E[/<k>]    ReMoE

@@ -43,6 +43,7 @@ class Routing:
         routed: it has a router; logits: the number of its logits for a token.
         grouped: it works on groups, and the last one is padded with masked rows.
         reads_mixtures: experts read mixtures of tokens, and their outputs are combined for the tokens.
+        averages: tokens get a weighted sum of what all experts give on average.
         kept_weights: how many copies of the weights, a number per token and expert, the backward pass keeps, in fp32
             and in the model's precision.
     """
@@ -66,6 +67,7 @@ class Routing:
     logits: Callable[[Config], int] = lambda config: config.num_experts
     grouped: bool = True
     reads_mixtures: bool = False
+    averages: bool = False
     kept_weights: tuple[int, int] = (1, 0)
 
     @property
@@ -180,6 +182,17 @@ TABLE = (
         exports_as="Dots1ForCausalLM",
         rows=_chosen_rows,
         grouped=False,
+    ),
+    Routing(
+        kind="default_moe",
+        prefix="DMoE",
+        title="Default MoE",
+        meaning="Token Choice in which the experts that a token does not go to give it what they give on average, so "
+        "that its router hears of every expert. No token is dropped.",
+        balance=BY_A_LOSS,
+        rows=_chosen_rows,
+        grouped=False,
+        averages=True,
     ),
     Routing(
         kind="expert_choice",

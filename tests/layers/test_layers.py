@@ -23,7 +23,7 @@ from mixture_of_tokens.layers.grouping import precise_linear, warn_once
 from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.layers.soft import SoftMoE
 from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
-from mixture_of_tokens.layers.token_choice import ExpertChoice, SigmoidChoice, TokenChoice
+from mixture_of_tokens.layers.token_choice import DefaultMoE, ExpertChoice, SigmoidChoice, TokenChoice
 from mixture_of_tokens.settings.routings import TABLE
 from routings import ROUTINGS, B, D, E, F, G, T, build, gradients, randomized, relative_error, some_mask, tiny, tokens
 
@@ -55,7 +55,10 @@ def literal(layer: Routed, x: Tensor, mask: Tensor | None, parameters: dict[str,
     if isinstance(layer, SoftMoE):
         return reference.soft_moe(x, mask, gate, experts, num_slots=layer.num_slots, **options)
     assert isinstance(layer, TokenChoice)
-    options |= {"num_experts_per_tok": layer.num_experts_per_tok, "norm_topk_prob": layer.norm_topk_prob}
+    options["num_experts_per_tok"] = layer.num_experts_per_tok
+    if isinstance(layer, DefaultMoE):
+        return reference.default_moe(x, mask, gate, experts, default_output=layer.default_output.double(), **options)
+    options["norm_topk_prob"] = layer.norm_topk_prob
     if isinstance(layer, SigmoidChoice):
         return reference.sigmoid_choice(x, mask, gate, experts, selection_bias=layer.selection_bias.double(), **options)
     options["capacity_factor"] = layer.capacity_factor if layer.training else None
@@ -339,12 +342,14 @@ def test_a_configuration_s_fields_reach_the_layer(kind):
     fields = {"gated": False, "hidden_act": "gelu", "initializer_scale": 9.0, "router_temperature": 0.6}
     fields |= {"learnable_temperature": True, "router_dtype": "float64"}
     own = {"normalize_mixture": True, "num_experts_per_tok": 2, "norm_topk_prob": True, "capacity_factor": 0.75}
-    own |= {"balance_rate": 0.5, "threshold_decay": 0.5, "group_size": 2}
+    own |= {"balance_rate": 0.5, "default_decay": 0.5, "threshold_decay": 0.5, "group_size": 2}
     layer: Any = tiny(kind, threshold_scores="sigmoid", **fields, **own).model.layers[1].mlp
     check_options(layer)
     kept = {field: value for field, value in own.items() if hasattr(layer, field)}
     if kind == "sigmoid_choice":
         kept["capacity_factor"] = None  # it never drops
+    if kind == "default_moe":
+        kept |= {"capacity_factor": None, "norm_topk_prob": False}  # all experts together have a weight of one
     assert {field: getattr(layer, field) for field in kept} == kept
     assert getattr(layer, "competing", False) is False  # of the threshold's scores
 

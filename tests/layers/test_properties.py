@@ -188,7 +188,7 @@ def test_experts_may_be_renumbered_with_their_router_rows(name):
         with torch.no_grad():
             slots = renumbered.gate.weight.unflatten(0, (E, -1))  # one, but in Soft MoE
             renumbered.gate.weight.copy_(slots[order].flatten(0, 1))
-            for name in ("selection_bias", "threshold"):
+            for name in ("selection_bias", "default_output", "threshold"):
                 if hasattr(renumbered, name):
                     getattr(renumbered, name).copy_(getattr(renumbered, name)[order])
     assert_close(renumbered(x), layer(x))

@@ -1,6 +1,7 @@
 """Expert Threshold and ReMoE: what brings load and number of experts to where they are to be. Soft MoE, as a model."""
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from mixture_of_tokens.data.groups import GROUPS, training_groups
 from mixture_of_tokens.layers.experts import Routed
 from mixture_of_tokens.layers.losses import L1Loss, LoadBalancingLoss
 from mixture_of_tokens.layers.thresholds import ExpertThreshold, ReMoE
-from mixture_of_tokens.layers.token_choice import SigmoidChoice
+from mixture_of_tokens.layers.token_choice import DefaultMoE, SigmoidChoice
 from mixture_of_tokens.models.threshold_calibration import calibrate_thresholds
 from mixture_of_tokens.runs.loading import load_model, text_of
 from mixture_of_tokens.runs.run import Run
@@ -317,7 +318,7 @@ def test_a_run_ends_with_thresholds_of_its_last_weights(threshold_run):
     assert (thresholds_of(model) - ended).abs().max() < moved / 10
 
 
-STATE = ("selection_bias", "threshold", "l1_weight")
+STATE = ("selection_bias", "default_output", "threshold", "l1_weight")
 
 
 def name_of_state(weights: dict[str, Tensor]) -> str:
@@ -344,17 +345,30 @@ def test_soft_moe_can_be_trained_and_audited_and_does_not_write(small_corpus, tm
     assert "SoftMoE-Nano/4E is not causal" in shown
 
 
+def by_sign() -> tuple[SigmoidChoice, DefaultMoE]:
+    """A number's sign chooses the expert."""
+    torch.manual_seed(0)
+    choice, averages = SigmoidChoice(D, F, 2, balance_rate=0.5), DefaultMoE(D, F, 2, default_decay=0.0)
+    with torch.no_grad():
+        for layer in (choice, averages):
+            layer.gate.weight.copy_(torch.eye(D)[:1] * torch.tensor([[1.0], [-1.0]]))
+    return choice, averages
+
+
+SIGNS = [(1, 1), (1, -1)], [(-1, -1, -1, -1), (1, -1)]  # of the first process, and of the second
+
+
 def balanced(directory: Path) -> None:
     """In two processes: what layers have after `balance` that have seen other tokens in each."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    choice, threshold = SigmoidChoice(D, F, 2, balance_rate=0.5), by_number(thresholds(threshold_decay=0.75))
-    penalty = remoe(l1_start=1.0, l1_factor=2.0)
+    choice, averages = by_sign()
+    threshold, penalty = by_number(thresholds(threshold_decay=0.75)), remoe(l1_start=1.0, l1_factor=2.0)
     with torch.no_grad():
-        choice.gate.weight.copy_(torch.eye(D)[:1] * torch.tensor([[1.0], [-1.0]]))  # a number's sign chooses
         penalty.gate.weight.copy_(threshold.gate.weight)
     batches: Any = {  # of the first process, and of the second
-        choice: ([(1, 1), (1, -1)], [(-1, -1, -1, -1), (1, -1)]),
+        choice: SIGNS,
+        averages: SIGNS,
         threshold: ([range(-8, 0)], [range(4, 12), range(1, 9)]),
         penalty: ([(1, 1), (1,)], [[-1] * 10]),
     }
@@ -362,7 +376,8 @@ def balanced(directory: Path) -> None:
         for numbers in of_ranks[rank]:
             layer(numbered(*numbers))
         layer.balance([layer])
-    torch.save((choice.selection_bias, threshold.threshold, penalty.l1_weight), directory / f"process{rank}.pt")
+    moved = (choice.selection_bias, threshold.threshold, penalty.l1_weight, averages.default_output)
+    torch.save(moved, directory / f"process{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -399,11 +414,17 @@ def test_the_tokens_of_all_processes_decide_where_to(tmp_path):
 
     Of 4 choices there the first expert has 3, of all 10 it has 4: its bias goes up. The third largest of 8 numbers is
     -3 there, 9 and 6 in the second process, and the mean is 4: thresholds go a quarter of the way. Three tokens go to
-    all 8 experts there, and 10 to none in the second process: 24 choices, where 2 for each of 13 are asked.
+    all 8 experts there, and 10 to none in the second process: 24 choices, where 2 for each of 13 are asked. Averages
+    are those of one process that sees all tokens.
     """
     in_processes(balanced, (tmp_path,), 2, tmp_path / "log")
+    _, alone = by_sign()
+    for numbers in itertools.chain(*SIGNS):
+        alone(numbered(*numbers))
+    alone.balance([alone])
     for rank in (0, 1):
-        bias_E, threshold_E, weight = torch.load(tmp_path / f"process{rank}.pt")
+        bias_E, threshold_E, weight, averages_ED = torch.load(tmp_path / f"process{rank}.pt")
         assert bias_E.tolist() == [0.5, -0.5]
         assert threshold_E.tolist() == [1.0] * E
         assert weight.item() == 0.5
+        assert_close(averages_ED, alone.default_output)

@@ -1,4 +1,4 @@
-"""Token Choice's capacity and the bias that balances sigmoid gates: who is dropped, what moves, worked by hand.
+"""Token Choice's capacity, the bias that balances sigmoid gates, average outputs: who is dropped, what moves, by hand.
 
 Every expert e returns its input times e + 1, so an output says which experts a token got.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from mixture_of_tokens.layers.token_choice import SigmoidChoice, TokenChoice
+from mixture_of_tokens.layers.token_choice import DefaultMoE, SigmoidChoice, TokenChoice
 
 
 def scaling_experts(num_experts: int, **options) -> TokenChoice:
@@ -189,3 +189,56 @@ def test_nothing_is_counted_but_training():
     assert layer.selection_bias.tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="balance_rate must be 0 or more, not -1"):
         sigmoid_experts(balance_rate=-1)
+
+
+def averaging_experts(**options) -> DefaultMoE:
+    """Tokens (1, 0) go to expert 0 of three, tokens (0, 1) to expert 2, by a probability of nearly one."""
+    layer = DefaultMoE(2, 2, 3, gated=False, activation="relu", **options).double()
+    with torch.no_grad():
+        layer.gate.weight.copy_(torch.tensor([[1.0, 0], [0, 0], [0, 1]]))
+        layer.experts.up_proj.copy_(torch.eye(2))
+        layer.experts.down_proj.copy_(torch.arange(1.0, 4)[:, None, None] * torch.eye(2))
+    return layer
+
+
+FIRST, LAST = [1.0, 0.0], [0.0, 1.0]
+
+
+def of(*tokens: list[float]) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize("copies", [1, 50])  # computed token by token, and expert by expert
+def test_averages_move_towards_what_experts_gave_in_all_micro_batches(copies):
+    layer = averaging_experts(default_decay=0.75)
+    layer(of(*copies * [FIRST, [3.0, 0.0]]))
+    layer(of(*copies * [LAST, [5.0, 0.0], [9.0, 0.0]]), torch.tensor([[True], [True], [False]] * copies))
+    assert not layer.default_output.any()  # not before the step's end
+    layer.balance([layer])
+    means = torch.tensor([[3.0, 0], [0, 0], [0, 3]], dtype=torch.float64)  # (1 + 3 + 5) / 3, and 3 x (0, 1)
+    assert_close(layer.default_output, means / 4)
+    layer(of(*copies * [FIRST]))
+    layer.balance([layer])
+    assert_close(layer.default_output[:, 0], torch.tensor([0.75 * 0.75 + 0.25, 0, 0], dtype=torch.float64))
+    assert_close(layer.default_output[2], means[2] / 4)  # which no token chose
+    kept = layer.default_output.clone()
+    layer.eval()(of(FIRST))
+    with torch.no_grad():  # as telemetry
+        layer.train()(of(LAST))
+    layer.balance([layer])
+    assert torch.equal(layer.default_output, kept)
+
+
+def test_what_is_not_chosen_gives_its_average_and_the_router_hears_of_it():
+    layer = averaging_experts()
+    layer.default_output.copy_(torch.tensor([[7.0, 7], [10, 20], [7, 7]]))
+    layer.default_output[2] = 0
+    shares = torch.tensor([1.0, 0, 0], dtype=torch.float64).softmax(0)
+    y = layer(of(FIRST))[0, 0]
+    assert_close(y, shares[0] * of(FIRST)[0, 0] + shares[1] * of([10.0, 20])[0, 0])
+    y[1].backward()  # 20 shares[1]
+    grad = 20 * shares[1] * (torch.eye(3, dtype=torch.float64)[1] - shares)
+    assert_close(layer.gate.weight.grad, grad[:, None] * of(FIRST)[0])
+    assert not layer(of(FIRST), torch.zeros(1, 1, dtype=torch.bool)).any()  # masked
+    with pytest.raises(ValueError, match="default_decay must be below 1, not 1"):
+        averaging_experts(default_decay=1)

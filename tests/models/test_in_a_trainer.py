@@ -10,9 +10,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mixture_of_tokens import MixtureOfTokens, calibrate_companions
-from mixture_of_tokens.layers.experts import Experts
+from mixture_of_tokens.layers.experts import Experts, Routed
 from mixture_of_tokens.layers.grouping import warn_once
-from mixture_of_tokens.layers.token_choice import SigmoidChoice
 from mixture_of_tokens.models import modeling
 from mixture_of_tokens.models.balance_callback import BalanceCallback
 from mixture_of_tokens.settings.routings import ROUTINGS, TABLE
@@ -74,10 +73,12 @@ def test_a_prediction_leaves_out_the_cache(tmp_path):
     assert made.predict(Texts(12)).predictions.shape == (12, LENGTH, VOCABULARY)
 
 
-@pytest.mark.parametrize(
-    ("kind", "buffer"),
-    [("sigmoid_choice", "selection_bias"), ("expert_threshold", "threshold"), ("remoe", "l1_weight")],
-)
+# By kind, what `balance` moves.
+MOVED = {"sigmoid_choice": "selection_bias", "default_moe": "default_output"}
+MOVED |= {"expert_threshold": "threshold", "remoe": "l1_weight"}
+
+
+@pytest.mark.parametrize(("kind", "buffer"), MOVED.items())
 def test_a_callback_balances_what_has_no_loss_for_it(kind, buffer, tmp_path):
     def moved(callbacks) -> bool:
         model = tiny(kind)
@@ -106,7 +107,7 @@ def test_a_training_in_which_nothing_balances_the_experts_is_warned_of(kind, mon
                 model.balance()
         return any("without a call of balance()" in warning for warning in warnings)
 
-    assert warned(3, balanced=False) == (kind in ("sigmoid_choice", "expert_threshold", "remoe"))
+    assert warned(3, balanced=False) == (kind in MOVED)
     assert not warned(2, balanced=False)
     assert not warned(5, balanced=True)
     assert not warned(5, balanced=False, frozen=True)
@@ -164,7 +165,7 @@ def test_balancing_is_refused_where_copies_of_a_model_count_for_nothing():
     callback.on_train_begin(SimpleNamespace(n_gpu=1), None, None)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid_choice", "expert_threshold", "remoe"])
+@pytest.mark.parametrize("kind", MOVED)
 def test_what_is_frozen_is_not_balanced_as_an_adapter_could_not_save_it(kind, tmp_path):
     model = tiny(kind)
     first, second = (model.model.layers[i].mlp for i in (1, 2))
@@ -245,8 +246,7 @@ def test_an_adapter_of_the_head_is_in_the_loss():
 
 
 OF_MIXTURES = {"companion", "companion_logit"}
-MEASURED = {"mixture_of_tokens": OF_MIXTURES, "uniform": OF_MIXTURES, "sigmoid_choice": {"selection_bias"}}
-MEASURED |= {"expert_threshold": {"threshold"}, "remoe": {"l1_weight"}}
+MEASURED = {"mixture_of_tokens": OF_MIXTURES, "uniform": OF_MIXTURES} | {kind: {name} for kind, name in MOVED.items()}
 
 
 @pytest.mark.parametrize("kind", [row.kind for row in TABLE])
@@ -263,15 +263,16 @@ def test_what_is_measured_stays_in_fp32_in_a_model_that_is_made_in_bf16(kind):
     made.balance()
 
 
-def test_loads_of_a_micro_batch_outlive_a_graph_that_writes_the_next_over_them():
-    model = tiny("sigmoid_choice").train()
+@pytest.mark.parametrize("kind", ["sigmoid_choice", "default_moe"])
+def test_what_a_micro_batch_counted_outlives_a_graph_that_writes_the_next_over_it(kind):
+    model = tiny(kind).train()
     model(Texts(ROWS_A_STEP).ids)
-    layers = [module for module in model.modules() if isinstance(module, SigmoidChoice)]
-    given = [layer.load_E for layer in layers]
-    kept = [load_E.clone() for load_E in given]
+    layers = [module for module in model.modules() if isinstance(module, Routed)]
+    given = [layer.noted for layer in layers]
+    kept = [noted.clone() for noted in given]
     BalanceCallback(model).on_substep_end(None, None, None)
-    for load_E in given:
-        load_E.zero_()
+    for noted in given:
+        noted.zero_()
     assert layers
-    assert all(torch.equal(layer.load_E, load_E) for layer, load_E in zip(layers, kept, strict=True))
-    assert all(load_E.any() for load_E in kept)
+    assert all(torch.equal(layer.noted, noted) for layer, noted in zip(layers, kept, strict=True))
+    assert all(noted.any() for noted in kept)

@@ -103,7 +103,7 @@ def test_what_is_derived_follows_an_overridden_field():
     [
         (
             "Mot-Nano/32E",
-            "no legal system: 'Mot' is none of Transformer, MoT, Uniform, TC, STC, EC, ET, ReMoE, SoftMoE; did",
+            "no legal system: 'Mot' is none of Transformer, MoT, Uniform, TC, STC, DMoE, EC, ET, ReMoE, SoftMoE; did",
         ),
         ("MoT-Meduim/32E", "no legal size: 'Meduim' is none of Nano, Micro, Mini, Medium, Base; did you mean Medium?"),
         ("MoT", "no legal size: '' is none of"),

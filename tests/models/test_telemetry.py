@@ -14,6 +14,7 @@ from mixture_of_tokens import MixtureOfTokensForCausalLM
 from mixture_of_tokens.layers.experts import Router
 from mixture_of_tokens.layers.mixture import MixtureOfTokens
 from mixture_of_tokens.layers.soft import SoftMoE
+from mixture_of_tokens.layers.token_choice import DefaultMoE
 from mixture_of_tokens.models.telemetry import measure, router_gradient_norms, routing_measures
 from mixture_of_tokens.settings.routings import TABLE
 from mixture_of_tokens.training.trainer import _RouterGradients
@@ -92,6 +93,8 @@ def combined(layer, x: Tensor, mask: Tensor | None, weights: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_the_weights_applied_to_the_experts_outputs_are_the_layers_output(name, rows, masked, training):
     layer, x = build(name).train(training), tokens(rows, T, D)
+    if isinstance(layer, DefaultMoE):
+        layer.default_output.zero_()  # which is no expert's output for the token
     mask = some_mask(rows, T) if masked else None
     y, weights = weights_of(layer, x, mask)
     assert weights.shape == (rows, T, E)
@@ -332,7 +335,7 @@ def test_measures_are_in_full_precision_under_low_precision(kind, monkeypatch):
     for measures in found:
         assert all(math.isfinite(value) for value in measures.values())
         if even or kind == "uniform":  # equal weights, which a sum in bf16 would not get to within 1e-5
-            one_takes_all = kind in ("token_choice", "sigmoid_choice")
+            one_takes_all = kind in ("token_choice", "sigmoid_choice", "default_moe")
             assert measures["largest_load"] == pytest.approx(EXPERTS if one_takes_all else 1, rel=1e-5)
 
 

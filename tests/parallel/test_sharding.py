@@ -71,6 +71,7 @@ CASES = (
     Case("EC-Nano/4E", 4, {"shard": 4, "expert_parallel": 4}),  # of one expert each
     Case("TC-Nano/4E", 2, SHARDED),
     Case("STC-Nano/4E", 2, SHARDED),
+    Case("DMoE-Nano/4E", 2, SHARDED),
     Case("ET-Nano/4E", 2, SHARDED),
     Case("ReMoE-Nano/4E", 2, SHARDED),
     Case("Transformer-Nano", 4, {"shard": 4}),
@@ -228,7 +229,7 @@ def test_a_layout_trains_what_accumulation_in_one_process_does(case, seen):
     assert len(rows) == STEPS
     for row, other in zip(rows, alone_rows, strict=True):
         measured, others = ({key: each[key] for key in MEASURES if key in each} for each in (row, other))
-        absent = {"aux_loss": not case.name.startswith(("TC", "ReMoE")), "eval_loss": row["step"] < STEPS}
+        absent = {"aux_loss": not case.name.startswith(("TC", "DMoE", "ReMoE")), "eval_loss": row["step"] < STEPS}
         assert list(measured) == [key for key in MEASURES if not absent.get(key)]
         assert measured == pytest.approx(others, rel=1e-5)
         assert row["layers"].keys() == other["layers"].keys()

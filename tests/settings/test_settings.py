@@ -29,6 +29,7 @@ OTHER = {  # than the default
     "router_aux_loss_coef": 1.0,
     "router_z_loss_coef": 1.0,
     "balance_rate": 0.5,
+    "default_decay": 0.1,
     "threshold_decay": 0.1,
     "l1_start": 0.1,
     "l1_factor": 1e8,

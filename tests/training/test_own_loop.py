@@ -203,7 +203,12 @@ def test_two_processes_share_the_groups_of_a_step_and_train_as_one_does(tmp_path
 
 @pytest.mark.parametrize(
     ("kind", "buffer"),
-    [("sigmoid_choice", "selection_bias"), ("expert_threshold", "threshold"), ("remoe", "l1_weight")],
+    [
+        ("sigmoid_choice", "selection_bias"),
+        ("default_moe", "default_output"),
+        ("expert_threshold", "threshold"),
+        ("remoe", "l1_weight"),
+    ],
 )
 def test_a_trainer_balances_a_model_of_this_library(kind, buffer, tmp_path):
     model = tiny(kind, group_size=GROUP)
