@@ -221,6 +221,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/upcycle/run.py": (52, "results/upcycling"),
     "experiments/transition/run.py": (20, "../experiments/LOG"),
     "experiments/verdict/fresh.py": (124, "results/equal-time"),
+    "experiments/verdict/forms.py": (11, "results/README"),
     "experiments/verdict/attention.py": (80, "../experiments/LOG"),
     "experiments/alone/run.py": (51, "../experiments/LOG"),
     "experiments/documents/run.py": (14, "../experiments/LOG"),
