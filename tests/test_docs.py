@@ -223,7 +223,7 @@ TABLES = {  # by script: its lines, and the page that shows what it prints with 
     "experiments/verdict/fresh.py": (124, "results/equal-time"),
     "experiments/verdict/forms.py": (11, "results/README"),
     "experiments/verdict/attention.py": (80, "../experiments/LOG"),
-    "experiments/alone/run.py": (51, "../experiments/LOG"),
+    "experiments/alone/run.py": (54, "../experiments/LOG"),
     "experiments/documents/run.py": (14, "../experiments/LOG"),
     "experiments/router_z/run.py": (6, "../experiments/LOG"),
     "experiments/partial_groups/run.py": (14, "results/alone"),

@@ -435,7 +435,7 @@ def table(runs: Iterable[Run], loss: str = "loss") -> str:
     for label in dict.fromkeys(run.label for run, _ in made):
         own = {run.seed: row for run, row in made if run.label == label}
         first = own[min(own)]
-        losses = [own[seed][loss] if seed in own else "" for seed in seeds]
+        losses = [f"{float(own[seed][loss]):.4f}" if seed in own else "" for seed in seeds]
         rows.append([label, *losses, first["dead"], first["greatest_load"]])
     return markdown(rows)
 
